@@ -1,0 +1,192 @@
+"""What a person can ask for: frozen dataclasses in the checkpoint's own words, judged here and nowhere else.
+
+A wrong field raises `ConfigError` with the field, the value and the values allowed. Facts of the
+world (does K divide, is there memory, does the directory exist) are judged by `gptq_cli.preflight`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.errors import ConfigError
+
+Bits = Literal[2, 3, 4, 8]
+ActOrder = Literal["none", "static"]
+ScaleSearch = Literal["minmax", "mse", "hessian"]
+DType = Literal["auto", "float16", "bfloat16", "float32"]
+
+ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
+
+
+def one_of(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
+    """Raise `ConfigError` unless `value` is in `allowed`."""
+    if value not in allowed:
+        listed = ", ".join(str(item) for item in allowed)
+        raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
+
+
+def whole(name: str, value: object, least: int, hint: str | None = None) -> None:
+    """Raise `ConfigError` unless `value` is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {least}", hint=hint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeConfig:
+    """How weights become codes. Field names are those of `quantize_config.json` where it has one."""
+
+    bits: int = 4
+    """Bits of a code: 2, 3, 4 or 8."""
+    group_size: int = 128
+    """Input columns that share a scale; -1: one group a row."""
+    sym: bool = True
+    """Zero point fixed at the middle code."""
+    desc_act: bool = False
+    """Solve columns by falling activation energy, groups follow that order and `g_idx` records it.
+    Some servers refuse it; `act_order` gets the accuracy without."""
+    act_order: ActOrder = "static"
+    """Order of columns inside the solver when `desc_act` is off; "static" keeps groups in place (trivial `g_idx`)."""
+    damp_percent: float = 0.05
+    """Fraction of the mean Hessian diagonal added to the diagonal."""
+    true_sequential: bool = True
+    """Later stages of a block see the quantized outputs of its earlier stages."""
+    scale_search: ScaleSearch = "hessian"
+    """How a group's scale is found: "minmax"; "mse": clip search on |error|^2.4 (as the original code);
+    "hessian": clip search weighted by the Hessian diagonal."""
+    positive_scales: bool = False
+    """Forbid negative scales (sym only: the signed full range uses them)."""
+    sweeps: int = 1
+    """Cyclic coordinate-descent sweeps over the codes after the solve; 0: none."""
+    refit: bool = True
+    """After the sweeps, refit the scales in closed form where the loss falls."""
+    column_batch: int = 128
+    """The paper's B: columns of one lazy update. Changes speed, not codes."""
+
+    def __post_init__(self) -> None:
+        one_of("bits", self.bits, ALLOWED_BITS, "use --bits 4, which every server reads")
+        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise ConfigError(f"group_size is {self.group_size!r}; allowed: -1 or a positive whole number")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ConfigError(
+                f"group_size is {self.group_size}; allowed: -1 (one group a row) or a positive whole number",
+                hint="use --group-size 128, 64 or 32",
+            )
+        one_of("act_order", self.act_order, get_args(ActOrder))
+        one_of("scale_search", self.scale_search, get_args(ScaleSearch))
+        if not (math.isfinite(self.damp_percent) and 0.0 < self.damp_percent < 1.0):
+            raise ConfigError(
+                f"damp_percent is {self.damp_percent}; allowed: a fraction above 0 and below 1 (0.05 is 5 %)"
+            )
+        whole("sweeps", self.sweeps, 0)
+        whole("column_batch", self.column_batch, 1)
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row of `in_features` columns."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    @property
+    def checkpoint_format(self) -> str:
+        """"gptq" (v1, stores zero - 1) for symmetric codes, "gptq_v2" (stores the zero) otherwise."""
+        return "gptq" if self.sym else "gptq_v2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """Which text the Hessians are made of."""
+
+    source: str = "pydoc"
+    """"pydoc"; a .txt, .jsonl, .json or .parquet file; "-" for standard input; "wikitext2", "c4", or a hub data set
+    `id[:config[:split[:column]]]`."""
+    samples: int = 128
+    """Windows of text."""
+    seq_len: int = 2048
+    """Tokens of a window."""
+    seed: int = 0
+    """Seed of the local generator that picks the windows."""
+    batch_size: int | None = None
+    """Samples of one micro-batch; None: chosen from the shape of the model."""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a hub data set")
+        whole("samples", self.samples, 1)
+        whole("seq_len", self.seq_len, 2)
+        whole("seed", self.seed, 0)
+        if self.batch_size is not None:
+            whole("batch_size", self.batch_size, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRef:
+    """Which model, and what may be done to open it."""
+
+    model: str
+    """A directory or a hub id."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: DType = "auto"
+    """Dtype to run and to store dense tensors in; "auto": the checkpoint's own."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("the model is empty; allowed: a directory or a hub id")
+        one_of("dtype", self.dtype, get_args(DType))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeJob:
+    """Everything that `gptq quantize` was asked."""
+
+    model: ModelRef
+    out: str
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    device_map: DeviceMap = field(default_factory=lambda: DeviceMap.parse("auto"))
+    max_memory: MaxMemory | None = None
+    max_shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+    strict: bool = False
+    """A fallback to round-to-nearest ends the run with exit 5."""
+    command_line: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
+        whole("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectJob:
+    """Everything that `gptq inspect-map` was asked."""
+
+    model: ModelRef
+    device_map: DeviceMap
+    max_memory: MaxMemory | None = None
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadJob:
+    """Everything that `gptq load` was asked."""
+
+    path: str
+    device_map: DeviceMap | None = None
+    """None: the current accelerator, or the CPU where there is none."""
+    dtype: DType = "auto"
+    trust_remote_code: bool = False
+    prompt: str | None = None
+    max_new_tokens: int = 64
+    evaluate: str | None = None
+    """Text to measure perplexity on: any source that `CalibrationConfig.source` takes."""
+    seq_len: int = 512
+    windows: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, get_args(DType))
+        whole("max_new_tokens", self.max_new_tokens, 1)
+        whole("seq_len", self.seq_len, 2)
+        whole("windows", self.windows, 1)

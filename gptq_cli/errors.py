@@ -1,0 +1,96 @@
+"""Every error that `gptq` raises on purpose, and the exit code each one means.
+
+    GptqError                      1   failed: the environment, or a defect of ours
+     ├─ UsageError                 2   usage or configuration: nothing was started
+     │   ├─ ConfigError                a field of a configuration, a flag or a preset
+     │   ├─ DeviceMapError             a device-map or max-memory text that does not parse
+     │   ├─ ModelError                 a model that cannot be found or is no causal language model
+     │   ├─ CalibrationError           a calibration source that cannot be read or is too short
+     │   └─ CheckpointError            a quantized checkpoint that is missing, truncated or inconsistent
+     ├─ PreflightRefused           3   the facts forbid the job: nothing was written
+     ├─ OutOfDeviceMemory          4   a device ran out of memory; what was finished is kept
+     └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
+         ├─ NonFinite
+         └─ NotPositiveDefinite
+
+An interruption (SIGINT, SIGTERM) is exit 130 and is no GptqError.
+
+A message says what is wrong with what, the value found and the values allowed; `hint` says what to
+do next. Only `gptq_cli.cli.app.main` turns an error into an exit code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptq_cli.findings import PreflightReport
+
+
+class GptqError(Exception):
+    """The run started and failed."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(GptqError):
+    """The request itself is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration field has a value that is not allowed."""
+
+
+class DeviceMapError(UsageError):
+    """A device-map, device or max-memory text does not parse."""
+
+
+class ModelError(UsageError):
+    """The model cannot be found, or is nothing that this tool can quantize."""
+
+
+class CalibrationError(UsageError):
+    """The calibration source cannot be read or holds too little text."""
+
+
+class CheckpointError(UsageError):
+    """A quantized checkpoint is missing, truncated or inconsistent."""
+
+
+class PreflightRefused(GptqError):
+    """Preflight found at least one error; `report` holds all findings. Nothing was written."""
+
+    exit_code = 3
+
+    def __init__(self, report: PreflightReport) -> None:
+        errors = [finding for finding in report.findings if finding.level == "error"]
+        count = len(errors)
+        super().__init__(f"refused by preflight: {count} error{'s' if count != 1 else ''}")
+        self.report = report
+
+
+class OutOfDeviceMemory(GptqError):
+    """A device ran out of memory; finished work is kept."""
+
+    exit_code = 4
+
+
+class QualityGateFailed(GptqError):
+    """A result exists but is not good enough to be called one."""
+
+    exit_code = 5
+
+
+class NonFinite(QualityGateFailed):
+    """A weight, an activation or a Hessian holds NaN or infinity."""
+
+
+class NotPositiveDefinite(QualityGateFailed):
+    """A Hessian could not be factorised at any allowed damping, and --strict forbids the fallback."""

@@ -1,0 +1,181 @@
+"""What the engine says while it works: frozen data, handed to an observer function.
+
+`Observer = Callable[[Event], None]`. The engine never draws; tests pass `events.append`; displays
+`match event` and end with `assert_never`, so that a new event cannot be forgotten anywhere.
+All sizes are bytes, all times seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gptq_cli.findings import Finding
+from gptq_cli.results import BlockReport, LinearReport, RunReport
+
+FlushPoint = Literal["capture", "block", "end"]
+Phase = Literal["open", "calibration", "load", "capture", "save", "generate", "evaluate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Memory of one device at one moment. On "cpu": allocated = reserved = resident set size of the process."""
+
+    device: str
+    allocated_bytes: int
+    reserved_bytes: int
+    peak_bytes: int
+    """Highest `allocated_bytes` since the last reset (accelerators: each block; cpu: process lifetime)."""
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """The plan, before the first weight is read."""
+
+    command: str
+    model: str
+    out: str | None
+    settings: tuple[tuple[str, str], ...]
+    """Label and value pairs to show in a header, in order: bits, group size, dtype, calibration, …"""
+    devices: tuple[str, ...]
+    blocks: int
+    linears: int
+
+
+@dataclass(frozen=True, slots=True)
+class FindingRaised:
+    """A preflight finding (errors are raised as well)."""
+
+    finding: Finding
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStarted:
+    """Work outside the block loop begins; `total` steps, None when unknown."""
+
+    phase: Phase
+    total: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseAdvanced:
+    """`done` steps of the phase are finished."""
+
+    phase: Phase
+    done: int
+    total: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseFinished:
+    """The phase took `seconds`; `detail` is one short clause for a log line."""
+
+    phase: Phase
+    seconds: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStarted:
+    """Decoder block `name`, number `index` (from 0) of `total`."""
+
+    name: str
+    index: int
+    total: int
+    device: str
+    stages: tuple[tuple[str, ...], ...]
+    """Names of the linears, relative to the block, stage by stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplesAdvanced:
+    """`done` of `total` calibration samples went through stage `stage` (from 0) of `stages` of the block."""
+
+    block: str
+    stage: int
+    stages: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearQuantized:
+    """One linear is finished; never silent about a fallback: see `report.method`."""
+
+    block: str
+    report: LinearReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheFlushed:
+    """The device caches were emptied; `before` and `after` hold one entry a device, in the same order."""
+
+    where: FlushPoint
+    subject: str
+    """The block's name at "block", else ""."""
+    before: tuple[DeviceMemory, ...]
+    after: tuple[DeviceMemory, ...]
+
+    @property
+    def freed_bytes(self) -> int:
+        """Reserved bytes given back, summed over the devices; never negative."""
+        pairs = zip(self.before, self.after, strict=True)
+        return max(0, sum(b.reserved_bytes - a.reserved_bytes for b, a in pairs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFinished:
+    """The block is quantized, packed and handed to the writer."""
+
+    index: int
+    total: int
+    report: BlockReport
+    memory: tuple[DeviceMemory, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWritten:
+    """A file of the checkpoint is on disk."""
+
+    path: str
+    size_bytes: int
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something a person should know, that stops nothing."""
+
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The checkpoint is in place."""
+
+    report: RunReport
+
+
+Event = (
+    RunStarted
+    | FindingRaised
+    | PhaseStarted
+    | PhaseAdvanced
+    | PhaseFinished
+    | BlockStarted
+    | SamplesAdvanced
+    | LinearQuantized
+    | CacheFlushed
+    | BlockFinished
+    | ShardWritten
+    | Warned
+    | RunFinished
+)
+Observer = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Observe nothing."""
