@@ -1,0 +1,65 @@
+"""Fixtures shared by every room: tiny models, written once a session and never modified by a test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from tests.tiny import save_tiny
+
+transformers_logging.disable_progress_bar()
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+TinyFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
+    """`tiny("qwen2", dtype=torch.bfloat16, seed=0, shards=1) -> Path`, cached for the session.
+
+    The directory is shared: a test that wants to damage a model copies it first (`shutil.copytree`).
+    """
+    root = tmp_path_factory.mktemp("models")
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, shards: int = 1) -> Path:
+        key = (name, dtype, seed, shards)
+        if key not in made:
+            folder = f"{name}-{str(dtype).removeprefix('torch.')}-{seed}-{shards}"
+            made[key] = save_tiny(name, root / folder, dtype=dtype, seed=seed, shards=shards)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny: TinyFactory) -> Path:
+    """Three Llama blocks in float32, one file."""
+    return tiny("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_sharded(tiny: TinyFactory) -> Path:
+    """The same model in three shards with an index."""
+    return tiny("llama", shards=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny: TinyFactory) -> Path:
+    """Two GPT-2 blocks: Conv1D, biases, tied embeddings."""
+    return tiny("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tiny: TinyFactory) -> Path:
+    """Two Qwen3-MoE blocks: one dense, one with fused experts."""
+    return tiny("qwen3_moe")
