@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal
 
 Method = Literal["gptq", "rtn"]
+Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
+
+SCHEMA_VERSION = 1
+"""Of every document that `document` makes; raised when a field changes its meaning or goes away."""
+
+_PAIRS = re.compile(r"tuple\[tuple\[str, (?!\.\.\.)[^,\]]+\], \.\.\.\]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearReport:
-    """How one linear fared. Losses are tr(E H Eᵀ) / tr(W H Wᵀ), E = W - Q, H undamped: a relative output error."""
+    """How one linear fared.
+
+    Losses are tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Q and H undamped: a relative output error.
+    """
 
     name: str
     """Full name, as in the checkpoint: `model.layers.3.self_attn.q_proj`."""
@@ -126,3 +137,38 @@ class LoadReport:
     perplexity: float | None = None
     windows: int = 0
     seq_len: int = 0
+
+
+def to_json(value: object) -> Json:
+    """`value` as JSON holds it.
+
+    A dataclass becomes an object, unless it has a text form of its own (`Device`, `DeviceMap`): then
+    that text. A field of (name, value) pairs becomes an object too. NaN and the infinities, which
+    JSON does not know, become null. Raises `TypeError` for a type that no report holds.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        if type(value).__str__ is not object.__str__:
+            return str(value)
+        document: dict[str, Json] = {}
+        for item in fields(value):
+            held = getattr(value, item.name)
+            pairs = isinstance(item.type, str) and _PAIRS.fullmatch(item.type) is not None
+            document[item.name] = to_json(dict(held) if pairs else held)
+        return document
+    raise TypeError(f"a report cannot hold {type(value).__name__}")
+
+
+def document(report: object) -> dict[str, Json]:
+    """The JSON document of a report: its fields after `schema_version`. This is report.json, and `--json`."""
+    body = to_json(report)
+    if not isinstance(body, dict):
+        raise TypeError(f"a document is made of a report, not of {type(report).__name__}")
+    return {"schema_version": SCHEMA_VERSION, **body}
