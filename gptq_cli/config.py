@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.errors import ConfigError
+from gptq_cli.placement import DeviceBudget
 
 Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]
@@ -89,7 +90,7 @@ class QuantizeConfig:
 
     @property
     def checkpoint_format(self) -> str:
-        """"gptq" (v1, stores zero - 1) for symmetric codes, "gptq_v2" (stores the zero) otherwise."""
+        """ "gptq" (v1, stores zero - 1) for symmetric codes, "gptq_v2" (stores the zero) otherwise."""
         return "gptq" if self.sym else "gptq_v2"
 
 
@@ -146,6 +147,8 @@ class QuantizeJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     device_map: DeviceMap = field(default_factory=lambda: DeviceMap.parse("auto"))
     max_memory: MaxMemory | None = None
+    devices: tuple[DeviceBudget, ...] | None = None
+    """Plan for these instead of the devices that are present (only with a dry run)."""
     max_shard_bytes: int = 5_000_000_000
     overwrite: bool = False
     strict: bool = False
@@ -165,6 +168,8 @@ class InspectJob:
     model: ModelRef
     device_map: DeviceMap
     max_memory: MaxMemory | None = None
+    devices: tuple[DeviceBudget, ...] | None = None
+    """Plan for these instead of the devices that are present."""
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 

@@ -49,7 +49,11 @@ class ConfigError(UsageError):
 
 
 class DeviceMapError(UsageError):
-    """A device-map, device or max-memory text does not parse."""
+    """A device-map, device or max-memory text does not parse; `position` is the character that is wrong."""
+
+    def __init__(self, message: str, *, hint: str | None = None, position: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.position = position
 
 
 class ModelError(UsageError):
