@@ -1,0 +1,121 @@
+"""Memory of the devices, on every backend that torch and accelerate know.
+
+Accelerators are read through `torch.accelerator`, so cuda (and ROCm, which calls itself cuda), xpu, npu and
+the others need no branch; mps has no statistics of its own there and is read through `torch.mps`. For the
+CPU, allocated = reserved = resident set size of the process, and the peak covers the life of the process.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+
+from gptq_cli.device import CPU, INDEXED_KINDS, Device
+from gptq_cli.devices.host_memory import host_memory, peak_resident_bytes, resident_bytes, trim_heap
+from gptq_cli.events import DeviceMemory
+from gptq_cli.placement import DeviceBudget
+
+
+def accelerator_kind() -> str:
+    """Kind that a bare index means on this machine: that of its accelerators, "cuda" where there is none."""
+    current = torch.accelerator.current_accelerator()
+    return current.type if current is not None else "cuda"
+
+
+def current_accelerator() -> Device:
+    """The accelerator that torch would use now, with its index; the CPU where there is none."""
+    current = torch.accelerator.current_accelerator()
+    if current is None or not torch.accelerator.is_available():
+        return CPU
+    if current.type not in INDEXED_KINDS:
+        return Device(current.type)
+    return Device(current.type, torch.accelerator.current_device_index())
+
+
+def torch_device(device: Device) -> torch.device:
+    """The same device in torch's type."""
+    return torch.device(str(device))
+
+
+def present_accelerators() -> tuple[Device, ...]:
+    """Every accelerator of this machine that is visible to the process."""
+    current = torch.accelerator.current_accelerator()
+    if current is None or not torch.accelerator.is_available():
+        return ()
+    if current.type not in INDEXED_KINDS:
+        return (Device(current.type),)
+    return tuple(Device(current.type, index) for index in range(torch.accelerator.device_count()))
+
+
+def present_devices() -> tuple[DeviceBudget, ...]:
+    """Every accelerator, then the CPU, with total and free bytes.
+
+    Memory that torch's own allocator holds but does not use counts as free.
+    """
+    budgets = []
+    for device in present_accelerators():
+        memory = _read_accelerator(device)
+        if device.kind == "mps":
+            free = memory.total_bytes - memory.allocated_bytes
+        else:
+            free_now, _ = torch.accelerator.get_memory_info(device.index)
+            free = free_now + memory.reserved_bytes - memory.allocated_bytes
+        budgets.append(DeviceBudget(device, memory.total_bytes, max(0, free)))
+    host = host_memory()
+    return (*budgets, DeviceBudget(CPU, host.total_bytes, host.free_bytes))
+
+
+def read_memory(devices: Iterable[Device]) -> tuple[DeviceMemory, ...]:
+    """One reading a device, in the order given."""
+    return tuple(_read_accelerator(d) if d.is_accelerator else _read_host(d) for d in devices)
+
+
+def reset_peak(devices: Iterable[Device]) -> None:
+    """Start a new peak on each accelerator; the CPU's peak belongs to the process and stays."""
+    for device in devices:
+        if device.is_accelerator and device.kind != "mps":
+            torch.accelerator.reset_peak_memory_stats(device.index)
+
+
+def flush(devices: Iterable[Device]) -> tuple[tuple[DeviceMemory, ...], tuple[DeviceMemory, ...]]:
+    """Collect garbage and empty the caches of every backend; return the readings before and after."""
+    devices = tuple(devices)
+    before = read_memory(devices)
+    gc.collect()
+    clear_device_cache()
+    trim_heap()
+    return before, read_memory(devices)
+
+
+def _read_host(device: Device) -> DeviceMemory:
+    resident = resident_bytes()
+    return DeviceMemory(
+        device=str(device),
+        allocated_bytes=resident,
+        reserved_bytes=resident,
+        peak_bytes=peak_resident_bytes(),
+        total_bytes=host_memory().total_bytes,
+    )
+
+
+def _read_accelerator(device: Device) -> DeviceMemory:
+    if device.kind == "mps":
+        allocated = torch.mps.current_allocated_memory()
+        return DeviceMemory(
+            device=str(device),
+            allocated_bytes=allocated,
+            reserved_bytes=torch.mps.driver_allocated_memory(),
+            peak_bytes=allocated,
+            total_bytes=torch.mps.recommended_max_memory(),
+        )
+    _, total = torch.accelerator.get_memory_info(device.index)
+    return DeviceMemory(
+        device=str(device),
+        allocated_bytes=torch.accelerator.memory_allocated(device.index),
+        reserved_bytes=torch.accelerator.memory_reserved(device.index),
+        peak_bytes=torch.accelerator.max_memory_allocated(device.index),
+        total_bytes=total,
+    )

@@ -1,0 +1,119 @@
+"""Main memory as this process may use it.
+
+In a container the kernel's "available" belongs to the whole machine; the control group says what is really
+ours, so the smaller of the two counts. The peak is `VmHWM` of this very process image: `ru_maxrss` survives
+`exec` on Linux and would report the size of the parent that forked us.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """Bytes of main memory: what exists for us, and what of it nobody uses."""
+
+    total_bytes: int
+    free_bytes: int
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """Total and free main memory, under the control group's limit where there is one."""
+    machine = psutil.virtual_memory()
+    total, free = int(machine.total), int(machine.available)
+    for limit, used in _cgroup_limits(root):
+        total = min(total, limit)
+        free = min(free, max(0, limit - used))
+    return HostMemory(total, free)
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
+    """(limit, used without reclaimable cache) of each limited control group above this process."""
+    found: list[tuple[int, int]] = []
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return found
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            group = base.joinpath(*parts[:depth])
+            limit, used = _read_number(group / names[0]), _read_number(group / names[1])
+            if limit is not None and used is not None and limit < _UNLIMITED:
+                found.append((limit, max(0, used - _read_stat(group / "memory.stat", names[2]))))
+    return found
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _read_stat(path: Path, key: str) -> int:
+    try:
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key and value.isdigit():
+                return int(value)
+    except OSError:
+        return 0
+    return 0
+
+
+def resident_bytes() -> int:
+    """Resident set size of this process now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Highest resident set size of this process so far."""
+    if sys.platform == "linux":
+        peak = _read_kib(Path("/proc/self/status"), "VmHWM:")
+        if peak is not None:
+            return max(peak, resident_bytes())
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, resident_bytes())
+
+
+def _read_kib(path: Path, key: str) -> int | None:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def trim_heap() -> None:
+    """Give freed heap pages back to the system where the C library can (glibc); else do nothing."""
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
