@@ -1,0 +1,271 @@
+"""Bringing every micro-batch of calibration data to a stage of a block.
+
+GPTQ with true-sequential stages must see the input of a stage *after* the earlier stages of the same
+block were quantized. Two ways lead there; both give the same inputs to the last bit.
+
+**Replayed** (the classic way): for each stage run the block's forward on each micro-batch from its
+start and stop it where the stage begins; after the last stage run it once more to the end. The cost
+is the sum of all those prefixes: about three forwards for a Llama block. Only the block's inputs are held.
+
+**Parked**: each micro-batch's forward runs in a thread of its own and is parked by a pre-hook at the
+first linear of each stage. When all of them are parked there, the engine quantizes the stage, and
+the forwards go on with the new weights. Every linear runs once per token. Exactly one thread runs at
+any time: the others wait on a semaphore, so this is a coroutine, not concurrency. What it costs is
+the memory of the parked frames: for a Llama block the normed input and the residual at attention,
+and the residual and the MLP's inner activation at the down projection.
+
+    with ParkedForwards(block, linears, stages, calls, hidden) as run:
+        for stage in stages:
+            for _, x in run.inputs([stage]): ...  # x (batch, seq_len, K)
+            quantize the stage's linears in place
+        outputs = run.finish()
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.engine.capture import BlockCall, StopForward
+from gptq_cli.engine.stages import Stage
+from gptq_cli.errors import GptqError
+
+_DATA_DEPENDENT = "which linears run depends on the data here; use --forward replayed"
+
+
+class Forwards(Protocol):
+    """The two ways share this face; the list of hidden states handed to them is consumed."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def inputs(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, Tensor]]:
+        """Each stage's input (batch, seq_len, K), micro-batch after micro-batch.
+
+        Stages given together see the block as it is now; stages given one after the other see what was
+        quantized in between.
+        """
+        ...
+
+    def finish(self) -> list[Tensor]:
+        """Run to the end of the block; its outputs (batch, seq_len, hidden_size), in order."""
+        ...
+
+
+class ReplayedForwards:
+    """Runs each forward again for each call of `inputs`, and stops it as soon as all inputs are seen."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        calls: Sequence[BlockCall],
+        hidden: list[Tensor],
+    ) -> None:
+        self._block = block
+        self._linears = linears
+        self._calls = calls
+        self._hidden = hidden
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def inputs(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, Tensor]]:
+        """See `Forwards.inputs`. A stage that is not `once` yields a tensor for each time its linear ran."""
+        caught: list[tuple[Stage, Tensor]] = []
+        may_stop = all(stage.once for stage in stages)
+
+        def hook_of(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                caught.append((stage, args[0]))
+                if may_stop and len(caught) == len(stages):
+                    raise StopForward
+
+            return hook
+
+        handles = [self._linears[stage.leader].register_forward_pre_hook(hook_of(stage)) for stage in stages]
+        try:
+            for call, hidden in zip(self._calls, self._hidden, strict=True):
+                with suppress(StopForward), torch.no_grad():
+                    call(self._block, hidden)
+                while caught:
+                    yield caught.pop(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self) -> list[Tensor]:
+        """See `Forwards.finish`."""
+        with torch.no_grad():
+            return [call(self._block, self._hidden.pop(0)) for call in self._calls]
+
+
+class ParkedForwards:
+    """Keeps each forward in a thread, parked at the stage that comes next."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        linears: Mapping[str, nn.Module],
+        stages: Sequence[Stage],
+        calls: Sequence[BlockCall],
+        hidden: list[Tensor],
+    ) -> None:
+        self._frames = [_Frame(block, call, hidden) for call in calls]
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for stage in stages:
+            self._hooks.append(linears[stage.leader].register_forward_pre_hook(_leader_hook(stage.leader)))
+            for name in stage.linears[1:]:
+                self._hooks.append(
+                    linears[name].register_forward_pre_hook(_follower_hook(stage.leader, name))
+                )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        for frame in self._frames:
+            frame.cancel()
+        self._frames.clear()
+        for hook in self._hooks:
+            hook.remove()
+
+    def inputs(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, Tensor]]:
+        """See `Forwards.inputs`; one stage at a time, in the order of the forward."""
+        (stage,) = stages
+        for frame in self._frames:
+            x = frame.advance()
+            if x is None or frame.parked_at != stage.leader:
+                raise GptqError(
+                    f"a forward reached {frame.parked_at or 'its end'!r} where stage {stage.leader!r} was expected",
+                    hint=_DATA_DEPENDENT,
+                )
+            yield stage, x
+            del x
+
+    def finish(self) -> list[Tensor]:
+        """See `Forwards.finish`."""
+        outputs = []
+        for frame in self._frames:
+            if frame.advance() is not None:
+                raise GptqError(
+                    f"a forward came to {frame.parked_at!r} a second time",
+                    hint=_DATA_DEPENDENT,
+                )
+            outputs.append(frame.take_output())
+        return outputs
+
+
+def _leader_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Parks the frame that comes to `name`; a forward outside any frame passes."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        frame = threading.current_thread()
+        if isinstance(frame, _Frame):
+            frame.park(name, args[0])
+
+    return hook
+
+
+def _follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Proves, for every micro-batch, what the traced sample promised: that `name` reads what `leader` read."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        frame = threading.current_thread()
+        if isinstance(frame, _Frame) and not frame.read(leader, args[0]):
+            raise GptqError(
+                f"{name!r} and {leader!r} shared their input for the traced sample but not for a later one",
+                hint=_DATA_DEPENDENT,
+            )
+
+    return hook
+
+
+class _Frame(threading.Thread):
+    """One micro-batch's forward. The engine's thread and this one never run at the same time."""
+
+    def __init__(self, block: nn.Module, call: BlockCall, hidden: list[Tensor]) -> None:
+        super().__init__(daemon=True, name="gptq-forward")
+        self.parked_at: str | None = None
+        self._block = block
+        self._call = call
+        self._hidden: list[Tensor] = hidden
+        self._go = threading.Semaphore(0)
+        self._yielded = threading.Semaphore(0)
+        self._input: Tensor | None = None
+        self._reads: dict[str, tuple[int, torch.Size]] = {}
+        self._output: Tensor | None = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+
+    # -- the engine's side
+
+    def advance(self) -> Tensor | None:
+        """Let the forward run to its next park; that stage's input, or None when it came to its end."""
+        if self.ident is None:
+            self.start()
+        self._go.release()
+        self._yielded.acquire()
+        if self._error is not None:
+            raise self._error
+        x, self._input = self._input, None
+        return x
+
+    def take_output(self) -> Tensor:
+        """The block's output, once."""
+        output, self._output = self._output, None
+        if output is None:
+            raise GptqError("a forward ended without an output")
+        return output
+
+    def cancel(self) -> None:
+        """End the forward where it is parked; its memory is free when this returns."""
+        if self.ident is not None and self.is_alive():
+            self._cancelled = True
+            self._go.release()
+            self.join()
+
+    # -- the forward's side
+
+    def run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._cancelled:
+                with torch.no_grad():
+                    self._output = self._call(self._block, self._hidden.pop(0))
+        except StopForward:
+            self._output = None
+        except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
+            self._error = error
+        self.parked_at = None
+        self._yielded.release()
+
+    def park(self, stage: str, x: Tensor) -> None:
+        """Hand `x` to the engine and wait until the stage is quantized."""
+        self.parked_at = stage
+        self._input = x
+        self._reads[stage] = (x.data_ptr(), x.shape)
+        del x
+        self._yielded.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise StopForward
+
+    def read(self, leader: str, x: Tensor) -> bool:
+        """True when `x` is what was parked at `leader`."""
+        return self._reads.get(leader) == (x.data_ptr(), x.shape)

@@ -1,0 +1,259 @@
+"""The block loop: GPTQ over a whole model, one decoder block at a time.
+
+For each block, in model order:
+
+    discover its stages from one short sample
+    for each stage:                      linears that read the same input
+        collect  H = Σ x xᵀ / tokens     over every calibration sample
+        solve    codes, scales, zeros    one factorisation for all linears of the stage
+        assign   W <- dequantized codes  so that what follows sees the quantized block
+        pack     and hand over           the codes leave memory here
+    run the samples to the end of the block: its outputs are the next block's inputs
+    flush the device caches
+
+Nothing is stored on a module. A Hessian lives inside a `with`; the hidden states of the samples are the
+only thing that survives a block. Peak memory is one block's work, whatever the model's depth.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
+from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
+from gptq_cli.engine.finite import FiniteWatch, check_weight
+from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards
+from gptq_cli.engine.stages import Stage, find_stages
+from gptq_cli.errors import NotPositiveDefinite
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    CacheFlushed,
+    FlushPoint,
+    LinearQuantized,
+    Observer,
+    SamplesAdvanced,
+    Warned,
+)
+from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.gptq.packing import pack
+from gptq_cli.gptq.solver import quantize_linears
+from gptq_cli.gptq.types import PackedLinear, QuantizedLinear
+from gptq_cli.model.blocks import assign, weight_matrix
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.placement import Device
+from gptq_cli.results import BlockReport, LinearReport
+
+Store = Callable[[LinearInfo, PackedLinear], None]
+"""Takes a finished linear; the tensors are its own to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One decoder block of the opened model, and what is to be done with it."""
+
+    name: str
+    module: nn.Module
+    device: torch.device
+    """Where it is worked on."""
+    linears: tuple[LinearInfo, ...]
+    at_work: Callable[[], AbstractContextManager[object]] = nullcontext
+    """A context that has the block on `device` and takes it home afterwards."""
+
+    def relative(self, info: LinearInfo) -> str:
+        """The name of a linear inside the block: `self_attn.q_proj`."""
+        return info.name[len(self.name) + 1 :]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """How the loop goes about it; nothing here changes what is computed."""
+
+    parked: bool
+    """Keep forwards parked between stages (each linear runs once), where the block allows it."""
+    strict: bool
+    """End the run rather than fall back to round-to-nearest."""
+    devices: tuple[Device, ...]
+    """Every device in use: watched, flushed, reported."""
+
+
+def quantize_blocks(
+    blocks: Sequence[Block],
+    captured: Captured,
+    config: QuantizeConfig,
+    options: LoopOptions,
+    store: Store,
+    observer: Observer,
+) -> tuple[BlockReport, ...]:
+    """Quantize every block in order; `captured` is consumed. Returns one report a block.
+
+    Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
+    would be needed and `options.strict` forbids it.
+    """
+    _flush("capture", "", options, observer)
+    reports = []
+    for index, block in enumerate(blocks):
+        started = time.perf_counter()
+        reset_peak(options.devices)
+        with block.at_work():
+            captured.hidden[:] = [hidden.to(block.device) for hidden in captured.hidden]
+            calls = [call.to(block.device) for call in captured.calls[index]]
+            captured.calls[index] = []
+            work = _BlockWork(block, index, len(blocks), config, options, store, observer)
+            linears = work.run(calls, captured)
+        memory = read_memory(options.devices)
+        report = BlockReport(
+            name=block.name,
+            seconds=time.perf_counter() - started,
+            peak_bytes=tuple((entry.device, entry.peak_bytes) for entry in memory),
+            linears=linears,
+        )
+        reports.append(report)
+        observer(BlockFinished(index=index, total=len(blocks), report=report, memory=memory))
+        _flush("block", block.name, options, observer)
+    return tuple(reports)
+
+
+def _flush(where: FlushPoint, subject: str, options: LoopOptions, observer: Observer) -> None:
+    before, after = flush(options.devices)
+    observer(CacheFlushed(where=where, subject=subject, before=before, after=after))
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockWork:
+    """One turn of the loop."""
+
+    block: Block
+    index: int
+    total: int
+    config: QuantizeConfig
+    options: LoopOptions
+    store: Store
+    observer: Observer
+
+    def run(self, calls: list[BlockCall], captured: Captured) -> tuple[LinearReport, ...]:
+        block = self.block
+        infos = {block.relative(info): info for info in block.linears}
+        modules = {name: block.module.get_submodule(name) for name in infos}
+        probe = captured.probes[self.index].to(block.device)
+        stages = find_stages(block.module, modules, probe, captured.hidden[0][:1, :PROBE_TOKENS])
+        self.observer(
+            BlockStarted(
+                name=block.name,
+                index=self.index,
+                total=self.total,
+                device=str(block.device),
+                stages=tuple(stage.linears for stage in stages),
+            )
+        )
+        rounds = [[stage] for stage in stages] if self.config.true_sequential else [list(stages)]
+        reports: list[LinearReport] = []
+        with self._forwards(modules, stages, calls, captured.hidden) as run:
+            for number, round_ in enumerate(rounds):
+                with ExitStack() as memory:
+                    hessians = self._collect(run, round_, number, len(rounds), modules, captured, memory)
+                    for stage in round_:
+                        reports += self._solve(stage, hessians.pop(stage), infos, modules)
+            captured.hidden[:] = run.finish()
+        return tuple(reports)
+
+    def _forwards(
+        self,
+        modules: dict[str, nn.Module],
+        stages: Sequence[Stage],
+        calls: list[BlockCall],
+        hidden: list[torch.Tensor],
+    ) -> Forwards:
+        if self.options.parked and self.config.true_sequential and all(stage.once for stage in stages):
+            return ParkedForwards(self.block.module, modules, stages, calls, hidden)
+        return ReplayedForwards(self.block.module, modules, calls, hidden)
+
+    def _collect(
+        self,
+        run: Forwards,
+        stages: Sequence[Stage],
+        number: int,
+        rounds: int,
+        modules: dict[str, nn.Module],
+        captured: Captured,
+        memory: ExitStack,
+    ) -> dict[Stage, Hessian]:
+        """H of each stage over every micro-batch; checked to be finite."""
+        hessians, watches = {}, {stage: FiniteWatch() for stage in stages}
+        for stage in stages:
+            in_features = weight_matrix(modules[stage.leader]).shape[1]
+            hessians[stage] = memory.enter_context(Hessian(in_features, self.block.device))
+        starts = captured.first_sample
+        seen = dict.fromkeys(stages, 0)
+        for stage, x in run.inputs(stages):
+            hessians[stage].add(x)
+            watches[stage].see(x)
+            seen[stage] += 1
+            if stage is stages[-1] and seen[stage] <= len(starts):
+                self.observer(
+                    SamplesAdvanced(
+                        block=self.block.name,
+                        stage=number,
+                        stages=rounds,
+                        done=seen[stage],
+                        total=len(starts),
+                    )
+                )
+        for stage, watch in watches.items():
+            watch.check(self.block.name, stage.leader)
+        return hessians
+
+    def _solve(
+        self, stage: Stage, hessian: Hessian, infos: dict[str, LinearInfo], modules: dict[str, nn.Module]
+    ) -> Iterable[LinearReport]:
+        """Quantize the stage's linears in place, hand the packed tensors over, and report."""
+        started = time.perf_counter()
+        weights = [weight_matrix(modules[name]) for name in stage.linears]
+        for name, weight in zip(stage.linears, weights, strict=True):
+            check_weight(infos[name].name, weight)
+        tokens = hessian.tokens
+        solved = quantize_linears(weights, hessian.matrix(), self.config)
+        seconds = (time.perf_counter() - started) / len(solved)
+        for name in stage.linears:
+            quantized = solved.pop(0)
+            if tokens == 0:
+                quantized = replace(quantized, method="rtn")
+            info, module = infos[name], modules[name]
+            self._announce_fallback(info, quantized, tokens)
+            assign(module, quantized.dequantize(weights.pop(0).dtype))
+            self.store(info, pack(quantized, self.config.bits, self.config.checkpoint_format))
+            report = LinearReport(
+                name=info.name,
+                in_features=info.in_features,
+                out_features=info.out_features,
+                loss=quantized.loss,
+                rtn_loss=quantized.rtn_loss,
+                damp_percent=quantized.damp_percent,
+                attempts=quantized.attempts,
+                method=quantized.method,
+                tokens=tokens,
+                seconds=seconds,
+            )
+            self.observer(LinearQuantized(self.block.name, report))
+            yield report
+
+    def _announce_fallback(self, info: LinearInfo, quantized: QuantizedLinear, tokens: int) -> None:
+        if quantized.method == "gptq":
+            return
+        why = (
+            "no calibration token reached it"
+            if tokens == 0
+            else f"its Hessian is not positive definite up to damping {quantized.damp_percent:g}"
+            f" ({quantized.attempts} attempts, {tokens} tokens)"
+        )
+        hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
+        if self.options.strict:
+            raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
+        self.observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))

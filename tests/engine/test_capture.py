@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_cli.engine.capture import BlockCall, capture, hidden_of, replaced_forward
+from gptq_cli.errors import GptqError
+from tests.engine.opened import open_tiny
+
+
+def test_equal_arguments_are_stored_once() -> None:
+    captured = open_tiny("gemma3_text", samples=6).capture(batch_size=2)
+    tensors = {
+        id(value)
+        for calls in captured.calls
+        for call in calls
+        for value in call.kwargs.values()
+        if isinstance(value, torch.Tensor)
+    }
+    calls = sum(len(calls) for calls in captured.calls)
+    assert calls >= 6
+    assert len(tensors) <= 4, "one mask and one position tensor a kind of layer, not one a call"
+
+
+def test_first_samples_and_batches() -> None:
+    captured = open_tiny("llama", samples=5).capture(batch_size=2)
+    assert captured.first_sample == [0, 2, 4]
+    assert [len(hidden) for hidden in captured.hidden] == [2, 2, 1]
+
+
+def test_blocks_are_as_before_afterwards() -> None:
+    opened = open_tiny("llama")
+    opened.capture()
+    assert not any("forward" in block.__dict__ for block in opened.blocks)
+
+
+def test_replaced_forward_restores_an_instance_forward() -> None:
+    module = nn.Linear(2, 2)
+    own = module.forward
+    module.forward = own
+    with pytest.raises(ZeroDivisionError), replaced_forward(module, lambda x: x):
+        assert module(3) == 3
+        raise ZeroDivisionError
+    assert module.__dict__["forward"] is own
+
+
+def test_a_block_that_is_never_called_is_an_error() -> None:
+    opened = open_tiny("llama")
+    stranger = nn.Linear(2, 2)
+    with pytest.raises(GptqError, match="never called its last block"):
+        capture(
+            opened.model.base_model,
+            [*opened.blocks, stranger],
+            opened.input_ids,
+            batch_size=2,
+            input_device=torch.device("cpu"),
+        )
+
+
+def test_hidden_of_refuses_what_it_does_not_know() -> None:
+    assert hidden_of((torch.ones(1), None)).item() == 1
+    with pytest.raises(GptqError, match="returned dict"):
+        hidden_of({"hidden": torch.ones(1)})
+
+
+def test_a_call_moves_every_tensor() -> None:
+    call = BlockCall((torch.ones(1), [torch.ones(1)]), {"pair": (torch.ones(1), None), "flag": True}, None)
+    moved = call.to(torch.device("meta"))
+    assert moved.args[0].is_meta
+    assert moved.args[1][0].is_meta
+    assert moved.kwargs["pair"][0].is_meta
+    assert moved.kwargs["flag"] is True

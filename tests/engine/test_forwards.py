@@ -1,0 +1,150 @@
+"""Parked, replayed and plain forwards are one and the same, bit for bit, on every architecture."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_cli.engine.capture import hidden_of
+from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards
+from gptq_cli.engine.stages import Stage, find_stages
+from gptq_cli.errors import GptqError
+from tests.engine.opened import Opened, open_tiny
+from tests.tiny import TINY
+
+
+def plain_outputs(opened: Opened) -> list[list[Tensor]]:
+    """What each block returns for each micro-batch when the model runs untouched."""
+    outputs: list[list[Tensor]] = [[] for _ in opened.blocks]
+    hooks = [
+        block.register_forward_hook(lambda _m, _a, out, kept=kept: kept.append(hidden_of(out)))
+        for block, kept in zip(opened.blocks, outputs, strict=True)
+    ]
+    with torch.no_grad():
+        for start in range(0, len(opened.input_ids), 2):
+            opened.model.base_model(input_ids=opened.input_ids[start : start + 2], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+def both_ways(
+    opened: Opened, index: int, captured, hidden: list[Tensor]
+) -> tuple[tuple[Stage, ...], dict[str, Forwards]]:
+    block, linears = opened.blocks[index], opened.linears(index)
+    stages = find_stages(block, linears, captured.probes[index], hidden[0][:1, :16])
+    calls = captured.calls[index]
+    return stages, {
+        "parked": ParkedForwards(block, linears, stages, calls, list(hidden)),
+        "replayed": ReplayedForwards(block, linears, calls, list(hidden)),
+    }
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_way_gives_the_plain_forward(name: str) -> None:
+    opened = open_tiny(name)
+    captured = opened.capture()
+    plain = plain_outputs(opened)
+    hidden = captured.hidden
+    for index in range(len(opened.blocks)):
+        stages, ways = both_ways(opened, index, captured, hidden)
+        inputs, outputs = {}, {}
+        for way, forwards in ways.items():
+            with forwards as run:
+                inputs[way] = [x.clone() for stage in stages for _, x in run.inputs([stage])]
+                outputs[way] = run.finish()
+        assert len(inputs["parked"]) == len(stages) * 3
+        for a, b in zip(inputs["parked"], inputs["replayed"], strict=True):
+            assert torch.equal(a, b)
+        for way in ways:
+            for ours, theirs in zip(outputs[way], plain[index], strict=True):
+                assert torch.equal(ours, theirs)
+        hidden = outputs["parked"]
+
+
+def test_replayed_collects_all_stages_in_one_pass() -> None:
+    opened = open_tiny("llama")
+    captured = opened.capture()
+    stages, ways = both_ways(opened, 0, captured, captured.hidden)
+    runs: Counter[str] = Counter()
+    for name, module in opened.linears(0).items():
+        module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    together = [(stage, x.clone()) for stage, x in ways["replayed"].inputs(stages)]
+    assert runs["self_attn.q_proj"] == 3
+    assert runs["mlp.down_proj"] == 0, "nothing after the last stage's input is needed"
+    for stage in stages:
+        one_by_one = [x for _, x in ways["replayed"].inputs([stage])]
+        for x, y in zip(one_by_one, [x for at, x in together if at == stage], strict=True):
+            assert torch.equal(x, y)
+
+
+def test_parked_runs_each_linear_once_and_sees_edits_downstream() -> None:
+    opened = open_tiny("llama")
+    captured = opened.capture()
+    linears = opened.linears(0)
+    runs: Counter[str] = Counter()
+    for name, module in linears.items():
+        module.register_forward_hook(lambda *_, name=name: runs.update([name]))
+    stages, ways = both_ways(opened, 0, captured, captured.hidden)
+    runs.clear()
+    original = {name: module.weight.detach().clone() for name, module in linears.items()}
+    results = {}
+    for way in ("parked", "replayed"):
+        for name, module in linears.items():
+            module.weight.data.copy_(original[name])
+        runs.clear()
+        with ways[way] as run:
+            for stage in stages:
+                for _ in run.inputs([stage]):
+                    pass
+                for name in stage.linears:
+                    linears[name].weight.data.mul_(0.5)
+            results[way] = run.finish()
+        if way == "parked":
+            assert set(runs.values()) == {3}, "three micro-batches, each linear once for each"
+        else:
+            assert runs["self_attn.q_proj"] > 3
+    for ours, theirs in zip(results["parked"], results["replayed"], strict=True):
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(results["parked"][0], plain_outputs(open_tiny("llama"))[0][0])
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3])
+def test_an_abandoned_run_leaves_no_thread_and_no_hook(stop_after: int) -> None:
+    opened = open_tiny("llama")
+    captured = opened.capture()
+    stages, ways = both_ways(opened, 0, captured, captured.hidden)
+    with pytest.raises(KeyboardInterrupt), ways["parked"] as run:
+        for stage in stages[:stop_after]:
+            for _ in run.inputs([stage]):
+                pass
+        raise KeyboardInterrupt
+    assert not [thread for thread in threading.enumerate() if thread.name == "gptq-forward"]
+    assert not any(module._forward_pre_hooks for module in opened.blocks[0].modules())
+
+
+def test_an_error_inside_a_forward_reaches_the_engine() -> None:
+    opened = open_tiny("llama")
+    captured = opened.capture()
+    stages, ways = both_ways(opened, 0, captured, captured.hidden)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("inside")
+
+    opened.blocks[0].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError, match="inside"), ways["parked"] as run:
+        for stage in stages:
+            for _ in run.inputs([stage]):
+                pass
+
+
+def test_a_stage_out_of_order_is_an_error() -> None:
+    opened = open_tiny("llama")
+    captured = opened.capture()
+    stages, ways = both_ways(opened, 0, captured, captured.hidden)
+    with pytest.raises(GptqError, match="was expected"), ways["parked"] as run:
+        next(iter(run.inputs([stages[1]])))

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gptq_cli.engine.capture import BlockCall
+from gptq_cli.engine.stages import Stage, find_stages, same_tensor
+from tests.engine.opened import open_tiny
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ROTARY_MLP = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+EXPECTED = {
+    "llama": ROTARY_MLP,
+    "gemma3_text": ROTARY_MLP,
+    "phi3": (("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    "gpt2": (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    # attention and MLP side by side: one normed input for both
+    "falcon": (
+        ("self_attention.query_key_value", "mlp.dense_h_to_4h"),
+        ("self_attention.dense",),
+        ("mlp.dense_4h_to_h",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_stages_follow_the_data(name: str) -> None:
+    opened = open_tiny(name)
+    captured = opened.capture()
+    stages = find_stages(opened.blocks[0], opened.linears(0), captured.probes[0], captured.hidden[0][:1, :16])
+    assert tuple(stage.linears for stage in stages) == EXPECTED[name]
+    assert all(stage.once for stage in stages)
+
+
+class Odd(nn.Module):
+    """One linear runs twice, one never, two read equal values in different tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.never, self.a, self.b = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.twice(self.twice(x)) + self.a(x) + self.b(x.clone())
+
+
+def test_linears_without_one_input_stand_alone() -> None:
+    block = Odd()
+    linears = dict(block.named_children())
+    stages = find_stages(block, linears, BlockCall((), {}, None), torch.ones(1, 3, 4))
+    assert stages == (
+        Stage(("a",)),
+        Stage(("b",)),
+        Stage(("twice",), once=False),
+        Stage(("never",), once=False),
+    )
+    assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+def test_same_tensor_knows_views() -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    assert same_tensor(x, x.view(3, 4))
+    assert not same_tensor(x, x.view(4, 3))
+    assert not same_tensor(x, x.clone())
+    assert not same_tensor(x, x[1:])
