@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gptq_cli.findings import Finding
 from gptq_cli.placement import DeviceBudget, Placement
@@ -145,9 +145,10 @@ class LoadReport:
 def to_json(value: object) -> Json:
     """`value` as JSON holds it.
 
-    A dataclass becomes an object, unless it has a text form of its own (`Device`, `DeviceMap`): then
-    that text. A field of (name, value) pairs becomes an object too. NaN and the infinities, which
-    JSON does not know, become null. Raises `TypeError` for a type that no report holds.
+    A dataclass becomes an object of its public fields and of the properties that its `json_properties`
+    names, unless it has a text form of its own (`Device`, `DeviceMap`): then that text. A field of
+    (name, value) pairs becomes an object too. NaN and the infinities, which JSON does not know, become
+    null. Raises `TypeError` for a type that no report holds.
     """
     if value is None or isinstance(value, bool | int | str):
         return value
@@ -162,9 +163,13 @@ def to_json(value: object) -> Json:
             return str(value)
         document: dict[str, Json] = {}
         for item in fields(value):
+            if item.name.startswith("_"):
+                continue
             held = getattr(value, item.name)
             pairs = isinstance(item.type, str) and _PAIRS.fullmatch(item.type) is not None
             document[item.name] = to_json(dict(held) if pairs else held)
+        for name in getattr(value, "json_properties", ()):
+            document[name] = to_json(getattr(value, name))
         return document
     raise TypeError(f"a report cannot hold {type(value).__name__}")
 
@@ -183,6 +188,8 @@ Verdict = Literal["fits", "fits with warnings", "refused"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
     """What one device will have to hold at its highest moment, part by part. All in bytes."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("needed_bytes", "fits", "spare_bytes")
 
     device: str
     total_bytes: int
@@ -279,6 +286,8 @@ class QuantizePlan:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapReport:
     """The result of `gptq inspect-map` and of `gptq quantize --dry-run`."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("ok",)
 
     model: str
     architecture: str

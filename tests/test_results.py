@@ -2,10 +2,24 @@
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
 from gptq_cli.results import SCHEMA_VERSION, BlockReport, KernelCount, document, to_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Private fields stay private; chosen properties come along."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("half",)
+    whole: int
+    _cache: object = None
+
+    @property
+    def half(self) -> float:
+        return self.whole / 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,10 @@ def test_no_pairs_are_an_empty_object() -> None:
 
 def test_a_value_with_its_own_text_is_written_as_that_text() -> None:
     assert to_json((Named(1),)) == ["cuda:1"]
+
+
+def test_private_fields_stay_and_named_properties_come_along() -> None:
+    assert to_json(Plan(3, _cache=object())) == {"whole": 3, "half": 1.5}
 
 
 def test_what_json_does_not_know_becomes_null() -> None:

@@ -1,0 +1,39 @@
+"""Which display: the live one for a person at a terminal, one line an event everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, TextIO
+
+from gptq_cli.display.jsonl import JsonlDisplay
+from gptq_cli.display.plain import PlainDisplay
+from gptq_cli.events import Observer, ignore
+
+Progress = Literal["auto", "rich", "plain", "jsonl", "none"]
+
+
+def is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
+    """True when `stream` is a terminal that can move its cursor, and nobody records it as a log."""
+    ci = environ.get("CI", "").lower() not in ("", "0", "false", "no")
+    dumb = environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return stream.isatty() and not ci and not dumb
+
+
+def choose(
+    progress: Progress, *, quiet: bool, stream: TextIO, environ: Mapping[str, str]
+) -> AbstractContextManager[Observer]:
+    """A context manager that gives the observer for `progress`, writing to `stream`; `quiet` silences all."""
+    if quiet or progress == "none":
+        return nullcontext(ignore)
+    if progress == "auto":
+        progress = "rich" if is_live(stream, environ) else "plain"
+    if progress == "plain":
+        return PlainDisplay(stream)
+    if progress == "jsonl":
+        return JsonlDisplay(stream)
+    from rich.console import Console
+
+    from gptq_cli.display.rich import RichDisplay
+
+    return RichDisplay(Console(file=stream, highlight=False))

@@ -1,0 +1,135 @@
+"""Numbers and names for people: three significant digits, binary units, names cut in the middle."""
+
+from __future__ import annotations
+
+import math
+import re
+
+ELLIPSIS = "…"
+
+
+def size(size_bytes: float) -> str:
+    """`1536` -> `1.50 KiB`. Binary units, three significant digits, a sign where it is negative."""
+    sign, left = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
+    if left < 1000:
+        return f"{sign}{left:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        left /= 1024
+        if left < 999.5:
+            return f"{sign}{_three(left)} {unit}"
+    return f"{sign}{_three(left / 1024)} TiB"
+
+
+def gib(size_bytes: float) -> str:
+    """`2**30` -> `1.00`: gibibytes without the unit, for columns that name it once."""
+    return _three(size_bytes / 2**30)
+
+
+def _three(value: float) -> str:
+    if value < 9.995:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1 min 15 s`."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def clock(seconds: float | None) -> str:
+    """`75.2` -> `0:01:15`; unknown -> `-:--:--`. Always as wide, so that its line stands still."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 linear`, `2,048 linears`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def loss(value: float) -> str:
+    """A relative loss in at most seven characters: `0.0123`, `1.2e-05`, `nan`."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-3 <= value < 10:
+        return f"{value:.4f}"
+    return f"{value:.1e}"
+
+
+def change(value: float, reference: float) -> str:
+    """How far `value` stands from `reference`: `-61 %`, `+4 %`; empty where that means nothing."""
+    if not (math.isfinite(value) and math.isfinite(reference)) or reference <= 0:
+        return ""
+    return f"{100 * (value / reference - 1):+.0f} %"
+
+
+def share(fraction: float) -> str:
+    """`0.8123` -> `81.2 %`."""
+    return f"{100 * fraction:.1f} %"
+
+
+def shorten(text: str, width: int) -> str:
+    """`text` in at most `width` characters, cut in the middle: the ends of a name say the most."""
+    if len(text) <= width:
+        return text
+    if width <= 1:
+        return ELLIPSIS[:width]
+    head = (width - 1) // 3
+    return f"{text[:head]}{ELLIPSIS}{text[len(text) - (width - 1 - head) :]}"
+
+
+def shorten_name(name: str, width: int) -> str:
+    """A dotted name in at most `width` characters; whole components go first, from the second on.
+
+    `model.layers.3.self_attn.q_proj` -> `model.….self_attn.q_proj` -> `….q_proj`.
+    """
+    parts = name.split(".")
+    for kept in range(len(parts) - 1, 0, -1):
+        if len(name) <= width:
+            return name
+        head = [parts[0], ELLIPSIS] if kept > 1 else [ELLIPSIS]
+        tail = kept - 1 if kept > 1 else 1
+        name = ".".join([*head, *parts[len(parts) - tail :]])
+    return shorten(name, width)
+
+
+def short_linear(name: str, block: str) -> str:
+    """`model.layers.3.self_attn.q_proj` in block `model.layers.3` -> `3.self_attn.q_proj`."""
+    prefix = block.rpartition(".")[0]
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+_TOKEN = re.compile(r"(?:[^\s\"']|\"[^\"]*\"|'[^']*')+")
+
+
+def wrap_command(command: str, width: int) -> list[str]:
+    """A command line in lines of `width` characters that can still be pasted: all but the last end in `\\`.
+
+    A line breaks between words, never between an option and its value; one word is never broken.
+    """
+    if len(command) <= width:
+        return [command]
+    groups: list[str] = []
+    for token in _TOKEN.findall(command):
+        if groups and groups[-1].startswith("--") and " " not in groups[-1] and not token.startswith("-"):
+            groups[-1] += f" {token}"
+        else:
+            groups.append(token)
+    lines = [groups[0]]
+    for group in groups[1:]:
+        if len(lines[-1]) + 1 + len(group) + 2 <= width:
+            lines[-1] += f" {group}"
+        else:
+            lines.append(f"  {group}")
+    return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]

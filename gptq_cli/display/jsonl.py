@@ -1,0 +1,48 @@
+"""One JSON object an event, for a program that watches: `{"event": "BlockStarted", "index": 0, …}`.
+
+The fields are those of the event's dataclass in `gptq_cli.events`; (name, value) pairs become objects.
+Every line is flushed, so that a reader sees it when it happens.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+from gptq_cli.events import Event
+from gptq_cli.results import Json, to_json
+
+
+class JsonlDisplay:
+    """An observer that writes JSON lines to `stream`; a context manager like every display."""
+
+    def __init__(self, stream: TextIO, get_time: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._get_time = get_time
+        self._since = get_time()
+
+    def __enter__(self) -> JsonlDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def __call__(self, event: Event) -> None:
+        body = to_json(event)
+        fields = body if isinstance(body, dict) else {}
+        self._write(type(event).__name__, fields)
+
+    def log(self, text: str) -> None:
+        """A line that some library wrote to standard error: `{"event": "Log", …}`, so that all stays JSON."""
+        self._write("Log", {"text": text})
+
+    def _write(self, name: str, fields: dict[str, Json]) -> None:
+        elapsed = round(self._get_time() - self._since, 3)
+        line = json.dumps({"event": name, "elapsed_seconds": elapsed, **fields}, ensure_ascii=False)
+        self._stream.write(f"{line}\n")
+        self._stream.flush()

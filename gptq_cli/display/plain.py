@@ -1,0 +1,158 @@
+"""One line an event, for a CI log: elapsed time first, no colour, no cursor movement, nothing overwritten.
+
+Samples are not lines. A stage is one line when its last sample went through, and a heartbeat comes in
+between where a stage takes long, because CI systems end jobs that are silent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO, assert_never
+
+from gptq_cli.display import format as fmt
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    CacheFlushed,
+    DeviceMemory,
+    Event,
+    FindingRaised,
+    LinearQuantized,
+    PhaseAdvanced,
+    PhaseFinished,
+    PhaseStarted,
+    RunFinished,
+    RunStarted,
+    SamplesAdvanced,
+    ShardWritten,
+    Warned,
+)
+from gptq_cli.findings import Finding
+
+HEARTBEAT_SECONDS = 30.0
+
+
+class PlainDisplay:
+    """An observer that writes lines to `stream`; a context manager like every display."""
+
+    def __init__(self, stream: TextIO, get_time: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
+        self._get_time = get_time
+        self._since = get_time()
+        self._last_line = self._since
+
+    def __enter__(self) -> PlainDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def __call__(self, event: Event) -> None:
+        now = self._get_time()
+        quiet_for = now - self._last_line
+        for text in lines(event, heartbeat=quiet_for >= HEARTBEAT_SECONDS):
+            self._last_line = now
+            self._stream.write(f"[{fmt.clock(now - self._since)}] {text}\n")
+        self._stream.flush()
+
+
+def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
+    """The lines that `event` is worth; `heartbeat` asks for a line even where the event is a small step."""
+    match event:
+        case RunStarted():
+            return _started(event)
+        case FindingRaised(finding):
+            return finding_lines(finding)
+        case PhaseStarted(phase):
+            return (f"{phase}: started",)
+        case PhaseAdvanced(phase, done, total):
+            of = f"/{total}" if total is not None else ""
+            return (f"{phase}: {done}{of}",) if heartbeat else ()
+        case PhaseFinished(phase, seconds, detail):
+            return (f"{phase}: done in {fmt.duration(seconds)}{', ' if detail else ''}{detail}",)
+        case BlockStarted():
+            linears = fmt.count(sum(len(stage) for stage in event.stages), "linear")
+            stages = fmt.count(len(event.stages), "stage")
+            where = f"{event.name} on {event.device}"
+            return (f"block {event.index + 1}/{event.total} {where}: {linears} in {stages}",)
+        case SamplesAdvanced():
+            if event.done < event.total and not heartbeat:
+                return ()
+            stage = f"{event.block} stage {event.stage + 1}/{event.stages}"
+            return (f"{stage}: sample {event.done}/{event.total}",)
+        case LinearQuantized(_, report):
+            losses = f"loss {fmt.loss(report.loss)}, round-to-nearest {fmt.loss(report.rtn_loss)}"
+            how = report.method if report.attempts == 1 else f"{report.method}, {report.attempts} attempts"
+            if report.method != "gptq":
+                how = f"FALLBACK to {how}"
+            damping = f"damping {report.damp_percent:g}"
+            return (f"{report.name}: {losses}, {how}, {damping}, {fmt.duration(report.seconds)}",)
+        case CacheFlushed():
+            return _flushed(event)
+        case BlockFinished():
+            took = f"block {event.index + 1}/{event.total} {event.report.name}: done in"
+            memory = "; ".join(memory_text(entry) for entry in event.memory)
+            return (f"{took} {fmt.duration(event.report.seconds)}; {memory}",)
+        case ShardWritten(path, size_bytes, tensors):
+            return (f"written: {path}, {fmt.size(size_bytes)}, {fmt.count(tensors, 'tensor')}",)
+        case Warned(message, hint):
+            return (f"warning: {message}", *((f"  hint: {hint}",) if hint else ()))
+        case RunFinished(report):
+            return (f"finished: {report.out} in {fmt.duration(report.seconds)}",)
+        case _:
+            assert_never(event)
+
+
+def finding_lines(finding: Finding) -> tuple[str, ...]:
+    """A finding as text: the statement, and the hint below it."""
+    about = f" {finding.subject}:" if finding.subject else ""
+    first = f"{finding.level} [{finding.rule}]{about} {finding.message}"
+    return (first, f"  hint: {finding.hint}") if finding.hint else (first,)
+
+
+def memory_text(memory: DeviceMemory) -> str:
+    """`cuda:0 allocated 1.25 reserved 1.90 peak 1.75 of 24.0 GiB`; `cpu resident …`."""
+    used = f"allocated {fmt.gib(memory.allocated_bytes)} reserved {fmt.gib(memory.reserved_bytes)}"
+    if memory.device == "cpu":
+        used = f"resident {fmt.gib(memory.allocated_bytes)}"
+    return f"{memory.device} {used} peak {fmt.gib(memory.peak_bytes)} of {fmt.gib(memory.total_bytes)} GiB"
+
+
+def flush_title(event: CacheFlushed) -> str:
+    """`flush after model.layers.3`, `flush after capture`, `flush at the end`."""
+    match event.where:
+        case "capture":
+            return "flush after capture"
+        case "block":
+            return f"flush after {event.subject}"
+        case "end":
+            return "flush at the end"
+        case _:
+            assert_never(event.where)
+
+
+def flush_text(event: CacheFlushed) -> str:
+    """What a flush gave back, and on which devices."""
+    given = f"gave back {fmt.size(event.freed_bytes)}"
+    moved = [
+        f"{before.device} {fmt.gib(before.reserved_bytes)} -> {fmt.gib(after.reserved_bytes)} GiB"
+        for before, after in zip(event.before, event.after, strict=True)
+        if before.reserved_bytes != after.reserved_bytes
+    ]
+    return f"{given} ({', '.join(moved)})" if moved else given
+
+
+def _flushed(event: CacheFlushed) -> tuple[str, ...]:
+    return (f"{flush_title(event)}: {flush_text(event)}",)
+
+
+def _started(event: RunStarted) -> tuple[str, ...]:
+    target = f" -> {event.out}" if event.out else ""
+    settings = ", ".join(f"{label} {value}" for label, value in event.settings)
+    work = f"{fmt.count(event.blocks, 'block')}, {fmt.count(event.linears, 'linear')}"
+    first = f"{event.command} {event.model}{target}"
+    return (first, f"plan: {settings}; {work} on {', '.join(event.devices)}")

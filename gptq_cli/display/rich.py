@@ -1,0 +1,201 @@
+"""The live display for a terminal: what is settled scrolls up, what moves stays at the bottom.
+
+Settled: the header with the plan, findings, finished phases, one line a block with what its flush gave
+back, fallbacks. Moving: `picture.py`. The console and the clock are arguments, so that tests pin both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import assert_never
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from gptq_cli.display import format as fmt
+from gptq_cli.display.picture import WIDE, Picture
+from gptq_cli.display.plain import flush_text, flush_title
+from gptq_cli.display.state import State, advance
+from gptq_cli.display.tables import LEVEL_STYLES, findings_table
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    CacheFlushed,
+    Event,
+    FindingRaised,
+    LinearQuantized,
+    PhaseAdvanced,
+    PhaseFinished,
+    PhaseStarted,
+    RunFinished,
+    RunStarted,
+    SamplesAdvanced,
+    ShardWritten,
+    Warned,
+)
+from gptq_cli.findings import Finding
+
+REFRESHES_PER_SECOND = 8.0
+LEADER_FROM = 40
+"""Blanks between a name and its facts from which on dots lead the eye."""
+
+
+class RichDisplay:
+    """An observer that draws on `console`; a context manager, which leaves the cursor as it found it."""
+
+    def __init__(self, console: Console, get_time: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._get_time = get_time
+        self._state = State(since=get_time())
+        self._findings: tuple[Finding, ...] = ()
+        self._finished: BlockFinished | None = None
+        self._worked_on = ""
+        self._live = Live(
+            get_renderable=self._picture,
+            console=console,
+            transient=True,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            vertical_overflow="crop",
+        )
+
+    def __enter__(self) -> RichDisplay:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._print_findings()
+        self._print_block(None)
+        self._live.stop()
+        block = self._state.block
+        if kind is not None and block is not None:
+            where = f"block {block.index + 1}/{block.total}, {block.name}"
+            self._print(Text(f"stopped in {where}, {block.linears_done} of {block.linears} linears done"))
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, FindingRaised):
+            self._print_findings()
+        self._print_block(event if isinstance(event, CacheFlushed) and event.where == "block" else None)
+        self._settle(event)
+        self._state = advance(self._state, event, self._get_time())
+
+    def _picture(self) -> RenderableType:
+        return Picture(self._state, self._get_time())
+
+    def _print(self, *lines: RenderableType) -> None:
+        for line in lines:
+            self._console.print(line, markup=False, highlight=False)
+
+    def _print_findings(self) -> None:
+        """Findings come one by one and belong together: one table, when the next other event arrives."""
+        if self._findings:
+            findings, self._findings = self._findings, ()
+            self._print(findings_table(findings))
+
+    def _settle(self, event: Event) -> None:
+        """Print what will not change any more."""
+        width = self._console.width
+        match event:
+            case RunStarted():
+                self._print(header(event, width))
+            case FindingRaised(finding):
+                self._findings += (finding,)
+            case PhaseFinished(phase, seconds, detail):
+                self._print(settled("done", phase, f"{detail}  {fmt.duration(seconds)}".strip(), width))
+            case CacheFlushed(where="capture" | "end"):
+                self._print(settled("flush", _after(event), flush_text(event), width, "dim"))
+            case BlockFinished():
+                self._finished = event
+                self._worked_on = self._state.block.device if self._state.block else ""
+            case ShardWritten(path, size_bytes, tensors):
+                facts = f"{fmt.count(tensors, 'tensor')}  {fmt.size(size_bytes)}"
+                self._print(settled("written", path, facts, width))
+            case Warned(message, hint):
+                warning = Text(" warning  ", style=LEVEL_STYLES["warning"])
+                self._print(warning.append(message, style="default not bold"))
+                if hint:
+                    self._print(Text(f"          {hint}", style="dim"))
+            case (
+                PhaseStarted()
+                | PhaseAdvanced()
+                | BlockStarted()
+                | SamplesAdvanced()
+                | LinearQuantized()
+                | CacheFlushed()
+                | RunFinished()
+            ):
+                return
+            case _:
+                assert_never(event)
+
+    def _print_block(self, flush: CacheFlushed | None) -> None:
+        """The line of a finished block waits for its flush, which is the next event."""
+        if self._finished is not None:
+            finished, self._finished = self._finished, None
+            fallbacks = sum(report.method != "gptq" for report in finished.report.linears)
+            label, style = ("FALLBACK", "bold red") if fallbacks else ("done", "")
+            facts = block_facts(finished, flush, self._worked_on, wide=self._console.width >= WIDE)
+            self._print(settled(label, finished.report.name, facts, self._console.width, style))
+
+
+def block_facts(event: BlockFinished, flush: CacheFlushed | None, worked_on: str, *, wide: bool) -> str:
+    """`loss 0.0203  peak 1.75 GiB  freed 307 MiB  6.6 s`, as far as known.
+
+    `wide` adds the change against round-to-nearest, the count of fallbacks and the device (`worked_on`).
+    """
+    linears = event.report.linears
+    facts = []
+    if linears:
+        fallbacks = sum(report.method != "gptq" for report in linears)
+        if fallbacks and wide:
+            facts.append(f"{fmt.count(fallbacks, 'linear')} fell back")
+        mean = sum(report.loss for report in linears) / len(linears)
+        nearest = sum(report.rtn_loss for report in linears) / len(linears)
+        change = fmt.change(mean, nearest)
+        facts.append(f"loss {fmt.loss(mean)}{f' ({change})' if change and wide else ''}")
+    peaks = event.report.peak_bytes
+    if peaks:
+        device, peak = next((entry for entry in peaks if entry[0] == worked_on), peaks[0])
+        facts.append(f"{device} peak {fmt.size(peak)}" if wide else f"peak {fmt.size(peak)}")
+    if flush is not None:
+        facts.append(f"freed {fmt.size(flush.freed_bytes)}")
+    return "  ".join([*facts, fmt.duration(event.report.seconds)])
+
+
+def _after(event: CacheFlushed) -> str:
+    return flush_title(event).removeprefix("flush ")
+
+
+def settled(label: str, name: str, facts: str, width: int, style: str = "") -> Text:
+    """One line that stays: a label, a name cut to fit, the facts at the right end."""
+    room = width - 11 - len(facts) - 2
+    shown = fmt.shorten_name(name, max(room, 8))
+    line = Text(f" {label:<8}  ", style=style or "green", no_wrap=True, overflow="ellipsis")
+    line.append(shown, style=style or "default")
+    gap = room - len(shown)
+    leader = "·" * (gap - 2) if gap > LEADER_FROM else ""
+    line.append(f" {leader:<{max(gap - 1, 0)}} ", style="dim")
+    return line.append(facts, style=style or "default")
+
+
+def header(event: RunStarted, width: int) -> Panel:
+    """Model, destination, plan and devices in a frame."""
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(ratio=1, overflow="fold")
+    room = max(width - 16, 8)
+    grid.add_row("model", Text(fmt.shorten(event.model, room)))
+    if event.out:
+        grid.add_row("out", Text(fmt.shorten(event.out, room)))
+    plan = " · ".join(f"{label} {value}" for label, value in event.settings)
+    if plan:
+        grid.add_row("plan", Text(plan))
+    work = f"{fmt.count(event.blocks, 'block')}, {fmt.count(event.linears, 'linear')}"
+    grid.add_row("where", Text(f"{', '.join(event.devices)} · {work}"))
+    return Panel(grid, title=f"gptq {event.command}", title_align="left", border_style="dim")

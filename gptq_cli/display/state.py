@@ -1,0 +1,163 @@
+"""Events folded into what a display shows: one frozen `State`, and `advance(state, event, now)`.
+
+A live display redraws from a thread of its own while the engine reports from another. Every event
+makes a new state, and the display holds one reference to the newest: a redraw never sees half a change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    CacheFlushed,
+    DeviceMemory,
+    Event,
+    FindingRaised,
+    LinearQuantized,
+    Phase,
+    PhaseAdvanced,
+    PhaseFinished,
+    PhaseStarted,
+    RunFinished,
+    RunStarted,
+    SamplesAdvanced,
+    ShardWritten,
+    Warned,
+)
+from gptq_cli.results import LinearReport
+
+REMEMBERED = 8
+"""Linears kept for the table of the last ones, and blocks that the remaining time is estimated from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseState:
+    """The phase in progress; `total` is None where nobody knows."""
+
+    phase: Phase
+    done: int
+    total: int | None
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockState:
+    """The block in work: its samples, its linears, and since when."""
+
+    name: str
+    index: int
+    total: int
+    device: str
+    since: float
+    linears: int
+    linears_done: int = 0
+    stage: int = 0
+    stages: int = 0
+    samples_done: int = 0
+    samples_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """A finished linear and the block that it belongs to."""
+
+    block: str
+    report: LinearReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """All that a display needs to draw one picture."""
+
+    since: float
+    phase: PhaseState | None = None
+    block: BlockState | None = None
+    blocks_done: int = 0
+    blocks_total: int = 0
+    block_seconds: tuple[float, ...] = ()
+    """Wall seconds of the last blocks, as seen from here (packing and writing included)."""
+    recent: tuple[Recent, ...] = ()
+    linears_done: int = 0
+    fallbacks: int = 0
+    memory: tuple[DeviceMemory, ...] = ()
+    flush: CacheFlushed | None = None
+    finished: bool = False
+
+    def remaining_seconds(self, now: float) -> float | None:
+        """Time left for the blocks, from the mean of the last ones; None before the first is finished."""
+        if not self.block_seconds or not self.blocks_total:
+            return None
+        mean = sum(self.block_seconds) / len(self.block_seconds)
+        spent = min(now - self.block.since, mean) if self.block else 0.0
+        return max(0.0, mean * (self.blocks_total - self.blocks_done) - spent)
+
+
+def _merged(known: tuple[DeviceMemory, ...], news: tuple[DeviceMemory, ...]) -> tuple[DeviceMemory, ...]:
+    devices = {entry.device: entry for entry in (*known, *news)}
+    return tuple(devices.values())
+
+
+def advance(state: State, event: Event, now: float) -> State:
+    """The state after `event`, which happened at `now` seconds."""
+    match event:
+        case RunStarted():
+            return replace(state, blocks_total=event.blocks)
+        case PhaseStarted():
+            return replace(state, phase=PhaseState(phase=event.phase, done=0, total=event.total, since=now))
+        case PhaseAdvanced():
+            since = state.phase.since if state.phase and state.phase.phase == event.phase else now
+            phase = PhaseState(phase=event.phase, done=event.done, total=event.total, since=since)
+            return replace(state, phase=phase)
+        case PhaseFinished():
+            return replace(state, phase=None)
+        case BlockStarted():
+            block = BlockState(
+                name=event.name,
+                index=event.index,
+                total=event.total,
+                device=event.device,
+                since=now,
+                linears=sum(len(stage) for stage in event.stages),
+                stages=len(event.stages),
+            )
+            return replace(state, phase=None, block=block, blocks_total=event.total, blocks_done=event.index)
+        case SamplesAdvanced():
+            if state.block is None:
+                return state
+            block = replace(
+                state.block,
+                stage=event.stage,
+                stages=event.stages,
+                samples_done=event.done,
+                samples_total=event.total,
+            )
+            return replace(state, block=block)
+        case LinearQuantized():
+            return replace(
+                state,
+                block=state.block and replace(state.block, linears_done=state.block.linears_done + 1),
+                recent=(*state.recent, Recent(event.block, event.report))[-REMEMBERED:],
+                linears_done=state.linears_done + 1,
+                fallbacks=state.fallbacks + (event.report.method != "gptq"),
+            )
+        case CacheFlushed():
+            return replace(state, flush=event, memory=_merged(state.memory, event.after))
+        case BlockFinished():
+            seconds = now - state.block.since if state.block else event.report.seconds
+            return replace(
+                state,
+                block=None,
+                blocks_done=event.index + 1,
+                blocks_total=event.total,
+                block_seconds=(*state.block_seconds, seconds)[-REMEMBERED:],
+                memory=_merged(state.memory, event.memory),
+            )
+        case RunFinished():
+            return replace(state, phase=None, block=None, finished=True)
+        case FindingRaised() | Warned() | ShardWritten():
+            return state
+        case _:
+            assert_never(event)

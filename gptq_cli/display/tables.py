@@ -1,0 +1,224 @@
+"""Results as a person reads them: the summary of a run, of a load, and lists of findings.
+
+The same renderables serve a terminal and a file: no frame carries meaning, every colour has a word, and
+names and paths are never cut here, because this is the result.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from gptq_cli.display import format as fmt
+from gptq_cli.display.picture import method_text
+from gptq_cli.findings import Finding, Level, PreflightReport
+from gptq_cli.results import KernelCount, LinearReport, LoadReport, RunReport
+
+LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+LISTED = 5
+"""Linears in each of the two lists of a summary."""
+MODULES_NAMED = 4
+
+
+class _Hint:
+    """A remedy: a command line wraps so that it can still be pasted, other text wraps between words."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self._text.startswith("gptq "):
+            for line in fmt.wrap_command(self._text, options.max_width):
+                yield Text(line, style="cyan", no_wrap=True, overflow="ignore")
+        else:
+            yield Text(self._text, style="cyan", overflow="fold")
+
+
+def findings_table(findings: Iterable[Finding]) -> Table:
+    """One entry a finding: level, rule and subject; what is wrong; which modules; what to do."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in PreflightReport(tuple(findings)).ordered():
+        title = Text(finding.rule, style="bold").append(f"  {finding.subject}", style="default not bold")
+        table.add_row(Text(f" {finding.level}", style=LEVEL_STYLES[finding.level]), title)
+        table.add_row("", Text(finding.message))
+        if len(finding.modules) > 1:
+            table.add_row("", Text(modules_text(finding), style="dim"))
+        if finding.hint:
+            table.add_row(Text(" hint", style="cyan"), _Hint(finding.hint))
+    return table
+
+
+def modules_text(finding: Finding) -> str:
+    """`832 MiB in 2 modules: model.layers.30, model.layers.31`; a long list is cut and says so."""
+    named = ", ".join(finding.modules[:MODULES_NAMED])
+    more = len(finding.modules) - MODULES_NAMED
+    held = f"{fmt.size(finding.size_bytes)} in " if finding.size_bytes else ""
+    listed = f"{named} and {more} more" if more > 0 else named
+    return f"{held}{fmt.count(len(finding.modules), 'module')}: {listed}"
+
+
+def _facts(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(f" {label}", Text(value) if isinstance(value, str) else value)
+    return table
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _recipe(report: RunReport | LoadReport) -> str:
+    group = "one group a row" if report.group_size == -1 else f"group {report.group_size}"
+    kind = "symmetric" if report.sym else "asymmetric"
+    order = ", desc_act" if report.desc_act else ""
+    return f"{report.bits} bits, {group}, {kind}{order}, format {report.checkpoint_format}"
+
+
+def run_summary(report: RunReport) -> Group:
+    """What `gptq quantize` made: checkpoint, sizes, quality, time, memory, and the next command."""
+    title = Text(f" {report.out}", style="bold green")
+    title.append(f" is ready after {fmt.duration(report.seconds)}", style="default not bold")
+    parts: list[RenderableType] = [title, "", _facts(_run_rows(report))]
+    linears = report.linears
+    if linears:
+        worst = sorted(linears, key=lambda linear: linear.loss, reverse=True)[:LISTED]
+        slowest = sorted(linears, key=lambda linear: linear.seconds, reverse=True)[:LISTED]
+        parts += ["", _worst(worst), "", _slowest(slowest)]
+    parts += ["", Text(f" next: gptq load {quoted(report.out)}", style="cyan")]
+    return Group(*parts)
+
+
+def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
+    smaller = report.size_before_bytes / report.size_after_bytes if report.size_after_bytes else 0.0
+    sizes = f"{fmt.size(report.size_before_bytes)} -> {fmt.size(report.size_after_bytes)}"
+    revision = f" @ {report.revision[:12]}" if report.revision else ""
+    dense = f"; dense: {', '.join(report.dense_modules)}" if report.dense_modules else ""
+    tokens = f"{report.samples} x {report.seq_len} = {report.tokens:,} tokens"
+    blocks = sum(block.seconds for block in report.blocks)
+    spent = [*report.phase_seconds]
+    if blocks:
+        at = next((i for i, (phase, _) in enumerate(spent) if phase == "save"), len(spent))
+        spent.insert(at, ("blocks", blocks))
+    rows: list[tuple[str, RenderableType]] = [
+        ("model", f"{report.model}{revision}"),
+        ("checkpoint", _recipe(report)),
+        ("size", f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_weight:.3f} bits a weight"),
+        ("quantized", f"{fmt.share(report.quantized_share)} of the parameters{dense}"),
+        ("calibration", f"{report.calibration_source}, {tokens}, seed {report.seed}"),
+        ("dtype", f"{report.dtype}, use_cuda_fp16 {_yes(report.use_cuda_fp16)}"),
+        ("device", ", ".join(report.devices)),
+        ("time", ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in spent)),
+        *_listed("peak memory", peaks(report)),
+    ]
+    linears = report.linears
+    if linears:
+        mean = sum(linear.loss for linear in linears) / len(linears)
+        nearest = sum(linear.rtn_loss for linear in linears) / len(linears)
+        change = fmt.change(mean, nearest)
+        rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
+    rows.append(("fallbacks", _fallbacks(report)))
+    rows += _listed("warnings", [Text(text, style="yellow", overflow="fold") for text in report.warnings])
+    return rows
+
+
+def _listed(label: str, values: Sequence[RenderableType]) -> list[tuple[str, RenderableType]]:
+    """Several values under one label."""
+    return [(label if index == 0 else "", value) for index, value in enumerate(values)]
+
+
+def _fallbacks(report: RunReport) -> Text:
+    if not report.fallbacks:
+        return Text("none")
+    names = [linear.name for linear in report.linears if linear.method != "gptq"]
+    more = len(names) - MODULES_NAMED
+    listed = ", ".join(names[:MODULES_NAMED]) + (f" and {more} more" if more > 0 else "")
+    of = fmt.count(len(report.linears), "linear")
+    text = f"{report.fallbacks} of {of} fell back to round-to-nearest"
+    return Text(f"{text}: {listed}" if listed else text, style="bold red", overflow="fold")
+
+
+def peaks(report: RunReport) -> list[str]:
+    """`cuda:0  1.75 GiB, predicted 1.80 GiB (-3 %)`, one line a device."""
+    predicted = dict(report.predicted_peak_bytes)
+    lines = []
+    for device, measured in report.measured_peak_bytes:
+        expected = predicted.get(device)
+        against = ""
+        if expected:
+            against = f", predicted {fmt.size(expected)} ({fmt.change(measured, expected)})"
+        lines.append(f"{device} {fmt.size(measured)}{against}")
+    return lines
+
+
+def _list(title: str, headings: Sequence[str]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    for heading in headings:
+        table.add_column(justify="left" if heading == "method" else "right", no_wrap=True)
+    table.add_row(f" {title}", *headings, style="bold")
+    return table
+
+
+def _worst(linears: Sequence[LinearReport]) -> Table:
+    table = _list("worst linears", ("loss", "nearest", "change", "method"))
+    for linear in linears:
+        table.add_row(
+            Text(f" {linear.name}"),
+            fmt.loss(linear.loss),
+            fmt.loss(linear.rtn_loss),
+            fmt.change(linear.loss, linear.rtn_loss),
+            method_text(linear.method, linear.attempts),
+            style="bold red" if linear.method != "gptq" else "",
+        )
+    return table
+
+
+def _slowest(linears: Sequence[LinearReport]) -> Table:
+    table = _list("slowest linears", ("seconds", "out x in"))
+    for linear in linears:
+        shape = f"{linear.out_features} x {linear.in_features}"
+        table.add_row(Text(f" {linear.name}"), f"{linear.seconds:.2f}", shape)
+    return table
+
+
+def load_summary(report: LoadReport) -> Group:
+    """What `gptq load` opened, where it stands and why, and what it proved. The text comes after this."""
+    by = f", written by {report.quantizer}" if report.quantizer else ""
+    speed = report.weight_bytes / report.load_seconds if report.load_seconds else 0.0
+    rate = f" ({fmt.size(speed)}/s)" if speed else ""
+    rows: list[tuple[str, RenderableType]] = [
+        ("checkpoint", f"{_recipe(report)}{by}"),
+        ("device", f"{report.device_map}: {report.device_reason}"),
+        ("dtype", f"{report.dtype}, use_cuda_fp16 {_yes(report.use_cuda_fp16)}"),
+        *_listed("kernels", [kernel_text(kernel) for kernel in report.kernels]),
+        ("weights", f"{fmt.size(report.weight_bytes)} in {fmt.duration(report.load_seconds)}{rate}"),
+        *_listed("memory", [f"{device} {fmt.size(held)}" for device, held in report.memory]),
+    ]
+    if report.perplexity is not None:
+        over = f"{report.windows} windows of {report.seq_len} tokens"
+        rows.append(("perplexity", Text(f"{report.perplexity:.3f}", style="bold").append(f" over {over}")))
+    if report.new_tokens:
+        tokens = fmt.count(report.new_tokens, "token")
+        rows.append(("generated", f"{tokens}, {report.tokens_per_second:.1f} a second"))
+    title = Text(f" {report.path}", style="bold green")
+    title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
+    return Group(title, "", _facts(rows))
+
+
+def kernel_text(kernel: KernelCount) -> str:
+    """`int4pack for 180 linears: 4 bits, group 64, cpu`."""
+    return f"{kernel.kernel} for {fmt.count(kernel.linears, 'linear')}: {kernel.reason}"
+
+
+def quoted(path: str) -> str:
+    """`path` as a shell takes it."""
+    return shlex.quote(path)

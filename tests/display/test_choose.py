@@ -1,0 +1,54 @@
+"""Which display, and when."""
+
+import io
+
+import pytest
+
+from gptq_cli.display.choose import choose, is_live
+from gptq_cli.display.jsonl import JsonlDisplay
+from gptq_cli.display.plain import PlainDisplay
+from gptq_cli.display.rich import RichDisplay
+from gptq_cli.events import Warned, ignore
+
+
+class Tty(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environ", "live"),
+    [
+        (Tty(), {"TERM": "xterm-256color"}, True),
+        (Tty(), {"TERM": "xterm", "CI": "false"}, True),
+        (Tty(), {"TERM": "dumb"}, False),
+        (Tty(), {"TERM": "xterm", "CI": "true"}, False),
+        (io.StringIO(), {"TERM": "xterm"}, False),
+    ],
+)
+def test_auto_is_live_at_a_terminal_only(stream: io.StringIO, environ: dict[str, str], live: bool) -> None:
+    assert is_live(stream, environ) is live
+    display = choose("auto", quiet=False, stream=stream, environ=environ)
+    assert isinstance(display, RichDisplay if live else PlainDisplay)
+
+
+def test_a_choice_is_obeyed_wherever_it_goes() -> None:
+    assert isinstance(choose("rich", quiet=False, stream=io.StringIO(), environ={"CI": "1"}), RichDisplay)
+    assert isinstance(choose("plain", quiet=False, stream=Tty(), environ={}), PlainDisplay)
+    assert isinstance(choose("jsonl", quiet=False, stream=Tty(), environ={}), JsonlDisplay)
+
+
+@pytest.mark.parametrize("progress", ["auto", "rich", "plain", "jsonl", "none"])
+def test_quiet_silences_every_display(progress: str) -> None:
+    stream = Tty()
+    with choose(progress, quiet=True, stream=stream, environ={}) as observer:  # type: ignore[arg-type]
+        assert observer is ignore
+        observer(Warned("x"))
+    assert stream.getvalue() == ""
+
+
+def test_none_is_quiet() -> None:
+    with choose("none", quiet=False, stream=Tty(), environ={}) as observer:
+        assert observer is ignore

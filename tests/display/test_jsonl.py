@@ -1,0 +1,38 @@
+"""One JSON object an event."""
+
+import io
+import json
+
+from gptq_cli.display.jsonl import JsonlDisplay
+from tests.display.events import story
+from tests.display.test_plain import Clock
+from tests.golden import check_golden
+
+
+def written(blocks: int) -> str:
+    clock, stream = Clock(), io.StringIO()
+    with JsonlDisplay(stream, clock) as display:
+        for clock.now, event in story(blocks):
+            display(event)
+    return stream.getvalue()
+
+
+def test_the_stream_of_a_whole_run() -> None:
+    check_golden("events.jsonl", written(1))
+
+
+def test_every_line_is_an_object_that_names_its_event() -> None:
+    objects = [json.loads(line) for line in written(2).splitlines()]
+    assert [item["event"] for item in objects] == [type(event).__name__ for _, event in story(2)]
+    assert [item["elapsed_seconds"] for item in objects] == [round(now, 3) for now, _ in story(2)]
+    assert all(isinstance(item["elapsed_seconds"], float) for item in objects)
+
+
+def test_a_foreign_line_is_an_event_as_well() -> None:
+    stream = io.StringIO()
+    JsonlDisplay(stream, Clock()).log('UserWarning: "x"')
+    assert json.loads(stream.getvalue()) == {
+        "event": "Log",
+        "elapsed_seconds": 0.0,
+        "text": 'UserWarning: "x"',
+    }

@@ -1,0 +1,56 @@
+"""One line an event."""
+
+import io
+
+from gptq_cli import events as e
+from gptq_cli.display.plain import HEARTBEAT_SECONDS, PlainDisplay, flush_text, lines
+from tests.display.events import memory, story
+from tests.golden import check_golden
+
+
+class Clock:
+    """Time that stands still until told otherwise."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_log_of_a_whole_run() -> None:
+    clock, stream = Clock(), io.StringIO()
+    with PlainDisplay(stream, clock) as display:
+        for clock.now, event in story(2):
+            display(event)
+    text = stream.getvalue()
+    assert "\x1b" not in text
+    assert "\r" not in text
+    check_golden("plain_run.txt", text)
+
+
+def test_samples_are_no_lines_but_a_long_stage_is_not_silent() -> None:
+    clock, stream = Clock(), io.StringIO()
+    display = PlainDisplay(stream, clock)
+    for done in range(1, 100):
+        clock.now = float(done)
+        display(e.SamplesAdvanced(block="h.0", stage=0, stages=4, done=done, total=128))
+    written = stream.getvalue().splitlines()
+    assert len(written) == 99 // HEARTBEAT_SECONDS
+    assert written[0] == "[0:00:30] h.0 stage 1/4: sample 30/128"
+
+
+def test_every_fallback_is_a_word() -> None:
+    text = "\n".join(line for _, event in story(2) for line in lines(event))
+    assert text.count("FALLBACK to rtn") == 1
+
+
+def test_a_flush_that_gives_nothing_back_says_so() -> None:
+    held = memory(0)
+    event = e.CacheFlushed(where="end", subject="", before=held, after=held)
+    assert flush_text(event) == "gave back 0 B"
+
+
+def test_a_phase_without_a_total() -> None:
+    assert lines(e.PhaseAdvanced("generate", 3), heartbeat=True) == ("generate: 3",)
+    assert lines(e.PhaseAdvanced("generate", 3)) == ()

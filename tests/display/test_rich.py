@@ -1,0 +1,169 @@
+"""The live display, on a recorded terminal: it fits, it says everything, and it leaves the cursor alone."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from gptq_cli import events as e
+from gptq_cli.display.rich import RichDisplay
+from tests.display.events import DENSE, OFFLOAD, linear, memory, story
+from tests.display.test_plain import Clock
+from tests.golden import check_golden
+
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+
+
+class Terminal:
+    """A pretended terminal of `width` columns and the display on it."""
+
+    def __init__(self, width: int, height: int = 50) -> None:
+        self.clock = Clock()
+        self.stream = io.StringIO()
+        console = Console(
+            file=self.stream,
+            width=width,
+            height=height,
+            force_terminal=True,
+            color_system="truecolor",
+            legacy_windows=False,
+            highlight=False,
+            _environ={},
+        )
+        self.display = RichDisplay(console, self.clock)
+        self.width, self.height = width, height
+
+    def play(self, until: type[e.Event] | None = None, nth: int = 1, blocks: int = 3) -> None:
+        """Feed the story up to the `nth` event of type `until`."""
+        for self.clock.now, event in story(blocks):
+            self.display(event)
+            if until and isinstance(event, until):
+                nth -= 1
+                if nth == 0:
+                    return
+
+    def picture(self) -> str:
+        """What moves, as text."""
+        still = Console(
+            file=io.StringIO(), width=self.width, height=self.height, color_system=None, _environ={}
+        )
+        still.print(self.display._picture())
+        assert isinstance(still.file, io.StringIO)
+        return still.file.getvalue()
+
+    @property
+    def settled(self) -> str:
+        """All that was written, without escape codes."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.stream.getvalue())
+
+
+@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize(
+    ("until", "nth"),
+    [(e.PhaseAdvanced, 2), (e.SamplesAdvanced, 1), (e.LinearQuantized, 15), (e.BlockFinished, 2)],
+)
+def test_the_picture_at_every_moment_fits(width: int, until: type[e.Event], nth: int) -> None:
+    terminal = Terminal(width)
+    terminal.play(until, nth)
+    name = f"picture_{width}_{until.__name__}.txt"
+    text = "\n".join(line.rstrip() for line in terminal.picture().splitlines()) + "\n"
+    assert max(map(len, text.splitlines())) <= width
+    check_golden(f"rich/{name}", text)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_what_is_settled_fits_and_says_everything(width: int) -> None:
+    terminal = Terminal(width)
+    terminal.play()  # not entered: nothing moves, only settled lines are written
+    text = terminal.settled
+    assert max(map(len, text.splitlines())) <= width
+    for index in range(3):
+        assert f"model.layers.{index} " in text
+    check_golden(f"rich/settled_{width}.txt", "\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def test_the_cursor_comes_back_after_an_exception() -> None:
+    terminal = Terminal(80)
+
+    def run() -> None:
+        with terminal.display:
+            terminal.play(e.LinearQuantized, 10)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    raw = terminal.stream.getvalue()
+    assert raw.count(HIDE) == raw.count(SHOW) == 1
+    assert raw.rindex(SHOW) > raw.rindex(HIDE)
+    assert terminal.settled.rstrip().endswith("stopped in block 2/3, model.layers.1, 3 of 7 linears done")
+
+
+def test_nothing_moves_after_the_end() -> None:
+    terminal = Terminal(80)
+    with terminal.display:
+        terminal.play()
+    assert "last linears" not in terminal.settled.splitlines()[-1]
+    assert terminal.stream.getvalue().count(SHOW) == 1
+
+
+def test_a_low_terminal_gets_fewer_linears() -> None:
+    terminal = Terminal(80, height=15)
+    terminal.play(e.LinearQuantized, 12)
+    lines = terminal.picture().splitlines()
+    assert len(lines) < 15
+    assert sum("gptq" in line for line in lines) >= 1
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_a_narrow_terminal_loses_text_but_no_line_wraps(width: int) -> None:
+    terminal = Terminal(width)
+    terminal.play(e.LinearQuantized, 15)
+    assert max(map(len, terminal.picture().splitlines())) <= width
+
+
+def test_names_as_long_as_they_come_do_not_wrap() -> None:
+    terminal = Terminal(80)
+    block = "model.language_model.very_long_prefix.transformer.decoder.layers.117"
+    start = e.BlockStarted(name=block, index=117, total=118, device="cuda:0", stages=(("mlp.up_proj",),))
+    terminal.display(start)
+    report = linear(block, "mlp.up_proj", 0)
+    terminal.display(e.LinearQuantized(block, report))
+    lines = terminal.picture().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("layers.117" in line or "117.mlp.up_proj" in line for line in lines)
+
+
+def test_findings_in_a_row_are_one_table() -> None:
+    terminal = Terminal(80)
+    terminal.display(e.FindingRaised(DENSE))
+    terminal.display(e.FindingRaised(OFFLOAD))
+    assert terminal.settled == ""
+    terminal.display(e.PhaseStarted("load"))
+    assert terminal.settled.index("cpu-offload") < terminal.settled.index("stays-dense")
+
+
+def test_findings_are_not_lost_when_the_run_is_refused() -> None:
+    terminal = Terminal(80)
+    with terminal.display:
+        terminal.display(e.FindingRaised(OFFLOAD))
+    assert "CPU offload is not recommended" in terminal.settled
+
+
+def test_markup_in_a_message_is_text() -> None:
+    terminal = Terminal(80)
+    terminal.display(e.Warned("[red]left[/red] as [it] is", hint="[x]"))
+    assert "[red]left[/red] as [it] is" in terminal.settled
+
+
+def test_memory_that_is_nearly_full_is_said_in_words() -> None:
+    terminal = Terminal(80)
+    full = e.DeviceMemory(
+        device="cuda:0",
+        allocated_bytes=90 * 2**30,
+        reserved_bytes=95 * 2**30,
+        peak_bytes=99 * 2**30,
+        total_bytes=100 * 2**30,
+    )
+    terminal.display(e.CacheFlushed(where="capture", subject="", before=memory(0)[:1], after=(full,)))
+    assert "peak 99.0 of 100 GiB  NEARLY FULL\n" in terminal.picture()

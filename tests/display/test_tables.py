@@ -1,0 +1,73 @@
+"""Results as text: complete, readable without colour, no line wider than the page."""
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console, RenderableType
+
+from gptq_cli.display.tables import findings_table, load_summary, run_summary
+from tests.display.events import DENSE, OFFLOAD, REFUSED, load_report, report
+from tests.golden import check_golden
+
+
+def rendered(table: RenderableType, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, _environ={})
+    console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    text = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"
+    assert max(map(len, text.splitlines())) <= width
+    return text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_summary_of_a_run(width: int) -> None:
+    check_golden(f"tables/run_{width}.txt", rendered(run_summary(report()), width))
+
+
+def test_a_summary_names_every_fallback_and_the_next_command() -> None:
+    text = rendered(run_summary(report()), 160)
+    assert "1 of 21 linears fell back to round-to-nearest: model.layers.1.mlp.down_proj" in text
+    assert text.endswith(" next: gptq load smol-w4g64\n")
+    clean = replace(report(), fallbacks=0, warnings=(), blocks=report().blocks[:1])
+    assert "FALLBACK" not in rendered(run_summary(clean))
+
+
+def test_the_next_command_can_be_pasted_whatever_the_path() -> None:
+    assert "gptq load 'my model'" in rendered(run_summary(replace(report(), out="my model")))
+
+
+def test_a_summary_without_blocks_or_predictions() -> None:
+    bare = replace(
+        report(), blocks=(), predicted_peak_bytes=(), size_after_bytes=0, revision=None, dense_modules=()
+    )
+    text = rendered(run_summary(bare))
+    assert "worst linears" not in text
+    assert "predicted" not in text
+
+
+def test_the_summary_of_a_load() -> None:
+    check_golden("tables/load_80.txt", rendered(load_summary(load_report())))
+
+
+def test_a_load_that_proved_nothing_claims_nothing() -> None:
+    text = rendered(load_summary(replace(load_report(), perplexity=None, new_tokens=0)))
+    assert "perplexity" not in text
+    assert "generated" not in text
+
+
+def test_findings_come_errors_first_with_their_remedies() -> None:
+    text = rendered(findings_table([DENSE, OFFLOAD, REFUSED]))
+    check_golden("tables/findings_80.txt", text)
+    assert text.index("error") < text.index("warning") < text.index("note")
+
+
+def test_a_long_list_of_modules_is_cut_and_says_so() -> None:
+    many = replace(OFFLOAD, modules=tuple(f"h.{i}" for i in range(40)))
+    assert "40 modules: h.0, h.1, h.2, h.3 and 36 more" in rendered(findings_table([many]), 160)
+
+
+def test_a_path_is_never_cut() -> None:
+    path = "/very/long/" + "x" * 150
+    text = rendered(load_summary(replace(load_report(), path=path)))
+    assert path in text.replace("\n", "")
