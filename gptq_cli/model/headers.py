@@ -1,0 +1,169 @@
+"""The head of a safetensors file, read without reading a weight and without trusting a byte.
+
+    8 bytes   N, little endian
+    N bytes   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, "__metadata__": {..}}
+    the rest  the tensors' bytes; offsets count from here
+
+A file from a stranger may lie about every one of these numbers, so each is checked against the size of the
+file before it is used: the head's length against a limit, every range against the data, every range's length
+against dtype and shape, the ranges against each other. Nothing is allocated from a number in the file.
+(https://github.com/huggingface/safetensors#format)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+HEADER_LIMIT_BYTES = 100_000_000
+"""The library's own limit; 70B-parameter models need about a tenth of a megabyte."""
+
+DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
+    {
+        "BOOL": ("bool", 8),
+        "U8": ("uint8", 8),
+        "I8": ("int8", 8),
+        "F8_E4M3": ("float8_e4m3fn", 8),
+        "F8_E5M2": ("float8_e5m2", 8),
+        "F8_E8M0": ("float8_e8m0fnu", 8),
+        "F4": ("float4_e2m1fn_x2", 4),
+        "U16": ("uint16", 16),
+        "I16": ("int16", 16),
+        "F16": ("float16", 16),
+        "BF16": ("bfloat16", 16),
+        "U32": ("uint32", 32),
+        "I32": ("int32", 32),
+        "F32": ("float32", 32),
+        "U64": ("uint64", 64),
+        "I64": ("int64", 64),
+        "F64": ("float64", 64),
+        "C64": ("complex64", 64),
+    }
+)
+"""safetensors' dtype -> torch's name and bits an element."""
+
+TORCH_TO_SAFETENSORS: Mapping[str, str] = MappingProxyType({name: key for key, (name, _) in DTYPES.items()})
+
+
+class HeaderError(Exception):
+    """The file is no sound safetensors file; the message says where it is wrong. Never leaves `gptq_cli.model`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file: `begin` and `end` are positions in the whole file."""
+
+    name: str
+    dtype: str
+    """torch's word: "bfloat16"."""
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Stored bytes."""
+        return self.end - self.begin
+
+
+def read_header(path: Path) -> tuple[StoredTensor, ...]:
+    """The tensors of one safetensors file in the order of their bytes. Raises `HeaderError` and `OSError`."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise HeaderError(f"{size} bytes are too few for a safetensors file: it is truncated")
+        length = int.from_bytes(file.read(8), "little")
+        if length > HEADER_LIMIT_BYTES:
+            raise HeaderError(
+                f"its head claims {length} bytes; allowed: {HEADER_LIMIT_BYTES}: it is no safetensors file"
+            )
+        if 8 + length > size:
+            raise HeaderError(f"its head claims {length} bytes, the file has {size}: it is truncated")
+        text = file.read(length)
+    return parse_header(text, data_start=8 + length, file_bytes=size)
+
+
+def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[StoredTensor, ...]:
+    """Judge the JSON head of a file of `file_bytes` whose tensors begin at `data_start`."""
+    try:
+        head = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise HeaderError(f"its head is no JSON ({error}): it is corrupt") from error
+    if not isinstance(head, dict):
+        raise HeaderError("its head is no JSON object: it is corrupt")
+    head.pop("__metadata__", None)
+    tensors = sorted(
+        (_parse_entry(name, entry, data_start) for name, entry in head.items()), key=lambda t: (t.begin, t.end)
+    )
+    position = data_start
+    for tensor in tensors:
+        if tensor.end > file_bytes:
+            missing = tensor.end - file_bytes
+            raise HeaderError(f"tensor {tensor.name} ends {missing} bytes behind the file: it is truncated")
+        if tensor.begin < position:
+            raise HeaderError(f"tensor {tensor.name} overlaps its neighbour: it is corrupt")
+        if tensor.begin > position:
+            raise HeaderError(f"{tensor.begin - position} bytes before tensor {tensor.name} belong to nothing")
+        position = tensor.end
+    if position != file_bytes:
+        raise HeaderError(f"{file_bytes - position} bytes at its end belong to no tensor: it is corrupt")
+    return tuple(tensors)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return result
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
+    if not isinstance(entry, dict):
+        raise HeaderError(f"tensor {name} is described by no JSON object: it is corrupt")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise HeaderError(f"tensor {name} has dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
+        raise HeaderError(f"tensor {name} has shape {shape!r}; allowed: a list of sizes of at least 0")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
+        raise HeaderError(f"tensor {name} has data_offsets {offsets!r}; allowed: [begin, end]")
+    begin, end = offsets
+    torch_name, bits = DTYPES[dtype]
+    if (end - begin) * 8 != math.prod(shape) * bits:
+        raise HeaderError(f"tensor {name} is {dtype} {shape} but has {end - begin} bytes: it is corrupt")
+    return StoredTensor(name, torch_name, tuple(shape), data_start + begin, data_start + end)
+
+
+def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The first bytes of a file with these tensors (name -> torch dtype, shape), and every tensor's place in the file.
+
+    Wide dtypes come first, then names in order: every tensor is aligned to its own element, as the library does it.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPES[TORCH_TO_SAFETENSORS[tensors[name][0]]][1], name))
+    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name in order:
+        dtype, shape = tensors[name]
+        key = TORCH_TO_SAFETENSORS[dtype]
+        end = position + math.prod(shape) * DTYPES[key][1] // 8
+        head[name] = {"dtype": key, "shape": list(shape), "data_offsets": [position, end]}
+        places[name] = (position, end)
+        position = end
+    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    shifted = {name: (start + begin, start + end) for name, (begin, end) in places.items()}
+    return len(text).to_bytes(8, "little") + text, shifted

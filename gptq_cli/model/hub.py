@@ -1,0 +1,187 @@
+"""Fetching a model from the Hugging Face hub: small files first, then exactly the shards that the index names.
+
+Nothing is executed, pickles are never fetched, Python files only with `--trust-remote-code`. `HF_TOKEN`,
+`HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are honoured by `huggingface_hub` itself; offline, its cache is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    SafetensorsParsingError,
+)
+
+from gptq_cli.config import ModelRef
+from gptq_cli.errors import ModelError
+from gptq_cli.model.headers import DTYPES
+from gptq_cli.model.source import (
+    INDEX,
+    PICKLES,
+    SINGLE,
+    ModelFiles,
+    Progress,
+    SourceProblem,
+    index_map,
+    read_json,
+    scan_directory,
+    unsafe_path,
+    without_weight_files,
+)
+from gptq_cli.placement import TensorInfo
+
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
+
+
+def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFiles:
+    """Download `ref` (or find it in the cache) and list its tensors. Raises `ModelError` naming the way out."""
+    patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
+    with _explained(ref):
+        directory = _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
+    if not weights:
+        files = scan_directory(directory, source=ref.model)
+        if not files.tensors:
+            files = _remote_tensors(ref, files)
+    else:
+        with _explained(ref):
+            _snapshot(ref, _shards(directory), progress)
+        files = scan_directory(directory, source=ref.model)
+        if any(problem.kind == "no-weights" for problem in files.problems):
+            files = _name_pickles(ref, files)
+    return replace(files, revision=_commit(directory))
+
+
+def _snapshot(
+    ref: ModelRef, allow: Sequence[str], progress: Progress | None, ignore: list[str] | None = None
+) -> Path:
+    extra: dict[str, Any] = {} if progress is None else {"tqdm_class": _bar(progress)}
+    return Path(
+        snapshot_download(
+            ref.model, revision=ref.revision, allow_patterns=list(allow), ignore_patterns=ignore, **extra
+        )
+    )
+
+
+def _shards(directory: Path) -> tuple[str, ...]:
+    """The weight files worth fetching: what the index names, or the single file."""
+    if not (directory / INDEX).is_file():
+        return (SINGLE,)
+    try:
+        names = sorted(set(index_map(read_json(directory / INDEX)).values()))
+    except ValueError:
+        return (SINGLE,)
+    return tuple(name for name in names if not unsafe_path(name) and name.endswith(".safetensors")) or (SINGLE,)
+
+
+def _commit(directory: Path) -> str | None:
+    """The hub's cache keeps a snapshot in a folder named after its commit."""
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def _remote_tensors(ref: ModelRef, files: ModelFiles) -> ModelFiles:
+    """Heads read over the network, a few kilobytes a shard."""
+    try:
+        with _explained(ref):
+            remote = get_safetensors_metadata(ref.model, revision=ref.revision)
+    except NotASafetensorsRepoError:
+        return _name_pickles(ref, files)
+    except SafetensorsParsingError as error:
+        problem = SourceProblem("corrupt-shard", ref.model, f"a shard of {ref.model} cannot be read: {error}")
+        return replace(files, problems=(*files.problems, problem))
+    tensors = []
+    for shard, metadata in sorted(remote.files_metadata.items()):
+        for name, info in sorted(metadata.tensors.items(), key=lambda item: item[1].data_offsets):
+            begin, end = info.data_offsets
+            dtype = DTYPES[info.dtype][0] if info.dtype in DTYPES else str(info.dtype).lower()
+            tensors.append(TensorInfo(name, tuple(info.shape), dtype, end - begin, shard))
+    return without_weight_files(files, tensors)
+
+
+def _name_pickles(ref: ModelRef, files: ModelFiles) -> ModelFiles:
+    """Say what the repository has instead of safetensors, where the hub can be asked."""
+    try:
+        names = HfApi().list_repo_files(ref.model, revision=ref.revision)
+    except (HfHubHTTPError, OSError):
+        return files
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if not pickles:
+        return files
+    problem = SourceProblem(
+        "pickled-weights",
+        pickles[0],
+        f"{ref.model} has pickled weights only ({', '.join(pickles[:3])}); a pickle can run any program when it "
+        "is opened, so only safetensors files are read",
+        "look for a conversion among the model's pull requests on the hub (--revision refs/pr/N), or convert it "
+        "where you trust it",
+    )
+    return replace(files, problems=(*(p for p in files.problems if p.kind != "no-weights"), problem))
+
+
+@contextlib.contextmanager
+def _explained(ref: ModelRef) -> Iterator[None]:
+    """Turn the hub's exceptions into a `ModelError` that says what to do."""
+    what = ref.model if ref.revision is None else f"{ref.model} at {ref.revision}"
+    try:
+        yield
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{what} is gated: the hub wants to know who asks",
+            hint="accept its licence on the hub, then set HF_TOKEN",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"no such directory, and no such model on the hub: {what}",
+            hint="check the spelling; for a private model set HF_TOKEN; a local model needs the path of its directory",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"the hub's {ref.model} has no revision {ref.revision}") from error
+    except HFValidationError as error:
+        raise ModelError(f"no such directory, and no hub id: {ref.model}") from error
+    except NotASafetensorsRepoError:
+        raise
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        raise ModelError(
+            f"no such directory: {ref.model}; as a hub id it is not in the cache, and the hub cannot be reached",
+            hint="connect to the network, unset HF_HUB_OFFLINE, or give the path of a local model directory",
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"the hub answered for {what}: {error}", hint="try again later") from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+            raise
+        raise ModelError(
+            f"no such directory: {ref.model}; as a hub id it cannot be fetched: {error}",
+            hint="check the network, or give the path of a local model directory",
+        ) from error
+
+
+def _bar(progress: Progress) -> type:
+    """A silent bar for `snapshot_download` that reports the bytes it is told about."""
+    from tqdm.auto import tqdm
+
+    class Reporting(tqdm):  # type: ignore[misc, type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **(kwargs | {"disable": True}))
+            self.counts_bytes = kwargs.get("unit") == "B"
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.counts_bytes:
+                progress(int(self.n), None if self.total is None else int(self.total))
+
+    return Reporting

@@ -1,0 +1,376 @@
+"""A model without its weights: everything that can be decided before one byte of a weight is read.
+
+The model is built on the meta device (a 70B-parameter one takes well under a second and no memory), its blocks
+and linears are found, and every linear is tied to the tensor of the checkpoint that holds its weight.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import initialization as transformers_init
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.pytorch_utils import Conv1D
+
+from gptq_cli.config import ModelRef
+from gptq_cli.errors import ModelError
+from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_router, shape
+from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
+from gptq_cli.model.source import ModelFiles, SourceProblem, read_json
+
+_FLOATS = {"float16", "bfloat16", "float32", "float64"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearInfo:
+    """One linear that will be quantized."""
+
+    name: str
+    """In the model: `transformer.h.0.attn.c_attn`."""
+    block: str
+    source_key: str
+    """The checkpoint's tensor that is its weight: `h.0.attn.c_attn.weight`."""
+    in_features: int
+    """K."""
+    out_features: int
+    """N."""
+    bias: bool
+    transposed: bool
+    """Conv1D: the weight is stored (K, N)."""
+
+    @property
+    def source_name(self) -> str:
+        """The linear's own name in the checkpoint, which `qweight` and its companions get."""
+        return self.source_key.removesuffix(".weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseInfo:
+    """Modules that keep their weights, folded over the blocks: `model.layers.*.input_layernorm`."""
+
+    name: str
+    kind: str
+    """Class name."""
+    reason: str
+    """embedding | head | fused experts | router | converted at load | outside the blocks | vector | other"""
+    modules: int
+    """How many modules the folded name stands for."""
+    parameters: int
+    """Of all of them together; a tied tensor counts once."""
+    share: float
+    """Part of the model's parameters, 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A model on the meta device and what is known about it."""
+
+    config: Any
+    model: Any
+    """`PreTrainedModel` on the meta device, in eval mode."""
+    files: ModelFiles
+    ref: ModelRef
+    blocks_prefix: str
+    blocks: tuple[str, ...]
+    linears: tuple[LinearInfo, ...]
+    """In model order."""
+    dense: tuple[DenseInfo, ...]
+    dtype: torch.dtype
+    """What the model runs in and dense tensors are written in."""
+    already_quantized: str | None
+    """The `quant_method` that config.json names."""
+    keys: KeyMap
+    tied: tuple[tuple[str, ...], ...]
+    parameters: int
+    """Number of parameters; tied ones count once."""
+    problems: tuple[SourceProblem, ...]
+    """Of the files, and of files and model together: weights that are missing or have another shape."""
+
+    @property
+    def quantized_share(self) -> float:
+        """Part of the parameters that will be quantized, 0 to 1."""
+        return sum(x.in_features * x.out_features for x in self.linears) / max(1, self.parameters)
+
+    @property
+    def fused_experts(self) -> tuple[DenseInfo, ...]:
+        """Experts in fused 3-D tensors, which stay dense."""
+        return tuple(item for item in self.dense if item.reason == "fused experts")
+
+    def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
+        """The linears of one block in module order."""
+        return tuple(linear for linear in self.linears if linear.block == block)
+
+
+def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
+    """Build the model of `files` on the meta device and find its blocks and linears.
+
+    Raises `ModelError`: remote code without leave, not a causal language model, no blocks.
+    """
+    raw = _raw_config(files)
+    config = load_config(files, ref)
+    already = _quant_method(raw)
+    dtype = _choose_dtype(config, files, ref)
+    model = build_meta(config, ref, dtype)
+    prefix, blocks = find_blocks(model)
+    conversion = Conversion(model)
+    keys = conversion.map(tensor.name for tensor in files.tensors)
+    linears = tuple(_linears(model, blocks, keys, known=bool(files.tensors)))
+    return Skeleton(
+        config=config,
+        model=model,
+        files=files,
+        ref=ref,
+        blocks_prefix=prefix,
+        blocks=blocks,
+        linears=linears,
+        dense=_fold_dense(model, linears, blocks),
+        dtype=dtype,
+        already_quantized=already,
+        keys=keys,
+        tied=tied_groups(model),
+        parameters=sum(p.numel() for p in model.parameters()),
+        problems=(*files.problems, *_mismatches(model, files, keys)),
+    )
+
+
+def _raw_config(files: ModelFiles) -> Mapping[str, Any]:
+    try:
+        raw = read_json(files.directory / "config.json")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise ModelError(f"{files.source}: config.json is no JSON object")
+    return raw
+
+
+def load_config(files: ModelFiles, ref: ModelRef) -> Any:
+    """The model's config object, judged to be a causal language model's. Raises `ModelError`."""
+    raw = _raw_config(files)
+    if raw.get("auto_map") and not ref.trust_remote_code and raw.get("model_type") not in _known_types():
+        raise ModelError(
+            f"{files.source} (model_type {raw.get('model_type')!r}) needs Python code from its own repository",
+            hint="read that code, then add --trust-remote-code",
+        )
+    if "model_type" not in raw:
+        raise ModelError(f"{files.source}: config.json names no model_type, so its architecture is unknown")
+    try:
+        config = AutoConfig.from_pretrained(
+            files.directory, trust_remote_code=ref.trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise ModelError(
+            f"{files.source}: config.json is not understood: {_first_line(error)}",
+            hint="a newer transformers may know this architecture: pip install -U transformers",
+        ) from error
+    _judge_architecture(files.source, raw, config)
+    return config
+
+
+def _known_types() -> frozenset[str]:
+    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _judge_architecture(source: str, raw: Mapping[str, Any], config: Any) -> None:
+    declared = [str(name) for name in raw.get("architectures") or ()]
+    what = declared[0] if declared else f"model_type {config.model_type!r}"
+    hint = "give a decoder-only language model (one that AutoModelForCausalLM opens)"
+    if raw.get("is_encoder_decoder", getattr(config, "is_encoder_decoder", False)):
+        raise ModelError(f"{source} is an encoder-decoder model ({what}), not a causal language model", hint=hint)
+    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+        return
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if causal is None:
+        raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
+    names = {causal} if isinstance(causal, str) else set(causal)
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)
+    if encoder and not (set(declared) & names):
+        raise ModelError(f"{source} is an encoder ({what}), not a causal language model", hint=hint)
+    if declared and not any(_may_be_causal(name, names) for name in declared):
+        raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
+
+
+def _may_be_causal(declared: str, names: set[str]) -> bool:
+    """The causal class itself, its bare base model, or a text-and-image class that Transformers opens as one."""
+    return (
+        declared in names
+        or declared.endswith(("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration"))
+        and not declared.endswith(("ClassificationModel", "VisionModel"))
+    )
+
+
+def _quant_method(raw: Mapping[str, Any]) -> str | None:
+    quantization = raw.get("quantization_config")
+    text_config = raw.get("text_config")
+    if quantization is None and isinstance(text_config, Mapping):
+        quantization = text_config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return str(method or "unknown")
+
+
+def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
+    """What was asked for; else the config's; else the dtype of most float bytes in the files; else float32."""
+    if ref.dtype != "auto":
+        return as_torch_dtype(ref.dtype)
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(dtype, str) and dtype in _FLOATS:
+        return as_torch_dtype(dtype)
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    return as_torch_dtype(main_dtype(files) or "float32")
+
+
+def main_dtype(files: ModelFiles) -> str | None:
+    """The float dtype that most bytes of the files have: what the checkpoint's author chose."""
+    sizes: dict[str, int] = {}
+    for tensor in files.tensors:
+        if tensor.dtype in _FLOATS:
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.size_bytes
+    return max(sizes, key=lambda name: (sizes[name], name), default=None)
+
+
+def as_torch_dtype(name: str) -> torch.dtype:
+    """`torch.bfloat16` for "bfloat16"."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
+    """The model of `config` on the meta device, parameters in `dtype`; a quantization config is not acted upon."""
+    safe_creation = getattr(transformers_init, "meta_device_safe_creation_ops", None)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if safe_creation is None:
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, trust_remote_code=ref.trust_remote_code
+                )
+            else:
+                with safe_creation():
+                    model = AutoModelForCausalLM.from_config(
+                        config, dtype=dtype, trust_remote_code=ref.trust_remote_code
+                    )
+    except Exception as error:
+        raise ModelError(
+            f"the architecture of {ref.model} cannot be built: {_first_line(error)}",
+            hint="check config.json, and that the packages which the architecture needs are installed",
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _linears(model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, *, known: bool) -> Iterator[LinearInfo]:
+    """Quantizable linears with a tensor of their own in the files; a module shared by two blocks comes once."""
+    seen: set[int] = set()
+    for block in blocks:
+        for name, linear in find_linears(model.get_submodule(block)).items():
+            full = f"{block}.{name}"
+            source = keys.source_of(f"{full}.weight")
+            if source is None and not known:
+                source = f"{full}.weight"
+            if source is None or not source.endswith(".weight") or id(linear) in seen:
+                continue
+            seen.add(id(linear))
+            rows, columns = shape(linear)
+            yield LinearInfo(
+                name=full,
+                block=block,
+                source_key=source,
+                in_features=columns,
+                out_features=rows,
+                bias=getattr(linear, "bias", None) is not None,
+                transposed=isinstance(linear, Conv1D),
+            )
+
+
+def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[SourceProblem]:
+    """Weights that the files lack, or hold in another shape."""
+    broken = {p.kind for p in files.problems} - {"no-tokenizer"}
+    if not files.tensors or broken:
+        return  # the files' own problems say it better
+    for name in keys.missing:
+        yield SourceProblem(
+            "missing-weight", name, f"no tensor in the files is the model's {name}", "fetch the model again"
+        )
+    state = model.state_dict()
+    by_name = {tensor.name: tensor for tensor in files.tensors}
+    for target in sorted(keys.origins, key=natural_key):
+        source = keys.source_of(target)
+        if source is None or tuple(state[target].shape) == by_name[source].shape:
+            continue
+        found, wanted = list(by_name[source].shape), list(state[target].shape)
+        yield SourceProblem(
+            "shape-mismatch",
+            source,
+            f"tensor {source} has shape {found}; config.json asks for {wanted}",
+            "config.json and the weights belong to different models",
+        )
+
+
+def fold(name: str) -> str:
+    """`model.layers.3.mlp` -> `model.layers.*.mlp`."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
+def _fold_dense(
+    model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...]
+) -> tuple[DenseInfo, ...]:
+    quantized = {linear.name for linear in linears}
+    head = model.get_output_embeddings()
+    total = max(1, sum(p.numel() for p in model.parameters()))
+    inside = tuple(f"{block}." for block in blocks)
+    counted: set[int] = set()
+    folded: dict[str, tuple[str, str, int, int]] = {}
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        if name in quantized:
+            counted.update(id(p) for p in own.values())
+            continue
+        size = sum(p.numel() for p in own.values() if id(p) not in counted)
+        counted.update(id(p) for p in own.values())
+        reason = _reason(name, module, head, name.startswith(inside))
+        kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
+        folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
+    return tuple(
+        DenseInfo(
+            name=name, kind=kind, reason=reason, modules=modules, parameters=parameters, share=parameters / total
+        )
+        for name, (kind, reason, modules, parameters) in folded.items()
+    )
+
+
+def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool) -> str:
+    dimensions = [p.ndim for p in module.parameters(recurse=False)]
+    if module is head:
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if in_block and 3 in dimensions and not isinstance(module, nn.Conv1d):
+        return "fused experts"
+    if in_block and name.rpartition(".")[2] in {"router", "gate", "shared_expert_gate"}:
+        return "router"
+    if max(dimensions) < 2:
+        return "vector"
+    if is_linear(module):
+        if is_router(name, module):
+            return "router"
+        return "converted at load" if in_block else "outside the blocks"
+    return "other"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
