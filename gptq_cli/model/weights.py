@@ -1,0 +1,256 @@
+"""Where weights come from: a whole model through Transformers, or a skeleton filled tensor by tensor.
+
+`load_resident` is what quantizing uses: Transformers reads the shards, accelerate dispatches by the placement.
+`fill_dense` is what `gptq load` uses: its linears are packed, so only the rest is read, straight to its device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.accelerate import expand_device_map
+from transformers.utils import logging as transformers_logging
+
+from gptq_cli.errors import CheckpointError, ModelError, NonFinite
+from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
+from gptq_cli.placement import Placement
+
+if TYPE_CHECKING:
+    from gptq_cli.model.skeleton import Skeleton
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype | None = None) -> Any:
+    """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
+
+    Raises `ModelError` when a weight is missing or has another shape than the config asks for.
+    """
+    device_map = _device_map(skeleton, placement)
+    extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    with quiet_libraries(), _no_random_traces():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                skeleton.files.directory,
+                dtype=dtype or skeleton.dtype,
+                trust_remote_code=skeleton.ref.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+                **extra,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ModelError(f"{skeleton.files.source} cannot be loaded: {error}") from error
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            found = sorted(str(item) for item in info[kind])
+            raise ModelError(
+                f"{skeleton.files.source}: {kind.replace('_', ' ')}: {', '.join(found[:5])}"
+                + (f" and {len(found) - 5} more" if len(found) > 5 else ""),
+                hint="fetch the model again",
+            )
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model.eval()
+
+
+def _device_map(skeleton: Skeleton, placement: Placement) -> dict[str, int | str] | None:
+    """The placement as Transformers takes it; None for a plain CPU run.
+
+    Transformers finds the entry of a parameter with a regular expression that knows no component borders:
+    "model.layers.1" also matches "model.layers.10". Where that would misplace a tensor, the entry that should
+    own it is split into its children until both readings agree.
+    """
+    entries = placement.accelerate_map()
+    if set(entries.values()) == {"cpu"}:
+        return None
+    if set(entries) == {""}:
+        return entries
+    names = [*dict.fromkeys([*skeleton.model.state_dict(), *(n for n, _ in skeleton.model.named_buffers())])]
+    for _ in range(64):
+        expanded = expand_device_map(entries, names)
+        wrong = [name for name in names if expanded[name] != entries[_owner(name, entries)]]
+        if not wrong:
+            return entries
+        owner = _owner(wrong[0], entries)
+        entries = _split(skeleton.model, entries, owner)
+    raise ModelError("the device map cannot be given to transformers: its names contain each other")
+
+
+def _owner(name: str, entries: Mapping[str, int | str]) -> str:
+    probe = name
+    while probe not in entries:
+        if not probe:
+            raise ModelError(f"the placement does not cover {name}")
+        probe = probe.rpartition(".")[0]
+    return probe
+
+
+def _split(model: nn.Module, entries: Mapping[str, int | str], owner: str) -> dict[str, int | str]:
+    module = model.get_submodule(owner)
+    below = [name for name, _ in module.named_children()]
+    below += [name for name, _ in module.named_parameters(recurse=False)]
+    below += [name for name, _ in module.named_buffers(recurse=False)]
+    result: dict[str, int | str] = {}
+    for name, device in entries.items():
+        if name == owner:
+            result.update({f"{owner}.{child}": device for child in below})
+        else:
+            result[name] = device
+    return result
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the progress bars and load reports of Transformers: progress is told by our own events."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _no_random_traces() -> Iterator[None]:
+    """Keep the global generator of the CPU as it was: Transformers draws for tensors that it re-creates."""
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def check_finite(module: nn.Module, prefix: str = "") -> None:
+    """Raise `NonFinite`, naming the tensor, if a floating parameter or buffer under `module` holds NaN or infinity.
+
+    Reads every element once, in chunks; tensors on the meta device (offloaded ones) are left out.
+    """
+    seen: set[int] = set()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta or not tensor.is_floating_point() or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        full = f"{prefix}.{name}" if prefix else name
+        check_tensor(full, tensor)
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Raise `NonFinite` if `tensor` holds NaN or infinity. Causal masks filled with -inf are buffers: left alone."""
+    if tensor.numel() == 0 or tensor.element_size() == 1:
+        return
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
+        low, high = torch.aminmax(flat[start : start + _CHUNK_ELEMENTS])
+        if bool(torch.isfinite(low)) and bool(torch.isfinite(high)):
+            continue
+        chunk = flat[start : start + _CHUNK_ELEMENTS]
+        index = start + int(torch.nonzero(~torch.isfinite(chunk))[0])
+        count = int((~torch.isfinite(flat)).sum())
+        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
+        raise NonFinite(
+            f"tensor {name} holds {count} values that are not finite, the first ({flat[index].item()}) at {position}",
+            hint="the model is damaged, or overflowed when it was saved: fetch it again, or use --dtype bfloat16",
+        )
+
+
+def fill_dense(
+    model: Any,
+    conversion: Conversion,
+    origins: Mapping[str, Origin] | KeyMap,
+    read: Callable[[str, torch.device], Tensor],
+    device_of: Callable[[str], torch.device],
+    dtype: torch.dtype,
+) -> None:
+    """Give every tensor of a skeleton its value, except under modules that already have theirs (packed linears).
+
+    `read(source name, device)` returns a tensor of the files. Ties are kept, and buffers that no file stores
+    (rotary frequencies) are computed again. Afterwards nothing is on the meta device.
+    Raises `CheckpointError` naming the first tensor without a value.
+    """
+    table = origins.origins if isinstance(origins, KeyMap) else origins
+    ties = tied_groups(model)
+    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    fixed = _fixed_dtypes(model, dtype)
+    done: set[str] = set()
+    for target, tensor in state.items():
+        origin = table.get(target)
+        if target in done or not tensor.is_meta or origin is None:
+            continue
+        device = device_of(target)
+        sources = {name: read(name, device) for name in origin.sources}
+        for name, value in conversion.convert(origin, sources).items():
+            if name not in state or not state[name].is_meta:
+                continue
+            wanted = state[name]
+            if value.shape != wanted.shape:
+                raise CheckpointError(
+                    f"tensor {name} has shape {list(value.shape)}; the config asks for {list(wanted.shape)}"
+                )
+            if value.is_floating_point():
+                value = value.to(next((d for p, d in fixed if p.search(name)), wanted.dtype))
+            _place(model, name, value.to(device_of(name)))
+            done.add(name)
+        del sources
+    for names in ties:
+        real = next((n for n in names if not _get(model, n).is_meta), None)
+        for name in names:
+            if real is not None and _get(model, name).is_meta:
+                _place(model, name, _get(model, real))
+    _compute_buffers(model, device_of)
+    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else ""))
+
+
+def _fixed_dtypes(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
+    """Parameters that an architecture keeps in float32 whatever the model runs in."""
+    return [(re.compile(name.replace("*", ".*")), kept) for name, kept in model._get_dtype_plan(dtype).items()]
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    value = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _place(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+
+
+def _compute_buffers(model: Any, device_of: Callable[[str], torch.device]) -> None:
+    """Compute the buffers that no file stores, as Transformers does after loading."""
+    stored = set(model.state_dict())
+    for _, tensor in _tensors(model):
+        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if buffer.is_meta and name not in stored:
+            _place(model, name, torch.empty_like(buffer, device=device_of(name)))
+    with _no_random_traces():
+        model.initialize_weights()
