@@ -1,0 +1,267 @@
+"""From documents to token windows: a run's calibration batch, and the windows perplexity is read on.
+
+All documents become one row of tokens, with the tokenizer's end-of-text token between two documents. The row
+is cut into consecutive windows. Calibration divides the windows into as many equal stretches as samples are
+wanted and takes one window out of each, chosen by a local generator: the samples cover the whole text evenly,
+whatever the seed, and another seed takes other windows. Evaluation takes the first windows in order.
+
+Where the tokenizer puts a begin-of-text token before every text, it stands before every window too, and
+counts as one of its tokens: models that are trained with one (Llama, Gemma) behave differently without it.
+
+A text is read only as far as needed: at most `POOL` times the tokens wanted. The end of the row then lies
+where a piece ended, which depends on nothing but the text, the tokenizer and the size of the request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from gptq_cli.calibration.text import PIECE_CHARACTERS, WAYS_OUT, Documents, Piece, Render, read_documents
+from gptq_cli.config import CalibrationConfig
+from gptq_cli.errors import CalibrationError, ModelError
+
+POOL = 8
+"""Tokens read for each token wanted, where the text has them."""
+SHORTEST_WINDOW = 32
+"""Tokens below which a window is not proposed to anybody."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+    "tokenization_*.py",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenBatches:
+    """Windows of tokens, and where they come from."""
+
+    input_ids: Tensor
+    """(samples, seq_len) int64, on the CPU."""
+    source: str
+    """The source as a person reads it: `pydoc (Python 3.11.7)`."""
+    sha256: str
+    """Hex digest of `input_ids` as little-endian int64, row by row."""
+    seed: int | None
+    """Seed of the choice; None for evaluation windows, which are not chosen."""
+    tokens_available: int
+    """Tokens that were read."""
+    windows_available: int
+    """Windows that the tokens fill; `samples` were taken out of them."""
+    read_to_end: bool
+    """True when the text ended before there was enough to stop reading."""
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return self.input_ids.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a window."""
+        return self.input_ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.input_ids.numel()
+
+
+def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a local model directory. Raises `ModelError` where there is none that works."""
+    from transformers import AutoTokenizer
+
+    folder = Path(directory)
+    hint = "copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) beside it"
+    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+        raise ModelError(f"{folder} has no tokenizer (no tokenizer.json or tokenizer.model)", hint=hint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        words = tokenizer("one two three", verbose=False)["input_ids"]
+    except Exception as error:  # the loaders raise anything: OSError, KeyError, json and Rust errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer of {folder} is code of the model repository",
+                hint="read the code, then add --trust-remote-code",
+            ) from error
+        raise ModelError(f"the tokenizer of {folder} cannot be opened: {reason}", hint=hint) from error
+    if not words:
+        raise ModelError(f"the tokenizer of {folder} is empty: it makes no token of a text", hint=hint)
+    return tokenizer
+
+
+def make_batches(
+    tokenizer: Any,
+    config: CalibrationConfig,
+    *,
+    vocab_size: int | None = None,
+    stdin: BinaryIO | None = None,
+) -> TokenBatches:
+    """Cut `config.source` into `config.samples` windows of `config.seq_len` tokens.
+
+    `vocab_size` is the number of rows of the model's embedding, to catch a tokenizer of another model.
+    The same text, tokenizer and config give the same ids on every machine. Raises `CalibrationError`.
+    """
+    documents = read_documents(config.source, render=_renderer(tokenizer), stdin=stdin)
+    row = _tokenize(tokenizer, documents, POOL * config.samples * config.seq_len)
+    windows = _cut_windows(tokenizer, row.ids, config.seq_len)
+    if windows.shape[0] < config.samples:
+        raise _too_little(documents.label, row.ids.numel(), windows.shape[0], config)
+    generator = torch.Generator().manual_seed(config.seed)
+    chosen = _one_of_each_stretch(windows.shape[0], config.samples, generator)
+    return _batches(windows[chosen], documents.label, row, windows.shape[0], config.seed, vocab_size)
+
+
+def evaluation_windows(
+    tokenizer: Any,
+    source: str,
+    seq_len: int,
+    windows: int,
+    *,
+    vocab_size: int | None = None,
+    stdin: BinaryIO | None = None,
+) -> TokenBatches:
+    """The first `windows` consecutive windows of `source`, in order; fewer where the text ends before.
+
+    Raises `CalibrationError` when the text does not fill one window.
+    """
+    documents = read_documents(source, render=_renderer(tokenizer), stdin=stdin)
+    row = _tokenize(tokenizer, documents, windows * seq_len)
+    cut = _cut_windows(tokenizer, row.ids, seq_len)
+    if cut.shape[0] == 0:
+        raise CalibrationError(
+            f"{documents.label} holds {row.ids.numel()} tokens; one window of {seq_len} is the least",
+            hint=f"give more text, or a shorter window: --seq-len {max(2, row.ids.numel())}"
+            if row.ids.numel() >= SHORTEST_WINDOW
+            else "give more text",
+        )
+    return _batches(cut[:windows].clone(), documents.label, row, cut.shape[0], None, vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _TokenRow:
+    ids: Tensor  # (tokens,) int64
+    read_to_end: bool
+
+
+def _renderer(tokenizer: Any) -> Render | None:
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in lists of about `PIECE_CHARACTERS`, to hand many short documents to the tokenizer at once."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece.text)
+        if size >= PIECE_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
+    """Tokens of the documents, until there are `enough` or the text ends."""
+    between = tokenizer.eos_token_id
+    parts: list[Tensor] = []
+    count = 0
+    for group in _groups(documents.pieces):
+        encoded = tokenizer(
+            [piece.text for piece in group],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,  # no "sequence is longer than the maximum": the windows are cut below
+        )["input_ids"]
+        for piece, ids in zip(group, encoded, strict=True):
+            if piece.opens and parts and between is not None:
+                parts.append(torch.tensor([between], dtype=torch.int64))
+                count += 1
+            parts.append(torch.tensor(ids, dtype=torch.int64))
+            count += len(ids)
+        if count >= enough:
+            return _TokenRow(torch.cat(parts), read_to_end=False)
+    return _TokenRow(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64), read_to_end=True)
+
+
+def _cut_windows(tokenizer: Any, ids: Tensor, seq_len: int) -> Tensor:
+    """(windows, seq_len): consecutive stretches, each behind the begin token where texts have one."""
+    begin = _begin_token(tokenizer)
+    if begin is None:
+        return ids[: ids.numel() // seq_len * seq_len].view(-1, seq_len)
+    fresh = seq_len - 1
+    body = ids[: ids.numel() // fresh * fresh].view(-1, fresh)
+    return torch.cat([torch.full((body.shape[0], 1), begin, dtype=torch.int64), body], dim=1)
+
+
+def _begin_token(tokenizer: Any) -> int | None:
+    """The begin-of-text token, if the tokenizer puts one before every text by itself."""
+    begin: int | None = tokenizer.bos_token_id
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    return begin if begin is not None and list(first) == [begin] else None
+
+
+def _one_of_each_stretch(windows: int, samples: int, generator: torch.Generator) -> Tensor:
+    """(samples,) rising window numbers: one out of each of `samples` stretches of equal length (± 1)."""
+    borders = torch.arange(samples + 1, dtype=torch.int64) * windows // samples
+    lengths = borders[1:] - borders[:-1]
+    # 31 random bits modulo a length of at most millions: even to 1e-3, and the same on every machine
+    draws = torch.randint(2**31, (samples,), generator=generator, dtype=torch.int64)
+    return borders[:-1] + draws % lengths
+
+
+def _batches(
+    ids: Tensor, label: str, row: _TokenRow, available: int, seed: int | None, vocab_size: int | None
+) -> TokenBatches:
+    largest = int(ids.max())
+    if vocab_size is not None and largest >= vocab_size:
+        raise CalibrationError(
+            f"the tokenizer makes token {largest}, and the model's embedding has {vocab_size} rows",
+            hint="the tokenizer belongs to another model; copy the model's own tokenizer files beside it",
+        )
+    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return TokenBatches(
+        input_ids=ids,
+        source=label,
+        sha256=digest,
+        seed=seed,
+        tokens_available=row.ids.numel(),
+        windows_available=available,
+        read_to_end=row.read_to_end,
+    )
+
+
+def _too_little(label: str, tokens: int, windows: int, config: CalibrationConfig) -> CalibrationError:
+    """What the text holds, and what would work."""
+    ways = []
+    if windows:
+        ways.append(f"--samples {windows} --seq-len {config.seq_len}")
+    shorter = 1 << (tokens // config.samples).bit_length() >> 1  # the power of two below
+    if shorter >= SHORTEST_WINDOW:
+        ways.append(f"--samples {config.samples} --seq-len {shorter}")
+    ways.append(
+        "a longer text" if config.source.startswith("pydoc") else "a longer text (--calibration pydoc)"
+    )
+    return CalibrationError(
+        f"{label} holds {windows} windows of {config.seq_len} tokens ({tokens} tokens); "
+        f"{config.samples} windows are wanted",
+        hint="use " + ", or ".join(ways) if tokens else WAYS_OUT,
+    )

@@ -1,0 +1,138 @@
+"""English that every Python carries: the help topics of `pydoc` and the docstrings of the standard library.
+
+A calibration text has to be there without a network, be the same on every run, and be long enough for the
+default 128 windows of 2048 tokens. The language reference that `help("if")` prints is about 350 kB of
+prose and code; the docstrings of the standard library's modules add about 1.2 MB. Modules that some
+distributions leave out (tkinter, idlelib, distutils, the tests) are left out everywhere, so two machines
+with the same Python release read the same text. Another release has another text; the label names it.
+
+One document in ten is held out for evaluation, chosen by a hash of its name. Topics quote each other
+("specialnames" contains "customization"), so a paragraph that appears in a held-out document, or earlier in
+the same part, is dropped: no paragraph is both calibrated on and judged on.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import platform
+import re
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+_EXAMPLES = {"__hello__", "__phello__", "pydoc_data", "test", "tests", "turtledemo"}
+_OPTIONAL = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle"}
+LEFT_OUT = _EXAMPLES | _OPTIONAL
+HELD_OUT_EVERY = 10
+Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+SHORTEST_DOCSTRING = 40
+"""Characters; shorter ones ("Return True.") teach nothing."""
+
+_UNDERLINE = re.compile(r"^\s*([=*~^\"'#+.-])\1{2,}\s*$")
+_MARKUP = (
+    (re.compile(r"^(\s*)\.\. [\w:-]+::[ \t]*", re.MULTILINE), r"\1"),  # .. note::
+    (re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]+?)(?:\s*<[^>`]*>)?`"), r"\1"),  # :class:`int`
+    (re.compile(r"``([^`\n]+)``"), r"\1"),  # ``literal``
+    (re.compile(r"(?<![\w*\\])\*\*([A-Za-z][^*\n]*[\w.)])\*\*(?![\w*])"), r"\1"),  # **bold**
+    (re.compile(r"::[ \t]*$", re.MULTILINE), ":"),  # the mark of a code block
+)
+_WRAPPED_AT = 50
+"""A line this long that is followed by another at the same indentation was broken by a text width."""
+
+
+def held_out(name: str) -> bool:
+    """True when the document `name` belongs to the evaluation part; the same on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % HELD_OUT_EVERY == 0
+
+
+def clean(text: str) -> str:
+    """Prose as a person would type it: no ReST marks, paragraphs on one line, code untouched."""
+    lines = (line.rstrip() for line in text.expandtabs().splitlines())
+    kept = "\n".join(line for line in lines if not _UNDERLINE.match(line))
+    for pattern, replacement in _MARKUP:
+        kept = pattern.sub(replacement, kept)
+    paragraphs = (_unwrap(textwrap.dedent(part).strip("\n")) for part in re.split(r"\n\s*\n", kept))
+    return "\n\n".join(part for part in paragraphs if part)
+
+
+def _unwrap(paragraph: str) -> str:
+    """Join the lines of a paragraph of prose; leave code, lists and grammar as they are."""
+    lines = paragraph.split("\n")
+    prose = all(line[:1].isalpha() or line[:1] in "\"'(`" for line in lines)
+    wrapped = all(len(line) >= _WRAPPED_AT for line in lines[:-1])
+    return " ".join(lines) if prose and wrapped and "::=" not in paragraph else paragraph
+
+
+def _topics() -> Iterator[tuple[str, Callable[[], str]]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some minimal distributions drop it; the docstrings remain
+        return
+    for name in sorted(topics):
+        yield f"topic {name}", partial(clean, topics[name])
+
+
+def _modules() -> Iterator[tuple[str, Callable[[], str]]]:
+    library = Path(sysconfig.get_path("stdlib"))
+    for top in sorted(sys.stdlib_module_names):
+        paths = [library / f"{top}.py", *(library / top).rglob("*.py")]
+        for path in sorted(path for path in paths if path.is_file()):
+            parts = path.relative_to(library).with_suffix("").parts
+            if not LEFT_OUT.intersection(parts):
+                yield f"module {'.'.join(parts)}", partial(_docstrings, path)
+
+
+def _docstrings(path: Path) -> str:
+    """The cleaned docstrings of a source file; "" where it has none, or is a template and no Python."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    texts = (ast.get_docstring(node) or "" for node in _definitions(tree))
+    return "\n\n".join(clean(text) for text in texts if len(text) >= SHORTEST_DOCSTRING)
+
+
+def _definitions(node: ast.AST) -> Iterator[Definition]:
+    """The node's definitions in the order of the source; expressions are not entered, they hold none."""
+    if isinstance(node, Definition):
+        yield node
+    for statement in getattr(node, "body", ()):
+        yield from _definitions(statement)
+
+
+def stdlib_documents(*, evaluation: bool) -> tuple[str, ...]:
+    """The documents of one part, in a fixed order, without repeated paragraphs."""
+    sources = [*_topics(), *_modules()]
+    judged = [text for name, read in sources if held_out(name) and (text := read())]
+    if evaluation:
+        return _without_repeats(judged, set())
+    taught = [text for name, read in sources if not held_out(name) and (text := read())]
+    return _without_repeats(taught, {key for text in judged for key in map(_key, text.split("\n\n"))})
+
+
+def _without_repeats(documents: list[str], seen: set[str]) -> tuple[str, ...]:
+    """The documents without the paragraphs that were `seen`, here or before; `seen` grows."""
+    texts = []
+    for text in documents:
+        fresh = []
+        for paragraph in text.split("\n\n"):
+            key = _key(paragraph)
+            if key not in seen:
+                seen.add(key)
+                fresh.append(paragraph)
+        if fresh:
+            texts.append("\n\n".join(fresh))
+    return tuple(texts)
+
+
+def _key(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def label(name: str) -> str:
+    """What a report calls the source `name` ("pydoc" or "pydoc-heldout")."""
+    return f"{name} (Python {platform.python_version()})"
