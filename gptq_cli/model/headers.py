@@ -99,7 +99,8 @@ def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[Stor
         raise HeaderError("its head is no JSON object: it is corrupt")
     head.pop("__metadata__", None)
     tensors = sorted(
-        (_parse_entry(name, entry, data_start) for name, entry in head.items()), key=lambda t: (t.begin, t.end)
+        (_parse_entry(name, entry, data_start) for name, entry in head.items()),
+        key=lambda t: (t.begin, t.end),
     )
     position = data_start
     for tensor in tensors:
@@ -109,7 +110,9 @@ def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[Stor
         if tensor.begin < position:
             raise HeaderError(f"tensor {tensor.name} overlaps its neighbour: it is corrupt")
         if tensor.begin > position:
-            raise HeaderError(f"{tensor.begin - position} bytes before tensor {tensor.name} belong to nothing")
+            raise HeaderError(
+                f"{tensor.begin - position} bytes before tensor {tensor.name} belong to nothing"
+            )
         position = tensor.end
     if position != file_bytes:
         raise HeaderError(f"{file_bytes - position} bytes at its end belong to no tensor: it is corrupt")
@@ -146,7 +149,9 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
     return StoredTensor(name, torch_name, tuple(shape), data_start + begin, data_start + end)
 
 
-def build_header(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """The first bytes of a file with these tensors (name -> torch dtype, shape), and every tensor's place in the file.
 
     Wide dtypes come first, then names in order: every tensor is aligned to its own element, as the library does it.

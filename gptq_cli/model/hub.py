@@ -15,8 +15,8 @@ from typing import Any
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     NotASafetensorsRepoError,
     OfflineModeIsEnabled,
@@ -84,7 +84,9 @@ def _shards(directory: Path) -> tuple[str, ...]:
         names = sorted(set(index_map(read_json(directory / INDEX)).values()))
     except ValueError:
         return (SINGLE,)
-    return tuple(name for name in names if not unsafe_path(name) and name.endswith(".safetensors")) or (SINGLE,)
+    return tuple(name for name in names if not unsafe_path(name) and name.endswith(".safetensors")) or (
+        SINGLE,
+    )
 
 
 def _commit(directory: Path) -> str | None:

@@ -7,7 +7,6 @@ and linears are found, and every linear is tied to the tensor of the checkpoint 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers import initialization as transformers_init
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -26,6 +25,7 @@ from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
+from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import ModelFiles, SourceProblem, read_json
 
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
@@ -185,14 +185,18 @@ def _judge_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
     what = declared[0] if declared else f"model_type {config.model_type!r}"
     hint = "give a decoder-only language model (one that AutoModelForCausalLM opens)"
     if raw.get("is_encoder_decoder", getattr(config, "is_encoder_decoder", False)):
-        raise ModelError(f"{source} is an encoder-decoder model ({what}), not a causal language model", hint=hint)
+        raise ModelError(
+            f"{source} is an encoder-decoder model ({what}), not a causal language model", hint=hint
+        )
     if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
         return
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if causal is None:
         raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
     names = {causal} if isinstance(causal, str) else set(causal)
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True)
+    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_decoder", True
+    )
     if encoder and not (set(declared) & names):
         raise ModelError(f"{source} is an encoder ({what}), not a causal language model", hint=hint)
     if declared and not any(_may_be_causal(name, names) for name in declared):
@@ -201,11 +205,10 @@ def _judge_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
 
 def _may_be_causal(declared: str, names: set[str]) -> bool:
     """The causal class itself, its bare base model, or a text-and-image class that Transformers opens as one."""
-    return (
-        declared in names
-        or declared.endswith(("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration"))
-        and not declared.endswith(("ClassificationModel", "VisionModel"))
-    )
+    if declared in names:
+        return True
+    endings = ("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration")
+    return declared.endswith(endings) and not declared.endswith("VisionModel")
 
 
 def _quant_method(raw: Mapping[str, Any]) -> str | None:
@@ -249,19 +252,11 @@ def as_torch_dtype(name: str) -> torch.dtype:
 
 def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
     """The model of `config` on the meta device, parameters in `dtype`; a quantization config is not acted upon."""
-    safe_creation = getattr(transformers_init, "meta_device_safe_creation_ops", None)
     try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if safe_creation is None:
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, trust_remote_code=ref.trust_remote_code
-                )
-            else:
-                with safe_creation():
-                    model = AutoModelForCausalLM.from_config(
-                        config, dtype=dtype, trust_remote_code=ref.trust_remote_code
-                    )
+        with torch.device("meta"), meta_device_safe_creation_ops(), quiet_libraries():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=ref.trust_remote_code
+            )
     except Exception as error:
         raise ModelError(
             f"the architecture of {ref.model} cannot be built: {_first_line(error)}",
@@ -346,7 +341,12 @@ def _fold_dense(
         folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
     return tuple(
         DenseInfo(
-            name=name, kind=kind, reason=reason, modules=modules, parameters=parameters, share=parameters / total
+            name=name,
+            kind=kind,
+            reason=reason,
+            modules=modules,
+            parameters=parameters,
+            share=parameters / total,
         )
         for name, (kind, reason, modules, parameters) in folded.items()
     )

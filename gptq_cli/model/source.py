@@ -135,7 +135,9 @@ def scan_directory(directory: Path, *, source: str | None = None) -> ModelFiles:
             if tensor.name in holder:
                 problems.append(
                     SourceProblem(
-                        "corrupt-shard", name, f"tensor {tensor.name} is in {holder[tensor.name]} and in {name}"
+                        "corrupt-shard",
+                        name,
+                        f"tensor {tensor.name} is in {holder[tensor.name]} and in {name}",
                     )
                 )
                 continue
@@ -219,14 +221,19 @@ def _shard_names(directory: Path, problems: list[SourceProblem]) -> tuple[tuple[
             )
         elif not name.endswith(".safetensors"):
             problems.append(
-                SourceProblem("pickled-weights", INDEX, f"the index names shard {name!r}; allowed: *.safetensors")
+                SourceProblem(
+                    "pickled-weights", INDEX, f"the index names shard {name!r}; allowed: *.safetensors"
+                )
             )
         else:
             safe.append(name)
     unlisted = sorted({p.name for p in directory.glob("model-*-of-*.safetensors")} - set(names))
     problems.extend(
         SourceProblem(
-            "unlisted-shard", name, f"{name} is in the directory, but the index does not name it", "fetch the model again"
+            "unlisted-shard",
+            name,
+            f"{name} is in the directory, but the index does not name it",
+            "fetch the model again",
         )
         for name in unlisted
     )
@@ -253,7 +260,7 @@ def _no_weights(directory: Path) -> SourceProblem:
             pickles[0],
             f"the weights are pickled ({', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}); a pickle "
             "can run any program when it is opened, so only safetensors files are read",
-            "convert them once, where you trust them: python -c \"from transformers import AutoModelForCausalLM as A; "
+            'convert them once, where you trust them: python -c "from transformers import AutoModelForCausalLM as A; '
             f"A.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}')\"",
         )
     ggufs = [name for name in files if name.endswith(".gguf")]
@@ -285,7 +292,9 @@ def _read_shard(path: Path, name: str, problems: list[SourceProblem]) -> tuple[T
         problems.append(SourceProblem(kind, name, f"shard {name}: {error}", "fetch the file again"))
         return None
     except OSError as error:
-        problems.append(SourceProblem("unreadable-shard", name, f"shard {name} cannot be read: {error.strerror}"))
+        problems.append(
+            SourceProblem("unreadable-shard", name, f"shard {name} cannot be read: {error.strerror}")
+        )
         return None
     return tuple(TensorInfo(t.name, t.shape, t.dtype, t.size_bytes, name) for t in stored)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import expand_device_map
-from transformers.utils import logging as transformers_logging
 
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
+from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.placement import Placement
 
 if TYPE_CHECKING:
@@ -107,23 +106,6 @@ def _split(model: nn.Module, entries: Mapping[str, int | str], owner: str) -> di
         else:
             result[name] = device
     return result
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the progress bars and load reports of Transformers: progress is told by our own events."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -215,12 +197,16 @@ def fill_dense(
     _compute_buffers(model, device_of)
     left = [name for name, tensor in _tensors(model) if tensor.is_meta]
     if left:
-        raise CheckpointError(f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else ""))
+        raise CheckpointError(
+            f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else "")
+        )
 
 
 def _fixed_dtypes(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
     """Parameters that an architecture keeps in float32 whatever the model runs in."""
-    return [(re.compile(name.replace("*", ".*")), kept) for name, kept in model._get_dtype_plan(dtype).items()]
+    return [
+        (re.compile(name.replace("*", ".*")), kept) for name, kept in model._get_dtype_plan(dtype).items()
+    ]
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
