@@ -1,0 +1,71 @@
+# Every target works on a fresh machine: it makes its virtual environment first.
+#
+#   PYTHON   the interpreter to make it with (3.11 or newer)
+#   VENV     where it lies
+#   TORCH    which torch goes into it, for instance TORCH=torch==2.14.1 where a GPU wants another one
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint types fmt golden bench check clean
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+STAMP   := $(VENV)/.installed
+THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+PYTEST  := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+GOLDENS  = tests/test_readme.py $(shell grep -rl check_golden tests --include='test_*.py')
+
+help:                ## show this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+venv: $(STAMP)       ## make .venv with the package and everything its tests need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 or newer is needed: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ($(TORCH) first; some minutes the first time)"
+	@{ echo "$(TORCH)"; grep -v '^torch==' constraints.txt; } > $(VENV)/constraints.txt
+	@$(PIP) install -qq --progress-bar off -c $(VENV)/constraints.txt "$(TORCH)"
+	@$(PIP) install -qq --progress-bar off -c $(VENV)/constraints.txt -e '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP)       ## quantize a real model, load the result, compare perplexities (minutes)
+	@$(BIN)/python scripts/demo.py
+
+test: $(STAMP)       ## the tests
+	@$(PYTEST) -m 'not slow and not gpu and not network'
+
+test-all: $(STAMP)   ## the tests, slow ones included
+	@$(PYTEST) -m 'not gpu and not network'
+
+lint: $(STAMP)       ## ruff: rules, floors, format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)      ## mypy --strict on the package
+	@$(BIN)/mypy
+
+fmt: $(STAMP)        ## let ruff put the format right, and what rules it can
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+golden: $(STAMP)     ## write the golden files and README's option lists anew; review the diff
+	@UPDATE_GOLDEN=1 $(PYTEST) -q -m 'not slow and not gpu and not network' $(GOLDENS)
+	@git status --short tests/golden README.md
+
+bench: $(STAMP)      ## time `gptq quantize` on the demo model; the last line is JSON
+	@$(BIN)/python scripts/bench_quantize.py
+
+check:               ## what CI runs: lint, types, tests, README against --help, in an environment of its own
+	@rm -rf .venv-check
+	@$(MAKE) VENV=.venv-check lint
+	@$(MAKE) VENV=.venv-check types
+	@$(MAKE) VENV=.venv-check test
+
+clean:               ## remove caches, environments and what the demo wrote
+	@rm -rf .venv .venv-* demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
