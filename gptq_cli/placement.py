@@ -169,6 +169,8 @@ class ModelFacts:
     blocks: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     """Every named module in registration order, without the root."""
+    order: tuple[str, ...] = ()
+    """Modules in the order in which a forward first calls them; () where it could not be traced."""
     tensors: tuple[TensorFact, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""

@@ -1,0 +1,116 @@
+"""Facts of the world for the rules: the skeleton in plain numbers, the output's place, the environment.
+
+This module and trace.py are the only ones of the room that know torch models and the file system; everything
+else here works on what they return.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.device import Device
+from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.placement import LinearFact, ModelFacts, TensorFact
+from gptq_cli.preflight.cases import Capability, Environment, OutputFacts
+from gptq_cli.preflight.trace import trace
+
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
+
+
+def model_facts(skeleton: Skeleton) -> ModelFacts:
+    """The skeleton in plain numbers."""
+    model, config = skeleton.model, skeleton.config.get_text_config()
+    order, stages = trace(model, skeleton.linears, skeleton.blocks)
+    return ModelFacts(
+        model=skeleton.ref.model,
+        architecture=type(model).__name__,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        blocks=skeleton.blocks,
+        modules=tuple(name for name, _ in model.named_modules() if name),
+        order=order,
+        tensors=_tensors(model),
+        tied=skeleton.tied,
+        linears=tuple(
+            LinearFact(
+                name=info.name,
+                block=info.block,
+                in_features=info.in_features,
+                out_features=info.out_features,
+                stage=stages[info.name],
+            )
+            for info in skeleton.linears
+        ),
+        fused=_fused(model, skeleton.blocks),
+        already_quantized=skeleton.already_quantized,
+        tensor_files_bytes=skeleton.files.size_bytes,
+    )
+
+
+def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
+    """Parameters and buffers in module order; a tied one under its first name."""
+    found: list[tuple[str, Tensor, bool]] = [(name, p, False) for name, p in model.named_parameters()]
+    found += [(name, b, True) for name, b in model.named_buffers()]
+    rank = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    found.sort(key=lambda item: rank[item[0].rpartition(".")[0]])
+    return tuple(
+        TensorFact(name, t.numel(), t.numel() * t.element_size(), buffer) for name, t, buffer in found
+    )
+
+
+def _fused(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+    inside = tuple(f"{block}." for block in blocks)
+    return tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and name.startswith(inside) and parameter.shape[0] > 1
+    )
+
+
+def environment_facts() -> Environment:
+    """The variables in force that change what a device index means."""
+    visible = tuple((name, os.environ[name]) for name in _VISIBLE if name in os.environ)
+    return Environment(local_rank=os.environ.get("LOCAL_RANK"), visible=visible)
+
+
+def output_facts(out: str, model_directory: Path | None) -> OutputFacts:
+    """The state of the place that the checkpoint is to go to. Touches nothing."""
+    path = Path(out).expanduser()
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    real = path.resolve()
+    source = model_directory.resolve() if model_directory is not None else None
+    return OutputFacts(
+        out=out,
+        exists=path.exists() or path.is_symlink(),
+        is_directory=path.is_dir(),
+        is_empty_directory=path.is_dir() and not any(path.iterdir()),
+        is_model_directory=source is not None and (real == source or real in source.parents),
+        writable=parent.is_dir() and os.access(parent, os.W_OK | os.X_OK),
+        parent=str(parent),
+        free_bytes=shutil.disk_usage(parent).free,
+    )
+
+
+def capabilities(devices: Sequence[Device]) -> tuple[Capability, ...]:
+    """What the accelerators among `devices` can compute with; devices that are not there are left out."""
+    found = []
+    for device in devices:
+        if (
+            device.kind == "cuda"
+            and torch.cuda.is_available()
+            and (device.index or 0) < torch.cuda.device_count()
+        ):
+            properties = torch.cuda.get_device_properties(device.index)
+            native = torch.version.hip is not None or properties.major >= 8
+            found.append(Capability(device, properties.name, native))
+    return tuple(found)
