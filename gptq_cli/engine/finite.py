@@ -34,13 +34,3 @@ class FiniteWatch:
             f"the input of {linear!r} in block {block!r} is not finite for calibration sample {sample}",
             hint="run with --dtype float32 or bfloat16, or leave that sample out",
         )
-
-
-def check_weight(name: str, weight: Tensor) -> None:
-    """Raise `NonFinite` naming the tensor when it holds NaN or infinity."""
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise NonFinite(
-            f"the weight of {name!r} holds {bad} values that are NaN or infinite, of {weight.numel()}",
-            hint="the checkpoint is damaged or was trained into overflow; download it again",
-        )

@@ -152,7 +152,7 @@ class ParkedForwards:
             x = frame.advance()
             if x is None or frame.parked_at != stage.leader:
                 raise GptqError(
-                    f"a forward reached {frame.parked_at or 'its end'!r} where stage {stage.leader!r} was expected",
+                    f"a forward reached {frame.parked_at or 'its end'!r}, {stage.leader!r} was expected",
                     hint=_DATA_DEPENDENT,
                 )
             yield stage, x
@@ -183,7 +183,7 @@ def _leader_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
 
 
 def _follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Proves, for every micro-batch, what the traced sample promised: that `name` reads what `leader` read."""
+    """Proves for every micro-batch what the traced sample promised: `name` reads what `leader` read."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         frame = threading.current_thread()

@@ -26,9 +26,10 @@ import torch
 from torch import nn
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
-from gptq_cli.engine.finite import FiniteWatch, check_weight
+from gptq_cli.engine.finite import FiniteWatch
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards
 from gptq_cli.engine.stages import Stage, find_stages
 from gptq_cli.errors import NotPositiveDefinite
@@ -48,7 +49,7 @@ from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.gptq.types import PackedLinear, QuantizedLinear
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
-from gptq_cli.placement import Device
+from gptq_cli.model.weights import check_tensor
 from gptq_cli.results import BlockReport, LinearReport
 
 Store = Callable[[LinearInfo, PackedLinear], None]
@@ -217,7 +218,7 @@ class _BlockWork:
         started = time.perf_counter()
         weights = [weight_matrix(modules[name]) for name in stage.linears]
         for name, weight in zip(stage.linears, weights, strict=True):
-            check_weight(infos[name].name, weight)
+            check_tensor(f"{infos[name].name}.weight", weight)
         tokens = hessian.tokens
         solved = quantize_linears(weights, hessian.matrix(), self.config)
         seconds = (time.perf_counter() - started) / len(solved)

@@ -1,0 +1,118 @@
+"""From a skeleton to packed tensors: load, capture, quantize every block, hand each linear to the checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.device import CPU
+from gptq_cli.devices.accelerators import flush, torch_device
+from gptq_cli.engine.capture import Captured, capture
+from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
+from gptq_cli.events import (
+    CacheFlushed,
+    Observer,
+    Phase,
+    PhaseAdvanced,
+    PhaseFinished,
+    PhaseStarted,
+)
+from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.weights import check_finite, load_resident
+from gptq_cli.placement import Placement
+from gptq_cli.results import BlockReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRun:
+    """What the engine is lent for one run."""
+
+    skeleton: Skeleton
+    placement: Placement
+    config: QuantizeConfig
+    options: LoopOptions
+    batch_size: int
+    """Samples of a micro-batch."""
+
+
+@contextmanager
+def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator[None]:
+    """Announce the beginning and, when nothing was raised, the end of a phase."""
+    observer(PhaseStarted(name, total))
+    started = time.perf_counter()
+    yield
+    observer(PhaseFinished(name, time.perf_counter() - started))
+
+
+def quantize_model(
+    run: EngineRun,
+    input_ids: Tensor,  # (samples, seq_len) int64
+    store: Store,
+    observer: Observer,
+) -> tuple[BlockReport, ...]:
+    """Load the model by the placement and quantize it block by block; `store` gets every finished linear.
+
+    The model lives and dies in here: when this returns, its memory is free. Raises what `quantize_blocks` raises.
+    """
+    with phase(observer, "load"):
+        model = load_resident(run.skeleton, run.placement)
+        prefix = run.skeleton.blocks_prefix
+        for name, child in _outside(model, prefix):
+            check_finite(child, name)
+    with phase(observer, "capture", len(input_ids)):
+        blocks = _blocks(model, run)
+        captured = _capture(model, blocks, run, input_ids, observer)
+    reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
+    del model, blocks, captured
+    before, after = flush(run.options.devices)
+    observer(CacheFlushed(where="end", subject="", before=before, after=after))
+    return reports
+
+
+def _outside(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """The modules with tensors of their own that lie outside the blocks."""
+    for name, module in model.named_modules():
+        inside = name == prefix or name.startswith(prefix + ".")
+        if not inside and not any(True for _ in module.children()):
+            yield name, module
+
+
+def _blocks(model: Any, run: EngineRun) -> list[Block]:
+    main = run.placement.main_device
+    blocks = []
+    for name in run.skeleton.blocks:
+        home = run.placement.device_of(name)
+        at = main if home == CPU and main != CPU else home
+        blocks.append(Block(name, model.get_submodule(name), torch_device(at), run.skeleton.linears_of(name)))
+    return blocks
+
+
+def _capture(
+    model: Any, blocks: Sequence[Block], run: EngineRun, ids: Tensor, observer: Observer
+) -> Captured:
+    def advanced(done: int) -> None:
+        observer(PhaseAdvanced("capture", done, len(ids)))
+
+    embedding = model.get_input_embeddings().weight.device
+    return capture(
+        model.base_model,
+        [block.module for block in blocks],
+        ids,
+        batch_size=run.batch_size,
+        input_device=torch_device(run.placement.main_device) if embedding.type == "meta" else embedding,
+        advanced=advanced,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an accelerator's or the CPU allocator's out-of-memory error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,259 @@
+"""The story of each command on one screen: open, judge, work, report.
+
+A job comes in as frozen data, events go out through the observer, a report comes back. Everything that
+can be known from config.json, the heads of the files and the calibration text is judged before a weight is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
+from gptq_cli.config import InspectJob, QuantizeJob
+from gptq_cli.device import CPU, Device
+from gptq_cli.devices.accelerators import present_devices
+from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.engine.run import EngineRun, is_out_of_memory, phase, quantize_model
+from gptq_cli.engine.summary import Tally, summarize
+from gptq_cli.errors import CalibrationError, ModelError, OutOfDeviceMemory, PreflightRefused
+from gptq_cli.events import FindingRaised, Observer, RunFinished, RunStarted, ShardWritten, ignore
+from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.source import find_model
+from gptq_cli.model.writer import CheckpointWriter
+from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
+from gptq_cli.preflight.budget import micro_batch_tokens, packed_bytes
+from gptq_cli.preflight.cases import Work
+from gptq_cli.preflight.check import check_quantize
+from gptq_cli.preflight.facts import capabilities, environment_facts, model_facts, output_facts
+from gptq_cli.preflight.report import map_report, quantize_plan
+from gptq_cli.preflight.resolve import Resolution, refuse_disk, resolve
+from gptq_cli.results import MapReport, RunReport, document
+
+
+def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
+    """Quantize a model and write the checkpoint to `job.out`.
+
+    Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
+    `QualityGateFailed`. Whatever is raised, no working folder is left. A map with "disk" in it raises
+    `ValueError` here when preflight was not asked, that is never from the command line.
+    """
+    started = time.perf_counter()
+    tally = Tally(observer)
+    judged = _judge(job, tally)
+    _announce(judged.findings, tally)
+    placement, tokens = judged.resolution.placement, judged.tokens
+    if not judged.findings.ok or placement is None or tokens is None:
+        raise PreflightRefused(judged.findings)
+    refuse_disk(placement)
+    tally(_header(job, judged, placement, tokens))
+    run = EngineRun(
+        skeleton=judged.skeleton,
+        placement=placement,
+        config=job.quantize,
+        options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=_watched(placement)),
+        batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
+    )
+    with _out_of_memory_explained(), _writer(job, judged.skeleton, tally) as writer:
+        blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
+        with phase(tally, "save"):
+            writer.copy_dense()
+        report = summarize(
+            job=job,
+            skeleton=judged.skeleton,
+            tokens=tokens,
+            devices=[str(device) for device in placement.devices],
+            predicted_peak_bytes=[(plan.device, plan.needed_bytes) for plan in judged.resolution.devices],
+            blocks=blocks,
+            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in judged.facts.linears),
+            size_after_bytes=writer.plan.size_bytes,
+            tally=tally,
+            seconds=time.perf_counter() - started,
+        )
+        writer.finish(document(report))
+    tally(RunFinished(report))
+    return report
+
+
+def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
+    """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
+    judged = _judge(job, observer)
+    return map_report(
+        judged.facts,
+        judged.resolution,
+        spec=job.device_map,
+        budgets=judged.budgets,
+        max_memory=job.max_memory,
+        report=judged.findings,
+        given=job.devices is not None,
+        plan=quantize_plan(judged.facts, judged.work, seconds=None),
+    )
+
+
+def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
+    """Where everything of a model would go, and whether that is allowed; reads no weight."""
+    with phase(observer, "open"):
+        skeleton = open_skeleton(find_model(job.model, weights=False), job.model)
+        facts = model_facts(skeleton)
+    work = Work(job.quantize, job.calibration)
+    budgets = job.devices or present_devices()
+    resolution = resolve(
+        job.device_map,
+        facts,
+        budgets,
+        max_memory=job.max_memory,
+        work=work,
+        environment=environment_facts(),
+        given=job.devices is not None,
+    )
+    devices = resolution.placement.devices if resolution.placement else ()
+    findings = resolution.report + check_quantize(
+        facts,
+        work,
+        problems=skeleton.problems,
+        devices=devices,
+        capabilities=() if job.devices else capabilities(devices),
+    )
+    return map_report(
+        facts,
+        resolution,
+        spec=job.device_map,
+        budgets=budgets,
+        max_memory=job.max_memory,
+        report=findings,
+        given=job.devices is not None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    """A job after preflight: everything the engine needs, and everything that was found."""
+
+    skeleton: Skeleton
+    facts: ModelFacts
+    work: Work
+    budgets: tuple[DeviceBudget, ...]
+    tokens: TokenBatches | None
+    resolution: Resolution
+    findings: PreflightReport
+
+
+def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
+    """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
+    with phase(observer, "open"):
+        skeleton = open_skeleton(find_model(job.model), job.model)
+        facts = model_facts(skeleton)
+    with phase(observer, "calibration"):
+        tokens, text_findings = _tokens(job, skeleton, facts)
+    work = Work(job.quantize, job.calibration, job.max_shard_bytes)
+    budgets = job.devices or present_devices()
+    resolution = resolve(
+        job.device_map,
+        facts,
+        budgets,
+        max_memory=job.max_memory,
+        work=work,
+        environment=environment_facts(),
+        given=job.devices is not None,
+    )
+    devices = resolution.placement.devices if resolution.placement else ()
+    findings = check_quantize(
+        facts,
+        work,
+        problems=skeleton.problems,
+        output=output_facts(job.out, skeleton.files.directory),
+        overwrite=job.overwrite,
+        devices=devices,
+        capabilities=() if job.devices else capabilities(devices),
+    )
+    return _Judged(
+        skeleton=skeleton,
+        facts=facts,
+        work=work,
+        budgets=budgets,
+        tokens=tokens,
+        resolution=resolution,
+        findings=text_findings + resolution.report + findings,
+    )
+
+
+def _tokens(
+    job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts
+) -> tuple[TokenBatches | None, PreflightReport]:
+    """The calibration windows, or a finding that says why there are none."""
+    try:
+        tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
+        return make_batches(
+            tokenizer, job.calibration, vocab_size=facts.vocab_size or None
+        ), PreflightReport()
+    except (CalibrationError, ModelError) as error:
+        rule = "calibration-text" if isinstance(error, CalibrationError) else "tokenizer"
+        subject = job.calibration.source if isinstance(error, CalibrationError) else job.model.model
+        finding = Finding(
+            rule=rule, level="error", subject=subject, message=error.message, hint=error.hint or ""
+        )
+        return None, PreflightReport((finding,))
+
+
+def _announce(report: PreflightReport, observer: Observer) -> None:
+    for finding in report.ordered():
+        observer(FindingRaised(finding))
+
+
+def _watched(placement: Placement) -> tuple[Device, ...]:
+    """The devices whose memory is shown: those of the placement, and the CPU, which always does something."""
+    return tuple(dict.fromkeys((*placement.devices, CPU)))
+
+
+def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
+    config = job.quantize
+    forwards = "parked, each linear runs once" if judged.resolution.parked else "replayed, to save memory"
+    return RunStarted(
+        command="quantize",
+        model=job.model.model,
+        out=job.out,
+        settings=(
+            (
+                "bits",
+                f"{config.bits}, group {config.group_size}, {'symmetric' if config.sym else 'asymmetric'}",
+            ),
+            ("order", "desc_act" if config.desc_act else config.act_order),
+            ("dtype", judged.facts.dtype),
+            ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
+            ("placement", placement.reason),
+            ("forwards", forwards),
+        ),
+        devices=tuple(str(device) for device in placement.devices),
+        blocks=len(judged.skeleton.blocks),
+        linears=len(judged.skeleton.linears),
+    )
+
+
+def _writer(job: QuantizeJob, skeleton: Skeleton, observer: Observer) -> CheckpointWriter:
+    return CheckpointWriter(
+        Path(job.out),
+        skeleton,
+        job.quantize,
+        max_shard_bytes=job.max_shard_bytes,
+        overwrite=job.overwrite,
+        on_shard=lambda path, size, tensors: observer(ShardWritten(path.name, size, tensors)),
+    )
+
+
+@contextmanager
+def _out_of_memory_explained() -> Iterator[None]:
+    """Turn an allocator's error into exit code 4 and what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfDeviceMemory(
+            f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            hint="lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
+            "or see what needs how much: gptq quantize … --dry-run",
+        ) from error
