@@ -1,7 +1,7 @@
 """The story of each command on one screen: open, judge, work, report.
 
-A job comes in as frozen data, events go out through the observer, a report comes back. Everything that
-can be known from config.json, the heads of the files and the calibration text is judged before a weight is read.
+A job comes in as frozen data, events go out through the observer, a report comes back. Everything that can be
+known from config.json, the heads of the files and the calibration text is judged before a weight is read.
 """
 
 from __future__ import annotations
@@ -187,9 +187,8 @@ def _tokens(
     """The calibration windows, or a finding that says why there are none."""
     try:
         tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
-        return make_batches(
-            tokenizer, job.calibration, vocab_size=facts.vocab_size or None
-        ), PreflightReport()
+        tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
+        return tokens, PreflightReport()
     except (CalibrationError, ModelError) as error:
         rule = "calibration-text" if isinstance(error, CalibrationError) else "tokenizer"
         subject = job.calibration.source if isinstance(error, CalibrationError) else job.model.model
@@ -211,16 +210,14 @@ def _watched(placement: Placement) -> tuple[Device, ...]:
 
 def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
     config = job.quantize
+    zeros = "symmetric" if config.sym else "asymmetric"
     forwards = "parked, each linear runs once" if judged.resolution.parked else "replayed, to save memory"
     return RunStarted(
         command="quantize",
         model=job.model.model,
         out=job.out,
         settings=(
-            (
-                "bits",
-                f"{config.bits}, group {config.group_size}, {'symmetric' if config.sym else 'asymmetric'}",
-            ),
+            ("bits", f"{config.bits}, group {config.group_size}, {zeros}"),
             ("order", "desc_act" if config.desc_act else config.act_order),
             ("dtype", judged.facts.dtype),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),

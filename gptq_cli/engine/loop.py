@@ -44,9 +44,9 @@ from gptq_cli.events import (
     Warned,
 )
 from gptq_cli.gptq.hessian import Hessian
-from gptq_cli.gptq.packing import pack
+from gptq_cli.gptq.packing import PackedLinear, pack
+from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
-from gptq_cli.gptq.types import PackedLinear, QuantizedLinear
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor

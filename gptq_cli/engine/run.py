@@ -1,4 +1,4 @@
-"""From a skeleton to packed tensors: load, capture, quantize every block, hand each linear to the checkpoint."""
+"""From a skeleton to packed tensors: load, capture, quantize block by block, hand each linear over."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def quantize_model(
 ) -> tuple[BlockReport, ...]:
     """Load the model by the placement and quantize it block by block; `store` gets every finished linear.
 
-    The model lives and dies in here: when this returns, its memory is free. Raises what `quantize_blocks` raises.
+    The model lives and dies in here: when this returns, its memory is free. Raises what
+    `quantize_blocks` raises.
     """
     with phase(observer, "load"):
         model = load_resident(run.skeleton, run.placement)
