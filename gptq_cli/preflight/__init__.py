@@ -1,10 +1,10 @@
-"""Preflight: everything that can be known about a job before a weight is read. It never prints and never raises.
+"""Preflight: what can be known about a job before a weight is read. It never prints and never raises.
 
     facts.py  trace.py      the skeleton, the output and the environment as plain facts
-    units.py  planner.py    blocks and other modules -> a placement (`auto` and its kin, or the rules of a map)
+    units.py  planner.py    blocks and other modules -> a placement (`auto` and its kin, or a map's rules)
     budget.py               how many bytes each device will need at its highest moment, with the formulae
     remedies.py             what would make it fit, cheapest first
-    rules_*.py              one function a rule: facts -> findings; the docstring is what `--explain` prints
+    rules_*.py              one function a rule: facts -> findings; its docstring is what `--explain` prints
     catalogue.py            all rules by id
     resolve.py  check.py  report.py    the entry points
 
@@ -18,7 +18,7 @@ How a job uses it:
     from gptq_cli.preflight.report import map_report
 
     facts = model_facts(skeleton)
-    work = Work(job.quantize, job.calibration, job.max_shard_bytes)     # None where nothing is quantized (load)
+    work = Work(job.quantize, job.calibration, job.max_shard_bytes)     # None: nothing to quantize
     budgets = job.devices or present_devices()
     resolution = resolve(job.device_map, facts, budgets, max_memory=job.max_memory, work=work,
                          environment=environment_facts(), given=job.devices is not None)

@@ -5,14 +5,14 @@ number in the model's dtype, K and N of a linear, h = hidden size):
 
     weights      every parameter and buffer that lives there
     working      the largest block that is moved in from elsewhere, and for the widest stage (ΣN rows of K)
-                 its weights in fp32, the quantized copy and the error of a column batch: SOLVER_COPIES · 4 · ΣN · K
+                 its weights in fp32, quantized copy, error and scratch: SOLVER_COPIES · 4 · ΣN · K
                  or, if that is more, the activations of one micro-batch in flight:
                  t · (FLIGHT_HIDDEN · h + FLIGHT_INNER · max ΣN) · b + 4 · t · K
                  or, if that is more, an embedding or head that is moved in
-    Hessians     H, the damped copy, its factor and the factor of the inverse: HESSIAN_COPIES · 4 · K² for the widest
-                 K; without true-sequential stages the H of every other stage of the block as well
-    activations  T · h · b: the inputs of the block, which its outputs replace micro-batch by micro-batch; with
-                 parked forwards also what waits between two stages: T · max K · b
+    Hessians     H, the damped copy, its factor and that of the inverse: HESSIAN_COPIES · 4 · K² for the
+                 widest K; without true-sequential stages the H of every other stage of the block as well
+    activations  T · h · b: the inputs of the block, which its outputs replace micro-batch by micro-batch;
+                 with parked forwards also what waits between two stages: T · max K · b
     packing      codes as bytes and as 32-bit words of one stage: 5 · ΣN · K
     baseline     interpreter and libraries (cpu), or context and allocator slack (accelerator)
 

@@ -41,7 +41,7 @@ _HALVINGS = 12
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a strategy came to. `placement` is None when nothing fits; `tried` then says what each step lacked."""
+    """What a strategy came to. `placement` is None when nothing fits; `tried` says what each step lacked."""
 
     placement: Placement | None
     plans: tuple[DevicePlan, ...]
@@ -82,7 +82,7 @@ class Problem:
         return tuple(sorted(found, key=lambda unit: -unit.size_bytes))
 
     def placed(self, homes: dict[str, Device], reason: str, main: Device | None = None) -> Placement:
-        """Units to devices; tied units follow the one they are tied to, unnamed ones go to the main device."""
+        """Units to devices; tied units follow the one they are tied to, unnamed ones the main device."""
         resolved = homes | {name: homes[first] for name, first in self.follows.items() if first in homes}
         by_part = {p.name: resolved.get(u.name, main) for u in self.units for p in u.parts}
         made = place(self.facts, by_part.__getitem__, reason, main)

@@ -25,7 +25,7 @@ def map_report(
     given: bool = False,
     plan: QuantizePlan | None = None,
 ) -> MapReport:
-    """Everything that is to be shown. `report` holds all findings of the job, those of the resolution among them."""
+    """Everything that is to be shown. `report`: all findings of the job, the resolution's among them."""
     all_findings = (report or resolution.report).ordered()
     placement = resolution.placement
     inventory: Literal["present", "given"] = "given" if given else "present"

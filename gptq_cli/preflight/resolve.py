@@ -99,7 +99,7 @@ def _all_fit(case: MapCase, plans: tuple[DevicePlan, ...]) -> bool:
 
 
 def _fits(case: MapCase) -> bool:
-    """True when the case would be accepted as far as devices and memory go. What the remedies are tried with."""
+    """Whether the case would be accepted as far as devices and memory go; remedies are tried with this."""
     plan = make_plan(case.spec.strategy, case) if case.spec.strategy else _from_rules(case)
     if plan is None or plan.placement is None:
         return False

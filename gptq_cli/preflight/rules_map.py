@@ -50,6 +50,7 @@ def device_absent(case: MapCase) -> list[Finding]:
     """
     there = [budget.device for budget in case.budgets]
     listed = ", ".join(str(device) for device in there)
+    where = "in --devices" if case.given else "on this machine"
     found = []
     for device in case.spec.devices:
         if device.kind in ("disk", "meta") or device in there:
@@ -61,7 +62,7 @@ def device_absent(case: MapCase) -> list[Finding]:
                 rule="device-absent",
                 level="error",
                 subject=str(device),
-                message=f"{device} is not {'in --devices' if case.given else 'on this machine'}; there: {listed}",
+                message=f"{device} is not {where}; there: {listed}",
                 hint=f'--device-map "{_replaced(case.spec, device, closest)}"',
                 modules=tuple(patterns),
             )
@@ -245,20 +246,21 @@ def max_memory_above_free(case: MapCase) -> list[Finding]:
     free = {budget.device: budget.free_bytes for budget in case.budgets}
     for device, limit in case.max_memory.limits if case.max_memory else ():
         if device in free and limit > free[device]:
+            size = format_size(free[device])
             found.append(
                 Finding(
                     rule="max-memory-above-free",
                     level="warning",
                     subject=str(device),
-                    message=f"--max-memory allows {format_size(limit)} but {format_size(free[device])} are free",
-                    hint=f"the plan uses {format_size(free[device])}; end other processes on {device} to use more",
+                    message=f"--max-memory allows {format_size(limit)} but {size} are free",
+                    hint=f"the plan uses {size}; end other processes on {device} to use more",
                 )
             )
     return found
 
 
 def environment(case: MapCase) -> list[Finding]:
-    """LOCAL_RANK or a variable such as CUDA_VISIBLE_DEVICES is set, so an index may not mean the card it seems to.
+    """LOCAL_RANK or a variable such as CUDA_VISIBLE_DEVICES is set: an index may not mean what it seems to.
 
     Transformers turns the map `cuda` into `cuda:$LOCAL_RANK`; this tool always means index 0. A
     visible-devices variable renumbers the cards.
@@ -272,7 +274,7 @@ def environment(case: MapCase) -> list[Finding]:
                 rule="environment",
                 level="warning",
                 subject="LOCAL_RANK",
-                message=f"LOCAL_RANK={case.environment.local_rank} is set, but one process runs the whole job",
+                message=f"LOCAL_RANK={case.environment.local_rank} is set, but one process does it all",
                 hint="start it without a launcher such as torchrun, or unset LOCAL_RANK",
             )
         )

@@ -32,8 +32,8 @@ def memory_budget(placed: PlacedCase, fits: Fits) -> list[Finding]:
             level="error",
             subject=plan.device,
             message=(
-                f"{plan.device} needs {format_size(plan.needed_bytes)} but {format_size(plan.limit_bytes)} may be "
-                f"used: {parts_text(plan)}"
+                f"{plan.device} needs {format_size(plan.needed_bytes)} but may use "
+                f"{format_size(plan.limit_bytes)}: {parts_text(plan)}"
             ),
             hint=remedies_text(remedies),
             size_bytes=-plan.spare_bytes,
@@ -88,8 +88,8 @@ def disk_offload(case: MapCase, plan: Plan | None, fits: Fits) -> list[Finding]:
             level="error",
             subject=str(case.spec),
             message=(
-                f"{case.spec} would have to spill {format_size(plan.spill_bytes)} to disk, which is not supported "
-                "with GPTQ quantization"
+                f"{case.spec} would have to spill {format_size(plan.spill_bytes)} to disk; disk offload "
+                "is not supported with GPTQ quantization"
             ),
             hint=remedies_text(cheapest(case, fits)),
             size_bytes=plan.spill_bytes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from gptq_cli.device import CPU, Device, format_size
 from gptq_cli.device_map import DeviceMap
 from gptq_cli.findings import Finding
@@ -30,7 +32,7 @@ def block_split(placed: PlacedCase) -> list[Finding]:
                 rule="block-split",
                 level="error",
                 subject=block,
-                message=f"the block is split over {' and '.join(str(d) for d in devices)}; a block works on one device",
+                message=f"the block is split over {' and '.join(map(str, devices))}; it works on one device",
                 hint=f"send all of it to one device: {block}={best}, without a rule for {names_text(fewer)}",
                 modules=tuple(fewer),
                 size_bytes=sum(entry.size_bytes for entry in parts if entry.device != best),
@@ -77,7 +79,7 @@ def block_order(placed: PlacedCase) -> list[Finding]:
         for block in placed.case.facts.blocks
         if _whole(placed, block)
     ]
-    changes = [b for (_, a), (b, c) in zip(homes, homes[1:], strict=False) if a != c]
+    changes = [b for (_, a), (b, c) in pairwise(homes) if a != c]
     needed = len({device for _, device in homes}) - 1
     if len(changes) <= max(0, needed):
         return []
@@ -129,10 +131,10 @@ def cpu_offload(placed: PlacedCase) -> list[Finding]:
             level="warning",
             subject="device map",
             message=(
-                f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and execute "
-                f"on {placed.placement.main_device}; {chain}{without}"
+                f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and "
+                f"execute on {placed.placement.main_device}; {chain}{without}"
             ),
-            hint="leave cpu out of the device map if the accelerators have room, or run on cpu alone: --device-map cpu",
+            hint="--device-map auto uses cpu only where it must; --device-map cpu runs without hooks",
             modules=names,
             size_bytes=size,
         )
@@ -158,7 +160,7 @@ def cpu_only(placed: PlacedCase) -> list[Finding]:
 
 
 def uncovered_buffers(placed: PlacedCase) -> list[Finding]:
-    """Modules without parameters that no rule covers, such as `model.rotary_emb`: they go to the main device."""
+    """Modules without parameters that no rule covers (`model.rotary_emb`) go to the main device."""
     spec: DeviceMap = placed.case.spec
     if spec.strategy is not None:
         return []
@@ -171,7 +173,7 @@ def uncovered_buffers(placed: PlacedCase) -> list[Finding]:
             rule="uncovered-buffers",
             level="note",
             subject=names_text(owners),
-            message=f"has no device in the device map and no parameters; it goes to {placed.placement.main_device}",
+            message=f"not in the device map, without parameters: goes to {placed.placement.main_device}",
             modules=owners,
             size_bytes=sum(t.size_bytes for t in uncovered),
         )

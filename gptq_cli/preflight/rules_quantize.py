@@ -46,8 +46,8 @@ def group_divides(case: JobCase) -> list[Finding]:
             rule="group-divides",
             level="error",
             subject=f"--group-size {group}",
-            message=f"group size {group} does not divide the input columns {_values(x.in_features for x in wrong)} "
-            f"of {len(wrong)} linears",
+            message=f"group size {group} does not divide the input columns "
+            f"{_values(x.in_features for x in wrong)} of {len(wrong)} linears",
             hint=_group_hint(case),
             modules=tuple(x.name for x in wrong),
         )
@@ -65,8 +65,8 @@ def group_too_large(case: JobCase) -> list[Finding]:
             rule="group-too-large",
             level="error",
             subject=f"--group-size {group}",
-            message=f"group size {group} is larger than the input columns {_values(x.in_features for x in wrong)} "
-            f"of {len(wrong)} linears",
+            message=f"group size {group} is larger than the input columns "
+            f"{_values(x.in_features for x in wrong)} of {len(wrong)} linears",
             hint=_group_hint(case),
             modules=tuple(x.name for x in wrong),
         )
@@ -78,7 +78,8 @@ def _group_hint(case: JobCase) -> str:
     fitting = [size for size in _SIZES if size <= common and common % size == 0]
     if not fitting:
         return "--group-size -1 (one group a row)"
-    return f"--group-size {fitting[0]} ({', '.join(str(size) for size in fitting)} divide all; -1: one group a row)"
+    listed = ", ".join(str(size) for size in fitting)
+    return f"--group-size {fitting[0]} ({listed} divide all; -1: one group a row)"
 
 
 def packing_rows(case: JobCase) -> list[Finding]:
@@ -180,7 +181,7 @@ def fused_experts(case: JobCase) -> list[Finding]:
             rule="fused-experts",
             level="warning",
             subject=names_text(dict.fromkeys(name.rpartition(".")[2] for name in case.facts.fused)),
-            message=f"fused experts stay dense: {len(case.facts.fused)} tensors, {share:.0%} of the parameters",
+            message=f"fused experts stay dense: {len(case.facts.fused)} tensors, {share:.0%} of parameters",
             hint="the result is larger than the bit width suggests; a model without experts shrinks fully",
             modules=case.facts.fused,
             size_bytes=sum(sizes[name].size_bytes for name in case.facts.fused if name in sizes),
@@ -189,7 +190,7 @@ def fused_experts(case: JobCase) -> list[Finding]:
 
 
 def left_dense(case: JobCase) -> list[Finding]:
-    """How much of the model stays dense: embeddings, head, norms, routers and whatever is no linear in a block."""
+    """What stays dense: embeddings, head, norms, routers: all that is no linear in a block."""
     total = case.facts.parameters
     if not total or not case.facts.linears:
         return []
@@ -232,7 +233,7 @@ def half_on_cpu(case: JobCase) -> list[Finding]:
 
 
 def bfloat16_support(case: JobCase) -> list[Finding]:
-    """The model runs in bfloat16 on a card whose hardware does not compute it (before compute capability 8)."""
+    """The model runs in bfloat16 on a card that does not compute it (below compute capability 8)."""
     if case.facts.dtype != "bfloat16":
         return []
     return [

@@ -62,7 +62,7 @@ def unreadable_shard(case: JobCase) -> list[Finding]:
 
 
 def unlisted_shard(case: JobCase) -> list[Finding]:
-    """A file of the weights is in the directory, but the index does not name it: its tensors would be missed."""
+    """A file of weights is in the directory, but the index does not name it: its tensors would be missed."""
     return _of_kind(case, "unlisted-shard", "error")
 
 

@@ -96,7 +96,7 @@ def _stages_by_input(
 
 
 def _same_input(a: Tensor, b: Tensor) -> bool:
-    """One tensor, or one view of one storage; on meta every address is 0, so storages are compared themselves."""
+    """One tensor, or one view of one storage; on meta every address is 0, so storages are compared."""
     if a is b:
         return True
     same_storage = a.untyped_storage()._cdata == b.untyped_storage()._cdata

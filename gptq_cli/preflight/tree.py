@@ -34,7 +34,7 @@ class _Node:
 
 
 def placement_tree(placement: Placement, facts: ModelFacts) -> tuple[TreeRow, ...]:
-    """The rows of the tree, parents before children; numbered siblings that agree are one row with a range."""
+    """The rows of the tree, parents before children; equal numbered siblings are one row."""
     root = _Node("", "")
     for name, device, size, parameters in _leaves(placement, facts):
         node = root
