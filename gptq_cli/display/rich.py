@@ -117,10 +117,7 @@ class RichDisplay:
                 facts = f"{fmt.count(tensors, 'tensor')}  {fmt.size(size_bytes)}"
                 self._print(settled("written", path, facts, width))
             case Warned(message, hint):
-                warning = Text(" warning  ", style=LEVEL_STYLES["warning"])
-                self._print(warning.append(message, style="default not bold"))
-                if hint:
-                    self._print(Text(f"          {hint}", style="dim"))
+                self._print(warned(message, hint))
             case (
                 PhaseStarted()
                 | PhaseAdvanced()
@@ -182,6 +179,17 @@ def settled(label: str, name: str, facts: str, width: int, style: str = "") -> T
     leader = "·" * (gap - 2) if gap > LEADER_FROM else ""
     line.append(f" {leader:<{max(gap - 1, 0)}} ", style="dim")
     return line.append(facts, style=style or "default")
+
+
+def warned(message: str, hint: str) -> Table:
+    """A warning of the engine, wrapped under its label."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=9, no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(Text(" warning", style=LEVEL_STYLES["warning"]), Text(message))
+    if hint:
+        grid.add_row(Text(" hint", style="cyan"), Text(hint, style="cyan"))
+    return grid
 
 
 def header(event: RunStarted, width: int) -> Panel:

@@ -63,7 +63,8 @@ def modules_text(finding: Finding) -> str:
     return f"{held}{fmt.count(len(finding.modules), 'module')}: {listed}"
 
 
-def _facts(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+def facts_table(rows: Sequence[tuple[str, RenderableType]]) -> Table:
+    """Labels and values."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -87,7 +88,7 @@ def run_summary(report: RunReport) -> Group:
     """What `gptq quantize` made: checkpoint, sizes, quality, time, memory, and the next command."""
     title = Text(f" {report.out}", style="bold green")
     title.append(f" is ready after {fmt.duration(report.seconds)}", style="default not bold")
-    parts: list[RenderableType] = [title, "", _facts(_run_rows(report))]
+    parts: list[RenderableType] = [title, "", facts_table(_run_rows(report))]
     linears = report.linears
     if linears:
         worst = sorted(linears, key=lambda linear: linear.loss, reverse=True)[:LISTED]
@@ -211,7 +212,7 @@ def load_summary(report: LoadReport) -> Group:
         rows.append(("generated", f"{tokens}, {report.tokens_per_second:.1f} a second"))
     title = Text(f" {report.path}", style="bold green")
     title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
-    return Group(title, "", _facts(rows))
+    return Group(title, "", facts_table(rows))
 
 
 def kernel_text(kernel: KernelCount) -> str:

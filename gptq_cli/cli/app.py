@@ -1,0 +1,128 @@
+"""`gptq`: the commands, and `main`, the only place that turns errors into exit codes.
+
+    0  done                         3  refused by preflight: nothing was written
+    1  failed, the traceback stays  4  out of memory on a device
+    2  usage or configuration       5  a quality gate failed              130  interrupted
+
+Typer brings its own copy of Click. Its errors are told apart by what they can do, never by importing
+either: a usage error has `format_message` and an `exit_code`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from gptq_cli import __version__
+from gptq_cli.cli import failure
+from gptq_cli.cli.inspect_map import inspect_map
+from gptq_cli.cli.load import load
+from gptq_cli.cli.output import Session
+from gptq_cli.cli.quantize import quantize
+from gptq_cli.errors import GptqError
+
+EPILOG = (
+    "Every option is also an environment variable: --group-size is GPTQ_GROUP_SIZE. "
+    "Results go to stdout, progress to stderr. "
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 refused by preflight, 4 out of memory, 5 quality gate, "
+    "130 interrupted."
+)
+
+app = typer.Typer(
+    name="gptq",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    rich_markup_mode="rich",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = []
+        for name in ("torch", "transformers", "accelerate"):
+            try:
+                found.append(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                found.append(f"{name} missing")
+        python = ".".join(str(part) for part in sys.version_info[:3])
+        sys.stdout.write(f"gptq {__version__} (python {python}, {', '.join(found)})\n")
+        raise typer.Exit
+
+
+@app.callback(epilog=EPILOG)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Quantize a Hugging Face causal language model to a GPTQ checkpoint that real servers load."""
+
+
+app.command("quantize", epilog=EPILOG)(quantize)
+app.command("load", epilog=EPILOG)(load)
+app.command("inspect-map", epilog=EPILOG)(inspect_map)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv`: the words after the program's name."""
+    words = tuple(sys.argv[1:] if argv is None else argv)
+    session = Session(argv=words, as_json="--json" in words)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # never die of a character that the terminal cannot show
+            stream.reconfigure(errors="replace")
+    try:
+        with _signals_interrupt():
+            code = _run(session)
+    except GptqError as error:
+        return failure.report_known(error, session.seen, as_json=session.as_json)
+    except KeyboardInterrupt:
+        return failure.report_interrupted(as_json=session.as_json)
+    except (
+        SystemExit
+    ) as stop:  # Typer ends so when the reader of stdout went away, and after --show-completion
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:  # noqa: BLE001  # the one place that may: what it is, is written below
+        message = getattr(error, "format_message", None)
+        if message is not None:
+            code = int(getattr(error, "exit_code", 2))
+            return failure.report_usage(error, message(), code, as_json=session.as_json)
+        return failure.report_unknown(error, as_json=session.as_json)
+    if code == failure.INTERRUPTED:
+        return failure.report_interrupted(as_json=session.as_json)
+    return code
+
+
+def _run(session: Session) -> int:
+    command = typer.main.get_command(app)
+    result = command.main(args=list(session.argv), prog_name="gptq", standalone_mode=False, obj=session)
+    return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does: every `finally` is kept. nohup is respected."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

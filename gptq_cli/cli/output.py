@@ -1,0 +1,150 @@
+"""stdout is the result, stderr is the talk.
+
+`watch` lends an observer that draws on stderr for as long as a job runs; `show` writes the result to stdout.
+While a job runs, whatever libraries print goes to stderr, and with `--progress jsonl` into a `Log` event,
+so that both streams hold what they promise. A reader of stderr that goes away does not end the work.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TextIO, cast
+
+from gptq_cli.display.choose import Progress, choose
+from gptq_cli.display.jsonl import JsonlDisplay
+from gptq_cli.events import Event, FindingRaised, Observer
+from gptq_cli.findings import Finding
+from gptq_cli.results import document
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+QUIET_LIBRARIES = {
+    "TQDM_DISABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Bars and advice of libraries would tear the display apart; set in the environment, these win."""
+
+
+@dataclass(slots=True)
+class Session:
+    """What `main` must know about the command that it runs, should it fail."""
+
+    argv: tuple[str, ...] = ()
+    as_json: bool = False
+    seen: list[Finding] = field(default_factory=list)
+    """Findings that a display has shown."""
+
+
+class LineSink(io.TextIOBase):
+    """A stream that hands every line, without its end, to `take`."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
+        self._take = take
+        self._open_line = ""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        *lines, self._open_line = (self._open_line + text).replace("\r", "\n").split("\n")
+        for line in lines:
+            if line.strip():
+                self._take(line)
+        return len(text)
+
+
+class Unbreakable(io.TextIOBase):
+    """`stream`, but a reader that went away is no error: what is written from then on is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._broken = False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # read-only here, a plain attribute there
+        return self._stream.encoding
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def write(self, text: str) -> int:
+        if not self._broken:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError):
+                self._broken = True
+        return len(text)
+
+    def flush(self) -> None:
+        if not self._broken:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._broken = True
+
+
+@contextmanager
+def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Observer]:
+    """Lend an observer that draws on stderr; everything that libraries print meanwhile goes there, too."""
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    talk = sys.stderr
+    silent = quiet or progress == "none" or talk is None
+    stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()
+    with ExitStack() as stack:
+        display = choose(progress, quiet=silent, stream=stream, environ=os.environ)
+        observer = stack.enter_context(display)
+        if isinstance(display, JsonlDisplay):
+            stack.enter_context(redirect_stderr(cast(TextIO, LineSink(display.log))))
+        elif quiet:
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        stack.enter_context(redirect_stdout(sys.stderr))
+
+        def tell(event: Event) -> None:
+            if isinstance(event, FindingRaised) and not silent:
+                session.seen.append(event.finding)
+            observer(event)
+
+        yield tell
+
+
+def without_findings(observer: Observer) -> Observer:
+    """`observer` for a job whose result holds its findings: shown once, on stdout."""
+
+    def tell(event: Event) -> None:
+        if not isinstance(event, FindingRaised):
+            observer(event)
+
+    return tell
+
+
+def show(session: Session, report: object, table: Callable[[], RenderableType]) -> None:
+    """Write the result to stdout: the JSON document of `report`, or the table of it."""
+    if session.as_json:
+        write_document(document(report))
+        return
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False)
+    console.print(table(), markup=False)
+    sys.stdout.flush()
+
+
+def write_document(body: object) -> None:
+    """One JSON document, one line, ASCII, so that it survives every encoding of stdout."""
+    sys.stdout.write(json.dumps(body, allow_nan=False) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,134 @@
+"""`--config FILE.toml`: a preset holds options under their long names, with `_` or `-`.
+
+    bits = 4
+    group_size = 128
+    device_map = { "model.embed_tokens" = 0, rest = 1 }      a table where the option takes NAME=VALUE,…
+    max_memory = { 0 = "20GiB", cpu = "48GiB" }
+
+Flags and GPTQ_* variables override it. A preset may serve all commands: what another command knows is
+passed over; what none knows is an error. Paths are taken as they stand, from the working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from gptq_cli.errors import ConfigError
+
+TABLES = ("device_map", "max_memory", "devices")
+"""Options that a preset may write as a table."""
+NOT_IN_PRESETS = ("config", "explain")
+_KINDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An option as a preset sees it: the parameter that it fills, and the type of that."""
+
+    parameter: str
+    kind: Any
+
+
+def use_preset(context: typer.Context, value: str | None) -> str | None:
+    """Callback of `--config`: make the preset's values the defaults of this invocation."""
+    if value is not None and not context.resilient_parsing:
+        own = options_of(context.command)
+        group = context.parent.command if context.parent else context.command
+        known = dict(own)
+        for command in getattr(group, "commands", {}).values():
+            known = options_of(command) | known
+        preset = read_preset(Path(value), known)
+        context.default_map = {own[key].parameter: held for key, held in preset.items() if key in own}
+    return value
+
+
+def options_of(command: Any) -> dict[str, Option]:
+    """The options of a Typer command by their long name with `_`, those of `NOT_IN_PRESETS` left out."""
+    kinds = get_type_hints(inspect.unwrap(command.callback))
+    options = {}
+    for parameter in command.params:
+        long_name = next((name for name in parameter.opts if name.startswith("--")), parameter.name)
+        key = long_name.removeprefix("--").replace("-", "_")
+        if parameter.name in kinds and key not in NOT_IN_PRESETS:
+            options[key] = Option(parameter.name, kinds[parameter.name])
+    return options
+
+
+def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
+    """The values of the preset at `path`, judged against `options`. Raises `ConfigError`."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"preset {str(path)!r} cannot be read: {reason}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"preset {str(path)!r} is no TOML: {error}") from error
+    values: dict[str, object] = {}
+    for key, held in table.items():
+        name = key.replace("-", "_")
+        if name not in options:
+            raise ConfigError(
+                f"preset {str(path)!r} has the unknown key {key!r}", hint=did_you_mean(key, options)
+            )
+        if name in values:
+            raise ConfigError(f"preset {str(path)!r} has {name!r} twice, with '-' and with '_'")
+        values[name] = _judged(path, key, held, options[name].kind)
+    return values
+
+
+def did_you_mean(key: str, options: Mapping[str, object]) -> str:
+    """The nearest options, or all of them."""
+    near = difflib.get_close_matches(key.replace("-", "_"), options, n=2, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"allowed keys: {', '.join(sorted(options))}"
+
+
+def _judged(path: Path, key: str, held: object, hint: Any) -> object:
+    name = key.replace("-", "_")
+    if isinstance(held, dict) and name in TABLES:
+        return _flat(name, held)
+    kinds = [kind for kind in _alternatives(hint) if kind is not NoneType]
+    literals = [kind for kind in kinds if not isinstance(kind, type)]
+    fits = any(
+        type(held) is kind or (kind is float and type(held) is int)
+        for kind in kinds
+        if isinstance(kind, type)
+    )
+    if fits or held in literals:
+        return held
+    listed = [repr(item) for item in literals] + [_KINDS[kind] for kind in kinds if kind in _KINDS]
+    if name in TABLES:
+        listed.append("a table of names and values")
+    shown = json.dumps(held, default=str)
+    raise ConfigError(f"preset {str(path)!r}: {key} is {shown}; allowed: {', '.join(listed)}")
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """`int | None` -> [int, NoneType]; `Literal["a", "b"]` -> ["a", "b"]."""
+    origin = get_origin(hint)
+    if origin in (UnionType, Union):
+        return [kind for item in get_args(hint) for kind in _alternatives(item)]
+    return list(get_args(hint)) if origin is Literal else [hint]
+
+
+def _flat(name: str, table: Mapping[str, object]) -> str:
+    """A table as the text that the option takes."""
+    if name == "device_map":
+        return json.dumps(table)
+    return ",".join(f"{key}={held}" for key, held in table.items())

@@ -1,0 +1,138 @@
+"""`gptq quantize MODEL --out DIR`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from gptq_cli.cli import options as o
+from gptq_cli.cli.output import Session, show, watch, without_findings
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.device import parse_size
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.display.choose import Progress
+from gptq_cli.errors import ConfigError, DeviceMapError
+from gptq_cli.placement import parse_inventory
+
+RECIPE = QuantizeConfig()
+TEXT = CalibrationConfig()
+
+
+def quantize(
+    context: typer.Context,
+    model: o.Model,
+    out: o.Out = None,
+    overwrite: o.Overwrite = False,
+    max_shard_size: o.MaxShardSize = "5GB",
+    report: o.Report = None,
+    bits: o.Bits = RECIPE.bits,
+    group_size: o.GroupSize = RECIPE.group_size,
+    sym: o.Sym = RECIPE.sym,
+    desc_act: o.DescAct = RECIPE.desc_act,
+    calibration: o.Calibration = TEXT.source,
+    samples: o.Samples = TEXT.samples,
+    seq_len: o.SeqLen = TEXT.seq_len,
+    seed: o.Seed = TEXT.seed,
+    batch_size: o.BatchSize = TEXT.batch_size,
+    device_map: o.DeviceMapText = "auto",
+    max_memory: o.MaxMemoryText = None,
+    devices: o.Devices = None,
+    dtype: o.DType = "auto",
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    act_order: o.ActOrder = RECIPE.act_order,
+    damp_percent: o.DampPercent = RECIPE.damp_percent,
+    true_sequential: o.TrueSequential = RECIPE.true_sequential,
+    scale_search: o.ScaleSearch = RECIPE.scale_search,
+    positive_scales: o.PositiveScales = RECIPE.positive_scales,
+    sweeps: o.Sweeps = RECIPE.sweeps,
+    refit: o.Refit = RECIPE.refit,
+    column_batch: o.ColumnBatch = RECIPE.column_batch,
+    dry_run: o.DryRun = False,
+    strict: o.Strict = False,
+    config: o.Config = None,
+    as_json: o.Json = False,
+    progress: o.Progress = "auto",
+    quiet: o.Quiet = False,
+) -> None:
+    """Quantize MODEL and write a GPTQ checkpoint to --out.
+
+    Preflight judges the job before a weight is read and reports everything at once.
+
+    The checkpoint appears as the last act: an interrupted run leaves nothing that looks like one.
+    """
+    session: Session = context.obj
+    if devices is not None and not dry_run:
+        raise ConfigError(
+            "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
+        )
+    if out is None and dry_run:
+        out = f"{Path(model).name or 'model'}-w{bits}g{group_size}"
+    if report is not None and not Path(report).parent.is_dir():
+        raise ConfigError(f"report is {report!r}, but {str(Path(report).parent)!r} is no directory")
+    job = QuantizeJob(
+        model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
+        out=out or "",
+        quantize=QuantizeConfig(
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            desc_act=desc_act,
+            act_order=act_order,
+            damp_percent=damp_percent,
+            true_sequential=true_sequential,
+            scale_search=scale_search,
+            positive_scales=positive_scales,
+            sweeps=sweeps,
+            refit=refit,
+            column_batch=column_batch,
+        ),
+        calibration=CalibrationConfig(
+            source=calibration, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size
+        ),
+        device_map=DeviceMap.parse(device_map),
+        max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
+        devices=parse_inventory(devices) if devices is not None else None,
+        max_shard_bytes=shard_bytes(max_shard_size),
+        overwrite=overwrite,
+        strict=strict,
+        command_line=("gptq", *session.argv),
+    )
+    if dry_run:
+        _plan(session, job, progress, quiet)
+        return
+    with watch(session, progress, quiet=quiet) as observer:
+        from gptq_cli import jobs
+
+        result = jobs.quantize(job, observer)
+        if report is not None:
+            from gptq_cli.report.page import report_html
+
+            Path(report).write_text(report_html(result), encoding="utf-8")
+
+    from gptq_cli.display.tables import run_summary
+
+    show(session, result, lambda: run_summary(result))
+
+
+def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -> None:
+    """What `--dry-run` does in place of the work. Exit 0, or 3 where the job would be refused."""
+    with watch(session, progress, quiet=quiet) as observer:
+        from gptq_cli import jobs
+
+        plan = jobs.dry_run(job, without_findings(observer))
+
+    from gptq_cli.display.maps import map_summary
+
+    show(session, plan, lambda: map_summary(plan))
+    if not plan.ok:
+        raise typer.Exit(3)
+
+
+def shard_bytes(text: str) -> int:
+    """`--max-shard-size` in bytes. Raises `ConfigError`."""
+    try:
+        return parse_size(text)
+    except DeviceMapError as error:
+        raise ConfigError(f"max_shard_size: {error.message}", hint="use --max-shard-size 5GB") from error

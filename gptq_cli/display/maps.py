@@ -1,0 +1,204 @@
+"""A `MapReport` as text: the placement as a folded tree, a bar a device, findings, the verdict.
+
+     model                                 14.0 GiB  cuda:0, cuda:1
+     ├─ embed_tokens                       1.00 GiB  cuda:0
+     ├─ layers                             13.0 GiB  cuda:0, cuda:1
+     │  ├─ 0-15                            6.50 GiB  cuda:0
+
+     cuda:0  ██████████████▓▒▒░░░░······  needs 10.2 of 24.0 GiB, 13.8 GiB to spare
+             █ weights 7.50  ▓ block copy 0.81  ▒ Hessians 0.77  ░ activations 1.00
+
+Each part of a bar has a glyph of its own, so that it reads without colour; it fits 80 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from gptq_cli.display import format as fmt
+from gptq_cli.display.tables import facts_table, findings_table
+from gptq_cli.results import DevicePlan, MapReport, QuantizePlan, TreeRow
+
+PARTS = (
+    ("weights_bytes", "█", "weights", "cyan"),
+    ("working_bytes", "▓", "block copy", "blue"),
+    ("hessian_bytes", "▒", "Hessians", "magenta"),
+    ("activation_bytes", "░", "activations", "yellow"),
+    ("packing_bytes", "%", "packing", "green"),
+    ("baseline_bytes", "+", "libraries", "default"),
+)
+"""Field of `DevicePlan`, glyph, word and colour, from the left of a bar to its right."""
+FREE, OVER = "·", "!"
+VERDICT_STYLES = {"fits": "bold green", "fits with warnings": "bold yellow", "refused": "bold red"}
+
+
+def map_summary(report: MapReport) -> Group:
+    """The whole report, the verdict last."""
+    parts: list[RenderableType] = [_title(report), "", facts_table(_rows(report))]
+    if report.tree:
+        parts += ["", tree_table(report.tree)]
+    if report.devices:
+        parts += ["", *(DeviceBar(device) for device in report.devices)]
+    if report.offload or report.offload_skipped:
+        parts += ["", facts_table(_offload_rows(report))]
+    if report.plan is not None:
+        parts += ["", *_plan(report.plan)]
+    if report.findings:
+        parts += ["", findings_table(report.findings)]
+    verdict = Text(" verdict: ", style="bold").append(report.verdict, style=VERDICT_STYLES[report.verdict])
+    return Group(*parts, "", verdict)
+
+
+def _title(report: MapReport) -> Text:
+    size = f"{fmt.count(report.parameters, 'parameter')}, {fmt.size(report.weights_bytes)} as {report.dtype}"
+    title = Text(f" {report.model}", style="bold")
+    return title.append(f"  {report.architecture}, {size}", style="default not bold")
+
+
+def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
+    limits = f", max memory {report.max_memory}" if report.max_memory else ""
+    budgets = ", ".join(
+        f"{budget.device} {fmt.size(budget.free_bytes)} free of {fmt.size(budget.total_bytes)}"
+        for budget in report.budgets
+    )
+    given = " (given, not looked for)" if report.inventory == "given" else ""
+    rows: list[tuple[str, RenderableType]] = [
+        ("device map", f"{report.spec}{limits}"),
+        ("devices", f"{budgets or 'none'}{given}"),
+    ]
+    if report.reason:
+        rows.append(("plan", report.reason))
+    return rows
+
+
+def _offload_rows(report: MapReport) -> list[tuple[str, RenderableType]]:
+    rows: list[tuple[str, RenderableType]] = []
+    if report.offload:
+        rows.append(("offload", f"{' -> '.join(report.offload)} (hooks, in this order)"))
+    if report.offload_skipped:
+        rows.append(("no hook", f"{', '.join(report.offload_skipped)} (no parameters)"))
+    return rows
+
+
+def tree_table(rows: Sequence[TreeRow]) -> Table:
+    """The folded tree with sizes and devices."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row, guide in zip(rows, guides([row.depth for row in rows]), strict=True):
+        name = Text(f" {guide}", style="dim").append(row.name or "(model)", style="default not dim")
+        if row.modules > 1:
+            name.append(f"  ({row.modules} alike)", style="dim")
+        where = ", ".join(row.devices)
+        if not row.parameters:
+            where = f"{where} (no parameters)"
+        table.add_row(name, fmt.size(row.size_bytes), Text(where, style="" if row.leaf else "dim"))
+    return table
+
+
+def guides(depths: Sequence[int]) -> list[str]:
+    """The lines of a tree before each name: `│  ├─ `. A name at the least depth has none."""
+    least = min(depths, default=0)
+    drawn = []
+    for at, depth in enumerate(depths):
+        guide = ""
+        for level in range(least + 1, depth + 1):
+            later = next((d for d in depths[at + 1 :] if d <= level), None)
+            more = later == level
+            if level == depth:
+                guide += "├─ " if more else "└─ "
+            else:
+                guide += "│  " if more else "   "
+        drawn.append(guide)
+    return drawn
+
+
+class DeviceBar:
+    """A renderable: what one device will hold, as a bar and in figures."""
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self._plan = plan
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        plan, width = self._plan, options.max_width
+        label = f" {plan.device:<7} "
+        if plan.fits:
+            spare = f"{fmt.size(plan.spare_bytes)} to spare"
+        else:
+            spare = f"DOES NOT FIT, {fmt.size(-plan.spare_bytes)} too much"
+        figures = f"  needs {fmt.gib(plan.needed_bytes)} of {fmt.gib(plan.limit_bytes)} GiB, {spare}"
+        cells = max(8, min(60, width - len(label) - len(figures)))
+        bar = Text(label, style="bold", no_wrap=True, overflow="fold")
+        for glyphs, style in bar_segments(plan, cells):
+            bar.append(glyphs, style=f"{style} not bold")
+        bar.append(figures, style="not bold" if plan.fits else "bold red")
+        yield bar
+        legend = Table.grid(padding=(0, 0))
+        legend.add_column(width=len(label))
+        legend.add_column()
+        texts = []
+        for name, glyph, word, _ in PARTS:
+            held = getattr(plan, name)
+            if held:
+                texts.append(f"{glyph} {word} {fmt.size(held)}")
+        legend.add_row("", Text(_joined(texts, width - len(label)), style="dim"))
+        yield legend
+
+
+def _joined(texts: Sequence[str], width: int) -> str:
+    """Entries two blanks apart, in lines of at most `width` characters; no entry is broken."""
+    lines = [""]
+    for text in texts:
+        if lines[-1] and len(lines[-1]) + 2 + len(text) > width:
+            lines.append(text)
+        else:
+            lines[-1] += f"  {text}" if lines[-1] else text
+    return "\n".join(lines)
+
+
+def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
+    """Glyphs and colours of a bar of exactly `cells` characters; beyond the limit every glyph is `!`."""
+    whole = max(plan.limit_bytes, plan.needed_bytes, 1)
+    limit_at = round(cells * plan.limit_bytes / whole)
+    segments, end, drawn = [], 0, 0
+    for name, glyph, _, style in PARTS:
+        end += getattr(plan, name)
+        stop = min(cells, round(cells * end / whole))
+        inside = max(0, min(stop, limit_at) - drawn)
+        over = max(0, stop - max(drawn, limit_at))
+        segments += [(glyph * inside, style), (OVER * over, "red")]
+        drawn = max(drawn, stop)
+    segments.append((FREE * (cells - drawn), "dim"))
+    return [(glyphs, style) for glyphs, style in segments if glyphs]
+
+
+def _plan(plan: QuantizePlan) -> list[RenderableType]:
+    """What a dry run knows about the work."""
+    group = "one group a row" if plan.group_size == -1 else f"group {plan.group_size}"
+    work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
+    smaller = plan.size_before_bytes / plan.size_after_bytes if plan.size_after_bytes else 0.0
+    sizes = f"{fmt.size(plan.size_before_bytes)} -> {fmt.size(plan.size_after_bytes)}"
+    rows: list[tuple[str, RenderableType]] = [
+        ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
+        ("recipe", f"{plan.bits} bits, {group}: {plan.bits_per_weight:.3f} bits a weight"),
+        ("quantized", f"{fmt.share(plan.quantized_share)} of the parameters"),
+        ("size", f"{sizes} ({smaller:.2f} times smaller)"),
+    ]
+    if plan.seconds is not None:
+        rows.append(("time", f"about {fmt.duration(plan.seconds)} (an estimate from a short probe)"))
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_row(" blocks", "linears, stage by stage", "out x in", style="bold")
+    for stage in plan.stages:
+        for index, (name, in_features, out_features) in enumerate(stage.linears):
+            blocks = f" {stage.blocks} x" if index == 0 else ""
+            table.add_row(blocks, Text(name), f"{out_features} x {in_features}")
+    facts = facts_table(rows)
+    return [facts, "", table] if plan.stages else [facts]
