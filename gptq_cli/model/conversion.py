@@ -76,12 +76,18 @@ class Conversion:
         self._state: dict[str, Tensor] = model.state_dict()
 
     def target_of(self, source: str) -> tuple[str | None, str | None]:
-        """(model tensor, converter's pattern or None) for one name in the files; (None, None) if it has no place."""
+        """(model tensor, converter's pattern or None) for one name in the files; (None, None) if it has no
+        place."""
         prefix = self._model.base_model_prefix
         target, pattern = rename_source_key(source, self._renamings, self._converters, prefix, self._state)
         if target not in self._state and source in self._state:
             target, pattern = rename_source_key(source, [], [], prefix, self._state)
         return (target, pattern) if target in self._state else (None, None)
+
+    def place_of(self, source: str) -> int:
+        """Place of a converted file tensor among the parts of its target: 0 for a gate, 1 for an up one."""
+        pattern = self.target_of(source)[1]
+        return 0 if pattern is None else list(self._by_pattern[pattern].source_patterns).index(pattern)
 
     def map(self, names: Iterable[str]) -> KeyMap:
         """Map every name in the files."""

@@ -1,0 +1,92 @@
+"""Up to how many tokens the fused int4 kernel is faster than dequantize-and-GEMM, measured where it will run.
+
+The fused kernels cost about the same for every further token; a GEMM costs little more for many tokens than
+for one, but only after the weight was made dense. Where the two lines cross depends on the machine (AMX,
+AVX-512, tensor cores) and on the shape, so both are timed at two numbers of tokens, on at most 1024 columns
+of the first linear of each shape class: some milliseconds a class. The crossing is clamped to 128 tokens, so
+that windows of text always take the dequantize path, and give the same numbers whatever the probe measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gptq_cli.inference.kernels import Held, Kernel
+
+MOST_ROWS = 128
+PROBE_COLUMNS = 1024
+_FEW, _MANY = 2, 32
+_REPEATS = 3
+
+ShapeClass = tuple[str, str, torch.dtype, int, int, int, int, bool]
+
+
+class Crossovers:
+    """The measured crossings of one load, one a shape class."""
+
+    def __init__(self) -> None:
+        self._known: dict[ShapeClass, int] = {}
+
+    def few_rows(self, kernel: Kernel, held: Held) -> int:
+        """The largest number of tokens for which `kernel.fused` is to be used."""
+        if not kernel.can_fuse:
+            return 0
+        device = held["packed"].device
+        columns = min(PROBE_COLUMNS, kernel.columns)
+        key = (
+            kernel.name,
+            str(device),
+            kernel.dtype,
+            kernel.rows,
+            columns,
+            kernel.group,
+            kernel.planes,
+            kernel.shifted,
+        )
+        if key not in self._known:
+            self._known[key] = probe(kernel, held, columns)
+        return self._known[key]
+
+
+def probe(kernel: Kernel, held: Held, columns: int) -> int:
+    """Time both ways on `columns` columns and return the crossing, 0 to MOST_ROWS."""
+    part = kernel.restrict(held, columns)
+    device = held["packed"].device
+
+    def fused(x: Tensor) -> None:
+        kernel.fused(x if kernel.planes == 1 else torch.cat([x, x], 1), part)
+
+    def dequantized(x: Tensor) -> None:
+        torch.mm(x, kernel.dense(part, 0, columns, kernel.dtype))
+
+    inputs = [torch.ones(rows, kernel.rows, dtype=kernel.dtype, device=device) for rows in (_FEW, _MANY)]
+    fused_seconds = [_best(partial(fused, x), device) for x in inputs]
+    dense_seconds = [_best(partial(dequantized, x), device) for x in inputs]
+    return crossing(fused_seconds, dense_seconds)
+
+
+def crossing(fused_seconds: list[float], dense_seconds: list[float]) -> int:
+    """Where two straight lines through the times at 2 and at 32 tokens meet, clamped to 0..128."""
+    span = _MANY - _FEW
+    fused_slope = (fused_seconds[1] - fused_seconds[0]) / span
+    dense_slope = (dense_seconds[1] - dense_seconds[0]) / span
+    head_start = dense_seconds[0] - fused_seconds[0]
+    if fused_slope <= dense_slope:
+        return MOST_ROWS if head_start > 0 else 0
+    return max(0, min(MOST_ROWS, int(_FEW + head_start / (fused_slope - dense_slope))))
+
+
+def _best(work: Callable[[], None], device: torch.device) -> float:
+    best = float("inf")
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best

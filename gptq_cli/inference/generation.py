@@ -1,0 +1,218 @@
+"""A prompt becomes text: Transformers' `generate`, with the pieces handed out as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.errors import CheckpointError, ConfigError
+
+OnToken = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is picked. Greedy when `temperature` is 0, which is the default."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    seed: int = 0
+    """Of the draw; the global generators are left as they were."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"temperature is {self.temperature}; allowed: 0 (greedy) to 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}; allowed: 0 (no limit) and up")
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What came out. `first_token_seconds` covers the prompt, `seconds` everything."""
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+    first_token_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed: tokens after the first over the time after the first; 0 for a single token."""
+        after = self.seconds - self.first_token_seconds
+        return (self.new_tokens - 1) / after if self.new_tokens > 1 and after > 0 else 0.0
+
+
+class TextPieces:
+    """A Transformers streamer (`put`, `end`) that turns token ids into pieces of text as early as is safe.
+
+    A token may end in the middle of a character; a piece is held back until the text so far decodes without
+    the replacement character at its end.
+    """
+
+    def __init__(self, tokenizer: Any, on_token: OnToken) -> None:
+        self._tokenizer, self._on_token = tokenizer, on_token
+        self._ids: list[int] = []
+        self._shown = ""
+        self._is_prompt = True
+        self.tokens = 0
+        self.first_at: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Called by `generate` with the prompt first, then with every new token."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        if self.first_at is None:
+            self.first_at = time.perf_counter()
+        ids = value.flatten().tolist()
+        self.tokens += len(ids)
+        self._ids += ids
+        self._show(self._decoded(), final=False)
+
+    def end(self) -> None:
+        """Called by `generate` once: hands out what was held back."""
+        self._show(self._decoded(), final=True)
+
+    @property
+    def text(self) -> str:
+        """Everything handed out so far."""
+        return self._shown
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _show(self, text: str, *, final: bool) -> None:
+        if not final and text.endswith("\ufffd"):
+            return
+        if text.startswith(self._shown) and len(text) > len(self._shown):
+            piece = text[len(self._shown) :]
+            self._shown = text
+            self._on_token(piece)
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Tensor:
+    """Token ids (1, T): through the chat template where the tokenizer has one, unless `raw`."""
+    if not raw and getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"]
+    assert isinstance(ids, Tensor)
+    if ids.shape[1] == 0:
+        raise ConfigError("the prompt holds no tokens", hint="give --prompt some text")
+    return ids
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 64,
+    on_token: OnToken = lambda text: None,
+    *,
+    raw: bool = False,
+    sampling: Sampling = GREEDY,
+) -> Generation:
+    """Continue `prompt` by at most `max_new_tokens` tokens; `on_token` gets the text piece by piece."""
+    ids = encode_prompt(tokenizer, prompt, raw=raw).to(input_device(model))
+    pieces = TextPieces(tokenizer, on_token)
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if sampling.temperature > 0:
+        options = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
+    with torch.inference_mode(), _seeded(ids.device, sampling):
+        started = time.perf_counter()
+        model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            pad_token_id=_pad_token(tokenizer, model),
+            streamer=pieces,
+            **options,
+        )
+        seconds = time.perf_counter() - started
+    return Generation(
+        prompt=prompt,
+        text=pieces.text,
+        prompt_tokens=ids.shape[1],
+        new_tokens=pieces.tokens,
+        seconds=seconds,
+        first_token_seconds=(pieces.first_at or started) - started,
+    )
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go: the device of the embedding, or the one its hook executes on."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return torch.device(device) if device is not None else embedding.weight.device
+
+
+def open_tokenizer(directory: Any, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in `directory`. Raises `CheckpointError` when there is none that Transformers reads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{directory} has no tokenizer that can be read: {first}",
+            hint="copy the tokenizer files of the original model into it",
+        ) from error
+
+
+def _pad_token(tokenizer: Any, model: Any) -> int | None:
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if value is not None:
+            return int(value)
+    return None
+
+
+class _seeded:  # noqa: N801 - reads as a statement
+    """Seed the generators that sampling draws from, and put them back."""
+
+    def __init__(self, device: torch.device, sampling: Sampling) -> None:
+        self._active = sampling.temperature > 0
+        self._seed = sampling.seed
+        devices = [device] if device.type != "cpu" else []
+        self._fork = (
+            torch.random.fork_rng(devices=devices, device_type=device.type)
+            if devices
+            else (torch.random.fork_rng(devices=[]))
+        )
+
+    def __enter__(self) -> None:
+        self._fork.__enter__()
+        if self._active:
+            torch.manual_seed(self._seed)
+
+    def __exit__(self, *details: Any) -> None:
+        self._fork.__exit__(*details)

@@ -1,0 +1,304 @@
+"""How a device holds the codes of a linear, and how it multiplies by them.
+
+Every kernel knows two ways from the same buffers, because no one way wins everywhere:
+
+    fused(x)           a few tokens: torch's built-in int4 matmul reads a quarter of the bytes that bf16 would
+    dense(start, stop) many tokens: columns of the weight are made dense, multiplied by a plain GEMM, dropped
+
+    CpuInt4     bf16 on a CPU         aten._weight_int4pack_mm_for_cpu
+    Tinygemm    bf16 on CUDA          aten._weight_int4pack_mm
+    XpuInt4     bf16, fp16 on XPU     aten._weight_int4pack_mm_with_scales_and_zeros
+    Dequantize  everything else       dense() only
+
+The layouts of the CPU's and of CUDA's operator are private to torch. `dense` must read them, so they are
+learnt from the operator itself before they are relied on (`cpu_block`, `tile_order`); where the answer is
+unexpected, `Dequantize` serves.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from gptq_cli.inference.planes import Planes
+
+Held = dict[str, Tensor]
+
+
+class Kernel(ABC):
+    """Keeps shapes, no tensors: `hold` makes the buffers of a linear, the other methods take them."""
+
+    name: ClassVar[str]
+    can_fuse: ClassVar[bool] = True
+
+    def __init__(self, planes: Planes, dtype: torch.dtype) -> None:
+        self.rows = planes.rows
+        self.columns = planes.columns
+        self.group = planes.group
+        self.planes = planes.planes
+        self.shifted = planes.shifted
+        self.dtype = dtype
+        """What `fused` computes in."""
+
+    @abstractmethod
+    def hold(self, planes: Planes) -> Held:
+        """The buffers of one linear."""
+
+    @abstractmethod
+    def fused(self, x: Tensor, held: Held) -> Tensor:
+        """x (M, planes * rows), contiguous -> (M, columns)."""
+
+    @abstractmethod
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Columns `start` to `stop` (multiples of COLUMN_BLOCK) of the weight: (rows, stop - start)."""
+
+    def restrict(self, held: Held, columns: int) -> Held:
+        """The buffers of a linear that ends after `columns`: what the probe measures on."""
+        return {name: self._restrict(name, tensor, columns) for name, tensor in held.items()}
+
+    def _restrict(self, name: str, tensor: Tensor, columns: int) -> Tensor:
+        return tensor[:columns] if name == "packed" else tensor[:, :columns].contiguous()
+
+    def _stacked_scales(self, scales_shifts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(planes * groups, n, 2) -> scales and shifts of (q - middle)."""
+        own = scales_shifts[-(scales_shifts.shape[0] // self.planes) :]
+        scales = own[..., 0].contiguous()
+        if not self.shifted:
+            return scales, None
+        return scales, own[..., 1] if self.planes == 1 else own[..., 1].float() - 8 * scales.float()
+
+
+def to_nibbles(codes: Tensor, block: int) -> Tensor:  # (R, C) uint8, C % block == 0
+    """(C, R / 2) uint8: blocks of (R, block / 2) bytes, byte d holds columns d (low) and d + block / 2."""
+    rows, columns = codes.shape
+    halves = codes.view(rows, columns // block, 2, block // 2)
+    packed = torch.empty(columns // block, rows, block // 2, dtype=torch.uint8, device=codes.device)
+    packed.permute(1, 0, 2).copy_(halves[:, :, 0] | (halves[:, :, 1] << 4))
+    return packed.view(columns, rows // 2) if rows % 2 == 0 else packed
+
+
+def from_nibbles(packed: Tensor, rows: int, planes: int, block: int, dtype: torch.dtype) -> Tensor:
+    """Inverse of `to_nibbles`, centred: (rows, C) of q - 8, or of q - 128 from two planes."""
+    blocks = packed.numel() // (planes * rows * (block // 2))
+    packed = packed.view(blocks, planes * rows, block // 2)
+    centred = (packed[:, :rows] ^ 0x88).view(torch.int8)  # offset binary to two's complement
+    if planes == 1:
+        low, high = (centred << 4) >> 4, centred >> 4
+    else:
+        below = packed[:, rows:]
+        low, high = (
+            (centred << 4) | (below & 15).view(torch.int8),
+            (centred & -16) | (below >> 4).view(torch.int8),
+        )
+    dense = torch.empty(rows, blocks, 2, block // 2, dtype=dtype, device=packed.device)
+    dense[:, :, 0].copy_(low.permute(1, 0, 2))
+    dense[:, :, 1].copy_(high.permute(1, 0, 2))
+    return dense.view(rows, blocks * block)
+
+
+def scale_rows(dense: Tensor, scales: Tensor, shifts: Tensor | None, group: int) -> Tensor:
+    """dense (rows, n) * scales (groups, n) + shifts, group by group, in place; rows % group == 0."""
+    grouped = dense.view(-1, group, dense.shape[1])
+    scales = scales.to(dense.dtype).unsqueeze(1)
+    if shifts is None:
+        grouped.mul_(scales)
+    else:
+        torch.addcmul(shifts.to(dense.dtype).unsqueeze(1), grouped, scales, out=grouped)
+    return dense
+
+
+class Dequantize(Kernel):
+    """Nibbles, and scales as the checkpoint has them. Needs no operator that a device might lack."""
+
+    name = "dequantize"
+    can_fuse = False
+    block = 64
+
+    def hold(self, planes: Planes) -> Held:
+        held = {"packed": to_nibbles(planes.codes, self.block), "scales": planes.scales.contiguous()}
+        if planes.shifted:
+            held["offsets"] = (planes.middle - planes.zeros).contiguous()
+        if planes.row_group is not None:
+            held["row_group"] = planes.row_group
+        return held
+
+    def fused(self, x: Tensor, held: Held) -> Tensor:
+        raise NotImplementedError("dequantize has no fused form")
+
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        blocks = held["packed"].view(self.columns // self.block, -1)[start // self.block : stop // self.block]
+        dense = from_nibbles(blocks, self.rows, self.planes, self.block, dtype)
+        row_group = held.get("row_group")
+        group = self.group if row_group is None else 1
+        grouped = dense.view(-1, group, stop - start)
+        for name in ("offsets", "scales"):
+            if name not in held:
+                continue
+            values = held[name][:, start:stop].to(dtype)
+            values = (values if row_group is None else values.index_select(0, row_group)).unsqueeze(1)
+            grouped.add_(values) if name == "offsets" else grouped.mul_(values)
+        return dense
+
+    def _restrict(self, name: str, tensor: Tensor, columns: int) -> Tensor:
+        return tensor if name == "row_group" else super()._restrict(name, tensor, columns)
+
+
+class CpuInt4(Kernel):
+    """torch's int4 kernel for CPUs: fast in bf16 only."""
+
+    name = "cpu-int4"
+
+    def __init__(self, planes: Planes, dtype: torch.dtype) -> None:
+        super().__init__(planes, dtype)
+        block = cpu_block()
+        assert block is not None
+        self.block = block
+
+    def hold(self, planes: Planes) -> Held:
+        scales_shifts = torch.stack(planes.stacked(), -1).to(self.dtype)
+        return {"packed": to_nibbles(planes.codes, self.block), "scales_shifts": scales_shifts.contiguous()}
+
+    def fused(self, x: Tensor, held: Held) -> Tensor:
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x, held["packed"], self.group, held["scales_shifts"]
+        )
+        assert isinstance(product, Tensor)
+        return product
+
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        dense = from_nibbles(held["packed"][start:stop], self.rows, self.planes, self.block, dtype)
+        return scale_rows(dense, *self._stacked_scales(held["scales_shifts"][:, start:stop]), self.group)
+
+
+@cache
+def cpu_block() -> int | None:
+    """Columns of a block in the layout of torch's CPU kernel on this machine; None: a layout unknown here.
+
+    torch chooses by instruction set: 64 columns with AVX-512, 32 with AVX2.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (128, 64), dtype=torch.int32, generator=generator)
+    try:
+        theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (RuntimeError, AttributeError):
+        return None
+    columns_last = codes.t().to(torch.uint8).contiguous()
+    for block in (64, 32):
+        if torch.equal(to_nibbles(columns_last, block).view(-1), theirs.reshape(-1).view(torch.uint8)):
+            return block
+    return None
+
+
+class Tinygemm(Kernel):
+    """torch's int4 kernel for CUDA (compute capability 8.0 and up), bf16.
+
+    Its layout is made of tiles of 8 columns and `16 * inner` rows; the order inside a tile follows the
+    registers of the tensor cores and is learnt by packing numbered elements.
+    """
+
+    name = "cuda-int4"
+
+    def __init__(self, planes: Planes, dtype: torch.dtype) -> None:
+        super().__init__(planes, dtype)
+        self.inner = next(inner for inner in (8, 4, 2) if planes.planes * planes.rows % (16 * inner) == 0)
+
+    def hold(self, planes: Planes) -> Held:
+        columns_first = planes.codes.t()
+        pairs = (columns_first[:, ::2] << 4 | columns_first[:, 1::2]).contiguous()
+        return {
+            "packed": torch.ops.aten._convert_weight_to_int4pack(pairs, self.inner),
+            "scales_shifts": torch.stack(planes.stacked(), -1).to(self.dtype).contiguous(),
+            "tile_order": tile_order(self.inner, str(pairs.device)),
+        }
+
+    def fused(self, x: Tensor, held: Held) -> Tensor:
+        product = torch.ops.aten._weight_int4pack_mm(x, held["packed"], self.group, held["scales_shifts"])
+        assert isinstance(product, Tensor)
+        return product
+
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        order = held["tile_order"]
+        tiles = held["packed"][start // 8 : stop // 8]
+        codes = words_to_nibbles(tiles.reshape(tiles.shape[0], tiles.shape[1], -1))
+        codes = codes.index_select(2, order).view(tiles.shape[0], tiles.shape[1], 8, 16 * self.inner)
+        codes = codes.permute(1, 3, 0, 2).reshape(self.planes * self.rows, stop - start)
+        return _centre_and_scale(self, codes, held["scales_shifts"][:, start:stop], dtype)
+
+    def _restrict(self, name: str, tensor: Tensor, columns: int) -> Tensor:
+        if name == "tile_order":
+            return tensor
+        return tensor[: columns // 8] if name == "packed" else super()._restrict(name, tensor, columns)
+
+
+def _centre_and_scale(kernel: Kernel, codes: Tensor, scales_shifts: Tensor, dtype: torch.dtype) -> Tensor:
+    """(planes * rows, n) codes 0..15 -> the dense (rows, n) weight."""
+    if kernel.planes == 1:
+        dense = codes.to(dtype).sub_(8)
+    else:
+        dense = (codes[: kernel.rows] * 16 + codes[kernel.rows :]).to(dtype).sub_(128)
+    return scale_rows(dense, *kernel._stacked_scales(scales_shifts), kernel.group)
+
+
+def words_to_nibbles(words: Tensor) -> Tensor:  # (..., W) int32
+    """(..., 8 W) int32 in 0..15, low bits first."""
+    places = torch.arange(0, 32, 4, device=words.device, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> places) & 15).flatten(-2)
+
+
+def tile_order(inner: int, device: str) -> Tensor:
+    """(128 inner,) int64: where in a packed tile the element `column * 16 inner + row` of the tile is found.
+
+    The elements are numbered and three tiles packed, one for each nibble of the number.
+    """
+    size = 128 * inner
+    numbers = torch.arange(size, device=device).view(8, 16 * inner)
+    found = torch.zeros(size, dtype=torch.int64, device=device)
+    for place in (0, 4, 8):
+        nibble = ((numbers >> place) & 15).to(torch.uint8)
+        tile = torch.ops.aten._convert_weight_to_int4pack(nibble[:, ::2] << 4 | nibble[:, 1::2], inner)
+        found |= words_to_nibbles(tile.reshape(-1)).long() << place
+    order = torch.empty_like(found)
+    order[found] = torch.arange(size, device=device)
+    return order
+
+
+class XpuInt4(Kernel):
+    """torch's int4 kernel for Intel GPUs: rows packed low nibble first, zeros as int8, bf16 or fp16."""
+
+    name = "xpu-int4"
+
+    def hold(self, planes: Planes) -> Held:
+        columns_first = planes.codes.t()
+        pairs = (columns_first[:, ::2] | columns_first[:, 1::2] << 4).contiguous()
+        scales, zeros = planes.scales, planes.zeros
+        if planes.planes == 2:
+            scales, zeros = (
+                torch.cat([16 * scales, scales]),
+                torch.cat([torch.full_like(zeros, 8), zeros - 128]),
+            )
+        return {
+            "packed": pairs.view(torch.int32),
+            "scales": scales.to(self.dtype).contiguous(),
+            "zeros": zeros.to(torch.int8).contiguous(),
+        }
+
+    def fused(self, x: Tensor, held: Held) -> Tensor:
+        product = torch.ops.aten._weight_int4pack_mm_with_scales_and_zeros(
+            x, held["packed"], self.group, held["scales"], held["zeros"]
+        )
+        assert isinstance(product, Tensor)
+        return product
+
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        codes = words_to_nibbles(held["packed"][start:stop]).t()
+        groups = held["scales"].shape[0] // self.planes
+        scales = held["scales"][-groups:, start:stop].to(dtype)
+        zeros = held["zeros"][-groups:, start:stop].to(dtype)
+        if self.planes == 2:
+            codes = codes[: self.rows] * 16 + codes[self.rows :] - 128
+        dense = codes.to(dtype).contiguous().view(groups, self.group, -1)
+        return dense.sub_(zeros.unsqueeze(1)).mul_(scales.unsqueeze(1)).view(self.rows, -1)

@@ -1,0 +1,210 @@
+"""From a checked checkpoint and a placement to a model that generates.
+
+The skeleton of the checkpoint stays on the meta device until its linears are replaced; then every tensor goes
+from the mapped file to the device where it will be used, one linear at a time. No dense copy of the model is
+ever made: the peak is the packed model and the unpacked codes of one linear.
+
+A cpu entry beside other devices keeps its tensors on the CPU in the layout of the main device, and
+accelerate's hooks carry them there for each forward.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from gptq_cli.device import Device
+from gptq_cli.devices.accelerators import current_accelerator, torch_device
+from gptq_cli.errors import CheckpointError
+from gptq_cli.inference.codes import read_codes
+from gptq_cli.inference.crossover import Crossovers
+from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
+from gptq_cli.inference.packed_linear import KernelWish, PackedLinear
+from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
+from gptq_cli.model.tensors import TensorReader
+from gptq_cli.model.weights import fill_dense
+from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.results import KernelCount
+
+OnLinear = Callable[[int, int], None]
+"""Called with (linears done, linears in all)."""
+
+_EXPERT = re.compile(r"\.(\d+)\.[^.]+\Z")
+
+
+def default_placement(checkpoint: QuantizedCheckpoint) -> Placement:
+    """Everything on the current accelerator, on the CPU where there is none; the reason says why."""
+    device = current_accelerator()
+    if device.is_accelerator:
+        reason = f"no device map was given: {device} is the current accelerator"
+    else:
+        reason = "no device map was given, and this machine has no accelerator"
+    return Placement((PlacementEntry("", device, checkpoint.packed_bytes, True),), device, reason)
+
+
+def load_quantized(
+    checkpoint: QuantizedCheckpoint,
+    placement: Placement,
+    *,
+    wish: KernelWish = "auto",
+    on_linear: OnLinear = lambda done, total: None,
+) -> Any:
+    """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
+
+    Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served.
+    """
+    if any(device.kind in ("disk", "meta") for device in placement.devices):
+        raise CheckpointError(
+            "the device map puts modules on disk; allowed when loading: accelerators and cpu",
+            hint="map those modules to cpu, or load on the CPU alone: --device-map cpu",
+        )
+    model = checkpoint.model
+    with checkpoint.reader() as reader:
+        _Attacher(checkpoint, placement, reader, wish, on_linear).attach()
+        fill_dense(
+            model,
+            checkpoint.conversion,
+            checkpoint.keys,
+            reader.get,
+            lambda name: torch_device(placement.device_of(name)),
+            checkpoint.dtype,
+        )
+    model.eval().requires_grad_(False)
+    _read_generation_config(checkpoint)
+    if len(placement.devices) > 1:
+        _dispatch(model, placement)
+    return model
+
+
+class _Attacher:
+    """Replaces the linears of one checkpoint's skeleton."""
+
+    def __init__(
+        self,
+        checkpoint: QuantizedCheckpoint,
+        placement: Placement,
+        reader: TensorReader,
+        wish: KernelWish,
+        on_linear: OnLinear,
+    ) -> None:
+        self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
+        self.wish, self.on_linear = wish, on_linear
+        self.crossovers = Crossovers()
+        self.done = 0
+
+    def attach(self) -> None:
+        """Put a packed module in the place of every quantized linear and every fused experts module."""
+        model = self.checkpoint.model
+        for info in self.checkpoint.linears:
+            model.set_submodule(info.name, self._pack(info, info.name))
+        experts: dict[str, dict[tuple[str, int], nn.Module]] = defaultdict(dict)
+        for info in self.checkpoint.experts:
+            assert info.fused_into is not None
+            owner = info.fused_into.rpartition(".")[0]
+            check_servable(owner, model.get_submodule(owner))
+            experts[owner][self._role(info)] = self._pack(info, owner)
+        for owner, found in experts.items():
+            roles = by_role(owner, found)
+            packed = PackedExperts(model.get_submodule(owner), roles["gate"], roles["up"], roles["down"])
+            model.set_submodule(owner, packed)
+
+    def _role(self, info: PackedInfo) -> tuple[str, int]:
+        """("gate" | "up" | "down", expert) of one quantized expert linear."""
+        assert info.fused_into is not None
+        number = _EXPERT.search(info.source_name)
+        fused = info.fused_into.rpartition(".")[2]
+        if number is None or fused not in ("gate_up_proj", "down_proj"):
+            raise CheckpointError(
+                f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not served",
+                hint="vLLM and GPTQModel read quantized experts of more kinds",
+            )
+        if fused == "down_proj":
+            return "down", int(number[1])
+        place = self.checkpoint.conversion.place_of(f"{info.source_name}.weight")
+        return ("gate", "up")[place], int(number[1])
+
+    def _pack(self, info: PackedInfo, module_name: str) -> PackedLinear:
+        home = self.placement.device_of(module_name)
+        at_work = self._execution_device(home)
+        packed, bias = read_packed(self.reader, info, torch_device(at_work))
+        form = info.format
+        linear = read_codes(
+            info.source_name,
+            qweight=packed.qweight,
+            qzeros=packed.qzeros,
+            scales=packed.scales,
+            g_idx=packed.g_idx,
+            bits=form.bits,
+            group_size=form.group_size,
+            desc_act=form.desc_act,
+            checkpoint_format=form.checkpoint_format,
+            in_features=info.in_features,
+            out_features=info.out_features,
+        )
+        dtype = self.checkpoint.dtype
+        bias = None if bias is None else bias.to(dtype, copy=True)
+        module = PackedLinear(linear, bias=bias, dtype=dtype, crossovers=self.crossovers, wish=self.wish)
+        self.done += 1
+        self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
+        return module if home == at_work else module.to(torch_device(home))
+
+    def _execution_device(self, home: Device) -> Device:
+        """Offloaded modules compute on the main device, and need its layout."""
+        offloaded = home.kind == "cpu" and bool(self.placement.offloaded)
+        return self.placement.main_device if offloaded else home
+
+
+def _dispatch(model: Any, placement: Placement) -> None:
+    from accelerate import dispatch_model
+
+    dispatch_model(
+        model,
+        device_map=placement.accelerate_map(),
+        main_device=placement.main_device.for_accelerate,
+        skip_keys=model._skip_keys_device_placement,
+        offload_buffers=True,
+    )
+
+
+def _read_generation_config(checkpoint: QuantizedCheckpoint) -> None:
+    if (checkpoint.directory / "generation_config.json").is_file():
+        try:
+            config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"generation_config.json cannot be read: {error}") from error
+        checkpoint.model.generation_config = config
+
+
+def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+    """Name -> module of every packed linear."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def kernel_counts(model: nn.Module) -> tuple[KernelCount, ...]:
+    """How many linears run on which kernel, and why; the commonest first."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for module in packed_linears(model).values():
+        counts[module.kernel.name, module.reason].append(module.few_rows)
+    return tuple(
+        KernelCount(kernel=kernel, linears=len(few), reason=_with_crossing(reason, few))
+        for (kernel, reason), few in sorted(counts.items(), key=lambda item: (-len(item[1]), item[0]))
+    )
+
+
+def _with_crossing(reason: str, few: list[int]) -> str:
+    if not any(few):
+        return reason
+    low, high = min(few), max(few)
+    tokens = str(low) if low == high else f"{low} to {high}, by shape"
+    return f"{reason}; above {tokens} tokens at once: dequantize (measured at load)"
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; tied ones count once."""
+    tensors: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

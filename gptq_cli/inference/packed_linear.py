@@ -1,0 +1,170 @@
+"""The module that stands where a linear stood, and the choice of its kernel.
+
+`PackedLinear` multiplies its input by codes that stay packed. It holds one copy of them, in the layout of its
+kernel, and picks by the number of tokens between the fused kernel and dequantize-and-GEMM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gptq_cli.inference.codes import LinearCodes
+from gptq_cli.inference.crossover import Crossovers
+from gptq_cli.inference.kernels import (
+    CpuInt4,
+    Dequantize,
+    Held,
+    Kernel,
+    Tinygemm,
+    XpuInt4,
+    cpu_block,
+)
+from gptq_cli.inference.planes import COLUMN_BLOCK, make_planes, why_not_fused
+
+KernelWish = Literal["auto", "torch", "dequantize"]
+"""auto and torch: torch's int4 kernel where one fits; dequantize: never."""
+
+_CPU_DENSE_ELEMENTS = 1 << 22
+_DEVICE_DENSE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A kernel class and why it was chosen."""
+
+    kernel: type[Kernel]
+    reason: str
+
+
+def choose(linear: LinearCodes, device: torch.device, dtype: torch.dtype, wish: KernelWish) -> Choice:
+    """The best kernel for `linear` on `device` with activations in `dtype`."""
+    if wish == "dequantize":
+        return Choice(Dequantize, "asked for")
+    obstacle = why_not_fused(linear)
+    if obstacle is not None:
+        return Choice(Dequantize, obstacle)
+    return _for_device(device, dtype)
+
+
+def _for_device(device: torch.device, dtype: torch.dtype) -> Choice:
+    name = str(dtype).removeprefix("torch.")
+    match device.type:
+        case "cpu" if dtype != torch.bfloat16:
+            return Choice(Dequantize, f"CPUs have a fast int4 kernel for bfloat16 only, not for {name}")
+        case "cpu" if cpu_block() is None:
+            return Choice(Dequantize, "torch's int4 layout on this CPU is unknown here")
+        case "cpu":
+            return Choice(CpuInt4, "bfloat16 on a CPU")
+        case "cuda" if dtype != torch.bfloat16:
+            return Choice(Dequantize, f"CUDA has an int4 kernel for bfloat16 only, not for {name}")
+        case "cuda" if torch.version.hip is not None:
+            return Choice(Dequantize, "torch's int4 kernel is not relied on under ROCm")
+        case "cuda" if torch.cuda.get_device_capability(device) < (8, 0):
+            return Choice(Dequantize, "torch's int4 kernel needs compute capability 8.0")
+        case "cuda":
+            return Choice(Tinygemm, "bfloat16 on CUDA")
+        case "xpu" if dtype in (torch.bfloat16, torch.float16):
+            return Choice(XpuInt4, f"{name} on XPU")
+        case kind:
+            return Choice(Dequantize, f"torch has no int4 kernel for {name} on {kind}")
+
+
+class PackedLinear(nn.Module):
+    """y = x Wᵀ + b with W in 2, 3, 4 or 8 bits. Takes the place of nn.Linear and of Conv1D."""
+
+    packed: Tensor
+    bias: Tensor | None
+    order: Tensor | None
+
+    def __init__(
+        self,
+        linear: LinearCodes,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        crossovers: Crossovers,
+        wish: KernelWish = "auto",
+    ) -> None:
+        """Build on the device where `linear` lies. `bias` is kept as it is."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bits, self.group_size = linear.bits, linear.group
+        device = linear.codes.device
+        choice = choose(linear, device, dtype, wish)
+        planes = make_planes(linear, fused=choice.kernel.can_fuse)
+        self.kernel = choice.kernel(planes, dtype)
+        self.reason = choice.reason
+        held = self.kernel.hold(planes)
+        self._held_names = tuple(held)
+        for name, tensor in held.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("order", linear.order)
+        self.register_buffer("bias", bias)
+        self.few_rows = crossovers.few_rows(self.kernel, held)
+        """Up to this many tokens the fused kernel is used."""
+        self._row_padding = self.kernel.rows - self.in_features
+
+    @property
+    def held(self) -> Held:
+        """The kernel's buffers; read anew each time, because hooks and `.to()` replace them."""
+        buffers = self._buffers
+        return {name: tensor for name in self._held_names if (tensor := buffers[name]) is not None}
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty stand-in with the right dtype and device, for architectures that ask for these.
+
+        It counts as initialized, so that Transformers' initialization leaves it alone.
+        """
+        stand_in = self.packed.new_empty(0, dtype=self.kernel.dtype)
+        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+        return stand_in
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., K) -> (..., N)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.order is not None:
+            rows = rows.index_select(1, self.order)
+        if self._row_padding:
+            rows = functional.pad(rows, (0, self._row_padding))
+        kernel = self.kernel
+        if 0 < rows.shape[0] <= self.few_rows and rows.dtype == kernel.dtype:
+            wide = rows.contiguous() if kernel.planes == 1 else torch.cat([rows, rows], 1)
+            out = kernel.fused(wide, self.held)
+        else:
+            out = self._dequantize_and_multiply(rows)
+        if kernel.columns != self.out_features:
+            out = out[:, : self.out_features]
+        if self.bias is not None:
+            out = out + self.bias
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+    def _dequantize_and_multiply(self, rows: Tensor) -> Tensor:
+        """A piece of the weight at a time, so that no whole dense weight is ever held.
+
+        CPUs multiply float16 slowly: there, products are formed in float32 and rounded once.
+        """
+        kernel, held = self.kernel, self.held
+        on_cpu = rows.device.type == "cpu"
+        dtype = torch.float32 if on_cpu and rows.dtype == torch.float16 else rows.dtype
+        step = (_CPU_DENSE_ELEMENTS if on_cpu else _DEVICE_DENSE_ELEMENTS) // kernel.rows
+        step = max(COLUMN_BLOCK, step // COLUMN_BLOCK * COLUMN_BLOCK)
+        left = rows.to(dtype)
+        if step >= kernel.columns:
+            return torch.mm(left, kernel.dense(held, 0, kernel.columns, dtype)).to(rows.dtype)
+        out = rows.new_empty(rows.shape[0], kernel.columns)
+        for start in range(0, kernel.columns, step):
+            stop = min(start + step, kernel.columns)
+            out[:, start:stop] = torch.mm(left, kernel.dense(held, start, stop, dtype))
+        return out
+
+    def extra_repr(self) -> str:
+        """Shape, bits and kernel, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, kernel={self.kernel.name}"
+        )
