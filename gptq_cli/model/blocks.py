@@ -48,7 +48,7 @@ def is_linear(module: nn.Module) -> bool:
     """True for a module whose weight can be quantized: 2-D, and used as x Wᵀ + b."""
     if isinstance(module, Conv1D):
         return True
-    return isinstance(module, nn.Linear) and _computes_linear(type(module))
+    return isinstance(module, nn.Linear) and _computes_linear(type(module))  # type: ignore[arg-type]
 
 
 def is_router(name: str, module: nn.Module) -> bool:
@@ -110,7 +110,8 @@ def _block_parameters(blocks: nn.ModuleList) -> Iterator[nn.Parameter]:
 
 
 def weight_matrix(linear: nn.Module) -> Tensor:
-    """The weight as (N, K): the parameter itself for a linear, a transposed view for a Conv1D. No gradient."""
+    """The weight as (N, K): the parameter itself for a linear, a transposed view for a Conv1D. No
+    gradient."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     weight = weight.detach()

@@ -1,7 +1,7 @@
 """The dictionary that describes a GPTQ checkpoint, and the shapes that follow from it.
 
-It stands twice, in `config.json["quantization_config"]` and in `quantize_config.json`, and different tools have
-written it differently. Here is what we write, and how we read what others wrote.
+It stands twice, in `config.json["quantization_config"]` and in `quantize_config.json`, and different tools
+have written it differently. Here is what we write, and how we read what others wrote.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """The head of a safetensors file, read without reading a weight and without trusting a byte.
 
     8 bytes   N, little endian
-    N bytes   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, "__metadata__": {..}}
+    N bytes   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, …}
     the rest  the tensors' bytes; offsets count from here
 
 A file from a stranger may lie about every one of these numbers, so each is checked against the size of the
-file before it is used: the head's length against a limit, every range against the data, every range's length
-against dtype and shape, the ranges against each other. Nothing is allocated from a number in the file.
-(https://github.com/huggingface/safetensors#format)
+file before it is used: the head's length against a limit, every range against the data, every range's
+length against dtype and shape, the ranges against each other. Nothing is allocated from a number in the
+file. (https://github.com/huggingface/safetensors#format)
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ TORCH_TO_SAFETENSORS: Mapping[str, str] = MappingProxyType({name: key for key, (
 
 
 class HeaderError(Exception):
-    """The file is no sound safetensors file; the message says where it is wrong. Never leaves `gptq_cli.model`."""
+    """The file is no sound safetensors file; the message says where it is wrong. Never leaves
+    `gptq_cli.model`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +153,11 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
 def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file with these tensors (name -> torch dtype, shape), and every tensor's place in the file.
+    """The first bytes of a file with these tensors (name -> torch dtype, shape), and every tensor's place
+    in the file.
 
-    Wide dtypes come first, then names in order: every tensor is aligned to its own element, as the library does it.
+    Wide dtypes come first, then names in order: every tensor is aligned to its own element, as the library
+    does it.
     """
     order = sorted(tensors, key=lambda name: (-DTYPES[TORCH_TO_SAFETENSORS[tensors[name][0]]][1], name))
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,7 +1,9 @@
-"""Fetching a model from the Hugging Face hub: small files first, then exactly the shards that the index names.
+"""Fetching a model from the Hugging Face hub: small files first, then exactly the shards that the index
+names.
 
 Nothing is executed, pickles are never fetched, Python files only with `--trust-remote-code`. `HF_TOKEN`,
-`HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are honoured by `huggingface_hub` itself; offline, its cache is used.
+`HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are honoured by `huggingface_hub` itself; offline, its cache
+is used.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gg
 
 
 def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFiles:
-    """Download `ref` (or find it in the cache) and list its tensors. Raises `ModelError` naming the way out."""
+    """Download `ref` (or find it in the cache) and list its tensors. Raises `ModelError` naming the way
+    out."""
     patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
     with _explained(ref):
         directory = _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
@@ -125,10 +128,10 @@ def _name_pickles(ref: ModelRef, files: ModelFiles) -> ModelFiles:
     problem = SourceProblem(
         "pickled-weights",
         pickles[0],
-        f"{ref.model} has pickled weights only ({', '.join(pickles[:3])}); a pickle can run any program when it "
-        "is opened, so only safetensors files are read",
-        "look for a conversion among the model's pull requests on the hub (--revision refs/pr/N), or convert it "
-        "where you trust it",
+        f"{ref.model} has pickled weights only ({', '.join(pickles[:3])}); a pickle can run any program "
+        "when it is opened, so only safetensors files are read",
+        "look for a conversion among the model's pull requests on the hub (--revision refs/pr/N), "
+        "or convert it where you trust it",
     )
     return replace(files, problems=(*(p for p in files.problems if p.kind != "no-weights"), problem))
 
@@ -147,7 +150,7 @@ def _explained(ref: ModelRef) -> Iterator[None]:
     except RepositoryNotFoundError as error:
         raise ModelError(
             f"no such directory, and no such model on the hub: {what}",
-            hint="check the spelling; for a private model set HF_TOKEN; a local model needs the path of its directory",
+            hint="check the spelling; a private model needs HF_TOKEN, a local one the path of its directory",
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(f"the hub's {ref.model} has no revision {ref.revision}") from error
@@ -157,7 +160,8 @@ def _explained(ref: ModelRef) -> Iterator[None]:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise ModelError(
-            f"no such directory: {ref.model}; as a hub id it is not in the cache, and the hub cannot be reached",
+            f"no such directory: {ref.model}; as a hub id it is not in the cache, "
+            "and the hub cannot be reached",
             hint="connect to the network, unset HF_HUB_OFFLINE, or give the path of a local model directory",
         ) from error
     except HfHubHTTPError as error:
@@ -173,9 +177,9 @@ def _explained(ref: ModelRef) -> Iterator[None]:
 
 def _bar(progress: Progress) -> type:
     """A silent bar for `snapshot_download` that reports the bytes it is told about."""
-    from tqdm.auto import tqdm
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    class Reporting(tqdm):  # type: ignore[misc, type-arg]
+    class Reporting(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **(kwargs | {"disable": True}))

@@ -1,14 +1,14 @@
 """Which tensor goes to which place of which file, known before the first weight is read.
 
-The shapes of packed tensors follow from K, N and the format alone, so every shard's head, its size and the size
-of the whole checkpoint are known at the start. That is what lets the writer put each tensor in its place as it
-comes, in any order, without holding a shard in memory, and lets preflight compare exact bytes with the free disk.
+The shapes of packed tensors follow from K, N and the format alone, so every shard's head, its size and the
+size of the whole checkpoint are known at the start. That is what lets the writer put each tensor in its
+place as it comes, in any order, without holding a shard in memory, and lets preflight compare exact bytes
+with the free disk.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,7 +135,8 @@ def _tensor_groups(
 
 
 def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions of the modules inside blocks that stay dense though they hold matrices, in source names."""
+    """Regular expressions of the modules inside blocks that stay dense though they hold matrices, in source
+    names."""
     quantized = {linear.name for linear in skeleton.linears}
     inside = tuple(f"{block}." for block in skeleton.blocks)
     patterns: dict[str, None] = {}
@@ -149,10 +150,19 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
             if (origin := skeleton.keys.origins.get(f"{name}.{leaf}")) is not None
             for source in origin.sources
         ]
-        common = os.path.commonprefix(sources).rpartition(".")[0] if sources else name
+        common = _common_parent(sources) if sources else name
         folded = re.sub(r"(?<=\.)\d+(?=\\?\.|$)", r"\\d+", re.escape(common))
         patterns[rf"{folded}(\..*)?$"] = None
     return tuple(patterns)
+
+
+def _common_parent(names: Sequence[str]) -> str:
+    """The dotted components that all names begin with, without their last one."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ".".join(parts[0][:shared])
 
 
 def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ class PackedInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedCheckpoint:
-    """A checked checkpoint. `model` is a skeleton on the meta device: replace its linears, then fill the rest."""
+    """A checked checkpoint. `model` is a skeleton on the meta device: replace its linears, then fill the
+    rest."""
 
     directory: Path
     config: Any
@@ -130,8 +131,9 @@ def read_packed(
 ) -> tuple[PackedLinear, Tensor | None]:
     """The packed tensors and the bias of one linear, with their values checked.
 
-    A missing g_idx, and one of zeros alone where there are several groups (ExLlama's way to say "none"), becomes
-    the trivial one. Raises `CheckpointError` for a g_idx out of range and for scales that are not finite.
+    A missing g_idx, and one of zeros alone where there are several groups (ExLlama's way to say "none"),
+    becomes the trivial one. Raises `CheckpointError` for a g_idx out of range and for scales that are not
+    finite.
     """
     name = info.source_name
     scales = reader.get(f"{name}.scales", device)
@@ -201,7 +203,8 @@ def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]
         found.append((name, content))
     if not found:
         raise CheckpointError(
-            f"{directory} is no GPTQ checkpoint: neither quantize_config.json nor a quantization_config in config.json",
+            f"{directory} is no GPTQ checkpoint: there is neither a quantize_config.json nor a "
+            "quantization_config in config.json",
             hint="quantize the model first: gptq quantize MODEL --out DIR",
         )
     parsed = [(name, parse_quantization(content, name)) for name, content in found]
@@ -380,8 +383,9 @@ class _Judge:
                 )
             if tensor.shape != wanted:
                 self.errors.append(
-                    f"tensor {name} has shape {list(tensor.shape)}; {info.format.bits} bits with group size "
-                    f"{info.format.group_size} for {info.in_features} x {info.out_features} need {list(wanted)}"
+                    f"tensor {name} has shape {list(tensor.shape)}; {info.format.bits} bits with group "
+                    f"size {info.format.group_size} need {list(wanted)} for {info.in_features} inputs and "
+                    f"{info.out_features} outputs"
                 )
         if info.bias and self.by_name[f"{info.source_name}.bias"].shape != (info.out_features,):
             self.errors.append(f"tensor {info.source_name}.bias does not have {info.out_features} values")

@@ -57,7 +57,8 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
 
 
 def copy_sidecars(source: Path, target: Path, *, code: bool) -> tuple[str, ...]:
-    """Copy tokenizer, generation config, templates and licences (and Python files with `code`); return their names."""
+    """Copy tokenizer, generation config, templates and licences (and Python files with `code`); return
+    their names."""
     patterns = (*COPIED, "*.py") if code else COPIED
     copied: list[str] = []
     for path in sorted(source.iterdir()):

@@ -1,7 +1,8 @@
 """A model without its weights: everything that can be decided before one byte of a weight is read.
 
-The model is built on the meta device (a 70B-parameter one takes well under a second and no memory), its blocks
-and linears are found, and every linear is tied to the tensor of the checkpoint that holds its weight.
+The model is built on the meta device (a 70B-parameter one takes well under a second and no memory), its
+blocks and linears are found, and every linear is tied to the tensor of the checkpoint that holds its
+weight.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
     raw = _raw_config(files)
     if raw.get("auto_map") and not ref.trust_remote_code and raw.get("model_type") not in _known_types():
         raise ModelError(
-            f"{files.source} (model_type {raw.get('model_type')!r}) needs Python code from its own repository",
+            f"{files.source} (model_type {raw.get('model_type')!r}) needs Python code from its repository",
             hint="read that code, then add --trust-remote-code",
         )
     if "model_type" not in raw:
@@ -204,7 +205,8 @@ def _judge_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
 
 
 def _may_be_causal(declared: str, names: set[str]) -> bool:
-    """The causal class itself, its bare base model, or a text-and-image class that Transformers opens as one."""
+    """The causal class itself, its bare base model, or a text-and-image class that Transformers opens as
+    one."""
     if declared in names:
         return True
     endings = ("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration")
@@ -223,7 +225,8 @@ def _quant_method(raw: Mapping[str, Any]) -> str | None:
 
 
 def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
-    """What was asked for; else the config's; else the dtype of most float bytes in the files; else float32."""
+    """What was asked for; else the config's; else the dtype of most float bytes in the files; else
+    float32."""
     if ref.dtype != "auto":
         return as_torch_dtype(ref.dtype)
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
@@ -251,7 +254,8 @@ def as_torch_dtype(name: str) -> torch.dtype:
 
 
 def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
-    """The model of `config` on the meta device, parameters in `dtype`; a quantization config is not acted upon."""
+    """The model of `config` on the meta device, parameters in `dtype`; a quantization config is not acted
+    upon."""
     try:
         with torch.device("meta"), meta_device_safe_creation_ops(), quiet_libraries():
             model = AutoModelForCausalLM.from_config(
@@ -266,7 +270,8 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
 
 
 def _linears(model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, *, known: bool) -> Iterator[LinearInfo]:
-    """Quantizable linears with a tensor of their own in the files; a module shared by two blocks comes once."""
+    """Quantizable linears with a tensor of their own in the files; a module shared by two blocks comes
+    once."""
     seen: set[int] = set()
     for block in blocks:
         for name, linear in find_linears(model.get_submodule(block)).items():

@@ -1,8 +1,9 @@
-"""Finding a model and listing its tensors from file heads alone; what is wrong with the files comes back as facts.
+"""Finding a model and listing its tensors from file heads alone; what is wrong with the files comes back as
+facts.
 
 `find_model` raises only where there is no model to speak of: no such directory, an unreachable hub, no
-config.json. Everything that is wrong *inside* a model directory (a truncated shard, a pickle, a shard that the
-index forgot) is a `SourceProblem`, so that preflight can list all of them at once.
+config.json. Everything that is wrong *inside* a model directory (a truncated shard, a pickle, a shard that
+the index forgot) is a `SourceProblem`, so that preflight can list all of them at once.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ class SourceProblem:
     """Something wrong with a model's files."""
 
     kind: str
-    """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor, bad-index,
-    unsafe-path, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch, unsupported-dtype."""
+    """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
+    bad-index, unsafe-path, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch,
+    unsupported-dtype."""
     subject: str
     """The file or tensor."""
     message: str
@@ -78,9 +80,11 @@ class ModelFiles:
 
 
 def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
-    """Open a local directory or a hub id. Reads heads only; `weights=False` does not even download the weights.
+    """Open a local directory or a hub id. Reads heads only; `weights=False` does not even download the
+    weights.
 
-    Raises `ModelError` when there is no such model, when the hub cannot be reached, or without a config.json.
+    Raises `ModelError` when there is no such model, when the hub cannot be reached, or without a
+    config.json.
     """
     path = Path(ref.model).expanduser()
     if path.is_dir():
@@ -183,7 +187,8 @@ def read_json(path: Path) -> Any:
 
 
 def unsafe_path(name: str) -> bool:
-    """True for a shard name that could leave the directory: absolute, with `..`, a drive, a backslash or a NUL."""
+    """True for a shard name that could leave the directory: absolute, with `..`, a drive, a backslash or a
+    NUL."""
     pure = PurePosixPath(name)
     return (
         not name
@@ -258,9 +263,10 @@ def _no_weights(directory: Path) -> SourceProblem:
         return SourceProblem(
             "pickled-weights",
             pickles[0],
-            f"the weights are pickled ({', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}); a pickle "
-            "can run any program when it is opened, so only safetensors files are read",
-            'convert them once, where you trust them: python -c "from transformers import AutoModelForCausalLM as A; '
+            f"the weights are pickled ({', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}); "
+            "a pickle can run any program when it is opened, so only safetensors files are read",
+            "convert them once, where you trust them: "
+            'python -c "from transformers import AutoModelForCausalLM as A; '
             f"A.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}')\"",
         )
     ggufs = [name for name in files if name.endswith(".gguf")]

@@ -1,7 +1,8 @@
 """Where weights come from: a whole model through Transformers, or a skeleton filled tensor by tensor.
 
-`load_resident` is what quantizing uses: Transformers reads the shards, accelerate dispatches by the placement.
-`fill_dense` is what `gptq load` uses: its linears are packed, so only the rest is read, straight to its device.
+`load_resident` is what quantizing uses: Transformers reads the shards, accelerate dispatches by the
+placement. `fill_dense` is what `gptq load` uses: its linears are packed, so only the rest is read, straight
+to its device.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # named below, all at once
                 **extra,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -119,7 +121,8 @@ def _no_random_traces() -> Iterator[None]:
 
 
 def check_finite(module: nn.Module, prefix: str = "") -> None:
-    """Raise `NonFinite`, naming the tensor, if a floating parameter or buffer under `module` holds NaN or infinity.
+    """Raise `NonFinite`, naming the tensor, if a floating parameter or buffer under `module` holds NaN or
+    infinity.
 
     Reads every element once, in chunks; tensors on the meta device (offloaded ones) are left out.
     """
@@ -133,7 +136,8 @@ def check_finite(module: nn.Module, prefix: str = "") -> None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise `NonFinite` if `tensor` holds NaN or infinity. Causal masks filled with -inf are buffers: left alone."""
+    """Raise `NonFinite` if `tensor` holds NaN or infinity. Causal masks filled with -inf are buffers: left
+    alone."""
     if tensor.numel() == 0 or tensor.element_size() == 1:
         return
     flat = tensor.detach().reshape(-1)
@@ -146,8 +150,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(flat)).sum())
         position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
         raise NonFinite(
-            f"tensor {name} holds {count} values that are not finite, the first ({flat[index].item()}) at {position}",
-            hint="the model is damaged, or overflowed when it was saved: fetch it again, or use --dtype bfloat16",
+            f"tensor {name} holds {count} values that are not finite, the first ({flat[index].item()}) "
+            f"at {position}",
+            hint="the model is damaged, or overflowed in float16: fetch it again, or use --dtype bfloat16",
         )
 
 
@@ -159,11 +164,12 @@ def fill_dense(
     device_of: Callable[[str], torch.device],
     dtype: torch.dtype,
 ) -> None:
-    """Give every tensor of a skeleton its value, except under modules that already have theirs (packed linears).
+    """Give every tensor of a skeleton its value, except under modules that already have theirs (packed
+    linears).
 
-    `read(source name, device)` returns a tensor of the files. Ties are kept, and buffers that no file stores
-    (rotary frequencies) are computed again. Afterwards nothing is on the meta device.
-    Raises `CheckpointError` naming the first tensor without a value.
+    `read(source name, device)` returns a tensor of the files. Ties are kept, and buffers that no file
+    stores (rotary frequencies) are computed again. Afterwards nothing is on the meta device. Raises
+    `CheckpointError` naming the first tensor without a value.
     """
     table = origins.origins if isinstance(origins, KeyMap) else origins
     ties = tied_groups(model)

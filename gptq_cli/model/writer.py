@@ -1,10 +1,10 @@
 """Writing a checkpoint so that it is either complete or not there.
 
-Everything goes into a working folder beside the destination, `.<name>.gptq-<random>`, and is renamed into place
-as the last act. The plan (`plan.py`) gives each tensor its place in its file, so shards are reserved on the disk
-at once (a disk that is too small is found in the first second, not after an hour), tensors are written where
-they belong as they come, and memory holds one tensor at a time. Dense tensors are copied byte for byte from the
-source's shards. The same tensors give the same bytes.
+Everything goes into a working folder beside the destination, `.<name>.gptq-<random>`, and is renamed into
+place as the last act. The plan (`plan.py`) gives each tensor its place in its file, so shards are reserved
+on the disk at once (a disk that is too small is found in the first second, not after an hour), tensors are
+written where they belong as they come, and memory holds one tensor at a time. Dense tensors are copied byte
+for byte from the source's shards. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ class CheckpointWriter:
             self._put(f"{linear.source_name}.bias", bias.to(self._skeleton.dtype))
 
     def copy_dense(self) -> None:
-        """Copy every dense tensor from the source, cast where the run's dtype differs from the source's main one.
+        """Copy every dense tensor from the source, cast where the run's dtype differs from the source's
+        main one.
 
         Raises `NonFinite` when a cast overflows.
         """
@@ -204,7 +205,8 @@ class CheckpointWriter:
             raise GptqError(f"tensor {name} is not in the plan, or is written twice")
         if tuple(value.shape) != planned.shape or value.dtype != as_torch_dtype(planned.dtype):
             raise GptqError(
-                f"tensor {name} is {value.dtype} {list(value.shape)}; planned: {planned.dtype} {list(planned.shape)}"
+                f"tensor {name} is {value.dtype} {list(value.shape)}; "
+                f"planned: {planned.dtype} {list(planned.shape)}"
             )
         shard = self._shard_of[name]
         begin, _ = shard.places[name]
@@ -277,8 +279,8 @@ class CheckpointWriter:
             if error.errno in _FULL:
                 free = shutil.disk_usage(_existing(self._work)).free
                 raise GptqError(
-                    f"no space left for {self._work.parent}: the checkpoint needs {self.plan.size_bytes} bytes, "
-                    f"{free} are free",
+                    f"no space left for {self._work.parent}: the checkpoint needs "
+                    f"{self.plan.size_bytes} bytes, {free} are free",
                     hint="make room, or give --out another disk",
                 ) from error
             raise GptqError(f"cannot write to {error.filename or self._work}: {error.strerror}") from error
@@ -311,7 +313,7 @@ def _write_at(handle: int, data: memoryview, position: int) -> None:
 def _bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes in C order."""
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
