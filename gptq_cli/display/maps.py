@@ -38,11 +38,12 @@ VERDICT_STYLES = {"fits": "bold green", "fits with warnings": "bold yellow", "re
 
 def map_summary(report: MapReport) -> Group:
     """The whole report, the verdict last."""
-    parts: list[RenderableType] = [_title(report), "", facts_table(_rows(report))]
+    title = Text(f" {report.model}", style="bold", overflow="fold")
+    parts: list[RenderableType] = [title, "", facts_table(_rows(report))]
     if report.tree:
         parts += ["", tree_table(report.tree)]
     if report.devices:
-        parts += ["", *(DeviceBar(device) for device in report.devices)]
+        parts += ["", DeviceBars(report.devices)]
     if report.offload or report.offload_skipped:
         parts += ["", facts_table(_offload_rows(report))]
     if report.plan is not None:
@@ -53,20 +54,16 @@ def map_summary(report: MapReport) -> Group:
     return Group(*parts, "", verdict)
 
 
-def _title(report: MapReport) -> Text:
-    size = f"{fmt.count(report.parameters, 'parameter')}, {fmt.size(report.weights_bytes)} as {report.dtype}"
-    title = Text(f" {report.model}", style="bold")
-    return title.append(f"  {report.architecture}, {size}", style="default not bold")
-
-
 def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
     limits = f", max memory {report.max_memory}" if report.max_memory else ""
     budgets = ", ".join(
         f"{budget.device} {fmt.size(budget.free_bytes)} free of {fmt.size(budget.total_bytes)}"
         for budget in report.budgets
     )
+    work = f"{fmt.count(report.parameters, 'parameter')}, {fmt.count(report.blocks, 'block')}"
     given = " (given, not looked for)" if report.inventory == "given" else ""
     rows: list[tuple[str, RenderableType]] = [
+        ("model", f"{report.architecture}, {work}, {fmt.size(report.weights_bytes)} as {report.dtype}"),
         ("device map", f"{report.spec}{limits}"),
         ("devices", f"{budgets or 'none'}{given}"),
     ]
@@ -118,36 +115,37 @@ def guides(depths: Sequence[int]) -> list[str]:
     return drawn
 
 
-class DeviceBar:
-    """A renderable: what one device will hold, as a bar and in figures."""
+class DeviceBars:
+    """A renderable: what each device will hold, as a bar and in figures; all bars are equally long."""
 
-    def __init__(self, plan: DevicePlan) -> None:
-        self._plan = plan
+    def __init__(self, plans: Sequence[DevicePlan]) -> None:
+        self._plans = plans
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        plan, width = self._plan, options.max_width
-        label = f" {plan.device:<7} "
-        if plan.fits:
-            spare = f"{fmt.size(plan.spare_bytes)} to spare"
-        else:
-            spare = f"DOES NOT FIT, {fmt.size(-plan.spare_bytes)} too much"
-        figures = f"  needs {fmt.gib(plan.needed_bytes)} of {fmt.gib(plan.limit_bytes)} GiB, {spare}"
-        cells = max(8, min(60, width - len(label) - len(figures)))
-        bar = Text(label, style="bold", no_wrap=True, overflow="fold")
-        for glyphs, style in bar_segments(plan, cells):
-            bar.append(glyphs, style=f"{style} not bold")
-        bar.append(figures, style="not bold" if plan.fits else "bold red")
-        yield bar
-        legend = Table.grid(padding=(0, 0))
-        legend.add_column(width=len(label))
-        legend.add_column()
-        texts = []
-        for name, glyph, word, _ in PARTS:
-            held = getattr(plan, name)
-            if held:
-                texts.append(f"{glyph} {word} {fmt.size(held)}")
-        legend.add_row("", Text(_joined(texts, width - len(label)), style="dim"))
-        yield legend
+        names = max(7, *(len(plan.device) for plan in self._plans))
+        figures = [_figures(plan) for plan in self._plans]
+        cells = max(8, min(60, options.max_width - names - 4 - max(map(len, figures))))
+        for plan, text in zip(self._plans, figures, strict=True):
+            bar = Text(f" {plan.device:<{names}} ", style="bold", overflow="fold")
+            for glyphs, style in bar_segments(plan, cells):
+                bar.append(glyphs, style=f"{style} not bold")
+            yield bar.append(f"  {text}", style="not bold" if plan.fits else "bold red")
+            held = [(glyph, word, getattr(plan, name)) for name, glyph, word, _ in PARTS]
+            texts = [
+                f"{glyph} {word} {fmt.size(size_bytes)}" for glyph, word, size_bytes in held if size_bytes
+            ]
+            legend = Table.grid()
+            legend.add_column(width=names + 2)
+            legend.add_column()
+            legend.add_row("", Text(_joined(texts, options.max_width - names - 2), style="dim"))
+            yield legend
+
+
+def _figures(plan: DevicePlan) -> str:
+    needs = f"needs {fmt.gib(plan.needed_bytes)} of {fmt.gib(plan.limit_bytes)} GiB"
+    if plan.fits:
+        return f"{needs}, {fmt.size(plan.spare_bytes)} to spare"
+    return f"{needs}, DOES NOT FIT, {fmt.size(-plan.spare_bytes)} too much"
 
 
 def _joined(texts: Sequence[str], width: int) -> str:
