@@ -1,0 +1,111 @@
+"""Modules that live on the CPU and work on an accelerator, while a model is quantized.
+
+accelerate dispatches a model by its map with an `AlignDevicesHook` on every module. For a cpu entry that hook
+keeps the weights on the meta device between forwards, so there is nothing to quantize. While the `with` below
+is open, each cpu entry instead
+
+    1  loses its dispatch hooks (`remove_hook_from_module(recurse=True)`), which puts its weights back on the cpu
+    2  gets a link of a `cpu_offload_with_hook` chain in execution order: its forward brings it to the execution
+       device and sends the module before it (`prev_module_hook`) home
+
+A module without parameters never becomes a link: `CpuOffload.pre_forward` asks for its first parameter and
+dies of StopIteration, and `model.rotary_emb` is such a module. Its buffers move to the execution device
+instead.
+
+The execution device is said explicitly, as a `torch.device` with its index: accelerate compares it with a
+parameter's device, and an int or a string would never be equal. When the `with` ends, for whatever reason,
+every cpu entry is at home, without a hook, and its `forward` is its class's own again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate import cpu_offload_with_hook
+from accelerate.hooks import remove_hook_from_module
+from torch import nn
+
+from gptq_cli.device import CPU, Device
+from gptq_cli.devices.accelerators import accelerator_kind, torch_device
+from gptq_cli.placement import Placement
+
+_HOME = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadChain:
+    """The cpu entries of a model while they are on loan to `device`. Empty where nothing is offloaded."""
+
+    device: torch.device
+    hooked: tuple[str, ...]
+    """Links of the chain, in execution order."""
+    skipped: tuple[str, ...]
+    """Entries without parameters: their buffers are on `device`, they have no hook."""
+    _modules: dict[str, nn.Module]
+
+    @contextmanager
+    def at_work(self, name: str) -> Iterator[None]:
+        """Have the module `name` on the execution device inside the `with`, and at home afterwards.
+
+        Nothing happens to a module that is not a link of the chain.
+        """
+        module = self._modules.get(name)
+        if module is None:
+            yield
+            return
+        try:
+            module.to(self.device)
+            yield
+        finally:
+            module.to(_HOME)
+
+    def send_home(self) -> None:
+        """Bring every link home: the chain itself leaves the last one that ran on the execution device."""
+        for module in self._modules.values():
+            module.to(_HOME)
+
+
+@contextmanager
+def replace_dispatch_hooks(
+    model: nn.Module, placement: Placement, execution_device: object = None
+) -> Iterator[OffloadChain]:
+    """Replace the dispatch hooks of the placement's cpu entries by an offload chain inside the `with`.
+
+    `execution_device`: a `Device`, `torch.device`, int or string; None: the placement's main device. With
+    everything on one device nothing is touched.
+    """
+    wanted = placement.main_device if execution_device is None else execution_device
+    device = torch_device(Device.parse(wanted, accelerator_kind()))
+    entries = placement.offloaded if placement.main_device != CPU else ()
+    modules = {name: model.get_submodule(name) for name in entries}
+    links = {name: module for name, module in modules.items() if _has_parameters(module)}
+    skipped = tuple(name for name in modules if name not in links)
+    with ExitStack() as undo:
+        previous: Any = None
+        for name, module in modules.items():
+            undo.callback(_restore, module)
+            remove_hook_from_module(module, recurse=True)
+            if name in links:
+                _, previous = cpu_offload_with_hook(module, device, prev_module_hook=previous)
+            else:
+                module.to(device)
+        yield OffloadChain(device, tuple(links), skipped, links)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _restore(module: nn.Module) -> None:
+    """Take the hook off, bring the tensors home, leave no trace on the module."""
+    remove_hook_from_module(module, recurse=True)
+    module.to(_HOME)
+    for part in module.modules():
+        forward = part.__dict__.get("forward")
+        if isinstance(forward, MethodType) and forward.__func__ is type(part).forward:
+            del part.forward
