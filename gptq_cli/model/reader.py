@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from gptq_cli.gptq.packing import PackedLinear
 from torch import Tensor
 
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError, ModelError
+from gptq_cli.gptq.packing import PackedLinear
 from gptq_cli.model.blocks import find_blocks, is_linear, shape
 from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.formats import CheckpointFormat, PackedFormat, parse_quantization
