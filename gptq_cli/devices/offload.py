@@ -4,9 +4,9 @@ accelerate dispatches a model by its map with an `AlignDevicesHook` on every mod
 keeps the weights on the meta device between forwards, so there is nothing to quantize. While the `with` below
 is open, each cpu entry instead
 
-    1  loses its dispatch hooks (`remove_hook_from_module(recurse=True)`), which puts its weights back on the cpu
-    2  gets a link of a `cpu_offload_with_hook` chain in execution order: its forward brings it to the execution
-       device and sends the module before it (`prev_module_hook`) home
+    1  loses its dispatch hooks (`remove_hook_from_module(recurse=True)`); its weights are back on the cpu
+    2  becomes a link of a `cpu_offload_with_hook` chain in execution order: its forward brings it to the
+       execution device and sends the module before it (`prev_module_hook`) home
 
 A module without parameters never becomes a link: `CpuOffload.pre_forward` asks for its first parameter and
 dies of StopIteration, and `model.rotary_emb` is such a module. Its buffers move to the execution device
