@@ -51,6 +51,7 @@ class PackedExperts(nn.Module):
         super().__init__()
         for name in [name for name, _ in fused.named_parameters(recurse=False)]:
             delattr(fused, name)
+        fused._is_hf_initialized = True  # type: ignore[assignment]  # Transformers has nothing to fill in here
         self.fused = fused
         self.gate, self.up, self.down = nn.ModuleList(gate), nn.ModuleList(up), nn.ModuleList(down)
 

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints made without the package: round-to-nearest codes, packed bit by bit in plain Python and numpy.
+"""GPTQ checkpoints made without the package: round-to-nearest codes, packed bit by bit in numpy.
 
 The slow twin of everything that `gptq_cli.inference` reads. A test can ask for any bit width, group size,
 zero point, format version and column order, and knows the dense weight that the checkpoint stands for.
@@ -115,8 +115,10 @@ def quantize_slowly(weight: Tensor, recipe: Recipe, seed: int = 0) -> Packed:
     )
 
 
-def quantize_directory(source: Path, target: Path, recipe: Recipe, *, transposed: bool = False) -> dict[str, Tensor]:
-    """Copy the dense model `source` to `target` with its 2-D block weights quantized; returns name -> (N, K) weight."""
+def quantize_directory(
+    source: Path, target: Path, recipe: Recipe, *, transposed: bool = False
+) -> dict[str, Tensor]:
+    """Copy dense model `source` to `target`, its block weights quantized; returns name -> (N, K) weight."""
     target.mkdir(parents=True)
     for path in source.iterdir():
         if path.suffix != ".safetensors" and not path.name.endswith("index.json"):
@@ -152,7 +154,9 @@ def write_config(target: Path, recipe: Recipe) -> None:
     (target / "quantize_config.json").write_text(json.dumps(recipe.quantization()))
 
 
-def dense_twin(source: Path, weights: dict[str, Tensor], dtype: torch.dtype, *, transposed: bool = False) -> Any:
+def dense_twin(
+    source: Path, weights: dict[str, Tensor], dtype: torch.dtype, *, transposed: bool = False
+) -> Any:
     """The dense model of `source` with the quantized `weights` written over its own."""
     import transformers
 
