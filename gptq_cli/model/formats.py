@@ -17,6 +17,8 @@ from gptq_cli.errors import CheckpointError
 
 FORMATS = ("gptq", "gptq_v2")
 _PATTERN_LIMIT = 1000
+_NESTED_REPEATS = re.compile(r"[+*}]\??\)+[+*{]")
+"""A repeat right inside a repeated group, `(a+)+`: such a pattern can run for longer than anyone waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +167,8 @@ def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapp
         try:
             if len(text) > _PATTERN_LIMIT:
                 raise re.error("it is too long")
+            if _NESTED_REPEATS.search(text):
+                raise re.error("it repeats a repeat")
             pattern = re.compile(text)
         except re.error as error:
             raise CheckpointError(f"{where}: dynamic has the pattern {text[:80]!r}: {error}") from error

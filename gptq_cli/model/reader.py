@@ -174,7 +174,7 @@ def open_checkpoint(
         )
     ref = ModelRef(model=str(path), trust_remote_code=trust_remote_code, dtype=dtype)
     raw, form = _read_formats(directory)
-    files = scan_directory(directory)
+    files = scan_directory(directory, any_name=True)
     _raise_for(files.problems)
     config = load_config(files, ref)
     if hasattr(config, "quantization_config"):

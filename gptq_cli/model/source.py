@@ -123,10 +123,13 @@ def _with_config_checked(files: ModelFiles) -> ModelFiles:
     )
 
 
-def scan_directory(directory: Path, *, source: str | None = None) -> ModelFiles:
-    """List the tensors of a local directory, and everything that is wrong with its files."""
+def scan_directory(directory: Path, *, source: str | None = None, any_name: bool = False) -> ModelFiles:
+    """List the tensors of a local directory, and everything that is wrong with its files.
+
+    `any_name`: a lone safetensors file may be called anything (AutoGPTQ: gptq_model-4bit-128g.safetensors).
+    """
     problems: list[SourceProblem] = []
-    names, listed = _shard_names(directory, problems)
+    names, listed = _shard_names(directory, problems, any_name=any_name)
     tensors: list[TensorInfo] = []
     shards: list[Path] = []
     holder: dict[str, str] = {}
@@ -200,11 +203,16 @@ def unsafe_path(name: str) -> bool:
     )
 
 
-def _shard_names(directory: Path, problems: list[SourceProblem]) -> tuple[tuple[str, ...], dict[str, str]]:
+def _shard_names(
+    directory: Path, problems: list[SourceProblem], *, any_name: bool
+) -> tuple[tuple[str, ...], dict[str, str]]:
     """The shards to read in order, and the index's tensor -> shard map (empty without an index)."""
     if (directory / SINGLE).exists():
         return (SINGLE,), {}
     if not (directory / INDEX).is_file():
+        lone = sorted(path.name for path in directory.glob("*.safetensors"))
+        if any_name and len(lone) == 1:
+            return (lone[0],), {}
         problems.append(_no_weights(directory))
         return (), {}
     try:
