@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU
 from gptq_cli.devices.accelerators import flush, torch_device
+from gptq_cli.devices.offload import OffloadChain, replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
 from gptq_cli.events import (
@@ -67,11 +69,13 @@ def quantize_model(
         prefix = run.skeleton.blocks_prefix
         for name, child in _outside(model, prefix):
             check_finite(child, name)
-    with phase(observer, "capture", len(input_ids)):
-        blocks = _blocks(model, run)
-        captured = _capture(model, blocks, run, input_ids, observer)
-    reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
-    del model, blocks, captured
+    with replace_dispatch_hooks(model, run.placement) as chain:
+        with phase(observer, "capture", len(input_ids)):
+            blocks = _blocks(model, run, chain)
+            captured = _capture(model, blocks, run, input_ids, observer)
+        chain.send_home()
+        reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
+    del model, blocks, captured, chain
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     return reports
@@ -85,13 +89,21 @@ def _outside(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _blocks(model: Any, run: EngineRun) -> list[Block]:
+def _blocks(model: Any, run: EngineRun, chain: OffloadChain) -> list[Block]:
     main = run.placement.main_device
     blocks = []
     for name in run.skeleton.blocks:
         home = run.placement.device_of(name)
         at = main if home == CPU and main != CPU else home
-        blocks.append(Block(name, model.get_submodule(name), torch_device(at), run.skeleton.linears_of(name)))
+        blocks.append(
+            Block(
+                name,
+                model.get_submodule(name),
+                torch_device(at),
+                run.skeleton.linears_of(name),
+                at_work=partial(chain.at_work, name),
+            )
+        )
     return blocks
 
 
@@ -102,12 +114,13 @@ def _capture(
         observer(PhaseAdvanced("capture", done, len(ids)))
 
     embedding = model.get_input_embeddings().weight.device
+    offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
     return capture(
         model.base_model,
         [block.module for block in blocks],
         ids,
         batch_size=run.batch_size,
-        input_device=torch_device(run.placement.main_device) if embedding.type == "meta" else embedding,
+        input_device=torch_device(run.placement.main_device) if offloaded else embedding,
         advanced=advanced,
     )
 
