@@ -82,9 +82,9 @@ def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
     for key, held in table.items():
         name = key.replace("-", "_")
         if name not in options:
-            raise ConfigError(
-                f"preset {str(path)!r} has the unknown key {key!r}", hint=did_you_mean(key, options)
-            )
+            section = "keys stand at the top, not in a section" if isinstance(held, dict) else None
+            hint = section or did_you_mean(key, options)
+            raise ConfigError(f"preset {str(path)!r} has the unknown key {key!r}", hint=hint)
         if name in values:
             raise ConfigError(f"preset {str(path)!r} has {name!r} twice, with '-' and with '_'")
         values[name] = _judged(path, key, held, options[name].kind)

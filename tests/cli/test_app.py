@@ -1,0 +1,345 @@
+"""main(): exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptq_cli import __version__, errors
+from gptq_cli.cli.app import main
+from gptq_cli.events import FindingRaised, Observer, PhaseStarted, Warned
+from gptq_cli.findings import PreflightReport
+from tests.cli.conftest import FakeJobs, Run
+from tests.display.events import DENSE, OFFLOAD, REFUSED
+
+QUANTIZE = ("quantize", "MODEL", "--out", "OUT")
+REFUSAL = PreflightReport((DENSE, REFUSED, OFFLOAD))
+
+
+def raising(error: BaseException) -> Callable[[Observer], None]:
+    """An action that fails with `error`."""
+
+    def fail(_: Observer) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.GptqError("m", hint="h"), 1),
+        (errors.UsageError("m", hint="h"), 2),
+        (errors.ConfigError("m", hint="h"), 2),
+        (errors.DeviceMapError("m", hint="h"), 2),
+        (errors.ModelError("m", hint="h"), 2),
+        (errors.CalibrationError("m", hint="h"), 2),
+        (errors.CheckpointError("m", hint="h"), 2),
+        (errors.OutOfDeviceMemory("m", hint="h"), 4),
+        (errors.QualityGateFailed("m", hint="h"), 5),
+        (errors.NonFinite("m", hint="h"), 5),
+        (errors.NotPositiveDefinite("m", hint="h"), 5),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_every_error_has_its_exit_code(jobs: FakeJobs, run: Run, error: errors.GptqError, code: int) -> None:
+    jobs.action = raising(error)
+    outcome = run(*QUANTIZE)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert outcome.err == "error: m\n  hint: h\n"
+    outcome = run(*QUANTIZE, "--json")
+    assert outcome.code == code
+    expected = {"type": type(error).__name__, "message": "m", "hint": "h", "exit_code": code}
+    assert json.loads(outcome.out) == {"schema_version": 1, "error": expected}
+
+
+def test_all_error_classes_are_tested_above() -> None:
+    def below(kind: type[errors.GptqError]) -> set[type[errors.GptqError]]:
+        return {kind} | {deep for child in kind.__subclasses__() for deep in below(child)}
+
+    assert {kind.exit_code for kind in below(errors.GptqError)} == {1, 2, 3, 4, 5}
+    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 12
+
+
+def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = raising(errors.PreflightRefused(REFUSAL))
+    outcome = run(*QUANTIZE)
+    assert (outcome.code, outcome.out) == (3, "")
+    for finding in REFUSAL.findings:
+        assert finding.rule in outcome.err
+    assert (
+        outcome.err.index("disk-offload")
+        < outcome.err.index("cpu-offload")
+        < outcome.err.index("stays-dense")
+    )
+    assert outcome.err.endswith("error: refused by preflight: 1 error\n")
+
+
+def test_findings_that_a_display_has_shown_are_not_repeated(jobs: FakeJobs, run: Run) -> None:
+    def announce_and_refuse(observer: Observer) -> None:
+        for finding in REFUSAL.findings:
+            observer(FindingRaised(finding))
+        raise errors.PreflightRefused(REFUSAL)
+
+    jobs.action = announce_and_refuse
+    assert run(*QUANTIZE, "--progress", "plain").err.count("[disk-offload]") == 1
+    assert run(*QUANTIZE, "--progress", "plain").err.count("disk-offload") == 1
+    quiet = run(*QUANTIZE, "--quiet")
+    assert quiet.err.count("disk-offload") == 1
+
+
+def test_a_refusal_as_json_holds_the_findings(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = raising(errors.PreflightRefused(REFUSAL))
+    outcome = run(*QUANTIZE, "--json")
+    error = json.loads(outcome.out)["error"]
+    assert (outcome.code, error["type"]) == (3, "PreflightRefused")
+    assert [finding["rule"] for finding in error["findings"]] == [
+        "disk-offload",
+        "cpu-offload",
+        "stays-dense",
+    ]
+
+
+def test_a_defect_keeps_its_traceback(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = raising(KeyError("lost"))
+    outcome = run(*QUANTIZE)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "Traceback (most recent call last)" in outcome.err
+    assert "in fail\n" in outcome.err
+    assert "error: unexpected KeyError: 'lost'" in outcome.err
+    body = json.loads(run(*QUANTIZE, "--json").out)["error"]
+    assert (body["type"], body["exit_code"]) == ("KeyError", 1)
+
+
+def test_a_lost_connection_is_a_defect_and_no_closed_pipe(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = raising(OSError(28, "No space left on device"))
+    outcome = run(*QUANTIZE)
+    assert outcome.code == 1
+    assert "No space left on device" in outcome.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_interrupts(jobs: FakeJobs, run: Run, number: signal.Signals) -> None:
+    cleaned = []
+
+    def killed(_: Observer) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            cleaned.append(True)
+
+    jobs.action = killed
+    before = signal.getsignal(number)
+    outcome = run(*QUANTIZE)
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "interrupted\n")
+    assert cleaned == [True]
+    assert signal.getsignal(number) == before
+    error = json.loads(run(*QUANTIZE, "--json").out)["error"]
+    assert error == {"type": "Interrupted", "message": "interrupted", "exit_code": 130}
+
+
+def test_nohup_is_respected(jobs: FakeJobs, run: Run) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        jobs.action = lambda _: os.kill(os.getpid(), signal.SIGHUP)
+        assert run(*QUANTIZE, "--quiet").code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message", "hint"),
+    [
+        (("quantize",), "missing argument", "gptq quantize --help"),
+        (("quantize", "M", "--bitz", "4"), "no such option: --bitz", "gptq quantize --help"),
+        (("quantize", "M", "--bits", "four"), "invalid value for '--bits'", "gptq quantize --help"),
+        (("quantize", "M", "--dtype", "int8"), "'int8' is not one of", "gptq quantize --help"),
+        (("quantise", "M"), "did you mean 'quantize'", "gptq --help"),
+        (("load", "A", "B"), "unexpected extra argument", "gptq load --help"),
+    ],
+)
+def test_usage_errors_exit_2(
+    jobs: FakeJobs, run: Run, argv: tuple[str, ...], message: str, hint: str
+) -> None:
+    outcome = run(*argv)
+    assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err.replace("Did", "did")
+    assert f"  hint: {hint}\n" in outcome.err
+    outcome = run(*argv, "--json")
+    error = json.loads(outcome.out)["error"]
+    assert (outcome.code, error["type"], error["exit_code"]) == (2, "UsageError", 2)
+
+
+def test_a_usage_error_from_the_environment_names_the_variable(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQ_BITS", "four")
+    outcome = run(*QUANTIZE)
+    assert outcome.code == 2
+    assert "(GPTQ_BITS is 'four' in the environment)" in outcome.err
+
+
+def test_no_arguments_show_the_help_page(run: Run) -> None:
+    outcome = run()
+    assert outcome.code == 2
+    assert "Usage: gptq" in outcome.out + outcome.err
+
+
+def test_version(run: Run) -> None:
+    outcome = run("--version")
+    assert outcome.code == 0
+    assert outcome.out.startswith(f"gptq {__version__} (python 3.")
+    assert outcome.out.count("\n") == 1
+
+
+def test_stdout_is_the_result_and_stderr_the_talk(jobs: FakeJobs, run: Run) -> None:
+    def chatter(observer: Observer) -> None:
+        observer(PhaseStarted("load"))
+        print("a library prints")
+
+    jobs.action = chatter
+    outcome = run(*QUANTIZE)
+    assert outcome.code == 0
+    assert outcome.out.startswith(" smol-w4g64 is ready")
+    assert "a library prints" not in outcome.out
+    assert outcome.err.splitlines() == ["[0:00:00] load: started", "a library prints"]
+    outcome = run(*QUANTIZE, "--json")
+    assert json.loads(outcome.out)["out"] == "smol-w4g64"
+
+
+def test_quiet_is_silent_but_for_errors(jobs: FakeJobs, run: Run) -> None:
+    def chatter(observer: Observer) -> None:
+        observer(Warned("x"))
+        print("a library prints")
+        print("and complains", file=sys.stderr)
+
+    jobs.action = chatter
+    assert run(*QUANTIZE, "--quiet").err == ""
+    jobs.action = raising(errors.ConfigError("m"))
+    assert run(*QUANTIZE, "--quiet").err == "error: m\n"
+
+
+def test_a_json_lines_stream_is_json_whatever_libraries_print(jobs: FakeJobs, run: Run) -> None:
+    def chatter(observer: Observer) -> None:
+        observer(PhaseStarted("load"))
+        print("to stdout")
+        sys.stderr.write("half a ")
+        sys.stderr.write("line\rand another\n")
+
+    jobs.action = chatter
+    outcome = run(*QUANTIZE, "--progress", "jsonl", "--json")
+    lines = [json.loads(line) for line in outcome.err.splitlines()]
+    assert [line["event"] for line in lines] == ["PhaseStarted", "Log", "Log", "Log"]
+    assert [line["text"] for line in lines[1:]] == ["to stdout", "half a line", "and another"]
+    json.loads(outcome.out)
+
+
+def test_json_may_come_from_the_environment(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQ_JSON", "1")
+    jobs.action = raising(errors.ConfigError("m"))
+    assert json.loads(run(*QUANTIZE).out)["error"]["message"] == "m"
+
+
+def in_a_process(code: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code that may use FakeJobs, in a process of its own."""
+    prelude = (
+        "import sys, gptq_cli\n"
+        "from tests.cli.conftest import FakeJobs\n"
+        "from gptq_cli.cli.app import main\n"
+        "fake = FakeJobs(); module = fake.module()\n"
+        "sys.modules['gptq_cli.jobs'] = module; gptq_cli.jobs = module\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environ = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [sys.executable, "-c", prelude + code], env=environ, cwd=root, text=True, timeout=60, **kwargs
+    )
+
+
+def test_a_reader_of_stdout_that_went_away_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = in_a_process(
+        "sys.exit(main(['quantize', 'M', '--out', 'O', '--quiet', '--json']))",
+        stdout=write,
+        stderr=subprocess.PIPE,
+    )
+    os.close(write)
+    assert done.returncode == 1
+    assert done.stderr == ""
+
+
+def test_a_reader_of_stderr_that_went_away_does_not_end_the_work() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = (
+        "from tests.display.events import story\n"
+        "fake.action = lambda observer: [observer(event) for _, event in story(1)]\n"
+        "sys.exit(main(['quantize', 'M', '--out', 'O', '--json']))"
+    )
+    done = in_a_process(code, stdout=subprocess.PIPE, stderr=write)
+    os.close(write)
+    assert json.loads(done.stdout)["out"] == "smol-w4g64"
+    assert done.returncode == 0
+
+
+def test_a_terminal_of_another_encoding_kills_nothing() -> None:
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    root = Path(__file__).resolve().parents[2]
+    code = "import sys; from gptq_cli.cli.app import main; sys.exit(main(['quantize', 'M', '--bits', '…']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environ,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_completion_knows_commands_and_options() -> None:
+    root = Path(__file__).resolve().parents[2]
+
+    def complete(words: str) -> list[str]:
+        environ = {
+            **os.environ,
+            "_GPTQ_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": str(len(words.split(" ")) - 1),
+        }
+        code = "from gptq_cli.cli.app import main; raise SystemExit(main([]))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environ,
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    assert complete("gptq in") == ["inspect-map"]
+    assert complete("gptq quantize M --des") == ["--desc-act"]
+    assert complete("gptq quantize M --dtype b") == ["bfloat16"]
+
+
+def test_main_takes_the_words_of_the_process(jobs: FakeJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gptq", "load", "DIR", "--quiet"])
+    assert main() == 0
+    assert jobs.job.path == "DIR"

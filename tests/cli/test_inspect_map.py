@@ -1,0 +1,90 @@
+"""`gptq inspect-map`: the job that the words make, and what is shown for it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.events import FindingRaised, Observer, PhaseStarted
+from gptq_cli.placement import parse_inventory
+from tests.cli.conftest import FakeJobs, Run
+from tests.display.events import OFFLOAD
+from tests.display.map_reports import refused
+
+
+def test_defaults_are_those_of_the_configuration(jobs: FakeJobs, run: Run) -> None:
+    assert run("inspect-map", "M").code == 0
+    assert jobs.called == "inspect_map"
+    assert jobs.job == InspectJob(model=ModelRef(model="M"), device_map=DeviceMap.parse("auto"))
+
+
+def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
+    words = (
+        "inspect-map M --device-map rest=cpu,lm_head=0 --max-memory 0=20GiB --devices cuda:0=24GiB,cpu=1TB "
+        "--bits 8 --group-size 64 --asym --desc-act --no-true-sequential --samples 9 --seq-len 77 --batch-size 3 "
+        "--dtype float32 --revision v1 --trust-remote-code"
+    )
+    outcome = run(*words.split())
+    assert outcome.code == 0, outcome.err
+    assert jobs.job == InspectJob(
+        model=ModelRef(model="M", revision="v1", trust_remote_code=True, dtype="float32"),
+        device_map=DeviceMap.parse("rest=cpu,lm_head=0"),
+        max_memory=MaxMemory.parse("0=20GiB"),
+        devices=parse_inventory("cuda:0=24GiB,cpu=1TB"),
+        quantize=QuantizeConfig(bits=8, group_size=64, sym=False, desc_act=True, true_sequential=False),
+        calibration=CalibrationConfig(samples=9, seq_len=77, batch_size=3),
+    )
+
+
+def test_exit_0_or_3(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("inspect-map", "M")
+    assert outcome.out.endswith(" verdict: fits with warnings\n")
+    jobs.results["inspect_map"] = refused()
+    outcome = run("inspect-map", "M")
+    assert outcome.code == 3
+    assert outcome.out.endswith(" verdict: refused\n")
+    assert outcome.err == ""
+
+
+def test_json_has_the_sums_and_the_verdict(jobs: FakeJobs, run: Run) -> None:
+    body = json.loads(run("inspect-map", "M", "--json").out)
+    device = body["devices"][0]
+    assert device["needed_bytes"] == sum(
+        value for name, value in device.items() if name.endswith("_bytes") and name in PARTS
+    )
+    assert (device["fits"], body["ok"], body["verdict"]) == (True, True, "fits with warnings")
+    assert body["budgets"][0]["device"] == "cuda:0"
+
+
+PARTS = {
+    "weights_bytes",
+    "working_bytes",
+    "hessian_bytes",
+    "activation_bytes",
+    "packing_bytes",
+    "baseline_bytes",
+}
+
+
+def test_findings_are_part_of_the_result_and_shown_once(jobs: FakeJobs, run: Run) -> None:
+    def announce(observer: Observer) -> None:
+        observer(PhaseStarted("open"))
+        observer(FindingRaised(OFFLOAD))
+
+    jobs.action = announce
+    outcome = run("inspect-map", "M")
+    assert outcome.out.count("cpu-offload") == 1
+    assert outcome.err == "[0:00:00] open: started\n"
+
+
+def test_explain_needs_no_model(run: Run) -> None:
+    pytest.importorskip("gptq_cli.preflight.catalogue")
+    outcome = run("inspect-map", "--explain", "disk-offload")
+    assert outcome.code == 0
+    assert "disk" in outcome.out
+    outcome = run("inspect-map", "--explain", "disk-offlaod")
+    assert outcome.code == 2
+    assert "did you mean disk-offload" in outcome.err

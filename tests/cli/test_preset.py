@@ -1,0 +1,140 @@
+"""`--config FILE.toml`: what a preset may say, and who wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from gptq_cli.cli.app import app
+from gptq_cli.cli.preset import options_of, read_preset
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from tests.cli.conftest import FakeJobs, Run
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.fixture
+def preset(tmp_path: Path) -> Path:
+    """A path for a preset."""
+    return tmp_path / "preset.toml"
+
+
+def test_flags_win_over_the_environment_over_a_preset_over_the_default(
+    jobs: FakeJobs, run: Run, preset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset.write_text("bits = 8\ngroup_size = 32\nsamples = 11\n")
+    monkeypatch.setenv("GPTQ_GROUP_SIZE", "64")
+    monkeypatch.setenv("GPTQ_SAMPLES", "12")
+    assert run("quantize", "M", "--out", "O", "--config", str(preset), "--samples", "13").code == 0
+    found = (
+        jobs.job.quantize.bits,
+        jobs.job.quantize.group_size,
+        jobs.job.calibration.samples,
+        jobs.job.calibration.seed,
+    )
+    assert found == (8, 64, 13, 0)
+
+
+def test_a_preset_may_hold_everything_even_model_and_destination(
+    jobs: FakeJobs, run: Run, preset: Path
+) -> None:
+    preset.write_text(
+        'model = "M"\nout = "O"\nsym = false\ndesc-act = true\ndamp_percent = 0.1\ndtype = "float16"\n'
+        'calibration = "a.txt"\nmax-shard-size = "1GB"\nstrict = true\nprogress = "none"\n'
+        'device_map = { "model.embed_tokens" = 0, rest = "cpu" }\n'
+        'max_memory = { 0 = "20GiB", cpu = "48GiB" }\n'
+    )
+    outcome = run("quantize", "--config", str(preset))
+    assert (outcome.code, outcome.err) == (0, "")
+    job = jobs.job
+    assert (job.model.model, job.out, job.model.dtype, job.strict) == ("M", "O", "float16", True)
+    assert job.quantize == QuantizeConfig(sym=False, desc_act=True, damp_percent=0.1)
+    assert (job.calibration.source, job.max_shard_bytes) == ("a.txt", 10**9)
+    assert job.device_map == DeviceMap.parse("model.embed_tokens=0,rest=cpu")
+    assert job.max_memory == MaxMemory.parse("0=20GiB,cpu=48GiB")
+
+
+def test_a_switch_of_a_preset_can_be_taken_back(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    preset.write_text("sym = false\n")
+    assert run("quantize", "M", "--out", "O", "--config", str(preset), "--sym").code == 0
+    assert jobs.job.quantize.sym is True
+
+
+def test_one_preset_serves_all_commands(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    preset.write_text('bits = 8\ndevice_map = "cpu"\nout = "O"\neval = "pydoc"\nwindows = 3\n')
+    assert run("inspect-map", "M", "--config", str(preset)).code == 0
+    assert (jobs.job.quantize.bits, str(jobs.job.device_map)) == (8, "cpu")
+    assert run("load", "DIR", "--config", str(preset)).code == 0
+    assert (jobs.job.evaluate, jobs.job.windows, str(jobs.job.device_map)) == ("pydoc", 3, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("group_sise = 64", "has the unknown key 'group_sise'", "did you mean group_size?"),
+        ("evaluate = 'x'", "has the unknown key 'evaluate'", "did you mean eval?"),
+        ("config = 'x'", "has the unknown key 'config'", "allowed keys"),
+        ("[quantize]\nbits = 4", "has the unknown key 'quantize'", "not in a section"),
+        ("bits = 'four'", 'bits is "four"; allowed: a whole number', ""),
+        ("bits = 4.0", "bits is 4.0; allowed: a whole number", ""),
+        ("bits = true", "bits is true; allowed: a whole number", ""),
+        ("sym = 1", "sym is 1; allowed: true or false", ""),
+        ("damp_percent = '5 %'", 'damp_percent is "5 %"; allowed: a number', ""),
+        ("dtype = 'int8'", "dtype is \"int8\"; allowed: 'auto', 'float16', 'bfloat16', 'float32'", ""),
+        ("out = 3", "out is 3; allowed: a text in quotes", ""),
+        ("device_map = 0", "device_map is 0; allowed: a text in quotes, a table of names and values", ""),
+        ("calibration = { a = 1 }", 'calibration is {"a": 1}; allowed: a text in quotes', ""),
+        ("seed = 1979-05-27", 'seed is "1979-05-27"; allowed: a whole number', ""),
+        ("bits = ", "is no TOML", ""),
+        ("group_size = 1\ngroup-size = 2", "has 'group_size' twice", ""),
+    ],
+)
+def test_a_bad_preset_says_where_and_what(
+    jobs: FakeJobs, run: Run, preset: Path, text: str, message: str, hint: str
+) -> None:
+    preset.write_text(text)
+    outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
+    assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
+    assert outcome.err.startswith(f"error: preset '{preset}'")
+    assert message in outcome.err
+    assert hint in outcome.err
+
+
+def test_values_are_judged_where_flags_are(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    preset.write_text("bits = 5\n")
+    assert "bits is 5; allowed: 2, 3, 4, 8" in run("quantize", "M", "--out", "O", "--config", str(preset)).err
+
+
+def test_a_preset_that_is_not_there(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    outcome = run("quantize", "M", "--config", str(tmp_path / "none.toml"))
+    assert outcome.code == 2
+    assert "cannot be read: no such file or directory" in outcome.err
+    outcome = run("quantize", "M", "--config", str(tmp_path))
+    assert (outcome.code, "is a directory" in outcome.err) == (2, True)
+    (tmp_path / "latin.toml").write_bytes(b"out = '\xe9'")
+    assert "is no TOML" in run("quantize", "M", "--config", str(tmp_path / "latin.toml")).err
+
+
+def test_the_preset_may_come_from_the_environment(
+    jobs: FakeJobs, run: Run, preset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset.write_text("bits = 8\njson = true\n")
+    monkeypatch.setenv("GPTQ_CONFIG", str(preset))
+    outcome = run("quantize", "M", "--out", "O")
+    assert outcome.out.startswith("{")
+    assert jobs.job.quantize.bits == 8
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_preset_loads(jobs: FakeJobs, run: Run, path: Path) -> None:
+    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
+    assert read_preset(path, options_of(command))
+    outcome = run("quantize", "M", "--out", "O", "--config", str(path))
+    assert outcome.code == 0, outcome.err
+
+
+def test_presets_are_shipped() -> None:
+    assert {path.name for path in CONFIGS.glob("*.toml")} >= {"w4g128.toml", "w8.toml", "two-gpus.toml"}

@@ -1,0 +1,155 @@
+"""`gptq quantize`: the job that the words make, and what is shown for it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement import parse_inventory
+from tests.cli.conftest import FakeJobs, Run
+from tests.display.map_reports import refused
+
+EVERY_OPTION = """
+    quantize M --out O --overwrite --max-shard-size 2GiB --bits 3 --group-size -1 --asym --desc-act
+    --calibration - --samples 7 --seq-len 99 --seed 5 --batch-size 2 --device-map model=0,rest=cpu
+    --max-memory 0=20GiB --dtype float16 --revision main --trust-remote-code --act-order none
+    --damp-percent 0.01 --no-true-sequential --scale-search mse --positive-scales --sweeps 3 --no-refit
+    --column-batch 64 --strict
+"""
+
+
+def test_defaults_are_those_of_the_configuration(jobs: FakeJobs, run: Run) -> None:
+    assert run("quantize", "M", "--out", "O").code == 0
+    expected = QuantizeJob(
+        model=ModelRef(model="M"), out="O", command_line=("gptq", "quantize", "M", "--out", "O")
+    )
+    assert jobs.called == "quantize"
+    assert jobs.job == expected
+
+
+def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
+    words = EVERY_OPTION.split()
+    outcome = run(*words)
+    assert outcome.code == 0, outcome.err
+    assert jobs.job == QuantizeJob(
+        model=ModelRef(model="M", revision="main", trust_remote_code=True, dtype="float16"),
+        out="O",
+        quantize=QuantizeConfig(
+            bits=3,
+            group_size=-1,
+            sym=False,
+            desc_act=True,
+            act_order="none",
+            damp_percent=0.01,
+            true_sequential=False,
+            scale_search="mse",
+            positive_scales=True,
+            sweeps=3,
+            refit=False,
+            column_batch=64,
+        ),
+        calibration=CalibrationConfig(source="-", samples=7, seq_len=99, seed=5, batch_size=2),
+        device_map=DeviceMap.parse("model=0,rest=cpu"),
+        max_memory=MaxMemory.parse("0=20GiB"),
+        max_shard_bytes=2 * 2**30,
+        overwrite=True,
+        strict=True,
+        command_line=("gptq", *words),
+    )
+
+
+def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run) -> None:
+    from dataclasses import fields
+    from inspect import signature
+
+    from gptq_cli.cli.quantize import quantize
+
+    names = set(signature(quantize).parameters)
+    assert {field.name for field in fields(QuantizeConfig)} <= names
+    assert {field.name for field in fields(CalibrationConfig)} - {"source"} <= names
+    assert {field.name for field in fields(ModelRef)} <= names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--bits 5", "bits is 5; allowed: 2, 3, 4, 8"),
+        ("--group-size 0", "group_size is 0; allowed: -1"),
+        ("--damp-percent nan", "damp_percent is nan"),
+        ("--samples 0", "samples is 0"),
+        ("--device-map layers=", "value missing"),
+        ("--device-map cuda:-1", "device map"),
+        ("--device-map [1]", "JSON that is not an object"),
+        ("--max-memory lots", "max memory"),
+        ("--max-shard-size huge", "max_shard_size: 'huge' is no size"),
+        ("--max-shard-size 5Gb", "max_shard_size: '5Gb' reads as bits"),
+        ("--devices cuda:0=24GiB", "devices is given, but this is no dry run"),
+        ("--report nowhere/at/all/r.html", "is no directory"),
+    ],
+)
+def test_bad_values_start_nothing(jobs: FakeJobs, run: Run, words: str, message: str) -> None:
+    outcome = run("quantize", "M", "--out", "O", *words.split())
+    assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
+    assert outcome.err.startswith("error: ")
+    assert message in outcome.err
+
+
+def test_the_caret_of_a_grammar_error_stands_under_the_character(jobs: FakeJobs, run: Run) -> None:
+    lines = run("quantize", "M", "--out", "O", "--device-map", "model=0,,lm_head=cpu").err.splitlines()
+    assert lines[2].index("^") == lines[1].index(",,") + 1
+
+
+def test_a_job_without_destination_is_refused(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("quantize", "M")
+    assert (outcome.code, jobs.called) == (2, "")
+    assert outcome.err == "error: out is empty; allowed: a directory to create\n  hint: add --out DIR\n"
+
+
+def test_the_result_as_json_is_the_report(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("quantize", "M", "--out", "O", "--json")
+    body = json.loads(outcome.out)
+    assert outcome.out.count("\n") == 1
+    assert (body["schema_version"], body["bits"], len(body["blocks"])) == (1, 4, 3)
+    assert body["measured_peak_bytes"]["cuda:0"] == body["blocks"][0]["peak_bytes"]["cuda:0"]
+    assert outcome.out.isascii()
+
+
+def test_the_result_as_a_table_ends_with_the_next_command(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("quantize", "M", "--out", "O")
+    assert outcome.out.endswith("next: gptq load smol-w4g64\n")
+    assert "\x1b" not in outcome.out
+
+
+def test_a_report_page_is_written(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "run.html"
+    assert run("quantize", "M", "--out", "O", "--report", str(page)).code == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_dry_run_plans_and_needs_no_destination(jobs: FakeJobs, run: Run) -> None:
+    outcome = run(
+        "quantize", "org/My-Model", "--dry-run", "--devices", "cuda:0=24GiB,cpu=64GiB", "--bits", "8"
+    )
+    assert (outcome.code, jobs.called) == (0, "dry_run")
+    assert jobs.job.out == "My-Model-w8g128"
+    assert jobs.job.devices == parse_inventory("cuda:0=24GiB,cpu=64GiB")
+    assert "about 15 min 05 s (an estimate from a short probe)" in outcome.out
+
+
+def test_a_dry_run_that_would_be_refused_exits_3(jobs: FakeJobs, run: Run) -> None:
+    jobs.results["dry_run"] = refused()
+    outcome = run("quantize", "M", "--out", "O", "--dry-run", "--json")
+    assert outcome.code == 3
+    assert json.loads(outcome.out)["verdict"] == "refused"
+    assert outcome.err == ""
+
+
+def test_a_fallback_is_said_on_stdout_too(jobs: FakeJobs, run: Run) -> None:
+    assert "fell back to round-to-nearest" in run("quantize", "M", "--out", "O").out
+    jobs.results["quantize"] = replace(jobs.results["quantize"], fallbacks=0, blocks=())
+    assert " fallbacks    none" in run("quantize", "M", "--out", "O").out
