@@ -24,8 +24,8 @@ def test_defaults_are_those_of_the_configuration(jobs: FakeJobs, run: Run) -> No
 def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
     words = (
         "inspect-map M --device-map rest=cpu,lm_head=0 --max-memory 0=20GiB --devices cuda:0=24GiB,cpu=1TB "
-        "--bits 8 --group-size 64 --asym --desc-act --no-true-sequential --samples 9 --seq-len 77 --batch-size 3 "
-        "--dtype float32 --revision v1 --trust-remote-code"
+        "--bits 8 --group-size 64 --asym --desc-act --no-true-sequential --samples 9 --seq-len 77 "
+        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code"
     )
     outcome = run(*words.split())
     assert outcome.code == 0, outcome.err
