@@ -67,7 +67,9 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
             skeleton=judged.skeleton,
             tokens=tokens,
             devices=[str(device) for device in placement.devices],
-            predicted_peak_bytes=[(plan.device, plan.needed_bytes) for plan in judged.resolution.devices],
+            predicted_peak_bytes=[
+                (plan.device, plan.predicted_peak_bytes) for plan in judged.resolution.devices
+            ],
             blocks=blocks,
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in judged.facts.linears),
             size_after_bytes=writer.plan.size_bytes,
@@ -149,7 +151,7 @@ def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
         facts = model_facts(skeleton)
     with phase(observer, "calibration"):
         tokens, text_findings = _tokens(job, skeleton, facts)
-    work = Work(job.quantize, job.calibration, job.max_shard_bytes)
+    work = Work(job.quantize, job.calibration)
     budgets = job.devices or present_devices()
     resolution = resolve(
         job.device_map,

@@ -222,6 +222,11 @@ class DevicePlan:
         )
 
     @property
+    def predicted_peak_bytes(self) -> int:
+        """What a measurement will show: resident memory on cpu; allocated memory, without context, elsewhere."""
+        return self.needed_bytes - (self.baseline_bytes if self.device != "cpu" else 0)
+
+    @property
     def fits(self) -> bool:
         """True when the predicted peak is within the limit."""
         return self.needed_bytes <= self.limit_bytes

@@ -18,7 +18,7 @@ How a job uses it:
     from gptq_cli.preflight.report import map_report
 
     facts = model_facts(skeleton)
-    work = Work(job.quantize, job.calibration, job.max_shard_bytes)     # None: nothing to quantize
+    work = Work(job.quantize, job.calibration)     # None: nothing to quantize
     budgets = job.devices or present_devices()
     resolution = resolve(job.device_map, facts, budgets, max_memory=job.max_memory, work=work,
                          environment=environment_facts(), given=job.devices is not None)

@@ -1,24 +1,26 @@
 """How many bytes each device must hold at its highest moment.
 
 For a device that works on blocks (T = samples · seq_len tokens, t = tokens of one micro-batch, b = bytes of a
-number in the model's dtype, K and N of a linear, h = hidden size):
+number in the model's dtype, h = hidden size; a stage has K input columns and R = ΣN rows):
 
     weights      every parameter and buffer that lives there
-    working      the largest block that is moved in from elsewhere, and for the widest stage (ΣN rows of K)
-                 its weights in fp32, quantized copy, error and scratch: SOLVER_COPIES · 4 · ΣN · K
-                 or, if that is more, the activations of one micro-batch in flight:
-                 t · (FLIGHT_HIDDEN · h + FLIGHT_INNER · max ΣN) · b + 4 · t · K
-                 or, if that is more, an embedding or head that is moved in
-    Hessians     H, the damped copy, its factor and that of the inverse: HESSIAN_COPIES · 4 · K² for the
-                 widest K; without true-sequential stages the H of every other stage of the block as well
-    activations  T · h · b: the inputs of the block, which its outputs replace micro-batch by micro-batch;
-                 with parked forwards also what waits between two stages: T · max K · b
-    packing      codes as bytes and as 32-bit words of one stage: 5 · ΣN · K
-    baseline     interpreter and libraries (cpu), or context and allocator slack (accelerator)
+    activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
+                 with parked forwards also what waits between two stages, at most T · max K · b
+    and the dearest of these moments, over all stages of the block:
+        collect  Hessian   4 · K²
+                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way,
+                           and CHUNK_BYTES: activations widened to fp32
+        solve    Hessian   8 · K²: H and the factor of the damped H
+                 working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
+        pack     Hessian   4 · K²
+                 packing   PACK_BYTES · R · K: codes, what is left of the solve, words
+    without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
+    working also counts what is lent to the device: the largest block from elsewhere; or, if that is more
+    than all of the above, an embedding or head
+    baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-The CPU holds, whatever runs elsewhere, the baseline and the packed tensors that wait for their shard to
-fill. The constants were measured, see docs/preflight-rules.md; the report of each run sets prediction
-beside measurement.
+The constants were measured (docs/preflight-rules.md says how); each run's report sets prediction beside
+measurement.
 """
 
 from __future__ import annotations
@@ -33,10 +35,11 @@ from gptq_cli.preflight.cases import MapCase, Work
 from gptq_cli.results import DevicePlan
 
 MIB = 1 << 20
-SOLVER_COPIES = 4
-HESSIAN_COPIES = 4
+SOLVE_BYTES = 14
+PACK_BYTES = 10
 FLIGHT_HIDDEN = 6
-FLIGHT_INNER = 3
+FLIGHT_ROWS = 3
+CHUNK_BYTES = 128 * MIB
 CPU_BASELINE_BYTES = 420 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
@@ -65,25 +68,17 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
 
 @dataclass(frozen=True, slots=True)
 class WorkSet:
-    """What working on one block needs beside the weights at home on the device."""
+    """What working on one block needs beside the weights at home on the device, at the dearest moment."""
 
-    solver_bytes: int = 0
+    working_bytes: int = 0
     hessian_bytes: int = 0
-    activation_bytes: int = 0
     packing_bytes: int = 0
+    activation_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        return self.solver_bytes + self.hessian_bytes + self.activation_bytes + self.packing_bytes
-
-    def __or__(self, other: WorkSet) -> WorkSet:
-        """Enough for either."""
-        return WorkSet(
-            max(self.solver_bytes, other.solver_bytes),
-            max(self.hessian_bytes, other.hessian_bytes),
-            max(self.activation_bytes, other.activation_bytes),
-            max(self.packing_bytes, other.packing_bytes),
-        )
+        """All four parts."""
+        return self.working_bytes + self.hessian_bytes + self.packing_bytes + self.activation_bytes
 
 
 def micro_batch_tokens(work: Work) -> int:
@@ -101,25 +96,23 @@ def work_set(
     """The bytes that quantizing one block of these stages needs; nothing where no work is planned."""
     if work is None or not stages:
         return WorkSet()
-    config: QuantizeConfig = work.quantize
     t, b = micro_batch_tokens(work), facts.dtype_bytes
     tokens = work.calibration.samples * work.calibration.seq_len
+    parks = parked and work.quantize.true_sequential
     widest = max(stage.in_features for stage in stages)
-    most_weights = max(stage.in_features * stage.rows for stage in stages)
-    most_rows = max(stage.rows for stage in stages)
-    in_flight = t * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_INNER * most_rows) * b + 4 * t * widest
-    squares = 4 * HESSIAN_COPIES * widest**2
-    if not config.true_sequential:
-        squares += 4 * sum(stage.in_features**2 for stage in stages) - 4 * widest**2
-    activations = tokens * facts.hidden_size * b
-    if parked and config.true_sequential:
-        activations += tokens * widest * b
-    return WorkSet(
-        solver_bytes=max(4 * SOLVER_COPIES * most_weights, in_flight),
-        hessian_bytes=squares,
-        activation_bytes=activations,
-        packing_bytes=5 * most_weights,
-    )
+    activations = tokens * b * (facts.hidden_size + (widest if parks else 0))
+    flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
+    squares = sum(4 * stage.in_features**2 for stage in stages)
+    moments = []
+    for stage in stages:
+        weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
+        held = square if work.quantize.true_sequential else squares
+        moments += [
+            WorkSet(flight + min(CHUNK_BYTES, 4 * t * stage.in_features), held, 0, activations),
+            WorkSet(SOLVE_BYTES * weights, held + square, 0, activations),
+            WorkSet(0, held, PACK_BYTES * weights, activations),
+        ]
+    return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
@@ -160,13 +153,6 @@ def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
     )
 
 
-def host_bytes(facts: ModelFacts, work: Work | None) -> int:
-    """Packed tensors that wait in main memory for their shard to fill."""
-    if work is None:
-        return 0
-    return min(work.max_shard_bytes, sum(packed_bytes(linear, work.quantize) for linear in facts.linears))
-
-
 def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[DevicePlan, ...]:
     """One plan a device of the placement (and the CPU, which always does something), accelerators first."""
     facts = case.facts
@@ -178,17 +164,16 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
     for block, needed in sets.items():
         home = _home(placement, block)
         at = main if home == CPU and main != CPU else home
-        busy[at] = busy.get(at, WorkSet()) | needed
+        busy[at] = max(busy.get(at, needed), needed, key=lambda one: one.total_bytes)
     plans = []
     for device in sorted({*weights, CPU}):
-        if device.kind in ("disk", "meta"):
-            continue
         budget = next((item for item in case.budgets if item.device == device), None)
+        if device.kind in ("disk", "meta") or (budget is None and device not in weights):
+            continue
         need = busy.get(device, WorkSet())
-        working = need.solver_bytes
+        working = need.working_bytes
         if device == main:
-            working = max(working + moved_block, moved_other)
-        packing = need.packing_bytes + (host_bytes(facts, case.work) if device == CPU else 0)
+            working += max(moved_block, moved_other - need.total_bytes)
         plans.append(
             DevicePlan(
                 device=str(device),
@@ -199,7 +184,7 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
                 working_bytes=working,
                 hessian_bytes=need.hessian_bytes,
                 activation_bytes=need.activation_bytes,
-                packing_bytes=packing,
+                packing_bytes=need.packing_bytes,
                 baseline_bytes=CPU_BASELINE_BYTES if device == CPU else ACCELERATOR_BASELINE_BYTES,
             )
         )

@@ -22,7 +22,6 @@ class Work:
 
     quantize: QuantizeConfig
     calibration: CalibrationConfig
-    max_shard_bytes: int = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ its work set (see budget.py) free, and `auto` takes the first of these steps tha
     4  the last blocks on cpu as well, as few as possible
     5  refusal; rules_memory.py names the cheapest remedies
 
-A step is a function from a problem to a placement, so that another one (weights streamed block by block
-from the checkpoint) is another line in `STEPS`. Each step is tried with parked forwards first, which are
-faster, and with replayed ones, which hold less. What decides whether a plan fits is `device_plans`, never
-the search itself.
+A step is a function from a problem to placements, so that another one (weights streamed block by block from
+the checkpoint) is another line in `STEPS`. Each step is tried with parked forwards first, which are faster,
+then with replayed ones, which hold less, and only then without the last 5 % of every device kept free. What
+decides whether a plan fits is `device_plans`, never the search itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from gptq_cli.preflight.budget import (
     CPU_BASELINE_BYTES,
     WorkSet,
     device_plans,
-    host_bytes,
     work_sets,
 )
 from gptq_cli.preflight.cases import MapCase
@@ -37,6 +36,9 @@ from gptq_cli.preflight.units import Unit, place, together, units_of
 from gptq_cli.results import DevicePlan
 
 _HALVINGS = 12
+_ROOMY = 0.95
+_ATTEMPTS = ((True, _ROOMY), (False, _ROOMY), (False, 1.0))
+"""(parked forwards, share of each device to use): what each step is tried with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +56,31 @@ class Plan:
 class Problem:
     """A case prepared for searching: units, what may be used of each device, what working needs."""
 
-    def __init__(self, case: MapCase, *, parked: bool) -> None:
+    def __init__(self, case: MapCase, *, parked: bool, share: float = 1.0) -> None:
         self.case = case
         self.parked = parked
+        self.share = share
         self.facts: ModelFacts = case.facts
         self.units = units_of(case.facts)
         self.follows = together(case.facts, self.units)
-        self.work = WorkSet()
-        for needed in work_sets(case.facts, case.work, parked=parked).values():
-            self.work |= needed
+        sets = work_sets(case.facts, case.work, parked=parked).values()
+        self.work = max(sets, key=lambda one: one.total_bytes, default=WorkSet())
         self.largest_block = max((unit.size_bytes for unit in self.units if unit.block), default=0)
         cpu = case.limit(CPU)
-        reserved = CPU_BASELINE_BYTES + host_bytes(case.facts, case.work)
-        self.cpu_room = max(0, cpu - reserved) if cpu is not None else 0
+        self.cpu_room = max(0, int(share * cpu) - CPU_BASELINE_BYTES) if cpu is not None else 0
 
     def room(self, device: Device) -> int:
         """Bytes for weights on an accelerator that works on blocks."""
-        return max(0, (self.case.limit(device) or 0) - ACCELERATOR_BASELINE_BYTES - self.work.total_bytes)
+        usable = int(self.share * (self.case.limit(device) or 0))
+        return max(0, usable - ACCELERATOR_BASELINE_BYTES - self.work.total_bytes)
+
+    def accepts(self, plans: tuple[DevicePlan, ...]) -> bool:
+        """True when every device whose size is known holds its plan within the share that may be used."""
+        return all(
+            plan.needed_bytes <= self.share * plan.limit_bytes
+            for plan in plans
+            if self.case.limit(Device.parse(plan.device)) is not None
+        )
 
     def outer(self) -> tuple[Unit, ...]:
         """Units outside the blocks that are worth moving: with parameters of their own, largest first."""
@@ -269,17 +279,19 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
     if not case.accelerators:
         return _cpu_plan(case)
     steps = STEPS if strategy == "auto" else _OTHER_STEPS[strategy]
-    problems = [Problem(case, parked=parked) for parked in (True, False)]
+    problems = [Problem(case, parked=parked, share=share) for parked, share in _ATTEMPTS]
     tried = []
     for title, step in steps:
         closest: tuple[DevicePlan, ...] = ()
         for problem in problems:
             for placement in step(problem):
                 plans = device_plans(placement, case, parked=problem.parked)
-                if all(plan.fits for plan in plans if case.limit(Device.parse(plan.device)) is not None):
+                if problem.accepts(plans):
                     return Plan(placement, plans, problem.parked)
                 closest = plans
-        tried.append(f"{title}: {_lacking(closest)}")
+        why = _lacking(closest) if closest else _no_room(problems[-1])
+        if not tried or not tried[-1].endswith(why):
+            tried.append(f"{title}: {why}")
     return Plan(None, (), parked=False, tried=tuple(tried), spill_bytes=_spill(problems[-1]))
 
 
@@ -297,7 +309,20 @@ def _cpu_plan(case: MapCase) -> Plan:
 
 def _lacking(plans: tuple[DevicePlan, ...]) -> str:
     short = [f"{plan.device} lacks {format_size(-plan.spare_bytes)}" for plan in plans if not plan.fits]
-    return ", ".join(short) or "no way to lay it out"
+    return ", ".join(short)
+
+
+def _no_room(problem: Problem) -> str:
+    """Why a step had nothing to offer."""
+    case = problem.case
+    needed = problem.work.total_bytes + ACCELERATOR_BASELINE_BYTES + problem.largest_block
+    largest = max(case.accelerators, key=lambda device: case.limit(device) or 0)
+    limit = case.limit(largest) or 0
+    if needed > limit:
+        return f"one block and the work on it need {format_size(needed)}, {largest} has {format_size(limit)}"
+    room = sum(problem.room(device) for device in case.accelerators)
+    parts = f"weights {format_size(problem.facts.size_bytes)}, room on accelerators {format_size(room)}"
+    return f"{parts}, on cpu {format_size(problem.cpu_room)}"
 
 
 def _spill(problem: Problem) -> int:

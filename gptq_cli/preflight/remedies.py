@@ -88,6 +88,18 @@ def _less_work(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
             yield Remedy(f"--seq-len {seq_len} --batch-size 1", price), replace(case, work=smaller)
 
 
+def _larger_card(case: MapCase, fits: Fits) -> list[Remedy]:
+    """The smallest usual card that would do in the place of the present ones."""
+    kind = case.accelerators[0].kind
+    present = max(case.limit(device) or 0 for device in case.accelerators)
+    others = tuple(budget for budget in case.budgets if not budget.device.is_accelerator)
+    for size in (16, 24, 32, 48, 80, 96, 141, 192, 288):
+        card = DeviceBudget(Device(kind, 0), size * GIB, size * GIB)
+        if size * GIB > present and fits(replace(case, budgets=(card, *others))):
+            return [Remedy(f"one accelerator of {size} GiB", "instead of the present ones")]
+    return []
+
+
 def _more_memory(case: MapCase, fits: Fits) -> list[Remedy]:
     """How much more main memory, or how many more of the largest accelerator, would do."""
     found = []
@@ -102,6 +114,7 @@ def _more_memory(case: MapCase, fits: Fits) -> list[Remedy]:
             )
             break
     if case.accelerators:
+        found += _larger_card(base, fits)
         largest = max(case.accelerators, key=lambda d: case.limit(d) or 0)
         size = case.limit(largest) or 0
         for more in (1, 3, 7):

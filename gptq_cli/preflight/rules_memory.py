@@ -89,7 +89,7 @@ def disk_offload(case: MapCase, plan: Plan | None, fits: Fits) -> list[Finding]:
             subject=str(case.spec),
             message=(
                 f"{case.spec} would have to spill {format_size(plan.spill_bytes)} to disk; disk offload "
-                "is not supported with GPTQ quantization"
+                f"is not supported with GPTQ quantization ({'; '.join(plan.tried)})"
             ),
             hint=remedies_text(cheapest(case, fits)),
             size_bytes=plan.spill_bytes,
@@ -98,8 +98,8 @@ def disk_offload(case: MapCase, plan: Plan | None, fits: Fits) -> list[Finding]:
 
 
 def no_plan_fits(case: MapCase, plan: Plan | None, fits: Fits) -> list[Finding]:
-    """No step of the strategy fits this machine: not all on accelerators, not with help of the cpu."""
-    if plan is None or plan.placement is not None:
+    """The weights would fit, but no step of the strategy leaves room for the work on a block."""
+    if plan is None or plan.placement is not None or plan.spill_bytes:
         return []
     return [
         Finding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 
 from gptq_cli.findings import Finding
@@ -198,15 +199,19 @@ def left_dense(case: JobCase) -> list[Finding]:
     share = 1 - quantized / total
     names = {x.name for x in case.facts.linears}
     dense = [t for t in case.facts.tensors if not t.buffer and t.name.rpartition(".")[0] not in names]
-    largest = sorted(dense, key=lambda t: -t.elements)[:3]
-    listed = ", ".join(f"{t.name} {t.elements / total:.0%}" for t in largest)
-    low = 1 - share < _LOW_SHARE
+    folded: dict[str, int] = {}
+    for tensor in dense:
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
+        folded[name] = folded.get(name, 0) + tensor.elements
+    largest = [name for name in sorted(folded, key=lambda n: -folded[n])[:3] if folded[name] >= total / 100]
+    listed = ", ".join(f"{name} {folded[name] / total:.0%}" for name in largest)
+    low = 1 - share < _LOW_SHARE and not case.facts.fused
     return [
         Finding(
             rule="left-dense",
             level="warning" if low else "note",
             subject=case.facts.model,
-            message=f"{share:.0%} of the parameters stay dense, most of it in {listed}",
+            message=f"{share:.0%} of the parameters stay dense{': ' if listed else ''}{listed}",
             hint="the size shrinks little; a larger model of the same family gains more" if low else "",
             size_bytes=sum(t.size_bytes for t in dense),
         )
