@@ -223,7 +223,7 @@ class DevicePlan:
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """What a measurement will show: resident memory on cpu; allocated memory, without context, elsewhere."""
+        """What a measurement shows: resident memory on cpu, allocated memory (no context) elsewhere."""
         return self.needed_bytes - (self.baseline_bytes if self.device != "cpu" else 0)
 
     @property

@@ -280,7 +280,7 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
         return _cpu_plan(case)
     steps = STEPS if strategy == "auto" else _OTHER_STEPS[strategy]
     problems = [Problem(case, parked=parked, share=share) for parked, share in _ATTEMPTS]
-    tried = []
+    tried: list[str] = []
     for title, step in steps:
         closest: tuple[DevicePlan, ...] = ()
         for problem in problems:
