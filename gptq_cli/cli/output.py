@@ -140,7 +140,12 @@ def show(session: Session, report: object, table: Callable[[], RenderableType]) 
     from rich.console import Console
 
     console = Console(file=sys.stdout, highlight=False)
-    console.print(table(), markup=False)
+    if console.is_terminal:
+        console.print(table(), markup=False)
+    else:  # a file: no colour, and no blanks at the ends of lines
+        with console.capture() as text:
+            console.print(table(), markup=False)
+        sys.stdout.writelines(f"{line.rstrip()}\n" for line in text.get().splitlines())
     sys.stdout.flush()
 
 

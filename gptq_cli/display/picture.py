@@ -22,7 +22,8 @@ from gptq_cli.display.plain import flush_text, flush_title
 from gptq_cli.display.state import BlockState, PhaseState, Recent, State
 from gptq_cli.events import DeviceMemory
 
-LABEL_WIDTH = 8
+LABEL_WIDTH = 9
+"""A label with the blank before it."""
 WIDE = 110
 """Columns from which on the table of linears has room for shapes, damping and seconds."""
 FIXED_LINES = 9
@@ -65,14 +66,14 @@ class Picture:
 
 
 def _line(label: str, text: str, width: int, style: str = "") -> Text:
-    room = max(width - LABEL_WIDTH - 3, 1)
-    body = Text(f" {label:<{LABEL_WIDTH}} ", style=style or "bold", no_wrap=True, overflow="ellipsis")
+    room = max(width - LABEL_WIDTH - 2, 1)
+    body = Text(f" {label:<{LABEL_WIDTH - 1}} ", style=style or "bold", no_wrap=True, overflow="ellipsis")
     return body.append(fmt.shorten(text, room), style=style or "default not bold")
 
 
 def _bars(state: State, now: float, width: int) -> Table | None:
     block, phase = state.block, state.phase
-    if state.finished or (block is None and phase is None and not state.blocks_done):
+    if state.finished:
         return None
     side = min(48, max(26, width // 3))
     grid = Table.grid(padding=(0, 1), expand=True)
@@ -90,7 +91,10 @@ def _bars(state: State, now: float, width: int) -> Table | None:
         for row in _block_rows(block, side):
             grid.add_row(*row)
     if phase:
-        grid.add_row(*_phase_row(phase, now))
+        grid.add_row(*_phase_row(_PHASES.get(phase.phase, phase.phase), phase, now))
+    elif not (block or state.blocks_done):
+        waiting = PhaseState(phase="open", done=0, total=None, since=state.since)
+        grid.add_row(*_phase_row("starting", waiting, now))
     return grid
 
 
@@ -111,7 +115,7 @@ def _block_rows(block: BlockState, side: int) -> list[tuple[RenderableType, ...]
     ]
 
 
-def _phase_row(phase: PhaseState, now: float) -> tuple[RenderableType, ...]:
+def _phase_row(label: str, phase: PhaseState, now: float) -> tuple[RenderableType, ...]:
     spent = now - phase.since
     if phase.total is None:
         bar = ProgressBar(total=None, pulse=True, animation_time=spent)
@@ -119,7 +123,7 @@ def _phase_row(phase: PhaseState, now: float) -> tuple[RenderableType, ...]:
     else:
         bar = ProgressBar(total=phase.total, completed=phase.done)
         counted = f"{phase.done}/{phase.total}"
-    return (f" {_PHASES.get(phase.phase, phase.phase)}", bar, counted, fmt.clock(spent))
+    return (f" {label}", bar, counted, fmt.clock(spent))
 
 
 _PHASES = {"calibration": "text", "generate": "tokens", "evaluate": "windows"}
@@ -175,8 +179,8 @@ def memory_line(memory: DeviceMemory, width: int) -> Text:
     high = memory.peak_bytes > NEARLY_FULL * total
     if high:
         figures += "  NEARLY FULL"
-    cells = max(1, min(BAR_WIDTH * (width // 80), width - LABEL_WIDTH - len(figures) - 5))
-    line = Text(f" {memory.device:<{LABEL_WIDTH}} ", style="bold", no_wrap=True, overflow="ellipsis")
+    cells = max(1, min(BAR_WIDTH * (width // 80), width - LABEL_WIDTH - len(figures) - 4))
+    line = Text(f" {memory.device:<{LABEL_WIDTH - 1}} ", style="bold", no_wrap=True, overflow="ellipsis")
     allocated = min(cells, round(cells * memory.allocated_bytes / total))
     reserved = min(cells, max(allocated, round(cells * memory.reserved_bytes / total)))
     line.append("█" * allocated, style="cyan not bold")

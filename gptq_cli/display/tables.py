@@ -106,7 +106,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     tokens = f"{report.samples} x {report.seq_len} = {report.tokens:,} tokens"
     blocks = sum(block.seconds for block in report.blocks)
     spent = [*report.phase_seconds]
-    if blocks:
+    if blocks and "blocks" not in dict(spent):
         at = next((i for i, (phase, _) in enumerate(spent) if phase == "save"), len(spent))
         spent.insert(at, ("blocks", blocks))
     rows: list[tuple[str, RenderableType]] = [

@@ -123,6 +123,7 @@ def test_the_result_as_a_table_ends_with_the_next_command(jobs: FakeJobs, run: R
     outcome = run("quantize", "M", "--out", "O")
     assert outcome.out.endswith("next: gptq load smol-w4g64\n")
     assert "\x1b" not in outcome.out
+    assert all(line == line.rstrip() for line in outcome.out.splitlines())
 
 
 def test_a_report_page_is_written(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:

@@ -167,3 +167,11 @@ def test_memory_that_is_nearly_full_is_said_in_words() -> None:
     )
     terminal.display(e.CacheFlushed(where="capture", subject="", before=memory(0)[:1], after=(full,)))
     assert "peak 99.0 of 100 GiB  NEARLY FULL\n" in terminal.picture()
+
+
+def test_before_the_first_event_it_says_that_it_is_starting() -> None:
+    terminal = Terminal(80)
+    terminal.clock.now = 3.0
+    assert terminal.picture().split() == ["starting", *terminal.picture().split()[1:-1], "0:00:03"]
+    terminal.play(e.PhaseFinished, nth=1)
+    assert "done      load" in terminal.settled
