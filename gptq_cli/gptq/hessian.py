@@ -1,0 +1,169 @@
+"""From activations to H, the second moment of a linear's input.
+
+A linear computes y = W x. Quantizing it to Q costs E‖W x - Q x‖² = tr((W-Q) H (W-Q)ᵀ) with H = E[x xᵀ], so
+H is all that GPTQ needs to know about the calibration data. The original code scales H by 2 (the loss's
+second derivative); a common factor changes neither codes nor scales nor relative losses, and is left out.
+
+Sums are kept, not running means, and divided once: the result does not depend on how the tokens were cut
+into batches beyond fp32 rounding. H is symmetric, so only the lower block triangle is summed and it is
+mirrored once, in `matrix()`. A product of two bf16 numbers is exact in fp32, so bf16 activations go through
+the fast units (see precision.py) and lose nothing; fp16 does the same on TF32 units; anything else is
+multiplied in plain fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.precision import exact_products, fast_products
+
+_BLOCK_ROWS = 8
+_CHUNK_VALUES = 1 << 24
+"""Activations are widened to fp32 in chunks of about this many values (64 MiB)."""
+
+
+def _products_for(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """The fastest scope in which numbers of `dtype` are multiplied without loss on `device`."""
+    lossless = dtype == torch.bfloat16 or (dtype == torch.float16 and device.type == "cuda")
+    return fast_products() if lossless else exact_products()
+
+
+class _Moment:
+    """Sum of products over tokens, (K, K), and the number of tokens; frees its memory on leaving `with`."""
+
+    def __init__(
+        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.in_features = in_features
+        self.tokens = 0
+        self._sum: Tensor | None = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.free()
+
+    def free(self) -> None:
+        """Give the memory back; what `matrix()` returned stays with whoever holds it."""
+        self._sum = None
+
+    @property
+    def _open(self) -> Tensor:
+        if self._sum is None:
+            raise RuntimeError("this moment was freed: it lives inside its `with` block")
+        return self._sum
+
+    def _growing(self) -> Tensor:
+        if self._finished:
+            raise RuntimeError("matrix() was called: no tokens can be added to a finished moment")
+        return self._open
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """`x` (..., K) as (tokens, K)."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"activations have {x.shape[-1]} features, this moment has {self.in_features}")
+        return x.reshape(-1, self.in_features)
+
+    def is_finite(self) -> bool:
+        """False when NaN or infinity came in. Reads the diagonal alone: every value lands there squared."""
+        return bool(torch.isfinite(self._open.diagonal().sum()).item())
+
+    def _mean(self) -> Tensor:
+        if self.tokens == 0:
+            raise ValueError("no tokens were added: a mean of nothing has no value")
+        total = self._open
+        if not self._finished:
+            total.div_(self.tokens)
+        return total
+
+
+class Hessian(_Moment):
+    """H = sum of x xᵀ over calibration tokens / tokens. The only mutable object of the maths.
+
+    >>> with Hessian(64) as hessian:
+    ...     hessian.add(x)
+    ...     H = hessian.matrix()
+    """
+
+    def add(
+        self,
+        x: Tensor,  # (..., K) inputs of the linear, any floating dtype; every row is a token
+    ) -> None:
+        """Add tokens. Cost: tokens·K² multiply-adds, the lower half of K by K in block rows."""
+        H, K = self._growing(), self.in_features
+        rows = self._rows(x)
+        step = max(1, -(-K // _BLOCK_ROWS))
+        for part in torch.split(rows, max(1, _CHUNK_VALUES // K)):
+            X = part.to(device=H.device, dtype=H.dtype)
+            with _products_for(x.dtype, H.device):
+                for a in range(0, K, step):
+                    b = min(a + step, K)
+                    H[a:b, :b].addmm_(X[:, a:b].T, X[:, :b])
+        self.tokens += rows.shape[0]
+
+    def matrix(self) -> Tensor:  # (K, K), fp32 unless made otherwise
+        """The mean, exactly symmetric. It is this object's own memory: nothing can be added any more."""
+        H = self._mean()
+        if not self._finished:
+            step = max(1, -(-self.in_features // _BLOCK_ROWS))
+            for a in range(0, self.in_features, step):
+                b = min(a + step, self.in_features)
+                H[:a, a:b] = H[a:b, :a].T
+                corner = H[a:b, a:b].tril()
+                H[a:b, a:b] = corner + corner.tril(-1).T
+            self._finished = True
+        return H
+
+
+class CrossMoment(_Moment):
+    """C = sum of x_dense x_quantᵀ / tokens: what the dense model's input and the quantized model's share.
+
+    With H = E[x_quant x_quantᵀ] it gives the asymmetric target, see target.py.
+    """
+
+    def add(
+        self,
+        dense: Tensor,  # (..., K) the linear's input in the dense model
+        quant: Tensor,  # (..., K) the same tokens' input in the model quantized so far
+    ) -> None:
+        """Add tokens; both streams must hold the same ones in the same order. Cost: 2·tokens·K²."""
+        C = self._growing()
+        Xd, Xq = self._rows(dense), self._rows(quant)
+        if Xd.shape != Xq.shape:
+            raise ValueError(f"the dense stream has {Xd.shape[0]} tokens, the quantized {Xq.shape[0]}")
+        wider = torch.promote_types(dense.dtype, quant.dtype)
+        chunk = max(1, _CHUNK_VALUES // self.in_features)
+        for d, q in zip(torch.split(Xd, chunk), torch.split(Xq, chunk), strict=True):
+            with _products_for(wider, C.device):
+                C.addmm_(d.to(C.device, C.dtype).T, q.to(C.device, C.dtype))
+        self.tokens += Xd.shape[0]
+
+    def matrix(self) -> Tensor:  # (K, K), rows: dense features, columns: quantized features
+        """The mean. It is this object's own memory: nothing can be added any more."""
+        C = self._mean()
+        self._finished = True
+        return C
+
+
+def shrink(
+    H: Tensor,  # (K, K) mean over few tokens
+    tokens: int,
+    pooled: Tensor,  # (K, K) mean over many tokens of a wider population (all experts of a block, say)
+    prior_tokens: int | None = None,  # weight of the pool, in tokens; None: K
+) -> Tensor:
+    """(n·H + m·pooled) / (n + m): what an undersampled linear uses instead of giving up on GPTQ.
+
+    n tokens span at most n of K directions. Counting the pool as m = K tokens keeps every direction known
+    and lets the linear's own data win once it has more than K tokens.
+    """
+    m = H.shape[0] if prior_tokens is None else prior_tokens
+    return torch.lerp(pooled, H, tokens / (tokens + m))

@@ -1,0 +1,81 @@
+"""GPTQ: the loop over columns.
+
+    for every column batch i1..i2, in solving order:
+        B = W[:, i1:i2] with the feedback of all columns before i1
+        for every column j of the batch:
+            Q_j = nearest level · scale
+            E_j = (B_j - Q_j) / U_jj
+            B_j+1: -= E_j U_j,j+1:
+
+That is Algorithm 1 of the paper, with two changes of form and none of result: columns that are not due yet
+are left alone and get all their feedback in one product when their batch begins (`factor.current`), and a
+batch goes through in sub-blocks of 16 columns, so that most of its updates are small products too.
+
+Group parameters are either *dynamic*, read from the current columns - feedback included - when the first
+column of the group comes up; or *static*, found on W before the loop, which leaves the solver free to take
+columns in any order while groups stay where they are. The original code reads columns that are stale when
+group_size is smaller than a column batch; here codes do not depend on the column batch.
+
+    config                      order of columns        groups                    g_idx
+    act_order "static"          falling H_kk            in place, static          k // group_size
+    act_order "none"            as they are             in place, dynamic         k // group_size
+    desc_act                    falling H_kk            follow the order, dynamic by solving order
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.factor import current
+from gptq_cli.gptq.grid import Grid
+from gptq_cli.gptq.search import group_parameters
+
+_SUB_BLOCK = 16
+
+
+def gptq(
+    W: Tensor,  # (K, N) transposed, columns in solving order; becomes D = W - Q
+    RT: Tensor,  # (K, K) factor of H in that order
+    diagonal: Tensor,  # (K,) H_kk in that order
+    group_of: Tensor,  # (K,) int64: the group of each column
+    scales: Tensor,  # (G, N); filled in when dynamic
+    zeros: Tensor,  # (G, N); filled in when dynamic
+    group_size: int,
+    grid: Grid,
+    *,
+    dynamic: bool,
+    column_batch: int,
+) -> Tensor:  # codes uint8 (K, N), in solving order
+    """The loop of the paper. No value is read back from the device."""
+    K = W.shape[0]
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    for i1 in range(0, K, column_batch):
+        i2 = min(i1 + column_batch, K)
+        B, UT = current(W, RT, i1, i2)
+        U = UT / UT.diagonal()  # column j holds U_j,: / U_jj, so that E below stays in units of weights
+        E, L = torch.empty_like(B), torch.empty_like(B)
+        s1 = i1
+        while s1 < i2:
+            s2 = min(s1 + _SUB_BLOCK, i2)
+            if dynamic:
+                group = s1 // group_size
+                end = min((group + 1) * group_size, K)
+                s2 = min(s2, end)
+                if s1 == group * group_size:
+                    X = B[s1 - i1 : end - i1] if end <= i2 else current(W, RT, s1, end)[0]
+                    found = group_parameters(X, diagonal[s1:end], end - s1, grid)
+                    scales[group], zeros[group] = found[0][0], found[1][0]
+            a, b = s1 - i1, s2 - i1
+            S, Z = scales.index_select(0, group_of[s1:s2]), zeros.index_select(0, group_of[s1:s2])
+            for j in range(a, b):
+                grid.levels(B[j], S[j - a], Z[j - a], out=L[j])
+                torch.addcmul(B[j], L[j], S[j - a], value=-1, out=E[j])
+                if j + 1 < b:
+                    B[j + 1 : b].addr_(U[j + 1 : b, j], E[j], alpha=-1)
+            if b < i2 - i1:
+                B[b:].addmm_(U[b:, a:b], E[a:b], alpha=-1)
+            W[s1:s2].addcmul_(L[a:b], S, value=-1)
+            codes[s1:s2] = L[a:b].add_(Z)
+            s1 = s2
+    return codes

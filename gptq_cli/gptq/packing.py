@@ -1,0 +1,119 @@
+"""From codes to the int32 words of the checkpoint, and back.
+
+    qweight  int32 [ceil(K·bits/32), N]       codes packed along K, low bits first
+    qzeros   int32 [groups, ceil(N·bits/32)]  zeros packed along N, low bits first
+    scales   fp16  [groups, N]
+    g_idx    int32 [K]
+
+A column of codes is one stream of bits: code k lies at bit k·bits of the stream, bit b of the stream is bit
+b % 32 of word b // 32. With 2, 4 and 8 bits no code crosses a word. With 3 bits 32 codes fill 3 words, and
+codes 10 and 21 of every 32 lie across a border. Where K or N does not fill the last word, the rest is 0.
+
+Format "gptq" (v1) stores zero - 1 modulo 2^bits, as AutoGPTQ did; "gptq_v2" stores the zero itself. A v1
+reader that adds 1 without the modulo reads a zero of 0 as 2^bits, which is why asymmetric codes go out as v2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.quantized import QuantizedLinear
+
+V1, V2 = "gptq", "gptq_v2"
+_WORD = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedLinear:
+    """The tensors of one linear as the checkpoint holds them."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+
+def _block(bits: int) -> tuple[int, int]:
+    """The smallest run of codes that fills whole words: (codes, words)."""
+    return (_WORD, bits) if _WORD % bits else (_WORD // bits, 1)
+
+
+def pack_rows(
+    values: Tensor,  # uint8 (R, C), each below 2^bits
+    bits: int,
+) -> Tensor:  # int32 (ceil(R·bits/32), C)
+    """Pack along the first dimension."""
+    R, C = values.shape
+    per, words = _block(bits)
+    blocks = -(-R // per)
+    out = torch.zeros(blocks, words, C, dtype=torch.int32, device=values.device)
+    for i in range(per):
+        column = values[i::per].to(torch.int32)
+        word, shift = divmod(i * bits, _WORD)
+        here = out[: column.shape[0]]
+        here[:, word] |= column << shift
+        if shift + bits > _WORD:
+            here[:, word + 1] |= column >> (_WORD - shift)
+    return out.view(blocks * words, C)[: -(-R * bits // _WORD)].contiguous()
+
+
+def unpack_rows(
+    packed: Tensor,  # int32 (ceil(R·bits/32), C)
+    bits: int,
+    R: int,
+) -> Tensor:  # uint8 (R, C)
+    """The inverse of `pack_rows`. Raises `ValueError` when the words do not hold R codes."""
+    needed = -(-R * bits // _WORD)
+    if packed.shape[0] != needed:
+        raise ValueError(f"{packed.shape[0]} words; {R} codes of {bits} bits fill {needed}")
+    per, words = _block(bits)
+    blocks = -(-R // per)
+    if packed.shape[0] < blocks * words:
+        filler = packed.new_zeros(blocks * words - packed.shape[0], packed.shape[1])
+        packed = torch.cat([packed, filler])
+    view = packed.view(blocks, words, -1)
+    out = torch.empty(R, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    mask = 2**bits - 1
+    for i in range(per):
+        word, shift = divmod(i * bits, _WORD)
+        here = out[i::per]
+        value = view[: here.shape[0], word] >> shift
+        if shift + bits > _WORD:
+            # the arithmetic shift fills with the sign: keep the bits that belong to this word
+            low = value & (2 ** (_WORD - shift) - 1)
+            value = low | (view[: here.shape[0], word + 1] << (_WORD - shift))
+        here.copy_(value & mask)
+    return out
+
+
+def pack(q: QuantizedLinear, bits: int, checkpoint_format: str) -> PackedLinear:
+    """The tensors of the checkpoint for a quantized linear."""
+    zeros = q.zeros.T  # (groups, N)
+    if _is_v1(checkpoint_format):
+        zeros = (zeros.to(torch.int16) - 1).bitwise_and_(2**bits - 1).to(torch.uint8)
+    return PackedLinear(
+        qweight=pack_rows(q.codes.T.contiguous(), bits),
+        qzeros=pack_rows(zeros.T, bits).T.contiguous(),
+        scales=q.scales.T.to(torch.float16).contiguous(),
+        g_idx=q.g_idx.to(torch.int32),
+    )
+
+
+def unpack(
+    packed: PackedLinear, bits: int, checkpoint_format: str, in_features: int, out_features: int
+) -> tuple[Tensor, Tensor]:  # codes uint8 (N, K), zeros uint8 (N, groups)
+    """The inverse of `pack`; v1 zeros are read modulo 2^bits. Raises `ValueError` when words are missing."""
+    codes = unpack_rows(packed.qweight, bits, in_features).T.contiguous()
+    zeros = unpack_rows(packed.qzeros.T.contiguous(), bits, out_features)
+    if _is_v1(checkpoint_format):
+        zeros = (zeros.to(torch.int16) + 1).bitwise_and_(2**bits - 1).to(torch.uint8)
+    return codes, zeros
+
+
+def _is_v1(checkpoint_format: str) -> bool:
+    if checkpoint_format not in (V1, V2):
+        raise ValueError(f"checkpoint_format is {checkpoint_format!r}; allowed: {V1}, {V2}")
+    return checkpoint_format == V1

@@ -1,0 +1,52 @@
+"""The losses that are reported: what a linear's error does to its output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_BLOCK_ROWS = 8
+
+
+def row_losses(
+    D: Tensor,  # (K, N) transposed: the error of every weight
+    H: Tensor,  # (K, K)
+) -> Tensor:  # (N,)
+    """The diagonal of Dᵀ H D: the mean squared error of every output of the linear.
+
+    H is symmetric, so its upper half is counted twice instead of multiplied: K²·N multiply-adds.
+    """
+    K, N = D.shape
+    total = D.new_zeros(N)
+    step = max(1, -(-K // _BLOCK_ROWS))
+    for a in range(0, K, step):
+        b = min(a + step, K)
+        P = H[a:b, a:b] @ D[a:b]
+        if a:
+            P.addmm_(H[a:b, :a], D[:a], alpha=2)
+        total += P.mul_(D[a:b]).sum(0)
+    return total
+
+
+def relative_losses(
+    error: Tensor,  # (N,) row losses of W - Q
+    energy: Tensor,  # (N,) row losses of W
+    rows: Sequence[int],  # output features of each linear, stacked
+) -> list[float]:
+    """Σ error / Σ energy of every linear; 0/0 is 0: a linear that puts nothing out loses nothing."""
+    ratios: list[float] = []
+    totals = torch.stack(
+        [torch.stack(parts) for parts in zip(_sums(error, rows), _sums(energy, rows), strict=True)]
+    )
+    for wrong, whole in totals.tolist():
+        # rounding can leave a tiny negative number where the exact sum is 0
+        wrong, whole = max(wrong, 0.0), max(whole, 0.0)
+        ratios.append(wrong / whole if whole else (math.inf if wrong else 0.0))
+    return ratios
+
+
+def _sums(values: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    return [part.sum() for part in torch.split(values, list(rows))]

@@ -1,0 +1,40 @@
+"""What the solver hands on: one linear as codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptq_cli.results import Method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuantizedLinear:
+    """A linear as integers: W[n, k] ≈ (codes[n, k] - zeros[n, g]) · scales[n, g] with g = g_idx[k]."""
+
+    codes: Tensor
+    """uint8 (N, K), columns in their original order."""
+    scales: Tensor
+    """fp16 (N, groups); negative ones are legal unless `positive_scales` was asked."""
+    zeros: Tensor
+    """uint8 (N, groups): the code that means 0."""
+    g_idx: Tensor
+    """int32 (K,): the group of each original column; k // group_size unless `desc_act`."""
+    loss: float
+    """tr(E H Eᵀ) / tr(W H Wᵀ), E = W - Q, H undamped: the relative error of the output."""
+    rtn_loss: float
+    """The same for plain round-to-nearest: min/max scales, trivial groups, the same bits."""
+    damp_percent: float
+    """The damping that worked, or the last one tried when none did."""
+    attempts: int
+    """Factorisations tried; 0 when H was all zero and there was nothing to factorise."""
+    method: Method
+    """"rtn" when no damping made H positive definite."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # (N, K)
+        """The weights that a reader of the checkpoint computes, rounded once, to `dtype`."""
+        g = self.g_idx.long()
+        levels = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, g]
+        return (levels * self.scales.to(torch.float32)[:, g]).to(dtype)

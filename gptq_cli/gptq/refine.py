@@ -1,0 +1,138 @@
+"""From codes and scales to better ones: coordinate descent on the damped loss, one group after another.
+
+With D = W - Q the damped loss of a row is f = Dᵀ (H + λI) D and G = (H + λI) D is minus half its slope. In
+one pass over the groups, each in turn:
+
+1. refit: with the group's levels l fixed, f is a parabola in the group's scale; its lowest point is
+   s + (l·G) / (lᵀ H_gg l). The scale is rounded to fp16, and taken where f falls with the rounded one.
+   (Closed form, one group at a time: the second stage of "Two-Stage Grid Optimization", arXiv 2602.02126.)
+2. sweep: with the scale fixed, f is a parabola in every single weight; its lowest point is q + G_kk / H_kk,
+   and the nearest level to it is the best code. Column after column, cyclically.
+   (QuantEase, arXiv 2309.01885; CDQuant, arXiv 2406.17542.)
+
+Both steps are exact minimisers along one direction, so f never rises but by rounding; whoever calls this
+compares whole rows before and after. A pass costs one product with H (K²·N multiply-adds) and as many
+column steps as the solve.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.grid import FP16_MOST, Solution
+from gptq_cli.gptq.precision import fast_products
+
+_SUB_BLOCK = 16
+
+
+def refine_once(
+    solution: Solution,  # changed in place
+    H: Tensor,  # (K, K) undamped
+    damping: Tensor,  # λ
+    *,
+    sweep: bool,
+    refit: bool,
+    column_batch: int,
+) -> None:
+    """One pass: every group's scale (`refit`), then its codes (`sweep`)."""
+    K, g = H.shape[0], solution.group_size
+    width = max(column_batch // g, 1) * g
+    for a in range(0, K, width):
+        b = min(a + width, K)
+        if b - a <= column_batch:
+            _block(solution, H, damping, a, b, sweep=sweep, refit=refit)
+            continue
+        if refit:
+            _refit_wide_group(solution, H, damping, a, b, column_batch)
+        for p in range(a, b, column_batch) if sweep else ():
+            _block(solution, H, damping, p, min(p + column_batch, b), sweep=True, refit=False)
+
+
+def _slope(
+    solution: Solution, H: Tensor, damping: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:  # G (n, N), H[index] (n, K)
+    """G = (H + λI) D in the columns `index`."""
+    rows = H.index_select(0, index)
+    with fast_products():
+        G = rows @ solution.D
+    return G.add_(solution.D.index_select(0, index).mul_(damping)), rows
+
+
+def _block(
+    solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, *, sweep: bool, refit: bool
+) -> None:
+    """Columns a..b of the group order: whole groups, or a piece of one (then without refit)."""
+    index = solution.columns[a:b]
+    G, rows = _slope(solution, H, damping, index)
+    Hb = rows.index_select(1, index)
+    Hb.diagonal().add_(damping)
+    p = a
+    while p < b:
+        group = p // solution.group_size
+        r = min((group + 1) * solution.group_size, b)
+        here, later = slice(p - a, r - a), slice(p - a, b - a)
+        columns, s, z = index[here], solution.scales[group], solution.zeros[group]
+        L = solution.codes.index_select(0, columns).to(G.dtype).sub_(z)
+        before = L * s
+        if refit:
+            step = _scale_step(s, (L * G[here]).sum(0), (L * (Hb[here, here] @ L)).sum(0))
+            G[later] -= Hb[later, here] @ (L * step)
+            s += step
+        if sweep:
+            _sweep(L, G[later], Hb[later, later], s, z, solution)
+        solution.D.index_add_(0, columns, before.addcmul_(L, s, value=-1))
+        solution.codes.index_copy_(0, columns, L.add_(z).to(torch.uint8))
+        p = r
+
+
+def _sweep(
+    L: Tensor,  # (n, N) levels of the columns to go through; changed in place
+    G: Tensor,  # (m, N) slope of these and the block's later columns; changed in place
+    H: Tensor,  # (m, m) damped
+    s: Tensor,  # (N,)
+    z: Tensor,  # (N,)
+    solution: Solution,
+) -> None:
+    n = L.shape[0]
+    curve = H.diagonal()[:n, None] * s
+    C = torch.empty_like(L)  # the change of every weight
+    for s1 in range(0, n, _SUB_BLOCK):
+        s2 = min(s1 + _SUB_BLOCK, n)
+        for j in range(s1, s2):
+            best = solution.grid.clamp_(torch.div(G[j], curve[j]).add_(L[j]).round_(), z)
+            torch.sub(best, L[j], out=C[j]).mul_(s)
+            L[j] = best
+            G[j + 1 : s2].addr_(H[j + 1 : s2, j], C[j], alpha=-1)
+        G[s2:].addmm_(H[s2:, s1:s2], C[s1:s2], alpha=-1)
+
+
+def _scale_step(s: Tensor, along: Tensor, curve: Tensor) -> Tensor:  # (N,)
+    """How far each scale moves: to the fp16 number nearest the parabola's lowest point, or not at all.
+
+    Moving by t changes the loss by t²·curve - 2t·along. A scale keeps its sign and never becomes 0.
+    """
+    lowest = s + along / torch.where(curve > 0, curve, torch.ones_like(curve))
+    rounded = lowest.clamp(-FP16_MOST, FP16_MOST).to(torch.float16).to(s.dtype)
+    t = rounded - s
+    falls = (t * t * curve - 2 * t * along < 0) & (rounded * s > 0)
+    return torch.where(falls, t, torch.zeros_like(t))
+
+
+def _refit_wide_group(
+    solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, column_batch: int
+) -> None:
+    """The refit of a group that is wider than a column batch: two products with H instead of one."""
+    index, group = solution.columns[a:b], a // solution.group_size
+    s, z = solution.scales[group], solution.zeros[group]
+    L = solution.codes.index_select(0, index).to(H.dtype).sub_(z)
+    along, curve = torch.zeros_like(s), torch.zeros_like(s)
+    for p in range(0, b - a, column_batch):
+        piece = slice(p, min(p + column_batch, b - a))
+        G, rows = _slope(solution, H, damping, index[piece])
+        along += (L[piece] * G).sum(0)
+        HL = (rows.index_select(1, index) @ L).addcmul_(L[piece], damping)
+        curve += (L[piece] * HL).sum(0)
+    step = _scale_step(s, along, curve)
+    s += step
+    solution.D.index_add_(0, index, L.mul_(-step))

@@ -1,0 +1,200 @@
+"""Weights and H in, codes out: the way into the maths.
+
+One call quantizes the linears of a stage. They read the same input, so they have one H, one factor, and
+their rows - which GPTQ never mixes - are stacked and solved together.
+
+    1  refuse NaN, infinity, and weights whose scales float16 cannot hold
+    2  measure round-to-nearest with min/max scales, the figure to beat
+    3  factorise H, in solving order, with as little damping as works        factor.py
+    4  find the groups' scales where they are static                         search.py
+    5  the loop over columns                                                 loop.py
+    6  refine codes and scales; keep a row only if its damped loss fell      refine.py
+
+No damping works, or H is all zero: the codes are round-to-nearest with the same scale search as ever, and
+`method` says "rtn".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.errors import NonFinite
+from gptq_cli.gptq.factor import dead_columns, factorize
+from gptq_cli.gptq.grid import FP16_MOST, Grid, Solution, round_to_nearest
+from gptq_cli.gptq.loop import gptq
+from gptq_cli.gptq.precision import exact_products, fast_products
+from gptq_cli.gptq.quality import relative_losses, row_losses
+from gptq_cli.gptq.quantized import QuantizedLinear
+from gptq_cli.gptq.refine import refine_once
+from gptq_cli.gptq.search import group_parameters
+from gptq_cli.results import Method
+
+
+def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (K,) int64
+    """The original column that is solved i-th: by falling H_kk unless order is off; equals stay in place."""
+    if config.desc_act or config.act_order == "static":
+        return torch.argsort(H.diagonal(), descending=True, stable=True)
+    return torch.arange(H.shape[0], device=H.device)
+
+
+def quantize_linears(
+    weights: Sequence[Tensor],  # (N_i, K) each: the linears of a stage, which read the same input
+    H: Tensor,  # (K, K) mean of x xᵀ, undamped; float64 makes the whole solve run in float64
+    config: QuantizeConfig,
+    *,
+    targets: Sequence[Tensor] | None = None,  # (N_i, K) each: approximate these instead, see target.py
+) -> list[QuantizedLinear]:
+    """Quantize the linears of a stage: rows stacked, one factorisation. Nothing given is changed.
+
+    With `targets` the codes approximate those; `loss` is then measured against them, `rtn_loss` against the
+    weights. When no allowed damping makes H positive definite, or H is all zero, the result is
+    round-to-nearest with the configured scale search and says so in `method`.
+
+    Raises `NonFinite` for NaN or infinity in H or in a weight, and for weights whose scales float16 cannot
+    hold; `ValueError` for shapes that do not belong together.
+    """
+    grid = Grid.of(config)
+    H = H if H.dtype in (torch.float32, torch.float64) else H.float()
+    _refuse_nonfinite([*weights, *(targets or ())], H, grid)
+    K = H.shape[0]
+    g = K if config.group_size == -1 else min(config.group_size, K)
+    rows = [weight.shape[0] for weight in weights]
+
+    W = _stack(weights, H)
+    with fast_products():
+        energy = row_losses(W, H)
+    rtn_losses = relative_losses(_rtn_error(W, H, g, grid), energy, rows)
+    if targets is not None:
+        W = _stack(targets, H)
+    order = column_order(H, config)
+    factor = factorize(H, order, config.damp_percent)
+    method: Method = "rtn" if factor.RT is None else "gptq"
+    if factor.RT is None:
+        scales, zeros = group_parameters(W, H.diagonal(), g, grid)
+        solution = round_to_nearest(W, scales, zeros, g, grid)
+        error = row_losses(solution.D, H)
+    else:
+        solution = _solve(W, H, order, factor.RT, g, grid, config)
+        factor = replace(factor, RT=None)  # K² numbers, not needed any more
+        del W
+        error = _refined(solution, H, factor.damping, config)
+
+    g_idx = torch.empty(K, dtype=torch.int32, device=H.device)
+    g_idx[solution.columns] = torch.arange(K, dtype=torch.int32, device=H.device) // g
+    parts = zip(
+        torch.split(solution.codes, rows, 1),
+        torch.split(solution.scales, rows, 1),
+        torch.split(solution.zeros, rows, 1),
+        relative_losses(error, energy, rows),
+        rtn_losses,
+        strict=True,
+    )
+    return [
+        QuantizedLinear(
+            codes=codes.T.contiguous(),
+            scales=scales.T.to(torch.float16).contiguous(),
+            zeros=zeros.T.to(torch.uint8).contiguous(),
+            g_idx=g_idx,
+            loss=loss,
+            rtn_loss=rtn_loss,
+            damp_percent=factor.damp_percent,
+            attempts=factor.attempts,
+            method=method,
+        )
+        for codes, scales, zeros, loss, rtn_loss in parts
+    ]
+
+
+def _solve(
+    W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig
+) -> Solution:
+    """GPTQ with the order and the groups that the configuration asks for; back in original order."""
+    K, N = W.shape
+    natural = torch.arange(K, device=W.device)
+    diagonal = H.diagonal()
+    static = config.act_order == "static" and not config.desc_act
+    W[dead_columns(H)] = 0
+    if static:
+        scales, zeros = group_parameters(W, diagonal, g, grid)
+        group_of, columns = order // g, natural
+    else:
+        scales, zeros = W.new_empty(-(-K // g), N), W.new_empty(-(-K // g), N)
+        group_of, columns = natural // g, order
+    D = W.index_select(0, order)
+    codes = gptq(
+        D, RT, diagonal[order], group_of, scales, zeros, g, grid,
+        dynamic=not static, column_batch=config.column_batch,
+    )  # fmt: skip
+    back = torch.argsort(order)
+    return Solution(
+        codes=codes.index_select(0, back),
+        D=D.index_select(0, back),
+        scales=scales,
+        zeros=zeros,
+        columns=columns,
+        group_size=g,
+        grid=grid,
+    )
+
+
+def _refined(solution: Solution, H: Tensor, damping: Tensor, config: QuantizeConfig) -> Tensor:  # (N,)
+    """Refine in place, take back the rows whose damped loss did not fall; the undamped loss of every row."""
+    passes = max(config.sweeps, int(config.refit))
+    if passes == 0:
+        with fast_products():
+            return row_losses(solution.D, H)
+    with exact_products():
+        before = row_losses(solution.D, H)
+        damped = before + damping * solution.D.square().sum(0)
+        codes, scales = solution.codes.clone(), solution.scales.clone()
+        for i in range(passes):
+            refine_once(
+                solution, H, damping,
+                sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch,
+            )  # fmt: skip
+        after = row_losses(solution.D, H)
+        worse = ~(after + damping * solution.D.square().sum(0) < damped)
+    solution.codes.copy_(torch.where(worse, codes, solution.codes))
+    solution.scales.copy_(torch.where(worse, scales, solution.scales))
+    return torch.where(worse, before, after)
+
+
+def _stack(weights: Sequence[Tensor], H: Tensor) -> Tensor:  # (K, ΣN) transposed, H's dtype and device
+    W = torch.empty(H.shape[0], sum(weight.shape[0] for weight in weights), dtype=H.dtype, device=H.device)
+    for part, weight in zip(torch.split(W, [w.shape[0] for w in weights], 1), weights, strict=True):
+        part.copy_(weight.T)
+    return W
+
+
+def _rtn_error(W: Tensor, H: Tensor, g: int, grid: Grid) -> Tensor:  # (N,)
+    """Row losses of plain round-to-nearest with min/max scales: the figure to beat."""
+    plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
+    scales, zeros = group_parameters(W, H.diagonal(), g, plain)
+    D = round_to_nearest(W, scales, zeros, g, plain).D
+    with fast_products():
+        return row_losses(D, H)
+
+
+def _refuse_nonfinite(weights: Sequence[Tensor], H: Tensor, grid: Grid) -> None:
+    if H.ndim != 2 or H.shape[0] != H.shape[1]:
+        raise ValueError(f"H has shape {tuple(H.shape)}; expected a square matrix")
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(H))).all().item()):
+        raise NonFinite(
+            "the Hessian holds NaN or infinity", hint="an activation overflowed: try --dtype bfloat16"
+        )
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != H.shape[0]:
+            raise ValueError(f"a weight has shape {tuple(weight.shape)}; H has {H.shape[0]} features")
+        most = float(torch.stack(torch.aminmax(weight)).abs().max().item())
+        if not most < torch.inf:
+            raise NonFinite("the weight holds NaN or infinity")
+        if most / grid.half > FP16_MOST:
+            raise NonFinite(
+                f"the weight reaches {most:.3g}: its scales would be infinite in float16, "
+                f"which ends at {FP16_MOST:.0f}"
+            )
