@@ -31,7 +31,7 @@ class Factor:
     """R with H[order][:, order] + λI = R Rᵀ, and how it was come by."""
 
     RT: Tensor | None
-    """(K, K) lower triangular: Rᵀ. None when H is all zero or no allowed damping made it positive definite."""
+    """(K, K) lower triangular: Rᵀ. None: H is all zero, or no allowed damping made it positive definite."""
     damping: Tensor
     """λ, a scalar tensor on H's device."""
     damp_percent: float

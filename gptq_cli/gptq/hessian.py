@@ -78,10 +78,8 @@ class _Moment:
         return bool(torch.isfinite(self._open.diagonal().sum()).item())
 
     def _mean(self) -> Tensor:
-        if self.tokens == 0:
-            raise ValueError("no tokens were added: a mean of nothing has no value")
         total = self._open
-        if not self._finished:
+        if not self._finished and self.tokens:
             total.div_(self.tokens)
         return total
 
@@ -111,7 +109,10 @@ class Hessian(_Moment):
         self.tokens += rows.shape[0]
 
     def matrix(self) -> Tensor:  # (K, K), fp32 unless made otherwise
-        """The mean, exactly symmetric. It is this object's own memory: nothing can be added any more."""
+        """The mean, exactly symmetric; zeros when no token came by, which the solver answers with "rtn".
+
+        It is this object's own memory: nothing can be added any more.
+        """
         H = self._mean()
         if not self._finished:
             step = max(1, -(-self.in_features // _BLOCK_ROWS))
