@@ -99,7 +99,9 @@ def _bars(state: State, now: float, width: int) -> Table | None:
 
 
 def _fraction(block: BlockState) -> float:
-    return min(1.0, block.linears_done / block.linears) if block.linears else 0.0
+    if block.finished or not block.linears:
+        return 0.0  # a finished block is counted as a whole
+    return min(1.0, block.linears_done / block.linears)
 
 
 def _block_rows(block: BlockState, side: int) -> list[tuple[RenderableType, ...]]:

@@ -74,7 +74,7 @@ class RichDisplay:
         self._print_block(None)
         self._live.stop()
         block = self._state.block
-        if kind is not None and block is not None:
+        if kind is not None and block is not None and not block.finished:
             where = f"block {block.index + 1}/{block.total}, {block.name}"
             self._print(Text(f"stopped in {where}, {block.linears_done} of {block.linears} linears done"))
 
@@ -155,14 +155,14 @@ def block_facts(event: BlockFinished, flush: CacheFlushed | None, worked_on: str
         mean = sum(report.loss for report in linears) / len(linears)
         nearest = sum(report.rtn_loss for report in linears) / len(linears)
         change = fmt.change(mean, nearest)
-        facts.append(f"loss {fmt.loss(mean)}{f' ({change})' if change and wide else ''}")
+        facts.append(f"loss {fmt.loss(mean):>7}{f' ({change})' if change and wide else ''}")
     peaks = event.report.peak_bytes
     if peaks:
         device, peak = next((entry for entry in peaks if entry[0] == worked_on), peaks[0])
-        facts.append(f"{device} peak {fmt.size(peak)}" if wide else f"peak {fmt.size(peak)}")
+        facts.append(f"{f'{device} ' if wide else ''}peak {fmt.size(peak):>8}")
     if flush is not None:
-        facts.append(f"freed {fmt.size(flush.freed_bytes)}")
-    return "  ".join([*facts, fmt.duration(event.report.seconds)])
+        facts.append(f"freed {fmt.size(flush.freed_bytes):>8}")
+    return "  ".join([*facts, f"{fmt.duration(event.report.seconds):>6}"])
 
 
 def _after(event: CacheFlushed) -> str:

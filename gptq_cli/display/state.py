@@ -58,6 +58,8 @@ class BlockState:
     stages: int = 0
     samples_done: int = 0
     samples_total: int = 0
+    finished: bool = False
+    """Kept until the next one starts, so that the picture does not jump."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,8 @@ class State:
         if not self.block_seconds or not self.blocks_total:
             return None
         mean = sum(self.block_seconds) / len(self.block_seconds)
-        spent = min(now - self.block.since, mean) if self.block else 0.0
+        at_work = self.block is not None and not self.block.finished
+        spent = min(now - self.block.since, mean) if self.block and at_work else 0.0
         return max(0.0, mean * (self.blocks_total - self.blocks_done) - spent)
 
 
@@ -149,7 +152,7 @@ def advance(state: State, event: Event, now: float) -> State:
             seconds = now - state.block.since if state.block else event.report.seconds
             return replace(
                 state,
-                block=None,
+                block=state.block and replace(state.block, finished=True),
                 blocks_done=event.index + 1,
                 blocks_total=event.total,
                 block_seconds=(*state.block_seconds, seconds)[-REMEMBERED:],

@@ -172,6 +172,7 @@ def test_memory_that_is_nearly_full_is_said_in_words() -> None:
 def test_before_the_first_event_it_says_that_it_is_starting() -> None:
     terminal = Terminal(80)
     terminal.clock.now = 3.0
-    assert terminal.picture().split() == ["starting", *terminal.picture().split()[1:-1], "0:00:03"]
+    words = terminal.picture().split()
+    assert (words[0], words[-1]) == ("starting", "0:00:03")
     terminal.play(e.PhaseFinished, nth=1)
     assert "done      load" in terminal.settled
