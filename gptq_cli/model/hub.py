@@ -46,6 +46,8 @@ from gptq_cli.model.source import (
 from gptq_cli.placement import TensorInfo
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
+"""What `huggingface_hub` has talked through in one version or another; their errors are the network's."""
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
 
 
@@ -167,7 +169,7 @@ def _explained(ref: ModelRef) -> Iterator[None]:
     except HfHubHTTPError as error:
         raise ModelError(f"the hub answered for {what}: {error}", hint="try again later") from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if not type(error).__module__.startswith(_HTTP_CLIENTS):
             raise
         raise ModelError(
             f"no such directory: {ref.model}; as a hub id it cannot be fetched: {error}",

@@ -28,6 +28,7 @@ from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_route
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import ModelFiles, SourceProblem, read_json
+from gptq_cli.model.usage import read_not_called
 
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
@@ -63,7 +64,8 @@ class DenseInfo:
     kind: str
     """Class name."""
     reason: str
-    """embedding | head | fused experts | router | converted at load | outside the blocks | vector | other"""
+    """embedding | head | fused experts | router | tied | read, not called | converted at load |
+    outside the blocks | vector | other"""
     modules: int
     """How many modules the folded name stands for."""
     parameters: int
@@ -125,7 +127,9 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     prefix, blocks = find_blocks(model)
     conversion = Conversion(model)
     keys = conversion.map(tensor.name for tensor in files.tensors)
-    linears = tuple(_linears(model, blocks, keys, known=bool(files.tensors)))
+    tied = tied_groups(model)
+    kept = _kept_dense(model, blocks, tied)
+    linears = tuple(_linears(model, blocks, keys, kept, known=bool(files.tensors)))
     return Skeleton(
         config=config,
         model=model,
@@ -134,11 +138,11 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks_prefix=prefix,
         blocks=blocks,
         linears=linears,
-        dense=_fold_dense(model, linears, blocks),
+        dense=_fold_dense(model, linears, blocks, kept),
         dtype=dtype,
         already_quantized=already,
         keys=keys,
-        tied=tied_groups(model),
+        tied=tied,
         parameters=sum(p.numel() for p in model.parameters()),
         problems=(*files.problems, *_mismatches(model, files, keys)),
     )
@@ -161,6 +165,10 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
         raise ModelError(
             f"{files.source} (model_type {raw.get('model_type')!r}) needs Python code from its repository",
             hint="read that code, then add --trust-remote-code",
+        )
+    if "transformers_weights" in raw:
+        raise ModelError(
+            f"{files.source}: config.json sends the reader to other files (transformers_weights)"
         )
     if "model_type" not in raw:
         raise ModelError(f"{files.source}: config.json names no model_type, so its architecture is unknown")
@@ -269,7 +277,19 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _linears(model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, *, known: bool) -> Iterator[LinearInfo]:
+def _kept_dense(
+    model: nn.Module, blocks: tuple[str, ...], tied: tuple[tuple[str, ...], ...]
+) -> dict[str, str]:
+    """Linears that stay dense -> why: their weight is another module's, too, or is used without a call."""
+    names = [f"{block}.{name}" for block in blocks for name in find_linears(model.get_submodule(block))]
+    shared = {name.removesuffix(".weight") for group in tied for name in group}
+    kept = dict.fromkeys(read_not_called(model, names), "read, not called")
+    return kept | {name: "tied" for name in names if name in shared}
+
+
+def _linears(
+    model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, kept: Mapping[str, str], *, known: bool
+) -> Iterator[LinearInfo]:
     """Quantizable linears with a tensor of their own in the files; a module shared by two blocks comes
     once."""
     seen: set[int] = set()
@@ -279,7 +299,7 @@ def _linears(model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, *, known: 
             source = keys.source_of(f"{full}.weight")
             if source is None and not known:
                 source = f"{full}.weight"
-            if source is None or not source.endswith(".weight") or id(linear) in seen:
+            if source is None or not source.endswith(".weight") or id(linear) in seen or full in kept:
                 continue
             seen.add(id(linear))
             rows, columns = shape(linear)
@@ -324,7 +344,7 @@ def fold(name: str) -> str:
 
 
 def _fold_dense(
-    model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...]
+    model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...], kept: Mapping[str, str]
 ) -> tuple[DenseInfo, ...]:
     quantized = {linear.name for linear in linears}
     head = model.get_output_embeddings()
@@ -341,7 +361,7 @@ def _fold_dense(
             continue
         size = sum(p.numel() for p in own.values() if id(p) not in counted)
         counted.update(id(p) for p in own.values())
-        reason = _reason(name, module, head, name.startswith(inside))
+        reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
         kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
         folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
     return tuple(

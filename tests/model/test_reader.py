@@ -1,4 +1,4 @@
-"""The reader: what we and others wrote opens; what is missing, wrong or hostile is named, nothing is executed."""
+"""The reader: what we and others wrote opens; what is missing, wrong or hostile is named; nothing is run."""
 
 from __future__ import annotations
 

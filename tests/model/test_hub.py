@@ -1,0 +1,170 @@
+"""Fetching from the hub, with the hub's client replaced: what is asked for, and what its errors become."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    NotASafetensorsRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import safe_open
+
+from gptq_cli.config import ModelRef
+from gptq_cli.errors import ModelError
+from gptq_cli.model import hub
+from gptq_cli.model.source import INDEX, find_model
+
+
+class FakeHub:
+    """Serves one directory; keeps what was asked for."""
+
+    def __init__(self, source: Path, cache: Path) -> None:
+        self.source = source
+        self.snapshot = cache / "models--org--name" / "snapshots" / ("c0ffee" * 6)
+        self.asked: list[tuple[list[str], list[str] | None]] = []
+
+    def snapshot_download(self, repo: str, **kw: Any) -> str:
+        self.asked.append((kw["allow_patterns"], kw["ignore_patterns"]))
+        self.snapshot.mkdir(parents=True, exist_ok=True)
+        for path in self.source.iterdir():
+            allowed = any(Path(path.name).match(p) for p in kw["allow_patterns"])
+            ignored = any(Path(path.name).match(p) for p in kw["ignore_patterns"] or ())
+            if path.is_file() and allowed and not ignored:
+                shutil.copy(path, self.snapshot / path.name)
+        if "tqdm_class" in kw:
+            with kw["tqdm_class"](total=10, unit="B", desc="x") as bar:
+                bar.update(4)
+                bar.update(6)
+            kw["tqdm_class"](total=3, unit="it").update(1)
+        return str(self.snapshot)
+
+    def get_safetensors_metadata(self, repo: str, **kw: Any) -> Any:
+        files = {}
+        for path in sorted(self.source.glob("model-*.safetensors")):
+            with safe_open(path, framework="np") as file:
+                tensors, begin = {}, 0
+                for name in file.keys():  # noqa: SIM118
+                    shape = file.get_slice(name).get_shape()
+                    end = begin + 4 * math.prod(shape)
+                    tensors[name] = SimpleNamespace(dtype="F32", shape=shape, data_offsets=(begin, end))
+                    begin = end
+            files[path.name] = SimpleNamespace(tensors=tensors)
+        if not files:
+            raise NotASafetensorsRepoError("no safetensors")
+        return SimpleNamespace(files_metadata=files)
+
+
+@pytest.fixture
+def fake(tiny_llama_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    source = Path(shutil.copytree(tiny_llama_sharded, tmp_path / "remote"))
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "modeling_x.py", "model.gguf"):
+        (source / name).write_bytes(b"x")
+    fake = FakeHub(source, tmp_path / "cache")
+    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+    monkeypatch.setattr(hub, "get_safetensors_metadata", fake.get_safetensors_metadata)
+    monkeypatch.setattr(
+        hub,
+        "HfApi",
+        lambda: SimpleNamespace(list_repo_files=lambda *a, **k: [p.name for p in source.iterdir()]),
+    )
+    return fake
+
+
+def test_exactly_the_shards_of_the_index(fake: FakeHub) -> None:
+    steps: list[tuple[int, int | None]] = []
+    files = find_model(ModelRef(model="org/name"), progress=lambda done, total: steps.append((done, total)))
+    assert files.revision == "c0ffee" * 6
+    assert files.source == "org/name"
+    assert files.problems == ()
+    assert len(files.shards) == 3
+    names = {path.name for path in fake.snapshot.iterdir()}
+    assert not names & {"pytorch_model.bin", "consolidated.safetensors", "modeling_x.py", "model.gguf"}
+    assert [sorted(allow) for allow, _ in fake.asked][1] == sorted(p.name for p in files.shards)
+    assert steps == [(4, 10), (10, 10)]
+
+
+def test_python_files_only_on_request(fake: FakeHub) -> None:
+    find_model(ModelRef(model="org/name", trust_remote_code=True))
+    assert (fake.snapshot / "modeling_x.py").is_file()
+
+
+def test_heads_without_weights(fake: FakeHub, tiny_llama_sharded: Path) -> None:
+    files = find_model(ModelRef(model="org/name"), weights=False)
+    local = find_model(ModelRef(model=str(tiny_llama_sharded)))
+    assert not list(fake.snapshot.glob("*.safetensors"))
+    assert files.shards == ()
+    assert files.problems == ()
+    assert {t.name: (t.shape, t.dtype, t.size_bytes, t.shard) for t in files.tensors} == {
+        t.name: (t.shape, t.dtype, t.size_bytes, t.shard) for t in local.tensors
+    }
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_pickles_only(weights: bool, fake: FakeHub) -> None:
+    for path in fake.source.glob("*.safetensors*"):
+        path.unlink()
+    files = find_model(ModelRef(model="org/name"), weights=weights)
+    assert [(p.kind, p.subject) for p in files.problems] == [("pickled-weights", "pytorch_model.bin")]
+    assert "--revision" in files.problems[0].hint
+
+
+def test_a_hostile_index_fetches_nothing_outside(fake: FakeHub) -> None:
+    (fake.source / INDEX).write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
+    files = find_model(ModelRef(model="org/name"))
+    assert "unsafe-path" in [p.kind for p in files.problems]
+    assert fake.asked[1][0] == ["model.safetensors"]
+
+
+def response(status: int) -> Any:
+    return SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names it
+    """What the hub's HTTP client raises."""
+
+    __module__ = "httpx2._exceptions"
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "hint"),
+    [
+        (
+            RepositoryNotFoundError("x", response=response(404)),
+            "no such model on the hub: org/name at v1",
+            "HF_TOKEN",
+        ),
+        (GatedRepoError("x", response=response(403)), "gated", "accept its licence"),
+        (RevisionNotFoundError("x", response=response(404)), "no revision v1", ""),
+        (LocalEntryNotFoundError("x"), "hub cannot be reached", "HF_HUB_OFFLINE"),
+        (ConnectionError("x"), "hub cannot be reached", "network"),
+        (HfHubHTTPError("busy", response=response(503)), "the hub answered", "later"),
+        (ConnectTimeout("slow"), "cannot be fetched: slow", "network"),
+    ],
+)
+def test_errors(
+    error: Exception, says: str, hint: str, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=says) as caught:
+        find_model(ModelRef(model="org/name", revision="v1"))
+    assert hint in (caught.value.hint or "")
+
+
+def test_a_defect_is_not_dressed_up(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        find_model(ModelRef(model="org/name"))
