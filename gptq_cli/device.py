@@ -23,7 +23,7 @@ ALLOWED_DEVICE = "cpu, cuda:0, xpu:0, npu:0, mps, or a bare index such as 0"
 
 _DEVICE = re.compile(r"([A-Za-z_]+)(?::(-?[0-9]+))?\Z", re.ASCII)
 _INDEX = re.compile(r"[0-9]{1,4}\Z", re.ASCII)
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\Z", re.ASCII)
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\Z", re.ASCII)
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{suffix}": base ** (power + 1)
     for power, prefix in enumerate("kmgt")

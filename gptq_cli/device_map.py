@@ -60,6 +60,7 @@ ALLOWED_MAP = (
 REST = "rest"
 
 _RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})\Z", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,6}\Z", re.ASCII)
 _FORBIDDEN = re.compile(r"[\s=,{}\"'\\@:]")
 
 
@@ -98,13 +99,9 @@ def _is_glob(component: str) -> bool:
 
 
 def _component_matches(pattern: str, component: str) -> bool:
-    found = _RANGE.match(pattern)
-    if found:
-        return (
-            component.isascii()
-            and component.isdigit()
-            and int(found[1]) <= int(component[:9]) <= int(found[2])
-        )
+    ends = _RANGE.match(pattern)
+    if ends:
+        return _NUMBER.match(component) is not None and int(ends[1]) <= int(component) <= int(ends[2])
     if _is_glob(pattern):
         return fnmatch.fnmatchcase(component, pattern)
     return pattern == component
