@@ -3,8 +3,10 @@
 The fused kernels cost about the same for every further token; a GEMM costs little more for many tokens than
 for one, but only after the weight was made dense. Where the two lines cross depends on the machine (AMX,
 AVX-512, tensor cores) and on the shape, so both are timed at two numbers of tokens, on at most 1024 columns
-of the first linear of each shape class: some milliseconds a class. The crossing is clamped to 128 tokens, so
-that windows of text always take the dequantize path, and give the same numbers whatever the probe measured.
+of the first linear of each shape class: some milliseconds a class.
+
+The crossing is clamped to 1..32 tokens. Decoding then always takes the fused kernel, and all but the shortest
+prompts and windows never do, so that both give the same numbers whatever was measured on a busy machine.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from gptq_cli.inference.kernels import Held, Kernel
 
-MOST_ROWS = 128
+LEAST_ROWS, MOST_ROWS = 1, 32
 PROBE_COLUMNS = 1024
 _FEW, _MANY = 2, 32
 _REPEATS = 3
@@ -54,7 +56,7 @@ class Crossovers:
 
 
 def probe(kernel: Kernel, held: Held, columns: int) -> int:
-    """Time both ways on `columns` columns and return the crossing, 0 to MOST_ROWS."""
+    """Time both ways on `columns` columns and return the crossing, LEAST_ROWS to MOST_ROWS."""
     part = kernel.restrict(held, columns)
     device = held["packed"].device
 
@@ -71,17 +73,18 @@ def probe(kernel: Kernel, held: Held, columns: int) -> int:
 
 
 def crossing(fused_seconds: list[float], dense_seconds: list[float]) -> int:
-    """Where two straight lines through the times at 2 and at 32 tokens meet, clamped to 0..128."""
+    """Where two straight lines through the times at 2 and at 32 tokens meet, clamped to 1..32."""
     span = _MANY - _FEW
     fused_slope = (fused_seconds[1] - fused_seconds[0]) / span
     dense_slope = (dense_seconds[1] - dense_seconds[0]) / span
     head_start = dense_seconds[0] - fused_seconds[0]
     if fused_slope <= dense_slope:
-        return MOST_ROWS if head_start > 0 else 0
-    return max(0, min(MOST_ROWS, int(_FEW + head_start / (fused_slope - dense_slope))))
+        return MOST_ROWS if head_start > 0 else LEAST_ROWS
+    return max(LEAST_ROWS, min(MOST_ROWS, int(_FEW + head_start / (fused_slope - dense_slope))))
 
 
 def _best(work: Callable[[], None], device: torch.device) -> float:
+    work()
     best = float("inf")
     for _ in range(_REPEATS):
         started = time.perf_counter()

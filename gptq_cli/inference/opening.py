@@ -1,7 +1,7 @@
 """From a checked checkpoint and a placement to a model that generates.
 
 The skeleton of the checkpoint stays on the meta device until its linears are replaced; then every tensor goes
-from the mapped file to the device where it will be used, one linear at a time. No dense copy of the model is
+from its file to the device where it will be used, one linear at a time. No dense copy of the model is
 ever made: the peak is the packed model and the unpacked codes of one linear.
 
 A cpu entry beside other devices keeps its tensors on the CPU in the layout of the main device, and
@@ -20,11 +20,13 @@ from transformers import GenerationConfig
 
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import current_accelerator, torch_device
+from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.errors import CheckpointError
 from gptq_cli.inference.codes import read_codes
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.packed_linear import KernelWish, PackedLinear
+from gptq_cli.inference.streamed import StreamedReader
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense
@@ -64,7 +66,7 @@ def load_quantized(
             hint="map those modules to cpu, or load on the CPU alone: --device-map cpu",
         )
     model = checkpoint.model
-    with checkpoint.reader() as reader:
+    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
         _Attacher(checkpoint, placement, reader, wish, on_linear).attach()
         fill_dense(
             model,
@@ -75,9 +77,13 @@ def load_quantized(
             checkpoint.dtype,
         )
     model.eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous_input)
     _read_generation_config(checkpoint)
     if len(placement.devices) > 1:
         _dispatch(model, placement)
+    trim_heap()
     return model
 
 
@@ -157,6 +163,17 @@ class _Attacher:
         """Offloaded modules compute on the main device, and need its layout."""
         offloaded = home.kind == "cpu" and bool(self.placement.offloaded)
         return self.placement.main_device if offloaded else home
+
+
+def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before the head: the last position of a prompt is a slice, with the strides of the whole prompt.
+
+    For such an input (which counts as contiguous, one row has no gaps) and a weight without gradients,
+    torch's matmul takes bmm instead of mm and copies the whole weight, which costs as much as all blocks.
+    """
+    if not inputs or inputs[0].dim() < 3:
+        return inputs
+    return (inputs[0].reshape(-1, inputs[0].shape[-1]).view(inputs[0].shape), *inputs[1:])
 
 
 def _dispatch(model: Any, placement: Placement) -> None:

@@ -1,0 +1,75 @@
+"""Reading tensors so that only the one in hand takes memory.
+
+A mapped file leaves every page that was ever touched in the process, so that after opening a checkpoint the
+file would be resident beside the model made from it. Here a tensor's bytes are read into a buffer of its own,
+which is the tensor; the kernel is told to read ahead meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from gptq_cli.errors import CheckpointError
+from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
+from gptq_cli.model.tensors import TensorReader
+from gptq_cli.placement import TensorInfo
+
+
+class StreamedReader(TensorReader):
+    """A `TensorReader` whose tensors are their own memory."""
+
+    def __init__(self, directory: Path, tensors: Iterable[TensorInfo]) -> None:
+        tensors = tuple(tensors)
+        super().__init__(directory, tensors)
+        self._where = directory
+        self._shard_of = {tensor.name: tensor.shard for tensor in tensors}
+        self._files: dict[str, tuple[FileIO, dict[str, StoredTensor]]] = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file, _ in self._files.values():
+            file.close()
+        self._files.clear()
+        super().__exit__(kind, value, traceback)
+
+    def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor `name` on `device`. Raises `CheckpointError` when it cannot be read."""
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self._where} has no tensor {name}")
+        shard = self._shard_of[name]
+        try:
+            file, stored = self._open_shard(shard)
+            tensor = stored[name]
+            buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8)
+            file.seek(tensor.begin)
+            found = file.readinto(cast(memoryview, buffer.numpy())) if tensor.size_bytes else 0
+        except (OSError, HeaderError, KeyError) as error:
+            raise CheckpointError(f"tensor {name} in {shard} cannot be read: {error}") from error
+        if found != tensor.size_bytes:
+            raise CheckpointError(
+                f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which {found} are there",
+                hint="the file is truncated: fetch it again",
+            )
+        dtype = getattr(torch, tensor.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which this torch does not know")
+        return buffer.view(dtype).view(tensor.shape).to(device)
+
+    def _open_shard(self, shard: str) -> tuple[FileIO, dict[str, StoredTensor]]:
+        if shard not in self._files:
+            path = self._where / shard
+            stored = {tensor.name: tensor for tensor in read_header(path)}
+            file = FileIO(path)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            self._files[shard] = (file, stored)
+        return self._files[shard]
