@@ -8,7 +8,8 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  with parked forwards also what waits between two stages, at most T · max K · b
     and the dearest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
-                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way,
+                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way (on
+                           the cpu b is at least 4 here: half precision is widened to compute),
                            and CHUNK_BYTES: activations widened to fp32
         solve    Hessian   8 · K²: H and the factor of the damped H
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
@@ -38,9 +39,9 @@ MIB = 1 << 20
 SOLVE_BYTES = 14
 PACK_BYTES = 10
 FLIGHT_HIDDEN = 6
-FLIGHT_ROWS = 3
+FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
-CPU_BASELINE_BYTES = 420 * MIB
+CPU_BASELINE_BYTES = 450 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
 """Device context, library workspaces, and what the caching allocator cannot hand out again."""
@@ -91,7 +92,12 @@ def micro_batch_tokens(work: Work) -> int:
 
 
 def work_set(
-    facts: ModelFacts, stages: tuple[StageShape, ...], work: Work | None, *, parked: bool
+    facts: ModelFacts,
+    stages: tuple[StageShape, ...],
+    work: Work | None,
+    *,
+    parked: bool,
+    on_cpu: bool = False,
 ) -> WorkSet:
     """The bytes that quantizing one block of these stages needs; nothing where no work is planned."""
     if work is None or not stages:
@@ -101,7 +107,10 @@ def work_set(
     parks = parked and work.quantize.true_sequential
     widest = max(stage.in_features for stage in stages)
     activations = tokens * b * (facts.hidden_size + (widest if parks else 0))
-    flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
+    number = max(b, 4) if on_cpu else b
+    flight = (
+        t * number * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
+    )
     squares = sum(4 * stage.in_features**2 for stage in stages)
     moments = []
     for stage in stages:
@@ -123,14 +132,16 @@ def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
     return by_block
 
 
-def work_sets(facts: ModelFacts, work: Work | None, *, parked: bool) -> dict[str, WorkSet]:
+def work_sets(
+    facts: ModelFacts, work: Work | None, *, parked: bool, on_cpu: bool = False
+) -> dict[str, WorkSet]:
     """The work set of every block."""
     known: dict[tuple[StageShape, ...], WorkSet] = {}
     found = {}
     for block, linears in block_linears(facts).items():
         stages = stages_of(linears)
         if stages not in known:
-            known[stages] = work_set(facts, stages, work, parked=parked)
+            known[stages] = work_set(facts, stages, work, parked=parked, on_cpu=on_cpu)
         found[block] = known[stages]
     return found
 
@@ -156,7 +167,7 @@ def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
 def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[DevicePlan, ...]:
     """One plan a device of the placement (and the CPU, which always does something), accelerators first."""
     facts = case.facts
-    sets = work_sets(facts, case.work, parked=parked)
+    sets = work_sets(facts, case.work, parked=parked, on_cpu=placement.main_device == CPU)
     weights = dict(placement.size_bytes)
     busy: dict[Device, WorkSet] = {}
     main = placement.main_device
