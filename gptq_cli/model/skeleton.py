@@ -14,20 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.initialization import meta_device_safe_creation_ops
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
+from gptq_cli.model.architecture import first_line, load_config, quant_method, raw_config
 from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
-from gptq_cli.model.source import ModelFiles, SourceProblem, read_json
+from gptq_cli.model.source import ModelFiles, SourceProblem
 from gptq_cli.model.usage import read_not_called
 
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
@@ -119,9 +116,9 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
 
     Raises `ModelError`: remote code without leave, not a causal language model, no blocks.
     """
-    raw = _raw_config(files)
+    raw = raw_config(files)
     config = load_config(files, ref)
-    already = _quant_method(raw)
+    already = quant_method(raw)
     dtype = _choose_dtype(config, files, ref)
     model = build_meta(config, ref, dtype)
     prefix, blocks = find_blocks(model)
@@ -148,101 +145,19 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     )
 
 
-def _raw_config(files: ModelFiles) -> Mapping[str, Any]:
-    try:
-        raw = read_json(files.directory / "config.json")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
-    if not isinstance(raw, Mapping):
-        raise ModelError(f"{files.source}: config.json is no JSON object")
-    return raw
-
-
-def load_config(files: ModelFiles, ref: ModelRef) -> Any:
-    """The model's config object, judged to be a causal language model's. Raises `ModelError`."""
-    raw = _raw_config(files)
-    if raw.get("auto_map") and not ref.trust_remote_code and raw.get("model_type") not in _known_types():
-        raise ModelError(
-            f"{files.source} (model_type {raw.get('model_type')!r}) needs Python code from its repository",
-            hint="read that code, then add --trust-remote-code",
-        )
-    if "transformers_weights" in raw:
-        raise ModelError(
-            f"{files.source}: config.json sends the reader to other files (transformers_weights)"
-        )
-    if "model_type" not in raw:
-        raise ModelError(f"{files.source}: config.json names no model_type, so its architecture is unknown")
-    try:
-        config = AutoConfig.from_pretrained(
-            files.directory, trust_remote_code=ref.trust_remote_code, local_files_only=True
-        )
-    except Exception as error:
-        raise ModelError(
-            f"{files.source}: config.json is not understood: {_first_line(error)}",
-            hint="a newer transformers may know this architecture: pip install -U transformers",
-        ) from error
-    _judge_architecture(files.source, raw, config)
-    return config
-
-
-def _known_types() -> frozenset[str]:
-    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
-def _judge_architecture(source: str, raw: Mapping[str, Any], config: Any) -> None:
-    declared = [str(name) for name in raw.get("architectures") or ()]
-    what = declared[0] if declared else f"model_type {config.model_type!r}"
-    hint = "give a decoder-only language model (one that AutoModelForCausalLM opens)"
-    if raw.get("is_encoder_decoder", getattr(config, "is_encoder_decoder", False)):
-        raise ModelError(
-            f"{source} is an encoder-decoder model ({what}), not a causal language model", hint=hint
-        )
-    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
-        return
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if causal is None:
-        raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
-    names = {causal} if isinstance(causal, str) else set(causal)
-    encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
-        config, "is_decoder", True
-    )
-    if encoder and not (set(declared) & names):
-        raise ModelError(f"{source} is an encoder ({what}), not a causal language model", hint=hint)
-    if declared and not any(_may_be_causal(name, names) for name in declared):
-        raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
-
-
-def _may_be_causal(declared: str, names: set[str]) -> bool:
-    """The causal class itself, its bare base model, or a text-and-image class that Transformers opens as
-    one."""
-    if declared in names:
-        return True
-    endings = ("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration")
-    return declared.endswith(endings) and not declared.endswith("VisionModel")
-
-
-def _quant_method(raw: Mapping[str, Any]) -> str | None:
-    quantization = raw.get("quantization_config")
-    text_config = raw.get("text_config")
-    if quantization is None and isinstance(text_config, Mapping):
-        quantization = text_config.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return str(method or "unknown")
-
-
 def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
     """What was asked for; else the config's; else the dtype of most float bytes in the files; else
     float32."""
     if ref.dtype != "auto":
         return as_torch_dtype(ref.dtype)
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(dtype, str) and dtype in _FLOATS:
-        return as_torch_dtype(dtype)
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    return as_torch_dtype(main_dtype(files) or "float32")
+    return config_dtype(config) or as_torch_dtype(main_dtype(files) or "float32")
+
+
+def config_dtype(config: Any) -> torch.dtype | None:
+    """The float dtype that a config names, for itself or for its text part."""
+    named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    name = str(named).removeprefix("torch.")
+    return as_torch_dtype(name) if name in _FLOATS else None
 
 
 def main_dtype(files: ModelFiles) -> str | None:
@@ -271,7 +186,7 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
             )
     except Exception as error:
         raise ModelError(
-            f"the architecture of {ref.model} cannot be built: {_first_line(error)}",
+            f"the architecture of {ref.model} cannot be built: {first_line(error)}",
             hint="check config.json, and that the packages which the architecture needs are installed",
         ) from error
     return model.eval().requires_grad_(False)
@@ -394,8 +309,3 @@ def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool
             return "router"
         return "converted at load" if in_block else "outside the blocks"
     return "other"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

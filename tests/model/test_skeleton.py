@@ -134,6 +134,7 @@ def test_fused_experts_are_named(tiny_moe: Path) -> None:
         ("auto", ..., torch.float16, torch.float16),
         ("auto", "float16", torch.float32, torch.float16),
         ("float32", "bfloat16", torch.bfloat16, torch.float32),
+        ("auto", "no_grad", torch.float32, torch.float32),
     ],
 )
 def test_dtype(
@@ -196,6 +197,9 @@ def test_already_quantized(model: Path) -> None:
         ),
         ({"num_hidden_layers": "many"}, "not understood"),
         ({"hidden_act": "nope"}, "cannot be built"),
+        ({"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
+        ({"model_type": "qwen2", "num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
+        ({"transformers_weights": "/etc/passwd"}, "transformers_weights"),
     ],
 )
 def test_what_is_no_causal_language_model(changes: dict[str, Any], says: str, model: Path) -> None:
