@@ -21,11 +21,11 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 import torch
-from gptq_cli.gptq.packing import PackedLinear
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, NonFinite
+from gptq_cli.gptq.packing import PackedLinear
 from gptq_cli.model.formats import quantization_dict
 from gptq_cli.model.headers import StoredTensor, read_header
 from gptq_cli.model.plan import (
