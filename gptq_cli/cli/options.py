@@ -252,7 +252,13 @@ TrustRemoteCode = Annotated[
 Prompt = Annotated[str | None, _option("--prompt", "Continue this text, greedily.", PROOF, "TEXT")]
 MaxNewTokens = Annotated[int, _option("--max-new-tokens", "Tokens to generate.", PROOF, "N")]
 Evaluate = Annotated[
-    str | None, _option("--eval", "Measure perplexity on any source of --calibration.", PROOF, "SOURCE")
+    str | None,
+    _option(
+        "--eval",
+        "Measure perplexity on a source as for --calibration, such as pydoc-heldout.",
+        PROOF,
+        "SOURCE",
+    ),
 ]
 EvalSeqLen = Annotated[int, _option("--seq-len", "Tokens of a window.", PROOF, "N")]
 Windows = Annotated[int, _option("--windows", "Windows to measure, at most.", PROOF, "N")]
