@@ -65,7 +65,11 @@ class CalibrationError(UsageError):
 
 
 class CheckpointError(UsageError):
-    """A quantized checkpoint is missing, truncated or inconsistent."""
+    """A quantized checkpoint is missing, truncated or inconsistent; `problems` lists all that was found."""
+
+    def __init__(self, message: str, *, hint: str | None = None, problems: tuple[str, ...] = ()) -> None:
+        super().__init__(message, hint=hint)
+        self.problems = problems or (message,)
 
 
 class PreflightRefused(GptqError):
