@@ -9,30 +9,50 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
-from gptq_cli.config import InspectJob, QuantizeJob
+from gptq_cli.calibration import TokenBatches, evaluation_windows, make_batches, open_tokenizer
+from gptq_cli.config import InspectJob, LoadJob, QuantizeJob
 from gptq_cli.device import CPU, Device
-from gptq_cli.devices.accelerators import present_devices
+from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, is_out_of_memory, phase, quantize_model
 from gptq_cli.engine.summary import Tally, summarize
 from gptq_cli.errors import CalibrationError, ModelError, OutOfDeviceMemory, PreflightRefused
-from gptq_cli.events import FindingRaised, Observer, RunFinished, RunStarted, ShardWritten, ignore
-from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.events import (
+    FindingRaised,
+    Observer,
+    PhaseAdvanced,
+    RunFinished,
+    RunStarted,
+    ShardWritten,
+    ignore,
+)
+from gptq_cli.findings import PreflightReport
+from gptq_cli.inference.generation import generate
+from gptq_cli.inference.opening import default_placement, kernel_counts, load_quantized, resident_bytes
+from gptq_cli.inference.perplexity import perplexity
+from gptq_cli.model.checkpoint import QuantizedCheckpoint
+from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.writer import CheckpointWriter
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
+from gptq_cli.preflight import rules_source
 from gptq_cli.preflight.budget import micro_batch_tokens, packed_bytes
 from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.check import check_quantize
-from gptq_cli.preflight.facts import capabilities, environment_facts, model_facts, output_facts
+from gptq_cli.preflight.facts import (
+    capabilities,
+    checkpoint_facts,
+    environment_facts,
+    model_facts,
+    output_facts,
+)
 from gptq_cli.preflight.report import map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refuse_disk, resolve
-from gptq_cli.results import MapReport, RunReport, document
+from gptq_cli.results import LoadReport, MapReport, RunReport, document
 
 
 def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
@@ -131,6 +151,97 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     )
 
 
+def load(job: LoadJob, observer: Observer = ignore) -> LoadReport:
+    """Open a quantized checkpoint, put it where it belongs, and prove that it works.
+
+    Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
+    `PreflightRefused` when the device map is not legal or the checkpoint does not fit.
+    """
+    with phase(observer, "open"):
+        checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+        placement = _load_placement(job, checkpoint, observer)
+        windows = _evaluation_text(job, checkpoint)
+    for note in checkpoint.notes:
+        observer(Warned(note))
+    started = time.perf_counter()
+    with _out_of_memory_explained(), phase(observer, "load", len(checkpoint.linears)):
+        model = load_quantized(
+            checkpoint, placement, on_linear=lambda done, total: observer(PhaseAdvanced("load", done, total))
+        )
+    load_seconds = time.perf_counter() - started
+    memory = read_memory(_watched(placement))
+    report = LoadReport(
+        path=job.path,
+        quantizer=checkpoint.quantizer,
+        bits=checkpoint.bits,
+        group_size=checkpoint.group_size,
+        sym=checkpoint.sym,
+        desc_act=checkpoint.desc_act,
+        checkpoint_format=checkpoint.checkpoint_format,
+        linears=len(checkpoint.linears) + len(checkpoint.experts),
+        device_map=", ".join(str(device) for device in placement.devices),
+        device_reason=placement.reason,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        use_cuda_fp16=str(checkpoint.dtype) == "torch.float16",
+        kernels=kernel_counts(model),
+        load_seconds=load_seconds,
+        weight_bytes=resident_bytes(model),
+        memory=tuple((entry.device, entry.allocated_bytes) for entry in memory),
+    )
+    return _proven(job, checkpoint, model, windows, report, observer)
+
+
+def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Observer) -> Placement:
+    if job.device_map is None:
+        return default_placement(checkpoint)
+    resolution = resolve(
+        job.device_map, checkpoint_facts(checkpoint), present_devices(), environment=environment_facts()
+    )
+    _announce(resolution.report, observer)
+    if not resolution.report.ok or resolution.placement is None:
+        raise PreflightRefused(resolution.report)
+    return resolution.placement
+
+
+def _evaluation_text(job: LoadJob, checkpoint: QuantizedCheckpoint) -> TokenBatches | None:
+    """The windows of --eval; cut before the weights are read, so that a bad file costs nothing."""
+    if job.evaluate is None:
+        return None
+    tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
+    return evaluation_windows(tokenizer, job.evaluate, job.seq_len, job.windows)
+
+
+def _proven(
+    job: LoadJob,
+    checkpoint: QuantizedCheckpoint,
+    model: object,
+    windows: TokenBatches | None,
+    report: LoadReport,
+    observer: Observer,
+) -> LoadReport:
+    """The report with what --prompt and --eval add."""
+    if job.prompt is not None:
+        tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
+        with phase(observer, "generate", job.max_new_tokens):
+            made = generate(model, tokenizer, job.prompt, job.max_new_tokens)
+        report = replace(
+            report,
+            prompt=job.prompt,
+            text=made.text,
+            new_tokens=made.new_tokens,
+            tokens_per_second=made.tokens_per_second,
+        )
+    if windows is not None:
+        with phase(observer, "evaluate", windows.samples):
+            measured = perplexity(
+                model,
+                windows.input_ids,
+                lambda done, total: observer(PhaseAdvanced("evaluate", done, total)),
+            )
+        report = replace(report, perplexity=measured.value, windows=measured.windows, seq_len=windows.seq_len)
+    return report
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Judged:
     """A job after preflight: everything the engine needs, and everything that was found."""
@@ -192,12 +303,12 @@ def _tokens(
         tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
         return tokens, PreflightReport()
     except (CalibrationError, ModelError) as error:
-        rule = "calibration-text" if isinstance(error, CalibrationError) else "tokenizer"
-        subject = job.calibration.source if isinstance(error, CalibrationError) else job.model.model
-        finding = Finding(
-            rule=rule, level="error", subject=subject, message=error.message, hint=error.hint or ""
-        )
-        return None, PreflightReport((finding,))
+        hint = error.hint or ""
+        if isinstance(error, CalibrationError):
+            found = rules_source.calibration_text(job.calibration.source, error.message, hint)
+        else:
+            found = rules_source.tokenizer(job.model.model, error.message, hint)
+        return None, PreflightReport(tuple(found))
 
 
 def _announce(report: PreflightReport, observer: Observer) -> None:

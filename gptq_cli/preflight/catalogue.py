@@ -28,6 +28,8 @@ def rule_id(rule: Rule) -> str:
 
 _ALL: tuple[Rule, ...] = (
     *rules_source.RULES,
+    rules_source.tokenizer,
+    rules_source.calibration_text,
     *rules_quantize.RULES,
     *rules_output.RULES,
     *rules_map.RULES,

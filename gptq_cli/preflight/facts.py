@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from gptq_cli.device import Device
+from gptq_cli.model.checkpoint import PARTS, QuantizedCheckpoint
+from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement import LinearFact, ModelFacts, TensorFact
 from gptq_cli.preflight.cases import Capability, Environment, OutputFacts
@@ -52,6 +55,33 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         fused=_fused(model, skeleton.blocks),
         already_quantized=skeleton.already_quantized,
         tensor_files_bytes=skeleton.files.size_bytes,
+    )
+
+
+def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
+    """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+    model, config = checkpoint.model, checkpoint.config.get_text_config()
+    order, _ = trace(model, (), checkpoint.blocks)
+    stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}
+    packed = {
+        f"{info.name}.weight": sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)
+        for info in checkpoint.linears
+    }
+    return ModelFacts(
+        model=str(checkpoint.directory),
+        architecture=type(model).__name__,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        blocks=checkpoint.blocks,
+        modules=tuple(name for name, _ in model.named_modules() if name),
+        order=order,
+        tensors=tuple(
+            replace(fact, size_bytes=packed.get(fact.name, fact.size_bytes)) for fact in _tensors(model)
+        ),
+        tied=tied_groups(model),
+        tensor_files_bytes=checkpoint.packed_bytes,
     )
 
 

@@ -288,7 +288,7 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
                 plans = device_plans(placement, case, parked=problem.parked)
                 if problem.accepts(plans):
                     return Plan(placement, plans, problem.parked)
-                closest = plans
+                closest = closest or plans
         why = _lacking(closest) if closest else _no_room(problems[-1])
         if not tried or not tried[-1].endswith(why):
             tried.append(f"{title}: {why}")

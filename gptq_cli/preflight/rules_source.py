@@ -101,6 +101,22 @@ def no_tokenizer(case: JobCase) -> list[Finding]:
     return _of_kind(case, "no-tokenizer", "error")
 
 
+def tokenizer(subject: str, message: str, hint: str) -> list[Finding]:
+    """The tokenizer of the model cannot be opened, so calibration text cannot become tokens.
+
+    Found while the text is cut into windows, which happens before a weight is read.
+    """
+    return [Finding(rule="tokenizer", level="error", subject=subject, message=message, hint=hint)]
+
+
+def calibration_text(subject: str, message: str, hint: str) -> list[Finding]:
+    """The calibration source cannot be read, or holds too little text for the windows that were asked for.
+
+    Found while the text is cut into windows, which happens before a weight is read.
+    """
+    return [Finding(rule="calibration-text", level="error", subject=subject, message=message, hint=hint)]
+
+
 _KINDS = frozenset(
     {
         "pickled-weights",
