@@ -196,11 +196,8 @@ def quantize(W: Tensor, H: Tensor, config: QuantizeConfig) -> Reference:
         inverse -= torch.outer(inverse[:, k], inverse[k]) / inverse[k, k].clone()
         inverse[k, :] = inverse[:, k] = 0
 
-    damping = config.damp_percent * mean
-    refined = [
-        refine(target[n], codes[n], scales[n], zeros[n], H + damping * torch.eye(K, dtype=torch.float64), groups, config)
-        for n in range(N)
-    ]
+    goal = H + config.damp_percent * mean * torch.eye(K, dtype=torch.float64)
+    refined = [refine(target[n], codes[n], scales[n], zeros[n], goal, groups, config) for n in range(N)]
     codes = torch.stack([row[0] for row in refined])
     scales = torch.stack([row[1] for row in refined])
     g_idx = torch.tensor([group_of[k] for k in range(K)])
@@ -209,7 +206,13 @@ def quantize(W: Tensor, H: Tensor, config: QuantizeConfig) -> Reference:
 
 
 def refine(
-    w: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, H: Tensor, groups: list[list[int]], config: QuantizeConfig
+    w: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    H: Tensor,
+    groups: list[list[int]],
+    config: QuantizeConfig,
 ) -> tuple[Tensor, Tensor]:
     """Refit and sweep one row; the slope is computed from its definition before every move."""
     K = w.shape[0]
@@ -233,7 +236,10 @@ def refine(
                 lowest = float(new_scales[i]) + slope / (curve if curve > 0 else 1.0)
                 moved = new_scales.clone()
                 moved[i] = torch.tensor(clamp(lowest, -65504.0, 65504.0), dtype=torch.float64).half().double()
-                if loss(new_codes, moved) < loss(new_codes, new_scales) and float(moved[i] * new_scales[i]) > 0:
+                if (
+                    loss(new_codes, moved) < loss(new_codes, new_scales)
+                    and float(moved[i] * new_scales[i]) > 0
+                ):
                     new_scales = moved
             if turn < config.sweeps:
                 for k in group:
@@ -246,7 +252,9 @@ def refine(
     return codes, scales
 
 
-def gptq_per_column(W: Tensor, H: Tensor, bits: int, group_size: int, damp_percent: float) -> Tensor:  # Q (N, K)
+def gptq_per_column(
+    W: Tensor, H: Tensor, bits: int, group_size: int, damp_percent: float
+) -> Tensor:  # Q (N, K)
     """The plain loop that most programs run: symmetric min/max scales, one column at a time, any dtype.
 
     Cholesky, inverse, Cholesky, then `W[:, j+1:] -= e ⊗ U[j, j+1:]` for every column. The benchmark's rival.

@@ -123,7 +123,9 @@ def test_a_diagonal_hessian_gives_exactly_round_to_nearest(
     H = torch.diag(torch.rand(K, generator=generator, dtype=torch.float64) + 0.1)
     W = weights(3, K, seed)
     (got,) = quantize_linears([W], H, config)
-    columns = torch.argsort(H.diagonal(), descending=True, stable=True) if order == "desc_act" else torch.arange(K)
+    columns = (
+        torch.argsort(H.diagonal(), descending=True, stable=True) if order == "desc_act" else torch.arange(K)
+    )
     grid, WT = Grid.of(config), W.T.contiguous()[columns]
     nearest = round_to_nearest(WT, *group_parameters(WT, H.diagonal()[columns], 8, grid), 8, grid)
     assert torch.equal(got.codes, nearest.codes[torch.argsort(columns)].T)
