@@ -53,7 +53,9 @@ class Judge:
         if self.errors:
             more = f" (and {len(self.errors) - 1} more problems)" if len(self.errors) > 1 else ""
             raise CheckpointError(
-                self.errors[0] + more, hint="the checkpoint is incomplete or damaged: fetch it again"
+                self.errors[0] + more,
+                hint="the checkpoint is incomplete or damaged: fetch it again",
+                problems=tuple(self.errors),
             )
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
         linears = sorted((i for i in packed if i.fused_into is None), key=lambda info: order[info.name])

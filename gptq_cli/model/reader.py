@@ -101,7 +101,11 @@ def _raise_for(problems: tuple[SourceProblem, ...]) -> None:
     serious = [problem for problem in problems if problem.kind not in ("no-tokenizer",)]
     if serious:
         more = f" (and {len(serious) - 1} more problems)" if len(serious) > 1 else ""
-        raise CheckpointError(serious[0].message + more, hint=serious[0].hint or None)
+        raise CheckpointError(
+            serious[0].message + more,
+            hint=serious[0].hint or None,
+            problems=tuple(problem.message for problem in serious),
+        )
 
 
 def _run_dtype(config: Any, files: ModelFiles, asked: DType) -> torch.dtype:
