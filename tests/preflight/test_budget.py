@@ -1,0 +1,144 @@
+"""The formulae of the budget, recomputed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.device import CPU
+from gptq_cli.preflight import budget
+from gptq_cli.preflight.budget import (
+    CHUNK_BYTES,
+    FLIGHT_HIDDEN,
+    FLIGHT_ROWS,
+    SOLVE_BYTES,
+    micro_batch_tokens,
+    packed_bytes,
+    quantized_bytes,
+    work_sets,
+)
+from gptq_cli.preflight.cases import Work
+from tests.preflight.shapes import llama, resolved
+
+H, INNER = 1024, 4096
+FACTS = llama(hidden=H, inner=INNER)
+
+
+def one(work: Work, *, parked: bool = False, on_cpu: bool = False) -> budget.WorkSet:
+    return work_sets(FACTS, work, parked=parked, on_cpu=on_cpu)["model.layers.3"]
+
+
+def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
+    found = one(Work(QuantizeConfig(), CalibrationConfig(samples=8, seq_len=128)))
+    assert found.working_bytes + found.hessian_bytes == max(
+        SOLVE_BYTES * INNER * H + 8 * INNER**2, SOLVE_BYTES * 2 * INNER * H + 8 * H**2
+    )
+    assert found.activation_bytes == 8 * 128 * H * 2
+
+
+def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
+    work = Work(QuantizeConfig(), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
+    t = 32 * 2048
+    found = one(work)
+    assert found.working_bytes == t * 2 * (FLIGHT_HIDDEN * H + FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
+    assert found.hessian_bytes == 4 * INNER**2
+    wide = one(work, on_cpu=True)
+    assert wide.working_bytes - CHUNK_BYTES == 2 * (found.working_bytes - CHUNK_BYTES)
+
+
+def test_parked_forwards_hold_the_widest_input() -> None:
+    work = Work(QuantizeConfig(), CalibrationConfig(samples=64, seq_len=512))
+    parked, replayed = one(work, parked=True), one(work)
+    assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * INNER * 2
+
+
+def test_without_true_sequential_all_hessians_of_a_block_are_there() -> None:
+    data = CalibrationConfig(samples=8, seq_len=128)
+    together = one(Work(QuantizeConfig(true_sequential=False), data), parked=True)
+    stepwise = one(Work(QuantizeConfig(), data))
+    assert together.total_bytes - stepwise.total_bytes == 4 * 3 * H**2
+    assert together.activation_bytes == stepwise.activation_bytes
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "batch_size", "tokens"),
+    [
+        (128, 2048, None, 8192),
+        (128, 512, None, 8192),
+        (2, 512, None, 1024),
+        (128, 16384, None, 16384),
+        (8, 512, 2, 1024),
+    ],
+)
+def test_micro_batch(samples: int, seq_len: int, batch_size: int | None, tokens: int) -> None:
+    data = CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size)
+    assert micro_batch_tokens(Work(QuantizeConfig(), data)) == tokens
+
+
+def test_an_offloaded_block_is_lent_to_the_main_device() -> None:
+    home = {p.device: p for p in resolved("0", FACTS).devices}
+    lent = {p.device: p for p in resolved("model.layers.11=cpu,rest=0", FACTS).devices}
+    block = sum(t.size_bytes for t in FACTS.tensors if t.name.startswith("model.layers.11."))
+    assert home["cuda:0"].weights_bytes - lent["cuda:0"].weights_bytes == block
+    assert lent["cuda:0"].working_bytes - home["cuda:0"].working_bytes == block
+    assert lent["cpu"].weights_bytes == block
+    assert lent["cpu"].hessian_bytes == 0
+
+
+def test_a_lent_embedding_counts_only_beyond_the_work() -> None:
+    home = {p.device: p for p in resolved("0", FACTS).devices}
+    lent = {p.device: p for p in resolved("model.embed_tokens=cpu,rest=0", FACTS).devices}
+    assert lent["cuda:0"].working_bytes == home["cuda:0"].working_bytes
+
+
+def test_a_device_without_blocks_needs_no_work_set() -> None:
+    plans = {p.device: p for p in resolved("lm_head=1,rest=0", FACTS).devices}
+    assert plans["cuda:1"].hessian_bytes == plans["cuda:1"].activation_bytes == 0
+    assert plans["cuda:0"].hessian_bytes > 0
+
+
+def test_measured_figures_know_no_device_context() -> None:
+    plans = {p.device: p for p in resolved("0", FACTS).devices}
+    assert (
+        plans["cuda:0"].predicted_peak_bytes == plans["cuda:0"].needed_bytes - plans["cuda:0"].baseline_bytes
+    )
+    assert plans["cpu"].predicted_peak_bytes == plans["cpu"].needed_bytes
+
+
+def test_a_host_that_was_not_described_has_no_plan() -> None:
+    assert [p.device for p in resolved("0", FACTS, "cuda:0=24GiB").devices] == ["cuda:0"]
+    assert [p.device for p in resolved("0", FACTS, f"cuda:0=24GiB,{CPU}=8GiB").devices] == ["cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "size"),
+    [
+        (4, 128, 4 * (128 * 4096 + 8 * 512 + 1024) + 2 * 8 * 4096),
+        (3, -1, 4 * (96 * 4096 + 1 * 384 + 1024) + 2 * 4096),
+        (8, 64, 4 * (256 * 4096 + 16 * 1024 + 1024) + 2 * 16 * 4096),
+    ],
+)
+def test_packed_bytes(bits: int, group_size: int, size: int) -> None:
+    linear = next(x for x in FACTS.linears if x.name.endswith("gate_proj"))
+    assert packed_bytes(linear, QuantizeConfig(bits=bits, group_size=group_size)) == size
+
+
+def test_size_of_the_result() -> None:
+    config = QuantizeConfig()
+    dense = FACTS.size_bytes - 128
+    linears = sum(2 * x.in_features * x.out_features for x in FACTS.linears)
+    assert quantized_bytes(FACTS, config) == dense - linears + sum(
+        packed_bytes(x, config) for x in FACTS.linears
+    )
+
+
+def test_more_positions_than_linears() -> None:
+    bare = replace(FACTS, linears=())
+    assert (
+        work_sets(bare, Work(QuantizeConfig(), CalibrationConfig()), parked=True)[
+            "model.layers.0"
+        ].total_bytes
+        == 0
+    )

@@ -1,0 +1,226 @@
+"""Rules about files, sizes, calibration, dtype and the output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.device import CPU, Device
+from gptq_cli.findings import Finding
+from gptq_cli.model.source import SourceProblem
+from gptq_cli.placement import ModelFacts, TensorFact
+from gptq_cli.preflight import rules_source
+from gptq_cli.preflight.cases import Capability, OutputFacts, Work
+from gptq_cli.preflight.catalogue import rule_id
+from gptq_cli.preflight.check import check_quantize
+from gptq_cli.preflight.facts import output_facts
+from tests.preflight.shapes import llama
+
+FACTS = llama(blocks=2, hidden=576, inner=1536, vocab=1000)
+CUDA = Device("cuda", 0)
+
+
+def found(facts: ModelFacts = FACTS, rule: str = "", **asked: object) -> list[Finding]:
+    """Findings of one rule."""
+    quantize = {k: v for k, v in asked.items() if k in ("bits", "group_size", "sym")}
+    data = {k: v for k, v in asked.items() if k in ("samples", "seq_len")}
+    rest = {k: v for k, v in asked.items() if k not in quantize and k not in data}
+    work = Work(
+        QuantizeConfig(**{"group_size": 64} | quantize),  # type: ignore[arg-type]
+        CalibrationConfig(**{"samples": 32, "seq_len": 512} | data),  # type: ignore[arg-type]
+    )
+    report = check_quantize(facts, work, **rest)  # type: ignore[arg-type]
+    return [finding for finding in report.findings if not rule or finding.rule == rule]
+
+
+def test_a_sound_job_has_one_note() -> None:
+    assert [(f.rule, f.level) for f in found()] == [("left-dense", "note")]
+
+
+def test_group_divides_names_the_columns_and_the_sizes_that_do() -> None:
+    (finding,) = found(rule="group-divides", group_size=128)
+    assert finding.level == "error"
+    assert "group size 128 does not divide the input columns 576 of 12 linears" in finding.message
+    assert finding.hint == "--group-size 64 (64, 32, 16, 8 divide all; -1: one group a row)"
+    assert len(finding.modules) == 12
+    assert found(rule="group-divides", group_size=-1) == []
+
+
+def test_group_too_large() -> None:
+    (finding,) = found(rule="group-too-large", group_size=1024)
+    assert "larger than the input columns 576 of 12 linears" in finding.message
+    assert found(rule="group-divides", group_size=1024)[0].message.endswith("1536 of 2 linears")
+
+
+@pytest.mark.parametrize(("bits", "step"), [(2, 16), (3, 32), (4, 8), (8, 4)])
+def test_packing(bits: int, step: int) -> None:
+    odd = llama(blocks=1, hidden=step * 6, inner=step * 10 + step // 2)
+    (rows,) = found(odd, "packing-rows", bits=bits, group_size=-1)
+    (columns,) = found(odd, "packing-columns", bits=bits, group_size=-1)
+    assert f"multiple of {step}" in rows.message
+    assert rows.modules == ("model.layers.0.mlp.down_proj",)
+    assert columns.modules == ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")
+    assert rows.level == columns.level == "error"
+    even = llama(blocks=1, hidden=step * 6, inner=step * 10)
+    assert found(even, "packing-rows", bits=bits, group_size=-1) == []
+
+
+def test_packing_names_a_width_that_packs() -> None:
+    odd = llama(blocks=1, hidden=48, inner=72)
+    (finding,) = found(odd, "packing-columns", bits=3, group_size=-1) or [None]
+    assert finding is not None
+    assert finding.hint == "--bits 8"
+
+
+def test_windows_longer_than_the_model_knows() -> None:
+    (finding,) = found(rule="seq-len-positions", seq_len=8192)
+    assert (finding.level, finding.hint) == ("error", "--seq-len 4096")
+    assert found(replace(FACTS, max_positions=None), "seq-len-positions", seq_len=8192) == []
+
+
+def test_fewer_tokens_than_columns() -> None:
+    (finding,) = found(rule="calibration-rank", samples=2, seq_len=256)
+    assert finding.level == "warning"
+    assert "512 calibration tokens are fewer than the 1536 input columns" in finding.message
+    assert found(rule="calibration-rank", samples=6, seq_len=256) == []
+
+
+def test_no_linears() -> None:
+    (finding,) = found(replace(FACTS, linears=()), "no-linears")
+    assert finding.level == "error"
+
+
+def test_fused_experts_with_their_share() -> None:
+    experts = TensorFact("model.layers.0.mlp.experts.gate_up_proj", 90_000_000, 180_000_000)
+    facts = replace(FACTS, tensors=(*FACTS.tensors, experts), fused=(experts.name,))
+    (finding,) = found(facts, "fused-experts")
+    assert finding.level == "warning"
+    assert f"{90_000_000 / facts.parameters:.0%} of parameters" in finding.message
+    assert finding.size_bytes == 180_000_000
+    assert found(facts, "left-dense")[0].level == "note"
+
+
+def test_mostly_dense_is_a_warning() -> None:
+    (finding,) = found(llama(blocks=2, hidden=64, inner=128, vocab=50_000), "left-dense", group_size=32)
+    assert finding.level == "warning"
+    assert "model.embed_tokens.weight 49%, lm_head.weight 49%" in finding.message
+
+
+def test_half_precision() -> None:
+    half = llama(blocks=2, dtype="float16")
+    assert found(half, "half-on-cpu", devices=(CPU,))[0].level == "warning"
+    assert found(half, "half-on-cpu", devices=(CUDA, CPU)) == []
+    assert found(FACTS, "half-on-cpu", devices=(CPU,)) == []
+    old, new = Capability(CUDA, "Tesla T4", bfloat16=False), Capability(CUDA, "H200", bfloat16=True)
+    (finding,) = found(FACTS, "bfloat16-support", capabilities=(old,))
+    assert (finding.level, finding.hint) == ("warning", "--dtype float16")
+    assert "Tesla T4" in finding.message
+    assert found(FACTS, "bfloat16-support", capabilities=(new,)) == []
+    assert found(half, "bfloat16-support", capabilities=(old,)) == []
+
+
+def test_already_quantized() -> None:
+    (finding,) = found(replace(FACTS, already_quantized="awq"), "already-quantized")
+    assert finding.level == "error"
+    assert "'awq'" in finding.message
+
+
+KINDS = [
+    rule_id(rule)
+    for rule in rules_source.RULES
+    if rule_id(rule) not in ("already-quantized", "weights-unsound")
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_problem_of_the_files_is_a_finding(kind: str) -> None:
+    problem = SourceProblem(kind, "model-00001.safetensors", "it is broken", "")
+    (finding,) = found(rule=kind, problems=(problem,))
+    assert (finding.level, finding.subject, finding.message) == ("error", problem.subject, "it is broken")
+    assert finding.hint
+
+
+def test_an_unknown_problem_is_not_lost() -> None:
+    (finding,) = found(rule="weights-unsound", problems=(SourceProblem("new-kind", "x", "odd"),))
+    assert (finding.level, finding.message) == ("error", "odd")
+
+
+def output(**changed: object) -> OutputFacts:
+    sound = OutputFacts(
+        out="out",
+        exists=False,
+        is_directory=False,
+        is_empty_directory=False,
+        is_model_directory=False,
+        writable=True,
+        parent="/somewhere",
+        free_bytes=10**12,
+    )
+    return replace(sound, **changed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("facts", "overwrite", "rule"),
+    [
+        (output(), False, None),
+        (output(exists=True, is_directory=True, is_empty_directory=True), False, None),
+        (output(exists=True, is_directory=True), False, "output-exists"),
+        (output(exists=True, is_directory=True), True, None),
+        (output(exists=True), True, "output-exists"),
+        (output(exists=True, is_directory=True, is_model_directory=True), True, "output-is-model"),
+        (output(writable=False), False, "output-unwritable"),
+        (output(free_bytes=1000), False, "output-disk-full"),
+    ],
+)
+def test_output(facts: OutputFacts, overwrite: bool, rule: str | None) -> None:
+    findings = [f for f in found(output=facts, overwrite=overwrite) if f.rule.startswith("output")]
+    assert [f.rule for f in findings] == ([rule] if rule else [])
+    assert all(f.level == "error" and f.hint for f in findings)
+
+
+def test_output_facts(tmp_path: Path) -> None:
+    model = tmp_path / "models" / "m"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    absent = output_facts(str(tmp_path / "a" / "b" / "c"), model)
+    assert (absent.exists, absent.writable, absent.parent) == (False, True, str(tmp_path))
+    assert absent.free_bytes > 0
+    assert output_facts(str(model), model).is_model_directory
+    assert output_facts(str(model / ".." / "m"), model).is_model_directory
+    assert output_facts(str(tmp_path / "models"), model).is_model_directory
+    assert not output_facts(str(model / "out"), model).is_model_directory
+    link = tmp_path / "link"
+    link.symlink_to(model)
+    assert output_facts(str(link), model).is_model_directory
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert output_facts(str(empty), model).is_empty_directory
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nowhere")
+    assert output_facts(str(dangling), None).exists
+
+
+def test_everything_at_once() -> None:
+    rules = {
+        f.rule
+        for f in found(
+            replace(FACTS, already_quantized="gptq"),
+            bits=3,
+            group_size=128,
+            samples=1,
+            seq_len=9000,
+            output=output(exists=True, writable=False),
+            problems=(SourceProblem("truncated-shard", "x", "short"),),
+        )
+    }
+    assert rules >= {
+        "already-quantized",
+        "truncated-shard",
+        "group-divides",
+        "seq-len-positions",
+        "output-exists",
+        "output-unwritable",
+    }
