@@ -22,7 +22,7 @@ from gptq_cli.inference.perplexity import OnWindow, row_ranges
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.weights import load_resident
-from gptq_cli.placement import Placement
+from gptq_cli.placement import Placement, PlacementEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,6 @@ class Agreement:
 
 def open_dense(ref: ModelRef, placement: Placement) -> Any:
     """The dense model to compare with, on the main device of `placement`. Raises `ModelError`."""
-    from gptq_cli.placement import PlacementEntry
-
     skeleton = open_skeleton(find_model(ref), ref)
     device = placement.main_device
     entry = PlacementEntry("", device, skeleton.files.size_bytes, True)

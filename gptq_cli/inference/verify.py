@@ -1,4 +1,4 @@
-"""Every tensor of a checkpoint judged; the answer is findings, and nothing is raised for what is wrong inside.
+"""Every tensor of a checkpoint judged; the answer is findings, nothing is raised for what is wrong inside.
 
 Names, shapes and dtypes are judged by `model.reader` from the heads of the files. What needs values is judged
 here, one linear at a time: scales, g_idx, the convention of the zeros, blank codes, dense tensors. Like
