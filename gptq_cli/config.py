@@ -17,6 +17,7 @@ from gptq_cli.placement import DeviceBudget
 Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
+Target = Literal["own", "dense"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
@@ -49,7 +50,7 @@ class QuantizeConfig:
     """Solve columns by falling activation energy, groups follow that order and `g_idx` records it.
     Some servers refuse it; `act_order` gets the accuracy without."""
     act_order: ActOrder = "static"
-    """Order of columns inside the solver when `desc_act` is off; "static" keeps groups in place (trivial `g_idx`)."""
+    """Order of columns inside the solver when `desc_act` is off; "static" keeps groups in place."""
     damp_percent: float = 0.05
     """Fraction of the mean Hessian diagonal added to the diagonal."""
     true_sequential: bool = True
@@ -63,6 +64,9 @@ class QuantizeConfig:
     """Cyclic coordinate-descent sweeps over the codes after the solve; 0: none."""
     refit: bool = True
     """After the sweeps, refit the scales in closed form where the loss falls."""
+    target: Target = "own"
+    """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what the
+    dense model puts out there, as far as held-out calibration samples bear that out."""
     column_batch: int = 128
     """The paper's B: columns of one lazy update. Changes speed, not codes."""
 
@@ -77,6 +81,7 @@ class QuantizeConfig:
             )
         one_of("act_order", self.act_order, get_args(ActOrder))
         one_of("scale_search", self.scale_search, get_args(ScaleSearch))
+        one_of("target", self.target, get_args(Target))
         if not (math.isfinite(self.damp_percent) and 0.0 < self.damp_percent < 1.0):
             raise ConfigError(
                 f"damp_percent is {self.damp_percent}; allowed: a fraction above 0 and below 1 (0.05 is 5 %)"
@@ -99,8 +104,8 @@ class CalibrationConfig:
     """Which text the Hessians are made of."""
 
     source: str = "pydoc"
-    """"pydoc"; a .txt, .jsonl, .json or .parquet file; "-" for standard input; "wikitext2", "c4", or a hub data set
-    `id[:config[:split[:column]]]`."""
+    """"pydoc"; a .txt, .jsonl, .json or .parquet file; "-" for standard input; "wikitext2", "c4", or a hub
+    data set `id[:config[:split[:column]]]`."""
     samples: int = 128
     """Windows of text."""
     seq_len: int = 2048

@@ -27,6 +27,7 @@ from gptq_cli.events import (
     RunFinished,
     RunStarted,
     ShardWritten,
+    Warned,
     ignore,
 )
 from gptq_cli.findings import PreflightReport

@@ -39,6 +39,8 @@ class LinearReport:
     """Factorisations tried: 1 when the first damping worked."""
     method: Method
     """"rtn" is a fallback, and is announced as one."""
+    alpha: float = 0.0
+    """How far the target went from the layer's own output (0) towards the dense model's (1)."""
     tokens: int
     seconds: float
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO, cast
 
+from gptq_cli.devices.host_memory import steady_heap
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.events import Event, FindingRaised, Observer
@@ -102,6 +103,7 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
     """Lend an observer that draws on stderr; everything that libraries print meanwhile goes there, too."""
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
+    steady_heap()
     talk = sys.stderr
     silent = quiet or progress == "none" or talk is None
     stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 _UNLIMITED = 1 << 60
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,26 @@ def _read_kib(path: Path, key: str) -> int | None:
         if line.startswith(key):
             return int(line.split()[1]) * 1024
     return None
+
+
+def steady_heap() -> None:
+    """Keep the resident set near what is in use, where the C library can (glibc); else do nothing.
+
+    Parked forwards allocate in one thread and free in another. glibc gives each thread an arena of its own and
+    keeps what is freed there, and its threshold for handing large blocks back grows with use: the same run
+    then holds half as much again. One arena and a fixed threshold end both. Process-wide, so the command line
+    asks for it and the library never does.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in (
+            (_M_ARENA_MAX, 1),
+            (_M_MMAP_THRESHOLD, 4 << 20),
+            (_M_TRIM_THRESHOLD, 64 << 20),
+        ):
+            mallopt(parameter, value)
 
 
 def trim_heap() -> None:

@@ -65,6 +65,8 @@ class Captured:
     """`calls[block][micro_batch]`."""
     probes: list[BlockCall]
     """How each block is called for the first `PROBE_TOKENS` tokens of the first sample alone."""
+    dense: list[Tensor] = field(default_factory=list)
+    """The same for the model as it was before anything was quantized; empty where nobody asks for it."""
     first_sample: list[int] = field(default_factory=list)
     """Index of the first calibration sample of each micro-batch."""
 

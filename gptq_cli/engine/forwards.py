@@ -23,10 +23,10 @@ and the residual and the MLP's inner activation at the down projection.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
@@ -133,12 +133,7 @@ class ParkedForwards:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        trace: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for frame in self._frames:
             frame.cancel()
         self._frames.clear()
@@ -169,6 +164,20 @@ class ParkedForwards:
                 )
             outputs.append(frame.take_output())
         return outputs
+
+
+def unhooked_copy(block: nn.Module) -> nn.Module:
+    """A copy of `block` with weights of its own and without the hooks that accelerate hung on it.
+
+    A hook of an offload chain refers to the module before it, so copying hooks would copy the model.
+    """
+    own = ("_hf_hook", "_old_forward", "forward")
+    memo = {id(m.__dict__[key]): None for m in block.modules() for key in own if key in m.__dict__}
+    twin = copy.deepcopy(block, memo)
+    for module in twin.modules():
+        for key in own:
+            module.__dict__.pop(key, None)
+    return twin
 
 
 def _leader_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -5,6 +5,7 @@ For each block, in model order:
     discover its stages from one short sample
     for each stage:                      linears that read the same input
         collect  H = Σ x xᵀ / tokens     over every calibration sample
+        aim      at the output of W, or at that of the dense model (`target = "dense"`)
         solve    codes, scales, zeros    one factorisation for all linears of the stage
         assign   W <- dequantized codes  so that what follows sees the quantized block
         pack     and hand over           the codes leave memory here
@@ -20,19 +21,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
 from gptq_cli.engine.finite import FiniteWatch
-from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards
+from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.stages import Stage, find_stages
-from gptq_cli.errors import NotPositiveDefinite
+from gptq_cli.errors import GptqError, NotPositiveDefinite
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -43,7 +44,7 @@ from gptq_cli.events import (
     SamplesAdvanced,
     Warned,
 )
-from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.packing import PackedLinear, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
@@ -98,6 +99,8 @@ def quantize_blocks(
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
     """
+    if config.target == "dense":
+        captured.dense[:] = captured.hidden
     _flush("capture", "", options, observer)
     reports = []
     for index, block in enumerate(blocks):
@@ -105,6 +108,7 @@ def quantize_blocks(
         reset_peak(options.devices)
         with block.at_work():
             captured.hidden[:] = [hidden.to(block.device) for hidden in captured.hidden]
+            captured.dense[:] = [hidden.to(block.device) for hidden in captured.dense]
             calls = [call.to(block.device) for call in captured.calls[index]]
             captured.calls[index] = []
             work = _BlockWork(block, index, len(blocks), config, options, store, observer)
@@ -156,76 +160,94 @@ class _BlockWork:
         )
         rounds = [[stage] for stage in stages] if self.config.true_sequential else [list(stages)]
         reports: list[LinearReport] = []
-        with self._forwards(modules, stages, calls, captured.hidden) as run:
+        with ExitStack() as streams:
+            dense = self._dense_stream(streams, stages, calls, captured)
+            run = streams.enter_context(self._forwards(block.module, stages, calls, captured.hidden))
             for number, round_ in enumerate(rounds):
                 with ExitStack() as memory:
-                    hessians = self._collect(run, round_, number, len(rounds), modules, captured, memory)
+                    moments = self._collect(
+                        run, dense, round_, (number, len(rounds)), modules, captured, memory
+                    )
                     for stage in round_:
-                        reports += self._solve(stage, hessians.pop(stage), infos, modules)
+                        reports += self._solve(stage, moments.pop(stage), infos, modules)
             captured.hidden[:] = run.finish()
+            if dense is not None:
+                captured.dense[:] = dense.finish()
         return tuple(reports)
 
+    def _dense_stream(
+        self, streams: ExitStack, stages: Sequence[Stage], calls: list[BlockCall], captured: Captured
+    ) -> Forwards | None:
+        """The samples as the dense model sees them, through a copy of the block that stays dense."""
+        if not captured.dense:
+            return None
+        return streams.enter_context(
+            self._forwards(unhooked_copy(self.block.module), stages, calls, captured.dense)
+        )
+
     def _forwards(
-        self,
-        modules: dict[str, nn.Module],
-        stages: Sequence[Stage],
-        calls: list[BlockCall],
-        hidden: list[torch.Tensor],
+        self, module: nn.Module, stages: Sequence[Stage], calls: list[BlockCall], hidden: list[Tensor]
     ) -> Forwards:
+        names = [name for stage in stages for name in stage.linears]
+        modules = {name: module.get_submodule(name) for name in names}
         if self.options.parked and self.config.true_sequential and all(stage.once for stage in stages):
-            return ParkedForwards(self.block.module, modules, stages, calls, hidden)
-        return ReplayedForwards(self.block.module, modules, calls, hidden)
+            return ParkedForwards(module, modules, stages, calls, hidden)
+        return ReplayedForwards(module, modules, calls, hidden)
 
     def _collect(
         self,
         run: Forwards,
+        dense: Forwards | None,
         stages: Sequence[Stage],
-        number: int,
-        rounds: int,
+        position: tuple[int, int],
         modules: dict[str, nn.Module],
         captured: Captured,
         memory: ExitStack,
-    ) -> dict[Stage, Hessian]:
-        """H of each stage over every micro-batch; checked to be finite."""
-        hessians, watches = {}, {stage: FiniteWatch() for stage in stages}
+    ) -> dict[Stage, StageMoments]:
+        """The moments of each stage over every micro-batch; the inputs are checked to be finite."""
+        paired = dense is not None and all(stage.once for stage in stages)
+        moments, watches = {}, {stage: FiniteWatch() for stage in stages}
         for stage in stages:
             in_features = weight_matrix(modules[stage.leader]).shape[1]
-            hessians[stage] = memory.enter_context(Hessian(in_features, self.block.device))
+            moments[stage] = memory.enter_context(StageMoments(in_features, self.block.device, dense=paired))
         starts = captured.first_sample
         seen = dict.fromkeys(stages, 0)
+        twins = dense.inputs(stages) if dense is not None and paired else None
         for stage, x in run.inputs(stages):
-            hessians[stage].add(x)
+            x_dense = next(twins)[1] if twins is not None else None
+            moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0)
             watches[stage].see(x)
             seen[stage] += 1
             if stage is stages[-1] and seen[stage] <= len(starts):
-                self.observer(
-                    SamplesAdvanced(
-                        block=self.block.name,
-                        stage=number,
-                        stages=rounds,
-                        done=seen[stage],
-                        total=len(starts),
-                    )
-                )
+                self._advanced(position, seen[stage], len(starts))
+        if twins is not None and next(twins, None) is not None:
+            raise GptqError("the dense and the quantized stream of a block do not run in step")
         for stage, watch in watches.items():
             watch.check(self.block.name, stage.leader)
-        return hessians
+        return moments
+
+    def _advanced(self, position: tuple[int, int], done: int, total: int) -> None:
+        number, stages = position
+        self.observer(
+            SamplesAdvanced(block=self.block.name, stage=number, stages=stages, done=done, total=total)
+        )
 
     def _solve(
-        self, stage: Stage, hessian: Hessian, infos: dict[str, LinearInfo], modules: dict[str, nn.Module]
+        self, stage: Stage, moments: StageMoments, infos: dict[str, LinearInfo], modules: dict[str, nn.Module]
     ) -> Iterable[LinearReport]:
         """Quantize the stage's linears in place, hand the packed tensors over, and report."""
         started = time.perf_counter()
         weights = [weight_matrix(modules[name]) for name in stage.linears]
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)
-        tokens = hessian.tokens
-        solved = quantize_linears(weights, hessian.matrix(), self.config)
+        tokens, hessian = moments.tokens, moments.hessian()
+        targets, alpha = moments.target(weights, hessian, self.config.damp_percent)
+        moments.free()
+        solved = quantize_linears(weights, hessian, self.config, targets=targets)
+        del hessian, targets
         seconds = (time.perf_counter() - started) / len(solved)
         for name in stage.linears:
             quantized = solved.pop(0)
-            if tokens == 0:
-                quantized = replace(quantized, method="rtn")
             info, module = infos[name], modules[name]
             self._announce_fallback(info, quantized, tokens)
             assign(module, quantized.dequantize(weights.pop(0).dtype))
@@ -239,6 +261,7 @@ class _BlockWork:
                 damp_percent=quantized.damp_percent,
                 attempts=quantized.attempts,
                 method=quantized.method,
+                alpha=alpha,
                 tokens=tokens,
                 seconds=seconds,
             )

@@ -1,0 +1,111 @@
+"""What the calibration samples say about one stage, and the target that follows from it.
+
+Without a dense stream this is the Hessian alone. With one, each sample comes twice, as the quantized model
+sees it (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output:
+see target.py. How far to go, α, is not a setting to be tuned: the step is made from three
+samples of four, and the fourth, which it has not seen, says which α loses least. The step that is taken in
+the end is made from all samples, with that α. Fewer than four samples leave nothing to ask, so α is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.hessian import CrossMoment, Hessian
+from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
+
+HELD_OUT_EVERY = 4
+"""Sample 3, 7, 11, … is held out."""
+
+
+class StageMoments:
+    """Hessian of a stage, and with `dense` the cross moments for its target; freed on leaving `with`."""
+
+    def __init__(self, in_features: int, device: torch.device, *, dense: bool) -> None:
+        self._device = device
+        self._stack = ExitStack()
+        self._fit = self._stack.enter_context(Hessian(in_features, device))
+        self._held: Hessian | None = None
+        self._fit_error: CrossMoment | None = None
+        self._held_error: CrossMoment | None = None
+        if dense:
+            self._held = self._stack.enter_context(Hessian(in_features, device))
+            self._fit_error = self._stack.enter_context(CrossMoment(in_features, device))
+            self._held_error = self._stack.enter_context(CrossMoment(in_features, device))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.free()
+
+    def free(self) -> None:
+        """Give the memory back; what `hessian` and `target` returned stays with whoever holds it."""
+        self._stack.close()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in all."""
+        return self._fit.tokens + (self._held.tokens if self._held else 0)
+
+    def add(
+        self,
+        x: Tensor,  # (batch, seq_len, K), or (tokens, K) where the model routes tokens
+        dense: Tensor | None,  # the same of the dense stream
+        first_sample: int,  # index of x[0] among all samples
+    ) -> None:
+        """Add a micro-batch."""
+        if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
+            self._fit.add(x)
+            return
+        error = dense - x
+        samples = torch.arange(first_sample, first_sample + x.shape[0], device=x.device)
+        held = samples % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        for chosen, hessian, cross in (
+            (~held, self._fit, self._fit_error),
+            (held, self._held, self._held_error),
+        ):
+            if bool(chosen.any()):
+                hessian.add(x[chosen])
+                cross.add(error[chosen], x[chosen])
+
+    def hessian(self) -> Tensor:  # (K, K)
+        """H over every token; zeros where there was none."""
+        if self.tokens == 0:
+            return torch.zeros(self._fit.in_features, self._fit.in_features, device=self._device)
+        if self._held is None or self._held.tokens == 0:
+            return self._fit.matrix()
+        return torch.lerp(self._held.matrix(), self._fit.matrix(), self._fit.tokens / self.tokens)
+
+    def target(
+        self,
+        weights: Sequence[Tensor],  # (N_i, K)
+        H: Tensor,  # (K, K), from `hessian`
+        damp_percent: float,
+    ) -> tuple[list[Tensor] | None, float]:
+        """(what to approximate, α); None and 0 where the samples do not support a correction."""
+        held, fit_error, held_error = self._held, self._fit_error, self._held_error
+        if held is None or fit_error is None or held_error is None or not held.tokens or not self._fit.tokens:
+            return None, 0.0
+        W = torch.cat([weight.to(H.dtype) for weight in weights])
+        H_fit, H_held = self._fit.matrix(), held.matrix()
+        D_fit, D_held = fit_error.matrix(), held_error.matrix()
+        trial = asymmetric_step(W, H_fit, D_fit + H_fit, damp_percent)
+        alpha = 0.0 if trial is None else held_out_alpha(W, trial, H_held, D_held + H_held)
+        if alpha == 0.0:
+            return None, 0.0
+        del trial
+        D = torch.lerp(D_held, D_fit, self._fit.tokens / self.tokens)
+        step = asymmetric_step(W, H, D + H, damp_percent)
+        if step is None:
+            return None, 0.0
+        target = W.add_(step, alpha=alpha)
+        return list(torch.split(target, [weight.shape[0] for weight in weights])), alpha
