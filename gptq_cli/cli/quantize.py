@@ -48,6 +48,7 @@ def quantize(
     positive_scales: o.PositiveScales = RECIPE.positive_scales,
     sweeps: o.Sweeps = RECIPE.sweeps,
     refit: o.Refit = RECIPE.refit,
+    target: o.Target = RECIPE.target,
     column_batch: o.ColumnBatch = RECIPE.column_batch,
     dry_run: o.DryRun = False,
     strict: o.Strict = False,
@@ -86,6 +87,7 @@ def quantize(
             positive_scales=positive_scales,
             sweeps=sweeps,
             refit=refit,
+            target=target,
             column_batch=column_batch,
         ),
         calibration=CalibrationConfig(

@@ -19,7 +19,7 @@ EVERY_OPTION = """
     --calibration - --samples 7 --seq-len 99 --seed 5 --batch-size 2 --device-map model=0,rest=cpu
     --max-memory 0=20GiB --dtype float16 --revision main --trust-remote-code --act-order none
     --damp-percent 0.01 --no-true-sequential --scale-search mse --positive-scales --sweeps 3 --no-refit
-    --column-batch 64 --strict
+    --solve-for dense --column-batch 64 --strict
 """
 
 
@@ -51,6 +51,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
             positive_scales=True,
             sweeps=3,
             refit=False,
+            target="dense",
             column_batch=64,
         ),
         calibration=CalibrationConfig(source="-", samples=7, seq_len=99, seed=5, batch_size=2),
