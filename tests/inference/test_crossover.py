@@ -1,0 +1,63 @@
+"""Where the fused kernel gives way to a GEMM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptq_cli.inference import crossover
+from gptq_cli.inference.crossover import Crossovers, crossing
+from gptq_cli.inference.kernels import Dequantize, cpu_block
+from tests.inference.checkpoints import Recipe
+from tests.inference.test_packed_linear import build
+
+
+@pytest.mark.parametrize(
+    ("fused", "dense", "tokens"),
+    [
+        ([1.0, 16.0], [6.0, 6.0], 12),  # 0.5 a token against a flat 6
+        ([1.0, 31.0], [2.0, 17.0], 4),
+        ([3.0, 60.0], [1.0, 1.0], 1),  # slower from the start: single tokens still read fewer bytes
+        ([1.0, 1.0], [2.0, 3.0], 32),  # never worse
+        ([2.0, 2.0], [1.0, 1.0], 1),
+        ([1.0, 2.0], [900.0, 900.0], 32),
+    ],
+)
+def test_crossing_of_two_lines(fused: list[float], dense: list[float], tokens: int) -> None:
+    assert crossing(fused, dense) == tokens
+
+
+def test_each_shape_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[int] = []
+
+    def count(kernel: object, held: object, columns: int) -> int:
+        probed.append(columns)
+        return 7
+
+    monkeypatch.setattr(crossover, "probe", count)
+    first, _, _ = build(Recipe(group_size=32), rows=64)
+    known = Crossovers()
+    probed.clear()
+    if not first.kernel.can_fuse:
+        pytest.skip("no fused kernel on this machine")
+    assert [known.few_rows(first.kernel, first.held) for _ in range(3)] == [7, 7, 7]
+    assert probed == [64]
+    other, _, _ = build(Recipe(group_size=64), rows=64)
+    probed.clear()
+    known.few_rows(other.kernel, other.held)
+    assert probed == [64]
+
+
+@pytest.mark.skipif(cpu_block() is None, reason="no fused kernel on this machine")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_probe_runs_both_ways(bits: int) -> None:
+    linear, _, _ = build(
+        Recipe(bits=bits, group_size=32, sym=False, version="gptq_v2"), rows=1100, columns=64
+    )
+    assert 1 <= linear.few_rows <= crossover.MOST_ROWS
+
+
+def test_no_probe_without_a_fused_kernel() -> None:
+    linear, _, _ = build(Recipe(group_size=32), dtype=torch.float32)
+    assert isinstance(linear.kernel, Dequantize)
+    assert Crossovers().few_rows(linear.kernel, linear.held) == 0
