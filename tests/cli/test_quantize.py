@@ -51,7 +51,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
             positive_scales=True,
             sweeps=3,
             refit=False,
-            target="dense",
+            solve_for="dense",
             column_batch=64,
         ),
         calibration=CalibrationConfig(source="-", samples=7, seq_len=99, seed=5, batch_size=2),
