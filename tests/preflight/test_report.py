@@ -1,0 +1,199 @@
+"""The map report: its tree, its verdict, its schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.jobs import dry_run, inspect_map
+from gptq_cli.placement import ModelFacts, parse_inventory
+from gptq_cli.preflight.cases import Work
+from gptq_cli.preflight.report import map_report, quantize_plan
+from gptq_cli.preflight.tree import placement_tree
+from gptq_cli.results import MapReport, document
+from tests.fabricated import config_8b, config_70b, config_moe, fabricate
+from tests.preflight.shapes import BIG, GIB, SMALL_WORK, llama, resolved
+
+SCHEMA = json.loads((Path(__file__).parents[2] / "configs/schema/map_report.json").read_text())
+MODELS = {"8b": config_8b, "70b": config_70b, "moe": config_moe}
+
+
+def report(
+    spec: str, facts: ModelFacts | None = None, devices: str = BIG, work: Work = SMALL_WORK
+) -> MapReport:
+    facts = facts or llama()
+    made = resolved(spec, facts, devices, work=work)
+    return map_report(
+        facts,
+        made,
+        spec=DeviceMap.parse(spec),
+        budgets=parse_inventory(devices),
+        max_memory=MaxMemory.parse("0=20GiB"),
+        given=True,
+        plan=quantize_plan(facts, work, None),
+    )
+
+
+def rows(spec: str, facts: ModelFacts | None = None) -> list[tuple[int, str, str, int]]:
+    facts = facts or llama()
+    placement = resolved(spec, facts).placement
+    assert placement is not None
+    return [(r.depth, r.name, "+".join(r.devices), r.modules) for r in placement_tree(placement, facts)]
+
+
+def test_tree_folds_equal_neighbours() -> None:
+    assert rows("model.layers.0-3=0,model.layers.4-11=1,rest=0") == [
+        (0, "model", "cuda:0+cuda:1", 1),
+        (1, "embed_tokens", "cuda:0", 1),
+        (1, "rotary_emb", "cuda:0", 1),
+        (1, "layers", "cuda:0+cuda:1", 1),
+        (2, "0-3", "cuda:0", 4),
+        (2, "4-11", "cuda:1", 8),
+        (1, "norm", "cuda:0", 1),
+        (0, "lm_head", "cuda:0", 1),
+    ]
+
+
+def test_tree_of_one_device_still_shows_the_parts() -> None:
+    found = rows("0")
+    assert (2, "0-11", "cuda:0", 12) in found
+    assert {device for _, _, device, _ in found} == {"cuda:0"}
+
+
+def test_tree_folds_runs_not_sets() -> None:
+    found = [(name, device) for depth, name, device, _ in rows("model.layers.5=1,rest=0") if depth == 2]
+    assert found == [("0-4", "cuda:0"), ("5", "cuda:1"), ("6-11", "cuda:0")]
+
+
+def test_tree_shows_inside_a_split_block() -> None:
+    found = rows("model.layers.5.mlp=1,rest=0")
+    assert (2, "5", "cuda:0+cuda:1", 1) in found
+    assert (3, "mlp", "cuda:1", 1) in found
+
+
+def test_tree_sizes_add_up() -> None:
+    facts = llama()
+    placement = resolved("model.layers.0-3=0,rest=1", facts).placement
+    assert placement is not None
+    tree = placement_tree(placement, facts)
+    assert sum(row.size_bytes for row in tree if row.depth == 0) == facts.size_bytes
+    assert sum(row.size_bytes for row in tree if row.leaf) == facts.size_bytes
+    assert tree[-1].path == "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("spec", "devices", "verdict"),
+    [
+        ("auto", BIG, "fits"),
+        ("model.norm=cpu,rest=0", BIG, "fits with warnings"),
+        ("disk", BIG, "refused"),
+        ("lm_head=7", BIG, "refused"),
+        ("auto", "cuda:0=1GiB,cpu=1GiB", "refused"),
+        ("cpu", "cpu=64GiB", "fits"),
+        ("mps", "mps=24GiB,cpu=24GiB", "fits"),
+    ],
+)
+def test_verdict_and_schema(spec: str, devices: str, verdict: str) -> None:
+    made = report(spec, devices=devices)
+    assert made.verdict == verdict
+    assert made.ok is (verdict != "refused")
+    shown = json.loads(json.dumps(document(made)))
+    jsonschema.Draft202012Validator(SCHEMA).validate(shown)
+    assert DeviceMap.parse(shown["spec"]) == DeviceMap.parse(spec)
+
+
+def test_the_schema_is_a_schema_and_notices_drift() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    shown: dict[str, Any] = dict(document(report("auto")))
+    del shown["verdict"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(shown, SCHEMA)
+    shown |= {"verdict": "fits", "surprise": 1}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(shown, SCHEMA)
+
+
+def test_plan_of_a_dry_run() -> None:
+    facts = llama(blocks=3, hidden=1024, inner=4096)
+    plan = quantize_plan(facts, SMALL_WORK, 12.5)
+    assert [(s.blocks, s.example, s.linears) for s in plan.stages] == [
+        (3, "model.layers.0", tuple((f"self_attn.{n}_proj", 1024, 1024) for n in "qkv")),
+        (3, "model.layers.0", (("self_attn.o_proj", 1024, 1024),)),
+        (3, "model.layers.0", (("mlp.gate_proj", 1024, 4096), ("mlp.up_proj", 1024, 4096))),
+        (3, "model.layers.0", (("mlp.down_proj", 4096, 1024),)),
+    ]
+    weights = 3 * (4 * 1024**2 + 3 * 1024 * 4096)
+    assert plan.quantized_share == weights / facts.parameters
+    assert 4.125 < plan.bits_per_weight < 4.2
+    assert plan.size_after_bytes < plan.size_before_bytes
+    assert plan.seconds == 12.5
+
+
+@pytest.fixture(scope="module")
+def fabricated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("fabricated")
+    return {name: fabricate(build(), root / name) for name, build in MODELS.items()}
+
+
+MACHINES = {
+    "1x24": "cuda:0=24GiB,cpu=64GiB",
+    "2x24": "cuda:0=24GiB,cuda:1=24GiB,cpu=128GiB",
+    "1x80": "cuda:0=80GiB,cpu=256GiB",
+}
+PLANS = {
+    ("8b", "1x24"): ("fits", "everything on cuda:0"),
+    ("8b", "2x24"): ("fits", "everything on cuda:0"),
+    ("8b", "1x80"): ("fits", "everything on cuda:0"),
+    ("70b", "2x24"): ("fits with warnings", "of 80 blocks on cuda:0 and cuda:1"),
+    ("70b", "1x80"): ("fits with warnings", "of 80 blocks on cuda:0"),
+    ("70b", "1x24"): ("refused", ""),
+    ("moe", "1x24"): ("fits with warnings", "of 48 blocks on cuda:0"),
+    ("moe", "2x24"): ("fits with warnings", "of 48 blocks on cuda:0 and cuda:1"),
+    ("moe", "1x80"): ("fits with warnings", "everything on cuda:0"),
+}
+
+
+@pytest.mark.parametrize(("model", "machine"), PLANS)
+def test_plans_for_real_models(fabricated: dict[str, Path], model: str, machine: str) -> None:
+    verdict, reason = PLANS[model, machine]
+    job = InspectJob(
+        model=ModelRef(model=str(fabricated[model])),
+        device_map=DeviceMap.parse("auto"),
+        devices=parse_inventory(MACHINES[machine]),
+    )
+    made = inspect_map(job)
+    assert made.verdict == verdict, made.findings
+    assert reason in made.reason
+    jsonschema.validate(json.loads(json.dumps(document(made))), SCHEMA)
+    assert all(plan.fits for plan in made.devices)
+    if verdict == "refused":
+        (finding,) = [f for f in made.findings if f.level == "error"]
+        assert finding.rule in ("disk-offload", "no-plan-fits")
+        assert "; or " in finding.hint or "GiB" in finding.hint
+    for plan in made.devices:
+        assert plan.needed_bytes <= 0.95 * plan.limit_bytes
+    if model == "moe":
+        assert "fused-experts" in [f.rule for f in made.findings]
+
+
+def test_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = QuantizeJob(
+        model=ModelRef(model=str(tiny_llama)),
+        out=str(out),
+        quantize=QuantizeConfig(group_size=32),
+        calibration=CalibrationConfig(samples=4, seq_len=32),
+        devices=parse_inventory("cuda:0=24GiB,cpu=8GiB"),
+    )
+    made = dry_run(job)
+    assert made.plan is not None
+    assert (made.plan.blocks, made.plan.linears) == (3, 21)
+    assert made.devices[0].limit_bytes == 24 * GIB
+    jsonschema.validate(json.loads(json.dumps(document(made))), SCHEMA)
+    assert list(tmp_path.iterdir()) == []
