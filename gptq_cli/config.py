@@ -17,7 +17,7 @@ from gptq_cli.placement import DeviceBudget
 Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
-Target = Literal["own", "dense"]
+SolveFor = Literal["own", "dense"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
@@ -64,9 +64,9 @@ class QuantizeConfig:
     """Cyclic coordinate-descent sweeps over the codes after the solve; 0: none."""
     refit: bool = True
     """After the sweeps, refit the scales in closed form where the loss falls."""
-    target: Target = "own"
-    """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what the
-    dense model puts out there, as far as held-out calibration samples bear that out."""
+    solve_for: SolveFor = "own"
+    """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what
+    the dense model puts out there, as far as held-out samples bear that out."""
     column_batch: int = 128
     """The paper's B: columns of one lazy update. Changes speed, not codes."""
 
@@ -81,7 +81,7 @@ class QuantizeConfig:
             )
         one_of("act_order", self.act_order, get_args(ActOrder))
         one_of("scale_search", self.scale_search, get_args(ScaleSearch))
-        one_of("target", self.target, get_args(Target))
+        one_of("solve_for", self.solve_for, get_args(SolveFor))
         if not (math.isfinite(self.damp_percent) and 0.0 < self.damp_percent < 1.0):
             raise ConfigError(
                 f"damp_percent is {self.damp_percent}; allowed: a fraction above 0 and below 1 (0.05 is 5 %)"

@@ -72,7 +72,7 @@ class CheckpointError(UsageError):
         self.problems = problems or (message,)
 
 
-class PreflightRefused(GptqError):
+class PreflightRefused(GptqError):  # noqa: N818 - it is a decision, not a defect
     """Preflight found at least one error; `report` holds all findings. Nothing was written."""
 
     exit_code = 3
@@ -84,13 +84,13 @@ class PreflightRefused(GptqError):
         self.report = report
 
 
-class OutOfDeviceMemory(GptqError):
+class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
     """A device ran out of memory; finished work is kept."""
 
     exit_code = 4
 
 
-class QualityGateFailed(GptqError):
+class QualityGateFailed(GptqError):  # noqa: N818 - a gate that closed
     """A result exists but is not good enough to be called one."""
 
     exit_code = 5

@@ -20,7 +20,7 @@ Phase = Literal["open", "calibration", "load", "capture", "save", "generate", "e
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """Memory of one device at one moment. On "cpu": allocated = reserved = resident set size of the process."""
+    """Memory of one device now. On "cpu": allocated = reserved = resident set size of the process."""
 
     device: str
     allocated_bytes: int

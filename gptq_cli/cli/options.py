@@ -173,19 +173,10 @@ Sweeps = Annotated[
     int, _option("--sweeps", "Coordinate-descent sweeps over the codes after the solve.", SOLVER, "N")
 ]
 Refit = Annotated[bool, _flag("--refit/--no-refit", "Refit the scales where the loss falls.", SOLVER)]
-Target = Annotated[
-    config.Target,
+SolveFor = Annotated[
+    config.SolveFor,
     _option(
         "--solve-for", "Whose outputs a linear should meet: own or dense (the dense model's).", SOLVER, "KIND"
-    ),
-]
-Target = Annotated[
-    config.Target,
-    _option(
-        "--target",
-        "What a linear aims at: its own output, or that of the dense model (one more stream of activations).",
-        SOLVER,
-        "KIND",
     ),
 ]
 ColumnBatch = Annotated[

@@ -48,7 +48,7 @@ def quantize(
     positive_scales: o.PositiveScales = RECIPE.positive_scales,
     sweeps: o.Sweeps = RECIPE.sweeps,
     refit: o.Refit = RECIPE.refit,
-    target: o.Target = RECIPE.target,
+    solve_for: o.SolveFor = RECIPE.solve_for,
     column_batch: o.ColumnBatch = RECIPE.column_batch,
     dry_run: o.DryRun = False,
     strict: o.Strict = False,
@@ -87,7 +87,7 @@ def quantize(
             positive_scales=positive_scales,
             sweeps=sweeps,
             refit=refit,
-            target=target,
+            solve_for=solve_for,
             column_batch=column_batch,
         ),
         calibration=CalibrationConfig(

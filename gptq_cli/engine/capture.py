@@ -69,6 +69,8 @@ class Captured:
     """The same for the model as it was before anything was quantized; empty where nobody asks for it."""
     first_sample: list[int] = field(default_factory=list)
     """Index of the first calibration sample of each micro-batch."""
+    samples: int = 0
+    """Calibration samples in all."""
 
 
 def hidden_of(output: object) -> Tensor:
@@ -172,6 +174,7 @@ def capture(
         calls=recorder.calls,
         probes=[calls[0] for calls in probe.calls],
         first_sample=recorder.first_sample,
+        samples=len(input_ids),
     )
 
 

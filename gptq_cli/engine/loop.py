@@ -5,7 +5,7 @@ For each block, in model order:
     discover its stages from one short sample
     for each stage:                      linears that read the same input
         collect  H = Σ x xᵀ / tokens     over every calibration sample
-        aim      at the output of W, or at that of the dense model (`target = "dense"`)
+        aim      at the output of W, or at that of the dense model (`solve_for = "dense"`)
         solve    codes, scales, zeros    one factorisation for all linears of the stage
         assign   W <- dequantized codes  so that what follows sees the quantized block
         pack     and hand over           the codes leave memory here
@@ -99,7 +99,7 @@ def quantize_blocks(
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
     """
-    if config.target == "dense":
+    if config.solve_for == "dense":
         captured.dense[:] = captured.hidden
     _flush("capture", "", options, observer)
     reports = []
@@ -219,7 +219,7 @@ class _BlockWork:
             watches[stage].see(x)
             seen[stage] += 1
             if stage is stages[-1] and seen[stage] <= len(starts):
-                self._advanced(position, seen[stage], len(starts))
+                self._advanced(position, [*starts, captured.samples][seen[stage]], captured.samples)
         if twins is not None and next(twins, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
         for stage, watch in watches.items():

@@ -1,0 +1,187 @@
+"""Every wrong request: the exit code, what the message names, and that nothing was written."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import TinyFactory
+from tests.e2e.commands import FAST, gptq, write_text
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+def refused(place: Path, model: object, *words: object, code: int, says: str) -> None:
+    """`quantize` must end with `code`, say `says`, hint at a way out, and leave `place/out` empty."""
+    if "--calibration" not in words:
+        words = ("--calibration", place / "text.txt", *words)
+    ran = gptq("quantize", model, "--out", place / "out" / "q", *FAST, *words)
+    assert ran.code == code, ran.stderr
+    assert says in " ".join(ran.stderr.split()), ran.stderr
+    assert "Traceback" not in ran.stderr
+    assert list((place / "out").iterdir()) == []
+
+
+FLAGS = [
+    (("--bits", "5"), 2, "bits is 5"),
+    (("--group-size", "0"), 2, "group_size is 0"),
+    (("--group-size", "48"), 3, "48"),
+    (("--group-size", "100"), 3, "100"),
+    (("--group-size", "4096"), 3, "4096"),
+    (("--damp-percent", "1.5"), 2, "damp_percent is 1.5"),
+    (("--device-map", "gpu!!"), 2, "gpu!!"),
+    (("--device-map", "cuda:-1"), 2, "-1"),
+    (("--device-map", "cuda:7"), 3, "cuda:7"),
+    (("--device-map", "model.layerz=cpu,rest=cpu"), 3, "model.layerz"),
+    (("--device-map", "[1, 2]"), 2, "[1, 2]"),
+    (("--device-map", "disk"), 3, "disk offload is not supported with GPTQ quantization"),
+    (("--max-memory", "cpu=lots"), 2, "lots"),
+    (("--samples", "100000"), 3, "100000"),
+    (("--calibration", "no-such-file.txt"), 3, "no-such-file.txt"),
+    (("--max-shard-size", "huge"), 2, "huge"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "says"), FLAGS, ids=[" ".join(words) for words, _, _ in FLAGS])
+def test_a_wrong_flag(words: tuple[str, ...], code: int, says: str, tiny_llama: Path, place: Path) -> None:
+    refused(place, tiny_llama, *words, code=code, says=says)
+
+
+def test_no_such_directory(place: Path) -> None:
+    refused(place, place / "nowhere", code=2, says="nowhere")
+
+
+def test_a_hub_id_without_network(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(place, "nobody/no-such-model-anywhere", code=2, says="nobody/no-such-model-anywhere")
+
+
+def edited(model: Path, place: Path) -> Path:
+    copy = place / "model"
+    shutil.copytree(model, copy)
+    return copy
+
+
+def test_a_model_that_is_no_causal_lm(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    (model / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    refused(place, model, code=2, says="BertModel")
+
+
+def test_an_already_quantized_model(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    refused(place, model, code=3, says="awq")
+
+
+def test_pickled_weights_only(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refused(place, model, code=3, says="pytorch_model.bin")
+
+
+def test_a_truncated_shard(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(place, model, code=3, says="model.safetensors")
+
+
+def test_a_corrupt_shard(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[8:40] = b"\xff" * 32
+    (model / "model.safetensors").write_bytes(data)
+    refused(place, model, code=3, says="model.safetensors")
+
+
+def test_a_shard_missing_from_the_index(tiny_llama_sharded: Path, place: Path) -> None:
+    model = edited(tiny_llama_sharded, place)
+    lost = sorted(model.glob("model-*.safetensors"))[1]
+    lost.unlink()
+    refused(place, model, code=3, says=lost.name)
+
+
+def test_a_missing_tokenizer(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    refused(place, model, code=3, says="tokenizer")
+
+
+def test_a_text_shorter_than_one_window(tiny_llama: Path, place: Path) -> None:
+    (place / "short.txt").write_text("too short")
+    refused(place, tiny_llama, "--calibration", place / "short.txt", code=3, says="short.txt")
+
+
+def test_stdin_closed(tiny_llama: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(place, tiny_llama, "--calibration", "-", code=3, says="standard input")
+
+
+def test_stdin_empty(tiny_llama: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    refused(place, tiny_llama, "--calibration", "-", code=3, says="standard input")
+
+
+@pytest.mark.parametrize(
+    ("toml", "says"),
+    [("bitz = 4", "did you mean"), ('bits = "four"', "bits"), ("bits = [4]", "bits"), ("= 4", "preset.toml")],
+)
+def test_a_wrong_preset(toml: str, says: str, tiny_llama: Path, place: Path) -> None:
+    (place / "preset.toml").write_text(toml)
+    refused(place, tiny_llama, "--config", place / "preset.toml", code=2, says=says)
+
+
+def test_out_equal_to_the_model(tiny_llama: Path, place: Path) -> None:
+    model = edited(tiny_llama, place)
+    before = sorted(path.name for path in model.iterdir())
+    ran = gptq("quantize", model, "--out", model, "--calibration", place / "text.txt", *FAST, "--overwrite")
+    assert ran.code == 3
+    assert "model" in ran.stderr
+    assert sorted(path.name for path in model.iterdir()) == before
+
+
+def test_all_findings_come_at_once(tiny_llama: Path, place: Path) -> None:
+    (place / "short.txt").write_text("too short")
+    words = ("--calibration", place / "short.txt", "--group-size", "48", "--device-map", "disk", "--json")
+    ran = gptq("quantize", tiny_llama, "--out", place / "out" / "q", *FAST, *words)
+    assert ran.code == 3
+    rules = {finding["rule"] for finding in ran.document["error"]["findings"] if finding["level"] == "error"}
+    assert len(rules) >= 3
+
+
+@pytest.mark.parametrize("damage", ["config", "shard", "tensor"])
+def test_load_names_what_is_wrong(damage: str, tiny: TinyFactory, place: Path) -> None:
+    out = place / "out" / "q"
+    words = ("quantize", tiny("llama"), "--out", out, "--calibration", place / "text.txt", *FAST)
+    assert gptq(*words).code == 0
+    if damage == "config":
+        (out / "quantize_config.json").write_text("{")
+        says = "quantize_config.json"
+    elif damage == "shard":
+        data = (out / "model.safetensors").read_bytes()
+        (out / "model.safetensors").write_bytes(data[:-100])
+        says = "model.safetensors"
+    else:
+        from safetensors.torch import load_file, save_file
+
+        says = "model.layers.0.mlp.up_proj.scales"
+        tensors = load_file(out / "model.safetensors")
+        del tensors[says]
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    ran = gptq("load", out, "--progress", "none")
+    assert ran.code == 2
+    assert says in ran.stderr

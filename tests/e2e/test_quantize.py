@@ -1,0 +1,192 @@
+"""`gptq quantize` and `gptq load`, from the model directory to the checkpoint and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import gptq_cli.model.writer as writer_module
+from gptq_cli.gptq.packing import unpack
+from gptq_cli.model.blocks import assign
+from gptq_cli.model.reader import open_checkpoint
+from tests.conftest import TinyFactory
+from tests.e2e.commands import FAST, Ran, gptq, write_text
+from tests.tiny import TINY
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture_quantizes_and_loads(
+    name: str, tiny: TinyFactory, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q"
+    made = gptq("quantize", tiny(name), "--out", out, "--calibration", text, *FAST, "--json")
+    assert made.code == 0, made.stderr
+    report = made.document
+    losses = [
+        (linear["loss"], linear["rtn_loss"]) for block in report["blocks"] for linear in block["linears"]
+    ]
+    assert len(losses) == sum(1 for _ in open_checkpoint(out).linears)
+    assert sum(loss for loss, _ in losses) < 0.8 * sum(rtn for _, rtn in losses)
+    assert report["fallbacks"] == 0
+    assert json.loads((out / "report.json").read_text())["dataset_sha256"] == report["dataset_sha256"]
+    assert leftovers(tmp_path) == ["q"]
+
+    loaded = gptq(
+        "load", out, "--eval", text, "--seq-len", "48", "--windows", "4", "--progress", "none", "--json"
+    )
+    assert loaded.code == 0, loaded.stderr
+    assert loaded.document["linears"] == len(losses)
+    assert loaded.document["perplexity"] == pytest.approx(
+        twin_perplexity(tiny(name), out, text), rel=2e-3
+    )
+
+
+def evaluated(out: Path, text: Path) -> Ran:
+    """`gptq load OUT --eval TEXT` over four windows."""
+    words = ("--seq-len", "48", "--windows", "4", "--progress", "none", "--json")
+    return gptq("load", out, "--eval", text, *words)
+
+
+def twin_perplexity(model: Path, out: Path, text: Path) -> float:
+    """Perplexity of the dense model with the checkpoint's dequantized weights put in by Transformers."""
+    from gptq_cli.calibration import evaluation_windows, open_tokenizer
+    from gptq_cli.inference.perplexity import perplexity
+
+    twin = AutoModelForCausalLM.from_pretrained(model).eval()
+    checkpoint = open_checkpoint(out)
+    tensors = load_file(out / "model.safetensors")
+    for info in checkpoint.linears:
+        packed = {
+            part: tensors[f"{info.source_name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
+        }
+        codes, zeros = unpack(
+            writer_module.PackedLinear(**packed),
+            4,
+            checkpoint.checkpoint_format,
+            info.in_features,
+            info.out_features,
+        )
+        g = packed["g_idx"].long()
+        weight = (codes.float() - zeros.float()[:, g]) * packed["scales"].float().T[:, g]
+        assign(twin.get_submodule(info.name), weight)
+    windows = evaluation_windows(open_tokenizer(model), str(text), 48, 4)
+    return perplexity(twin, windows.input_ids).value
+
+
+OPTIONS = {
+    "bits 2": ("--bits", "2"),
+    "bits 3": ("--bits", "3"),
+    "bits 8": ("--bits", "8"),
+    "asym": ("--asym",),
+    "asym bits 3": ("--asym", "--bits", "3"),
+    "desc_act": ("--desc-act",),
+    "one group a row": ("--group-size", "-1"),
+    "block-wise": ("--no-true-sequential",),
+    "dense target": ("--solve-for", "dense"),
+    "no order": ("--act-order", "none"),
+}
+
+
+@pytest.mark.parametrize("words", OPTIONS.values(), ids=OPTIONS)
+def test_every_option_gives_a_checkpoint_that_loads(
+    words: tuple[str, ...], tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "q"
+    made = gptq("quantize", tiny_llama, "--out", out, "--calibration", text, *FAST, *words, "--json")
+    assert made.code == 0, made.stderr
+    config = json.loads((out / "quantize_config.json").read_text())
+    assert config == json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["checkpoint_format"] == ("gptq_v2" if "--asym" in words else "gptq")
+    assert config["desc_act"] is ("--desc-act" in words)
+    loaded = gptq(
+        "load", out, "--eval", text, "--seq-len", "48", "--windows", "2", "--progress", "none", "--json"
+    )
+    assert loaded.code == 0, loaded.stderr
+    assert loaded.document["bits"] == config["bits"]
+    linears = [linear for block in made.document["blocks"] for linear in block["linears"]]
+    assert sum(x["loss"] for x in linears) < sum(x["rtn_loss"] for x in linears)
+    if words == ("--desc-act",):
+        g_idx = load_file(out / "model.safetensors")["model.layers.0.mlp.down_proj.g_idx"]
+        assert not torch.equal(g_idx, g_idx.sort().values)
+
+
+def test_two_runs_are_byte_identical(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        assert gptq("quantize", tiny_llama, "--out", tmp_path / name, "--calibration", text, *FAST).code == 0
+    for path in (tmp_path / "a").iterdir():
+        if path.name != "report.json":
+            assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_micro_batches_and_forwards_do_not_change_the_result(
+    tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    losses = {}
+    for batch in (1, 3, 8):
+        words = ("--calibration", text, *FAST, "--batch-size", batch, "--json")
+        report = gptq("quantize", tiny_llama, "--out", tmp_path / str(batch), *words).document
+        losses[batch] = [x["loss"] for block in report["blocks"] for x in block["linears"]]
+    for batch in (3, 8):
+        assert losses[batch] == pytest.approx(losses[1], rel=2e-2)
+
+
+def damaged(model: Path, tmp_path: Path, name: str, value: float) -> Path:
+    copy = tmp_path / "damaged"
+    shutil.copytree(model, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(
+    name: str, value: float, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    model = damaged(tiny_llama, tmp_path, name, value)
+    ran = gptq("quantize", model, "--out", tmp_path / "q", "--calibration", text, *FAST)
+    assert ran.code == 5
+    assert name in ran.stderr
+    assert leftovers(tmp_path) == ["damaged"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer_module, "_write_at", full)
+    ran = gptq("quantize", tiny_llama, "--out", tmp_path / "q", "--calibration", text, *FAST)
+    assert ran.code == 1
+    assert "no space left" in ran.stderr
+    assert leftovers(tmp_path) == []
+
+
+def test_overwrite_replaces_and_only_when_asked(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ("quantize", tiny_llama, "--out", tmp_path / "q", "--calibration", text, *FAST)
+    assert gptq(*words).code == 0
+    before = (tmp_path / "q" / "model.safetensors").read_bytes()
+    refused = gptq(*words, "--bits", "8")
+    assert refused.code == 3
+    assert "--overwrite" in refused.stderr
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() == before
+    assert gptq(*words, "--bits", "8", "--overwrite").code == 0
+    assert (tmp_path / "q" / "model.safetensors").read_bytes() != before
+    assert leftovers(tmp_path) == ["q"]
