@@ -16,6 +16,10 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
         pack     Hessian   4 · K²
                  packing   PACK_BYTES · R · K: codes, what is left of the solve, words
     without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
+    solving for the dense model's output (`solve_for`): activations twice, a dense copy of the block's
+    linears, four moments of K² numbers instead of H, and one more point in time:
+        target   Hessian   24 · K²: four moments, H and its factor
+                 working   TARGET_BYTES · R · K; and 4 · R · K for the targets while solving
     working also counts what is lent to the device: the largest block from elsewhere; or, if that is more
     than all of the above, an embedding or head
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
@@ -38,6 +42,7 @@ from gptq_cli.results import DevicePlan
 MIB = 1 << 20
 SOLVE_BYTES = 14
 PACK_BYTES = 10
+TARGET_BYTES = 16
 FLIGHT_HIDDEN = 6
 FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
@@ -106,21 +111,28 @@ def work_set(
     tokens = work.calibration.samples * work.calibration.seq_len
     parks = parked and work.quantize.true_sequential
     widest = max(stage.in_features for stage in stages)
-    activations = tokens * b * (facts.hidden_size + (widest if parks else 0))
+    dense = work.quantize.solve_for == "dense"
+    activations = (2 if dense else 1) * tokens * b * (facts.hidden_size + (widest if parks else 0))
+    copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     number = max(b, 4) if on_cpu else b
     flight = (
         t * number * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
     )
+    kept = 4 if dense else 1
     squares = sum(4 * stage.in_features**2 for stage in stages)
     moments = []
     for stage in stages:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
-        held = square if work.quantize.true_sequential else squares
+        others = 0 if work.quantize.true_sequential else kept * (squares - square)
+        widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
+        solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [
-            WorkSet(flight + min(CHUNK_BYTES, 4 * t * stage.in_features), held, 0, activations),
-            WorkSet(SOLVE_BYTES * weights, held + square, 0, activations),
-            WorkSet(0, held, PACK_BYTES * weights, activations),
+            WorkSet(copy + flight + widened, others + kept * square, 0, activations),
+            WorkSet(copy + solving, others + 2 * square, 0, activations),
+            WorkSet(copy, others + square, PACK_BYTES * weights, activations),
         ]
+        if dense:
+            moments.append(WorkSet(copy + TARGET_BYTES * weights, others + 6 * square, 0, activations))
     return max(moments, key=lambda moment: moment.total_bytes)
 
 

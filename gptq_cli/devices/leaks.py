@@ -1,0 +1,46 @@
+"""Noticing memory that grows block after block.
+
+After a block's flush an accelerator should hold what it held after the block before: weights at home and
+the hidden states of the samples. Where it holds more every time, something keeps tensors alive, and a long
+run will die of it. The CPU is not judged: its resident set also grows as pages are touched for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gptq_cli.device import format_size
+from gptq_cli.events import DeviceMemory
+
+LEAST_GROWTH_BYTES = 1 << 20
+BLOCKS_IN_A_ROW = 4
+"""Growths in a row that are no accident."""
+
+
+class LeakWatch:
+    """Reads memory after each block's flush; speaks once a device."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, int] = {}
+        self._growths: dict[str, list[int]] = {}
+        self._said: set[str] = set()
+
+    def see(self, after: Iterable[DeviceMemory]) -> tuple[str, ...]:
+        """Take the readings after a flush; one sentence for each device that has just been found to leak."""
+        found = []
+        for memory in after:
+            if memory.device == "cpu":
+                continue
+            growth = memory.allocated_bytes - self._last.get(memory.device, memory.allocated_bytes)
+            self._last[memory.device] = memory.allocated_bytes
+            growths = self._growths.setdefault(memory.device, [])
+            growths.append(growth)
+            if growth < LEAST_GROWTH_BYTES:
+                growths.clear()
+            if len(growths) >= BLOCKS_IN_A_ROW and memory.device not in self._said:
+                self._said.add(memory.device)
+                found.append(
+                    f"memory of {memory.device} grows by {format_size(sum(growths) // len(growths))} a block, "
+                    f"{len(growths)} blocks in a row; {format_size(memory.allocated_bytes)} are in use now"
+                )
+        return tuple(found)
