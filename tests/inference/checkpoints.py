@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,8 @@ def dense_twin(
         tensors |= load_file(shard)
     for name, weight in weights.items():
         tensors[f"{name}.weight"] = (weight.t() if transposed else weight).to(torch.float32).contiguous()
-    copy = source.parent / f"{source.name}-twin-{abs(hash((str(source), tuple(weights), str(dtype))))}"
-    if not copy.exists():
-        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    copy = Path(tempfile.mkdtemp(dir=source.parent)) / "twin"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, copy / "model.safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=dtype)
     return model.eval()

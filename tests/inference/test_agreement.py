@@ -1,0 +1,59 @@
+"""KL, top-1 and both perplexities against their definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptq_cli.config import ModelRef
+from gptq_cli.device import CPU
+from gptq_cli.errors import CheckpointError, NonFinite
+from gptq_cli.inference import perplexity as perplexity_module
+from gptq_cli.inference.agreement import compare, open_dense
+from gptq_cli.inference.perplexity import perplexity
+from gptq_cli.placement import Placement, PlacementEntry
+from tests.inference.test_perplexity import Bigram, by_definition
+
+
+@pytest.mark.parametrize("elements", [1, 25, 1 << 24])
+def test_the_definitions(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perplexity_module, "LOGIT_ELEMENTS", elements)
+    dense, quantized = torch.randn(9, 9), torch.randn(9, 9)
+    windows = torch.randint(0, 9, (4, 6))
+    found = compare(Bigram(quantized), Bigram(dense), windows)
+    rows = windows.flatten()
+    p, q = dense[rows].double().log_softmax(1), quantized[rows].double().log_softmax(1)
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-5)
+    assert found.top1 == pytest.approx(float((p.argmax(1) == q.argmax(1)).double().mean()))
+    assert found.perplexity == pytest.approx(by_definition(quantized, windows), rel=1e-5)
+    assert found.dense_perplexity == pytest.approx(by_definition(dense, windows), rel=1e-5)
+    assert found.perplexity_gap == pytest.approx(found.perplexity / found.dense_perplexity - 1)
+    assert (found.tokens, found.windows) == (24, 4)
+
+
+def test_a_model_agrees_with_itself() -> None:
+    model = Bigram(torch.randn(9, 9))
+    found = compare(model, model, torch.randint(0, 9, (2, 5)))
+    assert (found.kl, found.top1, found.perplexity_gap) == (0.0, 1.0, 0.0)
+
+
+def test_other_vocabularies_cannot_be_compared() -> None:
+    with pytest.raises(CheckpointError, match="9 output tokens, the dense one 8"):
+        compare(Bigram(torch.randn(9, 9)), Bigram(torch.randn(8, 8)), torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_not_a_number_is_an_error() -> None:
+    bad = torch.full((5, 5), float("nan"))
+    with pytest.raises(NonFinite, match="window 0"):
+        compare(Bigram(bad), Bigram(torch.zeros(5, 5)), torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_the_dense_model_is_opened_on_the_main_device(tiny_llama: Path) -> None:
+    placement = Placement((PlacementEntry("", CPU, 0, True),), CPU, "test")
+    model = open_dense(ModelRef(model=str(tiny_llama)), placement)
+    windows = torch.randint(2, 500, (1, 8))
+    found = compare(model, model, windows)
+    assert found.kl == pytest.approx(0, abs=1e-7)
+    assert found.perplexity == pytest.approx(perplexity(model, windows).value, rel=1e-5)
