@@ -252,22 +252,29 @@ def refine(
     return codes, scales
 
 
-def gptq_per_column(
-    W: Tensor, H: Tensor, bits: int, group_size: int, damp_percent: float
+def gptq_original(
+    W: Tensor, H: Tensor, bits: int, group_size: int, damp_percent: float, block: int = 128
 ) -> Tensor:  # Q (N, K)
-    """The plain loop that most programs run: symmetric min/max scales, one column at a time, any dtype.
+    """The loop that most programs run, in any dtype: symmetric min/max scales, columns as they are.
 
-    Cholesky, inverse, Cholesky, then `W[:, j+1:] -= e ⊗ U[j, j+1:]` for every column. The benchmark's rival.
+    Cholesky, inverse, Cholesky; one outer product a column within a block; every later column rewritten after
+    it. As the original code, but for reading a group's scale from its current columns. `block` must be a
+    multiple of `group_size`. The benchmark's rival.
     """
     W, K = W.clone(), W.shape[1]
     damped = H + damp_percent * H.diagonal().mean() * torch.eye(K, dtype=H.dtype)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     Q, half = torch.zeros_like(W), 2 ** (bits - 1)
     scale = W.new_ones(W.shape[0])
-    for j in range(K):
-        if j % group_size == 0:
-            scale = (W[:, j : j + group_size].abs().amax(1) * 2 / (2**bits - 1)).half().to(W.dtype)
-        Q[:, j] = torch.clamp(torch.round(W[:, j] / scale), -half, half - 1) * scale
-        e = (W[:, j] - Q[:, j]) / U[j, j]
-        W[:, j + 1 :] -= torch.outer(e, U[j, j + 1 :])
+    for i1 in range(0, K, block):
+        i2 = min(i1 + block, K)
+        B, E, Ub = W[:, i1:i2].clone(), torch.zeros_like(W[:, i1:i2]), U[i1:i2, i1:i2]
+        for j in range(i2 - i1):
+            if (i1 + j) % group_size == 0:
+                scale = (B[:, j : j + group_size].abs().amax(1) * 2 / (2**bits - 1)).half().to(W.dtype)
+            q = torch.clamp(torch.round(B[:, j] / scale), -half, half - 1) * scale
+            E[:, j] = (B[:, j] - q) / Ub[j, j]
+            B[:, j:] -= E[:, j].unsqueeze(1).matmul(Ub[j, j:].unsqueeze(0))
+            Q[:, i1 + j] = q
+        W[:, i2:] -= E @ U[i1:i2, i2:]
     return Q

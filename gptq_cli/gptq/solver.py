@@ -64,25 +64,20 @@ def quantize_linears(
     K = H.shape[0]
     g = K if config.group_size == -1 else min(config.group_size, K)
     rows = [weight.shape[0] for weight in weights]
+    goals = weights if targets is None else targets
 
-    W = _stack(weights, H)
-    with fast_products():
-        energy = row_losses(W, H)
-    rtn_losses = relative_losses(_rtn_error(W, H, g, grid), energy, rows)
-    if targets is not None:
-        W = _stack(targets, H)
+    energy, rtn_error = _baseline(_stack(weights, H), H, g, grid)
     order = column_order(H, config)
     factor = factorize(H, order, config.damp_percent)
     method: Method = "rtn" if factor.RT is None else "gptq"
     if factor.RT is None:
-        scales, zeros = group_parameters(W, H.diagonal(), g, grid)
-        solution = round_to_nearest(W, scales, zeros, g, grid)
+        W = _stack(goals, H)
+        solution = round_to_nearest(W, *group_parameters(W, H.diagonal(), g, grid), g, grid)
         error = row_losses(solution.D, H)
     else:
-        solution = _solve(W, H, order, factor.RT, g, grid, config)
+        solution, damped = _solve(_stack(goals, H), H, order, factor.RT, g, grid, config)
         factor = replace(factor, RT=None)  # K² numbers, not needed any more
-        del W
-        error = _refined(solution, H, factor.damping, config)
+        error = _refined(solution, damped, H, factor.damping, config)
 
     g_idx = torch.empty(K, dtype=torch.int32, device=H.device)
     g_idx[solution.columns] = torch.arange(K, dtype=torch.int32, device=H.device) // g
@@ -91,7 +86,7 @@ def quantize_linears(
         torch.split(solution.scales, rows, 1),
         torch.split(solution.zeros, rows, 1),
         relative_losses(error, energy, rows),
-        rtn_losses,
+        relative_losses(rtn_error, energy, rows),
         strict=True,
     )
     return [
@@ -112,7 +107,7 @@ def quantize_linears(
 
 def _solve(
     W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig
-) -> Solution:
+) -> tuple[Solution, Tensor]:  # and the damped loss of every row (N,)
     """GPTQ with the order and the groups that the configuration asks for; back in original order."""
     K, N = W.shape
     natural = torch.arange(K, device=W.device)
@@ -125,40 +120,36 @@ def _solve(
     else:
         scales, zeros = W.new_empty(-(-K // g), N), W.new_empty(-(-K // g), N)
         group_of, columns = natural // g, order
-    D = W.index_select(0, order)
-    codes = gptq(
-        D, RT, diagonal[order], group_of, scales, zeros, g, grid,
+    W = W.index_select(0, order)
+    codes, damped = gptq(
+        W, RT, diagonal[order], group_of, scales, zeros, g, grid,
         dynamic=not static, column_batch=config.column_batch,
     )  # fmt: skip
     back = torch.argsort(order)
-    return Solution(
-        codes=codes.index_select(0, back),
-        D=D.index_select(0, back),
-        scales=scales,
-        zeros=zeros,
-        columns=columns,
-        group_size=g,
-        grid=grid,
+    codes, D = codes.index_select(0, back), W.index_select(0, back)
+    solution = Solution(
+        codes=codes, D=D, scales=scales, zeros=zeros, columns=columns, group_size=g, grid=grid
     )
+    return solution, damped
 
 
-def _refined(solution: Solution, H: Tensor, damping: Tensor, config: QuantizeConfig) -> Tensor:  # (N,)
+def _refined(
+    solution: Solution, damped: Tensor, H: Tensor, damping: Tensor, config: QuantizeConfig
+) -> Tensor:  # (N,)
     """Refine in place, take back the rows whose damped loss did not fall; the undamped loss of every row."""
+    before = damped - damping * solution.D.square().sum(0)
     passes = max(config.sweeps, int(config.refit))
     if passes == 0:
-        with fast_products():
-            return row_losses(solution.D, H)
+        return before
+    codes, scales = solution.codes.clone(), solution.scales.clone()
+    for i in range(passes):
+        refine_once(
+            solution, H, damping,
+            sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch,
+        )  # fmt: skip
     with exact_products():
-        before = row_losses(solution.D, H)
-        damped = before + damping * solution.D.square().sum(0)
-        codes, scales = solution.codes.clone(), solution.scales.clone()
-        for i in range(passes):
-            refine_once(
-                solution, H, damping,
-                sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch,
-            )  # fmt: skip
         after = row_losses(solution.D, H)
-        worse = ~(after + damping * solution.D.square().sum(0) < damped)
+    worse = ~(after + damping * solution.D.square().sum(0) < damped)
     solution.codes.copy_(torch.where(worse, codes, solution.codes))
     solution.scales.copy_(torch.where(worse, scales, solution.scales))
     return torch.where(worse, before, after)
@@ -171,13 +162,13 @@ def _stack(weights: Sequence[Tensor], H: Tensor) -> Tensor:  # (K, ΣN) transpos
     return W
 
 
-def _rtn_error(W: Tensor, H: Tensor, g: int, grid: Grid) -> Tensor:  # (N,)
-    """Row losses of plain round-to-nearest with min/max scales: the figure to beat."""
+def _baseline(W: Tensor, H: Tensor, g: int, grid: Grid) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """Row losses of W itself, and of round-to-nearest with min/max scales: the figure to beat."""
     plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
-    scales, zeros = group_parameters(W, H.diagonal(), g, plain)
-    D = round_to_nearest(W, scales, zeros, g, plain).D
     with fast_products():
-        return row_losses(D, H)
+        energy = row_losses(W, H)
+        scales, zeros = group_parameters(W, H.diagonal(), g, plain)
+        return energy, row_losses(round_to_nearest(W, scales, zeros, g, plain).D, H)
 
 
 def _refuse_nonfinite(weights: Sequence[Tensor], H: Tensor, grid: Grid) -> None:

@@ -69,12 +69,12 @@ def test_codes_and_scales_equal_the_textbook(case: dict[str, Any], K: int) -> No
     assert (got.method, got.attempts, got.damp_percent) == ("gptq", 1, config.damp_percent)
 
 
-def test_the_plain_loop_is_the_same_algorithm() -> None:
+def test_the_original_loop_is_the_same_algorithm() -> None:
     """Optimal Brain Quantization and the original code's Cholesky form agree: the twin has a twin."""
     H, W = reference.hessian(activations(300, 48)), weights(6, 48)
     config = QuantizeConfig(**{**PLAIN, "group_size": 16, "damp_percent": 0.01})
     (got,) = quantize_linears([W], H, config)
-    Q = reference.gptq_per_column(W, H, 4, 16, 0.01)
+    Q = reference.gptq_original(W, H, 4, 16, 0.01, block=32)
     torch.testing.assert_close(got.dequantize(torch.float64), Q, rtol=1e-6, atol=1e-9)
 
 
