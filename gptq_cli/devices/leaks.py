@@ -2,7 +2,7 @@
 
 After a block's flush an accelerator should hold what it held after the block before: weights at home and
 the hidden states of the samples. Where it holds more every time, something keeps tensors alive, and a long
-run will die of it. The CPU is not judged: its resident set also grows as pages are touched for the first time.
+run will die of it. The CPU is not judged: its resident set also grows as pages are first touched.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ class LeakWatch:
                 growths.clear()
             if len(growths) >= BLOCKS_IN_A_ROW and memory.device not in self._said:
                 self._said.add(memory.device)
+                mean = format_size(sum(growths) // len(growths))
                 found.append(
-                    f"memory of {memory.device} grows by {format_size(sum(growths) // len(growths))} a block, "
+                    f"memory of {memory.device} grows by {mean} a block, "
                     f"{len(growths)} blocks in a row; {format_size(memory.allocated_bytes)} are in use now"
                 )
         return tuple(found)
