@@ -8,8 +8,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  with parked forwards also what waits between two stages, at most T · max K · b
     and the dearest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
-                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way (on
-                           the cpu b is at least 4 here: half precision is widened to compute),
+                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way,
                            and CHUNK_BYTES: activations widened to fp32
         solve    Hessian   8 · K²: H and the factor of the damped H
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
@@ -97,12 +96,7 @@ def micro_batch_tokens(work: Work) -> int:
 
 
 def work_set(
-    facts: ModelFacts,
-    stages: tuple[StageShape, ...],
-    work: Work | None,
-    *,
-    parked: bool,
-    on_cpu: bool = False,
+    facts: ModelFacts, stages: tuple[StageShape, ...], work: Work | None, *, parked: bool
 ) -> WorkSet:
     """The bytes that quantizing one block of these stages needs; nothing where no work is planned."""
     if work is None or not stages:
@@ -114,10 +108,7 @@ def work_set(
     dense = work.quantize.solve_for == "dense"
     activations = (2 if dense else 1) * tokens * b * (facts.hidden_size + (widest if parks else 0))
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
-    number = max(b, 4) if on_cpu else b
-    flight = (
-        t * number * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
-    )
+    flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
     kept = 4 if dense else 1
     squares = sum(4 * stage.in_features**2 for stage in stages)
     moments = []
@@ -144,16 +135,14 @@ def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
     return by_block
 
 
-def work_sets(
-    facts: ModelFacts, work: Work | None, *, parked: bool, on_cpu: bool = False
-) -> dict[str, WorkSet]:
+def work_sets(facts: ModelFacts, work: Work | None, *, parked: bool) -> dict[str, WorkSet]:
     """The work set of every block."""
     known: dict[tuple[StageShape, ...], WorkSet] = {}
     found = {}
     for block, linears in block_linears(facts).items():
         stages = stages_of(linears)
         if stages not in known:
-            known[stages] = work_set(facts, stages, work, parked=parked, on_cpu=on_cpu)
+            known[stages] = work_set(facts, stages, work, parked=parked)
         found[block] = known[stages]
     return found
 
@@ -179,7 +168,7 @@ def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
 def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[DevicePlan, ...]:
     """One plan a device of the placement (and the CPU, which always does something), accelerators first."""
     facts = case.facts
-    sets = work_sets(facts, case.work, parked=parked, on_cpu=placement.main_device == CPU)
+    sets = work_sets(facts, case.work, parked=parked)
     weights = dict(placement.size_bytes)
     busy: dict[Device, WorkSet] = {}
     main = placement.main_device

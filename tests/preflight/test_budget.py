@@ -26,8 +26,8 @@ H, INNER = 1024, 4096
 FACTS = llama(hidden=H, inner=INNER)
 
 
-def one(work: Work, *, parked: bool = False, on_cpu: bool = False) -> budget.WorkSet:
-    return work_sets(FACTS, work, parked=parked, on_cpu=on_cpu)["model.layers.3"]
+def one(work: Work, *, parked: bool = False) -> budget.WorkSet:
+    return work_sets(FACTS, work, parked=parked)["model.layers.3"]
 
 
 def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
@@ -44,8 +44,6 @@ def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
     found = one(work)
     assert found.working_bytes == t * 2 * (FLIGHT_HIDDEN * H + FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
     assert found.hessian_bytes == 4 * INNER**2
-    wide = one(work, on_cpu=True)
-    assert wide.working_bytes - CHUNK_BYTES == 2 * (found.working_bytes - CHUNK_BYTES)
 
 
 def test_parked_forwards_hold_the_widest_input() -> None:
