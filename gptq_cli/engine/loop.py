@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
+from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
 from gptq_cli.engine.finite import FiniteWatch
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
@@ -38,6 +39,7 @@ from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
     CacheFlushed,
+    DeviceMemory,
     FlushPoint,
     LinearQuantized,
     Observer,
@@ -103,6 +105,7 @@ def quantize_blocks(
         captured.dense[:] = captured.hidden
     _flush("capture", "", options, observer)
     reports = []
+    leaks = LeakWatch()
     for index, block in enumerate(blocks):
         started = time.perf_counter()
         reset_peak(options.devices)
@@ -122,13 +125,17 @@ def quantize_blocks(
         )
         reports.append(report)
         observer(BlockFinished(index=index, total=len(blocks), report=report, memory=memory))
-        _flush("block", block.name, options, observer)
+        for leak in leaks.see(_flush("block", block.name, options, observer)):
+            observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
     return tuple(reports)
 
 
-def _flush(where: FlushPoint, subject: str, options: LoopOptions, observer: Observer) -> None:
+def _flush(
+    where: FlushPoint, subject: str, options: LoopOptions, observer: Observer
+) -> tuple[DeviceMemory, ...]:
     before, after = flush(options.devices)
     observer(CacheFlushed(where=where, subject=subject, before=before, after=after))
+    return after
 
 
 @dataclass(frozen=True, slots=True)
