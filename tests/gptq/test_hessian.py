@@ -150,3 +150,15 @@ def test_shrinking_weighs_by_tokens() -> None:
     torch.testing.assert_close(shrink(H, 10, pool), (10 * H + 6 * pool) / 16)
     torch.testing.assert_close(shrink(H, 0, pool), pool)
     torch.testing.assert_close(shrink(H, 30, pool, prior_tokens=10), 0.75 * H + 0.25 * pool)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_on_a_gpu_are_exact(dtype: torch.dtype) -> None:
+    X = activations(900, 333).to(dtype).cuda()
+    with Hessian(333, "cuda") as hessian:
+        hessian.add(X)
+        H = hessian.matrix()
+    exact = X.double().T @ X.double() / 900
+    assert float((H - exact).norm() / exact.norm()) < 2e-6
