@@ -20,6 +20,8 @@ ScaleSearch = Literal["minmax", "mse", "hessian"]
 SolveFor = Literal["own", "dense"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
+Recipe = Literal["fast", "balanced", "best"]
+
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
 
 
@@ -64,7 +66,7 @@ class QuantizeConfig:
     """Cyclic coordinate-descent sweeps over the codes after the solve; 0: none."""
     refit: bool = True
     """After the sweeps, refit the scales in closed form where the loss falls."""
-    solve_for: SolveFor = "own"
+    solve_for: SolveFor = "dense"
     """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what
     the dense model puts out there, as far as held-out samples bear that out."""
     column_batch: int = 128
@@ -97,6 +99,23 @@ class QuantizeConfig:
     def checkpoint_format(self) -> str:
         """ "gptq" (v1, stores zero - 1) for symmetric codes, "gptq_v2" (stores the zero) otherwise."""
         return "gptq" if self.sym else "gptq_v2"
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeOptions:
+    """The options that a recipe stands for; each can be set by itself."""
+
+    sweeps: int
+    refit: bool
+    solve_for: SolveFor
+
+
+RECIPES: dict[Recipe, RecipeOptions] = {
+    "fast": RecipeOptions(sweeps=0, refit=False, solve_for="own"),
+    "balanced": RecipeOptions(sweeps=1, refit=True, solve_for="dense"),
+    "best": RecipeOptions(sweeps=4, refit=True, solve_for="dense"),
+}
+"""Same format, same bits: they differ in time and accuracy. The fields' defaults are those of "balanced"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,12 +169,19 @@ PositiveScales = Annotated[
     bool,
     _flag("--positive-scales/--signed-scales", "Forbid negative scales, or allow them (sym only).", SOLVER),
 ]
-Sweeps = Annotated[
-    int, _option("--sweeps", "Coordinate-descent sweeps over the codes after the solve.", SOLVER, "N")
+Recipe = Annotated[
+    config.Recipe,
+    _option(
+        "--recipe", "fast, balanced or best: defaults of --sweeps, --refit, --solve-for.", RECIPE, "NAME"
+    ),
 ]
-Refit = Annotated[bool, _flag("--refit/--no-refit", "Refit the scales where the loss falls.", SOLVER)]
+Sweeps = Annotated[
+    int | None,
+    _option("--sweeps", "Coordinate-descent sweeps over the codes after the solve.", SOLVER, "N"),
+]
+Refit = Annotated[bool | None, _flag("--refit/--no-refit", "Refit the scales where the loss falls.", SOLVER)]
 SolveFor = Annotated[
-    config.SolveFor,
+    config.SolveFor | None,
     _option(
         "--solve-for", "Whose outputs a linear should meet: own or dense (the dense model's).", SOLVER, "KIND"
     ),

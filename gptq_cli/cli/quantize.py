@@ -8,7 +8,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch, without_findings
-from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.config import RECIPES, CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.device import parse_size
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
@@ -26,6 +26,7 @@ def quantize(
     overwrite: o.Overwrite = False,
     max_shard_size: o.MaxShardSize = "5GB",
     report: o.Report = None,
+    recipe: o.Recipe = "balanced",
     bits: o.Bits = RECIPE.bits,
     group_size: o.GroupSize = RECIPE.group_size,
     sym: o.Sym = RECIPE.sym,
@@ -46,9 +47,9 @@ def quantize(
     true_sequential: o.TrueSequential = RECIPE.true_sequential,
     scale_search: o.ScaleSearch = RECIPE.scale_search,
     positive_scales: o.PositiveScales = RECIPE.positive_scales,
-    sweeps: o.Sweeps = RECIPE.sweeps,
-    refit: o.Refit = RECIPE.refit,
-    solve_for: o.SolveFor = RECIPE.solve_for,
+    sweeps: o.Sweeps = None,
+    refit: o.Refit = None,
+    solve_for: o.SolveFor = None,
     column_batch: o.ColumnBatch = RECIPE.column_batch,
     dry_run: o.DryRun = False,
     strict: o.Strict = False,
@@ -64,6 +65,7 @@ def quantize(
     The checkpoint appears as the last act: an interrupted run leaves nothing that looks like one.
     """
     session: Session = context.obj
+    chosen = RECIPES[recipe]
     if devices is not None and not dry_run:
         raise ConfigError(
             "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
@@ -85,9 +87,9 @@ def quantize(
             true_sequential=true_sequential,
             scale_search=scale_search,
             positive_scales=positive_scales,
-            sweeps=sweeps,
-            refit=refit,
-            solve_for=solve_for,
+            sweeps=sweeps if sweeps is not None else chosen.sweeps,
+            refit=refit if refit is not None else chosen.refit,
+            solve_for=solve_for if solve_for is not None else chosen.solve_for,
             column_batch=column_batch,
         ),
         calibration=CalibrationConfig(

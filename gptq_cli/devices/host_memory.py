@@ -114,7 +114,7 @@ def _read_kib(path: Path, key: str) -> int | None:
 def steady_heap() -> None:
     """Keep the resident set near what is in use, where the C library can (glibc); else do nothing.
 
-    Parked forwards allocate in one thread and free in another. glibc gives each thread an arena of its own and
+    Parked forwards allocate in one thread and free in another. glibc gives each thread its own arena and
     keeps what is freed there, and its threshold for handing large blocks back grows with use: the same run
     then holds half as much again. One arena and a fixed threshold end both. Process-wide, so the command line
     asks for it and the library never does.

@@ -29,19 +29,16 @@ def test_a_signal_in_the_middle_of_a_block(number: signal.Signals, tiny_llama: P
         "32",
     ]
     words += ["--samples", "200", "--seq-len", "256", "--batch-size", "1", "--progress", "jsonl"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gptq_cli", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if json.loads(line)["type"] == "LinearQuantized":
-            process.send_signal(number)
-            break
-    stdout, stderr = process.communicate(timeout=60)
+    command = [sys.executable, "-m", "gptq_cli", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if json.loads(line)["event"] == "LinearQuantized":
+                process.send_signal(number)
+                break
+        stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
