@@ -9,6 +9,7 @@ import torch
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq import solver
+from gptq_cli.gptq.refine import _scale_step
 from gptq_cli.gptq.solver import quantize_linears
 from tests.gptq.cases import activations, weights
 
@@ -56,6 +57,15 @@ def test_a_row_that_got_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(kept.scales[3:], plain.scales[3:])
     assert (kept.codes[:3] == 1).all()
     assert torch.equal(kept.scales[:3], plain.scales[:3] * 2)
+    errors, energy = row_losses(W, plain.dequantize(), H), row_losses(W, torch.zeros_like(W), H)
+    told = float(errors[:3].sum() / 4 + errors[3:].sum()) / float(energy.sum())
+    assert kept.loss == pytest.approx(told, rel=1e-4)
+
+
+def test_a_scale_never_changes_sign_and_never_vanishes() -> None:
+    s = torch.tensor([0.1, -0.1, 0.1, 1e-7])
+    along, curve = torch.tensor([-1.0, 1.0, 1.0, -1e-7]), torch.ones(4)
+    assert (s + _scale_step(s, along, curve)).tolist() == pytest.approx([0.1, -0.1, 1.1, 1e-7], rel=1e-3)
 
 
 def test_refit_scales_keep_their_sign() -> None:
