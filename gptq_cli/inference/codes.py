@@ -22,30 +22,42 @@ from gptq_cli.gptq.packing import unpack_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCodes:
-    """One linear, unpacked. `group` is a number of rows; a last group may hold fewer."""
+    """One linear. `group` is a number of rows; a last group may hold fewer.
 
-    codes: Tensor  # (K, N) uint8
+    The codes are kept as the words of the file until somebody asks for `rows()`: the commonest kernel never
+    does, it repacks the words.
+    """
+
+    words: Tensor | None  # (ceil(K * bits / 32), N) int32, rows in input order; None: `codes` is given
     scales: Tensor  # (G, N) floating
     zeros: Tensor  # (G, N) int16
     bits: int
     group: int
+    in_features: int
+    """K."""
+    out_features: int
+    """N."""
     order: Tensor | None = None  # (K,) int64
     row_group: Tensor | None = None  # (K,) int64, only where groups are no runs of `group` rows
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.codes.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.codes.shape[1]
+    codes: Tensor | None = None  # (K, N) uint8, rows in solved order
 
     @property
     def symmetric(self) -> bool:
         """True when every zero is the middle code, so that no zero term is needed."""
         return bool((self.zeros == 1 << (self.bits - 1)).all())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the linear lies."""
+        return self.scales.device
+
+    def rows(self) -> Tensor:
+        """(K, N) uint8 codes in solved order."""
+        if self.codes is not None:
+            return self.codes
+        assert self.words is not None
+        codes = unpack_rows(self.words, self.bits, self.in_features)
+        return codes if self.order is None else codes.index_select(0, self.order)
 
 
 def unpack_zeros(
@@ -84,9 +96,15 @@ def read_codes(
     _expect(name, "qweight", tuple(qweight.shape), (-(-in_features * bits // 32), out_features))
     _expect(name, "qzeros", tuple(qzeros.shape), (groups, -(-out_features * bits // 32)))
     _expect(name, "scales", tuple(scales.shape), (groups, out_features))
-    codes = unpack_rows(qweight, bits, in_features)
-    zeros = unpack_zeros(qzeros, bits, out_features, checkpoint_format)
-    whole = LinearCodes(codes=codes, scales=scales, zeros=zeros, bits=bits, group=group)
+    whole = LinearCodes(
+        words=qweight,
+        scales=scales,
+        zeros=unpack_zeros(qzeros, bits, out_features, checkpoint_format),
+        bits=bits,
+        group=group,
+        in_features=in_features,
+        out_features=out_features,
+    )
     if g_idx is None:
         return whole
     _expect(name, "g_idx", tuple(g_idx.shape), (in_features,))
@@ -100,12 +118,7 @@ def read_codes(
         )
     order = torch.argsort(index, stable=True)
     ordered = index[order]
-    return replace(
-        whole,
-        codes=codes.index_select(0, order),
-        order=order,
-        row_group=None if torch.equal(ordered, trivial) else ordered,
-    )
+    return replace(whole, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
 
 
 def _expect(name: str, tensor: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
@@ -121,8 +134,8 @@ def as_four_bits(linear: LinearCodes) -> LinearCodes:
     if linear.bits > 3:
         return linear
     shift = (8 - linear.zeros).to(torch.uint8)
-    codes = linear.codes + spread(linear, shift)
-    return replace(linear, codes=codes, zeros=torch.full_like(linear.zeros, 8), bits=4)
+    codes = linear.rows() + spread(linear, shift)
+    return replace(linear, words=None, codes=codes, zeros=torch.full_like(linear.zeros, 8), bits=4)
 
 
 def spread(linear: LinearCodes, per_group: Tensor) -> Tensor:
@@ -134,7 +147,7 @@ def spread(linear: LinearCodes, per_group: Tensor) -> Tensor:
 
 def dequantize(linear: LinearCodes) -> Tensor:
     """The (N, K) float32 weight, columns in *input* order: what every kernel must equal."""
-    centred = linear.codes.to(torch.int16) - spread(linear, linear.zeros)
+    centred = linear.rows().to(torch.int16) - spread(linear, linear.zeros)
     weight = centred.float() * spread(linear, linear.scales.float())
     if linear.order is not None:
         weight = torch.empty_like(weight).index_copy_(0, linear.order, weight)

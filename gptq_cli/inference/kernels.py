@@ -27,6 +27,8 @@ from torch import Tensor
 from gptq_cli.inference.planes import Planes
 
 Held = dict[str, Tensor]
+_LOW_NIBBLES = 0x0F0F0F0F
+_REPACK_WORDS = 1 << 19
 
 
 class Kernel(ABC):
@@ -81,6 +83,33 @@ def to_nibbles(codes: Tensor, block: int) -> Tensor:  # (R, C) uint8, C % block 
     return packed.view(columns, rows // 2) if rows % 2 == 0 else packed
 
 
+def repack(words: Tensor, block: int) -> Tensor:  # (R / 8, C) int32, C % block == 0
+    """`to_nibbles` of 4-bit codes that are still in the checkpoint's words, some rows of words at a time.
+
+    Of two words of both half blocks, the even codes make one word of four finished bytes, the odd another.
+    """
+    count, columns = words.shape
+    half = block // 2
+    packed = torch.empty(columns // block, count, 4, 2, half, dtype=torch.uint8, device=words.device)
+    step = max(1, _REPACK_WORDS // columns)
+    for start in range(0, count, step):
+        halves = words[start : start + step].view(-1, columns // block, 2, half)
+        low, high = halves[:, :, 0], halves[:, :, 1]
+        even = (low & _LOW_NIBBLES) | ((high & _LOW_NIBBLES) << 4)
+        odd = ((low >> 4) & _LOW_NIBBLES) | (high & ~_LOW_NIBBLES)
+        target = packed[:, start : start + step].permute(1, 0, 2, 3, 4)
+        for byte in range(4):
+            target[:, :, byte, 0].copy_(even >> 8 * byte)
+            target[:, :, byte, 1].copy_(odd >> 8 * byte)
+    return packed.view(columns, 4 * count)
+
+
+def nibbles(planes: Planes, block: int) -> Tensor:
+    """The nibble layout of a linear, by the shortest way."""
+    words = planes.words()
+    return to_nibbles(planes.codes(), block) if words is None else repack(words, block)
+
+
 def from_nibbles(packed: Tensor, rows: int, planes: int, block: int, dtype: torch.dtype) -> Tensor:
     """Inverse of `to_nibbles`, centred: (rows, C) of q - 8, or of q - 128 from two planes."""
     blocks = packed.numel() // (planes * rows * (block // 2))
@@ -119,7 +148,7 @@ class Dequantize(Kernel):
     block = 64
 
     def hold(self, planes: Planes) -> Held:
-        held = {"packed": to_nibbles(planes.codes, self.block), "scales": planes.scales.contiguous()}
+        held = {"packed": nibbles(planes, self.block), "scales": planes.scales.contiguous()}
         if planes.shifted:
             held["offsets"] = (planes.middle - planes.zeros).contiguous()
         if planes.row_group is not None:
@@ -160,7 +189,7 @@ class CpuInt4(Kernel):
 
     def hold(self, planes: Planes) -> Held:
         scales_shifts = torch.stack(planes.stacked(), -1).to(self.dtype)
-        return {"packed": to_nibbles(planes.codes, self.block), "scales_shifts": scales_shifts.contiguous()}
+        return {"packed": nibbles(planes, self.block), "scales_shifts": scales_shifts.contiguous()}
 
     def fused(self, x: Tensor, held: Held) -> Tensor:
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(
@@ -207,7 +236,7 @@ class Tinygemm(Kernel):
         self.inner = next(inner for inner in (8, 4, 2) if planes.planes * planes.rows % (16 * inner) == 0)
 
     def hold(self, planes: Planes) -> Held:
-        columns_first = planes.codes.t()
+        columns_first = planes.codes().t()
         pairs = (columns_first[:, ::2] << 4 | columns_first[:, 1::2]).contiguous()
         return {
             "packed": torch.ops.aten._convert_weight_to_int4pack(pairs, self.inner),
@@ -272,7 +301,7 @@ class XpuInt4(Kernel):
     name = "xpu-int4"
 
     def hold(self, planes: Planes) -> Held:
-        columns_first = planes.codes.t()
+        columns_first = planes.codes().t()
         pairs = (columns_first[:, ::2] | columns_first[:, 1::2] << 4).contiguous()
         scales, zeros = planes.scales, planes.zeros
         if planes.planes == 2:

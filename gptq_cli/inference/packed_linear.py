@@ -94,7 +94,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = linear.bits, linear.group
-        device = linear.codes.device
+        device = linear.device
         choice = choose(linear, device, dtype, wish)
         planes = make_planes(linear, fused=choice.kernel.can_fuse)
         self.kernel = choice.kernel(planes, dtype)

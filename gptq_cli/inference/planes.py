@@ -32,7 +32,8 @@ COLUMN_BLOCK = 64
 class Planes:
     """What a kernel is built from. Groups are runs of `group` rows; `row_group` says where they are not."""
 
-    codes: Tensor  # (planes * rows, columns) uint8 in 0..15
+    linear: LinearCodes
+    """Four bits, or eight with two planes; not padded."""
     scales: Tensor  # (groups, columns), in the checkpoint's dtype
     zeros: Tensor  # (groups, columns) int16; the middle is 8, or 128 with two planes
     rows: int
@@ -50,6 +51,19 @@ class Planes:
     def shifted(self) -> bool:
         """True when some zero is not the middle."""
         return not bool((self.zeros == self.middle).all())
+
+    def codes(self) -> Tensor:
+        """(planes * rows, columns) uint8 in 0..15."""
+        linear = self.linear
+        codes = _pad(linear.rows(), self.rows - linear.in_features, self.columns - linear.out_features)
+        return codes if self.planes == 1 else torch.cat([codes >> 4, codes & 15])
+
+    def words(self) -> Tensor | None:
+        """(rows / 8, columns) int32 words of 4-bit codes where they can stay as in the file; else None."""
+        linear = self.linear
+        same = (linear.in_features, linear.out_features) == (self.rows, self.columns)
+        ready = linear.words is not None and linear.bits == 4 and linear.order is None
+        return linear.words if ready and same and self.rows % 8 == 0 else None
 
     def stacked(self) -> tuple[Tensor, Tensor]:
         """Scales and shifts of all planes, (planes * groups, columns) each: for kernels that see one matrix.
@@ -97,12 +111,9 @@ def make_planes(linear: LinearCodes, *, fused: bool) -> Planes:
         rows = -(-rows // group) * group
     columns = -(-linear.out_features // COLUMN_BLOCK) * COLUMN_BLOCK
     more_columns = columns - linear.out_features
-    codes = _pad(linear.codes, rows - linear.in_features, more_columns)
     planes = 2 if linear.bits == 8 else 1
-    if planes == 2:
-        codes = torch.cat([codes >> 4, codes & 15])
     return Planes(
-        codes=codes,
+        linear=linear,
         scales=_pad(scales, 0, more_columns),
         zeros=_pad(zeros, 0, more_columns, 8 if planes == 1 else 128),
         rows=rows,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.packing import pack_rows
 from gptq_cli.inference.codes import dequantize
 from gptq_cli.inference.kernels import (
     CpuInt4,
@@ -20,6 +21,7 @@ from gptq_cli.inference.kernels import (
     XpuInt4,
     cpu_block,
     from_nibbles,
+    repack,
     tile_order,
     to_nibbles,
     words_to_nibbles,
@@ -49,6 +51,29 @@ def test_nibble_layout(block: int) -> None:
     packed = to_nibbles(codes, block)
     assert torch.equal(packed.flatten(), slow_nibbles(codes, block).flatten())
     assert torch.equal(from_nibbles(packed, 6, 1, block, torch.float32), codes.float() - 8)
+
+
+@pytest.mark.parametrize("block", [64, 32])
+@pytest.mark.parametrize("step", [1, 1000, 1 << 19])
+def test_words_are_repacked_without_unpacking(block: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptq_cli.inference.kernels._REPACK_WORDS", step)
+    codes = torch.randint(0, 16, (72, 192), dtype=torch.uint8)
+    assert torch.equal(repack(pack_rows(codes, 4), block), to_nibbles(codes, block))
+
+
+def test_the_short_way_is_taken_only_where_it_is_right() -> None:
+    recipe = Recipe(group_size=32)
+    codes = read(quantize_slowly(random_weight(64, 64), recipe), recipe)
+    assert make_planes(codes, fused=True).words() is not None
+    ordered = Recipe(group_size=32, desc_act=True)
+    for other, rows, columns in (
+        (ordered, 64, 64),
+        (recipe, 60, 64),
+        (recipe, 64, 72),
+        (Recipe(bits=8, group_size=32), 64, 64),
+    ):
+        codes = read(quantize_slowly(random_weight(rows, columns), other), other)
+        assert make_planes(codes, fused=True).words() is None
 
 
 @pytest.mark.parametrize("block", [64, 32])
