@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -195,6 +196,14 @@ def _read_generation_config(checkpoint: QuantizedCheckpoint) -> None:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"generation_config.json cannot be read: {error}") from error
         checkpoint.model.generation_config = config
+
+
+def compile_forward(model: Any) -> None:
+    """Let torch.compile fuse what lies between the kernels; the first calls then take a minute.
+
+    Never done by default. `dynamic`: one compilation serves prompts of every length.
+    """
+    model.forward = torch.compile(model.forward, dynamic=True)
 
 
 def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:

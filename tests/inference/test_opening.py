@@ -6,10 +6,12 @@ import json
 import pickle
 import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from torch import Tensor
 from gptq_cli.device import CPU, Device
 from gptq_cli.errors import CheckpointError
 from gptq_cli.inference.opening import (
+    compile_forward,
     default_placement,
     kernel_counts,
     load_quantized,
@@ -238,6 +241,69 @@ def test_experts_quantized_in_part_are_named(tiny: TinyFactory, tmp_path: Path) 
     save_file(tensors, tmp_path / "q" / "model.safetensors")
     with pytest.raises(CheckpointError, match="expert 2 has no quantized down projection"):
         load(tmp_path / "q")
+
+
+SPREAD = Placement(
+    (
+        PlacementEntry("model.embed_tokens", Device("cuda", 0), 1, True),
+        PlacementEntry("model.layers.0", Device("cuda", 0), 1, True),
+        PlacementEntry("model.layers.1", CPU, 1, True),
+        PlacementEntry("model.layers.2", CPU, 1, True),
+        PlacementEntry("model.norm", Device("cuda", 0), 1, True),
+        PlacementEntry("model.rotary_emb", Device("cuda", 0), 1, False),
+        PlacementEntry("lm_head", Device("cuda", 0), 1, True),
+    ),
+    Device("cuda", 0),
+    "a test that has no accelerator",
+)
+
+
+def test_cpu_entries_beside_an_accelerator(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offloaded linears are built for the main device, kept on the CPU, and run under accelerate's hooks.
+
+    The accelerator is played by the CPU; what accelerate is asked for is checked, and its hooks are real.
+    """
+    weights = quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
+    asked: dict[str, Any] = {}
+    built: list[Device] = []
+
+    def play(device: Device) -> torch.device:
+        built.append(device)
+        return torch.device("cpu")
+
+    def dispatch(model: Any, **options: Any) -> None:
+        asked.update(options)
+        for name, device in options["device_map"].items():
+            if device == "cpu":
+                accelerate.cpu_offload(
+                    model.get_submodule(name), execution_device=torch.device("cpu"), offload_buffers=True
+                )
+
+    monkeypatch.setattr("gptq_cli.inference.opening.torch_device", play)
+    monkeypatch.setattr(accelerate, "dispatch_model", dispatch)
+    checkpoint = open_checkpoint(tmp_path / "q", dtype="bfloat16")
+    model = load_quantized(checkpoint, SPREAD)
+    assert asked["device_map"] == SPREAD.accelerate_map()
+    assert asked["main_device"] == 0
+    assert asked["offload_buffers"] is True
+    assert built[:7] == [Device("cuda", 0)] * 7  # block 0: built where it stays
+    assert built[7:21] == [Device("cuda", 0), CPU] * 7  # block 1: built for the main device, then taken away
+    assert model.model.layers[1].mlp.up_proj.packed.is_meta
+    twin = dense_twin(tiny_llama, weights, torch.float32)
+    assert close_logits(logits(model), logits(twin), 0.1)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_answers_the_same(tiny_llama: Path, tmp_path: Path) -> None:
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
+    model = load(tmp_path / "q")
+    expected = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, while it compiles
+        compile_forward(model)
+        assert close_logits(logits(model), expected, 1e-4)
 
 
 # -- hostile and damaged checkpoints --------------------------------------------------------------
