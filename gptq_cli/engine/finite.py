@@ -1,7 +1,8 @@
-"""Noticing NaN and infinity, and naming where they came from.
+"""Naming the sample that brought NaN or infinity.
 
-Checking every activation as it passes would synchronise with the device each time. Instead each
-micro-batch leaves one sum a sample on the device, and the sums are read once a stage.
+A Hessian shows that something was not finite: every value lands on its diagonal, squared. So after each
+micro-batch one number is read there, K additions instead of a pass over the activations, and only when it is
+not finite are the activations searched.
 """
 
 from __future__ import annotations
@@ -12,25 +13,26 @@ from torch import Tensor
 from gptq_cli.errors import NonFinite
 
 
-class FiniteWatch:
-    """Remembers, for one stage, which samples were finite."""
+def blame_sample(
+    x: Tensor,  # (batch, …), the micro-batch after which the Hessian was not finite
+    first_sample: int,
+    block: str,
+    linear: str,
+) -> NonFinite:
+    """The error that names the block, the linear and the first sample of `x` that is not finite.
 
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-
-    def see(self, x: Tensor) -> None:
-        """Note a micro-batch x (batch, …)."""
-        self._sums.append(x.sum(dim=tuple(range(1, x.dim())), dtype=torch.float32))
-
-    def check(self, block: str, linear: str) -> None:
-        """Raise `NonFinite` naming the block, the linear and the first sample that was not finite."""
-        if not self._sums:
-            return
-        finite = torch.isfinite(torch.cat([sums.flatten() for sums in self._sums]))
-        if bool(finite.all()):
-            return
-        sample = int((~finite).nonzero()[0])
-        raise NonFinite(
-            f"the input of {linear!r} in block {block!r} is not finite for calibration sample {sample}",
-            hint="run with --dtype float32 or bfloat16, or leave that sample out",
+    When every value is finite, their squares overflowed in float32.
+    """
+    finite = torch.isfinite(x).flatten(1).all(dim=1)
+    if bool(finite.all()):
+        largest = float(x.abs().max())
+        return NonFinite(
+            f"the input of {linear!r} in block {block!r} reaches {largest:.3g}: its square overflows float32",
+            hint="the model overflows on this text: leave out the samples from "
+            f"{first_sample} to {first_sample + len(x) - 1}",
         )
+    sample = first_sample + int((~finite).nonzero()[0])
+    return NonFinite(
+        f"the input of {linear!r} in block {block!r} is not finite for calibration sample {sample}",
+        hint="run with --dtype float32 or bfloat16, or leave that sample out",
+    )

@@ -31,7 +31,7 @@ from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
-from gptq_cli.engine.finite import FiniteWatch
+from gptq_cli.engine.finite import blame_sample
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.stages import Stage, find_stages
 from gptq_cli.errors import GptqError, NotPositiveDefinite
@@ -213,7 +213,7 @@ class _BlockWork:
     ) -> dict[Stage, StageMoments]:
         """The moments of each stage over every micro-batch; the inputs are checked to be finite."""
         paired = dense is not None and all(stage.once for stage in stages)
-        moments, watches = {}, {stage: FiniteWatch() for stage in stages}
+        moments = {}
         for stage in stages:
             in_features = weight_matrix(modules[stage.leader]).shape[1]
             moments[stage] = memory.enter_context(StageMoments(in_features, self.block.device, dense=paired))
@@ -223,14 +223,15 @@ class _BlockWork:
         for stage, x in run.inputs(stages):
             x_dense = next(twins)[1] if twins is not None else None
             moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0)
-            watches[stage].see(x)
+            if not moments[stage].is_finite():
+                raise blame_sample(
+                    x, starts[min(seen[stage], len(starts) - 1)], self.block.name, stage.leader
+                )
             seen[stage] += 1
             if stage is stages[-1] and seen[stage] <= len(starts):
                 self._advanced(position, [*starts, captured.samples][seen[stage]], captured.samples)
         if twins is not None and next(twins, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
-        for stage, watch in watches.items():
-            watch.check(self.block.name, stage.leader)
         return moments
 
     def _advanced(self, position: tuple[int, int], done: int, total: int) -> None:

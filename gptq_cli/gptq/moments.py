@@ -56,6 +56,10 @@ class StageMoments:
         """Tokens seen in all."""
         return self._fit.tokens + (self._held.tokens if self._held else 0)
 
+    def is_finite(self) -> bool:
+        """False when NaN or infinity came in."""
+        return self._fit.is_finite() and (self._held is None or self._held.is_finite())
+
     def add(
         self,
         x: Tensor,  # (batch, seq_len, K), or (tokens, K) where the model routes tokens

@@ -17,7 +17,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
     without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
     solving for the dense model's output (`solve_for`): activations twice, a dense copy of the block's
     linears, four moments of K² numbers instead of H, and one more point in time:
-        target   Hessian   24 · K²: four moments, H and its factor
+        target   Hessian   36 · K²: four moments, H, two sums, a factor and a difference
                  working   TARGET_BYTES · R · K; and 4 · R · K for the targets while solving
     working also counts what is lent to the device: the largest block from elsewhere; or, if that is more
     than all of the above, an embedding or head
@@ -42,6 +42,7 @@ MIB = 1 << 20
 SOLVE_BYTES = 14
 PACK_BYTES = 10
 TARGET_BYTES = 16
+TARGET_SQUARES = 9
 FLIGHT_HIDDEN = 6
 FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
@@ -49,7 +50,7 @@ CPU_BASELINE_BYTES = 450 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
 """Device context, library workspaces, and what the caching allocator cannot hand out again."""
-MICRO_BATCH_TOKENS = 8192
+MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch where no batch size was asked for."""
 
 
@@ -123,7 +124,9 @@ def work_set(
             WorkSet(copy, others + square, PACK_BYTES * weights, activations),
         ]
         if dense:
-            moments.append(WorkSet(copy + TARGET_BYTES * weights, others + 6 * square, 0, activations))
+            moments.append(
+                WorkSet(copy + TARGET_BYTES * weights, others + TARGET_SQUARES * square, 0, activations)
+            )
     return max(moments, key=lambda moment: moment.total_bytes)
 
 

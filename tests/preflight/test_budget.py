@@ -13,6 +13,7 @@ from gptq_cli.preflight.budget import (
     CHUNK_BYTES,
     FLIGHT_HIDDEN,
     FLIGHT_ROWS,
+    MICRO_BATCH_TOKENS,
     SOLVE_BYTES,
     micro_batch_tokens,
     packed_bytes,
@@ -31,7 +32,7 @@ def one(work: Work, *, parked: bool = False) -> budget.WorkSet:
 
 
 def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
-    found = one(Work(QuantizeConfig(), CalibrationConfig(samples=8, seq_len=128)))
+    found = one(Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=8, seq_len=128)))
     assert found.working_bytes + found.hessian_bytes == max(
         SOLVE_BYTES * INNER * H + 8 * INNER**2, SOLVE_BYTES * 2 * INNER * H + 8 * H**2
     )
@@ -39,7 +40,7 @@ def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
 
 
 def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
-    work = Work(QuantizeConfig(), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
     t = 32 * 2048
     found = one(work)
     assert found.working_bytes == t * 2 * (FLIGHT_HIDDEN * H + FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
@@ -47,25 +48,25 @@ def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
 
 
 def test_parked_forwards_hold_the_widest_input() -> None:
-    work = Work(QuantizeConfig(), CalibrationConfig(samples=64, seq_len=512))
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
     parked, replayed = one(work, parked=True), one(work)
     assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * INNER * 2
 
 
 def test_without_true_sequential_all_hessians_of_a_block_are_there() -> None:
     data = CalibrationConfig(samples=8, seq_len=128)
-    together = one(Work(QuantizeConfig(true_sequential=False), data), parked=True)
-    stepwise = one(Work(QuantizeConfig(), data))
+    together = one(Work(QuantizeConfig(true_sequential=False, solve_for="own"), data), parked=True)
+    stepwise = one(Work(QuantizeConfig(solve_for="own"), data))
     assert together.total_bytes - stepwise.total_bytes == 4 * 3 * H**2
     assert together.activation_bytes == stepwise.activation_bytes
 
 
 def test_solving_for_the_dense_output_holds_a_second_stream() -> None:
     data = CalibrationConfig(samples=4, seq_len=128)
-    own = one(Work(QuantizeConfig(), data), parked=True)
+    own = one(Work(QuantizeConfig(solve_for="own"), data), parked=True)
     dense = one(Work(QuantizeConfig(solve_for="dense"), data), parked=True)
     assert dense.activation_bytes == 2 * own.activation_bytes
-    assert dense.hessian_bytes == 24 * INNER**2
+    assert dense.hessian_bytes == 36 * INNER**2
     linears = 2 * (4 * H**2 + 3 * H * INNER)
     assert dense.working_bytes == linears + budget.TARGET_BYTES * H * INNER
 
@@ -73,16 +74,16 @@ def test_solving_for_the_dense_output_holds_a_second_stream() -> None:
 @pytest.mark.parametrize(
     ("samples", "seq_len", "batch_size", "tokens"),
     [
-        (128, 2048, None, 8192),
-        (128, 512, None, 8192),
-        (2, 512, None, 1024),
-        (128, 16384, None, 16384),
+        (128, MICRO_BATCH_TOKENS, None, MICRO_BATCH_TOKENS),
+        (128, MICRO_BATCH_TOKENS // 4, None, MICRO_BATCH_TOKENS),
+        (2, MICRO_BATCH_TOKENS // 4, None, MICRO_BATCH_TOKENS // 2),
+        (128, MICRO_BATCH_TOKENS * 2, None, MICRO_BATCH_TOKENS * 2),
         (8, 512, 2, 1024),
     ],
 )
 def test_micro_batch(samples: int, seq_len: int, batch_size: int | None, tokens: int) -> None:
     data = CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size)
-    assert micro_batch_tokens(Work(QuantizeConfig(), data)) == tokens
+    assert micro_batch_tokens(Work(QuantizeConfig(solve_for="own"), data)) == tokens
 
 
 def test_an_offloaded_block_is_lent_to_the_main_device() -> None:
@@ -134,7 +135,7 @@ def test_packed_bytes(bits: int, group_size: int, size: int) -> None:
 
 
 def test_size_of_the_result() -> None:
-    config = QuantizeConfig()
+    config = QuantizeConfig(solve_for="own")
     dense = FACTS.size_bytes - 128
     linears = sum(2 * x.in_features * x.out_features for x in FACTS.linears)
     assert quantized_bytes(FACTS, config) == dense - linears + sum(
@@ -145,7 +146,7 @@ def test_size_of_the_result() -> None:
 def test_more_positions_than_linears() -> None:
     bare = replace(FACTS, linears=())
     assert (
-        work_sets(bare, Work(QuantizeConfig(), CalibrationConfig()), parked=True)[
+        work_sets(bare, Work(QuantizeConfig(solve_for="own"), CalibrationConfig()), parked=True)[
             "model.layers.0"
         ].total_bytes
         == 0

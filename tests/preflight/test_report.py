@@ -94,7 +94,7 @@ def test_tree_sizes_add_up() -> None:
         ("model.norm=cpu,rest=0", BIG, "fits with warnings"),
         ("disk", BIG, "refused"),
         ("lm_head=7", BIG, "refused"),
-        ("auto", "cuda:0=1GiB,cpu=1GiB", "refused"),
+        ("auto", "cuda:0=512MiB,cpu=700MiB", "refused"),
         ("cpu", "cpu=64GiB", "fits"),
         ("mps", "mps=24GiB,cpu=24GiB", "fits"),
     ],
@@ -147,25 +147,30 @@ MACHINES = {
     "1x80": "cuda:0=80GiB,cpu=256GiB",
 }
 PLANS = {
-    ("8b", "1x24"): ("fits", "everything on cuda:0"),
-    ("8b", "2x24"): ("fits", "everything on cuda:0"),
-    ("8b", "1x80"): ("fits", "everything on cuda:0"),
-    ("70b", "2x24"): ("fits with warnings", "of 80 blocks on cuda:0 and cuda:1"),
-    ("70b", "1x80"): ("fits with warnings", "of 80 blocks on cuda:0"),
-    ("70b", "1x24"): ("refused", ""),
-    ("moe", "1x24"): ("fits with warnings", "of 48 blocks on cuda:0"),
-    ("moe", "2x24"): ("fits with warnings", "of 48 blocks on cuda:0 and cuda:1"),
-    ("moe", "1x80"): ("fits with warnings", "everything on cuda:0"),
+    ("8b", "1x24", "own"): ("fits", "everything on cuda:0"),
+    ("8b", "1x24", "dense"): ("fits with warnings", "of 32 blocks on cuda:0"),
+    ("8b", "2x24", "own"): ("fits", "everything on cuda:0"),
+    ("8b", "2x24", "dense"): ("fits", "everything on cuda:0 and cuda:1"),
+    ("8b", "1x80", "dense"): ("fits", "everything on cuda:0"),
+    ("70b", "1x24", "own"): ("refused", ""),
+    ("70b", "2x24", "own"): ("fits with warnings", "of 80 blocks on cuda:0 and cuda:1"),
+    ("70b", "2x24", "dense"): ("refused", ""),
+    ("70b", "1x80", "own"): ("fits with warnings", "of 80 blocks on cuda:0"),
+    ("70b", "1x80", "dense"): ("fits with warnings", "blocks"),
+    ("moe", "1x24", "dense"): ("fits with warnings", "of 48 blocks on cuda:0"),
+    ("moe", "2x24", "dense"): ("fits with warnings", "of 48 blocks on cuda:0 and cuda:1"),
+    ("moe", "1x80", "dense"): ("fits with warnings", "everything on cuda:0"),
 }
 
 
-@pytest.mark.parametrize(("model", "machine"), PLANS)
-def test_plans_for_real_models(fabricated: dict[str, Path], model: str, machine: str) -> None:
-    verdict, reason = PLANS[model, machine]
+@pytest.mark.parametrize(("model", "machine", "solve_for"), PLANS)
+def test_plans_for_real_models(fabricated: dict[str, Path], model: str, machine: str, solve_for: str) -> None:
+    verdict, reason = PLANS[model, machine, solve_for]
     job = InspectJob(
         model=ModelRef(model=str(fabricated[model])),
         device_map=DeviceMap.parse("auto"),
         devices=parse_inventory(MACHINES[machine]),
+        quantize=QuantizeConfig(solve_for=solve_for),  # type: ignore[arg-type]
     )
     made = inspect_map(job)
     assert made.verdict == verdict, made.findings

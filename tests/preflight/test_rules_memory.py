@@ -129,3 +129,11 @@ def test_memory_held_by_others_is_a_remedy_on_a_real_machine() -> None:
     made = resolve(DeviceMap.parse("0"), MODEL, busy, work=SMALL_WORK)
     (finding,) = [f for f in made.report.findings if f.rule == "memory-budget"]
     assert "end other processes (30.0 GiB on cuda:0" in finding.hint
+
+
+def test_a_remedy_that_asks_for_more_than_another_is_not_named() -> None:
+    work = Work(QuantizeConfig(solve_for="dense"), CalibrationConfig(samples=128, seq_len=2048))
+    made = resolved("0", MODEL, "cuda:0=19GiB,cpu=8GiB", work=work)
+    (finding,) = [f for f in made.report.findings if f.rule == "memory-budget"]
+    assert "--solve-for own (a little less accurate)" in finding.hint
+    assert "--solve-for own --" not in finding.hint
