@@ -176,6 +176,9 @@ def some_blocks_on_cpu(problem: Problem) -> Iterator[Placement]:
             reason = (
                 f"{len(blocks) - count} of {len(blocks)} blocks on {{devices}}, {count}{also} on cpu: "
                 "the accelerators cannot hold all of them"
+                if count < len(blocks)
+                else f"all {count} blocks{also} on cpu, each lent to an accelerator in its turn: "
+                "the work on one needs all the room there is"
             )
             found = list(_spread(problem, rest, moved, reason, all_devices=True))
             if found:

@@ -29,7 +29,8 @@ def cheapest(case: MapCase, fits: Fits, count: int = 3) -> tuple[Remedy, ...]:
     """The first `count` candidates that fit."""
     found: list[Remedy] = []
     for remedy, changed in _candidates(case):
-        if fits(changed):
+        more_than_needed = any(remedy.change.startswith(f"{one.change} ") for one in found)
+        if not more_than_needed and fits(changed):
             found.append(remedy)
             if len(found) == count:
                 break
@@ -73,19 +74,25 @@ def _less_work(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
     if work is None:
         return
     data = work.calibration
+    also = ""
+    if work.quantize.solve_for == "dense":
+        also = "--solve-for own "
+        smaller = replace(work, quantize=replace(work.quantize, solve_for="own"))
+        yield Remedy("--solve-for own", "a little less accurate"), replace(case, work=smaller)
+        work = smaller
     if data.batch_size is None or data.batch_size > 1:
         smaller = replace(work, calibration=replace(data, batch_size=1))
-        yield Remedy("--batch-size 1", "a little slower"), replace(case, work=smaller)
+        yield Remedy(f"{also}--batch-size 1", "a little slower"), replace(case, work=smaller)
     for samples in (data.samples // 2, data.samples // 4):
         if samples >= 32:
             smaller = replace(work, calibration=replace(data, samples=samples, batch_size=1))
             price = f"{samples} instead of {data.samples} windows of calibration text"
-            yield Remedy(f"--samples {samples} --batch-size 1", price), replace(case, work=smaller)
+            yield Remedy(f"{also}--samples {samples} --batch-size 1", price), replace(case, work=smaller)
     for seq_len in (data.seq_len // 2, data.seq_len // 4):
         if seq_len >= 512:
             smaller = replace(work, calibration=replace(data, seq_len=seq_len, batch_size=1))
             price = f"windows of {seq_len} instead of {data.seq_len} tokens"
-            yield Remedy(f"--seq-len {seq_len} --batch-size 1", price), replace(case, work=smaller)
+            yield Remedy(f"{also}--seq-len {seq_len} --batch-size 1", price), replace(case, work=smaller)
 
 
 def _larger_card(case: MapCase, fits: Fits) -> list[Remedy]:
