@@ -51,6 +51,7 @@ from gptq_cli.preflight.facts import (
     model_facts,
     output_facts,
 )
+from gptq_cli.preflight.probe import estimate_seconds
 from gptq_cli.preflight.report import map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refuse_disk, resolve
 from gptq_cli.results import LoadReport, MapReport, RunReport, document
@@ -113,8 +114,17 @@ def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
         max_memory=job.max_memory,
         report=judged.findings,
         given=job.devices is not None,
-        plan=quantize_plan(judged.facts, judged.work, seconds=None),
+        plan=quantize_plan(judged.facts, judged.work, _seconds(job, judged)),
     )
+
+
+def _seconds(job: QuantizeJob, judged: _Judged) -> float | None:
+    """An estimate from a short probe of this machine; None where refused or planned for another."""
+    resolution = judged.resolution
+    if job.devices is not None or not judged.findings.ok or resolution.placement is None:
+        return None
+    main = resolution.placement.main_device
+    return estimate_seconds(judged.facts, judged.work, main, parked=resolution.parked)
 
 
 def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
