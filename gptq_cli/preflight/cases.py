@@ -68,6 +68,8 @@ class PlacedCase:
     case: MapCase
     placement: Placement
     plans: tuple[DevicePlan, ...]
+    without_cpu: str = ""
+    """What would keep everything on the accelerators, and its price; "" where nothing simple does."""
 
     @property
     def offload(self) -> tuple[str, ...]:

@@ -25,6 +25,11 @@ class Remedy:
         return f"{self.change} ({self.price})"
 
 
+def less_work(case: MapCase, fits: Fits) -> Remedy | None:
+    """The first way of asking for less work that fits."""
+    return next((remedy for remedy, changed in _less_work(case) if fits(changed)), None)
+
+
 def cheapest(case: MapCase, fits: Fits, count: int = 3) -> tuple[Remedy, ...]:
     """The first `count` candidates that fit."""
     found: list[Remedy] = []

@@ -12,6 +12,7 @@ from gptq_cli.preflight import rules_map, rules_memory, rules_placement
 from gptq_cli.preflight.budget import device_plans
 from gptq_cli.preflight.cases import Environment, MapCase, PlacedCase, Work
 from gptq_cli.preflight.planner import Plan, make_plan
+from gptq_cli.preflight.remedies import less_work
 from gptq_cli.preflight.units import place
 from gptq_cli.results import DevicePlan
 
@@ -63,7 +64,10 @@ def resolve(
     findings += rules_memory.no_plan_fits(case, plan if case.spec.strategy else None, _fits)
     if plan is None or plan.placement is None:
         return Resolution(None, (), parked=False, offload=(), offload_skipped=(), report=_report(findings))
-    placed = PlacedCase(case=case, placement=plan.placement, plans=plan.plans)
+    remedy = less_work(case, _fits_without_cpu) if plan.placement.offloaded and case.spec.strategy else None
+    placed = PlacedCase(
+        case=case, placement=plan.placement, plans=plan.plans, without_cpu=str(remedy) if remedy else ""
+    )
     findings += [finding for rule in rules_placement.RULES for finding in rule(placed)]
     findings += rules_memory.memory_budget(placed, _fits)
     findings += rules_memory.memory_tight(placed)
@@ -109,6 +113,12 @@ def _fits(case: MapCase) -> bool:
     refused = rules_placement.block_split(placed) or rules_placement.tied_split(placed)
     absent = rules_map.device_absent(case) or rules_map.meta_device(case)
     return _all_fit(case, plan.plans) and not refused and not absent
+
+
+def _fits_without_cpu(case: MapCase) -> bool:
+    """Whether a strategy would find a plan that leaves the cpu out."""
+    plan = make_plan(case.spec.strategy or "auto", case)
+    return plan.placement is not None and not plan.placement.offloaded
 
 
 def refuse_disk(placement: Placement | DeviceMap) -> None:

@@ -134,7 +134,9 @@ def cpu_offload(placed: PlacedCase) -> list[Finding]:
                 f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and "
                 f"execute on {placed.placement.main_device}; {chain}{without}"
             ),
-            hint="--device-map auto uses cpu only where it must; --device-map cpu runs without hooks",
+            hint=f"{placed.without_cpu} keeps everything on accelerators"
+            if placed.without_cpu
+            else "--device-map auto uses cpu only where it must; --device-map cpu runs without hooks",
             modules=names,
             size_bytes=size,
         )

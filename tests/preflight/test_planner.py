@@ -218,3 +218,13 @@ def test_an_unusual_dtype_counts() -> None:
     assert made.placement is None
     assert "--dtype bfloat16" in made.report.findings[0].hint
     assert replace(wide, dtype="bfloat16").dtype_bytes == 2
+
+
+def test_an_offload_that_less_work_would_avoid_says_so() -> None:
+    work = Work(QuantizeConfig(solve_for="dense"), CalibrationConfig(samples=128, seq_len=2048))
+    own = resolved("auto", MODEL, "cuda:0=19GiB,cpu=64GiB", work=work)
+    (finding,) = [f for f in own.report.findings if f.rule == "cpu-offload"]
+    assert finding.hint == "--solve-for own (a little less accurate) keeps everything on accelerators"
+    plain = resolved("auto", MODEL, "cuda:0=12GiB,cpu=64GiB", work=work)
+    (finding,) = [f for f in plain.report.findings if f.rule == "cpu-offload"]
+    assert "keeps everything" not in finding.hint
