@@ -216,7 +216,9 @@ class _BlockWork:
         moments = {}
         for stage in stages:
             in_features = weight_matrix(modules[stage.leader]).shape[1]
-            moments[stage] = memory.enter_context(StageMoments(in_features, self.block.device, dense=paired))
+            moments[stage] = memory.enter_context(
+                StageMoments(in_features, self.block.device, samples=captured.samples, dense=paired)
+            )
         starts = captured.first_sample
         seen = dict.fromkeys(stages, 0)
         twins = dense.inputs(stages) if dense is not None and paired else None

@@ -2,9 +2,9 @@
 
 Without a dense stream this is the Hessian alone. With one, each sample comes twice, as the quantized model
 sees it (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output:
-see target.py. How far to go, α, is not a setting to be tuned: the step is made from three
-samples of four, and the fourth, which it has not seen, says which α loses least. The step that is taken in
-the end is made from all samples, with that α. Fewer than four samples leave nothing to ask, so α is 0.
+see target.py. How far to go, α, is not a setting to be tuned: the step is made from the first three quarters
+of the samples, and the last quarter, which it has not seen, says which α loses least. The step that is taken
+in the end is made from all samples, with that α. Fewer than four samples leave nothing to ask: α is 0.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch import Tensor
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
 
-HELD_OUT_EVERY = 4
-"""Sample 3, 7, 11, … is held out."""
+HELD_OUT_SHARE = 4
+"""One sample of so many is held out: the last ones, which come from another part of the text."""
 
 
 class StageMoments:
     """Hessian of a stage, and with `dense` the cross moments for its target; freed on leaving `with`."""
 
-    def __init__(self, in_features: int, device: torch.device, *, dense: bool) -> None:
+    def __init__(self, in_features: int, device: torch.device, *, samples: int, dense: bool) -> None:
+        self._fit_samples = samples - samples // HELD_OUT_SHARE
         self._device = device
         self._stack = ExitStack()
         self._fit = self._stack.enter_context(Hessian(in_features, device))
@@ -70,16 +71,14 @@ class StageMoments:
         if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
             self._fit.add(x)
             return
-        error = dense - x
-        samples = torch.arange(first_sample, first_sample + x.shape[0], device=x.device)
-        held = samples % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        for chosen, hessian, cross in (
-            (~held, self._fit, self._fit_error),
-            (held, self._held, self._held_error),
+        cut = min(max(self._fit_samples - first_sample, 0), x.shape[0])
+        for part, dense_part, hessian, cross in (
+            (x[:cut], dense[:cut], self._fit, self._fit_error),
+            (x[cut:], dense[cut:], self._held, self._held_error),
         ):
-            if bool(chosen.any()):
-                hessian.add(x[chosen])
-                cross.add(error[chosen], x[chosen])
+            if len(part):
+                hessian.add(part)
+                cross.add(dense_part - part, part)
 
     def hessian(self) -> Tensor:  # (K, K)
         """H over every token; zeros where there was none."""

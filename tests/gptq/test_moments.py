@@ -1,0 +1,103 @@
+"""The moments of a stage: who judges, how far the target goes, and that it pays on text nobody has seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.moments import StageMoments
+from tests.gptq.cases import activations, weights
+
+K, SAMPLES, LENGTH = 24, 8, 60
+CPU = torch.device("cpu")
+
+
+def two_streams(samples: int = SAMPLES, noise: float = 0.1, seed: int = 50) -> tuple[Tensor, Tensor]:
+    """(dense, quant), each (samples, LENGTH, K) in float32: quant is a disturbed mixture of dense."""
+    dense = activations(samples * LENGTH, K).float().reshape(samples, LENGTH, K)
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.eye(K) + 0.05 * torch.randn(K, K, generator=generator)
+    return dense, dense @ mixing + noise * dense.std() * torch.randn(dense.shape, generator=generator)
+
+
+def collected(dense: Tensor, quant: Tensor, batch: int) -> tuple[Tensor, list[Tensor] | None, float]:
+    W = [weights(5, K, 1).float(), weights(3, K, 2).float()]
+    with StageMoments(K, CPU, samples=len(quant), dense=True) as moments:
+        for start in range(0, len(quant), batch):
+            moments.add(quant[start : start + batch], dense[start : start + batch], start)
+        assert moments.tokens == quant.shape[0] * LENGTH
+        H = moments.hessian()
+        return H, *moments.target(W, H, 0.05)
+
+
+def test_without_a_dense_stream_it_is_the_hessian() -> None:
+    _, quant = two_streams()
+    with StageMoments(K, CPU, samples=SAMPLES, dense=False) as moments:
+        moments.add(quant, None, 0)
+        H = moments.hessian()
+        assert moments.target([torch.ones(1, K)], H, 0.05) == (None, 0.0)
+    flat = quant.reshape(-1, K)
+    torch.testing.assert_close(H, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
+
+
+def test_the_cut_into_micro_batches_does_not_matter() -> None:
+    dense, quant = two_streams()
+    H, targets, alpha = collected(dense, quant, 8)
+    assert targets is not None
+    for batch in (1, 3, 5):
+        H_other, targets_other, alpha_other = collected(dense, quant, batch)
+        torch.testing.assert_close(H_other, H, rtol=1e-4, atol=1e-5)
+        assert alpha_other == pytest.approx(alpha, rel=1e-3)
+        assert targets_other is not None
+        for ours, theirs in zip(targets_other, targets, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_the_last_quarter_judges() -> None:
+    dense, quant = two_streams()
+    _, _, alpha = collected(dense, quant, 2)
+    assert alpha > 0.5, "the mixture is the same everywhere, so the step holds up"
+    other = dense.clone()
+    other[6:] = 2 * quant[6:] - dense[6:]  # there, the correction points the other way
+    assert collected(other, quant, 2)[2] == 0.0
+    other = dense.clone()
+    other[5] = 2 * quant[5] - dense[5]  # sample 5 belongs to the step, not to the judges
+    assert collected(other, quant, 2)[2] > 0.0
+
+
+def test_the_target_pays_on_samples_nobody_has_seen() -> None:
+    dense, quant = two_streams(samples=40)
+    _, targets, _ = collected(dense[:SAMPLES], quant[:SAMPLES], 4)
+    assert targets is not None
+    W = torch.cat([weights(5, K, 1), weights(3, K, 2)]).float()
+    goal = dense[SAMPLES:] @ W.T
+    before = (goal - quant[SAMPLES:] @ W.T).square().sum()
+    after = (goal - quant[SAMPLES:] @ torch.cat(targets).T).square().sum()
+    assert after < 0.8 * before
+
+
+def test_too_few_samples_leave_nothing_to_judge() -> None:
+    dense, quant = two_streams(samples=3)
+    assert collected(dense, quant, 1)[1:] == (None, 0.0)
+
+
+def test_no_token_gives_zeros_and_freed_moments_say_so() -> None:
+    moments = StageMoments(K, CPU, samples=8, dense=True)
+    assert moments.tokens == 0
+    assert torch.equal(moments.hessian(), torch.zeros(K, K))
+    moments.free()
+    with pytest.raises(RuntimeError, match="freed"):
+        moments.add(torch.ones(1, 2, K), torch.ones(1, 2, K), 0)
+
+
+def test_infinity_is_noticed_wherever_it_comes_in() -> None:
+    dense, quant = two_streams()
+    for sample in (0, 7):
+        with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
+            moments.add(quant, dense, 0)
+            assert moments.is_finite()
+            bad = quant.clone()
+            bad[sample, 3, 2] = torch.inf
+            moments.add(bad, dense, 0)
+            assert not moments.is_finite()
