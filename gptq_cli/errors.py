@@ -8,6 +8,7 @@
      │   ├─ CalibrationError           a calibration source that cannot be read or is too short
      │   └─ CheckpointError            a quantized checkpoint that is missing, truncated or inconsistent
      ├─ PreflightRefused           3   the facts forbid the job: nothing was written
+     │   └─ DiskOffloadRefused         … because something would lie on disk; a ValueError as well
      ├─ OutOfDeviceMemory          4   a device ran out of memory; what was finished is kept
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
@@ -82,6 +83,15 @@ class PreflightRefused(GptqError):  # noqa: N818 - it is a decision, not a defec
         count = len(errors)
         super().__init__(f"refused by preflight: {count} error{'s' if count != 1 else ''}")
         self.report = report
+
+
+class DiskOffloadRefused(PreflightRefused, ValueError):  # noqa: N818 - as its parent
+    """The device map sends something to disk, or would have to. The `ValueError` that GPTQ users know."""
+
+    def __init__(self, report: PreflightReport) -> None:
+        super().__init__(report)
+        self.args = ("disk offload is not supported with GPTQ quantization",)
+        self.message = self.args[0]
 
 
 class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it

@@ -19,7 +19,7 @@ from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, is_out_of_memory, phase, quantize_model
 from gptq_cli.engine.summary import Tally, summarize
-from gptq_cli.errors import CalibrationError, ModelError, OutOfDeviceMemory, PreflightRefused
+from gptq_cli.errors import CalibrationError, ModelError, OutOfDeviceMemory
 from gptq_cli.events import (
     FindingRaised,
     Observer,
@@ -53,7 +53,7 @@ from gptq_cli.preflight.facts import (
 )
 from gptq_cli.preflight.probe import estimate_seconds
 from gptq_cli.preflight.report import map_report, quantize_plan
-from gptq_cli.preflight.resolve import Resolution, refuse_disk, resolve
+from gptq_cli.preflight.resolve import Resolution, refusal, resolve
 from gptq_cli.results import LoadReport, MapReport, RunReport, document
 
 
@@ -61,8 +61,8 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     """Quantize a model and write the checkpoint to `job.out`.
 
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
-    `QualityGateFailed`. Whatever is raised, no working folder is left. A map with "disk" in it raises
-    `ValueError` here when preflight was not asked, that is never from the command line.
+    `QualityGateFailed`. Whatever is raised, no working folder is left. Where something would lie on disk, the
+    `PreflightRefused` is a `ValueError` as well.
     """
     started = time.perf_counter()
     tally = Tally(observer)
@@ -70,8 +70,7 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     _announce(judged.findings, tally)
     placement, tokens = judged.resolution.placement, judged.tokens
     if not judged.findings.ok or placement is None or tokens is None:
-        raise PreflightRefused(judged.findings)
-    refuse_disk(placement)
+        raise refusal(judged.findings)
     tally(_header(job, judged, placement, tokens))
     run = EngineRun(
         skeleton=judged.skeleton,
@@ -210,7 +209,7 @@ def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Obs
     )
     _announce(resolution.report, observer)
     if not resolution.report.ok or resolution.placement is None:
-        raise PreflightRefused(resolution.report)
+        raise refusal(resolution.report)
     return resolution.placement
 
 

@@ -14,7 +14,7 @@ How a job uses it:
     from gptq_cli.preflight.cases import Work
     from gptq_cli.preflight.check import check_quantize
     from gptq_cli.preflight.facts import capabilities, environment_facts, model_facts, output_facts
-    from gptq_cli.preflight.resolve import refuse_disk, resolve
+    from gptq_cli.preflight.resolve import refusal, resolve
     from gptq_cli.preflight.report import map_report
 
     facts = model_facts(skeleton)
@@ -26,8 +26,7 @@ How a job uses it:
     report = resolution.report + check_quantize(
         facts, work, problems=skeleton.problems, output=output_facts(job.out, skeleton.files.directory),
         overwrite=job.overwrite, devices=devices, capabilities=capabilities(devices))
-    if not report.ok: raise PreflightRefused(report)
-    refuse_disk(resolution.placement)                                   # the Python API's ValueError
+    if not report.ok: raise refusal(report)                 # a ValueError as well where disk is involved
     ... resolution.placement, resolution.parked, resolution.devices (predicted bytes a device) ...
     map_report(facts, resolution, report=report, spec=job.device_map, ...)   # inspect-map and --dry-run
 """

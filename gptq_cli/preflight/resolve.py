@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from gptq_cli.device import Device
 from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.errors import DiskOffloadRefused, PreflightRefused
 from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
 from gptq_cli.preflight import rules_map, rules_memory, rules_placement
@@ -121,8 +122,13 @@ def _fits_without_cpu(case: MapCase) -> bool:
     return plan.placement is not None and not plan.placement.offloaded
 
 
+def refusal(report: PreflightReport) -> PreflightRefused:
+    """The error to raise for a report with errors: a `ValueError` as well where disk offload is among them."""
+    disk = any(f.rule == "disk-offload" and f.level == "error" for f in report.findings)
+    return DiskOffloadRefused(report) if disk else PreflightRefused(report)
+
+
 def refuse_disk(placement: Placement | DeviceMap) -> None:
-    """Raise the `ValueError` that the Python API promises when anything would be quantized from disk."""
-    devices = placement.devices
-    if any(device.kind == "disk" for device in devices):
+    """Raise `ValueError` when anything would be quantized from disk; for callers that skip the report."""
+    if any(device.kind == "disk" for device in placement.devices):
         raise ValueError("disk offload is not supported with GPTQ quantization")

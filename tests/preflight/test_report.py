@@ -11,7 +11,8 @@ import pytest
 
 from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.device_map import DeviceMap, MaxMemory
-from gptq_cli.jobs import dry_run, inspect_map
+from gptq_cli.errors import PreflightRefused
+from gptq_cli.jobs import dry_run, inspect_map, quantize
 from gptq_cli.placement import ModelFacts, parse_inventory
 from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.report import map_report, quantize_plan
@@ -202,3 +203,34 @@ def test_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
     assert made.devices[0].limit_bytes == 24 * GIB
     jsonschema.validate(json.loads(json.dumps(document(made))), SCHEMA)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device_map", ["disk", "model.layers.1=disk,rest=cpu"])
+def test_quantizing_with_disk_is_a_value_error_and_a_refusal(
+    tiny_llama: Path, tmp_path: Path, device_map: str
+) -> None:
+    job = QuantizeJob(
+        model=ModelRef(model=str(tiny_llama)),
+        out=str(tmp_path / "out"),
+        quantize=QuantizeConfig(group_size=32),
+        calibration=CalibrationConfig(samples=4, seq_len=32),
+        device_map=DeviceMap.parse(device_map),
+    )
+    with pytest.raises(ValueError, match=r"^disk offload is not supported with GPTQ quantization$") as caught:
+        quantize(job)
+    assert isinstance(caught.value, PreflightRefused)
+    assert caught.value.exit_code == 3
+    assert "disk-offload" in [f.rule for f in caught.value.report.findings]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_refusal_is_no_value_error(tiny_llama: Path, tmp_path: Path) -> None:
+    job = QuantizeJob(
+        model=ModelRef(model=str(tiny_llama)),
+        out=str(tmp_path / "out"),
+        quantize=QuantizeConfig(group_size=48),
+        calibration=CalibrationConfig(samples=4, seq_len=32),
+    )
+    with pytest.raises(PreflightRefused, match="refused by preflight: 1 error") as caught:
+        quantize(job)
+    assert not isinstance(caught.value, ValueError)
