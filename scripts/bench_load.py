@@ -61,10 +61,10 @@ def say(text: str) -> None:
 
 
 def read_only(directory: Path) -> dict[str, Any]:
-    """Import what every loader imports, and read the weights."""
+    """Import torch and what every Transformers model is made of, and read the weights."""
     import torch  # noqa: F401
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  (lazy: this is the import)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel  # noqa: F401  (it is lazy)
 
     transformers.logging.set_verbosity_error()
     imported = time.perf_counter()

@@ -12,7 +12,8 @@ prompts and windows never do, so that both give the same numbers whatever was me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -28,11 +29,24 @@ _REPEATS = 3
 ShapeClass = tuple[str, str, torch.dtype, int, int, int, int, bool]
 
 
+@contextmanager
+def intra_op_threads(count: int) -> Iterator[None]:
+    """Let torch use `count` threads for one operation, and put the number back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Crossovers:
     """The measured crossings of one load, one a shape class."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
+        """`threads`: how many the model will run with; None: as many as torch uses now."""
         self._known: dict[ShapeClass, int] = {}
+        self._threads = threads
 
     def few_rows(self, kernel: Kernel, held: Held) -> int:
         """The largest number of tokens for which `kernel.fused` is to be used."""
@@ -51,7 +65,8 @@ class Crossovers:
             kernel.shifted,
         )
         if key not in self._known:
-            self._known[key] = probe(kernel, held, columns)
+            with intra_op_threads(self._threads or torch.get_num_threads()):
+                self._known[key] = probe(kernel, held, columns)
         return self._known[key]
 
 

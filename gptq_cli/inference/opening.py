@@ -24,7 +24,7 @@ from gptq_cli.devices.accelerators import current_accelerator, torch_device
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.errors import CheckpointError
 from gptq_cli.inference.codes import read_codes
-from gptq_cli.inference.crossover import Crossovers
+from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.packed_linear import KernelWish, PackedLinear
 from gptq_cli.inference.streamed import StreamedReader
@@ -60,6 +60,9 @@ def load_quantized(
     """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
 
     Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served.
+
+    Repacking runs on one thread: it keeps up with most disks, and thousands of small operations that wait
+    for all threads each are a hundred times slower where other processes have the cores.
     """
     if any(device.kind in ("disk", "meta") for device in placement.devices):
         raise CheckpointError(
@@ -67,8 +70,9 @@ def load_quantized(
             hint="map those modules to cpu, or load on the CPU alone: --device-map cpu",
         )
     model = checkpoint.model
-    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
-        _Attacher(checkpoint, placement, reader, wish, on_linear).attach()
+    crossovers = Crossovers(torch.get_num_threads())
+    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader, intra_op_threads(1):
+        _Attacher(checkpoint, placement, reader, crossovers, wish, on_linear).attach()
         fill_dense(
             model,
             checkpoint.conversion,
@@ -96,12 +100,12 @@ class _Attacher:
         checkpoint: QuantizedCheckpoint,
         placement: Placement,
         reader: TensorReader,
+        crossovers: Crossovers,
         wish: KernelWish,
         on_linear: OnLinear,
     ) -> None:
         self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
-        self.wish, self.on_linear = wish, on_linear
-        self.crossovers = Crossovers()
+        self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
         self.done = 0
 
     def attach(self) -> None:

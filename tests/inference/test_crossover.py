@@ -61,3 +61,18 @@ def test_no_probe_without_a_fused_kernel() -> None:
     linear, _, _ = build(Recipe(group_size=32), dtype=torch.float32)
     assert isinstance(linear.kernel, Dequantize)
     assert Crossovers().few_rows(linear.kernel, linear.held) == 0
+
+
+def test_the_probe_runs_with_the_threads_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(crossover, "probe", lambda *_: seen.append(torch.get_num_threads()) or 5)
+    before = torch.get_num_threads()
+    linear, _, _ = build(Recipe(group_size=32))
+    if not linear.kernel.can_fuse:
+        pytest.skip("no fused kernel on this machine")
+    seen.clear()
+    with crossover.intra_op_threads(1):
+        assert Crossovers(threads=2).few_rows(linear.kernel, linear.held) == 5
+        assert torch.get_num_threads() == 1
+    assert seen == [2]
+    assert torch.get_num_threads() == before
