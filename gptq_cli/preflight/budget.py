@@ -5,7 +5,10 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
 
     weights      every parameter and buffer that lives there
     activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
-                 with parked forwards also what waits between two stages, at most T · max K · b
+                 with parked forwards also what their frames hold between two stages: the normed input and
+                 the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
+                 on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
+                 C heap, and what is freed between them stays resident
     and the dearest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
                  working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way,
@@ -46,6 +49,8 @@ TARGET_SQUARES = 9
 FLIGHT_HIDDEN = 6
 FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
+HEAP_PIECE_BYTES = 4 * MIB
+"""What glibc's heap is made to hand out for itself, see `devices.host_memory.steady_heap`."""
 CPU_BASELINE_BYTES = 450 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
@@ -105,9 +110,10 @@ def work_set(
     t, b = micro_batch_tokens(work), facts.dtype_bytes
     tokens = work.calibration.samples * work.calibration.seq_len
     parks = parked and work.quantize.true_sequential
-    widest = max(stage.in_features for stage in stages)
     dense = work.quantize.solve_for == "dense"
-    activations = (2 if dense else 1) * tokens * b * (facts.hidden_size + (widest if parks else 0))
+    activations = (
+        (2 if dense else 1) * tokens * b * (facts.hidden_size + (_waiting(facts, stages) if parks else 0))
+    )
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
     kept = 4 if dense else 1
@@ -128,6 +134,13 @@ def work_set(
                 WorkSet(copy + TARGET_BYTES * weights, others + TARGET_SQUARES * square, 0, activations)
             )
     return max(moments, key=lambda moment: moment.total_bytes)
+
+
+def _waiting(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
+    """Numbers a token that the frames of parked forwards hold beside the residual, at the widest stage."""
+    widest = max(stage.in_features for stage in stages)
+    attention = stages[1].in_features + stages[0].rows if len(stages) > 1 else 0
+    return facts.hidden_size + max(widest, attention)
 
 
 def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
@@ -186,6 +199,7 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
         if device.kind in ("disk", "meta") or (budget is None and device not in weights):
             continue
         need = busy.get(device, WorkSet())
+        scattered = device == CPU and parked and _scattered(case)
         working = need.working_bytes
         if device == main:
             working += max(moved_block, moved_other - need.total_bytes)
@@ -198,12 +212,19 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
                 weights_bytes=weights.get(device, 0),
                 working_bytes=working,
                 hessian_bytes=need.hessian_bytes,
-                activation_bytes=need.activation_bytes,
+                activation_bytes=need.activation_bytes * (2 if scattered else 1),
                 packing_bytes=need.packing_bytes,
                 baseline_bytes=CPU_BASELINE_BYTES if device == CPU else ACCELERATOR_BASELINE_BYTES,
             )
         )
     return tuple(plans)
+
+
+def _scattered(case: MapCase) -> bool:
+    """True where the hidden states of a micro-batch are a piece small enough for the C heap."""
+    if case.work is None:
+        return False
+    return micro_batch_tokens(case.work) * case.facts.hidden_size * case.facts.dtype_bytes < HEAP_PIECE_BYTES
 
 
 def _moved_in(placement: Placement, facts: ModelFacts) -> tuple[int, int]:

@@ -123,7 +123,7 @@ def _fits_without_cpu(case: MapCase) -> bool:
 
 
 def refusal(report: PreflightReport) -> PreflightRefused:
-    """The error to raise for a report with errors: a `ValueError` as well where disk offload is among them."""
+    """The error for a report with errors; a `ValueError` as well where disk offload is among them."""
     disk = any(f.rule == "disk-offload" and f.level == "error" for f in report.findings)
     return DiskOffloadRefused(report) if disk else PreflightRefused(report)
 

@@ -47,10 +47,27 @@ def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
     assert found.hessian_bytes == 4 * INNER**2
 
 
-def test_parked_forwards_hold_the_widest_input() -> None:
+def test_parked_forwards_hold_the_normed_and_the_widest_input() -> None:
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
     parked, replayed = one(work, parked=True), one(work)
-    assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * INNER * 2
+    assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * (H + INNER) * 2
+
+
+def test_parked_forwards_hold_the_outputs_of_attention_where_they_are_wider() -> None:
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
+    narrow = llama(hidden=H, inner=H)
+    parked = work_sets(narrow, work, parked=True)["model.layers.0"].activation_bytes
+    assert parked == 64 * 512 * 2 * (2 * H + 3 * H + H)
+
+
+@pytest.mark.parametrize(("seq_len", "factor"), [(512, 2), (4096, 1)])
+def test_small_pieces_on_the_c_heap_cost_twice(seq_len: int, factor: int) -> None:
+    facts = llama(hidden=576, inner=1536)
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=32, seq_len=seq_len))
+    made = resolved("cpu", facts, "cpu=64GiB", work=work)
+    needed = work_sets(facts, work, parked=True)["model.layers.0"].activation_bytes
+    assert made.parked
+    assert made.devices[0].activation_bytes == factor * needed
 
 
 def test_without_true_sequential_all_hessians_of_a_block_are_there() -> None:
