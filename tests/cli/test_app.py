@@ -65,7 +65,7 @@ def test_all_error_classes_are_tested_above() -> None:
         return {kind} | {deep for child in kind.__subclasses__() for deep in below(child)}
 
     assert {kind.exit_code for kind in below(errors.GptqError)} == {1, 2, 3, 4, 5}
-    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 12
+    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 13
 
 
 def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
@@ -80,6 +80,14 @@ def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
         < outcome.err.index("stays-dense")
     )
     assert outcome.err.endswith("error: refused by preflight: 1 error\n")
+
+
+def test_disk_is_a_refusal_like_any_other(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = raising(errors.DiskOffloadRefused(REFUSAL))
+    outcome = run(*QUANTIZE)
+    assert outcome.code == 3
+    assert "cpu-offload" in outcome.err
+    assert outcome.err.endswith("error: disk offload is not supported with GPTQ quantization\n")
 
 
 def test_findings_that_a_display_has_shown_are_not_repeated(jobs: FakeJobs, run: Run) -> None:
