@@ -140,6 +140,8 @@ class CalibrationConfig:
         whole("samples", self.samples, 1)
         whole("seq_len", self.seq_len, 2)
         whole("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed is {self.seed}; allowed: a whole number from 0 to 2^63 - 1")
         if self.batch_size is not None:
             whole("batch_size", self.batch_size, 1)
 

@@ -9,7 +9,7 @@
      │   └─ CheckpointError            a quantized checkpoint that is missing, truncated or inconsistent
      ├─ PreflightRefused           3   the facts forbid the job: nothing was written
      │   └─ DiskOffloadRefused         … because something would lie on disk; a ValueError as well
-     ├─ OutOfDeviceMemory          4   a device ran out of memory; what was finished is kept
+     ├─ OutOfDeviceMemory          4   a device ran out of memory; nothing half-done is left
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
          └─ NotPositiveDefinite
@@ -95,7 +95,7 @@ class DiskOffloadRefused(PreflightRefused, ValueError):  # noqa: N818 - as its p
 
 
 class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
-    """A device ran out of memory; finished work is kept."""
+    """A device ran out of memory."""
 
     exit_code = 4
 

@@ -66,7 +66,7 @@ def config_moe() -> PretrainedConfig:
 def fabricate(
     config: PretrainedConfig, path: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 4
 ) -> Path:
-    """Write config.json, a tokenizer and `shards` hollow safetensors files with their index; return `path`."""
+    """Write config.json, a tokenizer and `shards` hollow safetensors files with an index; return `path`."""
     path.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     with torch.device("meta"):

@@ -45,7 +45,7 @@ def _spelling(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     value = parameter.default
-    if parameter.secondary_opts:
+    if parameter.secondary_opts and value is not None:
         return f"`{parameter.opts[0] if value else parameter.secondary_opts[0]}`"
     return "" if value is None or value is False or value == "" else f"`{value}`"
 

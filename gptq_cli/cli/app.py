@@ -10,10 +10,11 @@ either: a usage error has `format_message` and an `exit_code`.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated
@@ -76,7 +77,7 @@ app.command("inspect-map", epilog=EPILOG)(inspect_map)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv`: the words after the program's name."""
     words = tuple(sys.argv[1:] if argv is None else argv)
-    session = Session(argv=words, as_json="--json" in words)
+    session = Session(argv=words, as_json="--json" in words or _asks_for_json(os.environ))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # never die of a character that the terminal cannot show
             stream.reconfigure(errors="replace")
@@ -100,6 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == failure.INTERRUPTED:
         return failure.report_interrupted(as_json=session.as_json)
     return code
+
+
+def _asks_for_json(environ: Mapping[str, str]) -> bool:
+    """GPTQ_JSON as Typer reads a flag, for errors that come before it is parsed."""
+    return environ.get("GPTQ_JSON", "").strip().lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def _run(session: Session) -> int:

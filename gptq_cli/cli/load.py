@@ -53,7 +53,7 @@ def load(
     from gptq_cli.display.tables import load_summary
 
     show(session, report, lambda: load_summary(report))
-    if report.text is not None and not session.as_json:
+    if report.text is not None and not session.as_json and sys.stdout is not None:
         sys.stdout.write(f"\n{report.text}\n")
         sys.stdout.flush()
 

@@ -177,13 +177,24 @@ Recipe = Annotated[
 ]
 Sweeps = Annotated[
     int | None,
-    _option("--sweeps", "Coordinate-descent sweeps over the codes after the solve.", SOLVER, "N"),
+    _option(
+        "--sweeps",
+        "Coordinate-descent sweeps over the codes after the solve; default: --recipe's.",
+        SOLVER,
+        "N",
+    ),
 ]
-Refit = Annotated[bool | None, _flag("--refit/--no-refit", "Refit the scales where the loss falls.", SOLVER)]
+Refit = Annotated[
+    bool | None,
+    _flag("--refit/--no-refit", "Refit the scales where the loss falls; default: --recipe's.", SOLVER),
+]
 SolveFor = Annotated[
     config.SolveFor | None,
     _option(
-        "--solve-for", "Whose outputs a linear should meet: own or dense (the dense model's).", SOLVER, "KIND"
+        "--solve-for",
+        "Whose outputs a linear should meet: own or dense (the dense model's); default: --recipe's.",
+        SOLVER,
+        "KIND",
     ),
 ]
 ColumnBatch = Annotated[

@@ -139,6 +139,8 @@ def show(session: Session, report: object, table: Callable[[], RenderableType]) 
     if session.as_json:
         write_document(document(report))
         return
+    if sys.stdout is None:  # closed by the caller: nobody wants the result
+        return
     from rich.console import Console
 
     console = Console(file=sys.stdout, highlight=False)
@@ -153,5 +155,7 @@ def show(session: Session, report: object, table: Callable[[], RenderableType]) 
 
 def write_document(body: object) -> None:
     """One JSON document, one line, ASCII, so that it survives every encoding of stdout."""
+    if sys.stdout is None:  # closed by the caller: nobody wants the result
+        return
     sys.stdout.write(json.dumps(body, allow_nan=False) + "\n")
     sys.stdout.flush()

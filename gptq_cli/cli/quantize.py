@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -13,7 +14,9 @@ from gptq_cli.device import parse_size
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, DeviceMapError
+from gptq_cli.events import Observer, Warned
 from gptq_cli.placement import parse_inventory
+from gptq_cli.results import RunReport
 
 RECIPE = QuantizeConfig()
 TEXT = CalibrationConfig()
@@ -72,8 +75,8 @@ def quantize(
         )
     if out is None and dry_run:
         out = f"{Path(model).name or 'model'}-w{bits}g{group_size}"
-    if report is not None and not Path(report).parent.is_dir():
-        raise ConfigError(f"report is {report!r}, but {str(Path(report).parent)!r} is no directory")
+    if report is not None:
+        _check_report_path(Path(report))
     job = QuantizeJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         out=out or "",
@@ -111,13 +114,35 @@ def quantize(
 
         result = jobs.quantize(job, observer)
         if report is not None:
-            from gptq_cli.report.page import report_html
-
-            Path(report).write_text(report_html(result), encoding="utf-8")
+            _write_report(Path(report), result, observer)
 
     from gptq_cli.display.tables import run_summary
 
     show(session, result, lambda: run_summary(result))
+
+
+def _check_report_path(path: Path) -> None:
+    """Raise `ConfigError` where no file can be written: before the work, not after it."""
+    if path.is_dir():
+        raise ConfigError(
+            f"report is {str(path)!r}, which is a directory", hint=f"--report {path / 'run.html'}"
+        )
+    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(
+            f"report is {str(path)!r}, which cannot be written",
+            hint="give --report a file in a directory of yours",
+        )
+
+
+def _write_report(path: Path, result: RunReport, observer: Observer) -> None:
+    """The page beside a checkpoint that is in place: if it cannot be written, that is a warning."""
+    from gptq_cli.report.page import report_html
+
+    try:
+        path.write_text(report_html(result), encoding="utf-8")
+    except OSError as error:
+        hint = "the checkpoint is complete, and holds the same in report.json"
+        observer(Warned(f"the report {path} was not written: {error.strerror}", hint))
 
 
 def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -> None:

@@ -6,7 +6,7 @@ crossover.py      up to how many tokens the fused kernel beats dequantize-and-GE
 packed_linear.py  the module that replaces a linear; experts.py the one that replaces fused experts
 opening.py        checkpoint + placement -> a Transformers model ready for `generate`
 planes.py         the codes as every kernel wants them: four bits, padded, groups of a legal size
-    generation.py     prompt -> text
-    perplexity.py     windows -> perplexity; agreement.py  KL to the dense model
+generation.py     prompt -> text
+perplexity.py     windows -> perplexity; agreement.py  KL to the dense model
 verify.py         every tensor of a checkpoint judged;  targets.py  will that reader take it
 """

@@ -51,9 +51,12 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
             files.directory, trust_remote_code=ref.trust_remote_code, local_files_only=True
         )
     except Exception as error:
+        unknown = "does not recognize this architecture" in str(error)
         raise ModelError(
             f"{files.source}: config.json is not understood: {first_line(error)}",
-            hint="a newer transformers may know this architecture: pip install -U transformers",
+            hint="a newer transformers may know this architecture: pip install -U transformers"
+            if unknown
+            else "compare config.json with the one that the model was published with",
         ) from error
     _judge_architecture(files.source, raw, config)
     return config
@@ -120,6 +123,8 @@ def quant_method(raw: Mapping[str, Any]) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, its class where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of an exception's text, and the next where it ends in a colon; else its class."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

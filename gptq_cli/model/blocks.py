@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from gptq_cli.errors import ModelError
 
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate", "gate_network", "wg"})
-
-LinearKind = Literal["linear", "router", "other"]
 
 
 @cache

@@ -2,8 +2,7 @@
 
 The shapes of packed tensors follow from K, N and the format alone, so every shard's head, its size and the
 size of the whole checkpoint are known at the start. That is what lets the writer put each tensor in its
-place as it comes, in any order, without holding a shard in memory, and lets preflight compare exact bytes
-with the free disk.
+place as it comes, in any order, without holding a shard in memory, and reserve the disk before the work.
 """
 
 from __future__ import annotations

@@ -74,10 +74,6 @@ class ModelFiles:
         """Bytes of all tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors)
 
-    def shard_of(self, tensor: TensorInfo) -> Path:
-        """The file that holds `tensor`."""
-        return self.directory / tensor.shard
-
 
 def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
     """Open a local directory or a hub id. Reads heads only; `weights=False` does not even download the
@@ -102,11 +98,6 @@ def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None
     from gptq_cli.model.hub import fetch
 
     return _with_config_checked(fetch(ref, weights=weights, progress=progress))
-
-
-def weight_problems(files: ModelFiles) -> tuple[SourceProblem, ...]:
-    """Everything that is wrong with the files of the weights and the tokenizer."""
-    return files.problems
 
 
 def _with_config_checked(files: ModelFiles) -> ModelFiles:

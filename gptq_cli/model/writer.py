@@ -55,20 +55,21 @@ def check_destination(out: Path, source: Path, *, overwrite: bool) -> None:
             f"out is {out}, which is or holds the model itself",
             hint="give --out a directory of its own",
         )
-    if not there.exists():
+    if not there.exists() or (there.is_dir() and not any(there.iterdir())):
         return
     if not overwrite:
         raise ConfigError(f"out {out} exists", hint="choose another --out, or add --overwrite")
     if not there.is_dir():
         raise ConfigError(f"out {out} is a file; allowed: a directory", hint="choose another --out")
-    if any(there.iterdir()) and not _looks_like_checkpoint(there):
+    if not looks_like_checkpoint(there):
         raise ConfigError(
             f"out {out} is no checkpoint of a quantized model, so --overwrite does not touch it",
             hint="choose another --out, or remove the directory yourself",
         )
 
 
-def _looks_like_checkpoint(directory: Path) -> bool:
+def looks_like_checkpoint(directory: Path) -> bool:
+    """True for what `--overwrite` may replace: a directory with the two configs of a quantized model."""
     return (directory / "config.json").is_file() and (directory / "quantize_config.json").is_file()
 
 
@@ -89,22 +90,17 @@ class CheckpointWriter:
         linears: Sequence[LinearInfo] | None = None,
         on_shard: OnShard | None = None,
     ) -> None:
-        self.out = out.expanduser().absolute()
+        self.out = out.expanduser().resolve()
         self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes, linears)
         self._skeleton, self._quantize, self._overwrite = skeleton, quantize, overwrite
         self._on_shard = on_shard
-        self._work = self.out.parent / f".{self.out.name}.gptq-{secrets.token_hex(4)}"
+        self._work = self.out.parent / f".{self.out.name[:100]}.gptq-{secrets.token_hex(4)}"
         self._made_parents: list[Path] = []
         self._shard_of = {t.name: shard for shard in self.plan.shards for t in shard.tensors}
         self._planned = {t.name: t for shard in self.plan.shards for t in shard.tensors}
         self._waiting = {shard.file: {t.name for t in shard.tensors} for shard in self.plan.shards}
         self._files: dict[str, int] = {}
         self._finished = False
-
-    @property
-    def work_dir(self) -> Path:
-        """The working folder."""
-        return self._work
 
     def __enter__(self) -> Self:
         check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
@@ -245,11 +241,11 @@ class CheckpointWriter:
             self._on_shard(self._work / shard.file, shard.size_bytes, len(shard.tensors))
 
     def _put_in_place(self) -> None:
-        if not self.out.exists():
+        if not self.out.exists() or not any(self.out.iterdir()):
             os.rename(self._work, self.out)
             _fsync(self.out.parent)
             return
-        old = self.out.parent / f".{self.out.name}.gptq-old-{secrets.token_hex(4)}"
+        old = self.out.parent / f".{self.out.name[:100]}.gptq-old-{secrets.token_hex(4)}"
         os.rename(self.out, old)
         try:
             os.rename(self._work, self.out)

@@ -94,12 +94,18 @@ class OutputFacts:
     exists: bool
     is_directory: bool
     is_empty_directory: bool
+    is_checkpoint: bool
+    """It holds a quantized model: what --overwrite may replace."""
     is_model_directory: bool
     """It is the directory that the model is read from, or holds it."""
     writable: bool
     parent: str
     """The closest directory that exists."""
     free_bytes: int
+    name_bytes: int = 0
+    """Length of the last component, encoded."""
+    longest_name_bytes: int = 255
+    """What the file system allows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from gptq_cli.device import Device
 from gptq_cli.model.checkpoint import PARTS, QuantizedCheckpoint
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.writer import looks_like_checkpoint
 from gptq_cli.placement import LinearFact, ModelFacts, TensorFact
 from gptq_cli.preflight.cases import Capability, Environment, OutputFacts
 from gptq_cli.preflight.trace import trace
@@ -117,17 +118,24 @@ def output_facts(out: str, model_directory: Path | None) -> OutputFacts:
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    real = path.resolve()
+    name_bytes = len(os.fsencode(path.name))
+    longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    possible = name_bytes <= longest  # else even asking whether it exists is an error
+    directory = possible and path.is_dir()
+    real = path.resolve() if possible else path.absolute()
     source = model_directory.resolve() if model_directory is not None else None
     return OutputFacts(
         out=out,
-        exists=path.exists() or path.is_symlink(),
-        is_directory=path.is_dir(),
-        is_empty_directory=path.is_dir() and not any(path.iterdir()),
+        exists=possible and (path.exists() or path.is_symlink()),
+        is_directory=directory,
+        is_empty_directory=directory and not any(path.iterdir()),
+        is_checkpoint=directory and looks_like_checkpoint(path),
         is_model_directory=source is not None and (real == source or real in source.parents),
         writable=parent.is_dir() and os.access(parent, os.W_OK | os.X_OK),
         parent=str(parent),
         free_bytes=shutil.disk_usage(parent).free,
+        name_bytes=name_bytes,
+        longest_name_bytes=longest,
     )
 
 

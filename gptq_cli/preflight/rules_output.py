@@ -30,16 +30,39 @@ def output_is_model(case: JobCase) -> list[Finding]:
 
 
 def output_exists(case: JobCase) -> list[Finding]:
-    """The output exists already. Nothing is overwritten unasked; an empty directory is fine."""
+    """The output exists already. Nothing is overwritten unasked, and `--overwrite` replaces a quantized model
+    only, never a directory of something else. An empty directory is fine.
+    """
     out = case.output
     if out is None or not out.exists or out.is_empty_directory or out.is_model_directory:
         return []
-    if out.is_directory and case.overwrite:
+    if out.is_checkpoint and case.overwrite:
         return []
-    what = "exists and is no directory" if not out.is_directory else "exists and is not empty"
-    hint = "add --overwrite, or give another --out" if out.is_directory else "give another --out"
+    if not out.is_directory:
+        what, hint = "exists and is no directory", "give another --out"
+    elif not out.is_checkpoint:
+        what = "holds something else than a quantized model, which --overwrite does not touch"
+        hint = "give another --out, or remove the directory yourself"
+    else:
+        what, hint = "exists", "add --overwrite, or give another --out"
     return [
         Finding(rule="output-exists", level="error", subject="--out", message=f"{out.out} {what}", hint=hint)
+    ]
+
+
+def output_name_too_long(case: JobCase) -> list[Finding]:
+    """The name of the output is longer than its file system allows; the last rename would fail."""
+    out = case.output
+    if out is None or out.name_bytes <= out.longest_name_bytes:
+        return []
+    return [
+        Finding(
+            rule="output-name-too-long",
+            level="error",
+            subject="--out",
+            message=f"the name has {out.name_bytes} bytes; the file system allows {out.longest_name_bytes}",
+            hint="give --out a shorter name",
+        )
     ]
 
 
@@ -84,4 +107,4 @@ def output_disk_full(case: JobCase) -> list[Finding]:
     ]
 
 
-RULES = (output_is_model, output_exists, output_unwritable, output_disk_full)
+RULES = (output_is_model, output_exists, output_name_too_long, output_unwritable, output_disk_full)

@@ -90,7 +90,7 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
         ("--max-shard-size huge", "max_shard_size: 'huge' is no size"),
         ("--max-shard-size 5Gb", "max_shard_size: '5Gb' reads as bits"),
         ("--devices cuda:0=24GiB", "devices is given, but this is no dry run"),
-        ("--report nowhere/at/all/r.html", "is no directory"),
+        ("--report nowhere/at/all/r.html", "which cannot be written"),
     ],
 )
 def test_bad_values_start_nothing(jobs: FakeJobs, run: Run, words: str, message: str) -> None:

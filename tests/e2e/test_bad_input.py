@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +50,9 @@ FLAGS = [
     (("--samples", "100000"), 3, "100000"),
     (("--calibration", "no-such-file.txt"), 3, "no-such-file.txt"),
     (("--max-shard-size", "huge"), 2, "huge"),
+    (("--seed", "99999999999999999999"), 2, "seed is 99999999999999999999"),
+    (("--report", "/"), 2, "which is a directory"),
+    (("--report", "no/such/folder/run.html"), 2, "cannot be written"),
 ]
 
 
@@ -152,6 +156,57 @@ def test_out_equal_to_the_model(tiny_llama: Path, place: Path) -> None:
     assert ran.code == 3
     assert "model" in ran.stderr
     assert sorted(path.name for path in model.iterdir()) == before
+
+
+def test_a_directory_of_something_else_is_never_replaced(tiny_llama: Path, place: Path) -> None:
+    mine = place / "out" / "q"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    words = ("--out", mine, "--calibration", place / "text.txt", *FAST, "--overwrite")
+    for more in ((), ("--dry-run",)):
+        ran = gptq("quantize", tiny_llama, *words, *more)
+        assert ran.code == 3
+        assert "--overwrite does not touch" in " ".join((ran.stdout + ran.stderr).split())
+    assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_empty_directory_and_a_link_to_a_checkpoint_are_fine(tiny_llama: Path, place: Path) -> None:
+    real = place / "out" / "q"
+    real.mkdir()
+    words = ("quantize", tiny_llama, "--calibration", place / "text.txt", *FAST)
+    assert gptq(*words, "--out", real).code == 0
+    before = (real / "model.safetensors").read_bytes()
+    link = place / "link"
+    link.symlink_to(real)
+    assert gptq(*words, "--out", link, "--bits", "8", "--overwrite").code == 0
+    assert link.is_symlink()
+    assert (real / "model.safetensors").read_bytes() != before
+    assert [path.name for path in (place / "out").iterdir()] == ["q"]
+
+
+def test_a_name_that_the_file_system_cannot_hold(tiny_llama: Path, place: Path) -> None:
+    words = ("quantize", tiny_llama, "--calibration", place / "text.txt", *FAST)
+    long = gptq(*words, "--out", place / "out" / ("q" * 300))
+    assert long.code == 3
+    assert "300 bytes" in long.stderr
+    assert list((place / "out").iterdir()) == []
+    assert gptq(*words, "--out", place / "out" / ("q" * 250)).code == 0
+
+
+def test_a_usage_error_is_json_where_the_environment_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTQ_JSON", "1")
+    ran = gptq("quantize", "model", "--frobnicate")
+    assert ran.code == 2
+    assert ran.document["error"]["exit_code"] == 2
+
+
+def test_a_closed_stdout_is_no_defect(tiny_llama: Path, place: Path) -> None:
+    words = ["quantize", str(tiny_llama), "--out", str(place / "out" / "q"), "--dry-run", "--json", *FAST]
+    words += ["--calibration", str(place / "text.txt")]
+    command = "import sys; sys.stdout = None; from gptq_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
+    ran = subprocess.run([sys.executable, "-c", command, *words], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_all_findings_come_at_once(tiny_llama: Path, place: Path) -> None:

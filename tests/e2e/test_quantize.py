@@ -51,9 +51,7 @@ def test_every_architecture_quantizes_and_loads(
     )
     assert loaded.code == 0, loaded.stderr
     assert loaded.document["linears"] == len(losses)
-    assert loaded.document["perplexity"] == pytest.approx(
-        twin_perplexity(tiny(name), out, text), rel=2e-3
-    )
+    assert loaded.document["perplexity"] == pytest.approx(twin_perplexity(tiny(name), out, text), rel=2e-3)
 
 
 def evaluated(out: Path, text: Path) -> Ran:

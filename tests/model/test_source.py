@@ -10,7 +10,7 @@ import pytest
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
-from gptq_cli.model.source import INDEX, find_model, unsafe_path, weight_problems
+from gptq_cli.model.source import INDEX, find_model, unsafe_path
 from tests.conftest import TinyFactory
 
 
@@ -21,7 +21,7 @@ def model(tiny_llama_sharded: Path, tmp_path: Path) -> Path:
 
 
 def problems(path: Path) -> list[tuple[str, str]]:
-    return [(p.kind, p.subject) for p in weight_problems(find_model(ModelRef(model=str(path))))]
+    return [(p.kind, p.subject) for p in find_model(ModelRef(model=str(path))).problems]
 
 
 def rewrite_index(model: Path, change: dict[str, str]) -> None:
@@ -37,7 +37,7 @@ def test_a_sound_model(tiny_llama_sharded: Path, tiny_llama: Path) -> None:
     assert len(sharded.shards) == 3
     assert {t.name: t.shape for t in sharded.tensors} == {t.name: t.shape for t in single.tensors}
     assert sharded.size_bytes == single.size_bytes == 176576 * 4
-    assert all(sharded.shard_of(t).is_file() for t in sharded.tensors)
+    assert all((sharded.directory / t.shard).is_file() for t in sharded.tensors)
 
 
 @pytest.mark.parametrize(
