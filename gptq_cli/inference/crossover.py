@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.inference.kernels import Held, Kernel
+from gptq_cli.inference.scratch import Fresh, Scratch
 
 LEAST_ROWS, MOST_ROWS = 1, 32
 PROBE_COLUMNS = 1024
@@ -78,8 +79,10 @@ def probe(kernel: Kernel, held: Held, columns: int) -> int:
     def fused(x: Tensor) -> None:
         kernel.fused(x if kernel.planes == 1 else torch.cat([x, x], 1), part)
 
+    memory = Scratch() if device.type == "cpu" else Fresh()
+
     def dequantized(x: Tensor) -> None:
-        torch.mm(x, kernel.dense(part, 0, columns, kernel.dtype))
+        torch.mm(x, kernel.dense(part, 0, columns, kernel.dtype, memory))
 
     inputs = [torch.ones(rows, kernel.rows, dtype=kernel.dtype, device=device) for rows in (_FEW, _MANY)]
     fused_seconds = [_best(partial(fused, x), device) for x in inputs]

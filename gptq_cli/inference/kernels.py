@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.inference.planes import Planes
+from gptq_cli.inference.scratch import Fresh
 
 Held = dict[str, Tensor]
 _LOW_NIBBLES = 0x0F0F0F0F
@@ -55,8 +56,8 @@ class Kernel(ABC):
         """x (M, planes * rows), contiguous -> (M, columns)."""
 
     @abstractmethod
-    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Columns `start` to `stop` (multiples of COLUMN_BLOCK) of the weight: (rows, stop - start)."""
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
+        """Columns `start` to `stop` (whole blocks) of the weight, in `memory`: (rows, stop - start)."""
 
     def restrict(self, held: Held, columns: int) -> Held:
         """The buffers of a linear that ends after `columns`: what the probe measures on."""
@@ -110,22 +111,30 @@ def nibbles(planes: Planes, block: int) -> Tensor:
     return to_nibbles(planes.codes(), block) if words is None else repack(words, block)
 
 
-def from_nibbles(packed: Tensor, rows: int, planes: int, block: int, dtype: torch.dtype) -> Tensor:
+def from_nibbles(
+    packed: Tensor, rows: int, planes: int, block: int, dtype: torch.dtype, memory: Fresh
+) -> Tensor:
     """Inverse of `to_nibbles`, centred: (rows, C) of q - 8, or of q - 128 from two planes."""
-    blocks = packed.numel() // (planes * rows * (block // 2))
-    packed = packed.view(blocks, planes * rows, block // 2)
-    centred = (packed[:, :rows] ^ 0x88).view(torch.int8)  # offset binary to two's complement
+    half = block // 2
+    blocks = packed.numel() // (planes * rows * half)
+    packed = packed.view(blocks, planes * rows, half)
+    shape, device = (blocks, rows, half), packed.device
+    high = memory.take("high", shape, torch.uint8, device)
+    low = memory.take("low", shape, torch.int8, device)
+    dense = memory.take("dense", (rows, blocks, 2, half), dtype, device)
+    torch.bitwise_xor(packed[:, :rows], 0x88, out=high)  # offset binary to two's complement
+    signed = high.view(torch.int8)
+    torch.bitwise_left_shift(signed, 4, out=low)
     if planes == 1:
-        low, high = (centred << 4) >> 4, centred >> 4
+        low >>= 4
+        signed >>= 4
     else:
-        below = packed[:, rows:]
-        low, high = (
-            (centred << 4) | (below & 15).view(torch.int8),
-            (centred & -16) | (below >> 4).view(torch.int8),
-        )
-    dense = torch.empty(rows, blocks, 2, block // 2, dtype=dtype, device=packed.device)
+        below = memory.take("below", shape, torch.uint8, device)
+        low |= torch.bitwise_and(packed[:, rows:], 15, out=below).view(torch.int8)
+        signed &= -16
+        signed |= torch.bitwise_right_shift(packed[:, rows:], 4, out=below).view(torch.int8)
     dense[:, :, 0].copy_(low.permute(1, 0, 2))
-    dense[:, :, 1].copy_(high.permute(1, 0, 2))
+    dense[:, :, 1].copy_(signed.permute(1, 0, 2))
     return dense.view(rows, blocks * block)
 
 
@@ -158,9 +167,9 @@ class Dequantize(Kernel):
     def fused(self, x: Tensor, held: Held) -> Tensor:
         raise NotImplementedError("dequantize has no fused form")
 
-    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         blocks = held["packed"].view(self.columns // self.block, -1)[start // self.block : stop // self.block]
-        dense = from_nibbles(blocks, self.rows, self.planes, self.block, dtype)
+        dense = from_nibbles(blocks, self.rows, self.planes, self.block, dtype, memory)
         row_group = held.get("row_group")
         group = self.group if row_group is None else 1
         grouped = dense.view(-1, group, stop - start)
@@ -198,8 +207,8 @@ class CpuInt4(Kernel):
         assert isinstance(product, Tensor)
         return product
 
-    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        dense = from_nibbles(held["packed"][start:stop], self.rows, self.planes, self.block, dtype)
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
+        dense = from_nibbles(held["packed"][start:stop], self.rows, self.planes, self.block, dtype, memory)
         return scale_rows(dense, *self._stacked_scales(held["scales_shifts"][:, start:stop]), self.group)
 
 
@@ -249,7 +258,7 @@ class Tinygemm(Kernel):
         assert isinstance(product, Tensor)
         return product
 
-    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         order = held["tile_order"]
         tiles = held["packed"][start // 8 : stop // 8]
         codes = words_to_nibbles(tiles.reshape(tiles.shape[0], tiles.shape[1], -1))
@@ -322,7 +331,7 @@ class XpuInt4(Kernel):
         assert isinstance(product, Tensor)
         return product
 
-    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         codes = words_to_nibbles(held["packed"][start:stop]).t()
         groups = held["scales"].shape[0] // self.planes
         scales = held["scales"][-groups:, start:stop].to(dtype)

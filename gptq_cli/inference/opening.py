@@ -27,6 +27,7 @@ from gptq_cli.inference.codes import read_codes
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.packed_linear import KernelWish, PackedLinear
+from gptq_cli.inference.scratch import Scratch
 from gptq_cli.inference.streamed import StreamedReader
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.tensors import TensorReader
@@ -106,6 +107,7 @@ class _Attacher:
     ) -> None:
         self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
         self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
+        self.scratch = Scratch()
         self.done = 0
 
     def attach(self) -> None:
@@ -159,7 +161,14 @@ class _Attacher:
         )
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
-        module = PackedLinear(linear, bias=bias, dtype=dtype, crossovers=self.crossovers, wish=self.wish)
+        module = PackedLinear(
+            linear,
+            bias=bias,
+            dtype=dtype,
+            crossovers=self.crossovers,
+            scratch=self.scratch,
+            wish=self.wish,
+        )
         self.done += 1
         self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
         return module if home == at_work else module.to(torch_device(home))

@@ -25,11 +25,12 @@ from gptq_cli.inference.kernels import (
     cpu_block,
 )
 from gptq_cli.inference.planes import COLUMN_BLOCK, make_planes, why_not_fused
+from gptq_cli.inference.scratch import Fresh, Scratch, usable
 
 KernelWish = Literal["auto", "torch", "dequantize"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never."""
 
-_CPU_DENSE_ELEMENTS = 1 << 22
+_CPU_DENSE_ELEMENTS = 1 << 21
 _DEVICE_DENSE_ELEMENTS = 1 << 24
 
 
@@ -88,9 +89,10 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         dtype: torch.dtype,
         crossovers: Crossovers,
+        scratch: Scratch,
         wish: KernelWish = "auto",
     ) -> None:
-        """Build on the device where `linear` lies. `bias` is kept as it is."""
+        """Build on the device where `linear` lies. `scratch` is shared by the linears of a model."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = linear.bits, linear.group
@@ -107,6 +109,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.few_rows = crossovers.few_rows(self.kernel, held)
         """Up to this many tokens the fused kernel is used."""
+        self._scratch = scratch
         self._row_padding = self.kernel.rows - self.in_features
 
     @property
@@ -151,16 +154,16 @@ class PackedLinear(nn.Module):
         kernel, held = self.kernel, self.held
         on_cpu = rows.device.type == "cpu"
         dtype = torch.float32 if on_cpu and rows.dtype == torch.float16 else rows.dtype
+        memory = self._scratch if usable(rows) else Fresh()
         step = (_CPU_DENSE_ELEMENTS if on_cpu else _DEVICE_DENSE_ELEMENTS) // kernel.rows
         step = max(COLUMN_BLOCK, step // COLUMN_BLOCK * COLUMN_BLOCK)
         left = rows.to(dtype)
-        if step >= kernel.columns:
-            return torch.mm(left, kernel.dense(held, 0, kernel.columns, dtype)).to(rows.dtype)
-        out = rows.new_empty(rows.shape[0], kernel.columns)
+        pieces = []
         for start in range(0, kernel.columns, step):
             stop = min(start + step, kernel.columns)
-            out[:, start:stop] = torch.mm(left, kernel.dense(held, start, stop, dtype))
-        return out
+            piece = torch.mm(left, kernel.dense(held, start, stop, dtype, memory))
+            pieces.append(piece.to(rows.dtype))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
     def extra_repr(self) -> str:
         """Shape, bits and kernel, for `print(model)`."""

@@ -27,6 +27,7 @@ from gptq_cli.inference.kernels import (
     words_to_nibbles,
 )
 from gptq_cli.inference.planes import make_planes, why_not_fused
+from gptq_cli.inference.scratch import Fresh, Scratch
 from tests.inference.checkpoints import Recipe, quantize_slowly
 from tests.inference.test_codes import random_weight, read
 
@@ -50,7 +51,7 @@ def test_nibble_layout(block: int) -> None:
     codes = torch.randint(0, 16, (6, 128), dtype=torch.uint8)
     packed = to_nibbles(codes, block)
     assert torch.equal(packed.flatten(), slow_nibbles(codes, block).flatten())
-    assert torch.equal(from_nibbles(packed, 6, 1, block, torch.float32), codes.float() - 8)
+    assert torch.equal(from_nibbles(packed, 6, 1, block, torch.float32, Fresh()), codes.float() - 8)
 
 
 @pytest.mark.parametrize("block", [64, 32])
@@ -81,7 +82,7 @@ def test_two_planes_are_one_byte(block: int) -> None:
     codes = torch.randint(0, 256, (5, 64), dtype=torch.uint8)
     codes[0, :3] = torch.tensor([0, 128, 255], dtype=torch.uint8)
     packed = to_nibbles(torch.cat([codes >> 4, codes & 15]), block)
-    assert torch.equal(from_nibbles(packed, 5, 2, block, torch.float32), codes.float() - 128)
+    assert torch.equal(from_nibbles(packed, 5, 2, block, torch.float32, Fresh()), codes.float() - 128)
 
 
 @pytest.mark.skipif(cpu_block() is None, reason="the layout of torch's CPU kernel is unknown here")
@@ -203,9 +204,9 @@ def test_fused_and_dense_agree_with_the_codes(
     planes = make_planes(codes, fused=kernel_class.can_fuse)
     kernel = kernel_class(planes, torch.bfloat16)
     held = kernel.hold(planes)
-    dense = kernel.dense(held, 0, kernel.columns, torch.bfloat16)[:columns, :40]
+    dense = kernel.dense(held, 0, kernel.columns, torch.bfloat16, Fresh())[:columns, :40]
     assert relative(dense.double().T, weight) < 6e-3
-    half = kernel.dense(held, 0, 64, torch.float32)[:columns, :40]
+    half = kernel.dense(held, 0, 64, torch.float32, Fresh())[:columns, :40]
     assert relative(half.double().T, weight) < 6e-3
     if not kernel_class.can_fuse:
         return
@@ -227,7 +228,7 @@ def test_dequantize_keeps_the_scales_of_the_file() -> None:
     recipe = Recipe(group_size=16, sym=False, version="gptq_v2")
     codes = read(quantize_slowly(random_weight(64, 64), recipe), recipe)
     kernel = Dequantize(planes := make_planes(codes, fused=False), torch.float32)
-    assert torch.equal(kernel.dense(kernel.hold(planes), 0, 64, torch.float32).T, dequantize(codes))
+    assert torch.equal(kernel.dense(kernel.hold(planes), 0, 64, torch.float32, Fresh()).T, dequantize(codes))
 
 
 @pytest.mark.parametrize(("group", "legal"), [(32, True), (96, True), (384, True), (16, False), (48, False)])
@@ -266,7 +267,9 @@ def test_on_cuda(bits: int, sym: bool) -> None:
         "g_idx": packed.g_idx.cuda(),
     }
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        linear = PackedLinear(read(packed, recipe, **fields), bias=None, dtype=dtype, crossovers=Crossovers())
+        linear = PackedLinear(
+            read(packed, recipe, **fields), bias=None, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
+        )
         assert isinstance(linear.kernel, Tinygemm if dtype == torch.bfloat16 else Dequantize)
         for few_rows in (0, 1 << 20) if linear.kernel.can_fuse else (0,):
             linear.few_rows = few_rows

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import CpuInt4, Dequantize, cpu_block
 from gptq_cli.inference.packed_linear import PackedLinear, choose
+from gptq_cli.inference.scratch import Fresh, Scratch
 from tests.inference.checkpoints import Packed, Recipe, quantize_slowly
 from tests.inference.test_codes import random_weight, read
 
@@ -32,7 +33,9 @@ def build(
 ) -> tuple[PackedLinear, Packed, Tensor | None]:
     packed = quantize_slowly(random_weight(rows, columns), recipe)
     vector = torch.randn(rows).to(dtype) if bias else None
-    linear = PackedLinear(read(packed, recipe, **changed), bias=vector, dtype=dtype, crossovers=Crossovers())
+    linear = PackedLinear(
+        read(packed, recipe, **changed), bias=vector, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
+    )
     return linear, packed, vector
 
 
@@ -119,9 +122,9 @@ def test_a_dense_weight_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     pieces: list[tuple[int, int]] = []
     dense = linear.kernel.dense
 
-    def spy(held: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def spy(held: Any, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         pieces.append((start, stop))
-        return dense(held, start, stop, dtype)
+        return dense(held, start, stop, dtype, memory)
 
     monkeypatch.setattr(linear.kernel, "dense", spy)
     linear.few_rows = 0
