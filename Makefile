@@ -15,8 +15,8 @@ MAKEFLAGS += --no-print-directory
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP   := $(VENV)/.installed
-THREADS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
-PYTEST  := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS := -n logical --maxprocesses 4
 GOLDENS  = tests/test_readme.py $(shell grep -rl check_golden tests --include='test_*.py')
 
 help:                ## show this list
@@ -37,10 +37,10 @@ demo: $(STAMP)       ## quantize a real model, load the result, compare perplexi
 	@$(BIN)/python scripts/demo.py
 
 test: $(STAMP)       ## the tests
-	@$(PYTEST) -m 'not slow and not gpu and not network'
+	@$(PYTEST) $(WORKERS) -m 'not slow and not gpu and not network'
 
 test-all: $(STAMP)   ## the tests, slow ones included
-	@$(PYTEST) -m 'not gpu and not network'
+	@$(PYTEST) $(WORKERS) -m 'not gpu and not network'
 
 lint: $(STAMP)       ## ruff: rules, floors, format
 	@$(BIN)/ruff check .
