@@ -70,7 +70,7 @@ class PhaseAdvanced:
 
 @dataclass(frozen=True, slots=True)
 class PhaseFinished:
-    """The phase took `seconds`; `detail` is one short clause for a log line."""
+    """The phase took `seconds`; `detail` is what came of it, one short clause for a log line."""
 
     phase: Phase
     seconds: float
@@ -133,6 +133,8 @@ class BlockFinished:
     total: int
     report: BlockReport
     memory: tuple[DeviceMemory, ...]
+    remaining_seconds: float = 0.0
+    """For the blocks to come, from the mean of those done."""
 
 
 @dataclass(frozen=True, slots=True)

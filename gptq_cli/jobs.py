@@ -131,25 +131,7 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     with phase(observer, "open"):
         skeleton = open_skeleton(find_model(job.model, weights=False), job.model)
         facts = model_facts(skeleton)
-    work = Work(job.quantize, job.calibration)
-    budgets = job.devices or present_devices()
-    resolution = resolve(
-        job.device_map,
-        facts,
-        budgets,
-        max_memory=job.max_memory,
-        work=work,
-        environment=environment_facts(),
-        given=job.devices is not None,
-    )
-    devices = resolution.placement.devices if resolution.placement else ()
-    findings = resolution.report + check_quantize(
-        facts,
-        work,
-        problems=skeleton.problems,
-        devices=devices,
-        capabilities=() if job.devices else capabilities(devices),
-    )
+    budgets, resolution, findings = _placed(job, skeleton, facts)
     return map_report(
         facts,
         resolution,
@@ -270,8 +252,26 @@ def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
     with phase(observer, "open"):
         skeleton = open_skeleton(find_model(job.model), job.model)
         facts = model_facts(skeleton)
-    with phase(observer, "calibration"):
+    with phase(observer, "calibration") as words:
         tokens, text_findings = _tokens(job, skeleton, facts)
+        if tokens is not None:
+            words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
+    budgets, resolution, findings = _placed(job, skeleton, facts)
+    return _Judged(
+        skeleton=skeleton,
+        facts=facts,
+        work=Work(job.quantize, job.calibration),
+        budgets=budgets,
+        tokens=tokens,
+        resolution=resolution,
+        findings=text_findings + findings,
+    )
+
+
+def _placed(
+    job: QuantizeJob | InspectJob, skeleton: Skeleton, facts: ModelFacts
+) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
+    """The devices, the map resolved on them, and the findings about both and about the job."""
     work = Work(job.quantize, job.calibration)
     budgets = job.devices or present_devices()
     resolution = resolve(
@@ -284,24 +284,17 @@ def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
         given=job.devices is not None,
     )
     devices = resolution.placement.devices if resolution.placement else ()
+    output = output_facts(job.out, skeleton.files.directory) if isinstance(job, QuantizeJob) else None
     findings = check_quantize(
         facts,
         work,
         problems=skeleton.problems,
-        output=output_facts(job.out, skeleton.files.directory),
-        overwrite=job.overwrite,
+        output=output,
+        overwrite=isinstance(job, QuantizeJob) and job.overwrite,
         devices=devices,
         capabilities=() if job.devices else capabilities(devices),
     )
-    return _Judged(
-        skeleton=skeleton,
-        facts=facts,
-        work=work,
-        budgets=budgets,
-        tokens=tokens,
-        resolution=resolution,
-        findings=text_findings + resolution.report + findings,
-    )
+    return budgets, resolution, resolution.report + findings
 
 
 def _tokens(

@@ -96,7 +96,8 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
         case BlockFinished():
             took = f"block {event.index + 1}/{event.total} {event.report.name}: done in"
             memory = "; ".join(memory_text(entry) for entry in event.memory)
-            return (f"{took} {fmt.duration(event.report.seconds)}; {memory}",)
+            left = f"; {fmt.clock(event.remaining_seconds)} left" if event.remaining_seconds else ""
+            return (f"{took} {fmt.duration(event.report.seconds)}{left}; {memory}",)
         case ShardWritten(path, size_bytes, tensors):
             return (f"written: {path}, {fmt.size(size_bytes)}, {fmt.count(tensors, 'tensor')}",)
         case Warned(message, hint):

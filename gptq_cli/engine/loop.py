@@ -124,7 +124,16 @@ def quantize_blocks(
             linears=linears,
         )
         reports.append(report)
-        observer(BlockFinished(index=index, total=len(blocks), report=report, memory=memory))
+        mean_seconds = sum(done.seconds for done in reports) / len(reports)
+        observer(
+            BlockFinished(
+                index=index,
+                total=len(blocks),
+                report=report,
+                memory=memory,
+                remaining_seconds=mean_seconds * (len(blocks) - len(reports)),
+            )
+        )
         for leak in leaks.see(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
     return tuple(reports)

@@ -45,12 +45,15 @@ class EngineRun:
 
 
 @contextmanager
-def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator[None]:
-    """Announce the beginning and, when nothing was raised, the end of a phase."""
+def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator[list[str]]:
+    """Announce the beginning and, when nothing was raised, the end of a phase; words added to the list that
+    it yields say what came of it.
+    """
     observer(PhaseStarted(name, total))
     started = time.perf_counter()
-    yield
-    observer(PhaseFinished(name, time.perf_counter() - started))
+    words: list[str] = []
+    yield words
+    observer(PhaseFinished(name, time.perf_counter() - started, ", ".join(words)))
 
 
 def quantize_model(
@@ -64,8 +67,9 @@ def quantize_model(
     The model lives and dies in here: when this returns, its memory is free. Raises what
     `quantize_blocks` raises.
     """
-    with phase(observer, "load"):
+    with phase(observer, "load") as words:
         model = load_resident(run.skeleton, run.placement)
+        words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
         prefix = run.skeleton.blocks_prefix
         for name, child in _outside(model, prefix):
             check_finite(child, name)

@@ -125,7 +125,7 @@ def _expect(name: str, tensor: str, found: tuple[int, ...], wanted: tuple[int, .
     if found != wanted:
         raise CheckpointError(
             f"{name}.{tensor} has shape {list(found)}; the layer and its quantization need {list(wanted)}",
-            hint="gptq load DIR --verify lists every tensor that disagrees",
+            hint="the checkpoint is damaged or was written by a tool that packs differently: fetch it again",
         )
 
 
