@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_cli.errors import CheckpointError, ConfigError
+from gptq_cli.errors import ConfigError
 
 OnToken = Callable[[str], None]
 
@@ -171,22 +172,6 @@ def input_device(model: Any) -> torch.device:
     return torch.device(device) if device is not None else embedding.weight.device
 
 
-def open_tokenizer(directory: Any, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in `directory`. Raises `CheckpointError` when there is none that Transformers reads."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{directory} has no tokenizer that can be read: {first}",
-            hint="copy the tokenizer files of the original model into it",
-        ) from error
-
-
 def _pad_token(tokenizer: Any, model: Any) -> int | None:
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
         if isinstance(value, list):
@@ -196,23 +181,14 @@ def _pad_token(tokenizer: Any, model: Any) -> int | None:
     return None
 
 
-class _seeded:  # noqa: N801 - reads as a statement
-    """Seed the generators that sampling draws from, and put them back."""
-
-    def __init__(self, device: torch.device, sampling: Sampling) -> None:
-        self._active = sampling.temperature > 0
-        self._seed = sampling.seed
-        devices = [device] if device.type != "cpu" else []
-        self._fork = (
-            torch.random.fork_rng(devices=devices, device_type=device.type)
-            if devices
-            else (torch.random.fork_rng(devices=[]))
-        )
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        if self._active:
-            torch.manual_seed(self._seed)
-
-    def __exit__(self, *details: Any) -> None:
-        self._fork.__exit__(*details)
+@contextmanager
+def _seeded(device: torch.device, sampling: Sampling) -> Iterator[None]:
+    """Seed the generators that sampling draws from, and put them back. Greedy decoding draws nothing."""
+    if sampling.temperature == 0:
+        yield
+        return
+    devices = [] if device.type == "cpu" else [device]
+    kind = "cuda" if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=devices, device_type=kind):
+        torch.manual_seed(sampling.seed)
+        yield

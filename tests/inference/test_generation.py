@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_cli.errors import CheckpointError, ConfigError
-from gptq_cli.inference.generation import Sampling, TextPieces, encode_prompt, generate, open_tokenizer
+from gptq_cli.calibration import open_tokenizer
+from gptq_cli.errors import ConfigError
+from gptq_cli.inference.generation import Sampling, TextPieces, encode_prompt, generate
 from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory
 from tests.inference.test_opening import load
 
@@ -116,8 +117,3 @@ def test_a_text_cut_inside_a_character_comes_out_at_the_end(opened: tuple[Any, A
     assert pieces == []
     streamer.end()
     assert "".join(pieces) == tokenizer.decode(ids)
-
-
-def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        open_tokenizer(tmp_path)
