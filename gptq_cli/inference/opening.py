@@ -38,6 +38,7 @@ from gptq_cli.results import KernelCount
 OnLinear = Callable[[int, int], None]
 """Called with (linears done, linears in all)."""
 
+_TRIM_BYTES = 1 << 25
 _EXPERT = re.compile(r"\.(\d+)\.[^.]+\Z")
 
 
@@ -109,6 +110,7 @@ class _Attacher:
         self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
         self.scratch = Scratch()
         self.done = 0
+        self.untrimmed_bytes = 0
 
     def attach(self) -> None:
         """Put a packed module in the place of every quantized linear and every fused experts module."""
@@ -169,9 +171,21 @@ class _Attacher:
             scratch=self.scratch,
             wish=self.wish,
         )
+        self._give_back(packed.qweight.numel() * packed.qweight.element_size())
         self.done += 1
         self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
         return module if home == at_work else module.to(torch_device(home))
+
+    def _give_back(self, read_bytes: int) -> None:
+        """From time to time, return what was freed to the system.
+
+        Aligned blocks do not fit into the holes that equal ones left: untrimmed, the heap would grow by the
+        file's size beside the model.
+        """
+        self.untrimmed_bytes += read_bytes
+        if self.untrimmed_bytes >= _TRIM_BYTES:
+            self.untrimmed_bytes = 0
+            trim_heap()
 
     def _execution_device(self, home: Device) -> Device:
         """Offloaded modules compute on the main device, and need its layout."""
