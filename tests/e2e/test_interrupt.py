@@ -14,6 +14,12 @@ import pytest
 from tests.e2e.commands import write_text
 
 
+def hear_signals() -> None:
+    """Signals as a terminal leaves them: a shell starts what runs in the background with SIGINT ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_of_a_block(number: signal.Signals, tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
@@ -32,7 +38,9 @@ def test_a_signal_in_the_middle_of_a_block(number: signal.Signals, tiny_llama: P
     command = [sys.executable, "-m", "gptq_cli", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=hear_signals
+    ) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if json.loads(line)["event"] == "LinearQuantized":
