@@ -94,7 +94,7 @@ def table(rows: list[tuple[str, str, str, str]]) -> str:
     lines = []
     for row in rows:
         cells = [row[0].ljust(widths[0])] + [row[i].rjust(widths[i]) for i in range(1, 4)]
-        lines.append("  " + "   ".join(cells))
+        lines.append(("  " + "   ".join(cells)).rstrip())
     return "\n".join(lines)
 
 
