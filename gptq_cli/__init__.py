@@ -13,4 +13,25 @@ The road of the data: SPEC text -> DeviceMap -> Placement -> PreflightReport -> 
 and text -> TokenBatches -> hidden states -> Hessian -> codes, scales, zeros -> packed tensors -> checkpoint.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptq_cli.device_map import DeviceMap
+
 __version__ = "0.1.0"
+
+
+def load(path: str, device_map: str | dict[str, Any] | DeviceMap | None = None, dtype: str = "auto") -> Any:
+    """Open the GPTQ checkpoint `path`: a Transformers model on packed weights, ready for `generate`.
+
+    `device_map` takes every form of `--device-map`; None: the current accelerator, or the CPU. Raises
+    `CheckpointError` naming the tensor that is wrong, `PreflightRefused` when the map is not legal.
+    """
+    from gptq_cli.config import LoadJob
+    from gptq_cli.device_map import DeviceMap
+    from gptq_cli.jobs import open_model
+
+    wanted = None if device_map is None else DeviceMap.parse(device_map)
+    return open_model(LoadJob(path=path, device_map=wanted, dtype=dtype))  # type: ignore[arg-type]  # judged there

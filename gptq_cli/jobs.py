@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gptq_cli.calibration import TokenBatches, evaluation_windows, make_batches, open_tokenizer
 from gptq_cli.config import InspectJob, LoadJob, QuantizeJob
@@ -181,6 +182,14 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport:
         memory=tuple((entry.device, entry.allocated_bytes) for entry in memory),
     )
     return _proven(job, checkpoint, model, windows, report, observer)
+
+
+def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
+    """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises."""
+    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+    placement = _load_placement(job, checkpoint, observer)
+    with _out_of_memory_explained():
+        return load_quantized(checkpoint, placement)
 
 
 def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Observer) -> Placement:
