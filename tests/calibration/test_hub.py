@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -96,12 +97,11 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_data_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx2
     from huggingface_hub.errors import RepositoryNotFoundError
 
     def unknown(self: Any, name: str, timeout: float) -> None:
-        request = httpx2.Request("GET", "https://hub.test")
-        raise RepositoryNotFoundError("404", response=httpx2.Response(404, request=request))
+        answer = SimpleNamespace(status_code=404, headers={}, request=None)
+        raise RepositoryNotFoundError("404", response=cast(Any, answer))
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
