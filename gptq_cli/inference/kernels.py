@@ -165,7 +165,7 @@ class Dequantize(Kernel):
         return held
 
     def fused(self, x: Tensor, held: Held) -> Tensor:
-        raise NotImplementedError("dequantize has no fused form")
+        raise RuntimeError("dequantize has no fused form: ask `can_fuse` first")
 
     def dense(self, held: Held, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         blocks = held["packed"].view(self.columns // self.block, -1)[start // self.block : stop // self.block]
