@@ -3,7 +3,7 @@
 The package stands on five floors; imports only go down (ruff and tests/test_architecture.py prove it).
 
     4  cli/  display/  report/            parse and show
-    3  jobs.py                            the story of each command
+    3  jobs/                              the story of each command
     2  engine/  inference/  preflight/    torch and the world
        model/  calibration/  devices/
     1  gptq/                              the maths, torch only

@@ -46,7 +46,7 @@ LINES, LINES_OF_MATHS = 440, 220
 
 
 def room_of(path: Path) -> str:
-    """`engine/loop.py` -> `engine`; `jobs.py` -> `jobs`."""
+    """`engine/loop.py` -> `engine`; `events.py` -> `events`."""
     return path.parts[0].removesuffix(".py")
 
 

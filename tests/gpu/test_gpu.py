@@ -19,6 +19,7 @@ from gptq_cli.devices.accelerators import current_accelerator, present_devices, 
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import BlockStarted, CacheFlushed, Event
+from gptq_cli.jobs import steps
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.weights import load_resident
@@ -171,12 +172,12 @@ def test_replayed_forwards_need_less_and_give_the_same(
 ) -> None:
     data = CalibrationConfig(samples=64, seq_len=1024)
     parked = jobs.quantize(job_for(medium, tmp_path / "parked", "cuda:0", calibration=data))
-    judged = jobs.resolve
+    judged = steps.resolve
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
         return replace(judged(*args, **kwargs), parked=False)
 
-    monkeypatch.setattr(jobs, "resolve", replayed)
+    monkeypatch.setattr(steps, "resolve", replayed)
     again = jobs.quantize(job_for(medium, tmp_path / "replayed", "cuda:0", calibration=data))
     assert dict(again.measured_peak_bytes)["cuda:0"] < dict(parked.measured_peak_bytes)["cuda:0"]
     a, b = tensors(tmp_path / "parked"), tensors(tmp_path / "replayed")
@@ -189,7 +190,7 @@ def test_out_of_memory_is_exit_4_and_leaves_nothing(
     total = torch.cuda.get_device_properties(0).total_memory
     real = present_devices()
     roomy = tuple(DeviceBudget(b.device, 64 * GIB, 64 * GIB) if b.device == CUDA else b for b in real)
-    monkeypatch.setattr(jobs, "present_devices", lambda: roomy)
+    monkeypatch.setattr(steps, "present_devices", lambda: roomy)
     torch.cuda.set_per_process_memory_fraction(0.9 * GIB / total)
     with pytest.raises(OutOfDeviceMemory) as caught:
         jobs.quantize(

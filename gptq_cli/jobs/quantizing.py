@@ -1,0 +1,186 @@
+"""The story of `gptq quantize` on one screen: open, judge, work, report.
+
+Everything that can be known from config.json, the heads of the files and the calibration text is judged
+before a weight is read; `dry_run` stops there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
+from gptq_cli.config import QuantizeJob
+from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.engine.run import EngineRun, phase, quantize_model
+from gptq_cli.engine.summary import Tally, summarize
+from gptq_cli.errors import CalibrationError, ModelError
+from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore
+from gptq_cli.findings import PreflightReport
+from gptq_cli.jobs.steps import announce, out_of_memory_explained, placed, watched
+from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.source import find_model
+from gptq_cli.model.writer import CheckpointWriter
+from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
+from gptq_cli.preflight import rules_source
+from gptq_cli.preflight.budget import micro_batch_tokens, packed_bytes
+from gptq_cli.preflight.cases import Work
+from gptq_cli.preflight.facts import model_facts
+from gptq_cli.preflight.probe import estimate_seconds
+from gptq_cli.preflight.report import map_report, quantize_plan
+from gptq_cli.preflight.resolve import Resolution, refusal
+from gptq_cli.results import MapReport, RunReport, document
+
+
+def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
+    """Quantize a model and write the checkpoint to `job.out`.
+
+    Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
+    `QualityGateFailed`. Whatever is raised, no working folder is left. Where something would lie on disk, the
+    `PreflightRefused` is a `ValueError` as well.
+    """
+    started = time.perf_counter()
+    tally = Tally(observer)
+    judged = _judge(job, tally)
+    announce(judged.findings, tally)
+    placement, tokens = judged.resolution.placement, judged.tokens
+    if not judged.findings.ok or placement is None or tokens is None:
+        raise refusal(judged.findings)
+    tally(_header(job, judged, placement, tokens))
+    run = EngineRun(
+        skeleton=judged.skeleton,
+        placement=placement,
+        config=job.quantize,
+        options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=watched(placement)),
+        batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
+    )
+    with out_of_memory_explained(), _writer(job, judged.skeleton, tally) as writer:
+        blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
+        with phase(tally, "save"):
+            writer.copy_dense()
+        report = summarize(
+            job=job,
+            skeleton=judged.skeleton,
+            tokens=tokens,
+            devices=[str(device) for device in placement.devices],
+            predicted_peak_bytes=[
+                (plan.device, plan.predicted_peak_bytes) for plan in judged.resolution.devices
+            ],
+            blocks=blocks,
+            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in judged.facts.linears),
+            size_after_bytes=writer.plan.size_bytes,
+            tally=tally,
+            seconds=time.perf_counter() - started,
+        )
+        writer.finish(document(report))
+    tally(RunFinished(report))
+    return report
+
+
+def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
+    """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
+    judged = _judge(job, observer)
+    return map_report(
+        judged.facts,
+        judged.resolution,
+        spec=job.device_map,
+        budgets=judged.budgets,
+        max_memory=job.max_memory,
+        report=judged.findings,
+        given=job.devices is not None,
+        plan=quantize_plan(judged.facts, judged.work, _seconds(job, judged)),
+    )
+
+
+def _seconds(job: QuantizeJob, judged: _Judged) -> float | None:
+    """An estimate from a short probe of this machine; None where refused or planned for another."""
+    resolution = judged.resolution
+    if job.devices is not None or not judged.findings.ok or resolution.placement is None:
+        return None
+    main = resolution.placement.main_device
+    return estimate_seconds(judged.facts, judged.work, main, parked=resolution.parked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    """A job after preflight: everything the engine needs, and everything that was found."""
+
+    skeleton: Skeleton
+    facts: ModelFacts
+    work: Work
+    budgets: tuple[DeviceBudget, ...]
+    tokens: TokenBatches | None
+    resolution: Resolution
+    findings: PreflightReport
+
+
+def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
+    """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
+    with phase(observer, "open"):
+        skeleton = open_skeleton(find_model(job.model), job.model)
+        facts = model_facts(skeleton)
+    with phase(observer, "calibration") as words:
+        tokens, text_findings = _tokens(job, skeleton, facts)
+        if tokens is not None:
+            words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
+    budgets, resolution, findings = placed(job, skeleton, facts)
+    return _Judged(
+        skeleton=skeleton,
+        facts=facts,
+        work=Work(job.quantize, job.calibration),
+        budgets=budgets,
+        tokens=tokens,
+        resolution=resolution,
+        findings=text_findings + findings,
+    )
+
+
+def _tokens(
+    job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts
+) -> tuple[TokenBatches | None, PreflightReport]:
+    """The calibration windows, or a finding that says why there are none."""
+    try:
+        tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
+        tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
+        return tokens, PreflightReport()
+    except (CalibrationError, ModelError) as error:
+        hint = error.hint or ""
+        if isinstance(error, CalibrationError):
+            found = rules_source.calibration_text(job.calibration.source, error.message, hint)
+        else:
+            found = rules_source.tokenizer(job.model.model, error.message, hint)
+        return None, PreflightReport(tuple(found))
+
+
+def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
+    config = job.quantize
+    zeros = "symmetric" if config.sym else "asymmetric"
+    forwards = "parked, each linear runs once" if judged.resolution.parked else "replayed, to save memory"
+    return RunStarted(
+        command="quantize",
+        model=job.model.model,
+        out=job.out,
+        settings=(
+            ("bits", f"{config.bits}, group {config.group_size}, {zeros}"),
+            ("order", "desc_act" if config.desc_act else config.act_order),
+            ("dtype", judged.facts.dtype),
+            ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
+            ("placement", placement.reason),
+            ("forwards", forwards),
+        ),
+        devices=tuple(str(device) for device in placement.devices),
+        blocks=len(judged.skeleton.blocks),
+        linears=len(judged.skeleton.linears),
+    )
+
+
+def _writer(job: QuantizeJob, skeleton: Skeleton, observer: Observer) -> CheckpointWriter:
+    return CheckpointWriter(
+        Path(job.out),
+        skeleton,
+        job.quantize,
+        max_shard_bytes=job.max_shard_bytes,
+        overwrite=job.overwrite,
+        on_shard=lambda path, size, tensors: observer(ShardWritten(path.name, size, tensors)),
+    )
