@@ -119,6 +119,11 @@ class Placement:
         return tuple(entry.name for entry in self.entries if entry.device.kind == "cpu")
 
     @property
+    def streams_blocks(self) -> bool:
+        """True for a plain CPU run: quantizing then reads each block from the files when its turn comes."""
+        return all(entry.device.kind == "cpu" for entry in self.entries)
+
+    @property
     def size_bytes(self) -> tuple[tuple[Device, int], ...]:
         """(device, bytes of the weights and buffers on it)."""
         totals = dict.fromkeys(self.devices, 0)

@@ -64,6 +64,14 @@ class OffloadChain:
         finally:
             module.to(_HOME)
 
+    @contextmanager
+    def for_capture(self) -> Iterator[None]:
+        """Let the chain run inside the `with`; everything is at home afterwards."""
+        try:
+            yield
+        finally:
+            self.send_home()
+
     def send_home(self) -> None:
         """Bring every link home: the chain itself leaves the last one that ran on the execution device."""
         for module in self._modules.values():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU
 from gptq_cli.devices.accelerators import flush, torch_device
-from gptq_cli.devices.offload import OffloadChain, replace_dispatch_hooks
+from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
 from gptq_cli.events import (
@@ -26,6 +26,7 @@ from gptq_cli.events import (
     PhaseFinished,
     PhaseStarted,
 )
+from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement import Placement
@@ -67,22 +68,44 @@ def quantize_model(
     The model lives and dies in here: when this returns, its memory is free. Raises what
     `quantize_blocks` raises.
     """
-    with phase(observer, "load") as words:
-        model = load_resident(run.skeleton, run.placement)
-        words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
-        prefix = run.skeleton.blocks_prefix
-        for name, child in _outside(model, prefix):
-            check_finite(child, name)
-    with replace_dispatch_hooks(model, run.placement) as chain:
+    with ExitStack() as opened:
+        with phase(observer, "load") as words:
+            model, lender = _open(run, opened)
+            words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
+            if run.placement.streams_blocks:
+                words.append("each block when its turn comes")
+            for name, child in _outside(model, run.skeleton.blocks_prefix):
+                check_finite(child, name)
         with phase(observer, "capture", len(input_ids)):
-            blocks = _blocks(model, run, chain)
-            captured = _capture(model, blocks, run, input_ids, observer)
-        chain.send_home()
+            blocks = _blocks(model, run, lender)
+            with lender.for_capture():
+                captured = _capture(model, blocks, run, input_ids, observer)
         reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
-    del model, blocks, captured, chain
+    del model, lender, blocks, captured
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     return reports
+
+
+class Lender(Protocol):
+    """Has the weights of a model, and gives a block's where and when they are worked on."""
+
+    def at_work(self, block: str) -> AbstractContextManager[None]:
+        """A context inside which the block has its weights on the device that works on it."""
+        ...
+
+    def for_capture(self) -> AbstractContextManager[None]:
+        """A context inside which the model's own forward may run, up to and including its first block."""
+        ...
+
+
+def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, Lender]:
+    """The model: block by block on a CPU alone, else resident, dispatched by the placement."""
+    if run.placement.streams_blocks:
+        stream = opened.enter_context(BlockStream(run.skeleton, torch_device(CPU)))
+        return stream.model, stream
+    model = load_resident(run.skeleton, run.placement)
+    return model, opened.enter_context(replace_dispatch_hooks(model, run.placement))
 
 
 def _outside(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -93,7 +116,7 @@ def _outside(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _blocks(model: Any, run: EngineRun, chain: OffloadChain) -> list[Block]:
+def _blocks(model: Any, run: EngineRun, lender: Lender) -> list[Block]:
     main = run.placement.main_device
     blocks = []
     for name in run.skeleton.blocks:
@@ -105,7 +128,7 @@ def _blocks(model: Any, run: EngineRun, chain: OffloadChain) -> list[Block]:
                 model.get_submodule(name),
                 torch_device(at),
                 run.skeleton.linears_of(name),
-                at_work=partial(chain.at_work, name),
+                at_work=partial(lender.at_work, name),
             )
         )
     return blocks

@@ -28,7 +28,7 @@ from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.packed_linear import KernelWish, PackedLinear
 from gptq_cli.inference.scratch import Scratch
-from gptq_cli.inference.streamed import StreamedReader
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense

@@ -17,7 +17,7 @@ from torch import Tensor
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding, Level, PreflightReport
 from gptq_cli.gptq.packing import unpack_rows
-from gptq_cli.inference.streamed import StreamedReader
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.inference.targets import Target, TargetFacts, TargetLinear, check_target
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx

@@ -2,14 +2,14 @@
 
 `load_resident` is what quantizing uses: Transformers reads the shards, accelerate dispatches by the
 placement. `fill_dense` is what `gptq load` uses: its linears are packed, so only the rest is read, straight
-to its device.
+to its device. Quantizing on the CPU alone fills a skeleton too, block after block: see block_stream.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,14 +163,36 @@ def fill_dense(
     read: Callable[[str, torch.device], Tensor],
     device_of: Callable[[str], torch.device],
     dtype: torch.dtype,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> None:
-    """Give every tensor of a skeleton its value, except under modules that already have theirs (packed
-    linears).
+    """Give the `wanted` tensors of a skeleton their values, except those that already have theirs (under
+    packed linears).
 
     `read(source name, device)` returns a tensor of the files. Ties are kept, and buffers that no file
-    stores (rotary frequencies) are computed again. Afterwards nothing is on the meta device. Raises
-    `CheckpointError` naming the first tensor without a value.
+    stores (rotary frequencies) are computed again, wanted or not. Afterwards nothing that was wanted is on
+    the meta device. Raises `CheckpointError` naming the first tensor without a value.
     """
+    fill_stored(model, conversion, origins, read, device_of, dtype, wanted=wanted)
+    _compute_buffers(model, device_of)
+    left = [name for name, tensor in _tensors(model) if tensor.is_meta and wanted(name)]
+    if left:
+        raise CheckpointError(
+            f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else "")
+        )
+
+
+def fill_stored(
+    model: Any,
+    conversion: Conversion,
+    origins: Mapping[str, Origin] | KeyMap,
+    read: Callable[[str, torch.device], Tensor],
+    device_of: Callable[[str], torch.device],
+    dtype: torch.dtype,
+    *,
+    wanted: Callable[[str], bool],
+) -> set[str]:
+    """The first half of `fill_dense`: what the files store. Returns the names that got a value."""
     table = origins.origins if isinstance(origins, KeyMap) else origins
     ties = tied_groups(model)
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -178,20 +200,20 @@ def fill_dense(
     done: set[str] = set()
     for target, tensor in state.items():
         origin = table.get(target)
-        if target in done or not tensor.is_meta or origin is None:
+        if target in done or not tensor.is_meta or origin is None or not wanted(target):
             continue
         device = device_of(target)
         sources = {name: read(name, device) for name in origin.sources}
         for name, value in conversion.convert(origin, sources).items():
             if name not in state or not state[name].is_meta:
                 continue
-            wanted = state[name]
-            if value.shape != wanted.shape:
+            place = state[name]
+            if value.shape != place.shape:
                 raise CheckpointError(
-                    f"tensor {name} has shape {list(value.shape)}; the config asks for {list(wanted.shape)}"
+                    f"tensor {name} has shape {list(value.shape)}; the config asks for {list(place.shape)}"
                 )
             if value.is_floating_point():
-                value = value.to(next((d for p, d in fixed if p.search(name)), wanted.dtype))
+                value = value.to(next((d for p, d in fixed if p.search(name)), place.dtype))
             _place(model, name, value.to(device_of(name)))
             done.add(name)
         del sources
@@ -200,12 +222,14 @@ def fill_dense(
         for name in names:
             if real is not None and _get(model, name).is_meta:
                 _place(model, name, _get(model, real))
-    _compute_buffers(model, device_of)
-    left = [name for name, tensor in _tensors(model) if tensor.is_meta]
-    if left:
-        raise CheckpointError(
-            f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else "")
-        )
+                done.add(name)
+    return done
+
+
+def empty_out(model: nn.Module, names: Iterable[str]) -> None:
+    """Put tensors back on the meta device: their memory is free when nobody else holds them."""
+    for name in names:
+        _place(model, name, torch.empty_like(_get(model, name), device="meta"))
 
 
 def _fixed_dtypes(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:

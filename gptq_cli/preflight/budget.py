@@ -3,7 +3,8 @@
 For a device that works on blocks (T = samples · seq_len tokens, t = tokens of one micro-batch, b = bytes of a
 number in the model's dtype, h = hidden size; a stage has K input columns and R = ΣN rows):
 
-    weights      every parameter and buffer that lives there
+    weights      every parameter and buffer that lives there; in a plain CPU run, where blocks are read when
+                 their turn comes, those outside the blocks and one block
     activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
                  with parked forwards also what their frames hold between two stages: the normed input and
                  the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
@@ -32,7 +33,7 @@ measurement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from gptq_cli.config import QuantizeConfig
@@ -186,6 +187,8 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
     facts = case.facts
     sets = work_sets(facts, case.work, parked=parked)
     weights = dict(placement.size_bytes)
+    if case.work is not None and placement.streams_blocks:
+        weights[CPU] = _streamed_bytes(facts)
     busy: dict[Device, WorkSet] = {}
     main = placement.main_device
     moved_block, moved_other = _moved_in(placement, facts)
@@ -218,6 +221,25 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
             )
         )
     return tuple(plans)
+
+
+def _streamed_bytes(facts: ModelFacts) -> int:
+    """Weights that are there at once where blocks come one by one: what lies outside them, and the largest."""
+    blocks = dict.fromkeys(facts.blocks, 0)
+    outside = 0
+    for tensor in facts.tensors:
+        block = next((name for name in _parents(tensor.name) if name in blocks), None)
+        if block is None:
+            outside += tensor.size_bytes
+        else:
+            blocks[block] += tensor.size_bytes
+    return outside + max(blocks.values(), default=0)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _scattered(case: MapCase) -> bool:

@@ -18,6 +18,7 @@ from gptq_cli.config import ModelRef
 from gptq_cli.device import Device
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model import weights
+from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, natural_key
 from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
 from gptq_cli.model.source import find_model
@@ -212,3 +213,35 @@ def test_reader_names_what_it_cannot_find(tiny_llama: Path) -> None:
         assert "lm_head.weight" in reader
         with pytest.raises(CheckpointError, match="no tensor nothing"):
             reader.get("nothing")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "qwen3_moe"])
+def test_a_stream_of_blocks_has_one_block_at_a_time(name: str, tiny: TinyFactory) -> None:
+    skeleton = opened(tiny(name))
+    resident = load_resident(skeleton, ON_CPU)
+    expected = resident.state_dict()
+    with BlockStream(skeleton, CPU) as stream:
+        assert not stream.model.training
+        for block in skeleton.blocks:
+            module = stream.model.get_submodule(block)
+            assert all(parameter.is_meta for parameter in module.parameters())
+            with stream.at_work(block):
+                for key, value in module.state_dict().items():
+                    assert torch.equal(value, expected[f"{block}.{key}"]), key
+                next(module.parameters()).data.zero_()
+            assert all(parameter.is_meta for parameter in module.parameters())
+        with stream.at_work(skeleton.blocks[0]):
+            first = next(stream.model.get_submodule(skeleton.blocks[0]).parameters())
+            assert first.any(), "read again, as it is in the files"
+        for key, value in stream.model.state_dict().items():
+            if not key.startswith(tuple(f"{block}." for block in skeleton.blocks)):
+                assert torch.equal(value, expected[key]), key
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters()), "the skeleton stays one"
+
+
+def test_a_stream_names_what_it_cannot_read(model: Path) -> None:
+    skeleton = opened(model)
+    with (model / "model.safetensors").open("rb+") as file:
+        file.truncate((model / "model.safetensors").stat().st_size - 64)
+    with pytest.raises(ModelError, match="model.safetensors cannot be read: .*truncated"):
+        BlockStream(skeleton, CPU).__enter__()

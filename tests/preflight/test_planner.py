@@ -107,8 +107,16 @@ def test_no_accelerator_is_a_plain_cpu_run() -> None:
 
 
 def test_no_accelerator_and_too_little_memory() -> None:
-    made = resolved("auto", MODEL, "cpu=8GiB")
+    made = resolved("auto", MODEL, "cpu=3GiB")
     assert rules_of(made) == ["memory-budget"]
+
+
+def test_a_cpu_alone_needs_room_for_one_block_at_a_time() -> None:
+    (plan,) = resolved("auto", MODEL, "cpu=8GiB").devices
+    assert MODEL.size_bytes > 12 * GIB
+    outside = sum(t.size_bytes for t in MODEL.tensors if ".layers." not in t.name)
+    block = sum(t.size_bytes for t in MODEL.tensors if ".layers.0." in t.name)
+    assert plan.weights_bytes == outside + block
 
 
 def test_max_memory_is_obeyed() -> None:

@@ -100,7 +100,7 @@ def test_a_strategy_that_would_spill_names_the_bytes() -> None:
         ("0", "cuda:0=24GiB,cpu=64GiB", "0=8GiB", 32),
         ("auto", "cuda:0=60GiB,cpu=256GiB", None, 16384),
         ("auto", "cuda:0=6GiB,cpu=8GiB", None, 32),
-        ("cpu", "cuda:0=60GiB,cpu=8GiB", None, 32),
+        ("cpu", "cuda:0=60GiB,cpu=3GiB", None, 32),
     ],
 )
 def test_the_first_remedy_really_works(spec: str, devices: str, max_memory: str | None, samples: int) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_cli.errors import CheckpointError
-from gptq_cli.inference.streamed import StreamedReader
 from gptq_cli.model.source import scan_directory
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.placement import TensorInfo
 
 TENSORS = {
