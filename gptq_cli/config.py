@@ -7,6 +7,7 @@ world (does K divide, is there memory, does the directory exist) are judged by `
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -21,6 +22,10 @@ SolveFor = Literal["own", "dense"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
 Recipe = Literal["fast", "balanced", "best"]
+Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
+"""Readers of GPTQ checkpoints whose rules are known."""
+KernelWish = Literal["auto", "torch", "dequantize", "gptqmodel"]
+"""auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
 
@@ -36,6 +41,13 @@ def whole(name: str, value: object, least: int, hint: str | None = None) -> None
     """Raise `ConfigError` unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {least}", hint=hint)
+
+
+def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
+    """The readers called `names`, each once. Raises `ConfigError`."""
+    for name in names:
+        one_of("target", name, get_args(Target))
+    return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # judged above
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +77,13 @@ class QuantizeConfig:
     sweeps: int = 1
     """Cyclic coordinate-descent sweeps over the codes after the solve; 0: none."""
     refit: bool = True
-    """After the sweeps, refit the scales in closed form where the loss falls."""
+    """Refit each group's scale in closed form before its codes are swept, where the loss falls."""
     solve_for: SolveFor = "dense"
     """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what
     the dense model puts out there, as far as held-out samples bear that out."""
+    dense_share: float = 0.5
+    """Share of the calibration samples that the dense model runs on too, for `solve_for` "dense"; each costs
+    a second forward."""
     column_batch: int = 128
     """The paper's B: columns of one lazy update. Changes speed, not codes."""
 
@@ -89,6 +104,11 @@ class QuantizeConfig:
                 f"damp_percent is {self.damp_percent}; allowed: a fraction above 0 and below 1 (0.05 is 5 %)"
             )
         whole("sweeps", self.sweeps, 0)
+        if not (math.isfinite(self.dense_share) and 0.0 < self.dense_share <= 1.0):
+            raise ConfigError(
+                f"dense_share is {self.dense_share}; allowed: a fraction above 0 and up to 1",
+                hint="--solve-for own does without the dense model",
+            )
         whole("column_batch", self.column_batch, 1)
 
     def groups(self, in_features: int) -> int:
@@ -108,12 +128,13 @@ class RecipeOptions:
     sweeps: int
     refit: bool
     solve_for: SolveFor
+    dense_share: float
 
 
 RECIPES: dict[Recipe, RecipeOptions] = {
-    "fast": RecipeOptions(sweeps=0, refit=False, solve_for="own"),
-    "balanced": RecipeOptions(sweeps=1, refit=True, solve_for="dense"),
-    "best": RecipeOptions(sweeps=4, refit=True, solve_for="dense"),
+    "fast": RecipeOptions(sweeps=0, refit=False, solve_for="own", dense_share=0.5),
+    "balanced": RecipeOptions(sweeps=1, refit=True, solve_for="dense", dense_share=0.5),
+    "best": RecipeOptions(sweeps=4, refit=True, solve_for="dense", dense_share=1.0),
 }
 """Same format, same bits: they differ in time and accuracy. The fields' defaults are those of "balanced"."""
 
@@ -201,6 +222,37 @@ class InspectJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is picked. Greedy when `temperature` is 0, which is the default."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    seed: int = 0
+    """Of the draw; the global generators are left as they were."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"temperature is {self.temperature}; allowed: 0 (greedy) to 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
+        whole("top_k", self.top_k, 0)
+        whole("seed", self.seed, 0)
+        if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
+            narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
+            raise ConfigError(
+                f"{narrowed}, but temperature is 0, which is greedy",
+                hint="add --temperature 0.7, or leave it out",
+            )
+
+
+GREEDY = Sampling()
+HELD_OUT = "pydoc-heldout"
+"""The text to measure on where none is named: calibration leaves it out by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadJob:
     """Everything that `gptq load` was asked."""
 
@@ -209,15 +261,56 @@ class LoadJob:
     """None: the current accelerator, or the CPU where there is none."""
     dtype: DType = "auto"
     trust_remote_code: bool = False
+    kernel: KernelWish = "auto"
+    compile: bool = False
+    """Let torch.compile fuse what lies between the kernels."""
     prompt: str | None = None
+    raw: bool = False
+    """Give the prompt to the model as it stands, without the chat template."""
     max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
     evaluate: str | None = None
     """Text to measure perplexity on: any source that `CalibrationConfig.source` takes."""
     seq_len: int = 512
     windows: int = 64
+    against: str | None = None
+    """The dense model to compare with: a directory or a hub id."""
+    max_kl: float | None = None
+    """The job fails (exit 5) where KL(dense ‖ quantized) is above this."""
+    max_perplexity: float | None = None
+    bench: bool = False
+    verify: bool = False
+    targets: tuple[Target, ...] = ()
+    """Readers that should take the checkpoint; exit 5 where one will not."""
 
     def __post_init__(self) -> None:
         one_of("dtype", self.dtype, get_args(DType))
+        one_of("kernel", self.kernel, get_args(KernelWish))
         whole("max_new_tokens", self.max_new_tokens, 1)
         whole("seq_len", self.seq_len, 2)
         whole("windows", self.windows, 1)
+        parse_targets(self.targets)
+        if self.against == "":
+            raise ConfigError("against is empty; allowed: a directory or a hub id")
+        _gate("max_kl", self.max_kl, self.against, "--against DENSE")
+        _gate("max_perplexity", self.max_perplexity, self.text, "--eval SOURCE")
+
+    @property
+    def text(self) -> str | None:
+        """What is measured on: `evaluate`, and where only `against` is given, text held out by default."""
+        return self.evaluate or (HELD_OUT if self.against is not None else None)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the model itself is wanted; --verify and --target alone are judged on the files."""
+        proofs = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
+        return any(proofs) or not (self.verify or self.targets)
+
+
+def _gate(name: str, limit: float | None, measurement: str | None, needed: str) -> None:
+    if limit is None:
+        return
+    if not (math.isfinite(limit) and limit >= 0):
+        raise ConfigError(f"{name} is {limit}; allowed: a number of at least 0")
+    if measurement is None:
+        raise ConfigError(f"{name} is {limit}, but nothing is measured for it", hint=f"add {needed}")

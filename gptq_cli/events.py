@@ -15,7 +15,9 @@ from gptq_cli.findings import Finding
 from gptq_cli.results import BlockReport, LinearReport, RunReport
 
 FlushPoint = Literal["capture", "block", "end"]
-Phase = Literal["open", "calibration", "load", "capture", "save", "generate", "evaluate"]
+Phase = Literal[
+    "open", "calibration", "load", "capture", "save", "verify", "generate", "bench", "dense", "evaluate"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,14 @@ class PhaseFinished:
     phase: Phase
     seconds: float
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TextGenerated:
+    """The next piece of the text; `tokens` are out so far. The pieces put together are the whole text."""
+
+    text: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +177,7 @@ Event = (
     | PhaseStarted
     | PhaseAdvanced
     | PhaseFinished
+    | TextGenerated
     | BlockStarted
     | SamplesAdvanced
     | LinearQuantized

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from gptq_cli.findings import Finding
 from gptq_cli.placement import DeviceBudget, Placement
+from gptq_cli.proof import Agreement, Bench, Gate, VerifyReport
 
 Method = Literal["gptq", "rtn"]
 Json = bool | int | float | str | list["Json"] | dict[str, "Json"] | None
@@ -117,6 +118,8 @@ class KernelCount:
 class LoadReport:
     """The result of `gptq load`: what was opened, where, and what it proved."""
 
+    json_properties: ClassVar[tuple[str, ...]] = ("ok",)
+
     path: str
     quantizer: str
     """`meta.quantizer` of the checkpoint, "" when it names none."""
@@ -137,11 +140,32 @@ class LoadReport:
     """(device, allocated bytes after loading; resident set size on cpu)."""
     prompt: str | None = None
     text: str | None = None
+    prompt_tokens: int = 0
     new_tokens: int = 0
     tokens_per_second: float = 0.0
     perplexity: float | None = None
     windows: int = 0
     seq_len: int = 0
+    text_source: str = ""
+    """What was measured on."""
+    against: str | None = None
+    agreement: Agreement | None = None
+    bench: Bench | None = None
+    gates: tuple[Gate, ...] = ()
+    """The limits that were asked for; "passed" where the checkpoint is within."""
+    verification: VerifyReport | None = None
+    compiled: bool = False
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Closed gates, and what verification found wrong, one clause each; empty: exit 0, else 5."""
+        verified = self.verification.failures if self.verification else ()
+        return verified + tuple(gate.failure for gate in self.gates if not gate.passed)
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing failed."""
+        return not self.failures
 
 
 def to_json(value: object) -> Json:

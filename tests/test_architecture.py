@@ -23,6 +23,7 @@ FLOORS = {
     "events": 0,
     "findings": 0,
     "placement": 0,
+    "proof": 0,
     "results": 0,
     "gptq": 1,
     "calibration": 2,

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _signals_interrupt():
             code = _run(session)
     except GptqError as error:
-        return failure.report_known(error, session.seen, as_json=session.as_json)
+        as_json = session.as_json and not session.documented
+        return failure.report_known(error, session.seen, as_json=as_json)
     except KeyboardInterrupt:
         return failure.report_interrupted(as_json=session.as_json)
     except (

@@ -8,20 +8,34 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch
-from gptq_cli.config import LoadJob
+from gptq_cli.config import LoadJob, Sampling, parse_targets
 from gptq_cli.device_map import DeviceMap
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, QualityGateFailed
+from gptq_cli.results import LoadReport
 
 
 def load(
     context: typer.Context,
     path: o.Checkpoint,
     prompt: o.Prompt = None,
+    raw: o.Raw = False,
     max_new_tokens: o.MaxNewTokens = 64,
+    temperature: o.Temperature = 0.0,
+    top_p: o.TopP = 1.0,
+    top_k: o.TopK = 0,
+    seed: o.SampleSeed = 0,
     evaluate: o.Evaluate = None,
     seq_len: o.EvalSeqLen = 512,
     windows: o.Windows = 64,
+    against: o.Against = None,
+    max_kl: o.MaxKl = None,
+    max_perplexity: o.MaxPerplexity = None,
+    bench: o.Bench = False,
+    verify: o.Verify = False,
+    target: o.Targets = None,
     device_map: o.LoadDeviceMap = None,
+    kernel: o.Kernel = "auto",
+    compile: o.Compile = False,  # noqa: A002  # the option's name
     dtype: o.DType = "auto",
     trust_remote_code: o.TrustRemoteCode = False,
     config: o.Config = None,
@@ -29,9 +43,11 @@ def load(
     progress: o.Progress = "auto",
     quiet: o.Quiet = False,
 ) -> None:
-    """Open the GPTQ checkpoint DIR, say where it stands and why, generate from --prompt, measure --eval.
+    """Open the GPTQ checkpoint DIR, say where it stands and why, and prove it: text, closeness, speed.
 
     Reads checkpoints of gptq, GPTQModel and AutoGPTQ.
+
+    --verify and --target alone judge the files and open no model.
     """
     session: Session = context.obj
     job = LoadJob(
@@ -39,23 +55,37 @@ def load(
         device_map=DeviceMap.parse(device_map) if device_map is not None else None,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        kernel=kernel,
+        compile=compile,
         prompt=_from_stdin() if prompt == "-" else prompt,
+        raw=raw,
         max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
         evaluate=evaluate,
         seq_len=seq_len,
         windows=windows,
+        against=against,
+        max_kl=max_kl,
+        max_perplexity=max_perplexity,
+        bench=bench,
+        verify=verify,
+        targets=parse_targets(target or ()),
     )
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
 
         report = jobs.load(job, observer)
 
-    from gptq_cli.display.tables import load_summary
+    from gptq_cli.display.proofs import load_summary, verify_summary
 
-    show(session, report, lambda: load_summary(report))
-    if report.text is not None and not session.as_json and sys.stdout is not None:
-        sys.stdout.write(f"\n{report.text}\n")
-        sys.stdout.flush()
+    if isinstance(report, LoadReport):
+        show(session, report, lambda: load_summary(report))
+    else:
+        show(session, report, lambda: verify_summary(report))
+    if report.failures:
+        raise QualityGateFailed(
+            "; ".join(report.failures), hint="the figures are on stdout; docs/load.md says what they mean"
+        )
 
 
 def _from_stdin() -> str:

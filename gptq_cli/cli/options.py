@@ -24,6 +24,7 @@ PLACEMENT = "Placement"
 MODEL = "Model"
 SOLVER = "Solver"
 PROOF = "Proof"
+TEXT = "Text"
 RUN = "Run"
 
 
@@ -273,8 +274,20 @@ TrustRemoteCode = Annotated[
     bool, _flag("--trust-remote-code", "Run Python code that the model repository brings.", MODEL)
 ]
 
-Prompt = Annotated[str | None, _option("--prompt", "Continue this text, greedily.", PROOF, "TEXT")]
-MaxNewTokens = Annotated[int, _option("--max-new-tokens", "Tokens to generate.", PROOF, "N")]
+Prompt = Annotated[
+    str | None,
+    _option("--prompt", "Answer or continue this text as it comes; - reads stdin.", TEXT, "TEXT"),
+]
+Raw = Annotated[bool, _flag("--raw", "Continue the prompt as it stands, without the chat template.", TEXT)]
+MaxNewTokens = Annotated[int, _option("--max-new-tokens", "Tokens to generate, at most.", TEXT, "N")]
+Temperature = Annotated[
+    float, _option("--temperature", "Randomness of the next token; 0 is greedy.", TEXT, "X")
+]
+TopP = Annotated[
+    float, _option("--top-p", "Sample from the likeliest tokens that hold this probability.", TEXT, "X")
+]
+TopK = Annotated[int, _option("--top-k", "Sample from this many tokens; 0: no limit.", TEXT, "N")]
+SampleSeed = Annotated[int, _option("--seed", "Seed of the sampling.", TEXT, "N")]
 Evaluate = Annotated[
     str | None,
     _option(
@@ -286,3 +299,42 @@ Evaluate = Annotated[
 ]
 EvalSeqLen = Annotated[int, _option("--seq-len", "Tokens of a window.", PROOF, "N")]
 Windows = Annotated[int, _option("--windows", "Windows to measure, at most.", PROOF, "N")]
+Against = Annotated[
+    str | None,
+    _option(
+        "--against",
+        "The dense MODEL: adds KL, top-1 agreement and both perplexities, on pydoc-heldout without --eval.",
+        PROOF,
+        "MODEL",
+    ),
+]
+MaxKl = Annotated[
+    float | None,
+    _option("--max-kl", "Exit 5 where KL(dense, quantized) is above this, nats a token.", PROOF, "X"),
+]
+MaxPerplexity = Annotated[
+    float | None, _option("--max-perplexity", "Exit 5 where the perplexity is above this.", PROOF, "X")
+]
+Bench = Annotated[
+    bool, _flag("--bench", "Time prompt and decoding, the dense model's too with --against.", PROOF)
+]
+Verify = Annotated[
+    bool, _flag("--verify", "Judge every tensor and setting of the files; exit 5 on an error.", PROOF)
+]
+Targets = Annotated[
+    list[str] | None,
+    _option(
+        "--target",
+        "Exit 5 where this reader will not take it: vllm, sglang, transformers, exllamav2, gptqmodel. "
+        "Repeatable.",
+        PROOF,
+        "NAME",
+    ),
+]
+Kernel = Annotated[
+    config.KernelWish,
+    _option("--kernel", "auto, torch, dequantize, or gptqmodel where it is installed.", PLACEMENT, "KIND"),
+]
+Compile = Annotated[
+    bool, _flag("--compile", "Let torch.compile fuse what lies between the kernels.", PLACEMENT)
+]

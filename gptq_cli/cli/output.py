@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO, cast
 from gptq_cli.devices.host_memory import steady_heap
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.jsonl import JsonlDisplay
-from gptq_cli.events import Event, FindingRaised, Observer
+from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated
 from gptq_cli.findings import Finding
 from gptq_cli.results import document
 
@@ -42,6 +42,8 @@ class Session:
     as_json: bool = False
     seen: list[Finding] = field(default_factory=list)
     """Findings that a display has shown."""
+    documented: bool = False
+    """The one JSON document is on stdout already: an error that follows from it is not another."""
 
 
 class LineSink(io.TextIOBase):
@@ -98,17 +100,50 @@ class Unbreakable(io.TextIOBase):
                 self._broken = True
 
 
+class Voice:
+    """Text that is generated while a job runs: on stdout at once, and apart from all that follows it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last = ""
+
+    @property
+    def at_terminal(self) -> bool:
+        """Whether what is said is seen on a terminal, where a display may be as well."""
+        return self._stream.isatty()
+
+    def say(self, text: str) -> None:
+        """Write a piece of text."""
+        self._stream.write(text)
+        self._stream.flush()
+        self._last = text[-1:] or self._last
+
+    def rest(self) -> None:
+        """End the text, if there was any, with an empty line."""
+        if self._last:
+            self._stream.write("\n" if self._last == "\n" else "\n\n")
+            self._stream.flush()
+            self._last = ""
+
+
 @contextmanager
 def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Observer]:
-    """Lend an observer that draws on stderr; everything that libraries print meanwhile goes there, too."""
+    """Lend an observer that draws on stderr; everything that libraries print meanwhile goes there, too.
+
+    Generated text goes to stdout as it comes, unless the result is a JSON document, which holds it.
+    """
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     steady_heap()
     talk = sys.stderr
     silent = quiet or progress == "none" or talk is None
     stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()
+    voice = Voice(sys.stdout) if sys.stdout is not None and not session.as_json else None
+    shared = voice is not None and voice.at_terminal
     with ExitStack() as stack:
-        display = choose(progress, quiet=silent, stream=stream, environ=os.environ)
+        if voice is not None:
+            stack.callback(voice.rest)
+        display = choose(progress, quiet=silent, stream=stream, environ=os.environ, beside_text=shared)
         observer = stack.enter_context(display)
         if isinstance(display, JsonlDisplay):
             stack.enter_context(redirect_stderr(cast(TextIO, LineSink(display.log))))
@@ -119,7 +154,11 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
         def tell(event: Event) -> None:
             if isinstance(event, FindingRaised) and not silent:
                 session.seen.append(event.finding)
+            if voice is not None and not isinstance(event, TextGenerated):
+                voice.rest()
             observer(event)
+            if voice is not None and isinstance(event, TextGenerated):
+                voice.say(event.text)
 
         yield tell
 
@@ -138,6 +177,7 @@ def show(session: Session, report: object, table: Callable[[], RenderableType]) 
     """Write the result to stdout: the JSON document of `report`, or the table of it."""
     if session.as_json:
         write_document(document(report))
+        session.documented = True
         return
     if sys.stdout is None:  # closed by the caller: nobody wants the result
         return

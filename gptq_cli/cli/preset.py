@@ -104,6 +104,10 @@ def _judged(path: Path, key: str, held: object, hint: Any) -> object:
     if isinstance(held, dict) and name in TABLES:
         return _flat(name, held)
     kinds = [kind for kind in _alternatives(hint) if kind is not NoneType]
+    repeated = next((kind for kind in kinds if get_origin(kind) is list), None)
+    if repeated is not None:
+        items = held if isinstance(held, list) else [held]
+        return [_judged(path, key, item, get_args(repeated)[0]) for item in items]
     literals = [kind for kind in kinds if not isinstance(kind, type)]
     fits = any(
         type(held) is kind or (kind is float and type(held) is int)

@@ -21,9 +21,17 @@ def is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
 
 
 def choose(
-    progress: Progress, *, quiet: bool, stream: TextIO, environ: Mapping[str, str]
+    progress: Progress,
+    *,
+    quiet: bool,
+    stream: TextIO,
+    environ: Mapping[str, str],
+    beside_text: bool = False,
 ) -> AbstractContextManager[Observer]:
-    """A context manager that gives the observer for `progress`, writing to `stream`; `quiet` silences all."""
+    """A context manager that gives the observer for `progress`, writing to `stream`; `quiet` silences all.
+
+    `beside_text`: generated text is written to the same terminal, and a live display makes way for it.
+    """
     if quiet or progress == "none":
         return nullcontext(ignore)
     if progress == "auto":
@@ -36,4 +44,4 @@ def choose(
 
     from gptq_cli.display.rich import RichDisplay
 
-    return RichDisplay(Console(file=stream, highlight=False))
+    return RichDisplay(Console(file=stream, highlight=False), beside_text=beside_text)

@@ -128,7 +128,13 @@ def _phase_row(label: str, phase: PhaseState, now: float) -> tuple[RenderableTyp
     return (f" {label}", bar, counted, fmt.clock(spent))
 
 
-_PHASES = {"calibration": "text", "generate": "tokens", "evaluate": "windows"}
+_PHASES = {
+    "calibration": "text",
+    "verify": "tensors",
+    "generate": "tokens",
+    "bench": "rounds",
+    "evaluate": "windows",
+}
 """Phases by what their bar counts, where the phase's own name would not fit the label."""
 
 

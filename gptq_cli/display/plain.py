@@ -27,6 +27,7 @@ from gptq_cli.events import (
     RunStarted,
     SamplesAdvanced,
     ShardWritten,
+    TextGenerated,
     Warned,
 )
 from gptq_cli.findings import Finding
@@ -74,6 +75,8 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
             return (f"{phase}: {done}{of}",) if heartbeat else ()
         case PhaseFinished(phase, seconds, detail):
             return (f"{phase}: done in {fmt.duration(seconds)}{', ' if detail else ''}{detail}",)
+        case TextGenerated(_, tokens):
+            return (f"generate: {fmt.count(tokens, 'token')}",) if heartbeat else ()
         case BlockStarted():
             linears = fmt.count(sum(len(stage) for stage in event.stages), "linear")
             stages = fmt.count(len(event.stages), "stage")

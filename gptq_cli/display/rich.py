@@ -36,6 +36,7 @@ from gptq_cli.events import (
     RunStarted,
     SamplesAdvanced,
     ShardWritten,
+    TextGenerated,
     Warned,
 )
 from gptq_cli.findings import Finding
@@ -48,19 +49,29 @@ LEADER_FROM = 40
 class RichDisplay:
     """An observer that draws on `console`; a context manager, which leaves the cursor as it found it."""
 
-    def __init__(self, console: Console, get_time: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        get_time: Callable[[], float] = time.monotonic,
+        *,
+        beside_text: bool = False,
+    ) -> None:
+        """`beside_text`: generated text appears on the same terminal; what moves is taken away meanwhile."""
         self._console = console
         self._get_time = get_time
         self._state = State(since=get_time())
         self._findings: tuple[Finding, ...] = ()
         self._finished: BlockFinished | None = None
         self._worked_on = ""
+        self._beside_text = beside_text
+        self._makes_way = False
         self._live = Live(
             get_renderable=self._picture,
             console=console,
             transient=True,
             refresh_per_second=REFRESHES_PER_SECOND,
             vertical_overflow="crop",
+            redirect_stdout=False,
         )
 
     def __enter__(self) -> RichDisplay:
@@ -79,11 +90,22 @@ class RichDisplay:
             self._print(Text(f"stopped in {where}, {block.linears_done} of {block.linears} linears done"))
 
     def __call__(self, event: Event) -> None:
+        self._make_way(isinstance(event, TextGenerated))
         if not isinstance(event, FindingRaised):
             self._print_findings()
         self._print_block(event if isinstance(event, CacheFlushed) and event.where == "block" else None)
         self._settle(event)
         self._state = advance(self._state, event, self._get_time())
+
+    def _make_way(self, for_text: bool) -> None:
+        """Take the picture away while text is written, and put it below the text afterwards."""
+        if not self._beside_text or for_text == self._makes_way:
+            return
+        self._makes_way = for_text
+        if for_text:
+            self._live.stop()
+        else:
+            self._live.start()
 
     def _picture(self) -> RenderableType:
         return Picture(self._state, self._get_time())
@@ -121,6 +143,7 @@ class RichDisplay:
             case (
                 PhaseStarted()
                 | PhaseAdvanced()
+                | TextGenerated()
                 | BlockStarted()
                 | SamplesAdvanced()
                 | LinearQuantized()

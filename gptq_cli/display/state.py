@@ -25,6 +25,7 @@ from gptq_cli.events import (
     RunStarted,
     SamplesAdvanced,
     ShardWritten,
+    TextGenerated,
     Warned,
 )
 from gptq_cli.results import LinearReport
@@ -114,6 +115,8 @@ def advance(state: State, event: Event, now: float) -> State:
             since = state.phase.since if state.phase and state.phase.phase == event.phase else now
             phase = PhaseState(phase=event.phase, done=event.done, total=event.total, since=since)
             return replace(state, phase=phase)
+        case TextGenerated(_, tokens):
+            return replace(state, phase=state.phase and replace(state.phase, done=tokens))
         case PhaseFinished():
             return replace(state, phase=None)
         case BlockStarted():

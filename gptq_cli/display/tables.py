@@ -1,4 +1,4 @@
-"""Results as a person reads them: the summary of a run, of a load, and lists of findings.
+"""Results as a person reads them: the summary of a run, and lists of findings.
 
 The same renderables serve a terminal and a file: no frame carries meaning, every colour has a word, and
 names and paths are never cut here, because this is the result.
@@ -16,7 +16,7 @@ from rich.text import Text
 from gptq_cli.display import format as fmt
 from gptq_cli.display.picture import method_text
 from gptq_cli.findings import Finding, Level, PreflightReport
-from gptq_cli.results import KernelCount, LinearReport, LoadReport, RunReport
+from gptq_cli.results import LinearReport, LoadReport, RunReport
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 LISTED = 5
@@ -24,7 +24,7 @@ LISTED = 5
 MODULES_NAMED = 4
 
 
-class _Hint:
+class Hint:
     """A remedy: a command line wraps so that it can still be pasted, other text wraps between words."""
 
     def __init__(self, text: str) -> None:
@@ -50,7 +50,7 @@ def findings_table(findings: Iterable[Finding]) -> Table:
         if len(finding.modules) > 1:
             table.add_row("", Text(modules_text(finding), style="dim"))
         if finding.hint:
-            table.add_row(Text(" hint", style="cyan"), _Hint(finding.hint))
+            table.add_row(Text(" hint", style="cyan"), Hint(finding.hint))
     return table
 
 
@@ -73,11 +73,13 @@ def facts_table(rows: Sequence[tuple[str, RenderableType]]) -> Table:
     return table
 
 
-def _yes(value: bool) -> str:
+def yes(value: bool) -> str:
+    """A word for a truth."""
     return "yes" if value else "no"
 
 
-def _recipe(report: RunReport | LoadReport) -> str:
+def recipe(report: RunReport | LoadReport) -> str:
+    """`4 bits, group 64, symmetric, format gptq`."""
     group = "one group a row" if report.group_size == -1 else f"group {report.group_size}"
     kind = "symmetric" if report.sym else "asymmetric"
     order = ", desc_act" if report.desc_act else ""
@@ -111,14 +113,14 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         spent.insert(at, ("blocks", blocks))
     rows: list[tuple[str, RenderableType]] = [
         ("model", f"{report.model}{revision}"),
-        ("checkpoint", _recipe(report)),
+        ("checkpoint", recipe(report)),
         ("size", f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_weight:.3f} bits a weight"),
         ("quantized", f"{fmt.share(report.quantized_share)} of the parameters{dense}"),
         ("calibration", f"{report.calibration_source}, {tokens}, seed {report.seed}"),
-        ("dtype", f"{report.dtype}, use_cuda_fp16 {_yes(report.use_cuda_fp16)}"),
+        ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),
         ("time", ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in spent)),
-        *_listed("peak memory", peaks(report)),
+        *listed("peak memory", peaks(report)),
     ]
     linears = report.linears
     if linears:
@@ -127,11 +129,11 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         change = fmt.change(mean, nearest)
         rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
     rows.append(("fallbacks", _fallbacks(report)))
-    rows += _listed("warnings", [Text(text, style="yellow", overflow="fold") for text in report.warnings])
+    rows += listed("warnings", [Text(text, style="yellow", overflow="fold") for text in report.warnings])
     return rows
 
 
-def _listed(label: str, values: Sequence[RenderableType]) -> list[tuple[str, RenderableType]]:
+def listed(label: str, values: Sequence[RenderableType]) -> list[tuple[str, RenderableType]]:
     """Several values under one label."""
     return [(label if index == 0 else "", value) for index, value in enumerate(values)]
 
@@ -189,35 +191,6 @@ def _slowest(linears: Sequence[LinearReport]) -> Table:
         shape = f"{linear.out_features} x {linear.in_features}"
         table.add_row(Text(f" {linear.name}"), f"{linear.seconds:.2f}", shape)
     return table
-
-
-def load_summary(report: LoadReport) -> Group:
-    """What `gptq load` opened, where it stands and why, and what it proved. The text comes after this."""
-    by = f", written by {report.quantizer}" if report.quantizer else ""
-    speed = report.weight_bytes / report.load_seconds if report.load_seconds else 0.0
-    rate = f" ({fmt.size(speed)}/s)" if speed else ""
-    rows: list[tuple[str, RenderableType]] = [
-        ("checkpoint", f"{_recipe(report)}{by}"),
-        ("device", f"{report.device_map}: {report.device_reason}"),
-        ("dtype", f"{report.dtype}, use_cuda_fp16 {_yes(report.use_cuda_fp16)}"),
-        *_listed("kernels", [kernel_text(kernel) for kernel in report.kernels]),
-        ("weights", f"{fmt.size(report.weight_bytes)} in {fmt.duration(report.load_seconds)}{rate}"),
-        *_listed("memory", [f"{device} {fmt.size(held)}" for device, held in report.memory]),
-    ]
-    if report.perplexity is not None:
-        over = f"{report.windows} windows of {report.seq_len} tokens"
-        rows.append(("perplexity", Text(f"{report.perplexity:.3f}", style="bold").append(f" over {over}")))
-    if report.new_tokens:
-        tokens = fmt.count(report.new_tokens, "token")
-        rows.append(("generated", f"{tokens}, {report.tokens_per_second:.1f} a second"))
-    title = Text(f" {report.path}", style="bold green")
-    title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
-    return Group(title, "", facts_table(rows))
-
-
-def kernel_text(kernel: KernelCount) -> str:
-    """`int4pack for 180 linears: 4 bits, group 64, cpu`."""
-    return f"{kernel.kernel} for {fmt.count(kernel.linears, 'linear')}: {kernel.reason}"
 
 
 def quoted(path: str) -> str:

@@ -9,48 +9,33 @@ Both models answer the same window; of the logits, only some rows are held as fl
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gptq_cli.config import ModelRef
 from gptq_cli.errors import CheckpointError, NonFinite
 from gptq_cli.inference.generation import input_device
 from gptq_cli.inference.perplexity import OnWindow, row_ranges
-from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import find_model
-from gptq_cli.model.weights import load_resident
-from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.proof import Agreement
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Agreement:
-    """Means over all tokens; perplexities over the predicted ones."""
-
-    kl: float
-    """KL(dense ‖ quantized), nats a token."""
-    top1: float
-    """Share of tokens for which both models predict the same next token, 0 to 1."""
-    perplexity: float
-    """Of the quantized model."""
-    dense_perplexity: float
-    tokens: int
-    windows: int
-
-    @property
-    def perplexity_gap(self) -> float:
-        """How much higher the quantized model's perplexity is, as a fraction of the dense model's."""
-        return self.perplexity / self.dense_perplexity - 1
+def check_comparable(quantized: Any, dense: Any) -> None:
+    """Raise `CheckpointError` unless both predict the same tokens; skeletons will do."""
+    ours, theirs = (_vocabulary(model) for model in (quantized, dense))
+    if ours != theirs:
+        raise _not_comparable(ours, theirs)
 
 
-def open_dense(ref: ModelRef, placement: Placement) -> Any:
-    """The dense model to compare with, on the main device of `placement`. Raises `ModelError`."""
-    skeleton = open_skeleton(find_model(ref), ref)
-    device = placement.main_device
-    entry = PlacementEntry("", device, skeleton.files.size_bytes, True)
-    return load_resident(skeleton, Placement((entry,), device, "beside the quantized model"))
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _not_comparable(ours: int, theirs: int) -> CheckpointError:
+    return CheckpointError(
+        f"the quantized model knows {ours} tokens, the dense one {theirs}",
+        hint="compare with the model that the checkpoint was made of",
+    )
 
 
 def compare(
@@ -67,10 +52,7 @@ def compare(
             theirs = _logits(dense, window)
             ours = _logits(quantized, window).to(theirs.device)
             if ours.shape != theirs.shape:
-                raise CheckpointError(
-                    f"the quantized model has {ours.shape[1]} output tokens, the dense one {theirs.shape[1]}",
-                    hint="compare with the model that the checkpoint was made of",
-                )
+                raise _not_comparable(ours.shape[1], theirs.shape[1])
             targets = window[1:].to(theirs.device)
             for start, stop in row_ranges(ours):
                 p = torch.log_softmax(theirs[start:stop].float(), -1)

@@ -11,35 +11,16 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from gptq_cli.config import whole
 from gptq_cli.inference.generation import input_device
+from gptq_cli.proof import Rate, Speed
 
 OnRound = Callable[[int, int], None]
 """Called with (rounds done, rounds in all)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """Tokens per second: median and interquartile range of the rounds."""
-
-    tokens_per_second: float
-    spread: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    """What one model did."""
-
-    prompt: Rate
-    decode: Rate
-    prompt_tokens: int
-    new_tokens: int
-    rounds: int
 
 
 def measure_speed(

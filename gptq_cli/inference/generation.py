@@ -11,32 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_cli.config import GREEDY, Sampling
 from gptq_cli.errors import ConfigError
 
-OnToken = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the next token is picked. Greedy when `temperature` is 0, which is the default."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
-    seed: int = 0
-    """Of the draw; the global generators are left as they were."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:
-            raise ConfigError(f"temperature is {self.temperature}; allowed: 0 (greedy) to 100")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}; allowed: 0 (no limit) and up")
-
-
-GREEDY = Sampling()
+OnToken = Callable[[str, int], None]
+"""Called with (the next piece of text, tokens generated so far)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +81,7 @@ class TextPieces:
         if text.startswith(self._shown) and len(text) > len(self._shown):
             piece = text[len(self._shown) :]
             self._shown = text
-            self._on_token(piece)
+            self._on_token(piece, self.tokens)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Tensor:
@@ -126,7 +105,7 @@ def generate(
     tokenizer: Any,
     prompt: str,
     max_new_tokens: int = 64,
-    on_token: OnToken = lambda text: None,
+    on_token: OnToken = lambda text, tokens: None,
     *,
     raw: bool = False,
     sampling: Sampling = GREEDY,

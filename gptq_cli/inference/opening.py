@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from gptq_cli.config import KernelWish
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import current_accelerator, torch_device
 from gptq_cli.devices.host_memory import trim_heap
@@ -26,10 +27,10 @@ from gptq_cli.errors import CheckpointError
 from gptq_cli.inference.codes import read_codes
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
-from gptq_cli.inference.packed_linear import KernelWish, PackedLinear
+from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.scratch import Scratch
-from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense
 from gptq_cli.placement import Placement, PlacementEntry

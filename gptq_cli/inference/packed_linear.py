@@ -7,12 +7,12 @@ kernel, and picks by the number of tokens between the fused kernel and dequantiz
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gptq_cli.config import KernelWish
 from gptq_cli.inference.codes import LinearCodes
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import (
@@ -26,9 +26,6 @@ from gptq_cli.inference.kernels import (
 )
 from gptq_cli.inference.planes import COLUMN_BLOCK, make_planes, why_not_fused
 from gptq_cli.inference.scratch import Fresh, Scratch, usable
-
-KernelWish = Literal["auto", "torch", "dequantize"]
-"""auto and torch: torch's int4 kernel where one fits; dequantize: never."""
 
 _CPU_DENSE_ELEMENTS = 1 << 21
 _DEVICE_DENSE_ELEMENTS = 1 << 24

@@ -6,13 +6,12 @@ A rule's docstring says what the reader does, and so why the rule exists. Rule i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
+from gptq_cli.config import Target
 from gptq_cli.findings import Finding, Level
-
-Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -109,7 +108,13 @@ class Case:
         )
 
 
-Rule = Callable[[Case], Iterator[Finding]]
+class Rule(Protocol):
+    """A function: a case -> findings."""
+
+    __name__: str
+
+    def __call__(self, case: Case, /) -> Iterator[Finding]:
+        """What the reader will mind."""
 
 
 def config_json(case: Case) -> Iterator[Finding]:

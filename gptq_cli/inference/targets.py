@@ -10,14 +10,16 @@ in a slower or narrower way. The rules themselves are in `target_rules`.
 
 from __future__ import annotations
 
+import inspect
 from typing import get_args
 
-from gptq_cli.config import one_of
+from gptq_cli.config import Target, one_of
 from gptq_cli.findings import Finding
 from gptq_cli.inference import target_rules as rules
-from gptq_cli.inference.target_rules import Case, Target, TargetFacts, TargetLinear
+from gptq_cli.inference.target_rules import Case, TargetFacts, TargetLinear
+from gptq_cli.proof import RuleResult, TargetReport
 
-__all__ = ["TARGETS", "Target", "TargetFacts", "TargetLinear", "check_target"]
+__all__ = ["TARGETS", "Target", "TargetFacts", "TargetLinear", "check_target", "judge_target"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
@@ -72,8 +74,24 @@ _RULES: dict[Target, tuple[rules.Rule, ...]] = {
 }
 
 
-def check_target(target: Target, facts: TargetFacts) -> tuple[Finding, ...]:
-    """All that `target` will mind, in the order of its rules. Raises `ConfigError` for an unknown name."""
+def judge_target(target: Target, facts: TargetFacts) -> TargetReport:
+    """Every rule of `target` and what it says. Raises `ConfigError` for an unknown name."""
     one_of("target", target, TARGETS)
     case = Case(target, facts)
-    return tuple(finding for rule in _RULES[target] for finding in rule(case))
+    results = (RuleResult(rule_id(rule), rule_text(rule), tuple(rule(case))) for rule in _RULES[target])
+    return TargetReport(target=target, rules=tuple(results))
+
+
+def check_target(target: Target, facts: TargetFacts) -> tuple[Finding, ...]:
+    """All that `target` will mind, in the order of its rules. Raises `ConfigError` for an unknown name."""
+    return judge_target(target, facts).findings
+
+
+def rule_id(rule: rules.Rule) -> str:
+    """`whole_words` -> `whole-words`."""
+    return rule.__name__.replace("_", "-")
+
+
+def rule_text(rule: rules.Rule) -> str:
+    """What the reader does, and so why the rule exists: its docstring."""
+    return inspect.cleandoc(rule.__doc__ or "")

@@ -14,41 +14,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptq_cli.config import Target
 from gptq_cli.errors import CheckpointError, ModelError
-from gptq_cli.findings import Finding, Level, PreflightReport
+from gptq_cli.findings import Finding, Level
 from gptq_cli.gptq.packing import unpack_rows
-from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.inference.targets import Target, TargetFacts, TargetLinear, check_target
+from gptq_cli.inference.targets import TargetFacts, TargetLinear, judge_target
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx
 from gptq_cli.model.reader import open_checkpoint
+from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.proof import RuleResult, TargetReport, VerifyReport
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
 
+_CHECKS = {
+    "files": "heads, sizes, shard index, config, shapes and dtypes agree",
+    "names": "every tensor has a place in the model",
+    "coverage": "every linear in the blocks is quantized, or declared dense",
+    "codes": "no qweight is blank",
+    "zeros": "zeros follow the format's convention",
+    "scales": "scales are finite, float16 and not 0",
+    "g-idx": "g_idx is in range and in the order that desc_act says",
+    "dense": "dense tensors are finite",
+}
+"""Part of a checkpoint -> what is looked at there, in the order of the report."""
 _HINTS = {
     "g-idx-order": "servers that skip g_idx compute something else: say desc_act = true in the config",
     "zeros-convention": "set checkpoint_format to what the zeros are: gptq stores zero - 1, gptq_v2 the zero",
     "zeros-differ": "set sym = false in the config: readers of symmetric codes do not look at the zeros",
     "scales-dtype": "float16 is what every reader takes",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VerifyReport:
-    """What verification found, and how much it looked at."""
-
-    findings: tuple[Finding, ...]
-    tensors: int
-    linears: int
-    size_bytes: int
-    coverage: float
-    """Share of the weights of all linears in the blocks that is packed, 0 to 1."""
-
-    @property
-    def ok(self) -> bool:
-        """True when no finding is an error."""
-        return PreflightReport(self.findings).ok
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,35 +60,85 @@ class _Remark:
 def verify_checkpoint(
     path: str | Path,
     *,
-    target: Target | None = None,
+    targets: tuple[Target, ...] = (),
     trust_remote_code: bool = False,
     on_tensor: OnTensor = lambda done, total: None,
 ) -> VerifyReport:
-    """Judge every tensor of the checkpoint in `path`; with `target`, also whether that reader takes it."""
+    """Judge every tensor of the checkpoint in `path`, and whether the readers `targets` take it."""
     try:
         checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     except (CheckpointError, ModelError) as error:
-        problems = getattr(error, "problems", (error.message,))
-        findings = tuple(
-            Finding(rule="unreadable", level="error", subject=str(path), message=text, hint=error.hint or "")
-            for text in problems
-        )
-        return VerifyReport(findings=findings, tensors=0, linears=0, size_bytes=0, coverage=0.0)
+        return _unreadable(path, error)
     remarks = list(_structure(checkpoint))
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
         remarks += _values(checkpoint, reader, on_tensor)
     findings = _together(remarks)
-    if target is not None:
-        ordered = {"g-idx-order"} & {finding.rule for finding in findings}
-        findings += check_target(target, target_facts(checkpoint, trivial_g_idx=not ordered))
+    ordered = any(finding.rule == "g-idx-order" for finding in findings)
     packed = (*checkpoint.linears, *checkpoint.experts)
     return VerifyReport(
-        findings=PreflightReport(findings).ordered(),
+        path=str(path),
+        checks=_checks(findings),
+        targets=_judge_targets(targets, target_facts(checkpoint, trivial_g_idx=not ordered)),
         tensors=len(checkpoint.tensors),
         linears=len(packed),
         size_bytes=checkpoint.packed_bytes,
         coverage=_coverage(checkpoint),
     )
+
+
+def check_targets(
+    path: str | Path, targets: tuple[Target, ...], *, trust_remote_code: bool = False
+) -> VerifyReport:
+    """Whether the readers `targets` take the checkpoint, by its settings, its heads and g_idx alone."""
+    try:
+        checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
+    except (CheckpointError, ModelError) as error:
+        return _unreadable(path, error)
+    packed = (*checkpoint.linears, *checkpoint.experts)
+    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
+        ordered = any(
+            rule == "g-idx-order"
+            for info in packed
+            if info.has_g_idx
+            for rule, _, _ in _judge_order(info, reader.get(f"{info.source_name}.g_idx"))
+        )
+    return VerifyReport(
+        path=str(path),
+        checks=(RuleResult("files", _CHECKS["files"], ()),),
+        targets=_judge_targets(targets, target_facts(checkpoint, trivial_g_idx=not ordered)),
+        tensors=len(checkpoint.tensors),
+        linears=len(packed),
+        size_bytes=checkpoint.packed_bytes,
+        coverage=_coverage(checkpoint),
+    )
+
+
+def _unreadable(path: str | Path, error: CheckpointError | ModelError) -> VerifyReport:
+    problems = getattr(error, "problems", (error.message,))
+    findings = tuple(
+        Finding(rule="unreadable", level="error", subject=str(path), message=text, hint=error.hint or "")
+        for text in problems
+    )
+    return VerifyReport(path=str(path), checks=(RuleResult("files", _CHECKS["files"], findings),))
+
+
+def _judge_targets(targets: tuple[Target, ...], facts: TargetFacts) -> tuple[TargetReport, ...]:
+    return tuple(judge_target(target, facts) for target in dict.fromkeys(targets))
+
+
+def _checks(findings: tuple[Finding, ...]) -> tuple[RuleResult, ...]:
+    """The findings, sorted to the parts of the checkpoint that they are about."""
+    return tuple(
+        RuleResult(part, about, tuple(f for f in findings if _part_of(f.rule) == part))
+        for part, about in _CHECKS.items()
+    )
+
+
+def _part_of(rule: str) -> str:
+    for prefix in ("scales", "g-idx", "zeros", "codes", "dense", "coverage"):
+        if rule.startswith(f"{prefix}-") or rule == prefix:
+            return prefix
+    return "names" if rule == "leftover" else "files"
 
 
 def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True) -> TargetFacts:

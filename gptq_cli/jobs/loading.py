@@ -1,9 +1,13 @@
-"""The story of `gptq load`: open, judge, put in place, prove."""
+"""The story of `gptq load`: judge the files, open, put in place, prove.
+
+Everything that can be known from heads, configs and texts is judged before a weight is read: the map, the
+text to measure on, whether the dense model fits beside the quantized one and can be compared with it at all.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenizer
@@ -11,38 +15,137 @@ from gptq_cli.config import LoadJob
 from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.engine.run import phase
 from gptq_cli.events import Observer, PhaseAdvanced, Warned, ignore
-from gptq_cli.inference.generation import generate
-from gptq_cli.inference.opening import default_placement, kernel_counts, load_quantized, resident_bytes
-from gptq_cli.inference.perplexity import perplexity
+from gptq_cli.inference.opening import (
+    compile_forward,
+    default_placement,
+    kernel_counts,
+    load_quantized,
+    resident_bytes,
+)
+from gptq_cli.inference.verify import check_targets, verify_checkpoint
+from gptq_cli.jobs.proving import DensePlan, generated, judged_by_gates, measured, plan_dense, timed
 from gptq_cli.jobs.steps import announce, out_of_memory_explained, watched
 from gptq_cli.model.checkpoint import QuantizedCheckpoint
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.placement import Placement
 from gptq_cli.preflight.facts import checkpoint_facts, environment_facts
 from gptq_cli.preflight.resolve import refusal, resolve
+from gptq_cli.proof import VerifyReport
 from gptq_cli.results import LoadReport
 
 
-def load(job: LoadJob, observer: Observer = ignore) -> LoadReport:
+def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport:
     """Open a quantized checkpoint, put it where it belongs, and prove that it works.
 
+    Where --verify and --target are all that is asked, or verification finds the files unsound, nothing is
+    opened and the `VerifyReport` comes back. A closed gate is data: see `ok`.
+
     Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
-    `PreflightRefused` when the device map is not legal or the checkpoint does not fit.
+    `PreflightRefused` when the device map is not legal or a model does not fit.
     """
+    verification = _verified(job, observer)
+    if verification is not None and not (job.opens and verification.sound):
+        return verification
     with phase(observer, "open"):
-        checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
-        placement = _load_placement(job, checkpoint, observer)
-        windows = _evaluation_text(job, checkpoint)
-    for note in checkpoint.notes:
+        plan = _plan(job, observer)
+    for note in plan.checkpoint.notes:
         observer(Warned(note))
+    with out_of_memory_explained("load"):
+        model, report = _opened(job, plan, verification, observer)
+        if job.prompt is not None:
+            report = generated(job, model, plan.tokenizer, report, observer)
+        if job.bench:
+            report = timed(model, plan.placement, report, plan.positions, observer)
+        if plan.windows is not None:
+            report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
+    return judged_by_gates(job, report)
+
+
+def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
+    """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises."""
+    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+    placement = _load_placement(job, checkpoint, observer)
+    with out_of_memory_explained("load"):
+        return load_quantized(checkpoint, placement, wish=job.kernel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """All that is known before a weight is read."""
+
+    checkpoint: QuantizedCheckpoint
+    placement: Placement
+    positions: int | None
+    """Tokens that the model can look at; None where it does not say."""
+    tokenizer: Any
+    """None where no text is asked for."""
+    windows: TokenBatches | None
+    dense: DensePlan | None
+
+
+def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
+    if job.verify:
+        with phase(observer, "verify"):
+            return verify_checkpoint(
+                job.path,
+                targets=job.targets,
+                trust_remote_code=job.trust_remote_code,
+                on_tensor=lambda done, total: observer(PhaseAdvanced("verify", done, total)),
+            )
+    if job.targets:
+        with phase(observer, "verify"):
+            return check_targets(job.path, job.targets, trust_remote_code=job.trust_remote_code)
+    return None
+
+
+def _plan(job: LoadJob, observer: Observer) -> _Plan:
+    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+    placement = _load_placement(job, checkpoint, observer)
+    tokenizer, windows = None, None
+    if job.prompt is not None or job.text is not None:
+        tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
+    if job.text is not None:
+        windows = evaluation_windows(tokenizer, job.text, job.seq_len, job.windows)
+    return _Plan(
+        checkpoint=checkpoint,
+        placement=placement,
+        positions=getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None),
+        tokenizer=tokenizer,
+        windows=windows,
+        dense=plan_dense(job, checkpoint, placement, observer),
+    )
+
+
+def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Observer) -> Placement:
+    if job.device_map is None:
+        return default_placement(checkpoint)
+    resolution = resolve(
+        job.device_map, checkpoint_facts(checkpoint), present_devices(), environment=environment_facts()
+    )
+    announce(resolution.report, observer)
+    if not resolution.report.ok or resolution.placement is None:
+        raise refusal(resolution.report)
+    return resolution.placement
+
+
+def _opened(
+    job: LoadJob, plan: _Plan, verification: VerifyReport | None, observer: Observer
+) -> tuple[Any, LoadReport]:
+    """The model in its place, and a report of how it got there."""
+    checkpoint, placement = plan.checkpoint, plan.placement
     started = time.perf_counter()
-    with out_of_memory_explained(), phase(observer, "load", len(checkpoint.linears)):
+    with phase(observer, "load", len(checkpoint.linears) + len(checkpoint.experts)):
         model = load_quantized(
-            checkpoint, placement, on_linear=lambda done, total: observer(PhaseAdvanced("load", done, total))
+            checkpoint,
+            placement,
+            wish=job.kernel,
+            on_linear=lambda done, total: observer(PhaseAdvanced("load", done, total)),
         )
     load_seconds = time.perf_counter() - started
     memory = read_memory(watched(placement))
-    report = LoadReport(
+    if job.compile:
+        compile_forward(model)
+    return model, LoadReport(
         path=job.path,
         quantizer=checkpoint.quantizer,
         bits=checkpoint.bits,
@@ -59,64 +162,6 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport:
         load_seconds=load_seconds,
         weight_bytes=resident_bytes(model),
         memory=tuple((entry.device, entry.allocated_bytes) for entry in memory),
+        compiled=job.compile,
+        verification=verification,
     )
-    return _proven(job, checkpoint, model, windows, report, observer)
-
-
-def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
-    """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises."""
-    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
-    placement = _load_placement(job, checkpoint, observer)
-    with out_of_memory_explained():
-        return load_quantized(checkpoint, placement)
-
-
-def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Observer) -> Placement:
-    if job.device_map is None:
-        return default_placement(checkpoint)
-    resolution = resolve(
-        job.device_map, checkpoint_facts(checkpoint), present_devices(), environment=environment_facts()
-    )
-    announce(resolution.report, observer)
-    if not resolution.report.ok or resolution.placement is None:
-        raise refusal(resolution.report)
-    return resolution.placement
-
-
-def _evaluation_text(job: LoadJob, checkpoint: QuantizedCheckpoint) -> TokenBatches | None:
-    """The windows of --eval; cut before the weights are read, so that a bad file costs nothing."""
-    if job.evaluate is None:
-        return None
-    tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
-    return evaluation_windows(tokenizer, job.evaluate, job.seq_len, job.windows)
-
-
-def _proven(
-    job: LoadJob,
-    checkpoint: QuantizedCheckpoint,
-    model: object,
-    windows: TokenBatches | None,
-    report: LoadReport,
-    observer: Observer,
-) -> LoadReport:
-    """The report with what --prompt and --eval add."""
-    if job.prompt is not None:
-        tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
-        with phase(observer, "generate", job.max_new_tokens):
-            made = generate(model, tokenizer, job.prompt, job.max_new_tokens)
-        report = replace(
-            report,
-            prompt=job.prompt,
-            text=made.text,
-            new_tokens=made.new_tokens,
-            tokens_per_second=made.tokens_per_second,
-        )
-    if windows is not None:
-        with phase(observer, "evaluate", windows.samples):
-            measured = perplexity(
-                model,
-                windows.input_ids,
-                lambda done, total: observer(PhaseAdvanced("evaluate", done, total)),
-            )
-        report = replace(report, perplexity=measured.value, windows=measured.windows, seq_len=windows.seq_len)
-    return report

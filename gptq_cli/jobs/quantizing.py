@@ -55,7 +55,7 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
         options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=watched(placement)),
         batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
     )
-    with out_of_memory_explained(), _writer(job, judged.skeleton, tally) as writer:
+    with out_of_memory_explained("quantize"), _writer(job, judged.skeleton, tally) as writer:
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from gptq_cli.config import InspectJob, QuantizeJob
 from gptq_cli.device import CPU, Device
@@ -18,6 +19,12 @@ from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import capabilities, environment_facts, output_facts
 from gptq_cli.preflight.resolve import Resolution, resolve
+
+_LESS_MEMORY = {
+    "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
+    "or see what needs how much: gptq quantize … --dry-run",
+    "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
+}
 
 
 def placed(
@@ -60,7 +67,7 @@ def watched(placement: Placement) -> tuple[Device, ...]:
 
 
 @contextmanager
-def out_of_memory_explained() -> Iterator[None]:
+def out_of_memory_explained(command: Literal["quantize", "load"]) -> Iterator[None]:
     """Turn an allocator's error into exit code 4 and what to change."""
     try:
         yield
@@ -69,6 +76,5 @@ def out_of_memory_explained() -> Iterator[None]:
             raise
         raise OutOfDeviceMemory(
             f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            hint="lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
-            "or see what needs how much: gptq quantize … --dry-run",
+            hint=_LESS_MEMORY[command],
         ) from error

@@ -5,13 +5,18 @@ from __future__ import annotations
 import io
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
-from gptq_cli.config import LoadJob
+from gptq_cli.config import LoadJob, Sampling
 from gptq_cli.device_map import DeviceMap
+from gptq_cli.errors import OutOfDeviceMemory
+from gptq_cli.events import Observer, PhaseFinished, PhaseStarted, TextGenerated
+from gptq_cli.proof import Gate
+from gptq_cli.results import LoadReport
 from tests.cli.conftest import FakeJobs, Run
+from tests.display.events import load_report, verify_report
 
 
 def test_defaults_are_those_of_the_configuration(jobs: FakeJobs, run: Run) -> None:
@@ -21,7 +26,9 @@ def test_defaults_are_those_of_the_configuration(jobs: FakeJobs, run: Run) -> No
 
 def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
     words = """
-        load DIR --prompt Hello --max-new-tokens 8 --eval pydoc --seq-len 128 --windows 4 --device-map cpu
+        load DIR --prompt Hello --raw --max-new-tokens 8 --temperature 0.7 --top-p 0.9 --top-k 40 --seed 3
+        --eval pydoc --seq-len 128 --windows 4 --against DENSE --max-kl 0.1 --max-perplexity 20 --bench
+        --verify --target vllm --target sglang --target vllm --device-map cpu --kernel dequantize --compile
         --dtype bfloat16 --trust-remote-code
     """
     outcome = run(*words.split())
@@ -31,18 +38,131 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         device_map=DeviceMap.parse("cpu"),
         dtype="bfloat16",
         trust_remote_code=True,
+        kernel="dequantize",
+        compile=True,
         prompt="Hello",
+        raw=True,
         max_new_tokens=8,
+        sampling=Sampling(temperature=0.7, top_p=0.9, top_k=40, seed=3),
         evaluate="pydoc",
         seq_len=128,
         windows=4,
+        against="DENSE",
+        max_kl=0.1,
+        max_perplexity=20.0,
+        bench=True,
+        verify=True,
+        targets=("vllm", "sglang"),
     )
+    default = LoadJob(path="DIR")
+    untouched = [f.name for f in fields(LoadJob) if getattr(jobs.job, f.name) == getattr(default, f.name)]
+    assert untouched == ["path"], "a field without an option, or without a word above"
 
 
-def test_the_text_comes_last_and_as_it_is(jobs: FakeJobs, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("--max-kl 0.1", "max_kl is 0.1, but nothing is measured for it", "add --against DENSE"),
+        ("--max-perplexity 9", "max_perplexity is 9.0, but nothing", "add --eval SOURCE"),
+        ("--prompt x --top-p 0.5", "top_p is 0.5, but temperature is 0", "add --temperature 0.7"),
+        ("--target vlm", "target is 'vlm'; allowed: vllm, sglang, transformers", ""),
+    ],
+)
+def test_what_cannot_be_asked_starts_nothing(
+    jobs: FakeJobs, run: Run, words: str, message: str, hint: str
+) -> None:
+    outcome = run("load", "DIR", *words.split())
+    assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
+    assert message in outcome.err
+    assert hint in outcome.err
+
+
+PIECES = ("Paris,", " a city of [bold]two[/bold]", " million people.")
+
+
+def speaking(observer: Observer) -> None:
+    """What a job tells while it generates."""
+    observer(PhaseStarted("generate", 9))
+    for number, piece in enumerate(PIECES):
+        observer(TextGenerated(piece, 3 * number + 3))
+    observer(PhaseFinished("generate", 0.5))
+
+
+def test_the_text_comes_first_as_it_is_and_apart_from_the_table(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = speaking
     outcome = run("load", "DIR", "--prompt", "The capital of France is")
-    assert outcome.out.endswith("\n\nParis, a city of [bold]two[/bold] million people.\n")
+    assert outcome.out.startswith("".join(PIECES) + "\n\n smol-w4g64 is loaded")
+    assert outcome.out.count("Paris") == 1
     assert "no accelerator is present" in outcome.out
+
+
+def test_the_text_is_on_stdout_as_soon_as_it_is_there(
+    jobs: FakeJobs, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def act(observer: Observer) -> None:
+        for number, piece in enumerate(PIECES):
+            observer(TextGenerated(piece, number + 1))
+            seen.append(capsys.readouterr().out)
+
+    jobs.action = act
+    run("load", "DIR", "--prompt", "x", "--quiet")
+    assert seen == list(PIECES)
+
+
+def test_a_text_that_ends_its_line_is_followed_by_one_empty_line(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = lambda observer: observer(TextGenerated("done\n", 1))
+    assert run("load", "DIR", "--prompt", "x").out.startswith("done\n\n smol-w4g64")
+
+
+def test_an_error_within_the_text_stands_on_a_line_of_its_own(jobs: FakeJobs, run: Run) -> None:
+    def act(observer: Observer) -> None:
+        observer(TextGenerated("half a", 1))
+        raise OutOfDeviceMemory("m")
+
+    jobs.action = act
+    outcome = run("load", "DIR", "--prompt", "x")
+    assert (outcome.code, outcome.out) == (4, "half a\n\n")
+
+
+def test_in_a_json_run_the_text_is_in_the_document_alone(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = speaking
+    assert json.loads(run("load", "DIR", "--prompt", "x", "--json").out)["text"] == "".join(PIECES)
+
+
+def failing() -> LoadReport:
+    return replace(load_report(), gates=(Gate("max_kl", 0.05, 0.0813), Gate("max_perplexity", 30.0, 23.456)))
+
+
+def test_a_closed_gate_is_exit_5_after_the_table(jobs: FakeJobs, run: Run) -> None:
+    jobs.results["load"] = failing()
+    outcome = run("load", "DIR")
+    assert outcome.code == 5
+    assert "FAILED  max_kl 0.05, found 0.0813" in outcome.out
+    assert "passed  max_perplexity 30, found 23.46" in outcome.out
+    assert outcome.err.startswith("error: kl is 0.0813, above --max-kl 0.05\n")
+
+
+def test_a_closed_gate_is_one_document(jobs: FakeJobs, run: Run) -> None:
+    jobs.results["load"] = failing()
+    outcome = run("load", "DIR", "--json")
+    assert outcome.code == 5
+    body = json.loads(outcome.out)
+    assert (body["ok"], body["perplexity"]) == (False, 23.456)
+    assert body["gates"][0] == {"name": "max_kl", "limit": 0.05, "found": 0.0813, "passed": False}
+
+
+@pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 5)])
+def test_a_verification_alone(jobs: FakeJobs, run: Run, sound: bool, code: int) -> None:
+    jobs.results["load"] = verify_report(sound=sound)
+    outcome = run("load", "DIR", "--verify", "--target", "vllm")
+    assert outcome.code == code
+    assert ("zeros-convention" in outcome.out) is False
+    assert ("WILL NOT take it" in outcome.out) is not sound
+    body = json.loads(run("load", "DIR", "--verify", "--json").out)
+    assert body["ok"] is sound
+    assert [target["ok"] for target in body["targets"]] == [True, sound]
 
 
 def test_no_text_no_paragraph(jobs: FakeJobs, run: Run) -> None:

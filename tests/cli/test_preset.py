@@ -71,6 +71,22 @@ def test_one_preset_serves_all_commands(jobs: FakeJobs, run: Run, preset: Path) 
     assert (jobs.job.evaluate, jobs.job.windows, str(jobs.job.device_map)) == ("pydoc", 3, "cpu")
 
 
+@pytest.mark.parametrize("text", ['target = ["vllm", "sglang"]', 'target = "vllm"'])
+def test_an_option_that_repeats_is_a_list(jobs: FakeJobs, run: Run, preset: Path, text: str) -> None:
+    preset.write_text(text)
+    assert run("load", "DIR", "--config", str(preset)).code == 0
+    assert jobs.job.targets == (("vllm", "sglang") if "[" in text else ("vllm",))
+    assert run("load", "DIR", "--config", str(preset), "--target", "gptqmodel").code == 0
+    assert jobs.job.targets == ("gptqmodel",)
+
+
+def test_the_items_of_a_list_are_judged(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    preset.write_text("target = [3]")
+    outcome = run("load", "DIR", "--config", str(preset))
+    assert outcome.code == 2
+    assert "target is 3; allowed: a text in quotes" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from gptq_cli import events as e
 from gptq_cli.findings import Finding
+from gptq_cli.proof import Agreement, Bench, Gate, Rate, RuleResult, Speed, TargetReport, VerifyReport
 from gptq_cli.results import BlockReport, KernelCount, LinearReport, LoadReport, RunReport
 
 GIB = 2**30
@@ -173,6 +174,93 @@ def load_report() -> LoadReport:
         perplexity=23.456,
         windows=64,
         seq_len=512,
+    )
+
+
+def full_load_report() -> LoadReport:
+    """A load that proved everything there is to prove."""
+    return replace(
+        load_report(),
+        text_source="pydoc-heldout",
+        against="HuggingFaceTB/SmolLM2-135M",
+        agreement=Agreement(
+            kl=0.0213,
+            top1=0.9342,
+            perplexity=23.456,
+            dense_perplexity=22.9,
+            tokens=32768,
+            windows=64,
+        ),
+        bench=Bench(
+            speed=speed(812.3, 41.2),
+            weight_bytes=114_200_000,
+            memory=(("cpu", 512 * MIB),),
+            dense_speed=speed(1020.1, 22.1),
+            dense_weight_bytes=269_000_000,
+        ),
+        gates=(Gate("max_kl", 0.02, 0.0213), Gate("max_perplexity", 30.0, 23.456)),
+        verification=verify_report(sound=False),
+    )
+
+
+def speed(prompt: float, decode: float) -> Speed:
+    """Of 5 rounds."""
+    return Speed(
+        prompt=Rate(prompt, prompt / 50),
+        decode=Rate(decode, decode / 40),
+        prompt_tokens=512,
+        new_tokens=32,
+        rounds=5,
+    )
+
+
+def verify_report(*, sound: bool) -> VerifyReport:
+    """Two parts and two readers; unsound: the scales are bad, and the second reader refuses."""
+    names = tuple(f"model.layers.{index}.mlp.down_proj" for index in range(6))
+    scales = Finding(
+        rule="scales-finite",
+        level="error",
+        subject=f"{names[0]} and 5 more",
+        message="scales hold values that are not finite",
+        modules=names,
+    )
+    dtype = Finding(
+        rule="target-dtype",
+        level="warning",
+        subject="vllm",
+        message="the model's dtype is float32; its kernels run in float16 or bfloat16",
+        hint="start the server with --dtype float16",
+    )
+    bits = Finding(
+        rule="target-bits",
+        level="error",
+        subject="exllamav2",
+        message="3-bit codes; allowed: 4",
+        hint="quantize with --bits 4",
+    )
+    return VerifyReport(
+        path="smol-w4g64",
+        checks=(
+            RuleResult("files", "heads, sizes and config agree", ()),
+            RuleResult("scales", "scales are finite", () if sound else (scales,)),
+        ),
+        targets=(
+            TargetReport(
+                target="vllm",
+                rules=(
+                    RuleResult("config-json", "All readers but GPTQModel read config.json alone.", ()),
+                    RuleResult("half-precision", "The kernels run in half precision.", (dtype,)),
+                ),
+            ),
+            TargetReport(
+                target="exllamav2",
+                rules=(RuleResult("four-bits-only", "ExLlamaV2's GPTQ kernel.", () if sound else (bits,)),),
+            ),
+        ),
+        tensors=903,
+        linears=210,
+        size_bytes=114_200_000,
+        coverage=1.0,
     )
 
 

@@ -8,7 +8,7 @@ from gptq_cli.display.choose import choose, is_live
 from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.display.plain import PlainDisplay
 from gptq_cli.display.rich import RichDisplay
-from gptq_cli.events import Warned, ignore
+from gptq_cli.events import TextGenerated, Warned, ignore
 
 
 class Tty(io.StringIO):
@@ -47,6 +47,14 @@ def test_quiet_silences_every_display(progress: str) -> None:
         assert observer is ignore
         observer(Warned("x"))
     assert stream.getvalue() == ""
+
+
+def test_a_live_display_beside_text_makes_way() -> None:
+    display = choose("rich", quiet=False, stream=Tty(), environ={}, beside_text=True)
+    assert isinstance(display, RichDisplay)
+    with display as observer:
+        observer(TextGenerated("x", 1))
+        assert not display._live.is_started
 
 
 def test_none_is_quiet() -> None:

@@ -51,6 +51,11 @@ def test_a_flush_that_gives_nothing_back_says_so() -> None:
     assert flush_text(event) == "gave back 0 B"
 
 
+def test_a_long_text_is_not_silent() -> None:
+    assert lines(e.TextGenerated("Once upon", 3)) == ()
+    assert lines(e.TextGenerated(" a time", 5), heartbeat=True) == ("generate: 5 tokens",)
+
+
 def test_a_phase_without_a_total() -> None:
     assert lines(e.PhaseAdvanced("generate", 3), heartbeat=True) == ("generate: 3",)
     assert lines(e.PhaseAdvanced("generate", 3)) == ()

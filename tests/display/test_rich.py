@@ -18,7 +18,7 @@ HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
 class Terminal:
     """A pretended terminal of `width` columns and the display on it."""
 
-    def __init__(self, width: int, height: int = 50) -> None:
+    def __init__(self, width: int, height: int = 50, *, beside_text: bool = False) -> None:
         self.clock = Clock()
         self.stream = io.StringIO()
         console = Console(
@@ -31,7 +31,7 @@ class Terminal:
             highlight=False,
             _environ={},
         )
-        self.display = RichDisplay(console, self.clock)
+        self.display = RichDisplay(console, self.clock, beside_text=beside_text)
         self.width, self.height = width, height
 
     def play(self, until: type[e.Event] | None = None, nth: int = 1, blocks: int = 3) -> None:
@@ -176,3 +176,44 @@ def test_before_the_first_event_it_says_that_it_is_starting() -> None:
     assert (words[0], words[-1]) == ("starting", "0:00:03")
     terminal.play(e.PhaseFinished, nth=1)
     assert "done      load" in terminal.settled
+
+
+@pytest.mark.parametrize("beside_text", [True, False])
+def test_the_picture_makes_way_for_text_on_the_same_terminal(beside_text: bool) -> None:
+    """As on a real one, the text is written to the terminal itself, while nothing else may be."""
+    terminal = Terminal(80, beside_text=beside_text)
+    with terminal.display:
+        terminal.display(e.PhaseStarted("generate", 4))
+        terminal.display(e.TextGenerated("Once", 1))
+        assert terminal.display._live.is_started is not beside_text
+        terminal.stream.write("Once")
+        terminal.display(e.TextGenerated(" upon", 2))
+        before = terminal.stream.getvalue()
+        terminal.stream.write(" upon\n")
+        terminal.display(e.PhaseFinished("generate", 1.0, "2 tokens"))
+        assert terminal.display._live.is_started
+        if beside_text:
+            assert before.endswith("Once")
+    raw = terminal.stream.getvalue()
+    assert raw.count(HIDE) == raw.count(SHOW) == (2 if beside_text else 1)
+    assert terminal.settled.index("upon") < terminal.settled.index("done      generate")
+
+
+def test_tokens_are_counted_where_no_text_is_shown() -> None:
+    terminal = Terminal(80)
+    terminal.display(e.PhaseStarted("generate", 64))
+    terminal.display(e.TextGenerated("Once upon", 3))
+    assert "3/64" in terminal.picture()
+
+
+def test_an_error_while_text_is_written_leaves_the_cursor_alone() -> None:
+    terminal = Terminal(80, beside_text=True)
+
+    def run() -> None:
+        with terminal.display:
+            terminal.display(e.TextGenerated("Once", 1))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert terminal.stream.getvalue().count(HIDE) == terminal.stream.getvalue().count(SHOW) == 1

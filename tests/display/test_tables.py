@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from gptq_cli.display.tables import findings_table, load_summary, run_summary
-from tests.display.events import DENSE, OFFLOAD, REFUSED, load_report, report
+from gptq_cli.display.tables import findings_table, run_summary
+from tests.display.events import DENSE, OFFLOAD, REFUSED, report
 from tests.golden import check_golden
 
 
@@ -46,16 +46,6 @@ def test_a_summary_without_blocks_or_predictions() -> None:
     assert "predicted" not in text
 
 
-def test_the_summary_of_a_load() -> None:
-    check_golden("tables/load_80.txt", rendered(load_summary(load_report())))
-
-
-def test_a_load_that_proved_nothing_claims_nothing() -> None:
-    text = rendered(load_summary(replace(load_report(), perplexity=None, new_tokens=0)))
-    assert "perplexity" not in text
-    assert "generated" not in text
-
-
 def test_findings_come_errors_first_with_their_remedies() -> None:
     text = rendered(findings_table([DENSE, OFFLOAD, REFUSED]))
     check_golden("tables/findings_80.txt", text)
@@ -65,9 +55,3 @@ def test_findings_come_errors_first_with_their_remedies() -> None:
 def test_a_long_list_of_modules_is_cut_and_says_so() -> None:
     many = replace(OFFLOAD, modules=tuple(f"h.{i}" for i in range(40)))
     assert "40 modules: h.0, h.1, h.2, h.3 and 36 more" in rendered(findings_table([many]), 160)
-
-
-def test_a_path_is_never_cut() -> None:
-    path = "/very/long/" + "x" * 150
-    text = rendered(load_summary(replace(load_report(), path=path)))
-    assert path in text.replace("\n", "")

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from gptq_cli.config import ModelRef
-from gptq_cli.device import CPU
 from gptq_cli.errors import CheckpointError, NonFinite
 from gptq_cli.inference import perplexity as perplexity_module
-from gptq_cli.inference.agreement import compare, open_dense
-from gptq_cli.inference.perplexity import perplexity
-from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.inference.agreement import check_comparable, compare
+from gptq_cli.model.skeleton import open_skeleton
+from gptq_cli.model.source import find_model
 from tests.inference.test_perplexity import Bigram, by_definition
 
 
@@ -40,7 +39,7 @@ def test_a_model_agrees_with_itself() -> None:
 
 
 def test_other_vocabularies_cannot_be_compared() -> None:
-    with pytest.raises(CheckpointError, match="9 output tokens, the dense one 8"):
+    with pytest.raises(CheckpointError, match="knows 9 tokens, the dense one 8"):
         compare(Bigram(torch.randn(9, 9)), Bigram(torch.randn(8, 8)), torch.zeros(1, 4, dtype=torch.long))
 
 
@@ -50,10 +49,10 @@ def test_not_a_number_is_an_error() -> None:
         compare(Bigram(bad), Bigram(torch.zeros(5, 5)), torch.zeros(1, 4, dtype=torch.long))
 
 
-def test_the_dense_model_is_opened_on_the_main_device(tiny_llama: Path) -> None:
-    placement = Placement((PlacementEntry("", CPU, 0, True),), CPU, "test")
-    model = open_dense(ModelRef(model=str(tiny_llama)), placement)
-    windows = torch.randint(2, 500, (1, 8))
-    found = compare(model, model, windows)
-    assert found.kl == pytest.approx(0, abs=1e-7)
-    assert found.perplexity == pytest.approx(perplexity(model, windows).value, rel=1e-5)
+def test_other_vocabularies_are_found_before_a_weight_is_read(tiny_llama: Path) -> None:
+    ref = ModelRef(model=str(tiny_llama))
+    ours, theirs = (open_skeleton(find_model(ref), ref).model for _ in range(2))
+    check_comparable(ours, theirs)
+    theirs.set_input_embeddings(torch.nn.Embedding(8, 4, device="meta"))
+    with pytest.raises(CheckpointError, match="knows 512 tokens, the dense one 8"):
+        check_comparable(ours, theirs)

@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gptq_cli.config import Target
 from gptq_cli.findings import Finding
-from gptq_cli.inference.verify import VerifyReport, target_facts, verify_checkpoint
+from gptq_cli.inference.verify import check_targets, target_facts, verify_checkpoint
 from gptq_cli.model.reader import open_checkpoint
+from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.proof import VerifyReport
 from tests.conftest import TinyFactory
 from tests.inference.checkpoints import Recipe, quantize_directory, write_config
 from tests.inference.test_opening import DAMAGE, Q, change_tensor, drop, rewrite
@@ -187,13 +190,69 @@ def test_no_such_directory(tmp_path: Path) -> None:
     assert "no such directory" in found(report, "unreadable").message
 
 
-def test_target_rules_are_added(checkpoint: Path) -> None:
-    report = verify_checkpoint(checkpoint, target="vllm")
+def judged(report: VerifyReport, rule: str) -> dict[str, str]:
+    """Target -> what its rule of that name came to."""
+    return {
+        target.target: result.outcome
+        for target in report.targets
+        for result in target.rules
+        if result.rule == rule
+    }
+
+
+def test_targets_are_judged_rule_by_rule(checkpoint: Path) -> None:
+    readers: tuple[Target, ...] = ("vllm", "gptqmodel", "sglang")
+    report = verify_checkpoint(checkpoint, targets=readers)
     assert report.ok
-    assert found(report, "target-dtype").subject == "vllm"
+    assert judged(report, "half-precision") == {"vllm": "warning", "sglang": "warning"}
+    assert judged(report, "whole-words") == {"vllm": "ok", "gptqmodel": "ok", "sglang": "ok"}
     change_tensor(f"{Q}.g_idx", ordered)(checkpoint)
-    assert found(verify_checkpoint(checkpoint, target="vllm"), "target-activation-order").level == "error"
-    assert found_any(verify_checkpoint(checkpoint, target="gptqmodel"), "target-activation-order") == []
+    report = verify_checkpoint(checkpoint, targets=readers)
+    assert report.sound
+    assert [target.target for target in report.targets if not target.ok] == ["vllm"]
+    assert report.failures == ("vllm will not take it",)
+    assert judged(report, "activation-order")["vllm"] == "error"
+
+
+def test_targets_alone_read_g_idx_and_nothing_else(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_tensor(f"{Q}.g_idx", ordered)(checkpoint)
+    read: list[str] = []
+    real = StreamedReader.get
+
+    def spy(self: StreamedReader, name: str, device: str = "cpu") -> Tensor:
+        read.append(name)
+        return real(self, name, device)
+
+    monkeypatch.setattr(StreamedReader, "get", spy)
+    report = check_targets(checkpoint, ("vllm", "exllamav2"))
+    assert {name.rpartition(".")[2] for name in read} == {"g_idx"}
+    assert [target.ok for target in report.targets] == [False, True]
+    assert report.targets == verify_checkpoint(checkpoint, targets=("vllm", "exllamav2")).targets
+    assert not report.ok
+
+
+def test_targets_of_a_checkpoint_that_cannot_be_read(tmp_path: Path) -> None:
+    report = check_targets(tmp_path / "nothing", ("vllm",))
+    assert (report.ok, report.targets) == (False, ())
+    assert "no such directory" in report.failures[0]
+
+
+def test_every_finding_belongs_to_a_part(checkpoint: Path) -> None:
+    """What `verify.py` says stands below the part of the checkpoint that it is about."""
+    change_tensor(f"{Q}.scales", one_nan)(checkpoint)
+    change_tensor(f"{Q}.g_idx", uneven)(checkpoint)
+    change_tensor("model.norm.weight", one_nan)(checkpoint)
+    outcomes = {check.rule: check.outcome for check in verify_checkpoint(checkpoint).checks}
+    assert outcomes == {
+        "files": "ok",
+        "names": "ok",
+        "coverage": "ok",
+        "codes": "ok",
+        "zeros": "ok",
+        "scales": "error",
+        "g-idx": "warning",
+        "dense": "error",
+    }
 
 
 def test_facts_of_a_checkpoint(tiny: TinyFactory, tmp_path: Path) -> None:

@@ -1,0 +1,74 @@
+"""What a load job may ask: gates have their measurement, sampling means something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gptq_cli.config import HELD_OUT, LoadJob, Sampling, parse_targets
+from gptq_cli.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0; allowed: 0 .greedy. to 100"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0; allowed: above 0, at most 1"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"top_p": 0.9}, "top_p is 0.9, but temperature is 0, which is greedy"),
+        ({"top_k": 5}, "top_k is 5, but temperature is 0"),
+    ],
+)
+def test_sampling_options_are_judged(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message", "hint"),
+    [
+        ({"max_kl": 0.1}, "max_kl is 0.1, but nothing is measured for it", "--against DENSE"),
+        ({"max_kl": 0.1, "evaluate": "pydoc"}, "nothing is measured", "--against DENSE"),
+        ({"max_perplexity": 9.0}, "max_perplexity is 9.0, but nothing", "--eval SOURCE"),
+        ({"max_kl": -0.1, "against": "D"}, "max_kl is -0.1; allowed: a number of at least 0", None),
+        ({"max_kl": float("nan"), "against": "D"}, "max_kl is nan", None),
+        ({"max_perplexity": float("inf"), "evaluate": "pydoc"}, "max_perplexity is inf", None),
+        ({"against": ""}, "against is empty", None),
+        ({"targets": ("vlm",)}, "target is 'vlm'; allowed: vllm, sglang", None),
+        ({"kernel": "marlin"}, "kernel is 'marlin'; allowed: auto, torch, dequantize, gptqmodel", None),
+    ],
+)
+def test_a_load_job_is_judged(wrong: dict[str, Any], message: str, hint: str | None) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        LoadJob(path="DIR", **wrong)
+    assert hint is None or hint in (caught.value.hint or "")
+
+
+def test_what_is_measured_on() -> None:
+    assert LoadJob(path="D").text is None
+    assert LoadJob(path="D", evaluate="a.txt", against="M").text == "a.txt"
+    assert LoadJob(path="D", against="M", max_kl=0.1, max_perplexity=20.0).text == HELD_OUT
+
+
+@pytest.mark.parametrize(
+    ("asked", "opens"),
+    [
+        ({}, True),
+        ({"verify": True}, False),
+        ({"targets": ("vllm",)}, False),
+        ({"verify": True, "prompt": "x"}, True),
+        ({"verify": True, "evaluate": "pydoc"}, True),
+        ({"targets": ("vllm",), "against": "M"}, True),
+        ({"targets": ("vllm",), "bench": True}, True),
+    ],
+)
+def test_files_alone_are_enough_to_judge_them(asked: dict[str, Any], opens: bool) -> None:
+    assert LoadJob(path="D", **asked).opens is opens
+
+
+def test_each_reader_once() -> None:
+    assert parse_targets(["vllm", "sglang", "vllm"]) == ("vllm", "sglang")
