@@ -80,7 +80,7 @@ def measured(command: list[str], log: Path, environment: dict[str, str] | None =
     with log.open("wb") as stream:
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, cwd=log.parent
         )
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started

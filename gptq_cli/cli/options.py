@@ -173,7 +173,10 @@ PositiveScales = Annotated[
 Recipe = Annotated[
     config.Recipe,
     _option(
-        "--recipe", "fast, balanced or best: defaults of --sweeps, --refit, --solve-for.", RECIPE, "NAME"
+        "--recipe",
+        "fast, balanced or best: defaults of --sweeps, --refit, --solve-for, --dense-share.",
+        RECIPE,
+        "NAME",
     ),
 ]
 Sweeps = Annotated[
@@ -196,6 +199,15 @@ SolveFor = Annotated[
         "Whose outputs a linear should meet: own or dense (the dense model's); default: --recipe's.",
         SOLVER,
         "KIND",
+    ),
+]
+DenseShare = Annotated[
+    float | None,
+    _option(
+        "--dense-share",
+        "Share of the samples that the dense model runs on too, 0 to 1; default: --recipe's.",
+        SOLVER,
+        "FRACTION",
     ),
 ]
 ColumnBatch = Annotated[

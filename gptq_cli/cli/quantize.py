@@ -53,6 +53,7 @@ def quantize(
     sweeps: o.Sweeps = None,
     refit: o.Refit = None,
     solve_for: o.SolveFor = None,
+    dense_share: o.DenseShare = None,
     column_batch: o.ColumnBatch = RECIPE.column_batch,
     dry_run: o.DryRun = False,
     strict: o.Strict = False,
@@ -93,6 +94,7 @@ def quantize(
             sweeps=sweeps if sweeps is not None else chosen.sweeps,
             refit=refit if refit is not None else chosen.refit,
             solve_for=solve_for if solve_for is not None else chosen.solve_for,
+            dense_share=dense_share if dense_share is not None else chosen.dense_share,
             column_batch=column_batch,
         ),
         calibration=CalibrationConfig(

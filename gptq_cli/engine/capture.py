@@ -12,6 +12,7 @@ Equal argument tensors are stored once (the mask of one micro-batch is the mask 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -66,11 +67,19 @@ class Captured:
     probes: list[BlockCall]
     """How each block is called for the first `PROBE_TOKENS` tokens of the first sample alone."""
     dense: list[Tensor] = field(default_factory=list)
-    """The same for the model as it was before anything was quantized; empty where nobody asks for it."""
+    """The same for the model as it was before anything was quantized, for the micro-batches of `paired`."""
+    paired: tuple[int, ...] = ()
+    """Micro-batches that the dense model runs on too; () where nobody asks for it."""
     first_sample: list[int] = field(default_factory=list)
     """Index of the first calibration sample of each micro-batch."""
     samples: int = 0
     """Calibration samples in all."""
+
+
+def spread(count: int, share: float) -> tuple[int, ...]:
+    """Evenly spread numbers of 0 … count - 1: at least `share` of them, and the last one."""
+    wanted = min(count, max(1, math.ceil(count * share - 1e-9)))
+    return tuple((i + 1) * count // wanted - 1 for i in range(wanted))
 
 
 def hidden_of(output: object) -> Tensor:

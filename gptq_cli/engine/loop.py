@@ -30,7 +30,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
 from gptq_cli.devices.leaks import LeakWatch
-from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
+from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured, spread
 from gptq_cli.engine.finite import blame_sample
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.stages import Stage, find_stages
@@ -102,7 +102,8 @@ def quantize_blocks(
     would be needed and `options.strict` forbids it.
     """
     if config.solve_for == "dense":
-        captured.dense[:] = captured.hidden
+        captured.paired = spread(len(captured.hidden), config.dense_share)
+        captured.dense[:] = [captured.hidden[number] for number in captured.paired]
     _flush("capture", "", options, observer)
     reports = []
     leaks = LeakWatch()
@@ -194,11 +195,12 @@ class _BlockWork:
     def _dense_stream(
         self, streams: ExitStack, stages: Sequence[Stage], calls: list[BlockCall], captured: Captured
     ) -> Forwards | None:
-        """The samples as the dense model sees them, through a copy of the block that stays dense."""
-        if not captured.dense:
+        """The paired samples as the dense model sees them, through a copy of the block that stays dense."""
+        if not captured.paired:
             return None
+        paired = [calls[number] for number in captured.paired]
         return streams.enter_context(
-            self._forwards(unhooked_copy(self.block.module), stages, calls, captured.dense)
+            self._forwards(unhooked_copy(self.block.module), stages, paired, captured.dense)
         )
 
     def _forwards(
@@ -232,7 +234,8 @@ class _BlockWork:
         seen = dict.fromkeys(stages, 0)
         twins = dense.inputs(stages) if dense is not None and paired else None
         for stage, x in run.inputs(stages):
-            x_dense = next(twins)[1] if twins is not None else None
+            has_twin = twins is not None and seen[stage] in captured.paired
+            x_dense = next(twins)[1] if twins is not None and has_twin else None
             moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0)
             if not moments[stage].is_finite():
                 raise blame_sample(

@@ -1,8 +1,8 @@
 """What the calibration samples say about one stage, and the target that follows from it.
 
-Without a dense stream this is the Hessian alone. With one, each sample comes twice, as the quantized model
-sees it (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output:
-see target.py. How far to go, α, is not a setting to be tuned: the step is made from the first three quarters
+Without a dense stream this is the Hessian alone. With one, samples come twice, as the quantized model sees
+them (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output: see
+target.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, is not a setting to be tuned: the step is made from the first three quarters
 of the samples, and the last quarter, which it has not seen, says which α loses least. The step that is taken
 in the end is made from all samples, with that α. Fewer than four samples leave nothing to ask: α is 0.
 """
@@ -64,21 +64,22 @@ class StageMoments:
     def add(
         self,
         x: Tensor,  # (batch, seq_len, K), or (tokens, K) where the model routes tokens
-        dense: Tensor | None,  # the same of the dense stream
+        dense: Tensor | None,  # the same of the dense stream; None: these samples have none
         first_sample: int,  # index of x[0] among all samples
     ) -> None:
         """Add a micro-batch."""
-        if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
+        if self._held is None or self._fit_error is None or self._held_error is None:
             self._fit.add(x)
             return
         cut = min(max(self._fit_samples - first_sample, 0), x.shape[0])
-        for part, dense_part, hessian, cross in (
-            (x[:cut], dense[:cut], self._fit, self._fit_error),
-            (x[cut:], dense[cut:], self._held, self._held_error),
+        for part, hessian, cross in (
+            (slice(cut), self._fit, self._fit_error),
+            (slice(cut, None), self._held, self._held_error),
         ):
-            if len(part):
-                hessian.add(part)
-                cross.add(dense_part - part, part)
+            if len(x[part]):
+                hessian.add(x[part])
+                if dense is not None:
+                    cross.add(dense[part] - x[part], x[part])
 
     def hessian(self) -> Tensor:  # (K, K)
         """H over every token; zeros where there was none."""
@@ -94,20 +95,24 @@ class StageMoments:
         H: Tensor,  # (K, K), from `hessian`
         damp_percent: float,
     ) -> tuple[list[Tensor] | None, float]:
-        """(what to approximate, α); None and 0 where the samples do not support a correction."""
+        """(what to approximate, α); None and 0 where the samples do not support a correction.
+
+        To be called once: it works in the memory of the cross moments.
+        """
         held, fit_error, held_error = self._held, self._fit_error, self._held_error
-        if held is None or fit_error is None or held_error is None or not held.tokens or not self._fit.tokens:
+        if held is None or fit_error is None or held_error is None:
+            return None, 0.0
+        if not fit_error.tokens or not held_error.tokens:
             return None, 0.0
         W = torch.cat([weight.to(H.dtype) for weight in weights])
-        H_fit, H_held = self._fit.matrix(), held.matrix()
         D_fit, D_held = fit_error.matrix(), held_error.matrix()
-        trial = asymmetric_step(W, H_fit, D_fit + H_fit, damp_percent)
-        alpha = 0.0 if trial is None else held_out_alpha(W, trial, H_held, D_held + H_held)
+        trial = asymmetric_step(W, self._fit.matrix(), D_fit, damp_percent)
+        alpha = 0.0 if trial is None else held_out_alpha(W, trial, held.matrix(), D_held)
         if alpha == 0.0:
             return None, 0.0
         del trial
-        D = torch.lerp(D_held, D_fit, self._fit.tokens / self.tokens)
-        step = asymmetric_step(W, H, D + H, damp_percent)
+        D = D_held.lerp_(D_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
+        step = asymmetric_step(W, H, D, damp_percent)
         if step is None:
             return None, 0.0
         target = W.add_(step, alpha=alpha)

@@ -19,9 +19,10 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
         pack     Hessian   4 · K²
                  packing   PACK_BYTES · R · K: codes, what is left of the solve, words
     without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
-    solving for the dense model's output (`solve_for`): activations twice, a dense copy of the block's
-    linears, four moments of K² numbers instead of H, and one more point in time:
-        target   Hessian   36 · K²: four moments, H, two sums, a factor and a difference
+    solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
+    twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more point
+    in time:
+        target   Hessian   24 · K²: four moments, H and a factor
                  working   TARGET_BYTES · R · K; and 4 · R · K for the targets while solving
     working also counts what is lent to the device: the largest block from elsewhere; or, if that is more
     than all of the above, an embedding or head
@@ -46,7 +47,7 @@ MIB = 1 << 20
 SOLVE_BYTES = 14
 PACK_BYTES = 10
 TARGET_BYTES = 16
-TARGET_SQUARES = 9
+TARGET_SQUARES = 6
 FLIGHT_HIDDEN = 6
 FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
@@ -112,9 +113,8 @@ def work_set(
     tokens = work.calibration.samples * work.calibration.seq_len
     parks = parked and work.quantize.true_sequential
     dense = work.quantize.solve_for == "dense"
-    activations = (
-        (2 if dense else 1) * tokens * b * (facts.hidden_size + (_waiting(facts, stages) if parks else 0))
-    )
+    streams = 1 + work.quantize.dense_share if dense else 1
+    activations = int(streams * tokens * b * (facts.hidden_size + (_waiting(facts, stages) if parks else 0)))
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
     kept = 4 if dense else 1

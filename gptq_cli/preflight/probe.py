@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def job_seconds(facts: ModelFacts, work: Work, speed: Speed, *, parked: bool) -> float:
     """The counting part: seconds of the whole job at `speed`."""
     tokens = work.calibration.samples * work.calibration.seq_len
-    streams = 2 if work.quantize.solve_for == "dense" else 1
+    streams = 1 + work.quantize.dense_share if work.quantize.solve_for == "dense" else 1
     total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
     known: dict[tuple[StageShape, ...], float] = {}
     for linears in block_linears(facts).values():
@@ -111,7 +111,7 @@ def job_seconds(facts: ModelFacts, work: Work, speed: Speed, *, parked: bool) ->
 
 
 def _block_seconds(
-    stages: Sequence[StageShape], tokens: int, speed: Speed, *, streams: int, parked: bool
+    stages: Sequence[StageShape], tokens: int, speed: Speed, *, streams: float, parked: bool
 ) -> float:
     weights = [stage.rows * stage.in_features for stage in stages]
     runs = sum(weights) if parked else sum(sum(weights[:index]) for index in range(len(weights) + 1))

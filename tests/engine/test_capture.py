@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_cli.engine.capture import BlockCall, capture, hidden_of, replaced_forward
+from gptq_cli.engine.capture import BlockCall, capture, hidden_of, replaced_forward, spread
 from gptq_cli.errors import GptqError
 from tests.engine.opened import open_tiny
 
@@ -71,3 +71,19 @@ def test_a_call_moves_every_tensor() -> None:
     assert moved.args[1][0].is_meta
     assert moved.kwargs["pair"][0].is_meta
     assert moved.kwargs["flag"] is True
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "numbers"),
+    [
+        (8, 1.0, (0, 1, 2, 3, 4, 5, 6, 7)),
+        (8, 0.5, (1, 3, 5, 7)),
+        (8, 0.25, (3, 7)),
+        (5, 0.5, (0, 2, 4)),
+        (3, 0.01, (2,)),
+        (1, 0.5, (0,)),
+        (10, 0.3, (2, 5, 9)),
+    ],
+)
+def test_a_share_is_spread_evenly(count: int, share: float, numbers: tuple[int, ...]) -> None:
+    assert spread(count, share) == numbers

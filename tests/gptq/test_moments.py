@@ -54,6 +54,23 @@ def test_the_cut_into_micro_batches_does_not_matter() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
+def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
+    dense, quant = two_streams()
+    W = [weights(5, K, 1).float(), weights(3, K, 2).float()]
+    with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
+        for i in range(SAMPLES):
+            moments.add(quant[i : i + 1], dense[i : i + 1] if i % 2 else None, i)
+        H = moments.hessian()
+        targets, alpha = moments.target(W, H, 0.05)
+    everything, _, full = collected(dense, quant, 1)
+    torch.testing.assert_close(H, everything, rtol=1e-4, atol=1e-5)
+    assert targets is not None
+    assert 0.3 < alpha <= full + 0.2
+    with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
+        moments.add(quant, None, 0)
+        assert moments.target(W, moments.hessian(), 0.05) == (None, 0.0)
+
+
 def test_the_last_quarter_judges() -> None:
     dense, quant = two_streams()
     _, _, alpha = collected(dense, quant, 2)

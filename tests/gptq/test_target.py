@@ -9,7 +9,7 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.solver import quantize_linears
-from gptq_cli.gptq.target import asymmetric_step, asymmetric_target, held_out_alpha
+from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
 from tests.gptq.cases import activations, weights
 
 
@@ -25,8 +25,14 @@ def moments(dense: Tensor, quant: Tensor) -> tuple[Tensor, Tensor]:
     K = dense.shape[1]
     with Hessian(K, dtype=torch.float64) as hessian, CrossMoment(K, dtype=torch.float64) as cross:
         hessian.add(quant)
-        cross.add(dense, quant)
+        cross.add(dense - quant, quant)
         return hessian.matrix(), cross.matrix()
+
+
+def aimed_at_dense(W: Tensor, H: Tensor, D: Tensor, alpha: float, damp_percent: float) -> Tensor:
+    V = asymmetric_step(W, H, D, damp_percent)
+    assert V is not None
+    return W + alpha * V
 
 
 def output_error(W: Tensor, Q: Tensor, dense: Tensor, quant: Tensor) -> float:
@@ -36,42 +42,33 @@ def output_error(W: Tensor, Q: Tensor, dense: Tensor, quant: Tensor) -> float:
 def test_the_full_step_is_the_least_squares_solution() -> None:
     dense, quant = streams(500, 24)
     W = weights(6, 24)
-    H, C = moments(dense, quant)
-    got = asymmetric_target(W, H, C, 1.0, 1e-9)
+    H, D = moments(dense, quant)
+    got = aimed_at_dense(W, H, D, 1.0, 1e-9)
     want = torch.linalg.lstsq(quant, dense @ W.T).solution.T
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
-def test_equal_streams_and_alpha_zero_leave_the_weights() -> None:
+def test_equal_streams_leave_the_weights() -> None:
     dense, quant = streams(300, 16)
     W = weights(4, 16)
-    H, C = moments(dense, dense)
-    torch.testing.assert_close(asymmetric_target(W, H, C, 1.0, 0.05), W, rtol=0, atol=1e-12)
-    H, C = moments(dense, quant)
-    assert torch.equal(asymmetric_target(W, H, C, 0.0, 0.05), W)
-    assert not torch.allclose(asymmetric_target(W, H, C, 0.5, 0.05), W)
-
-
-def test_alpha_goes_along_a_straight_line() -> None:
-    H, C = moments(*streams(300, 16))
-    W = weights(4, 16)
-    V = asymmetric_step(W, H, C, 0.05)
-    assert V is not None
-    torch.testing.assert_close(asymmetric_target(W, H, C, 0.3, 0.05), W + 0.3 * V)
+    H, D = moments(dense, dense)
+    torch.testing.assert_close(aimed_at_dense(W, H, D, 1.0, 0.05), W, rtol=0, atol=1e-12)
+    H, D = moments(dense, quant)
+    assert not torch.allclose(aimed_at_dense(W, H, D, 0.5, 0.05), W)
 
 
 def test_no_factor_no_step() -> None:
     W, nothing = weights(4, 8), torch.zeros(8, 8, dtype=torch.float64)
-    assert torch.equal(asymmetric_target(W, nothing, nothing, 1.0, 0.05), W)
+    assert asymmetric_step(W, nothing, nothing, 0.05) is None
 
 
 def test_codes_of_the_target_answer_the_dense_model_better() -> None:
     dense, quant = streams(2000, 48)
     W = weights(16, 48)
-    H, C = moments(dense, quant)
+    H, D = moments(dense, quant)
     config = QuantizeConfig(group_size=16)
     (plain,) = quantize_linears([W], H, config)
-    (aimed,) = quantize_linears([W], H, config, targets=[asymmetric_target(W, H, C, 1.0, 0.01)])
+    (aimed,) = quantize_linears([W], H, config, targets=[aimed_at_dense(W, H, D, 1.0, 0.01)])
     errors = [output_error(W, q.dequantize(torch.float64), dense, quant) for q in (plain, aimed)]
     assert errors[1] < 0.8 * errors[0]
     assert aimed.rtn_loss == plain.rtn_loss

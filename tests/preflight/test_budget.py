@@ -78,12 +78,13 @@ def test_without_true_sequential_all_hessians_of_a_block_are_there() -> None:
     assert together.activation_bytes == stepwise.activation_bytes
 
 
-def test_solving_for_the_dense_output_holds_a_second_stream() -> None:
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_solving_for_the_dense_output_holds_a_second_stream(share: float) -> None:
     data = CalibrationConfig(samples=4, seq_len=128)
     own = one(Work(QuantizeConfig(solve_for="own"), data), parked=True)
-    dense = one(Work(QuantizeConfig(solve_for="dense"), data), parked=True)
-    assert dense.activation_bytes == 2 * own.activation_bytes
-    assert dense.hessian_bytes == 36 * INNER**2
+    dense = one(Work(QuantizeConfig(solve_for="dense", dense_share=share), data), parked=True)
+    assert dense.activation_bytes == (1 + share) * own.activation_bytes
+    assert dense.hessian_bytes == 24 * INNER**2
     linears = 2 * (4 * H**2 + 3 * H * INNER)
     assert dense.working_bytes == linears + budget.TARGET_BYTES * H * INNER
 

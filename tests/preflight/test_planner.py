@@ -107,7 +107,7 @@ def test_no_accelerator_is_a_plain_cpu_run() -> None:
 
 
 def test_no_accelerator_and_too_little_memory() -> None:
-    made = resolved("auto", MODEL, "cpu=3GiB")
+    made = resolved("auto", MODEL, "cpu=2GiB")
     assert rules_of(made) == ["memory-budget"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
@@ -48,11 +49,12 @@ def test_hessians_and_solves() -> None:
     assert found > 2 * (PRODUCTS * BLOCK * 500 + 4096**3) / 1e9
 
 
-def test_the_dense_target_runs_two_streams() -> None:
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_the_dense_target_runs_its_share_twice(share: float) -> None:
     speed = replace(IDLE, forward_rate=1e9)
-    dense = Work(replace(WORK.quantize, solve_for="dense"), WORK.calibration)
+    dense = Work(replace(WORK.quantize, solve_for="dense", dense_share=share), WORK.calibration)
     one = job_seconds(FACTS, WORK, speed, parked=True) - FIXED
-    assert abs(job_seconds(FACTS, dense, speed, parked=True) - FIXED - 2 * one) < 1e-6
+    assert abs(job_seconds(FACTS, dense, speed, parked=True) - FIXED - (1 + share) * one) < 1e-6
 
 
 def test_the_probe_measures_without_touching_the_global_generator() -> None:
