@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.errors import CheckpointError
-from gptq_cli.gptq.packing import unpack_rows
+from gptq_cli.gptq.packing import PackedLinear, unpack_rows
+from gptq_cli.model.checkpoint import PackedInfo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,24 @@ def read_codes(
     order = torch.argsort(index, stable=True)
     ordered = index[order]
     return replace(whole, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
+
+
+def codes_of(info: PackedInfo, packed: PackedLinear) -> LinearCodes:
+    """The codes of a linear of a checkpoint, its tensors as `model.reader` gives them."""
+    form = info.format
+    return read_codes(
+        info.source_name,
+        qweight=packed.qweight,
+        qzeros=packed.qzeros,
+        scales=packed.scales,
+        g_idx=packed.g_idx,
+        bits=form.bits,
+        group_size=form.group_size,
+        desc_act=form.desc_act,
+        checkpoint_format=form.checkpoint_format,
+        in_features=info.in_features,
+        out_features=info.out_features,
+    )
 
 
 def _expect(name: str, tensor: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

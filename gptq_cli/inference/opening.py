@@ -23,10 +23,12 @@ from gptq_cli.config import KernelWish
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import current_accelerator, torch_device
 from gptq_cli.devices.host_memory import trim_heap
-from gptq_cli.errors import CheckpointError
-from gptq_cli.inference.codes import read_codes
+from gptq_cli.errors import CheckpointError, ConfigError
+from gptq_cli.gptq.packing import PackedLinear as PackedTensors
+from gptq_cli.inference.codes import codes_of
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
+from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
@@ -39,6 +41,7 @@ from gptq_cli.results import KernelCount
 OnLinear = Callable[[int, int], None]
 """Called with (linears done, linears in all)."""
 
+QuantizedModule = PackedLinear | GptqmodelLinear
 _TRIM_BYTES = 1 << 25
 _EXPERT = re.compile(r"\.(\d+)\.[^.]+\Z")
 
@@ -62,7 +65,8 @@ def load_quantized(
 ) -> Any:
     """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
 
-    Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served.
+    Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served,
+    `ConfigError` where `wish` is not installed or cannot do what the placement asks.
 
     Repacking runs on one thread: it keeps up with most disks, and thousands of small operations that wait
     for all threads each are a hundred times slower where other processes have the cores.
@@ -74,8 +78,14 @@ def load_quantized(
         )
     model = checkpoint.model
     crossovers = Crossovers(torch.get_num_threads())
+    foreign = GptqmodelKernels() if wish == "gptqmodel" else None
+    if foreign is not None and placement.offloaded:
+        raise ConfigError(
+            "kernel is 'gptqmodel', whose modules cannot travel, but the map has cpu beside other devices",
+            hint="leave cpu out of the device map, or use --kernel auto",
+        )
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader, intra_op_threads(1):
-        _Attacher(checkpoint, placement, reader, crossovers, wish, on_linear).attach()
+        _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear).attach()
         fill_dense(
             model,
             checkpoint.conversion,
@@ -85,6 +95,8 @@ def load_quantized(
             checkpoint.dtype,
         )
     model.eval().requires_grad_(False)
+    if foreign is not None:
+        foreign.finish(model, desc_act=checkpoint.desc_act)
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_contiguous_input)
@@ -105,10 +117,12 @@ class _Attacher:
         reader: TensorReader,
         crossovers: Crossovers,
         wish: KernelWish,
+        foreign: GptqmodelKernels | None,
         on_linear: OnLinear,
     ) -> None:
         self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
         self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
+        self.foreign = foreign
         self.scratch = Scratch()
         self.done = 0
         self.untrimmed_bytes = 0
@@ -144,38 +158,30 @@ class _Attacher:
         place = self.checkpoint.conversion.place_of(f"{info.source_name}.weight")
         return ("gate", "up")[place], int(number[1])
 
-    def _pack(self, info: PackedInfo, module_name: str) -> PackedLinear:
+    def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
         home = self.placement.device_of(module_name)
         at_work = self._execution_device(home)
         packed, bias = read_packed(self.reader, info, torch_device(at_work))
-        form = info.format
-        linear = read_codes(
-            info.source_name,
-            qweight=packed.qweight,
-            qzeros=packed.qzeros,
-            scales=packed.scales,
-            g_idx=packed.g_idx,
-            bits=form.bits,
-            group_size=form.group_size,
-            desc_act=form.desc_act,
-            checkpoint_format=form.checkpoint_format,
-            in_features=info.in_features,
-            out_features=info.out_features,
-        )
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
-        module = PackedLinear(
-            linear,
-            bias=bias,
-            dtype=dtype,
-            crossovers=self.crossovers,
-            scratch=self.scratch,
-            wish=self.wish,
-        )
+        if self.foreign is not None:
+            module: QuantizedModule = self.foreign.build(info, packed, bias, dtype)
+        else:
+            module = self._own(info, packed, bias)
         self._give_back(packed.qweight.numel() * packed.qweight.element_size())
         self.done += 1
         self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
         return module if home == at_work else module.to(torch_device(home))
+
+    def _own(self, info: PackedInfo, packed: PackedTensors, bias: Tensor | None) -> PackedLinear:
+        return PackedLinear(
+            codes_of(info, packed),
+            bias=bias,
+            dtype=self.checkpoint.dtype,
+            crossovers=self.crossovers,
+            scratch=self.scratch,
+            wish=self.wish,
+        )
 
     def _give_back(self, read_bytes: int) -> None:
         """From time to time, return what was freed to the system.
@@ -234,16 +240,17 @@ def compile_forward(model: Any) -> None:
     model.forward = torch.compile(model.forward, dynamic=True)
 
 
-def packed_linears(model: nn.Module) -> dict[str, PackedLinear]:
+def packed_linears(model: nn.Module) -> dict[str, QuantizedModule]:
     """Name -> module of every packed linear."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    kinds = (PackedLinear, GptqmodelLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def kernel_counts(model: nn.Module) -> tuple[KernelCount, ...]:
     """How many linears run on which kernel, and why; the commonest first."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(list)
     for module in packed_linears(model).values():
-        counts[module.kernel.name, module.reason].append(module.few_rows)
+        counts[module.kernel_name, module.reason].append(module.few_rows)
     return tuple(
         KernelCount(kernel=kernel, linears=len(few), reason=_with_crossing(reason, few))
         for (kernel, reason), few in sorted(counts.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -110,6 +110,11 @@ class PackedLinear(nn.Module):
         self._row_padding = self.kernel.rows - self.in_features
 
     @property
+    def kernel_name(self) -> str:
+        """Which kernel, for reports."""
+        return self.kernel.name
+
+    @property
     def held(self) -> Held:
         """The kernel's buffers; read anew each time, because hooks and `.to()` replace them."""
         buffers = self._buffers
