@@ -200,9 +200,12 @@ class QuantizeJob:
     overwrite: bool = False
     strict: bool = False
     """A fallback to round-to-nearest ends the run with exit 5."""
+    targets: tuple[Target, ...] = ()
+    """Readers that must take the result: where one will not, preflight refuses."""
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        parse_targets(self.targets)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
         whole("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB")
@@ -219,6 +222,11 @@ class InspectJob:
     """Plan for these instead of the devices that are present."""
     quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    targets: tuple[Target, ...] = ()
+    """Readers that must take the result."""
+
+    def __post_init__(self) -> None:
+        parse_targets(self.targets)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

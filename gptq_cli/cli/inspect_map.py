@@ -6,7 +6,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch, without_findings
-from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig
+from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, parse_targets
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement import parse_inventory
 
@@ -20,6 +20,7 @@ def inspect_map(
     device_map: o.DeviceMapText = "auto",
     max_memory: o.MaxMemoryText = None,
     devices: o.Devices = None,
+    target: o.QuantizeTargets = None,
     explain: o.Explain = None,
     bits: o.Bits = RECIPE.bits,
     group_size: o.GroupSize = RECIPE.group_size,
@@ -51,6 +52,7 @@ def inspect_map(
             bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, true_sequential=true_sequential
         ),
         calibration=CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size),
+        targets=parse_targets(target or ()),
     )
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs

@@ -343,6 +343,16 @@ Targets = Annotated[
         "NAME",
     ),
 ]
+QuantizeTargets = Annotated[
+    list[str] | None,
+    _option(
+        "--target",
+        "Refuse settings that this reader will not take: vllm, sglang, transformers, exllamav2, gptqmodel. "
+        "Repeatable.",
+        OUTPUT,
+        "NAME",
+    ),
+]
 Kernel = Annotated[
     config.KernelWish,
     _option("--kernel", "auto, torch, dequantize, or gptqmodel where it is installed.", PLACEMENT, "KIND"),

@@ -9,7 +9,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch, without_findings
-from gptq_cli.config import RECIPES, CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.config import RECIPES, CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob, parse_targets
 from gptq_cli.device import parse_size
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
@@ -28,6 +28,7 @@ def quantize(
     out: o.Out = None,
     overwrite: o.Overwrite = False,
     max_shard_size: o.MaxShardSize = "5GB",
+    target: o.QuantizeTargets = None,
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
     bits: o.Bits = RECIPE.bits,
@@ -106,6 +107,7 @@ def quantize(
         max_shard_bytes=shard_bytes(max_shard_size),
         overwrite=overwrite,
         strict=strict,
+        targets=parse_targets(target or ()),
         command_line=("gptq", *session.argv),
     )
     if dry_run:

@@ -5,7 +5,7 @@ It is imported when `--kernel gptqmodel` is asked for, and nowhere else. It choo
 by its own rules; what it cannot serve is an error that names the linear, never a silent change of kernel.
 
 Its rules are not taken on trust: the first linear of every kernel and setting is tried on one token and must
-give what the checkpoint says. (gptqmodel 7.6 takes asymmetric codes in float32 on a CPU, and is 80 % off.)
+give what the checkpoint says. (gptqmodel 7.6 takes asymmetric codes in float32 on a CPU, and is 25 % off.)
 """
 
 from __future__ import annotations

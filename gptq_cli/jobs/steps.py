@@ -52,6 +52,7 @@ def placed(
         overwrite=isinstance(job, QuantizeJob) and job.overwrite,
         devices=devices,
         capabilities=() if job.devices else capabilities(devices),
+        targets=job.targets,
     )
     return budgets, resolution, resolution.report + findings
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
 from gptq_cli.device import Device
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.model.source import SourceProblem
@@ -129,3 +129,5 @@ class JobCase:
     capabilities: tuple[Capability, ...] = ()
     devices: tuple[Device, ...] = ()
     """Devices that blocks will compute on."""
+    targets: tuple[Target, ...] = ()
+    """Readers that must take the result."""

@@ -15,6 +15,7 @@ from gptq_cli.preflight import (
     rules_output,
     rules_placement,
     rules_quantize,
+    rules_readers,
     rules_source,
 )
 
@@ -31,6 +32,7 @@ _ALL: tuple[Rule, ...] = (
     rules_source.tokenizer,
     rules_source.calibration_text,
     *rules_quantize.RULES,
+    *rules_readers.RULES,
     *rules_output.RULES,
     *rules_map.RULES,
     *rules_placement.RULES,

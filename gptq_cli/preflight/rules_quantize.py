@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable
 
 from gptq_cli.findings import Finding
-from gptq_cli.inference.targets import TARGETS, TargetFacts, TargetLinear, check_target
 from gptq_cli.placement import LinearFact
 from gptq_cli.preflight.cases import JobCase
 from gptq_cli.preflight.rules_map import names_text
@@ -255,49 +254,6 @@ def bfloat16_support(case: JobCase) -> list[Finding]:
     ]
 
 
-def readers_lost(case: JobCase) -> list[Finding]:
-    """The settings are outside what some readers of GPTQ checkpoints serve.
-
-    4 bits, symmetric, group 128, 64 or 32 and no `desc_act` are read by all of them. The rules of each reader
-    are those of `gptq_cli.inference.target_rules`.
-    """
-    config = case.work.quantize
-    facts = TargetFacts(
-        bits=config.bits,
-        group_size=config.group_size,
-        sym=config.sym,
-        desc_act=config.desc_act,
-        checkpoint_format=config.checkpoint_format,
-        dtype=case.facts.dtype,
-        linears=tuple(
-            TargetLinear(
-                name=x.name,
-                in_features=x.in_features,
-                out_features=x.out_features,
-                bits=config.bits,
-                group_size=config.group_size,
-            )
-            for x in case.facts.linears
-        ),
-        trivial_g_idx=not config.desc_act,
-    )
-    lost: dict[str, list[str]] = {}
-    for target in TARGETS:
-        errors = [finding for finding in check_target(target, facts) if finding.level == "error"]
-        if errors:
-            lost.setdefault(errors[0].message, []).append(target)
-    return [
-        Finding(
-            rule="readers-lost",
-            level="warning",
-            subject=", ".join(targets),
-            message=f"will not serve this checkpoint: {reason}",
-            hint="--bits 4 --sym --group-size 128 (or 64, 32) is what every reader takes",
-        )
-        for reason, targets in lost.items()
-    ]
-
-
 RULES = (
     no_linears,
     group_divides,
@@ -310,5 +266,4 @@ RULES = (
     left_dense,
     half_on_cpu,
     bfloat16_support,
-    readers_lost,
 )

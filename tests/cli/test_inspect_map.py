@@ -25,7 +25,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
     words = (
         "inspect-map M --device-map rest=cpu,lm_head=0 --max-memory 0=20GiB --devices cuda:0=24GiB,cpu=1TB "
         "--bits 8 --group-size 64 --asym --desc-act --no-true-sequential --samples 9 --seq-len 77 "
-        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code"
+        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code --target vllm"
     )
     outcome = run(*words.split())
     assert outcome.code == 0, outcome.err
@@ -36,6 +36,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         devices=parse_inventory("cuda:0=24GiB,cpu=1TB"),
         quantize=QuantizeConfig(bits=8, group_size=64, sym=False, desc_act=True, true_sequential=False),
         calibration=CalibrationConfig(samples=9, seq_len=77, batch_size=3),
+        targets=("vllm",),
     )
 
 

@@ -19,7 +19,7 @@ EVERY_OPTION = """
     --calibration - --samples 7 --seq-len 99 --seed 5 --batch-size 2 --device-map model=0,rest=cpu
     --max-memory 0=20GiB --dtype float16 --revision main --trust-remote-code --act-order none
     --damp-percent 0.01 --no-true-sequential --scale-search mse --positive-scales --sweeps 3 --no-refit
-    --solve-for dense --column-batch 64 --strict
+    --solve-for dense --column-batch 64 --strict --target vllm --target sglang
 """
 
 
@@ -60,6 +60,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         max_shard_bytes=2 * 2**30,
         overwrite=True,
         strict=True,
+        targets=("vllm", "sglang"),
         command_line=("gptq", *words),
     )
 
@@ -80,6 +81,7 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
     ("words", "message"),
     [
         ("--bits 5", "bits is 5; allowed: 2, 3, 4, 8"),
+        ("--target vlm", "target is 'vlm'; allowed: vllm, sglang"),
         ("--group-size 0", "group_size is 0; allowed: -1"),
         ("--damp-percent nan", "damp_percent is nan"),
         ("--samples 0", "samples is 0"),
