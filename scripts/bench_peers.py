@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The main job, done by `gptq quantize` and by its peers: time, memory and accuracy side by side, as ratios.
 
-Every run gets the same model, the same calibration token ids, bits and group size, is a process of its own and
-has the machine to itself, one after the other. What it wrote is then judged by one reader on text that no run
-has seen:
+Every run gets the same model, the same calibration token ids, bits and group size, is a process of its own
+and has the machine to itself, one after the other. What it wrote is then judged by one reader on text that no
+run has seen:
 
     KL     mean over tokens of KL(dense ‖ quantized), nats
     gap    perplexity of the quantized model over the dense one's, minus 1
@@ -11,8 +11,8 @@ has seen:
 A peer is installed into a virtual environment of its own (`.venv-peer-NAME`, on its first run; minutes and
 some gigabytes) and uses its own defaults beyond what is listed. Ratios are to the first peer.
 
-    python scripts/bench_peers.py                            the demo model, 128 x 512 tokens, 4 bits, group 64
-    python scripts/bench_peers.py --text wiki.txt            calibrate on its first two thirds, judge on the rest
+    python scripts/bench_peers.py                     the demo model, 128 x 512 tokens, 4 bits, group 64
+    python scripts/bench_peers.py --text wiki.txt     calibrate on its first two thirds, judge on the rest
     python scripts/bench_peers.py --peers gptqmodel,auto-round --repeats 3
 
 The last line is JSON.
@@ -227,7 +227,8 @@ def runs(options: argparse.Namespace, job: dict[str, Any], calibration: str) -> 
     for recipe in options.recipes:
         commands[f"gptq {recipe}"] = [
             sys.executable, "-m", "gptq_cli", "quantize", job["model"], "--recipe", recipe,
-            "--bits", str(options.bits), "--group-size", str(options.group_size), "--calibration", calibration,
+            "--bits", str(options.bits), "--group-size", str(options.group_size),
+            "--calibration", calibration,
             "--samples", str(options.samples), "--seq-len", str(options.seq_len),
             *(["--desc-act"] if options.desc_act else []),
             "--out", "OUT", "--overwrite", "--json", "--progress", "none",
@@ -337,12 +338,11 @@ def report(
     }
     base = next(iter(middle))
     print(
-        f"\n{model.name}: {options.bits} bits, group {options.group_size}, {options.samples} x {options.seq_len}"
-        f" tokens; judged on {options.windows} x {options.eval_seq_len}; ratios to {base}\n"
+        f"\n{model.name}: {options.bits} bits, group {options.group_size},"
+        f" {options.samples} x {options.seq_len} tokens; judged on {options.windows} x {options.eval_seq_len}; ratios to {base}\n"
     )
-    print(
-        f"{'':<16}{'wall s':>8}{'':>7}{'cpu s':>8}{'':>7}{'GiB':>7}{'':>7}{'KL':>9}{'':>7}{'gap':>9}{'':>7}{'ppl':>9}"
-    )
+    heads = (("wall s", 8), ("cpu s", 8), ("GiB", 7), ("KL", 9), ("gap", 9))
+    print(" " * 16 + "".join(f"{head:>{width}}{'':>7}" for head, width in heads) + f"{'ppl':>9}")
     summary: dict[str, Any] = {"model": model.name, "base": base, "runs": {}}
     for name, cost in middle.items():
         mine, first = quality[name], quality[base]
@@ -357,7 +357,10 @@ def report(
         print(f"{name:<16}{line}{mine.perplexity:>9.3f}")
         summary["runs"][name] = {
             **asdict(cost), **asdict(mine), "gap": mine.gap,
-            "ratios": dict(zip(("wall", "cpu", "rss", "kl", "gap"), (round(v / of, 3) for v, of, _ in pairs), strict=True)),
+            "ratios": {
+                key: round(value / of, 3)
+                for key, (value, of, _) in zip(("wall", "cpu", "rss", "kl", "gap"), pairs, strict=True)
+            },
         }  # fmt: skip
     print(f"{'dense':<16}{'':>76}{quality[base].dense_perplexity:>9.3f}\n")
     return summary

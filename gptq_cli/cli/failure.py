@@ -102,9 +102,17 @@ def _write(line: str) -> None:
 
 
 def _write_findings(findings: list[Finding]) -> None:
-    if findings and sys.stderr is not None:
-        from rich.console import Console
+    """A table at a terminal; elsewhere a line a statement, so that no path is broken at a column."""
+    if not findings or sys.stderr is None:
+        return
+    from rich.console import Console
 
-        from gptq_cli.display.tables import findings_table
+    from gptq_cli.display.plain import finding_lines
+    from gptq_cli.display.tables import findings_table
 
-        Console(file=sys.stderr, highlight=False).print(findings_table(findings))
+    console = Console(file=sys.stderr, highlight=False)
+    if console.is_terminal:
+        console.print(findings_table(findings))
+        return
+    for line in (line for finding in findings for line in finding_lines(finding)):
+        _write(line)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.devices.products import products_for
 from gptq_cli.errors import GptqError
 
 PROBE_TOKENS = 16
@@ -45,10 +46,11 @@ class BlockCall:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run `block` on `hidden` (batch, seq_len, hidden_size) and return its hidden states."""
-        if self.by_keyword is None:
-            output = block(hidden, *self.args, **self.kwargs)
-        else:
-            output = block(*self.args, **{self.by_keyword: hidden}, **self.kwargs)
+        with products_for(hidden.dtype, hidden.device):
+            if self.by_keyword is None:
+                output = block(hidden, *self.args, **self.kwargs)
+            else:
+                output = block(*self.args, **{self.by_keyword: hidden}, **self.kwargs)
         return hidden_of(output)
 
     def to(self, device: torch.device) -> BlockCall:
@@ -66,20 +68,28 @@ class Captured:
     """`calls[block][micro_batch]`."""
     probes: list[BlockCall]
     """How each block is called for the first `PROBE_TOKENS` tokens of the first sample alone."""
+    samples: list[tuple[int, ...]] = field(default_factory=list)
+    """Which calibration samples make up each micro-batch."""
+    paired: int = 0
+    """So many micro-batches, the first ones, are run through the dense model too."""
     dense: list[Tensor] = field(default_factory=list)
-    """The same for the model as it was before anything was quantized, for the micro-batches of `paired`."""
-    paired: tuple[int, ...] = ()
-    """Micro-batches that the dense model runs on too; () where nobody asks for it."""
-    first_sample: list[int] = field(default_factory=list)
-    """Index of the first calibration sample of each micro-batch."""
-    samples: int = 0
-    """Calibration samples in all."""
+    """`hidden` of the paired micro-batches for the model as it was before anything was quantized."""
+
+    @property
+    def paired_samples(self) -> int:
+        """Calibration samples in the paired micro-batches."""
+        return sum(len(batch) for batch in self.samples[: self.paired])
 
 
 def spread(count: int, share: float) -> tuple[int, ...]:
     """Evenly spread numbers of 0 … count - 1: at least `share` of them, and the last one."""
     wanted = min(count, max(1, math.ceil(count * share - 1e-9)))
     return tuple((i + 1) * count // wanted - 1 for i in range(wanted))
+
+
+def micro_batches(samples: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
+    """`samples` in pieces of `batch_size`; the last may be short."""
+    return [tuple(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
 
 def hidden_of(output: object) -> Tensor:
@@ -163,27 +173,36 @@ def capture(
     *,
     batch_size: int,
     input_device: torch.device,
+    dense_share: float = 0.0,
     rest_device: torch.device | None = None,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
     """Run the embedding over all samples and note how every block is called.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states come to rest on `rest_device` (None: where the model left them). `advanced` hears the
-    number of samples done. Raises `GptqError` when the forward does not visit every block once, in order.
+    hidden states come to rest on `rest_device` (None: where the model left them). `dense_share` of the
+    samples, evenly spread over the text, are paired and come first, in micro-batches of their own, so that
+    which samples they are does not depend on `batch_size`. `advanced` hears the number of samples done.
+    Raises `GptqError` when the forward does not visit every block once, in order.
     """
     probe, recorder = _Recorder(blocks, rest_device), _Recorder(blocks, rest_device)
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
-    for start in range(0, len(input_ids), batch_size):
-        recorder.first_sample.append(start)
-        _record(model, blocks, input_ids[start : start + batch_size].to(input_device), recorder)
-        advanced(min(start + batch_size, len(input_ids)))
+    twins = spread(len(input_ids), dense_share) if dense_share else ()
+    alone = [number for number in range(len(input_ids)) if number not in set(twins)]
+    paired = micro_batches(twins, batch_size)
+    batches = [*paired, *micro_batches(alone, batch_size)]
+    done = 0
+    for batch in batches:
+        _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
+        done += len(batch)
+        advanced(done)
     return Captured(
         hidden=recorder.hidden,
         calls=recorder.calls,
         probes=[calls[0] for calls in probe.calls],
-        first_sample=recorder.first_sample,
-        samples=len(input_ids),
+        samples=batches,
+        paired=len(paired),
+        dense=recorder.hidden[: len(paired)],
     )
 
 
@@ -205,7 +224,6 @@ class _Recorder:
     def __init__(self, blocks: Sequence[nn.Module], rest_device: torch.device | None) -> None:
         self.hidden: list[Tensor] = []
         self.calls: list[list[BlockCall]] = [[] for _ in blocks]
-        self.first_sample: list[int] = []
         self.intern = _Interner()
         self._last = len(blocks) - 1
         self._rest_device = rest_device

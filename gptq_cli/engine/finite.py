@@ -7,6 +7,8 @@ not finite are the activations searched.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from gptq_cli.errors import NonFinite
 
 def blame_sample(
     x: Tensor,  # (batch, …), the micro-batch after which the Hessian was not finite
-    first_sample: int,
+    samples: Sequence[int],  # the calibration samples that x is made of
     block: str,
     linear: str,
 ) -> NonFinite:
@@ -28,10 +30,12 @@ def blame_sample(
         largest = float(x.abs().max())
         return NonFinite(
             f"the input of {linear!r} in block {block!r} reaches {largest:.3g}: its square overflows float32",
-            hint="the model overflows on this text: leave out the samples from "
-            f"{first_sample} to {first_sample + len(x) - 1}",
+            hint="the model overflows on this text: leave out "
+            + ("sample " if len(samples) == 1 else "the samples ")
+            + ", ".join(str(number) for number in samples),
         )
-    sample = first_sample + int((~finite).nonzero()[0])
+    place = int((~finite).nonzero()[0])
+    sample = samples[min(place, len(samples) - 1)]
     return NonFinite(
         f"the input of {linear!r} in block {block!r} is not finite for calibration sample {sample}",
         hint="run with --dtype float32 or bfloat16, or leave that sample out",

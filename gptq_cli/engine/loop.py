@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
 from gptq_cli.devices.leaks import LeakWatch
-from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured, spread
+from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
 from gptq_cli.engine.finite import blame_sample
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.stages import Stage, find_stages
@@ -101,9 +102,6 @@ def quantize_blocks(
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
     """
-    if config.solve_for == "dense":
-        captured.paired = spread(len(captured.hidden), config.dense_share)
-        captured.dense[:] = [captured.hidden[number] for number in captured.paired]
     _flush("capture", "", options, observer)
     reports = []
     leaks = LeakWatch()
@@ -198,10 +196,8 @@ class _BlockWork:
         """The paired samples as the dense model sees them, through a copy of the block that stays dense."""
         if not captured.paired:
             return None
-        paired = [calls[number] for number in captured.paired]
-        return streams.enter_context(
-            self._forwards(unhooked_copy(self.block.module), stages, paired, captured.dense)
-        )
+        twin, paired = unhooked_copy(self.block.module), calls[: captured.paired]
+        return streams.enter_context(self._forwards(twin, stages, paired, captured.dense))
 
     def _forwards(
         self, module: nn.Module, stages: Sequence[Stage], calls: list[BlockCall], hidden: list[Tensor]
@@ -228,22 +224,22 @@ class _BlockWork:
         for stage in stages:
             in_features = weight_matrix(modules[stage.leader]).shape[1]
             moments[stage] = memory.enter_context(
-                StageMoments(in_features, self.block.device, samples=captured.samples, dense=paired)
+                StageMoments(in_features, self.block.device, samples=captured.paired_samples, dense=paired)
             )
-        starts = captured.first_sample
+        batches = captured.samples
+        starts = [0, *accumulate(len(batch) for batch in batches)]
         seen = dict.fromkeys(stages, 0)
         twins = dense.inputs(stages) if dense is not None and paired else None
         for stage, x in run.inputs(stages):
-            has_twin = twins is not None and seen[stage] in captured.paired
+            has_twin = twins is not None and seen[stage] < captured.paired
             x_dense = next(twins)[1] if twins is not None and has_twin else None
             moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0)
             if not moments[stage].is_finite():
-                raise blame_sample(
-                    x, starts[min(seen[stage], len(starts) - 1)], self.block.name, stage.leader
-                )
+                batch = batches[min(seen[stage], len(batches) - 1)]
+                raise blame_sample(x, batch, self.block.name, stage.leader)
             seen[stage] += 1
-            if stage is stages[-1] and seen[stage] <= len(starts):
-                self._advanced(position, [*starts, captured.samples][seen[stage]], captured.samples)
+            if stage is stages[-1] and seen[stage] < len(starts):
+                self._advanced(position, starts[seen[stage]], starts[-1])
         if twins is not None and next(twins, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
         return moments

@@ -147,6 +147,7 @@ def _capture(
         [block.module for block in blocks],
         ids,
         batch_size=run.batch_size,
+        dense_share=run.config.dense_share if run.config.solve_for == "dense" else 0.0,
         input_device=torch_device(run.placement.main_device) if offloaded else embedding,
         advanced=advanced,
     )

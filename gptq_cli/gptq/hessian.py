@@ -20,7 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.precision import exact_products, fast_products
+from gptq_cli.gptq.precision import exact_products, fast_products, has_units
 
 _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
@@ -128,8 +128,9 @@ class Hessian(_Moment):
 class CrossMoment(_Moment):
     """C = sum of x_dense x_quantᵀ / tokens: what the dense model's input and the quantized model's share.
 
-    With H = E[x_quant x_quantᵀ] it gives the asymmetric target, see target.py. On a CPU the products of bf16
-    activations are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling knows to 1/√tokens.
+    With H = E[x_quant x_quantᵀ] it gives the asymmetric target, see target.py. On a CPU with
+    bf16 units the products of bf16 activations are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling
+    knows to 1/√tokens.
     """
 
     def add(
@@ -145,7 +146,7 @@ class CrossMoment(_Moment):
         wider = torch.promote_types(dense.dtype, quant.dtype)
         chunk = max(1, _CHUNK_VALUES // self.in_features)
         for d, q in zip(torch.split(Xd, chunk), torch.split(Xq, chunk), strict=True):
-            if wider == torch.bfloat16 and C.device.type == "cpu":
+            if wider == torch.bfloat16 and C.device.type == "cpu" and has_units(wider, "cpu"):
                 C += d.T @ q  # twice the speed of widening both
                 continue
             with _products_for(wider, C.device):

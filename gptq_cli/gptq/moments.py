@@ -2,9 +2,10 @@
 
 Without a dense stream this is the Hessian alone. With one, samples come twice, as the quantized model sees
 them (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output: see
-target.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, is not a setting to be tuned: the step is made from the first three quarters
-of the samples, and the last quarter, which it has not seen, says which α loses least. The step that is taken
-in the end is made from all samples, with that α. Fewer than four samples leave nothing to ask: α is 0.
+target.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, is not a
+setting to be tuned: the step is made from the first three quarters of the paired samples (H from all that
+are not held out), and the last quarter, which it has not seen, says which α loses least. The step that is
+taken in the end is made from all samples, with that α. Fewer than four pairs leave nothing to ask: α is 0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
 
 HELD_OUT_SHARE = 4
-"""One sample of so many is held out: the last ones, which come from another part of the text."""
+"""One pair of so many is held out: the last ones, which come from another part of the text."""
 
 
 class StageMoments:
-    """Hessian of a stage, and with `dense` the cross moments for its target; freed on leaving `with`."""
+    """Hessian of a stage, and with `dense` the cross moments for its target; freed on leaving `with`.
+
+    `samples`: how many will come with a dense twin.
+    """
 
     def __init__(self, in_features: int, device: torch.device, *, samples: int, dense: bool) -> None:
         self._fit_samples = samples - samples // HELD_OUT_SHARE
@@ -65,10 +69,10 @@ class StageMoments:
         self,
         x: Tensor,  # (batch, seq_len, K), or (tokens, K) where the model routes tokens
         dense: Tensor | None,  # the same of the dense stream; None: these samples have none
-        first_sample: int,  # index of x[0] among all samples
+        first_sample: int,  # index of x[0] among the samples with a twin; of no account without
     ) -> None:
         """Add a micro-batch."""
-        if self._held is None or self._fit_error is None or self._held_error is None:
+        if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
             self._fit.add(x)
             return
         cut = min(max(self._fit_samples - first_sample, 0), x.shape[0])
@@ -78,8 +82,7 @@ class StageMoments:
         ):
             if len(x[part]):
                 hessian.add(x[part])
-                if dense is not None:
-                    cross.add(dense[part] - x[part], x[part])
+                cross.add(dense[part] - x[part], x[part])
 
     def hessian(self) -> Tensor:  # (K, K)
         """H over every token; zeros where there was none."""

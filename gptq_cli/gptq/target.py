@@ -3,16 +3,18 @@
 By the time a linear is quantized, its input x comes from blocks that are quantized already. Plain GPTQ
 minimises E‖W x - Q x‖², which keeps the errors that x brought along. The goal is the dense model's output
 W x_dense, so minimise E‖W x_dense - Q x‖² instead. With H = E[x xᵀ], C = E[x_dense xᵀ] and D = C - H =
-E[(x_dense - x) xᵀ] its best real-valued Q is W C H⁻¹ = W + W D H⁻¹, and for any Q the loss is that of rounding
-this matrix, plus a constant. So the solver needs nothing new: it is given
+E[(x_dense - x) xᵀ] its best real-valued Q is W C H⁻¹ = W + W D H⁻¹, and for any Q the loss is that of
+rounding this matrix, plus a constant. So the solver needs nothing new: it is given
 
     W' = W + α · W D (H + λI)⁻¹
 
 instead of W. D may come from some of the tokens that H is made of: it is small, and held-out tokens say how
-far it can be trusted. Sources: Qronos (arXiv 2505.11695), LoaQ (2509.06297), GPTAQ (2504.02692), which apply the same
-correction column by column. α = 1 trusts the calibration tokens fully; with few tokens a column the step
-overfits, and α < 1 pays. How much less need not be guessed: on tokens that were not used for the step the
-loss is a parabola in α, and `held_out_alpha` returns its lowest point.
+far it can be trusted. α = 1 trusts the calibration tokens fully; with few tokens a column the step overfits,
+and α < 1 pays. How much less need not be guessed: on tokens that were not used for the step the loss is a
+parabola in α, and `held_out_alpha` returns its lowest point.
+
+Sources: Qronos (arXiv 2505.11695), LoaQ (2509.06297), GPTAQ (2504.02692), which apply the same correction
+column by column.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.precision import has_units
 from gptq_cli.inference.kernels import Held, Kernel
 from gptq_cli.inference.scratch import Fresh, Scratch
 
@@ -81,8 +82,10 @@ def probe(kernel: Kernel, held: Held, columns: int) -> int:
 
     memory = Scratch() if device.type == "cpu" else Fresh()
 
+    dtype = kernel.dtype if has_units(kernel.dtype, device.type) else torch.float32
+
     def dequantized(x: Tensor) -> None:
-        torch.mm(x, kernel.dense(part, 0, columns, kernel.dtype, memory))
+        torch.mm(x.to(dtype), kernel.dense(part, 0, columns, dtype, memory)).to(kernel.dtype)
 
     inputs = [torch.ones(rows, kernel.rows, dtype=kernel.dtype, device=device) for rows in (_FEW, _MANY)]
     fused_seconds = [_best(partial(fused, x), device) for x in inputs]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config import GREEDY, Sampling
+from gptq_cli.devices.products import products_for
 from gptq_cli.errors import ConfigError
 
 OnToken = Callable[[str, int], None]
@@ -121,7 +122,8 @@ def generate(
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-    with torch.inference_mode(), _seeded(ids.device, sampling):
+    products = products_for(model.dtype, ids.device)
+    with torch.inference_mode(), products, _seeded(ids.device, sampling):
         started = time.perf_counter()
         model.generate(
             input_ids=ids,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptq_cli.config import KernelWish
+from gptq_cli.gptq.precision import has_units
 from gptq_cli.inference.codes import LinearCodes
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import (
@@ -151,11 +152,11 @@ class PackedLinear(nn.Module):
     def _dequantize_and_multiply(self, rows: Tensor) -> Tensor:
         """A piece of the weight at a time, so that no whole dense weight is ever held.
 
-        CPUs multiply float16 slowly: there, products are formed in float32 and rounded once.
+        Where a CPU has no units for the dtype, products are formed in float32 and rounded once.
         """
         kernel, held = self.kernel, self.held
         on_cpu = rows.device.type == "cpu"
-        dtype = torch.float32 if on_cpu and rows.dtype == torch.float16 else rows.dtype
+        dtype = rows.dtype if has_units(rows.dtype, rows.device.type) else torch.float32
         memory = self._scratch if usable(rows) else Fresh()
         step = (_CPU_DENSE_ELEMENTS if on_cpu else _DEVICE_DENSE_ELEMENTS) // kernel.rows
         step = max(COLUMN_BLOCK, step // COLUMN_BLOCK * COLUMN_BLOCK)

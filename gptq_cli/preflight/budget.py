@@ -224,7 +224,7 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
 
 
 def _streamed_bytes(facts: ModelFacts) -> int:
-    """Weights that are there at once where blocks come one by one: what lies outside them, and the largest."""
+    """Weights that are there at once where blocks come one by one: the largest, and what lies outside."""
     blocks = dict.fromkeys(facts.blocks, 0)
     outside = 0
     for tensor in facts.tensors:

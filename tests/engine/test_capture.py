@@ -23,10 +23,26 @@ def test_equal_arguments_are_stored_once() -> None:
     assert len(tensors) <= 4, "one mask and one position tensor a kind of layer, not one a call"
 
 
-def test_first_samples_and_batches() -> None:
+def test_samples_and_batches() -> None:
     captured = open_tiny("llama", samples=5).capture(batch_size=2)
-    assert captured.first_sample == [0, 2, 4]
+    assert captured.samples == [(0, 1), (2, 3), (4,)]
     assert [len(hidden) for hidden in captured.hidden] == [2, 2, 1]
+    assert captured.paired == captured.paired_samples == 0
+    assert captured.dense == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_which_samples_are_paired_does_not_depend_on_the_micro_batch(batch_size: int) -> None:
+    opened = open_tiny("llama", samples=7)
+    captured = opened.capture(batch_size=batch_size, dense_share=0.5)
+    twins = [number for batch in captured.samples[: captured.paired] for number in batch]
+    assert twins == [0, 2, 4, 6]
+    assert captured.paired_samples == 4
+    assert sorted(number for batch in captured.samples for number in batch) == list(range(7))
+    embedded = opened.model.get_input_embeddings()(opened.input_ids)
+    for batch, hidden in zip(captured.samples, captured.hidden, strict=True):
+        assert torch.equal(hidden, embedded[list(batch)])
+    assert all(a is b for a, b in zip(captured.dense, captured.hidden, strict=False))
 
 
 def test_blocks_are_as_before_afterwards() -> None:

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptq_cli.gptq import hessian as hessian_module
+from gptq_cli.gptq import precision
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
 from gptq_cli.gptq.precision import exact_products, fast_products
 from tests import reference
@@ -90,16 +92,24 @@ def test_one_bad_value_shows_on_the_diagonal(bad: float) -> None:
     assert not hessian.is_finite()
 
 
-def test_precision_is_scoped_and_restored() -> None:
+@pytest.fixture(params=[True, False], ids=["units", "no-units"])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What fast products run in, on a CPU with and without units for bf16."""
+    for module in (precision, hessian_module):
+        monkeypatch.setattr(module, "has_units", lambda dtype, device_type: request.param)
+    return "bf16" if request.param else "ieee"
+
+
+def test_precision_is_scoped_and_restored(fast: str) -> None:
     def state() -> tuple[str, str]:
         return MKLDNN.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
     before = state()
     with fast_products():
-        assert state() == ("bf16", "tf32")
+        assert state() == (fast, "tf32")
         with exact_products():
             assert state() == ("ieee", "ieee")
-        assert state() == ("bf16", "tf32")
+        assert state() == (fast, "tf32")
     assert state() == before
     with pytest.raises(KeyError), fast_products():
         raise KeyError
@@ -114,7 +124,9 @@ def test_precision_survives_an_exception_inside_add() -> None:
     assert MKLDNN.matmul.fp32_precision == before
 
 
-def test_activations_are_multiplied_with_the_bits_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activations_are_multiplied_with_the_bits_they_have(
+    fast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """fp32 and fp16 activations must not meet the bf16 units of a CPU, even if the process allowed them."""
     seen: list[str] = []
     plain = torch.Tensor.addmm_
@@ -127,7 +139,7 @@ def test_activations_are_multiplied_with_the_bits_they_have(monkeypatch: pytest.
     before = MKLDNN.matmul.fp32_precision
     MKLDNN.matmul.fp32_precision = "bf16"
     try:
-        for dtype, wanted in ((torch.bfloat16, "bf16"), (torch.float16, "ieee"), (torch.float32, "ieee")):
+        for dtype, wanted in ((torch.bfloat16, fast), (torch.float16, "ieee"), (torch.float32, "ieee")):
             seen.clear()
             Hessian(16).add(torch.ones(3, 16, dtype=dtype))
             CrossMoment(16).add(torch.ones(3, 16, dtype=dtype), torch.ones(3, 16, dtype=dtype))

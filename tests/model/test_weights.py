@@ -243,5 +243,5 @@ def test_a_stream_names_what_it_cannot_read(model: Path) -> None:
     skeleton = opened(model)
     with (model / "model.safetensors").open("rb+") as file:
         file.truncate((model / "model.safetensors").stat().st_size - 64)
-    with pytest.raises(ModelError, match="model.safetensors cannot be read: .*truncated"):
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*truncated"):
         BlockStream(skeleton, CPU).__enter__()

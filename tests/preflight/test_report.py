@@ -149,7 +149,10 @@ MACHINES = {
 }
 PLANS = {
     ("8b", "1x24", "own"): ("fits", "everything on cuda:0"),
-    ("8b", "1x24", "dense"): ("fits with warnings", "all blocks on cuda:0, model.embed_tokens and lm_head on cpu"),
+    ("8b", "1x24", "dense"): (
+        "fits with warnings",
+        "all blocks on cuda:0, model.embed_tokens and lm_head on cpu",
+    ),
     ("8b", "2x24", "own"): ("fits", "everything on cuda:0"),
     ("8b", "2x24", "dense"): ("fits", "everything on cuda:0 and cuda:1"),
     ("8b", "1x80", "dense"): ("fits", "everything on cuda:0"),
