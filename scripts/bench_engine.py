@@ -11,8 +11,8 @@ matrix products in the same process just before and after, and sets one against 
     solve     factor, scale search, columns, sweeps
     pack      codes to words;   write   words to the disk
 
-"limit" is the counted arithmetic at the measured bf16 speed; "distance" is the time from forward to pack over
-it.
+"limit" is the counted arithmetic at the measured speed, of bf16 or of fp32 products, whichever this machine
+does faster; "distance" is the time from forward to pack over it.
 
     python scripts/bench_engine.py                              the demo model, recipe fast, 64 x 512 tokens
     python scripts/bench_engine.py -- --recipe best --samples 128
@@ -78,16 +78,18 @@ class Clock:
 
 
 def gemm_rate(now: Callable[[], float], seconds: float = 1.0) -> float:
-    """bf16 multiply-adds x 2 a second of a large product, the best of several."""
+    """Multiply-adds x 2 a second of a large product, the best of several, in the faster of bf16 and fp32."""
     import torch
 
-    a, b = (torch.randn(4096, 2048).to(torch.bfloat16) for _ in range(2))
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = now()
-        torch.nn.functional.linear(a, b)
-        best = min(best, now() - started)
-    return 2 * 4096 * 4096 * 2048 / best
+    best = float("inf")
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            started = now()
+            torch.nn.functional.linear(a, b)
+            best = min(best, now() - started)
+    return 2 * 2048**3 / best
 
 
 def instrument(clock: Clock) -> None:
@@ -96,6 +98,7 @@ def instrument(clock: Clock) -> None:
     from gptq_cli.engine import run as engine_run
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
+    from gptq_cli.model import block_stream
     from gptq_cli.model.writer import CheckpointWriter
 
     def counted(part: str, function: Callable[..., Any], operations: Callable[..., float]) -> Any:
@@ -131,9 +134,10 @@ def instrument(clock: Clock) -> None:
     place.unhooked_copy = clock.timed("load", loop.unhooked_copy)
     place = engine_run
     place.capture = clock.timed("capture", engine_run.capture)
-    for name in ("load_resident", "load_streamed"):
-        if hasattr(engine_run, name):
-            setattr(engine_run, name, clock.timed("load", getattr(engine_run, name)))
+    place.load_resident = clock.timed("load", engine_run.load_resident)
+    place = block_stream
+    place.fill_stored = clock.timed("load", block_stream.fill_stored)
+    place.fill_dense = clock.timed("load", block_stream.fill_dense)
     place = CheckpointWriter
     place.add_packed = clock.timed("write", CheckpointWriter.add_packed)
     place.copy_dense = clock.timed("write", CheckpointWriter.copy_dense)
@@ -168,7 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         report = json.loads((Path(folder) / "out" / "report.json").read_text())
     rates.append(gemm_rate(clock.now))
     rate = max(rates)
-    streams = 2 if report["settings"]["solve_for"] == "dense" else 1
+    settings = report["settings"]
+    streams = 1 + settings["dense_share"] if settings["solve_for"] == "dense" else 1
     weights = sum(
         linear["in_features"] * linear["out_features"]
         for block in report["blocks"]
@@ -178,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     limit = sum(clock.operations.values()) / rate
     engine = sum(clock.seconds[part] for part in ("forward", "moments", "target", "solve", "pack"))
     print(f"\n{model.name}, {' '.join(words[4:])}, {torch.get_num_threads()} threads")
-    print(f"bf16 product: {rate / 1e9:.0f} GFLOP/s\n")
+    print(f"large product: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'part':<10}{'seconds':>9}{'share':>7}{'GFLOP':>10}{'GFLOP/s':>9}{'of limit':>9}")
     parts = {}
     for part in (*PARTS, "rest"):

@@ -8,6 +8,7 @@ run has seen:
     KL     mean over tokens of KL(dense ‖ quantized), nats
     gap    perplexity of the quantized model over the dense one's, minus 1
 
+On a CPU without bf16 units the peers are given the model in float32, or they would take ten times as long.
 A peer is installed into a virtual environment of its own (`.venv-peer-NAME`, on its first run; minutes and
 some gigabytes) and uses its own defaults beyond what is listed. Ratios are to the first peer.
 
@@ -120,12 +121,13 @@ def environment_of(peer: str) -> Path:
 
 def with_gptqmodel(job: dict[str, Any]) -> None:
     """GPTQModel's documented way, with its defaults."""
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
         bits=job["bits"], group_size=job["group_size"], sym=True, desc_act=job["desc_act"]
     )
-    model = GPTQModel.load(job["model"], config)
+    model = GPTQModel.load(job["model"], config, dtype=getattr(torch, job["dtype"]))
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["ids"]], batch_size=1)
     model.save(job["out"])
 
@@ -136,7 +138,7 @@ def with_auto_round(job: dict[str, Any]) -> None:
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     ids = torch.tensor(job["ids"])
     samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
@@ -160,7 +162,7 @@ def with_llm_compressor(job: dict[str, Any]) -> None:
         ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
     )
     samples = {"input_ids": job["ids"], "attention_mask": [[1] * len(ids) for ids in job["ids"]]}
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=job["dtype"])
     oneshot(
         model=model, dataset=Dataset.from_dict(samples), recipe=modifier,
         max_seq_length=len(job["ids"][0]), num_calibration_samples=len(job["ids"]),
@@ -191,6 +193,17 @@ def judge(job: dict[str, Any], checkpoint: Path, *, transformers: bool) -> Quali
         quantized = gptq_cli.load(str(checkpoint))
     found = compare(quantized, dense, torch.tensor(job["windows"]))
     return Quality(found.kl, found.top1, found.perplexity, found.dense_perplexity)
+
+
+def peer_dtype() -> str:
+    """bfloat16, as the model is stored; float32 where this CPU would multiply bf16 matrices many times slower
+    and a peer would spend hours at it. `gptq` is given no such choice: it finds out by itself.
+    """
+    import torch
+
+    from gptq_cli.gptq.precision import has_units
+
+    return "bfloat16" if has_units(torch.bfloat16, "cpu") else "float32"
 
 
 def texts(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
@@ -310,6 +323,7 @@ def bench(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, A
         "bits": options.bits,
         "group_size": options.group_size,
         "desc_act": options.desc_act,
+        "dtype": peer_dtype(),
         **token_ids(options, model, calibration, held_out),
     }
     request = folder / "request.json"
@@ -339,11 +353,12 @@ def report(
     base = next(iter(middle))
     print(
         f"\n{model.name}: {options.bits} bits, group {options.group_size},"
-        f" {options.samples} x {options.seq_len} tokens; judged on {options.windows} x {options.eval_seq_len}; ratios to {base}\n"
+        f" {options.samples} x {options.seq_len} tokens;"
+        f" judged on {options.windows} x {options.eval_seq_len}; ratios to {base}; peers in {peer_dtype()}\n"
     )
     heads = (("wall s", 8), ("cpu s", 8), ("GiB", 7), ("KL", 9), ("gap", 9))
     print(" " * 16 + "".join(f"{head:>{width}}{'':>7}" for head, width in heads) + f"{'ppl':>9}")
-    summary: dict[str, Any] = {"model": model.name, "base": base, "runs": {}}
+    summary: dict[str, Any] = {"model": model.name, "base": base, "peer_dtype": peer_dtype(), "runs": {}}
     for name, cost in middle.items():
         mine, first = quality[name], quality[base]
         pairs = [

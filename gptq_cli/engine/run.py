@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU
-from gptq_cli.devices.accelerators import flush, torch_device
+from gptq_cli.devices.accelerators import flush, quick_collections, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
@@ -80,7 +80,8 @@ def quantize_model(
             blocks = _blocks(model, run, lender)
             with lender.for_capture():
                 captured = _capture(model, blocks, run, input_ids, observer)
-        reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
+        with quick_collections():
+            reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
     del model, lender, blocks, captured
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
