@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO, cast
 
 from gptq_cli.devices.host_memory import steady_heap
+from gptq_cli.devices.host_threads import steady_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated
@@ -135,6 +136,7 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     steady_heap()
+    steady_threads(os.environ)
     talk = sys.stderr
     silent = quiet or progress == "none" or talk is None
     stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()

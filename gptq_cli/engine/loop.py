@@ -19,7 +19,7 @@ only thing that survives a block. Peak memory is one block's work, whatever the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -34,7 +34,7 @@ from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
 from gptq_cli.engine.finite import blame_sample
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
-from gptq_cli.engine.stages import Stage, find_stages
+from gptq_cli.engine.stages import Stage, find_stages, rounds_of
 from gptq_cli.errors import GptqError, NotPositiveDefinite
 from gptq_cli.events import (
     BlockFinished,
@@ -47,7 +47,7 @@ from gptq_cli.events import (
     SamplesAdvanced,
     Warned,
 )
-from gptq_cli.gptq.moments import StageMoments
+from gptq_cli.gptq.moments import StageMoments, lean_on_pool
 from gptq_cli.gptq.packing import PackedLinear, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
@@ -173,7 +173,8 @@ class _BlockWork:
                 stages=tuple(stage.linears for stage in stages),
             )
         )
-        rounds = [[stage] for stage in stages] if self.config.true_sequential else [list(stages)]
+        columns = {name: info.in_features for name, info in infos.items()}
+        rounds = rounds_of(stages, columns, true_sequential=self.config.true_sequential)
         reports: list[LinearReport] = []
         with ExitStack() as streams:
             dense = self._dense_stream(streams, stages, calls, captured)
@@ -183,8 +184,16 @@ class _BlockWork:
                     moments = self._collect(
                         run, dense, round_, (number, len(rounds)), modules, captured, memory
                     )
+                    if not round_[0].once:
+                        self._tell_undersampled(moments, columns)
+                        hessians = lean_on_pool(list(moments.values()))
+                        for stage in round_:
+                            solved = self._solve(stage, moments.pop(stage), hessians.pop(0), infos, modules)
+                            reports += solved
+                        continue
                     for stage in round_:
-                        reports += self._solve(stage, moments.pop(stage), infos, modules)
+                        moment = moments.pop(stage)
+                        reports += self._solve(stage, moment, moment.hessian(), infos, modules)
             captured.hidden[:] = run.finish()
             if dense is not None:
                 captured.dense[:] = dense.finish()
@@ -250,15 +259,34 @@ class _BlockWork:
             SamplesAdvanced(block=self.block.name, stage=number, stages=stages, done=done, total=total)
         )
 
+    def _tell_undersampled(self, moments: Mapping[Stage, StageMoments], columns: Mapping[str, int]) -> None:
+        few = {stage: m.tokens for stage, m in moments.items() if m.tokens < columns[stage.leader]}
+        if not few or len(moments) == 1:
+            return
+        least = min(few, key=lambda stage: few[stage])
+        self.observer(
+            Warned(
+                f"{self.block.name}: {len(few)} of {len(moments)} linears saw fewer tokens than they have"
+                f" columns ({least.leader}: {few[least]} of {columns[least.leader]});"
+                " their Hessians lean on that of all",
+                "more --samples reach more experts",
+            )
+        )
+
     def _solve(
-        self, stage: Stage, moments: StageMoments, infos: dict[str, LinearInfo], modules: dict[str, nn.Module]
+        self,
+        stage: Stage,
+        moments: StageMoments,
+        hessian: Tensor,  # (K, K)
+        infos: dict[str, LinearInfo],
+        modules: dict[str, nn.Module],
     ) -> Iterable[LinearReport]:
         """Quantize the stage's linears in place, hand the packed tensors over, and report."""
         started = time.perf_counter()
         weights = [weight_matrix(modules[name]) for name in stage.linears]
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)
-        tokens, hessian = moments.tokens, moments.hessian()
+        tokens = moments.tokens
         targets, alpha = moments.target(weights, hessian, self.config.damp_percent)
         moments.free()
         solved = quantize_linears(weights, hessian, self.config, targets=targets)

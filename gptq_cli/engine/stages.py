@@ -5,14 +5,20 @@ gate and up of an MLP, or, in a block that runs both side by side, all five. No 
 knows this; one sample run through the block does. Each linear notes the tensor it reads, and those
 that read the *same tensor* form a stage, in order of first use.
 
-A linear that runs more than once a forward, or not at all for the traced sample (an expert that no
-token chose), has no single moment at which its input is complete. It forms a stage of its own, marked
-`once=False`, whose Hessian is collected over whole forwards.
+A linear that runs more than once a forward, not at all for the traced sample, or on some of its tokens (an
+expert, which tokens choose) has no single moment at which its input is complete. It forms a stage of its
+own, marked `once=False`, whose Hessian is collected over whole forwards. So do its like, whose names differ
+in a number: an expert that all tokens of the sample chose is an expert all the same.
+
+Such stages are worked on in *waves*: those that read the same number of columns are collected side by side,
+as many as WAVE_BYTES of Hessians allow. Experts see few tokens each, and together they say what the block's
+tokens are like: see `gptq.moments.lean_on_pool`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +40,33 @@ class Stage:
     def leader(self) -> str:
         """The linear whose pre-hook sees the input first."""
         return self.linears[0]
+
+
+WAVE_BYTES = 512 << 20
+"""Hessians of a wave: one of 7168 columns has 196 MiB, one of 2048 has 16."""
+
+
+def rounds_of(
+    stages: Sequence[Stage],
+    columns: Mapping[str, int],  # K of each linear
+    *,
+    true_sequential: bool,
+) -> list[list[Stage]]:
+    """The stages that are collected side by side, round after round.
+
+    Each stage that runs once has a round of its own, or with `true_sequential` off they share one. The others
+    follow in waves of one K each.
+    """
+    once = [stage for stage in stages if stage.once]
+    rounds = [[stage] for stage in once] if true_sequential else [once]
+    by_columns: dict[int, list[Stage]] = {}
+    for stage in stages:
+        if not stage.once:
+            by_columns.setdefault(columns[stage.leader], []).append(stage)
+    for width, loose in by_columns.items():
+        size = max(1, WAVE_BYTES // (4 * width**2))
+        rounds += [loose[start : start + size] for start in range(0, len(loose), size)]
+    return [round_ for round_ in rounds if round_]
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -73,10 +106,16 @@ def find_stages(
         for handle in handles:
             handle.remove()
 
+    tokens = hidden.numel() // hidden.shape[-1]
+    loose = {
+        _like(name)
+        for name, seen in reads.items()
+        if len(seen) != 1 or seen[0].numel() // seen[0].shape[-1] != tokens
+    }
     shared: list[list[str]] = []
     alone: list[str] = []
     for name in order:
-        if len(reads[name]) != 1:
+        if _like(name) in loose:
             alone.append(name)
             continue
         for group in shared:
@@ -87,3 +126,8 @@ def find_stages(
             shared.append([name])
     alone += [name for name in linears if name not in order]
     return (*(Stage(tuple(group)) for group in shared), *(Stage((name,), once=False) for name in alone))
+
+
+def _like(name: str) -> str:
+    """`mlp.experts.*.up_proj` for `mlp.experts.3.up_proj`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")

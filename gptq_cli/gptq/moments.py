@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.hessian import CrossMoment, Hessian
+from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
 from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
 
 HELD_OUT_SHARE = 4
@@ -120,3 +120,26 @@ class StageMoments:
             return None, 0.0
         target = W.add_(step, alpha=alpha)
         return list(torch.split(target, [weight.shape[0] for weight in weights])), alpha
+
+
+def lean_on_pool(
+    moments: Sequence[StageMoments],  # of linears with the same K that each see a part of the tokens
+) -> list[Tensor]:  # (K, K) each
+    """The Hessians of experts: each its own, shrunk towards that of all their tokens.
+
+    An expert that the calibration text seldom chose has too few tokens for K directions, and one that it
+    never chose has none; both are still quantized by GPTQ. One with many tokens keeps its own H, see
+    `hessian.shrink`. The moments are used up.
+    """
+    own = [moment.hessian() for moment in moments]
+    total = sum(moment.tokens for moment in moments)
+    if total == 0 or len(moments) == 1:
+        return own
+    pool = torch.zeros_like(own[0])
+    for moment, H in zip(moments, own, strict=True):
+        pool.add_(H, alpha=moment.tokens / total)
+    leaning = []
+    for moment in moments:
+        leaning.append(shrink(own.pop(0), moment.tokens, pool))
+        moment.free()
+    return leaning

@@ -18,6 +18,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
         pack     Hessian   4 · K²
                  packing   PACK_BYTES · R · K: codes, what is left of the solve, words
+    experts that tokens choose are collected a wave at a time: WAVE_BYTES more at most
     without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
     solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
     twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more point
@@ -39,6 +40,7 @@ from dataclasses import dataclass
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU, Device
+from gptq_cli.engine.stages import WAVE_BYTES
 from gptq_cli.placement import LinearFact, ModelFacts, Placement
 from gptq_cli.preflight.cases import MapCase, Work
 from gptq_cli.results import DevicePlan
@@ -67,6 +69,8 @@ class StageShape:
 
     in_features: int
     rows: int
+    chosen: bool = False
+    """Experts, whose Hessians are collected a wave at a time."""
 
 
 def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
@@ -75,7 +79,9 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
     for linear in linears:
         before = stages.get(linear.stage)
         rows = (before.rows if before else 0) + linear.out_features
-        stages[linear.stage] = StageShape(max(linear.in_features, before.in_features if before else 0), rows)
+        stages[linear.stage] = StageShape(
+            max(linear.in_features, before.in_features if before else 0), rows, linear.chosen
+        )
     return tuple(stages[number] for number in sorted(stages))
 
 
@@ -119,10 +125,12 @@ def work_set(
     flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
     kept = 4 if dense else 1
     squares = sum(4 * stage.in_features**2 for stage in stages)
+    wave = min(WAVE_BYTES, sum(4 * stage.in_features**2 for stage in stages if stage.chosen))
     moments = []
     for stage in stages:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         others = 0 if work.quantize.true_sequential else kept * (squares - square)
+        others += wave if stage.chosen else 0
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [

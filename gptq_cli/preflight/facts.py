@@ -30,7 +30,7 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "
 def model_facts(skeleton: Skeleton) -> ModelFacts:
     """The skeleton in plain numbers."""
     model, config = skeleton.model, skeleton.config.get_text_config()
-    order, stages = trace(model, skeleton.linears, skeleton.blocks)
+    order, stages, chosen = trace(model, skeleton.linears, skeleton.blocks)
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -50,6 +50,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 in_features=info.in_features,
                 out_features=info.out_features,
                 stage=stages[info.name],
+                chosen=info.name in chosen,
             )
             for info in skeleton.linears
         ),
@@ -62,7 +63,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
 def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
     """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
     model, config = checkpoint.model, checkpoint.config.get_text_config()
-    order, _ = trace(model, (), checkpoint.blocks)
+    order, _, _ = trace(model, (), checkpoint.blocks)
     stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}
     packed = {
         f"{info.name}.weight": sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)

@@ -38,8 +38,9 @@ class _WithoutData(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
 def trace(
     model: Any, linears: Sequence[LinearInfo], blocks: Sequence[str]
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """(modules in the order of their first call, stage number of each linear inside its block).
+) -> tuple[tuple[str, ...], dict[str, int], frozenset[str]]:
+    """(modules in the order of their first call, stage number of each linear inside its block, linears that
+    did not run: experts that tokens choose).
 
     Linears that read the same tensor are one stage. Where a model cannot be run without data, the order is
     () and the linears with one parent and one K count as a stage, which overestimates memory if anything.
@@ -67,11 +68,11 @@ def trace(
             ids = torch.zeros(1, _TRACE_TOKENS, dtype=torch.long, device="meta")
             model(input_ids=ids, use_cache=False)
     except Exception:  # noqa: BLE001 - whatever a forward without data raises: the trace is a refinement
-        return (), _stages_by_shape(linears)
+        return (), _stages_by_shape(linears), frozenset()
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(order), _stages_by_input(linears, reads, blocks)
+    return tuple(order), _stages_by_input(linears, reads, blocks), frozenset(wanted - reads.keys())
 
 
 def _stages_by_input(

@@ -57,6 +57,30 @@ def test_linears_without_one_input_stand_alone() -> None:
     assert not any(module._forward_pre_hooks for module in block.modules())
 
 
+class Choosing(nn.Module):
+    """The first expert takes every token of the sample, the second all but one, and both run once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.shared = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, 4)
+        first, second = self.experts
+        return self.shared(x) + first(rows).view(x.shape) + second(rows[1:]).sum()
+
+
+def test_experts_are_told_by_the_tokens_they_lack_and_by_their_like() -> None:
+    block = Choosing()
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    assert find_stages(block, linears, BlockCall((), {}, None), torch.ones(1, 3, 4)) == (
+        Stage(("shared",)),
+        Stage(("experts.0.0",), once=False),
+        Stage(("experts.1.0",), once=False),
+    )
+
+
 def test_same_tensor_knows_views() -> None:
     x = torch.arange(12.0).reshape(3, 4)
     assert same_tensor(x, x.view(3, 4))

@@ -98,8 +98,9 @@ def test_a_model_that_cannot_be_traced_has_stages_by_shape(
         raise RuntimeError("data needed")
 
     monkeypatch.setattr(skeleton.model, "forward", refuse)
-    order, stages = trace.trace(skeleton.model, skeleton.linears, skeleton.blocks)
+    order, stages, chosen = trace.trace(skeleton.model, skeleton.linears, skeleton.blocks)
     assert order == ()
+    assert chosen == frozenset()
     assert [
         stages[f"model.layers.0.{n}"] for n in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
     ] == [

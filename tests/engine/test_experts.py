@@ -1,0 +1,117 @@
+"""Experts that tokens choose: each gets a Hessian, however few tokens chose it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.device import CPU
+from gptq_cli.engine import loop
+from gptq_cli.engine.capture import BlockCall, Captured
+from gptq_cli.engine.loop import Block, LoopOptions, quantize_blocks
+from gptq_cli.engine.stages import Stage, rounds_of
+from gptq_cli.events import Event, Warned
+from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.results import LinearReport
+from tests.gptq.cases import activations, weights
+
+K, INNER, EXPERTS = 32, 64, 4
+
+
+class Expert(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(K, INNER, bias=False), nn.Linear(INNER, K, bias=False)
+        with torch.no_grad():
+            self.up.weight.copy_(weights(INNER, K, seed).float() * 8)
+            self.down.weight.copy_(weights(K, INNER, seed + 1).float() * 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+class Routed(nn.Module):
+    """Expert 3 is never chosen, expert 2 by one token in a hundred, the others share the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(10 * i) for i in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, K)
+        number = (flat[:, 0].abs() * 1e4).long()
+        choice = torch.where(number % 100 == 0, 2, number % 2)
+        out = flat.clone()
+        for index, expert in enumerate(self.experts):
+            rows = (choice == index).nonzero()[:, 0]
+            if len(rows):
+                out[rows] += expert(flat[rows])
+        return out.view(x.shape)
+
+
+def quantized(config: QuantizeConfig, events: list[Event]) -> dict[str, LinearReport]:
+    module = Routed()
+    infos = tuple(
+        LinearInfo(
+            name=f"layers.0.{name}",
+            source_key=f"layers.0.{name}.weight",
+            block="layers.0",
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            bias=False,
+            transposed=False,
+        )
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    )
+    hidden = list(activations(8 * 200, K).float().view(4, 2, 200, K))
+    call = BlockCall((), {}, None)
+    captured = Captured(
+        hidden=hidden, calls=[[call] * 4], probes=[call], samples=[(2 * i, 2 * i + 1) for i in range(4)]
+    )
+    handed: list[tuple[LinearInfo, PackedLinear]] = []
+    (report,) = quantize_blocks(
+        [Block("layers.0", module, torch.device("cpu"), infos)],
+        captured,
+        config,
+        LoopOptions(parked=True, strict=True, devices=(CPU,)),
+        lambda info, packed: handed.append((info, packed)),
+        events.append,
+    )
+    assert len(handed) == 2 * EXPERTS
+    return {linear.name.removeprefix("layers.0.experts."): linear for linear in report.linears}
+
+
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_an_expert_that_nobody_chose_is_quantized_by_gptq(true_sequential: bool) -> None:
+    events: list[Event] = []
+    config = QuantizeConfig(group_size=32, solve_for="own", true_sequential=true_sequential)
+    reports = quantized(config, events)
+    assert {report.method for report in reports.values()} == {"gptq"}
+    assert reports["3.up"].tokens == reports["3.down"].tokens == 0
+    assert 0 < reports["2.up"].tokens < K
+    assert reports["0.up"].tokens > 500
+    assert all(0 < report.loss < 0.8 * report.rtn_loss for report in reports.values())
+    told = [event.message for event in events if isinstance(event, Warned)]
+    assert any("2 of 4 linears saw fewer tokens" in text and "experts.3.up: 0 of 32" in text for text in told)
+
+
+def test_without_the_pool_it_would_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "lean_on_pool", lambda moments: [moment.hessian() for moment in moments])
+    with pytest.raises(loop.NotPositiveDefinite, match="no calibration token"):
+        quantized(QuantizeConfig(group_size=32, solve_for="own"), [])
+
+
+def test_waves_hold_one_width_and_no_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Stage(("q",))
+    wide, narrow = ([Stage((f"{i}.{kind}",), once=False) for i in range(3)] for kind in ("up", "down"))
+    mixed = [stage for pair in zip(wide, narrow, strict=True) for stage in pair]
+    columns = {"q": 8, **{s.leader: 64 for s in wide}, **{s.leader: 16 for s in narrow}}
+    rounds = rounds_of([once, *mixed], columns, true_sequential=True)
+    assert rounds == [[once], wide, narrow]
+    monkeypatch.setattr("gptq_cli.engine.stages.WAVE_BYTES", 2 * 4 * 64 * 64)
+    rounds = rounds_of([once, *mixed], columns, true_sequential=False)
+    assert rounds == [[once], wide[:2], wide[2:], narrow]
