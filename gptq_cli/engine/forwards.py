@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.engine.capture import BlockCall, StopForward
+from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
 
@@ -54,6 +55,12 @@ class Forwards(Protocol):
         """
         ...
 
+    def residual(self, stage: Stage) -> Tensor | None:
+        """What the output of the stage's linear is added to (batch, seq_len, hidden_size), for the
+        micro-batch that `inputs` gave last; None where that is not known. To be called once a micro-batch.
+        """
+        ...
+
     def finish(self) -> list[Tensor]:
         """Run to the end of the block; its outputs (batch, seq_len, hidden_size), in order."""
         ...
@@ -68,11 +75,14 @@ class ReplayedForwards:
         linears: Mapping[str, nn.Module],
         calls: Sequence[BlockCall],
         hidden: list[Tensor],
+        residuals: Mapping[str, str] | None = None,
     ) -> None:
         self._block = block
         self._linears = linears
         self._calls = calls
         self._hidden = hidden
+        self._sources = residuals or {}
+        self._beside: dict[str, Tensor] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -94,15 +104,26 @@ class ReplayedForwards:
             return hook
 
         handles = [self._linears[stage.leader].register_forward_pre_hook(hook_of(stage)) for stage in stages]
+        for source in {self._sources[stage.leader] for stage in stages if stage.leader in self._sources}:
+            if source != BLOCK_INPUT:
+                module = self._block.get_submodule(source)
+                handles.append(module.register_forward_pre_hook(_noting(source, lambda: self._beside)))
         try:
             for call, hidden in zip(self._calls, self._hidden, strict=True):
+                self._beside = {BLOCK_INPUT: hidden}
                 with suppress(StopForward), torch.no_grad():
                     call(self._block, hidden)
                 while caught:
                     yield caught.pop(0)
         finally:
+            self._beside = {}
             for handle in handles:
                 handle.remove()
+
+    def residual(self, stage: Stage) -> Tensor | None:
+        """See `Forwards.residual`."""
+        source = self._sources.get(stage.leader)
+        return None if source is None else self._beside.get(source)
 
     def finish(self) -> list[Tensor]:
         """See `Forwards.finish`."""
@@ -120,9 +141,16 @@ class ParkedForwards:
         stages: Sequence[Stage],
         calls: Sequence[BlockCall],
         hidden: list[Tensor],
+        residuals: Mapping[str, str] | None = None,
     ) -> None:
-        self._frames = [_Frame(block, call, hidden) for call in calls]
+        self._sources = residuals or {}
+        keeps_input = BLOCK_INPUT in self._sources.values()
+        self._frames = [_Frame(block, call, hidden, keeps_input=keeps_input) for call in calls]
+        self._last: _Frame | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for source in set(self._sources.values()) - {BLOCK_INPUT}:
+            module = block.get_submodule(source)
+            self._hooks.append(module.register_forward_pre_hook(_noting(source, _beside_frame)))
         for stage in stages:
             self._hooks.append(linears[stage.leader].register_forward_pre_hook(_leader_hook(stage.leader)))
             for name in stage.linears[1:]:
@@ -137,6 +165,7 @@ class ParkedForwards:
         for frame in self._frames:
             frame.cancel()
         self._frames.clear()
+        self._last = None
         for hook in self._hooks:
             hook.remove()
 
@@ -150,8 +179,14 @@ class ParkedForwards:
                     f"a forward reached {frame.parked_at or 'its end'!r}, {stage.leader!r} was expected",
                     hint=_DATA_DEPENDENT,
                 )
+            self._last = frame
             yield stage, x
             del x
+
+    def residual(self, stage: Stage) -> Tensor | None:
+        """See `Forwards.residual`."""
+        source = self._sources.get(stage.leader)
+        return None if source is None or self._last is None else self._last.beside.pop(source, None)
 
     def finish(self) -> list[Tensor]:
         """See `Forwards.finish`."""
@@ -178,6 +213,24 @@ def unhooked_copy(block: nn.Module) -> nn.Module:
         for key in own:
             module.__dict__.pop(key, None)
     return twin
+
+
+def _noting(
+    source: str, place: Callable[[], dict[str, Tensor] | None]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Keeps the first input of the module `source` for the forward that runs."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        beside = place()
+        if beside is not None:
+            beside[source] = args[0]
+
+    return hook
+
+
+def _beside_frame() -> dict[str, Tensor] | None:
+    frame = threading.current_thread()
+    return frame.beside if isinstance(frame, _Frame) else None
 
 
 def _leader_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -208,9 +261,14 @@ def _follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ..
 class _Frame(threading.Thread):
     """One micro-batch's forward. The engine's thread and this one never run at the same time."""
 
-    def __init__(self, block: nn.Module, call: BlockCall, hidden: list[Tensor]) -> None:
+    def __init__(
+        self, block: nn.Module, call: BlockCall, hidden: list[Tensor], *, keeps_input: bool = False
+    ) -> None:
         super().__init__(daemon=True, name="gptq-forward")
         self.parked_at: str | None = None
+        self.beside: dict[str, Tensor] = {}
+        """Residuals, by where they were found, until the stage that needs them takes them."""
+        self._keeps_input = keeps_input
         self._block = block
         self._call = call
         self._hidden: list[Tensor] = hidden
@@ -255,8 +313,11 @@ class _Frame(threading.Thread):
         self._go.acquire()
         try:
             if not self._cancelled:
+                entering = self._hidden.pop(0)
+                if self._keeps_input:
+                    self.beside[BLOCK_INPUT] = entering
                 with torch.no_grad():
-                    self._output = self._call(self._block, self._hidden.pop(0))
+                    self._output = self._call(self._block, entering)
         except StopForward:
             self._output = None
         except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there

@@ -34,6 +34,7 @@ from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
 from gptq_cli.engine.finite import blame_sample
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
+from gptq_cli.engine.residuals import find_residuals
 from gptq_cli.engine.stages import Stage, find_stages, rounds_of
 from gptq_cli.errors import GptqError, NotPositiveDefinite
 from gptq_cli.events import (
@@ -176,13 +177,17 @@ class _BlockWork:
         columns = {name: info.in_features for name, info in infos.items()}
         rounds = rounds_of(stages, columns, true_sequential=self.config.true_sequential)
         reports: list[LinearReport] = []
+        short = captured.hidden[0][:1, :PROBE_TOKENS]
+        residuals = find_residuals(block.module, modules, stages, probe, short) if captured.paired else {}
         with ExitStack() as streams:
-            dense = self._dense_stream(streams, stages, calls, captured)
-            run = streams.enter_context(self._forwards(block.module, stages, calls, captured.hidden))
+            dense = self._dense_stream(streams, stages, calls, captured, residuals)
+            run = streams.enter_context(
+                self._forwards(block.module, stages, calls, captured.hidden, residuals)
+            )
             for number, round_ in enumerate(rounds):
                 with ExitStack() as memory:
                     moments = self._collect(
-                        run, dense, round_, (number, len(rounds)), modules, captured, memory
+                        run, dense, round_, (number, len(rounds)), modules, residuals, captured, memory
                     )
                     if not round_[0].once:
                         self._tell_undersampled(moments, columns)
@@ -200,22 +205,32 @@ class _BlockWork:
         return tuple(reports)
 
     def _dense_stream(
-        self, streams: ExitStack, stages: Sequence[Stage], calls: list[BlockCall], captured: Captured
+        self,
+        streams: ExitStack,
+        stages: Sequence[Stage],
+        calls: list[BlockCall],
+        captured: Captured,
+        residuals: Mapping[str, str],
     ) -> Forwards | None:
         """The paired samples as the dense model sees them, through a copy of the block that stays dense."""
         if not captured.paired:
             return None
         twin, paired = unhooked_copy(self.block.module), calls[: captured.paired]
-        return streams.enter_context(self._forwards(twin, stages, paired, captured.dense))
+        return streams.enter_context(self._forwards(twin, stages, paired, captured.dense, residuals))
 
     def _forwards(
-        self, module: nn.Module, stages: Sequence[Stage], calls: list[BlockCall], hidden: list[Tensor]
+        self,
+        module: nn.Module,
+        stages: Sequence[Stage],
+        calls: list[BlockCall],
+        hidden: list[Tensor],
+        residuals: Mapping[str, str],
     ) -> Forwards:
         names = [name for stage in stages for name in stage.linears]
         modules = {name: module.get_submodule(name) for name in names}
         if self.options.parked and self.config.true_sequential and all(stage.once for stage in stages):
-            return ParkedForwards(module, modules, stages, calls, hidden)
-        return ReplayedForwards(module, modules, calls, hidden)
+            return ParkedForwards(module, modules, stages, calls, hidden, residuals)
+        return ReplayedForwards(module, modules, calls, hidden, residuals)
 
     def _collect(
         self,
@@ -224,6 +239,7 @@ class _BlockWork:
         stages: Sequence[Stage],
         position: tuple[int, int],
         modules: dict[str, nn.Module],
+        residuals: Mapping[str, str],
         captured: Captured,
         memory: ExitStack,
     ) -> dict[Stage, StageMoments]:
@@ -231,9 +247,15 @@ class _BlockWork:
         paired = dense is not None and all(stage.once for stage in stages)
         moments = {}
         for stage in stages:
-            in_features = weight_matrix(modules[stage.leader]).shape[1]
+            weight = weight_matrix(modules[stage.leader])
             moments[stage] = memory.enter_context(
-                StageMoments(in_features, self.block.device, samples=captured.paired_samples, dense=paired)
+                StageMoments(
+                    weight.shape[1],
+                    self.block.device,
+                    samples=captured.paired_samples,
+                    dense=paired,
+                    weight=weight if stage.leader in residuals else None,
+                )
             )
         batches = captured.samples
         starts = [0, *accumulate(len(batch) for batch in batches)]
@@ -242,7 +264,10 @@ class _BlockWork:
         for stage, x in run.inputs(stages):
             has_twin = twins is not None and seen[stage] < captured.paired
             x_dense = next(twins)[1] if twins is not None and has_twin else None
-            moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0)
+            residual = run.residual(stage)
+            dense_residual = dense.residual(stage) if dense is not None and has_twin else None
+            gap = None if residual is None or dense_residual is None else dense_residual - residual
+            moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0, gap)
             if not moments[stage].is_finite():
                 batch = batches[min(seen[stage], len(batches) - 1)]
                 raise blame_sample(x, batch, self.block.name, stage.leader)

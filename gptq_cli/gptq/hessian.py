@@ -34,14 +34,20 @@ def _products_for(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
 
 
 class _Moment:
-    """Sum of products over tokens, (K, K), and the number of tokens; frees its memory on leaving `with`."""
+    """Sum of products over tokens and the number of tokens; frees its memory on leaving `with`."""
 
     def __init__(
-        self, in_features: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        rows: int | None = None,
     ) -> None:
         self.in_features = in_features
         self.tokens = 0
-        self._sum: Tensor | None = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        shape = (in_features if rows is None else rows, in_features)
+        self._sum: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
         self._finished = False
 
     def __enter__(self) -> Self:
@@ -126,34 +132,45 @@ class Hessian(_Moment):
 
 
 class CrossMoment(_Moment):
-    """C = sum of x_dense x_quantᵀ / tokens: what the dense model's input and the quantized model's share.
+    """Sum of e xᵀ / tokens: what an error e and the quantized model's input x share.
 
-    With H = E[x_quant x_quantᵀ] it gives the asymmetric target, see target.py. On a CPU with
-    bf16 units the products of bf16 activations are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling
-    knows to 1/√tokens.
+    With e = x_dense - x it is the D of target.py, with errors of the output it is the B. On a CPU with bf16
+    units the products of bf16 numbers are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling knows to
+    1/√tokens.
     """
+
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        rows: int | None = None,
+    ) -> None:
+        """`rows`: features of e; None: as many as x has."""
+        super().__init__(in_features, device, dtype, rows=rows)
 
     def add(
         self,
-        dense: Tensor,  # (..., K) the linear's input in the dense model
-        quant: Tensor,  # (..., K) the same tokens' input in the model quantized so far
+        error: Tensor,  # (..., N)
+        x: Tensor,  # (..., K) of the same tokens
     ) -> None:
-        """Add tokens; both streams must hold the same ones in the same order. Cost: 2·tokens·K²."""
+        """Add tokens; both must hold the same ones in the same order. Cost: tokens·N·K multiply-adds."""
         C = self._growing()
-        Xd, Xq = self._rows(dense), self._rows(quant)
-        if Xd.shape != Xq.shape:
-            raise ValueError(f"the dense stream has {Xd.shape[0]} tokens, the quantized {Xq.shape[0]}")
-        wider = torch.promote_types(dense.dtype, quant.dtype)
-        chunk = max(1, _CHUNK_VALUES // self.in_features)
-        for d, q in zip(torch.split(Xd, chunk), torch.split(Xq, chunk), strict=True):
+        E, X = error.reshape(-1, C.shape[0]), self._rows(x)
+        if E.shape[0] != X.shape[0]:
+            raise ValueError(f"the error has {E.shape[0]} tokens, the input {X.shape[0]}")
+        wider = torch.promote_types(error.dtype, x.dtype)
+        chunk = max(1, _CHUNK_VALUES // max(C.shape))
+        for e, q in zip(torch.split(E, chunk), torch.split(X, chunk), strict=True):
             if wider == torch.bfloat16 and C.device.type == "cpu" and has_units(wider, "cpu"):
-                C += d.T @ q  # twice the speed of widening both
+                C += e.T @ q  # twice the speed of widening both
                 continue
             with _products_for(wider, C.device):
-                C.addmm_(d.to(C.device, C.dtype).T, q.to(C.device, C.dtype))
-        self.tokens += Xd.shape[0]
+                C.addmm_(e.to(C.device, C.dtype).T, q.to(C.device, C.dtype))
+        self.tokens += X.shape[0]
 
-    def matrix(self) -> Tensor:  # (K, K), rows: dense features, columns: quantized features
+    def matrix(self) -> Tensor:  # (N, K)
         """The mean. It is this object's own memory: nothing can be added any more."""
         C = self._mean()
         self._finished = True

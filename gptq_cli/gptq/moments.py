@@ -17,8 +17,10 @@ from typing import Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
+from gptq_cli.gptq.precision import exact_products, fast_products, has_units
 from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
 
 HELD_OUT_SHARE = 4
@@ -28,10 +30,20 @@ HELD_OUT_SHARE = 4
 class StageMoments:
     """Hessian of a stage, and with `dense` the cross moments for its target; freed on leaving `with`.
 
-    `samples`: how many will come with a dense twin.
+    `samples`: how many will come with a dense twin. `weight` (N, K), dense: the linear's output is added to a
+    residual, which `add` is told of; the target then makes up for the residual's error too.
     """
 
-    def __init__(self, in_features: int, device: torch.device, *, samples: int, dense: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device,
+        *,
+        samples: int,
+        dense: bool,
+        weight: Tensor | None = None,
+    ) -> None:
+        self._weight = weight
         self._fit_samples = samples - samples // HELD_OUT_SHARE
         self._device = device
         self._stack = ExitStack()
@@ -41,8 +53,9 @@ class StageMoments:
         self._held_error: CrossMoment | None = None
         if dense:
             self._held = self._stack.enter_context(Hessian(in_features, device))
-            self._fit_error = self._stack.enter_context(CrossMoment(in_features, device))
-            self._held_error = self._stack.enter_context(CrossMoment(in_features, device))
+            rows = None if weight is None else weight.shape[0]
+            self._fit_error = self._stack.enter_context(CrossMoment(in_features, device, rows=rows))
+            self._held_error = self._stack.enter_context(CrossMoment(in_features, device, rows=rows))
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +83,7 @@ class StageMoments:
         x: Tensor,  # (batch, seq_len, K), or (tokens, K) where the model routes tokens
         dense: Tensor | None,  # the same of the dense stream; None: these samples have none
         first_sample: int,  # index of x[0] among the samples with a twin; of no account without
+        gap: Tensor | None = None,  # (batch, seq_len, N) residual of the dense stream, less that of x
     ) -> None:
         """Add a micro-batch."""
         if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
@@ -82,7 +96,12 @@ class StageMoments:
         ):
             if len(x[part]):
                 hessian.add(x[part])
-                cross.add(dense[part] - x[part], x[part])
+                error = dense[part] - x[part]
+                if self._weight is not None:
+                    error = _outputs(error, self._weight)
+                    if gap is not None:
+                        error += gap[part].view_as(error)
+                cross.add(error, x[part])
 
     def hessian(self) -> Tensor:  # (K, K)
         """H over every token; zeros where there was none."""
@@ -108,18 +127,33 @@ class StageMoments:
         if not fit_error.tokens or not held_error.tokens:
             return None, 0.0
         W = torch.cat([weight.to(H.dtype) for weight in weights])
-        D_fit, D_held = fit_error.matrix(), held_error.matrix()
-        trial = asymmetric_step(W, self._fit.matrix(), D_fit, damp_percent)
-        alpha = 0.0 if trial is None else held_out_alpha(W, trial, held.matrix(), D_held)
+        M_fit, M_held = fit_error.matrix(), held_error.matrix()
+        trial = asymmetric_step(self._wanted(W, M_fit), self._fit.matrix(), damp_percent)
+        alpha = 0.0 if trial is None else held_out_alpha(self._wanted(W, M_held), trial, held.matrix())
         if alpha == 0.0:
             return None, 0.0
         del trial
-        D = D_held.lerp_(D_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
-        step = asymmetric_step(W, H, D, damp_percent)
+        M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
+        step = asymmetric_step(self._wanted(W, M), H, damp_percent)
         if step is None:
             return None, 0.0
         target = W.add_(step, alpha=alpha)
         return list(torch.split(target, [weight.shape[0] for weight in weights])), alpha
+
+    def _wanted(self, W: Tensor, M: Tensor) -> Tensor:  # B (N, K)
+        """What the step is made from: M is the B already, or the D of W D."""
+        if self._weight is not None:
+            return M
+        with exact_products():
+            return W @ M
+
+
+def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
+    """x Wᵀ, in bf16 where the device is fast at it, else in fp32 and rounded once."""
+    if has_units(x.dtype, x.device.type):
+        return functional.linear(x, W.to(x.dtype))
+    with fast_products():
+        return functional.linear(x.float(), W.float()).to(x.dtype)
 
 
 def lean_on_pool(

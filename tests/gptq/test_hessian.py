@@ -153,8 +153,15 @@ def test_activations_are_multiplied_with_the_bits_they_have(
 
 
 def test_the_cross_moment_refuses_streams_of_different_length() -> None:
-    with pytest.raises(ValueError, match="3 tokens, the quantized 2"):
+    with pytest.raises(ValueError, match="3 tokens, the input 2"):
         CrossMoment(4).add(torch.ones(3, 4), torch.ones(2, 4))
+
+
+def test_the_cross_moment_of_outputs_is_not_square() -> None:
+    E, X = activations(50, 6), activations(50, 16, seed=4)
+    C = CrossMoment(16, dtype=torch.float64, rows=6)
+    C.add(E.view(5, 10, 6), X.view(5, 10, 16))
+    torch.testing.assert_close(C.matrix(), E.T @ X / 50)
 
 
 def test_shrinking_weighs_by_tokens() -> None:

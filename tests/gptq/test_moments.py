@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.moments import StageMoments
+from gptq_cli.gptq.moments import StageMoments, lean_on_pool
 from tests.gptq.cases import activations, weights
 
 K, SAMPLES, LENGTH = 24, 8, 60
@@ -118,3 +118,58 @@ def test_infinity_is_noticed_wherever_it_comes_in() -> None:
             bad[sample, 3, 2] = torch.inf
             moments.add(bad, dense, 0)
             assert not moments.is_finite()
+
+
+def test_the_residual_is_made_up_for() -> None:
+    """The goal is r_dense + W x_dense; what r lacks is partly a function of x."""
+    dense, quant = two_streams(samples=40)
+    W = weights(5, K, 1).float()
+    lost = 0.3 * quant @ weights(5, K, 9).float().T
+    gap = lost + 0.05 * lost.std() * torch.randn(lost.shape, generator=torch.Generator().manual_seed(3))
+    found = []
+    for told in (gap, None):
+        with StageMoments(K, CPU, samples=SAMPLES, dense=True, weight=W) as moments:
+            for i in range(0, SAMPLES, 2):
+                part = slice(i, i + 2)
+                moments.add(quant[part], dense[part], i, None if told is None else told[part])
+            targets, alpha = moments.target([W], moments.hessian(), 0.05)
+        assert targets is not None
+        assert alpha > 0.5
+        unseen = slice(SAMPLES, None)
+        goal = dense[unseen] @ W.T + gap[unseen]
+        found.append(float((goal - quant[unseen] @ targets[0].T).square().sum()))
+    assert found[0] < 0.5 * found[1]
+    with_outputs = StageMoments(K, CPU, samples=SAMPLES, dense=True, weight=W)
+    with_inputs = StageMoments(K, CPU, samples=SAMPLES, dense=True)
+    targets = []
+    for moments in (with_outputs, with_inputs):
+        moments.add(quant[:SAMPLES], dense[:SAMPLES], 0)
+        (target,), _ = moments.target([W], moments.hessian(), 0.05)
+        targets.append(target)
+    torch.testing.assert_close(*targets, rtol=1e-3, atol=1e-4)
+
+
+def test_the_pool_is_the_hessian_of_all_tokens() -> None:
+    _, quant = two_streams()
+    parts = [quant[:6], quant[6:7], quant[:0]]
+    moments = [StageMoments(K, CPU, samples=0, dense=False) for _ in parts]
+    for moment, part in zip(moments, parts, strict=True):
+        if len(part):
+            moment.add(part, None, 0)
+    leaning = lean_on_pool(moments)
+    flat = quant[:7].reshape(-1, K)
+    pool = flat.T @ flat / len(flat)
+    torch.testing.assert_close(leaning[2], pool, rtol=1e-4, atol=1e-5)
+    own = [part.reshape(-1, K) for part in parts[:2]]
+    for H, x in zip(leaning, own, strict=False):
+        torch.testing.assert_close(H, (x.T @ x + K * pool) / (len(x) + K), rtol=1e-4, atol=1e-5)
+
+
+def test_alone_or_without_a_token_nothing_leans() -> None:
+    _, quant = two_streams()
+    alone, empty = (StageMoments(K, CPU, samples=0, dense=False) for _ in range(2))
+    alone.add(quant, None, 0)
+    (H,) = lean_on_pool([alone])
+    flat = quant.reshape(-1, K)
+    torch.testing.assert_close(H, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
+    assert torch.equal(lean_on_pool([empty])[0], torch.zeros(K, K))

@@ -30,7 +30,7 @@ def moments(dense: Tensor, quant: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aimed_at_dense(W: Tensor, H: Tensor, D: Tensor, alpha: float, damp_percent: float) -> Tensor:
-    V = asymmetric_step(W, H, D, damp_percent)
+    V = asymmetric_step(W @ D, H, damp_percent)
     assert V is not None
     return W + alpha * V
 
@@ -59,7 +59,7 @@ def test_equal_streams_leave_the_weights() -> None:
 
 def test_no_factor_no_step() -> None:
     W, nothing = weights(4, 8), torch.zeros(8, 8, dtype=torch.float64)
-    assert asymmetric_step(W, nothing, nothing, 0.05) is None
+    assert asymmetric_step(W @ nothing, nothing, 0.05) is None
 
 
 def test_codes_of_the_target_answer_the_dense_model_better() -> None:
@@ -79,10 +79,12 @@ def test_the_held_out_alpha_is_the_best_of_a_scan(tokens: int) -> None:
     """Few tokens: trust the step less. Many: fully."""
     W = weights(6, 32)
     dense, quant = streams(tokens + 3000, 32)
-    V = asymmetric_step(W, *moments(dense[:tokens], quant[:tokens]), 0.001)
+    H, D = moments(dense[:tokens], quant[:tokens])
+    V = asymmetric_step(W @ D, H, 0.001)
     assert V is not None
     dense, quant = dense[tokens:], quant[tokens:]
-    alpha = held_out_alpha(W, V, *moments(dense, quant))
+    H, D = moments(dense, quant)
+    alpha = held_out_alpha(W @ D, V, H)
     scan = [i / 50 for i in range(51)]
     best = min(scan, key=lambda a: output_error(W, W + a * V, dense, quant))
     assert alpha == pytest.approx(best, abs=0.011)
