@@ -98,13 +98,14 @@ SETTINGS = {
 }
 
 
-def train_neox(folder: Path, steps: int = 500) -> Path:
+def train_neox(folder: Path, steps: int = 250) -> Path:
     """A GPT-NeoX of 6 blocks and 256 columns, trained on the calibration half of `pydoc`; made once."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     from gptq_cli.calibration.text import read_documents
+    from gptq_cli.gptq.precision import has_units
 
     if (folder / "config.json").is_file():
         return folder
@@ -129,7 +130,7 @@ def train_neox(folder: Path, steps: int = 500) -> Path:
     for step in range(steps):
         starts = torch.randint(len(ids) - length, (batch,), generator=generator)
         window = torch.stack([ids[start : start + length] for start in starts.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_units(torch.bfloat16, "cpu")):
             loss = model(input_ids=window, labels=window).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

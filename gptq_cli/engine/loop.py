@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
+from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
 from gptq_cli.engine.finite import blame_sample
@@ -276,6 +277,8 @@ class _BlockWork:
                 self._advanced(position, starts[seen[stage]], starts[-1])
         if twins is not None and next(twins, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
+        if self.block.device.type == "cpu":
+            trim_heap()  # what the forwards left between the frames, before the solve needs as much
         return moments
 
     def _advanced(self, position: tuple[int, int], done: int, total: int) -> None:

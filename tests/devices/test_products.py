@@ -46,6 +46,15 @@ def test_a_product_is_the_fp32_product_rounded_once(name: str, dtype: torch.dtyp
     assert torch.equal(ours, product(x.float(), w.float()).to(dtype))
 
 
+def test_a_tall_linear_is_taken_in_pieces() -> None:
+    x, w, bias = normal(3, 700, 64).bfloat16(), normal(24, 64).bfloat16(), normal(24).bfloat16()
+    with Widened():
+        ours = nn.functional.linear(x, w, bias)
+    exact = nn.functional.linear(x.float(), w.float(), bias.float())
+    torch.testing.assert_close(ours, exact.bfloat16(), rtol=2**-7, atol=2**-10)
+    assert ours.shape == (3, 700, 24)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_what_the_units_do_to_within_the_order_of_summation(dtype: torch.dtype) -> None:
     x, w = normal(64, 96, dtype=dtype), normal(48, 96, dtype=dtype)
