@@ -27,6 +27,8 @@ Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
 KernelWish = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
+LEAST_PAIRS = 16
+"""Samples that both models run on, where there are so many; a quarter of them judges the target."""
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
 
 
@@ -110,6 +112,14 @@ class QuantizeConfig:
                 hint="--solve-for own does without the dense model",
             )
         whole("column_batch", self.column_batch, 1)
+
+    def paired_samples(self, samples: int) -> int:
+        """How many of `samples` the dense model runs on too: `dense_share` of them, and not fewer than tell
+        how far to trust the target.
+        """
+        if self.solve_for == "own":
+            return 0
+        return min(samples, max(LEAST_PAIRS, math.ceil(samples * self.dense_share - 1e-9)))
 
     def groups(self, in_features: int) -> int:
         """Groups in a row of `in_features` columns."""

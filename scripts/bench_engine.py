@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from gptq_cli.cli.app import main as gptq
+    from gptq_cli.config import QuantizeConfig
 
     clock = Clock(time.process_time if arguments.cpu else time.perf_counter)
     rates = [gemm_rate(clock.now)]
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     rates.append(gemm_rate(clock.now))
     rate = max(rates)
     settings = report["settings"]
-    streams = 1 + settings["dense_share"] if settings["solve_for"] == "dense" else 1
+    config = QuantizeConfig(solve_for=settings["solve_for"], dense_share=settings["dense_share"])
+    streams = 1 + config.paired_samples(report["samples"]) / report["samples"]
     weights = sum(
         linear["in_features"] * linear["out_features"]
         for block in report["blocks"]

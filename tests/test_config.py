@@ -1,4 +1,4 @@
-"""What a load job may ask: gates have their measurement, sampling means something."""
+"""What a job may ask: gates have their measurement, sampling means something, pairs suffice to judge."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config import HELD_OUT, LoadJob, Sampling, parse_targets
+from gptq_cli.config import HELD_OUT, LoadJob, QuantizeConfig, Sampling, parse_targets
 from gptq_cli.errors import ConfigError
 
 
@@ -72,3 +72,12 @@ def test_files_alone_are_enough_to_judge_them(asked: dict[str, Any], opens: bool
 
 def test_each_reader_once() -> None:
     assert parse_targets(["vllm", "sglang", "vllm"]) == ("vllm", "sglang")
+
+
+@pytest.mark.parametrize(
+    ("share", "samples", "paired"),
+    [(0.25, 128, 32), (1.0, 128, 128), (0.25, 32, 16), (0.25, 8, 8), (0.3, 100, 30), (0.01, 1, 1)],
+)
+def test_pairs_are_a_share_and_enough_to_judge(share: float, samples: int, paired: int) -> None:
+    assert QuantizeConfig(solve_for="dense", dense_share=share).paired_samples(samples) == paired
+    assert QuantizeConfig(solve_for="own", dense_share=share).paired_samples(samples) == 0

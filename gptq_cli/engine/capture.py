@@ -12,7 +12,6 @@ Equal argument tensors are stored once (the mask of one micro-batch is the mask 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -81,9 +80,8 @@ class Captured:
         return sum(len(batch) for batch in self.samples[: self.paired])
 
 
-def spread(count: int, share: float) -> tuple[int, ...]:
-    """Evenly spread numbers of 0 … count - 1: at least `share` of them, and the last one."""
-    wanted = min(count, max(1, math.ceil(count * share - 1e-9)))
+def spread(count: int, wanted: int) -> tuple[int, ...]:
+    """`wanted` evenly spread numbers of 0 … count - 1, the last one among them."""
     return tuple((i + 1) * count // wanted - 1 for i in range(wanted))
 
 
@@ -173,21 +171,21 @@ def capture(
     *,
     batch_size: int,
     input_device: torch.device,
-    dense_share: float = 0.0,
+    paired_samples: int = 0,
     rest_device: torch.device | None = None,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
     """Run the embedding over all samples and note how every block is called.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states come to rest on `rest_device` (None: where the model left them). `dense_share` of the
-    samples, evenly spread over the text, are paired and come first, in micro-batches of their own, so that
+    hidden states come to rest on `rest_device` (None: where the model left them). `paired_samples`
+    of them, evenly spread over the text, are paired and come first, in micro-batches of their own, so that
     which samples they are does not depend on `batch_size`. `advanced` hears the number of samples done.
     Raises `GptqError` when the forward does not visit every block once, in order.
     """
     probe, recorder = _Recorder(blocks, rest_device), _Recorder(blocks, rest_device)
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
-    twins = spread(len(input_ids), dense_share) if dense_share else ()
+    twins = spread(len(input_ids), paired_samples)
     alone = [number for number in range(len(input_ids)) if number not in set(twins)]
     paired = micro_batches(twins, batch_size)
     batches = [*paired, *micro_batches(alone, batch_size)]

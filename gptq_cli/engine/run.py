@@ -148,7 +148,7 @@ def _capture(
         [block.module for block in blocks],
         ids,
         batch_size=run.batch_size,
-        dense_share=run.config.dense_share if run.config.solve_for == "dense" else 0.0,
+        paired_samples=run.config.paired_samples(len(ids)),
         input_device=torch_device(run.placement.main_device) if offloaded else embedding,
         advanced=advanced,
     )

@@ -119,7 +119,8 @@ def work_set(
     tokens = work.calibration.samples * work.calibration.seq_len
     parks = parked and work.quantize.true_sequential
     dense = work.quantize.solve_for == "dense"
-    streams = 1 + work.quantize.dense_share if dense else 1
+    samples = work.calibration.samples
+    streams = 1 + work.quantize.paired_samples(samples) / samples
     activations = int(streams * tokens * b * (facts.hidden_size + (_waiting(facts, stages) if parks else 0)))
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))

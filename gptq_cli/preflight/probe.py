@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 def job_seconds(facts: ModelFacts, work: Work, speed: Speed, *, parked: bool) -> float:
     """The counting part: seconds of the whole job at `speed`."""
     tokens = work.calibration.samples * work.calibration.seq_len
-    streams = 1 + work.quantize.dense_share if work.quantize.solve_for == "dense" else 1
+    streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
     total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
     known: dict[tuple[StageShape, ...], float] = {}
     for linears in block_linears(facts).values():

@@ -23,14 +23,14 @@ class Opened:
         named = self.blocks[index].named_modules()
         return {name: module for name, module in named if isinstance(module, nn.Linear | Conv1D)}
 
-    def capture(self, batch_size: int = 2, dense_share: float = 0.0) -> Captured:
+    def capture(self, batch_size: int = 2, paired_samples: int = 0) -> Captured:
         return capture(
             self.model.base_model,
             self.blocks,
             self.input_ids,
             batch_size=batch_size,
             input_device=torch.device("cpu"),
-            dense_share=dense_share,
+            paired_samples=paired_samples,
         )
 
 

@@ -34,7 +34,7 @@ def test_samples_and_batches() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_which_samples_are_paired_does_not_depend_on_the_micro_batch(batch_size: int) -> None:
     opened = open_tiny("llama", samples=7)
-    captured = opened.capture(batch_size=batch_size, dense_share=0.5)
+    captured = opened.capture(batch_size=batch_size, paired_samples=4)
     twins = [number for batch in captured.samples[: captured.paired] for number in batch]
     assert twins == [0, 2, 4, 6]
     assert captured.paired_samples == 4
@@ -90,16 +90,16 @@ def test_a_call_moves_every_tensor() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "numbers"),
+    ("count", "wanted", "numbers"),
     [
-        (8, 1.0, (0, 1, 2, 3, 4, 5, 6, 7)),
-        (8, 0.5, (1, 3, 5, 7)),
-        (8, 0.25, (3, 7)),
-        (5, 0.5, (0, 2, 4)),
-        (3, 0.01, (2,)),
-        (1, 0.5, (0,)),
-        (10, 0.3, (2, 5, 9)),
+        (8, 8, (0, 1, 2, 3, 4, 5, 6, 7)),
+        (8, 4, (1, 3, 5, 7)),
+        (8, 2, (3, 7)),
+        (5, 3, (0, 2, 4)),
+        (3, 1, (2,)),
+        (3, 0, ()),
+        (10, 3, (2, 5, 9)),
     ],
 )
-def test_a_share_is_spread_evenly(count: int, share: float, numbers: tuple[int, ...]) -> None:
-    assert spread(count, share) == numbers
+def test_pairs_are_spread_evenly(count: int, wanted: int, numbers: tuple[int, ...]) -> None:
+    assert spread(count, wanted) == numbers
