@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.devices.products import products_for
 from gptq_cli.errors import CheckpointError, NonFinite
-from gptq_cli.inference.generation import input_device
+from gptq_cli.inference.generation import input_device, products_of
 from gptq_cli.inference.perplexity import OnWindow, row_ranges
 from gptq_cli.proof import Agreement
 
@@ -84,7 +83,7 @@ def compare(
 
 def _logits(model: Any, window: Tensor) -> Tensor:  # (T, V)
     ids = window.to(input_device(model)).unsqueeze(0)
-    with products_for(model.dtype, ids.device):
+    with products_of(model):
         logits = model(input_ids=ids, use_cache=False).logits[0]
     assert isinstance(logits, Tensor)
     return logits

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from gptq_cli.config import whole
-from gptq_cli.devices.products import products_for
-from gptq_cli.inference.generation import input_device
+from gptq_cli.inference.generation import input_device, products_of
 from gptq_cli.proof import Rate, Speed
 
 OnRound = Callable[[int, int], None]
@@ -42,7 +41,7 @@ def measure_speed(
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
     prompt_rates: list[float] = []
     decode_rates: list[float] = []
-    with torch.inference_mode(), products_for(model.dtype, device):
+    with torch.inference_mode(), products_of(model):
         for number in range(rounds + 1):
             prompt_seconds, decode_seconds = _one_round(model, ids, new_tokens, device)
             if number:

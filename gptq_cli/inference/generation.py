@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +122,7 @@ def generate(
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-    products = products_for(model.dtype, ids.device)
-    with torch.inference_mode(), products, _seeded(ids.device, sampling):
+    with torch.inference_mode(), products_of(model), _seeded(ids.device, sampling):
         started = time.perf_counter()
         model.generate(
             input_ids=ids,
@@ -151,6 +150,11 @@ def input_device(model: Any) -> torch.device:
     hook = getattr(embedding, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return torch.device(device) if device is not None else embedding.weight.device
+
+
+def products_of(model: Any) -> AbstractContextManager[object]:
+    """The scope in which `model` runs fastest where it stands."""
+    return products_for(model.get_input_embeddings().weight.dtype, input_device(model))
 
 
 def _pad_token(tokenizer: Any, model: Any) -> int | None:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.devices.products import products_for
 from gptq_cli.errors import NonFinite
-from gptq_cli.inference.generation import input_device
+from gptq_cli.inference.generation import input_device, products_of
 
 LOGIT_ELEMENTS = 1 << 24
 """float32 logits that are held at once: 64 MiB."""
@@ -40,7 +39,7 @@ def perplexity(model: Any, windows: Tensor, on_window: OnWindow = lambda done, t
     with torch.inference_mode():
         for index, window in enumerate(windows):
             ids = window.to(device).unsqueeze(0)
-            with products_for(model.dtype, ids.device):
+            with products_of(model):
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             total_loss += negative_log_likelihood(logits, ids[0, 1:])
             tokens += ids.shape[1] - 1

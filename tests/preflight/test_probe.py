@@ -52,8 +52,9 @@ def test_hessians_and_solves() -> None:
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_the_dense_target_runs_its_share_twice(share: float) -> None:
     speed = replace(IDLE, forward_rate=1e9)
-    dense = Work(replace(WORK.quantize, solve_for="dense", dense_share=share), WORK.calibration)
-    one = job_seconds(FACTS, WORK, speed, parked=True) - FIXED
+    text = CalibrationConfig(samples=100, seq_len=100)
+    dense = Work(replace(WORK.quantize, solve_for="dense", dense_share=share), text)
+    one = job_seconds(FACTS, Work(WORK.quantize, text), speed, parked=True) - FIXED
     assert abs(job_seconds(FACTS, dense, speed, parked=True) - FIXED - (1 + share) * one) < 1e-6
 
 
