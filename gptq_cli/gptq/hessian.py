@@ -25,6 +25,13 @@ from gptq_cli.gptq.precision import exact_products, fast_products, has_units
 _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
 """Activations are widened to fp32 in chunks of about this many values (64 MiB)."""
+_CACHED_ROWS, _CACHED_VALUES = 512, 1 << 20
+"""On a CPU in smaller ones, which stay in the cache, but not in so few rows that H is what is moved."""
+
+
+def _chunk_rows(width: int, device: torch.device) -> int:
+    rows = max(1, _CHUNK_VALUES // width)
+    return min(rows, max(_CACHED_ROWS, _CACHED_VALUES // width)) if device.type == "cpu" else rows
 
 
 def _products_for(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
@@ -106,7 +113,7 @@ class Hessian(_Moment):
         H, K = self._growing(), self.in_features
         rows = self._rows(x)
         step = max(1, -(-K // _BLOCK_ROWS))
-        for part in torch.split(rows, max(1, _CHUNK_VALUES // K)):
+        for part in torch.split(rows, _chunk_rows(K, H.device)):
             X = part.to(device=H.device, dtype=H.dtype)
             with _products_for(x.dtype, H.device):
                 for a in range(0, K, step):
@@ -161,7 +168,7 @@ class CrossMoment(_Moment):
         if E.shape[0] != X.shape[0]:
             raise ValueError(f"the error has {E.shape[0]} tokens, the input {X.shape[0]}")
         wider = torch.promote_types(error.dtype, x.dtype)
-        chunk = max(1, _CHUNK_VALUES // max(C.shape))
+        chunk = _chunk_rows(max(C.shape), C.device)
         for e, q in zip(torch.split(E, chunk), torch.split(X, chunk), strict=True):
             if wider == torch.bfloat16 and C.device.type == "cpu" and has_units(wider, "cpu"):
                 C += e.T @ q  # twice the speed of widening both
