@@ -227,7 +227,7 @@ def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
         "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {row['row']} | {row['kl']:.4f} | {row['kl'] / base:.2f} | {row['ppl']:.3f}"
+        f"| {row['row']} | {row['kl']:.3g} | {row['kl'] / base:.2f} | {row['ppl']:.3f}"
         f" | {row['ppl'] / dense - 1:+.1%} | {row['cpu_seconds']:.0f} |"
         for row in rows
     ]
