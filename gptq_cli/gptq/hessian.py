@@ -143,19 +143,8 @@ class CrossMoment(_Moment):
 
     With e = x_dense - x it is the D of target.py, with errors of the output it is the B. On a CPU with bf16
     units the products of bf16 numbers are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling knows to
-    1/√tokens.
+    1/√tokens. `rows`: features of e; None: as many as x has.
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        rows: int | None = None,
-    ) -> None:
-        """`rows`: features of e; None: as many as x has."""
-        super().__init__(in_features, device, dtype, rows=rows)
 
     def add(
         self,
