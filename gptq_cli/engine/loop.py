@@ -58,6 +58,9 @@ from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
 from gptq_cli.results import BlockReport, LinearReport
 
+_TRIM_EVERY = 4
+"""Micro-batches after which freed heap pages are given back: 10 % off the peak, for milliseconds."""
+
 Store = Callable[[LinearInfo, PackedLinear], None]
 """Takes a finished linear; the tensors are its own to keep."""
 
@@ -275,11 +278,17 @@ class _BlockWork:
             seen[stage] += 1
             if stage is stages[-1] and seen[stage] < len(starts):
                 self._advanced(position, starts[seen[stage]], starts[-1])
+                if seen[stage] % _TRIM_EVERY == 0:
+                    self._trim()
         if twins is not None and next(twins, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
-        if self.block.device.type == "cpu":
-            trim_heap()  # what the forwards left between the frames, before the solve needs as much
+        self._trim()
         return moments
+
+    def _trim(self) -> None:
+        """Give back what the forwards left between the frames, before anything else needs as much."""
+        if self.block.device.type == "cpu":
+            trim_heap()
 
     def _advanced(self, position: tuple[int, int], done: int, total: int) -> None:
         number, stages = position

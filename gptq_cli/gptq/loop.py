@@ -73,11 +73,12 @@ def gptq(
                     scales[group], zeros[group] = found[0][0], found[1][0]
             a, b = s1 - i1, s2 - i1
             S, Z = scales.index_select(0, group_of[s1:s2]), zeros.index_select(0, group_of[s1:s2])
-            for j in range(a, b):
-                grid.levels(B[j], S[j - a], Z[j - a], out=L[j])
-                torch.addcmul(B[j], L[j], S[j - a], value=-1, out=E[j])
+            columns = (X.unbind() for X in (B[a:b], L[a:b], E[a:b], S, Z))
+            for j, (w, level, error, s, z) in enumerate(zip(*columns, strict=True), start=a):
+                grid.levels(w, s, z, out=level)
+                torch.addcmul(w, level, s, value=-1, out=error)
                 if j + 1 < b:
-                    B[j + 1 : b].addr_(U[j + 1 : b, j], E[j], alpha=-1)
+                    B[j + 1 : b].addr_(U[j + 1 : b, j], error, alpha=-1)
             if b < i2 - i1:
                 B[b:].addmm_(U[b:, a:b], E[a:b], alpha=-1)
             W[s1:s2].addcmul_(L[a:b], S, value=-1)

@@ -99,11 +99,12 @@ def _sweep(
     C = torch.empty_like(L)  # the change of every weight
     for s1 in range(0, n, _SUB_BLOCK):
         s2 = min(s1 + _SUB_BLOCK, n)
-        for j in range(s1, s2):
-            best = solution.grid.clamp_(torch.div(G[j], curve[j]).add_(L[j]).round_(), z)
-            torch.sub(best, L[j], out=C[j]).mul_(s)
-            L[j] = best
-            G[j + 1 : s2].addr_(H[j + 1 : s2, j], C[j], alpha=-1)
+        columns = (X[s1:s2].unbind() for X in (G, curve, L, C))
+        for j, (slope, bend, level, change) in enumerate(zip(*columns, strict=True), start=s1):
+            best = solution.grid.clamp_(torch.div(slope, bend).add_(level).round_(), z)
+            torch.sub(best, level, out=change).mul_(s)
+            level.copy_(best)
+            G[j + 1 : s2].addr_(H[j + 1 : s2, j], change, alpha=-1)
         G[s2:].addmm_(H[s2:, s1:s2], C[s1:s2], alpha=-1)
 
 
