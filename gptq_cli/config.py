@@ -163,7 +163,7 @@ class CalibrationConfig:
     seed: int = 0
     """Seed of the local generator that picks the windows."""
     batch_size: int | None = None
-    """Samples of one micro-batch; None: chosen from the shape of the model."""
+    """Samples of one micro-batch; None: as many as make 2048 tokens."""
 
     def __post_init__(self) -> None:
         if not self.source:

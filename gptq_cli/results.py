@@ -24,7 +24,8 @@ _PAIRS = re.compile(r"tuple\[tuple\[str, (?!\.\.\.)[^,\]]+\], \.\.\.\]")
 class LinearReport:
     """How one linear fared.
 
-    Losses are tr(E H Eᵀ) / tr(W H Wᵀ) with E = W - Q and H undamped: a relative output error.
+    Losses are tr(E H Eᵀ) / tr(W H Wᵀ) with H undamped: a relative output error. E = W - Q, or W' - Q where
+    the linear was asked for the dense model's output (`alpha` above 0): W' are the weights that give it.
     """
 
     name: str

@@ -6,9 +6,10 @@ matrix products in the same process just before and after, and sets one against 
 
     forward   the block's linears for every stream, counted by their shapes (attention and the elementwise
               rest are in the seconds and not in the count)
-    moments   the lower block triangle of x xᵀ, and x_dense xᵀ where the recipe wants it
+    moments   the lower block triangle of x xᵀ, and where the recipe wants it the cross moments of the streams
     target    the step towards the dense model's output
-    solve     factor, scale search, columns, sweeps
+    factor    Cholesky factors, K³/3 operations each, for the solve and for the step
+    solve     scale search, columns, sweeps, losses; thousands of small steps, not counted
     pack      codes to words;   write   words to the disk
 
 "limit" is the counted arithmetic at the measured speed, of bf16 or of fp32 products, whichever this machine
@@ -36,7 +37,7 @@ from typing import Any
 from fetch_demo_model import NAME, ROOT, FetchError, fetch
 
 DEFAULTS = ["--bits", "4", "--group-size", "64", "--samples", "64", "--seq-len", "512", "--recipe", "fast"]
-PARTS = ("load", "capture", "forward", "moments", "target", "solve", "pack", "write")
+PARTS = ("load", "capture", "forward", "moments", "target", "factor", "solve", "pack", "write")
 
 
 class Clock:
@@ -96,6 +97,7 @@ def instrument(clock: Clock) -> None:
     """Put the clock around the engine's parts, and count operations where their shapes are known."""
     from gptq_cli.engine import forwards, loop
     from gptq_cli.engine import run as engine_run
+    from gptq_cli.gptq import solver, target
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
     from gptq_cli.model import block_stream
@@ -113,14 +115,21 @@ def instrument(clock: Clock) -> None:
     def half(moment: Hessian, x: Any) -> float:
         return float(x.numel()) * moment.in_features
 
-    def whole(moment: CrossMoment, dense: Any, quant: Any) -> float:
-        return 2.0 * quant.numel() * moment.in_features
+    def whole(moment: CrossMoment, error: Any, quant: Any) -> float:
+        return 2.0 * error.numel() * moment.in_features
+
+    def cube(H: Any, *rest: Any) -> float:
+        return float(H.shape[0]) ** 3 / 3
 
     place: Any = Hessian
     place.add = counted("moments", Hessian.add, half)
     place = CrossMoment
     place.add = counted("moments", CrossMoment.add, whole)
+    for module in (solver, target):
+        place = module
+        place.factorize = counted("factor", module.factorize, cube)
     place = StageMoments
+    place.add = clock.timed("moments", StageMoments.add)
     place.target = clock.timed("target", StageMoments.target)
     place.hessian = clock.timed("moments", StageMoments.hessian)
     for kind in (forwards.ParkedForwards, forwards.ReplayedForwards):
@@ -183,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     clock.operations["forward"] = 2.0 * weights * report["tokens"] * streams
     limit = sum(clock.operations.values()) / rate
-    engine = sum(clock.seconds[part] for part in ("forward", "moments", "target", "solve", "pack"))
+    engine = sum(clock.seconds[part] for part in ("forward", "moments", "target", "factor", "solve", "pack"))
     print(f"\n{model.name}, {' '.join(words[4:])}, {torch.get_num_threads()} threads")
     print(f"large product: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'part':<10}{'seconds':>9}{'share':>7}{'GFLOP':>10}{'GFLOP/s':>9}{'of limit':>9}")

@@ -229,7 +229,7 @@ SeqLen = Annotated[int, _option("--seq-len", "Tokens of a window.", CALIBRATION,
 Seed = Annotated[int, _option("--seed", "Seed that picks the windows.", CALIBRATION, "N")]
 BatchSize = Annotated[
     int | None,
-    _option("--batch-size", "Windows a forward; default: from the model's shape.", CALIBRATION, "N"),
+    _option("--batch-size", "Windows a forward; default: 2048 tokens' worth.", CALIBRATION, "N"),
 ]
 
 DeviceMapText = Annotated[

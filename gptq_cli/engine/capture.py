@@ -172,18 +172,17 @@ def capture(
     batch_size: int,
     input_device: torch.device,
     paired_samples: int = 0,
-    rest_device: torch.device | None = None,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
     """Run the embedding over all samples and note how every block is called.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states come to rest on `rest_device` (None: where the model left them). `paired_samples`
-    of them, evenly spread over the text, are paired and come first, in micro-batches of their own, so that
-    which samples they are does not depend on `batch_size`. `advanced` hears the number of samples done.
+    hidden states stay where the model left them. `paired_samples` of them, evenly spread over the text, are
+    paired and come first, in micro-batches of their own, so that which samples they are does not depend on
+    `batch_size`. `advanced` hears the number of samples done.
     Raises `GptqError` when the forward does not visit every block once, in order.
     """
-    probe, recorder = _Recorder(blocks, rest_device), _Recorder(blocks, rest_device)
+    probe, recorder = _Recorder(blocks), _Recorder(blocks)
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
     twins = spread(len(input_ids), paired_samples)
     alone = [number for number in range(len(input_ids)) if number not in set(twins)]
@@ -219,12 +218,11 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder
 class _Recorder:
     """The stand-ins for the blocks' forwards during `capture`."""
 
-    def __init__(self, blocks: Sequence[nn.Module], rest_device: torch.device | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self.hidden: list[Tensor] = []
         self.calls: list[list[BlockCall]] = [[] for _ in blocks]
         self.intern = _Interner()
         self._last = len(blocks) - 1
-        self._rest_device = rest_device
         self._returns_tuple: bool | None = None
 
     def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -232,7 +230,7 @@ class _Recorder:
             keyword = None if args else next(k for k, value in kwargs.items() if isinstance(value, Tensor))
             hidden: Tensor = args[0] if keyword is None else kwargs.pop(keyword)
             if index == 0:
-                self.hidden.append(hidden if self._rest_device is None else hidden.to(self._rest_device))
+                self.hidden.append(hidden)
             call = BlockCall(self.intern(args[1:]), self.intern(kwargs), keyword)
             self.calls[index].append(call)
             if index == self._last:

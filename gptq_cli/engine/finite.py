@@ -1,8 +1,8 @@
 """Naming the sample that brought NaN or infinity.
 
-A Hessian shows that something was not finite: every value lands on its diagonal, squared. So after each
-micro-batch one number is read there, K additions instead of a pass over the activations, and only when it is
-not finite are the activations searched.
+A Hessian shows that something was not finite: every value lands on its diagonal, squared. The cross
+moment with the dense stream shows it in any of its columns. So after each micro-batch one number of each is
+read, K additions instead of a pass over the activations, and only when it is not finite are those searched.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from gptq_cli.errors import NonFinite
 
 
 def blame_sample(
-    x: Tensor,  # (batch, …), the micro-batch after which the Hessian was not finite
-    samples: Sequence[int],  # the calibration samples that x is made of
+    streams: Sequence[Tensor | None],  # each (batch, tokens, K), or (tokens, K) where tokens are routed
+    samples: Sequence[int],  # the calibration samples that make up the micro-batch
     block: str,
     linear: str,
 ) -> NonFinite:
-    """The error that names the block, the linear and the first sample of `x` that is not finite.
+    """The error that names the block, the linear and the first sample that is not finite.
 
-    When every value is finite, their squares overflowed in float32.
+    `streams` are what went into the moments: the input, and with a dense stream its input and the difference
+    of the residuals. Where tokens are routed, which sample one came from is lost, and all are named. When
+    every value is finite, their squares overflowed in float32.
     """
-    finite = torch.isfinite(x).flatten(1).all(dim=1)
-    if bool(finite.all()):
-        largest = float(x.abs().max())
+    tensors = [stream for stream in streams if stream is not None]
+    x = next((tensor for tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
+    if x is None:
+        largest = max(float(tensor.abs().max()) for tensor in tensors)
         return NonFinite(
             f"the input of {linear!r} in block {block!r} reaches {largest:.3g}: its square overflows float32",
-            hint="the model overflows on this text: leave out "
-            + ("sample " if len(samples) == 1 else "the samples ")
-            + ", ".join(str(number) for number in samples),
+            hint="the model overflows on this text: leave out " + _named(samples),
         )
-    place = int((~finite).nonzero()[0])
-    sample = samples[min(place, len(samples) - 1)]
+    if x.ndim > 2:
+        bad = ~torch.isfinite(x).flatten(1).all(dim=1)
+        samples = [samples[int(bad.nonzero()[0])]]
     return NonFinite(
-        f"the input of {linear!r} in block {block!r} is not finite for calibration sample {sample}",
+        f"the input of {linear!r} in block {block!r} is not finite for {_named(samples)} of the calibration",
         hint="run with --dtype float32 or bfloat16, or leave that sample out",
     )
+
+
+def _named(samples: Sequence[int]) -> str:
+    return ("sample " if len(samples) == 1 else "one of the samples ") + ", ".join(map(str, samples))

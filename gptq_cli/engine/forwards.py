@@ -37,11 +37,16 @@ from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
 
-_DATA_DEPENDENT = "which linears run depends on the data here; use --forward replayed"
+_DATA_DEPENDENT = (
+    "which linears share an input depends on the data here; report it with the model's config.json"
+)
 
 
 class Forwards(Protocol):
     """The two ways share this face; the list of hidden states handed to them is consumed."""
+
+    place: int
+    """Which micro-batch `inputs` gave last."""
 
     def __enter__(self) -> Self: ...
 
@@ -73,6 +78,7 @@ class ReplayedForwards:
         self,
         block: nn.Module,
         linears: Mapping[str, nn.Module],
+        stages: Sequence[Stage],
         calls: Sequence[BlockCall],
         hidden: list[Tensor],
         residuals: Mapping[str, str] | None = None,
@@ -81,8 +87,10 @@ class ReplayedForwards:
         self._linears = linears
         self._calls = calls
         self._hidden = hidden
+        self._stages = stages
         self._sources = residuals or {}
         self._beside: dict[str, Tensor] = {}
+        self.place = 0
 
     def __enter__(self) -> Self:
         return self
@@ -109,8 +117,8 @@ class ReplayedForwards:
                 module = self._block.get_submodule(source)
                 handles.append(module.register_forward_pre_hook(_noting(source, lambda: self._beside)))
         try:
-            for call, hidden in zip(self._calls, self._hidden, strict=True):
-                self._beside = {BLOCK_INPUT: hidden}
+            for place, (call, hidden) in enumerate(zip(self._calls, self._hidden, strict=True)):
+                self.place, self._beside = place, {BLOCK_INPUT: hidden}
                 with suppress(StopForward), torch.no_grad():
                     call(self._block, hidden)
                 while caught:
@@ -126,9 +134,19 @@ class ReplayedForwards:
         return None if source is None else self._beside.get(source)
 
     def finish(self) -> list[Tensor]:
-        """See `Forwards.finish`."""
-        with torch.no_grad():
-            return [call(self._block, self._hidden.pop(0)) for call in self._calls]
+        """See `Forwards.finish`. Also proves what the traced sample promised, as `ParkedForwards` does."""
+        reads: dict[str, tuple[int, torch.Size]] = {}
+        handles = []
+        for stage in self._stages:
+            for name in stage.linears if len(stage.linears) > 1 else ():
+                hook = _proving_hook(stage.leader, name, reads)
+                handles.append(self._linears[name].register_forward_pre_hook(hook))
+        try:
+            with torch.no_grad():
+                return [call(self._block, self._hidden.pop(0)) for call in self._calls]
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class ParkedForwards:
@@ -147,6 +165,7 @@ class ParkedForwards:
         keeps_input = BLOCK_INPUT in self._sources.values()
         self._frames = [_Frame(block, call, hidden, keeps_input=keeps_input) for call in calls]
         self._last: _Frame | None = None
+        self.place = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for source in set(self._sources.values()) - {BLOCK_INPUT}:
             module = block.get_submodule(source)
@@ -172,14 +191,14 @@ class ParkedForwards:
     def inputs(self, stages: Sequence[Stage]) -> Iterator[tuple[Stage, Tensor]]:
         """See `Forwards.inputs`; one stage at a time, in the order of the forward."""
         (stage,) = stages
-        for frame in self._frames:
+        for place, frame in enumerate(self._frames):
             x = frame.advance()
             if x is None or frame.parked_at != stage.leader:
                 raise GptqError(
                     f"a forward reached {frame.parked_at or 'its end'!r}, {stage.leader!r} was expected",
                     hint=_DATA_DEPENDENT,
                 )
-            self._last = frame
+            self._last, self.place = frame, place
             yield stage, x
             del x
 
@@ -250,12 +269,31 @@ def _follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ..
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         frame = threading.current_thread()
         if isinstance(frame, _Frame) and not frame.read(leader, args[0]):
-            raise GptqError(
-                f"{name!r} and {leader!r} shared their input for the traced sample but not for a later one",
-                hint=_DATA_DEPENDENT,
-            )
+            raise _parted(leader, name)
 
     return hook
+
+
+def _proving_hook(
+    leader: str, name: str, reads: dict[str, tuple[int, torch.Size]]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """The same for a forward that runs to its end in one go: the leader comes first and notes its input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        here = (args[0].data_ptr(), args[0].shape)
+        if name == leader:
+            reads[leader] = here
+        elif reads.get(leader) != here:
+            raise _parted(leader, name)
+
+    return hook
+
+
+def _parted(leader: str, name: str) -> GptqError:
+    return GptqError(
+        f"{name!r} and {leader!r} shared their input for the traced sample but not for a later one",
+        hint=_DATA_DEPENDENT,
+    )
 
 
 class _Frame(threading.Thread):

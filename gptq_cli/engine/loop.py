@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ from gptq_cli.engine.finite import blame_sample
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.residuals import find_residuals
 from gptq_cli.engine.stages import Stage, find_stages, rounds_of
-from gptq_cli.errors import GptqError, NotPositiveDefinite
+from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -151,6 +152,10 @@ def _flush(
     return after
 
 
+def _by_sample(x: Tensor | None, samples: int) -> Any:  # (samples, tokens, features)
+    return None if x is None else x.reshape(samples, -1, x.shape[-1])
+
+
 @dataclass(frozen=True, slots=True)
 class _BlockWork:
     """One turn of the loop."""
@@ -234,7 +239,7 @@ class _BlockWork:
         modules = {name: module.get_submodule(name) for name in names}
         if self.options.parked and self.config.true_sequential and all(stage.once for stage in stages):
             return ParkedForwards(module, modules, stages, calls, hidden, residuals)
-        return ReplayedForwards(module, modules, calls, hidden, residuals)
+        return ReplayedForwards(module, modules, stages, calls, hidden, residuals)
 
     def _collect(
         self,
@@ -261,24 +266,25 @@ class _BlockWork:
                     weight=weight if stage.leader in residuals else None,
                 )
             )
-        batches = captured.samples
-        starts = [0, *accumulate(len(batch) for batch in batches)]
-        seen = dict.fromkeys(stages, 0)
+        starts = [0, *accumulate(len(batch) for batch in captured.samples)]
         twins = dense.inputs(stages) if dense is not None and paired else None
         for stage, x in run.inputs(stages):
-            has_twin = twins is not None and seen[stage] < captured.paired
+            place, batch = run.place, captured.samples[run.place]
+            has_twin = twins is not None and place < captured.paired
             x_dense = next(twins)[1] if twins is not None and has_twin else None
             residual = run.residual(stage)
             dense_residual = dense.residual(stage) if dense is not None and has_twin else None
             gap = None if residual is None or dense_residual is None else dense_residual - residual
-            moments[stage].add(x, x_dense, starts[seen[stage]] if stage.once else 0, gap)
+            if (
+                stage.once
+            ):  # some blocks flatten (batch, seq_len) before a linear; samples are told apart here
+                x, x_dense, gap = (_by_sample(tensor, len(batch)) for tensor in (x, x_dense, gap))
+            moments[stage].add(x, x_dense, starts[place], gap)
             if not moments[stage].is_finite():
-                batch = batches[min(seen[stage], len(batches) - 1)]
-                raise blame_sample(x, batch, self.block.name, stage.leader)
-            seen[stage] += 1
-            if stage is stages[-1] and seen[stage] < len(starts):
-                self._advanced(position, starts[seen[stage]], starts[-1])
-                if seen[stage] % _TRIM_EVERY == 0:
+                raise blame_sample((x, x_dense, gap), batch, self.block.name, stage.leader)
+            if stage is stages[-1]:
+                self._advanced(position, starts[place + 1], starts[-1])
+                if (place + 1) % _TRIM_EVERY == 0:
                     self._trim()
         if twins is not None and next(twins, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
@@ -326,7 +332,11 @@ class _BlockWork:
         tokens = moments.tokens
         targets, alpha = moments.target(weights, hessian, self.config.damp_percent)
         moments.free()
-        solved = quantize_linears(weights, hessian, self.config, targets=targets)
+        try:
+            solved = quantize_linears(weights, hessian, self.config, targets=targets)
+        except NonFinite as error:
+            names = ", ".join(infos[name].name for name in stage.linears)
+            raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
         del hessian, targets
         seconds = (time.perf_counter() - started) / len(solved)
         for name in stage.linears:

@@ -86,10 +86,6 @@ class _Moment:
             raise ValueError(f"activations have {x.shape[-1]} features, this moment has {self.in_features}")
         return x.reshape(-1, self.in_features)
 
-    def is_finite(self) -> bool:
-        """False when NaN or infinity came in. Reads the diagonal alone: every value lands there squared."""
-        return bool(torch.isfinite(self._open.diagonal().sum()).item())
-
     def _mean(self) -> Tensor:
         total = self._open
         if not self._finished and self.tokens:
@@ -120,6 +116,10 @@ class Hessian(_Moment):
                     b = min(a + step, K)
                     H[a:b, :b].addmm_(X[:, a:b].T, X[:, :b])
         self.tokens += rows.shape[0]
+
+    def is_finite(self) -> bool:
+        """False when NaN or infinity came in. Reads the diagonal alone: every value lands there squared."""
+        return bool(torch.isfinite(self._open.diagonal().sum()).item())
 
     def matrix(self) -> Tensor:  # (K, K), fp32 unless made otherwise
         """The mean, exactly symmetric; zeros when no token came by, which the solver answers with "rtn".
@@ -165,6 +165,10 @@ class CrossMoment(_Moment):
             with _products_for(wider, C.device):
                 C.addmm_(e.to(C.device, C.dtype).T, q.to(C.device, C.dtype))
         self.tokens += X.shape[0]
+
+    def is_finite(self) -> bool:
+        """False when NaN or infinity came in with an error. Reads one column: each error lands there once."""
+        return bool(torch.isfinite(self._open[:, 0].sum()).item())
 
     def matrix(self) -> Tensor:  # (N, K)
         """The mean. It is this object's own memory: nothing can be added any more."""

@@ -75,12 +75,13 @@ class StageMoments:
         return self._fit.tokens + (self._held.tokens if self._held else 0)
 
     def is_finite(self) -> bool:
-        """False when NaN or infinity came in."""
-        return self._fit.is_finite() and (self._held is None or self._held.is_finite())
+        """False when NaN or infinity came in, in either stream."""
+        parts = (self._fit, self._held, self._fit_error, self._held_error)
+        return all(part.is_finite() for part in parts if part is not None)
 
     def add(
         self,
-        x: Tensor,  # (batch, seq_len, K), or (tokens, K) where the model routes tokens
+        x: Tensor,  # (batch, seq_len, K); (tokens, K) where the model routes tokens, then without `dense`
         dense: Tensor | None,  # the same of the dense stream; None: these samples have none
         first_sample: int,  # index of x[0] among the samples with a twin; of no account without
         gap: Tensor | None = None,  # (batch, seq_len, N) residual of the dense stream, less that of x
@@ -159,7 +160,7 @@ def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
 def lean_on_pool(
     moments: Sequence[StageMoments],  # of linears with the same K that each see a part of the tokens
 ) -> list[Tensor]:  # (K, K) each
-    """The Hessians of experts: each its own, shrunk towards that of all their tokens.
+    """The Hessians of experts: each its own, shrunk towards that of all tokens which these linears saw.
 
     An expert that the calibration text seldom chose has too few tokens for K directions, and one that it
     never chose has none; both are still quantized by GPTQ. One with many tokens keeps its own H, see

@@ -23,7 +23,8 @@ class QuantizedLinear:
     g_idx: Tensor
     """int32 (K,): the group of each original column; k // group_size unless `desc_act`."""
     loss: float
-    """tr(E H Eᵀ) / tr(W H Wᵀ), E = W - Q, H undamped: the relative error of the output."""
+    """tr(E H Eᵀ) / tr(W H Wᵀ), H undamped: the relative error of the output. E = W - Q, or with a target
+    W' for W (target.py) E = W' - Q."""
     rtn_loss: float
     """The same for plain round-to-nearest: min/max scales, trivial groups, the same bits."""
     damp_percent: float

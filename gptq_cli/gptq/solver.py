@@ -42,6 +42,7 @@ def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (K,) int64
     return torch.arange(H.shape[0], device=H.device)
 
 
+@exact_products()
 def quantize_linears(
     weights: Sequence[Tensor],  # (N_i, K) each: the linears of a stage, which read the same input
     H: Tensor,  # (K, K) mean of x xᵀ, undamped; float64 makes the whole solve run in float64
@@ -51,9 +52,9 @@ def quantize_linears(
 ) -> list[QuantizedLinear]:
     """Quantize the linears of a stage: rows stacked, one factorisation. Nothing given is changed.
 
-    With `targets` the codes approximate those; `loss` is then measured against them, `rtn_loss` against the
-    weights. When no allowed damping makes H positive definite, or H is all zero, the result is
-    round-to-nearest with the configured scale search and says so in `method`.
+    With `targets` the codes approximate those, and losses are measured against them. When no allowed damping
+    makes H positive definite, or H is all zero, the result is round-to-nearest with the configured scale
+    search and says so in `method`.
 
     Raises `NonFinite` for NaN or infinity in H or in a weight, and for weights whose scales float16 cannot
     hold; `ValueError` for shapes that do not belong together.
@@ -66,7 +67,9 @@ def quantize_linears(
     rows = [weight.shape[0] for weight in weights]
     goals = weights if targets is None else targets
 
-    energy, rtn_error = _baseline(_stack(weights, H), H, g, grid)
+    energy, rtn_error = _baseline(
+        _stack(weights, H), None if targets is None else _stack(targets, H), H, g, grid
+    )
     order = column_order(H, config)
     factor = factorize(H, order, config.damp_percent)
     method: Method = "rtn" if factor.RT is None else "gptq"
@@ -162,13 +165,19 @@ def _stack(weights: Sequence[Tensor], H: Tensor) -> Tensor:  # (K, ΣN) transpos
     return W
 
 
-def _baseline(W: Tensor, H: Tensor, g: int, grid: Grid) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Row losses of W itself, and of round-to-nearest with min/max scales: the figure to beat."""
+def _baseline(
+    W: Tensor, goal: Tensor | None, H: Tensor, g: int, grid: Grid
+) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """Row losses of W itself, and of round-to-nearest with min/max scales: the figure to beat.
+
+    Nearest is to W, which is all that round-to-nearest knows; its loss is to the goal like any other.
+    """
     plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
     with fast_products():
         energy = row_losses(W, H)
         scales, zeros = group_parameters(W, H.diagonal(), g, plain)
-        return energy, row_losses(round_to_nearest(W, scales, zeros, g, plain).D, H)
+        D = round_to_nearest(W, scales, zeros, g, plain).D
+        return energy, row_losses(D if goal is None else D.add_(goal).sub_(W), H)
 
 
 def _refuse_nonfinite(weights: Sequence[Tensor], H: Tensor, grid: Grid) -> None:

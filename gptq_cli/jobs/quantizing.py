@@ -12,19 +12,21 @@ from pathlib import Path
 
 from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
 from gptq_cli.config import QuantizeJob
+from gptq_cli.device import CPU
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, phase, quantize_model
 from gptq_cli.engine.summary import Tally, summarize
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore
 from gptq_cli.findings import PreflightReport
+from gptq_cli.gptq.precision import has_units
 from gptq_cli.jobs.steps import announce, out_of_memory_explained, placed, watched
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.writer import CheckpointWriter
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
 from gptq_cli.preflight import rules_source
-from gptq_cli.preflight.budget import micro_batch_tokens, packed_bytes
+from gptq_cli.preflight.budget import block_linears, micro_batch_tokens, packed_bytes, parks, stages_of
 from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.facts import model_facts
 from gptq_cli.preflight.probe import estimate_seconds
@@ -156,7 +158,6 @@ def _tokens(
 def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
     config = job.quantize
     zeros = "symmetric" if config.sym else "asymmetric"
-    forwards = "parked, each linear runs once" if judged.resolution.parked else "replayed, to save memory"
     return RunStarted(
         command="quantize",
         model=job.model.model,
@@ -164,15 +165,35 @@ def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: Tok
         settings=(
             ("bits", f"{config.bits}, group {config.group_size}, {zeros}"),
             ("order", "desc_act" if config.desc_act else config.act_order),
-            ("dtype", judged.facts.dtype),
+            ("dtype", _dtype_words(judged, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
-            ("forwards", forwards),
+            ("forwards", _forwards_words(judged)),
         ),
         devices=tuple(str(device) for device in placement.devices),
         blocks=len(judged.skeleton.blocks),
         linears=len(judged.skeleton.linears),
     )
+
+
+def _forwards_words(judged: _Judged) -> str:
+    """How calibration text comes to a linear: what the memory plan and the block loop make of it."""
+    if not judged.resolution.parked:
+        return "replayed, to save memory"
+    blocks = [stages_of(linears) for linears in block_linears(judged.facts).values()]
+    parked = sum(parks(stages, judged.work, parked=True) for stages in blocks)
+    if parked == len(blocks):
+        return "parked, each linear runs once"
+    why = "experts" if judged.work.quantize.true_sequential else "--no-true-sequential"
+    return f"replayed in {len(blocks) - parked} of {len(blocks)} blocks ({why}), parked in the others"
+
+
+def _dtype_words(judged: _Judged, placement: Placement) -> str:
+    """The dtype of the model, and what its products are formed in where the processor has no units for it."""
+    dtype = judged.facts.dtype
+    if placement.main_device == CPU and not has_units(judged.skeleton.dtype, "cpu"):
+        return f"{dtype}, products in float32: this cpu has no units for {dtype}"
+    return dtype
 
 
 def _writer(job: QuantizeJob, skeleton: Skeleton, observer: Observer) -> CheckpointWriter:

@@ -100,6 +100,12 @@ class WorkSet:
         return self.working_bytes + self.hessian_bytes + self.packing_bytes + self.activation_bytes
 
 
+def parks(stages: Iterable[StageShape], work: Work, *, parked: bool) -> bool:
+    """Whether a block of these stages keeps its forwards parked: where there is room (`parked`), stages come
+    one after the other, and no linear waits for tokens to choose it."""
+    return parked and work.quantize.true_sequential and not any(stage.chosen for stage in stages)
+
+
 def micro_batch_tokens(work: Work) -> int:
     """Tokens of one micro-batch."""
     calibration = work.calibration
@@ -117,11 +123,15 @@ def work_set(
         return WorkSet()
     t, b = micro_batch_tokens(work), facts.dtype_bytes
     tokens = work.calibration.samples * work.calibration.seq_len
-    parks = parked and work.quantize.true_sequential
     dense = work.quantize.solve_for == "dense"
     samples = work.calibration.samples
     streams = 1 + work.quantize.paired_samples(samples) / samples
-    activations = int(streams * tokens * b * (facts.hidden_size + (_waiting(facts, stages) if parks else 0)))
+    activations = int(
+        streams
+        * tokens
+        * b
+        * (facts.hidden_size + (_waiting(facts, stages) if parks(stages, work, parked=parked) else 0))
+    )
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
     kept = 4 if dense else 1

@@ -24,7 +24,7 @@ from gptq_cli.device import Device
 from gptq_cli.gptq.hessian import Hessian
 from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.placement import ModelFacts
-from gptq_cli.preflight.budget import StageShape, block_linears, stages_of
+from gptq_cli.preflight.budget import StageShape, block_linears, parks, stages_of
 from gptq_cli.preflight.cases import Work
 
 PRODUCTS = 8
@@ -105,16 +105,15 @@ def job_seconds(facts: ModelFacts, work: Work, speed: Speed, *, parked: bool) ->
     for linears in block_linears(facts).values():
         stages = stages_of(linears)
         if stages not in known:
-            known[stages] = _block_seconds(stages, tokens, speed, streams=streams, parked=parked)
+            known[stages] = _block_seconds(stages, tokens, speed, streams, _runs(stages, work, parked=parked))
         total += known[stages]
     return total
 
 
 def _block_seconds(
-    stages: Sequence[StageShape], tokens: int, speed: Speed, *, streams: float, parked: bool
+    stages: Sequence[StageShape], tokens: int, speed: Speed, streams: float, runs: int
 ) -> float:
     weights = [stage.rows * stage.in_features for stage in stages]
-    runs = sum(weights) if parked else sum(sum(weights[:index]) for index in range(len(weights) + 1))
     forward = streams * tokens * runs / speed.forward_rate
     collect = streams * tokens * sum(stage.in_features**2 for stage in stages) / speed.hessian_rate
     solve = 0.0
@@ -123,6 +122,17 @@ def _block_seconds(
         solve += speed.column_seconds * k + speed.weight_seconds * size
         solve += (PRODUCTS * size * max(0, k - _K) + k**3) / speed.product_rate
     return forward + collect + solve
+
+
+def _runs(stages: Sequence[StageShape], work: Work, *, parked: bool) -> int:
+    """Weights that a token meets in a block, as often as its forwards come by: parked ones once, replayed
+    ones in every pass that ends at a stage, and in the last that goes to the end."""
+    weights = [stage.rows * stage.in_features for stage in stages]
+    if parks(stages, work, parked=parked):
+        return sum(weights)
+    if not work.quantize.true_sequential:
+        return 2 * sum(weights)
+    return sum(sum(weights[:index]) for index in range(len(weights) + 1))
 
 
 def estimate_seconds(facts: ModelFacts, work: Work, device: Device, *, parked: bool) -> float:

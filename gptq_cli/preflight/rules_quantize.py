@@ -190,6 +190,28 @@ def fused_experts(case: JobCase) -> list[Finding]:
     ]
 
 
+def experts_own_target(case: JobCase) -> list[Finding]:
+    """Linears that tokens choose (experts) are solved for their own output, whatever `--solve-for` says.
+
+    The dense target compares what the dense and the quantized model put into a linear, token by token. The
+    two models may send a token to different experts, and then there is nothing to compare. Such linears also
+    make their block run its forwards again for every wave of them, instead of keeping forwards parked.
+    """
+    chosen = [x.name for x in case.facts.linears if x.chosen]
+    if not chosen or case.work.quantize.solve_for != "dense":
+        return []
+    return [
+        Finding(
+            rule="experts-own-target",
+            level="note",
+            subject=f"--solve-for {case.work.quantize.solve_for}",
+            message=f"{len(chosen)} linears that tokens choose are solved for their own output, the other "
+            f"{len(case.facts.linears) - len(chosen)} for the dense model's",
+            modules=tuple(chosen),
+        )
+    ]
+
+
 def left_dense(case: JobCase) -> list[Finding]:
     """What stays dense: embeddings, head, norms, routers: all that is no linear in a block."""
     total = case.facts.parameters
@@ -263,6 +285,7 @@ RULES = (
     seq_len_positions,
     calibration_rank,
     fused_experts,
+    experts_own_target,
     left_dense,
     half_on_cpu,
     bfloat16_support,

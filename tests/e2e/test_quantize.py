@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import gptq_cli.model.writer as writer_module
+from gptq_cli.devices import products
+from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.gptq import hessian, moments, precision
 from gptq_cli.gptq.packing import unpack
+from gptq_cli.jobs import quantizing
 from gptq_cli.model.blocks import assign
 from gptq_cli.model.reader import open_checkpoint
 from tests.conftest import TinyFactory
@@ -131,16 +136,66 @@ def test_two_runs_are_byte_identical(tiny_llama: Path, text: Path, tmp_path: Pat
             assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_micro_batches_and_forwards_do_not_change_the_result(
-    tiny_llama: Path, text: Path, tmp_path: Path
+def linears_of(model: Path, text: Path, out: Path, *words: object) -> list[dict[str, Any]]:
+    """What report.json says of every linear of a short run."""
+    report = gptq("quantize", model, "--out", out, "--calibration", text, *FAST, *words, "--json").document
+    return [linear for block in report["blocks"] for linear in block["linears"]]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])  # opt flattens its samples before the MLP
+def test_micro_batches_do_not_change_the_result(
+    name: str, tiny: TinyFactory, text: Path, tmp_path: Path
 ) -> None:
-    losses = {}
-    for batch in (1, 3, 8):
-        words = ("--calibration", text, *FAST, "--batch-size", batch, "--json")
-        report = gptq("quantize", tiny_llama, "--out", tmp_path / str(batch), *words).document
-        losses[batch] = [x["loss"] for block in report["blocks"] for x in block["linears"]]
+    ran = {
+        batch: linears_of(tiny(name), text, tmp_path / str(batch), "--batch-size", batch)
+        for batch in (1, 3, 8)
+    }
     for batch in (3, 8):
-        assert losses[batch] == pytest.approx(losses[1], rel=2e-2)
+        for field, bound in (("loss", 2e-2), ("alpha", 5e-2)):
+            ours, theirs = ([linear[field] for linear in ran[number]] for number in (batch, 1))
+            assert ours == pytest.approx(theirs, rel=bound, abs=1e-4), field
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_parked_and_replayed_forwards_write_the_same_bytes(
+    name: str, tiny: TinyFactory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linears_of(tiny(name), text, tmp_path / "parked")
+    monkeypatch.setattr(quantizing, "LoopOptions", lambda **o: LoopOptions(**o | {"parked": False}))
+    linears_of(tiny(name), text, tmp_path / "replayed")
+    parked, replayed = ((tmp_path / way / "model.safetensors").read_bytes() for way in ("parked", "replayed"))
+    assert parked == replayed
+
+
+def test_threads_change_no_more_than_rounding(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    before, losses = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            losses.append([x["loss"] for x in linears_of(tiny_llama, text, tmp_path / str(threads))])
+    finally:
+        torch.set_num_threads(before)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bfloat16_costs_little_with_and_without_units(
+    units: bool, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products on bf16 units, or formed in fp32 and rounded: both stay near the run in float32."""
+    for module in (precision, products, hessian, moments):
+        monkeypatch.setattr(module, "has_units", lambda *_: units)
+    full = linears_of(tiny_llama, text, tmp_path / "full", "--dtype", "float32")
+    half = linears_of(tiny_llama, text, tmp_path / "half", "--dtype", "bfloat16")
+    total, base = (sum(linear["loss"] for linear in linears) for linears in (half, full))
+    assert total == pytest.approx(base, rel=0.1)
+
+
+def test_what_is_said_of_the_forwards_is_what_happens(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ("quantize", tiny_llama, "--calibration", text, *FAST[:-1], "plain")
+    assert "parked, each linear runs once" in gptq(*words, "--out", tmp_path / "a").stderr
+    said = gptq(*words, "--out", tmp_path / "b", "--no-true-sequential").stderr
+    assert "replayed in 3 of 3 blocks (--no-true-sequential)" in said
 
 
 def damaged(model: Path, tmp_path: Path, name: str, value: float) -> Path:

@@ -9,13 +9,31 @@ def test_the_first_bad_sample_is_named() -> None:
     x = torch.zeros(4, 3, 2)
     x[2, 1, 0] = torch.nan
     x[3, 0, 0] = torch.inf
-    error = blame_sample(x, (8, 9, 10, 12), "model.layers.3", "mlp.down_proj")
+    error = blame_sample((x, None, None), (8, 9, 10, 12), "model.layers.3", "mlp.down_proj")
     assert error.exit_code == 5
     for part in ("sample 10", "'mlp.down_proj'", "'model.layers.3'"):
         assert part in error.message
 
 
 def test_an_overflow_of_squares_is_told_from_a_bad_value() -> None:
-    error = blame_sample(torch.full((2, 3, 2), 1e30), (4, 6), "b", "l")
+    error = blame_sample((torch.ones(2, 3, 2), torch.full((2, 3, 2), 1e30)), (4, 6), "b", "l")
     assert "overflows" in error.message
-    assert "the samples 4, 6" in (error.hint or "")
+    assert "reaches 1e+30" in error.message
+    assert "one of the samples 4, 6" in (error.hint or "")
+
+
+def test_the_dense_stream_is_searched_as_well() -> None:
+    dense = torch.zeros(2, 3, 2)
+    dense[1, 0, 0] = torch.nan
+    assert (
+        "for sample 6 of the calibration"
+        in blame_sample((torch.ones(2, 3, 2), dense), (4, 6), "b", "l").message
+    )
+
+
+def test_no_sample_is_invented_where_tokens_are_routed() -> None:
+    x = torch.zeros(5, 2)
+    x[4, 0] = torch.inf
+    assert (
+        "for one of the samples 4, 6 of the calibration" in blame_sample((x, None), (4, 6), "b", "l").message
+    )

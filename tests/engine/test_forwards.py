@@ -40,7 +40,7 @@ def both_ways(
     calls = captured.calls[index]
     return stages, {
         "parked": ParkedForwards(block, linears, stages, calls, list(hidden)),
-        "replayed": ReplayedForwards(block, linears, calls, list(hidden)),
+        "replayed": ReplayedForwards(block, linears, stages, calls, list(hidden)),
     }
 
 

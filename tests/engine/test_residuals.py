@@ -54,7 +54,7 @@ def test_every_way_hands_out_what_adds_up(name: str) -> None:
     calls, hidden = captured.calls[0], captured.hidden
     ways: dict[str, Forwards] = {
         "parked": ParkedForwards(block, linears, stages, calls, list(hidden), residuals),
-        "replayed": ReplayedForwards(block, linears, calls, list(hidden), residuals),
+        "replayed": ReplayedForwards(block, linears, stages, calls, list(hidden), residuals),
     }
     for way, forwards in ways.items():
         with forwards as run:

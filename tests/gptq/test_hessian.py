@@ -116,12 +116,21 @@ def test_precision_is_scoped_and_restored(fast: str) -> None:
     assert state() == before
 
 
-def test_precision_survives_an_exception_inside_add() -> None:
+def test_precision_survives_an_exception_inside_add(fast: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = MKLDNN.matmul.fp32_precision
-    hessian = Hessian(4)
-    with pytest.raises(RuntimeError):
-        hessian.add(torch.ones(3, 4, dtype=torch.bfloat16, device="meta"))
-    assert MKLDNN.matmul.fp32_precision == before
+    MKLDNN.matmul.fp32_precision = other = "ieee" if fast == "bf16" else "bf16"
+
+    def fails(*_: object, **__: object) -> None:
+        assert MKLDNN.matmul.fp32_precision == fast
+        raise KeyError
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", fails)
+    try:
+        with pytest.raises(KeyError):
+            Hessian(4).add(torch.ones(3, 4, dtype=torch.bfloat16))
+        assert MKLDNN.matmul.fp32_precision == other
+    finally:
+        MKLDNN.matmul.fp32_precision = before
 
 
 def test_activations_are_multiplied_with_the_bits_they_have(

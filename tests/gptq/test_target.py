@@ -71,7 +71,7 @@ def test_codes_of_the_target_answer_the_dense_model_better() -> None:
     (aimed,) = quantize_linears([W], H, config, targets=[aimed_at_dense(W, H, D, 1.0, 0.01)])
     errors = [output_error(W, q.dequantize(torch.float64), dense, quant) for q in (plain, aimed)]
     assert errors[1] < 0.8 * errors[0]
-    assert aimed.rtn_loss == plain.rtn_loss
+    assert aimed.rtn_loss > plain.rtn_loss, "both are held against the target, which nearest knows nothing of"
 
 
 @pytest.mark.parametrize("tokens", [40, 4000])

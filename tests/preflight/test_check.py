@@ -25,7 +25,7 @@ CUDA = Device("cuda", 0)
 
 def found(facts: ModelFacts = FACTS, rule: str = "", **asked: object) -> list[Finding]:
     """Findings of one rule."""
-    quantize = {k: v for k, v in asked.items() if k in ("bits", "group_size", "sym")}
+    quantize = {k: v for k, v in asked.items() if k in ("bits", "group_size", "sym", "solve_for")}
     data = {k: v for k, v in asked.items() if k in ("samples", "seq_len")}
     rest = {k: v for k, v in asked.items() if k not in quantize and k not in data}
     work = Work(
@@ -101,6 +101,16 @@ def test_fused_experts_with_their_share() -> None:
     assert f"{90_000_000 / facts.parameters:.0%} of parameters" in finding.message
     assert finding.size_bytes == 180_000_000
     assert found(facts, "left-dense")[0].level == "note"
+
+
+def test_experts_are_told_that_the_dense_target_is_not_theirs() -> None:
+    linears = tuple(replace(x, chosen=x.name.startswith("model.layers.0.mlp")) for x in FACTS.linears)
+    facts = replace(FACTS, linears=linears)
+    (finding,) = found(facts, "experts-own-target")
+    assert finding.level == "note"
+    assert "3 linears that tokens choose" in finding.message
+    assert found(facts, "experts-own-target", solve_for="own") == []
+    assert found(FACTS, "experts-own-target") == []
 
 
 def test_mostly_dense_is_a_warning() -> None:

@@ -37,6 +37,16 @@ def test_forward_counts_each_run() -> None:
     assert abs(replayed - 2 * prefixes * 10_000 / 1e9) < 1e-6
 
 
+def test_experts_and_sharing_keep_forwards_from_parking() -> None:
+    speed = replace(IDLE, forward_rate=1e9)
+    together = Work(replace(WORK.quantize, true_sequential=False), WORK.calibration)
+    twice = job_seconds(FACTS, together, speed, parked=True) - FIXED
+    assert abs(twice - 2 * 2 * BLOCK * 10_000 / 1e9) < 1e-6
+    experts = replace(FACTS, linears=tuple(replace(linear, chosen=True) for linear in FACTS.linears))
+    replayed = job_seconds(experts, WORK, speed, parked=True)
+    assert replayed == job_seconds(FACTS, WORK, speed, parked=False)
+
+
 def test_hessians_and_solves() -> None:
     squares = 3 * 1024**2 + 4096**2
     found = job_seconds(FACTS, WORK, replace(IDLE, hessian_rate=1e9), parked=True) - FIXED
