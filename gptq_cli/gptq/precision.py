@@ -7,7 +7,7 @@ says what it needs and puts the switch back, also when it raises.
 - `fast_products()`: inputs may be cut to bf16 on a CPU (8 bits of mantissa) and to TF32 on CUDA (11 bits,
   as many as fp16 has); sums are fp32. Tensors that hold bf16 values lose nothing. Where a CPU has no such
   units the result is a plain fp32 product.
-- `exact_products()`: fp32 inputs keep all their bits. A whole solve runs in this scope, but for its long products.
+- `exact_products()`: fp32 inputs keep all their bits. A solve runs in this scope, but for its long products.
 
 float64 products are the same under both.
 
