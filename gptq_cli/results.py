@@ -43,6 +43,8 @@ class LinearReport:
     """"rtn" is a fallback, and is announced as one."""
     alpha: float = 0.0
     """How far the target went from the layer's own output (0) towards the dense model's (1)."""
+    target_damp_percent: float = 0.0
+    """The damping of that step (a fraction of the mean diagonal); 0 where there was none."""
     tokens: int
     seconds: float
 

@@ -59,6 +59,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "+ hessian scales, positive": {**PLAIN, "scale_search": "hessian"},
     "+ hessian scales, signed": {**PLAIN, "scale_search": "hessian", "positive_scales": False},
     "+ 1 sweep": {**PLAIN, "sweeps": 1},
+    "+ refit": {**PLAIN, "refit": True},
     "+ 1 sweep, refit": {**PLAIN, "sweeps": 1, "refit": True},
     "+ dense target, half": {**PLAIN, "solve_for": "dense", "dense_share": 0.5},
     "+ dense target, all": {**PLAIN, "solve_for": "dense", "dense_share": 1.0},

@@ -330,7 +330,7 @@ class _BlockWork:
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)
         tokens = moments.tokens
-        targets, alpha = moments.target(weights, hessian, self.config.damp_percent)
+        targets, trust = moments.target(weights, hessian, self.config.damp_percent)
         moments.free()
         try:
             solved = quantize_linears(weights, hessian, self.config, targets=targets)
@@ -354,7 +354,8 @@ class _BlockWork:
                 damp_percent=quantized.damp_percent,
                 attempts=quantized.attempts,
                 method=quantized.method,
-                alpha=alpha,
+                alpha=trust.alpha,
+                target_damp_percent=trust.damp_percent,
                 tokens=tokens,
                 seconds=seconds,
             )

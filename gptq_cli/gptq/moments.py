@@ -2,16 +2,18 @@
 
 Without a dense stream this is the Hessian alone. With one, samples come twice, as the quantized model sees
 them (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output: see
-target.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, is not a
-setting to be tuned: the step is made from the first three quarters of the paired samples (H from all that
-are not held out), and the last quarter, which it has not seen, says which α loses least. The step that is
-taken in the end is made from all samples, with that α. Fewer than four pairs leave nothing to ask: α is 0.
+target.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, and how
+much to damp the step, λ, are not settings to be tuned: the step is made from the first three quarters of the
+paired samples (H from all that are not held out), and the last quarter, which it has not seen, says which α
+and λ lose least. The step that is taken in the end is made from all samples, with these. Fewer than four
+pairs leave nothing to ask: α is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +23,7 @@ from torch.nn import functional
 
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
 from gptq_cli.gptq.precision import exact_products, fast_products, has_units
-from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
+from gptq_cli.gptq.target import Trust, asymmetric_step, held_out_trust
 
 HELD_OUT_SHARE = 4
 """One pair of so many is held out: the last ones, which come from another part of the text."""
@@ -117,29 +119,29 @@ class StageMoments:
         weights: Sequence[Tensor],  # (N_i, K)
         H: Tensor,  # (K, K), from `hessian`
         damp_percent: float,
-    ) -> tuple[list[Tensor] | None, float]:
-        """(what to approximate, α); None and 0 where the samples do not support a correction.
+    ) -> tuple[list[Tensor] | None, Trust]:
+        """(what to approximate, and the α and λ of the step); None where the samples support no correction.
 
         To be called once: it works in the memory of the cross moments.
         """
         held, fit_error, held_error = self._held, self._fit_error, self._held_error
         if held is None or fit_error is None or held_error is None:
-            return None, 0.0
+            return None, Trust()
         if not fit_error.tokens or not held_error.tokens:
-            return None, 0.0
+            return None, Trust()
         W = torch.cat([weight.to(H.dtype) for weight in weights])
-        M_fit, M_held = fit_error.matrix(), held_error.matrix()
-        trial = asymmetric_step(self._wanted(W, M_fit), self._fit.matrix(), damp_percent)
-        alpha = 0.0 if trial is None else held_out_alpha(self._wanted(W, M_held), trial, held.matrix())
-        if alpha == 0.0:
-            return None, 0.0
-        del trial
-        M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
-        step = asymmetric_step(self._wanted(W, M), H, damp_percent)
+        B_fit, B_held = self._wanted(W, fit_error.matrix()), self._wanted(W, held_error.matrix())
+        trust = held_out_trust(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
+        if trust.alpha == 0.0:
+            return None, trust
+        B = B_held.lerp_(B_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
+        step, used = asymmetric_step(B, H, trust.damp_percent)
         if step is None:
-            return None, 0.0
-        target = W.add_(step, alpha=alpha)
-        return list(torch.split(target, [weight.shape[0] for weight in weights])), alpha
+            return None, Trust()
+        target = W.add_(step, alpha=trust.alpha)
+        return list(torch.split(target, [weight.shape[0] for weight in weights])), replace(
+            trust, damp_percent=used
+        )
 
     def _wanted(self, W: Tensor, M: Tensor) -> Tensor:  # B (N, K)
         """What the step is made from: M is the B already, or the D of W D."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.moments import StageMoments, lean_on_pool
+from gptq_cli.gptq.target import Trust
 from tests.gptq.cases import activations, weights
 
 K, SAMPLES, LENGTH = 24, 8, 60
@@ -28,7 +29,8 @@ def collected(dense: Tensor, quant: Tensor, batch: int) -> tuple[Tensor, list[Te
             moments.add(quant[start : start + batch], dense[start : start + batch], start)
         assert moments.tokens == quant.shape[0] * LENGTH
         H = moments.hessian()
-        return H, *moments.target(W, H, 0.05)
+        targets, trust = moments.target(W, H, 0.05)
+        return H, targets, trust.alpha
 
 
 def test_without_a_dense_stream_it_is_the_hessian() -> None:
@@ -36,7 +38,7 @@ def test_without_a_dense_stream_it_is_the_hessian() -> None:
     with StageMoments(K, CPU, samples=SAMPLES, dense=False) as moments:
         moments.add(quant, None, 0)
         H = moments.hessian()
-        assert moments.target([torch.ones(1, K)], H, 0.05) == (None, 0.0)
+        assert moments.target([torch.ones(1, K)], H, 0.05) == (None, Trust())
     flat = quant.reshape(-1, K)
     torch.testing.assert_close(H, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
 
@@ -61,14 +63,14 @@ def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
         for i in range(SAMPLES):
             moments.add(quant[i : i + 1], dense[i : i + 1] if i % 2 else None, i)
         H = moments.hessian()
-        targets, alpha = moments.target(W, H, 0.05)
+        targets, trust = moments.target(W, H, 0.05)
     everything, _, full = collected(dense, quant, 1)
     torch.testing.assert_close(H, everything, rtol=1e-4, atol=1e-5)
     assert targets is not None
-    assert 0.3 < alpha <= full + 0.2
+    assert 0.3 < trust.alpha <= full + 0.2
     with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
         moments.add(quant, None, 0)
-        assert moments.target(W, moments.hessian(), 0.05) == (None, 0.0)
+        assert moments.target(W, moments.hessian(), 0.05) == (None, Trust())
 
 
 def test_the_last_quarter_judges() -> None:
@@ -142,9 +144,9 @@ def test_the_residual_is_made_up_for() -> None:
             for i in range(0, SAMPLES, 2):
                 part = slice(i, i + 2)
                 moments.add(quant[part], dense[part], i, None if told is None else told[part])
-            targets, alpha = moments.target([W], moments.hessian(), 0.05)
+            targets, trust = moments.target([W], moments.hessian(), 0.05)
         assert targets is not None
-        assert alpha > 0.5
+        assert trust.alpha > 0.5
         unseen = slice(SAMPLES, None)
         goal = dense[unseen] @ W.T + gap[unseen]
         found.append(float((goal - quant[unseen] @ targets[0].T).square().sum()))

@@ -9,7 +9,7 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.solver import quantize_linears
-from gptq_cli.gptq.target import asymmetric_step, held_out_alpha
+from gptq_cli.gptq.target import Trust, asymmetric_step, held_out_alpha, held_out_trust
 from tests.gptq.cases import activations, weights
 
 
@@ -30,7 +30,7 @@ def moments(dense: Tensor, quant: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aimed_at_dense(W: Tensor, H: Tensor, D: Tensor, alpha: float, damp_percent: float) -> Tensor:
-    V = asymmetric_step(W @ D, H, damp_percent)
+    V, _ = asymmetric_step(W @ D, H, damp_percent)
     assert V is not None
     return W + alpha * V
 
@@ -59,7 +59,7 @@ def test_equal_streams_leave_the_weights() -> None:
 
 def test_no_factor_no_step() -> None:
     W, nothing = weights(4, 8), torch.zeros(8, 8, dtype=torch.float64)
-    assert asymmetric_step(W @ nothing, nothing, 0.05) is None
+    assert asymmetric_step(W @ nothing, nothing, 0.05)[0] is None
 
 
 def test_codes_of_the_target_answer_the_dense_model_better() -> None:
@@ -80,12 +80,50 @@ def test_the_held_out_alpha_is_the_best_of_a_scan(tokens: int) -> None:
     W = weights(6, 32)
     dense, quant = streams(tokens + 3000, 32)
     H, D = moments(dense[:tokens], quant[:tokens])
-    V = asymmetric_step(W @ D, H, 0.001)
+    V, _ = asymmetric_step(W @ D, H, 0.001)
     assert V is not None
     dense, quant = dense[tokens:], quant[tokens:]
     H, D = moments(dense, quant)
-    alpha = held_out_alpha(W @ D, V, H)
+    alpha, change = held_out_alpha(W @ D, V, H)
     scan = [i / 50 for i in range(51)]
     best = min(scan, key=lambda a: output_error(W, W + a * V, dense, quant))
     assert alpha == pytest.approx(best, abs=0.011)
+    lost, kept = (output_error(W, Q, dense, quant) for Q in (W, W + alpha * V))
+    assert change == pytest.approx((kept - lost) / len(dense), rel=1e-6)
     assert alpha > 0.9 if tokens > 1000 else alpha < 0.9
+
+
+@pytest.mark.parametrize(
+    ("cut", "noise", "damps"),
+    [(400, 0.0, (0.0005, 0.002)), (100, 1.0, (0.008, 0.1)), (40, 10.0, (0.008, 1.0))],
+)
+def test_held_out_tokens_choose_the_damping_too(cut: int, noise: float, damps: tuple[float, float]) -> None:
+    """With fewer tokens, and noise that x does not foretell, the step is damped more."""
+    W = weights(6, 32)
+    dense, quant = streams(4000, 32)
+    errors = (dense - quant) @ W.T
+    generator = torch.Generator().manual_seed(7)
+    errors += noise * errors.std() * torch.randn(errors.shape, generator=generator, dtype=torch.float64)
+    (B, H), (B_held, H_held) = (
+        (e.T @ x / len(x), x.T @ x / len(x))
+        for e, x in ((errors[:cut], quant[:cut]), (errors[cut:], quant[cut:]))
+    )
+    trust = held_out_trust(B, H, B_held, H_held, 0.0005)
+    assert damps[0] <= trust.damp_percent <= damps[1]
+
+    def change(damp: float) -> float:
+        V, _ = asymmetric_step(B, H, damp)
+        assert V is not None
+        return held_out_alpha(B_held, V, H_held)[1]
+
+    scan = min(change(0.0005 * 2**i) for i in range(10))
+    assert scan <= change(trust.damp_percent) < 0.9 * scan < 0
+
+
+def test_a_step_that_held_out_tokens_speak_against_is_not_taken() -> None:
+    W = weights(6, 32)
+    dense, quant = streams(500, 32)
+    H, D = moments(dense, quant)
+    assert held_out_trust(W @ D, H, -W @ D, H, 0.05) == Trust()
+    nothing = torch.zeros_like(H)
+    assert held_out_trust(W @ D, nothing, W @ D, H, 0.05) == Trust()
