@@ -15,6 +15,7 @@ some gigabytes) and uses its own defaults beyond what is listed. Ratios are to t
     python scripts/bench_peers.py                     the demo model, 128 x 512 tokens, 4 bits, group 64
     python scripts/bench_peers.py --text wiki.txt     calibrate on its first two thirds, judge on the rest
     python scripts/bench_peers.py --peers gptqmodel,auto-round --repeats 3
+    python scripts/bench_peers.py --recipes "fast,best,best --dense-share 0.5"
 
 The last line is JSON.
 """
@@ -239,7 +240,7 @@ def runs(options: argparse.Namespace, job: dict[str, Any], calibration: str) -> 
         commands[peer] = [python, str(Path(__file__).resolve()), "--client", peer, "JOB", "OUT"]
     for recipe in options.recipes:
         commands[f"gptq {recipe}"] = [
-            sys.executable, "-m", "gptq_cli", "quantize", job["model"], "--recipe", recipe,
+            sys.executable, "-m", "gptq_cli", "quantize", job["model"], "--recipe", *recipe.split(),
             "--bits", str(options.bits), "--group-size", str(options.group_size),
             "--calibration", calibration,
             "--samples", str(options.samples), "--seq-len", str(options.seq_len),
@@ -266,7 +267,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a dense model directory (default: SmolLM2, fetched)")
     parser.add_argument("--text", type=Path, help="a text file (default: pydoc and pydoc-heldout)")
     parser.add_argument("--peers", type=names, default=["gptqmodel"], help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--recipes", type=names, default=["fast", "balanced", "best"])
+    parser.add_argument(
+        "--recipes",
+        type=names,
+        default=["fast", "balanced", "best"],
+        help="each with more options of gptq quantize if you like",
+    )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--desc-act", action="store_true")
@@ -357,7 +363,8 @@ def report(
         f" judged on {options.windows} x {options.eval_seq_len}; ratios to {base}; peers in {peer_dtype()}\n"
     )
     heads = (("wall s", 8), ("cpu s", 8), ("GiB", 7), ("KL", 9), ("gap", 9))
-    print(" " * 16 + "".join(f"{head:>{width}}{'':>7}" for head, width in heads) + f"{'ppl':>9}")
+    width = max(16, *(len(name) + 2 for name in middle))
+    print(" " * width + "".join(f"{head:>{size}}{'':>7}" for head, size in heads) + f"{'ppl':>9}")
     summary: dict[str, Any] = {"model": model.name, "base": base, "peer_dtype": peer_dtype(), "runs": {}}
     for name, cost in middle.items():
         mine, first = quality[name], quality[base]
@@ -369,7 +376,7 @@ def report(
             (mine.gap, first.gap, "9.2%"),
         ]
         line = "".join(f"{value:{form}}{f'x{value / of:.2f}':>7}" for value, of, form in pairs)
-        print(f"{name:<16}{line}{mine.perplexity:>9.3f}")
+        print(f"{name:<{width}}{line}{mine.perplexity:>9.3f}")
         summary["runs"][name] = {
             **asdict(cost), **asdict(mine), "gap": mine.gap,
             "ratios": {
@@ -377,7 +384,7 @@ def report(
                 for key, (value, of, _) in zip(("wall", "cpu", "rss", "kl", "gap"), pairs, strict=True)
             },
         }  # fmt: skip
-    print(f"{'dense':<16}{'':>76}{quality[base].dense_perplexity:>9.3f}\n")
+    print(f"{'dense':<{width}}{'':>76}{quality[base].dense_perplexity:>9.3f}\n")
     return summary
 
 

@@ -48,7 +48,7 @@ from gptq_cli.results import DevicePlan
 MIB = 1 << 20
 SOLVE_BYTES = 14
 PACK_BYTES = 10
-TARGET_BYTES = 20
+TARGET_BYTES = 16
 TARGET_SQUARES = 6
 FLIGHT_HIDDEN = 6
 FLIGHT_ROWS = 2
