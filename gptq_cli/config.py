@@ -83,7 +83,7 @@ class QuantizeConfig:
     solve_for: SolveFor = "dense"
     """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what
     the dense model puts out there, as far as held-out samples bear that out."""
-    dense_share: float = 0.5
+    dense_share: float = 0.25
     """Share of the calibration samples that the dense model runs on too, for `solve_for` "dense"; each costs
     a second forward."""
     column_batch: int = 128
@@ -142,9 +142,9 @@ class RecipeOptions:
 
 
 RECIPES: dict[Recipe, RecipeOptions] = {
-    "fast": RecipeOptions(sweeps=0, refit=False, solve_for="own", dense_share=0.5),
-    "balanced": RecipeOptions(sweeps=1, refit=True, solve_for="dense", dense_share=0.5),
-    "best": RecipeOptions(sweeps=4, refit=True, solve_for="dense", dense_share=1.0),
+    "fast": RecipeOptions(sweeps=0, refit=False, solve_for="own", dense_share=0.25),
+    "balanced": RecipeOptions(sweeps=1, refit=True, solve_for="dense", dense_share=0.25),
+    "best": RecipeOptions(sweeps=4, refit=True, solve_for="dense", dense_share=0.5),
 }
 """Same format, same bits: they differ in time and accuracy. The fields' defaults are those of "balanced"."""
 

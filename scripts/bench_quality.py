@@ -70,7 +70,7 @@ LONG: dict[str, dict[str, Any]] = {
     **RECIPE_ROWS,
     "recipe balanced, asymmetric": {**RECIPE_ROWS["recipe balanced"], "sym": False},
     "recipe balanced, desc_act": {**RECIPE_ROWS["recipe balanced"], "desc_act": True},
-    "recipe balanced, every sample": {**RECIPE_ROWS["recipe balanced"], "dense_share": 1.0},
+    "recipe best, every sample": {**RECIPE_ROWS["recipe best"], "dense_share": 1.0},
 }
 
 
