@@ -84,8 +84,8 @@ def test_the_life_of_a_hessian() -> None:
 
 @pytest.mark.parametrize("batch", [64, 700])
 def test_bf16_streams_are_summed_within_a_stated_bound(batch: int, fast: str) -> None:
-    """With units each chunk's product is cut to bf16, 2⁻⁹ of its size (a CPU that only emulates them cuts more
-    than once); without, nothing is cut."""
+    """With units each chunk's product is cut to bf16, 2⁻⁹ of its size (more than once where units are only
+    emulated); without, nothing is cut."""
     error, x = activations(2100, 16).bfloat16(), activations(2100, 16).roll(3, 1).bfloat16()
     with CrossMoment(16) as cross:
         for e, q in zip(torch.split(error, batch), torch.split(x, batch), strict=True):
