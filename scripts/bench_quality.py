@@ -14,6 +14,7 @@ plain GPTQ with one option changed, or a recipe.
     python scripts/bench_quality.py                        every setting of SETTINGS; an hour on two cores
     python scripts/bench_quality.py --only smollm2-w4g64   one of them
     python scripts/bench_quality.py --text wiki.txt        first two thirds to calibrate, the rest to judge
+    python scripts/bench_quality.py --architectures        plain GPTQ and recipes on tiny models of every kind
 
 Prints a Markdown table a setting (docs/quality.md holds them); the last line is JSON.
 """
@@ -214,6 +215,24 @@ def bench(
     return rows
 
 
+def bench_architectures(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """KL of plain GPTQ and of the recipes on the tests' tiny random models, 4 bits, group 32."""
+    from tests.tiny import TINY, save_tiny
+
+    made: dict[str, dict[str, float]] = {}
+    print("| | plain GPTQ | " + " | ".join(name.removeprefix("recipe ") for name in RECIPE_ROWS) + " |")
+    print("|---|" + "---:|" * (1 + len(RECIPE_ROWS)))
+    for name in TINY:
+        model = folder / name
+        save_tiny(name, model)
+        rows = bench(name, Setting(name, 4, 32, SHORT), model, ("pydoc", "pydoc-heldout"), options)
+        made[name] = {row["row"]: row["kl"] for row in rows}
+        plain = made[name]["plain GPTQ"]
+        ratios = " | ".join(f"{made[name][row] / plain:.2f}" for row in RECIPE_ROWS)
+        print(f"| {name} | {plain:.3g} | {ratios} |", flush=True)
+    return made
+
+
 def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Markdown."""
     dense = rows[0]["dense_ppl"]
@@ -249,6 +268,7 @@ def split(text: Path | None, folder: Path) -> tuple[str, str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=sorted(SETTINGS), help="may be repeated")
+    parser.add_argument("--architectures", action="store_true", help="tiny models of every kind instead")
     parser.add_argument("--text", type=Path, help="for SmolLM2: a text file (default: pydoc, pydoc-heldout)")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -260,7 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
         try:
             models = {}
-            for name in options.only or SETTINGS:
+            if options.architectures:
+                summary["architectures"] = bench_architectures(options, Path(folder))
+            for name in () if options.architectures else options.only or SETTINGS:
                 setting = SETTINGS[name]
                 if options.rows:
                     kept = {row: f for row, f in setting.rows.items() if any(w in row for w in options.rows)}
