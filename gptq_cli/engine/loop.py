@@ -275,9 +275,8 @@ class _BlockWork:
             residual = run.residual(stage)
             dense_residual = dense.residual(stage) if dense is not None and has_twin else None
             gap = None if residual is None or dense_residual is None else dense_residual - residual
-            if (
-                stage.once
-            ):  # some blocks flatten (batch, seq_len) before a linear; samples are told apart here
+            if stage.once:
+                # some blocks flatten (batch, seq_len) before a linear; the moments tell samples apart
                 x, x_dense, gap = (_by_sample(tensor, len(batch)) for tensor in (x, x_dense, gap))
             moments[stage].add(x, x_dense, starts[place], gap)
             if not moments[stage].is_finite():

@@ -185,7 +185,8 @@ def _forwards_words(judged: _Judged) -> str:
     if parked == len(blocks):
         return "parked, each linear runs once"
     why = "experts" if judged.work.quantize.true_sequential else "--no-true-sequential"
-    return f"replayed in {len(blocks) - parked} of {len(blocks)} blocks ({why}), parked in the others"
+    others = ", parked in the others" if parked else ""
+    return f"replayed in {len(blocks) - parked} of {len(blocks)} blocks ({why}){others}"
 
 
 def _dtype_words(judged: _Judged, placement: Placement) -> str:

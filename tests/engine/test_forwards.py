@@ -148,3 +148,19 @@ def test_a_stage_out_of_order_is_an_error() -> None:
     stages, ways = both_ways(opened, 0, captured, captured.hidden)
     with pytest.raises(GptqError, match="was expected"), ways["parked"] as run:
         next(iter(run.inputs([stages[1]])))
+
+
+def test_replayed_forwards_prove_that_a_stage_shares_its_input() -> None:
+    opened = open_tiny("llama")
+    captured = opened.capture()
+    block, linears = opened.blocks[0], opened.linears(0)
+    for names, holds in (
+        (("self_attn.q_proj", "self_attn.k_proj"), True),
+        (("self_attn.q_proj", "mlp.up_proj"), False),
+    ):
+        run = ReplayedForwards(block, linears, (Stage(names),), captured.calls[0], list(captured.hidden))
+        if holds:
+            assert len(run.finish()) == len(captured.hidden)
+            continue
+        with pytest.raises(GptqError, match="shared their input for the traced sample"):
+            run.finish()
