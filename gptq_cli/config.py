@@ -308,6 +308,8 @@ class LoadJob:
         whole("seq_len", self.seq_len, 2)
         whole("windows", self.windows, 1)
         parse_targets(self.targets)
+        if self.prompt is not None:
+            _text("prompt", self.prompt)
         if self.against == "":
             raise ConfigError("against is empty; allowed: a directory or a hub id")
         _gate("max_kl", self.max_kl, self.against, "--against DENSE")
@@ -323,6 +325,19 @@ class LoadJob:
         """Whether the model itself is wanted; --verify and --target alone are judged on the files."""
         proofs = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
         return any(proofs) or not (self.verify or self.targets)
+
+
+def _text(name: str, value: str) -> None:
+    """Refuse what UTF-8 cannot hold: bytes of another encoding (Python keeps them as lone surrogates)."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ord(value[error.start])
+        what = f"byte 0x{found - 0xDC00:02x}" if 0xDC80 <= found <= 0xDCFF else f"half a pair, U+{found:04X},"
+        raise ConfigError(
+            f"{name} is not UTF-8: {what} at character {error.start + 1}",
+            hint="convert the text first, for instance with iconv -f latin1 -t utf-8",
+        ) from error
 
 
 def _gate(name: str, limit: float | None, measurement: str | None, needed: str) -> None:

@@ -81,3 +81,16 @@ def test_each_reader_once() -> None:
 def test_pairs_are_a_share_and_enough_to_judge(share: float, samples: int, paired: int) -> None:
     assert QuantizeConfig(solve_for="dense", dense_share=share).paired_samples(samples) == paired
     assert QuantizeConfig(solve_for="own", dense_share=share).paired_samples(samples) == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "found"),
+    [
+        ("caf\udce9 au lait", "prompt is not UTF-8: byte 0xe9 at character 4"),
+        ("\ud83d", r"prompt is not UTF-8: half a pair, U\+D83D, at character 1"),
+    ],
+)
+def test_a_prompt_is_a_text(prompt: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=found):
+        LoadJob(path="DIR", prompt=prompt)
+    assert LoadJob(path="DIR", prompt="\x00 naïve \ufeff 😀").prompt is not None

@@ -50,6 +50,11 @@ def load(
     --verify and --target alone judge the files and open no model.
     """
     session: Session = context.obj
+    if prompt == evaluate == "-":
+        raise ConfigError(
+            "prompt and eval are both '-', and standard input can be read once",
+            hint="give --eval a file, or --prompt TEXT",
+        )
     job = LoadJob(
         path=path,
         device_map=DeviceMap.parse(device_map) if device_map is not None else None,
@@ -57,7 +62,7 @@ def load(
         trust_remote_code=trust_remote_code,
         kernel=kernel,
         compile=compile,
-        prompt=_from_stdin() if prompt == "-" else prompt,
+        prompt=_from_stdin(raw=raw) if prompt == "-" else prompt,
         raw=raw,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
@@ -88,12 +93,30 @@ def load(
         )
 
 
-def _from_stdin() -> str:
+def _from_stdin(*, raw: bool) -> str:
+    """What standard input holds, to the byte; without `raw` less one line end at its end, which echo adds."""
     if sys.stdin is None or sys.stdin.closed:
         raise ConfigError(
             "prompt is '-', but standard input is closed", hint="pipe a text in, or give --prompt TEXT"
         )
-    text = sys.stdin.read().rstrip("\n")
+    try:
+        # bytes, because a text stream turns \r\n into \n and follows the locale
+        text = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"prompt is '-', but standard input is not UTF-8: byte 0x{error.object[error.start]:02x} "
+            f"at byte {error.start + 1}",
+            hint="convert the text first, for instance with iconv -f latin1 -t utf-8",
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"prompt is '-', but standard input cannot be read: {error.strerror or error}",
+            hint="pipe a text in, or give --prompt TEXT",
+        ) from error
+    if not raw:
+        text = text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
     if not text:
         raise ConfigError(
             "prompt is '-', but standard input is empty", hint="pipe a text in, or give --prompt TEXT"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import fields, replace
 
@@ -184,6 +185,75 @@ def test_the_prompt_may_come_from_standard_input(
     monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon\na time\n"))
     assert run("load", "DIR", "--prompt", "-").code == 0
     assert jobs.job.prompt == "Once upon\na time"
+
+
+def piped(data: bytes) -> io.TextIOWrapper:
+    """Standard input as a pipe gives it: universal newlines, bytes that are no text kept as surrogates."""
+    return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="surrogateescape")
+
+
+@pytest.mark.parametrize(
+    ("data", "plain"),
+    [
+        (b"def f():\n\n", "def f():\n"),
+        (b"one\r\ntwo\r\n", "one\r\ntwo"),
+        (b"\r\n\r\n x \r", "\r\n\r\n x \r"),
+        (b"  a\tb  ", "  a\tb  "),
+        (b"a\x00b\x1a\n", "a\x00b\x1a"),
+        ("\ufeffna\u00efve 漢\u2028\n".encode(), "\ufeffna\u00efve 漢\u2028"),
+        (b"\n\n", "\n"),
+    ],
+)
+def test_standard_input_is_kept(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch, data: bytes, plain: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(data))
+    assert run("load", "DIR", "--prompt", "-").code == 0
+    assert jobs.job.prompt == plain
+    monkeypatch.setattr(sys, "stdin", piped(data))
+    assert run("load", "DIR", "--prompt", "-", "--raw").code == 0
+    assert jobs.job.prompt.encode() == data
+
+
+def test_a_line_end_alone_is_a_prompt_when_raw(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(b"\n"))
+    assert run("load", "DIR", "--prompt", "-", "--raw").code == 0
+    assert jobs.job.prompt == "\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--raw",)])
+def test_a_prompt_that_is_not_utf8(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", piped(b"caf\xe9\n"))
+    outcome = run("load", "DIR", "--prompt", "-", *words)
+    assert (outcome.code, jobs.called) == (2, "")
+    assert "standard input is not UTF-8: byte 0xe9 at byte 4" in outcome.err
+    assert "iconv" in outcome.err
+    outcome = run("load", "DIR", "--prompt", os.fsdecode(b"caf\xe9"), *words)
+    assert (outcome.code, jobs.called) == (2, "")
+    assert "prompt is not UTF-8: byte 0xe9 at character 4" in outcome.err
+
+
+def test_a_standard_input_that_cannot_be_read(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Directory(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise IsADirectoryError(21, "Is a directory")
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Directory()))
+    outcome = run("load", "DIR", "--prompt", "-")
+    assert (outcome.code, jobs.called) == (2, "")
+    assert "standard input cannot be read: Is a directory" in outcome.err
+
+
+def test_standard_input_is_one_text(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("load", "DIR", "--prompt", "-", "--eval", "-")
+    assert (outcome.code, jobs.called) == (2, "")
+    assert "can be read once" in outcome.err
 
 
 @pytest.mark.parametrize("stdin", [None, io.StringIO("")], ids=["closed", "empty"])
