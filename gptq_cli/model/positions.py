@@ -1,0 +1,66 @@
+"""How many tokens a model can look at, and what happens past them.
+
+Learned positions, and tables of sines that are made once, have a row for each position: there is none for
+the next one, and the forward fails. Rotary positions and ALiBi are computed for any place, so a model goes on
+past the length that it was trained for, and is worse there. Where the rows end is read off the table itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+_FULL_BIAS = {"mpt": "max_seq_len"}
+"""Model types that make the ALiBi bias of all positions anew, with no tensor that shows it -> the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Tokens of the longest text; `fixed` where the model has no place at all for another one."""
+
+    tokens: int
+    fixed: bool
+
+
+def positions_of(model: nn.Module, config: Any) -> Positions | None:
+    """The positions of `model` (which may be on the meta device); None where nothing limits them."""
+    rows = min(_tables(model), default=None)
+    if rows is not None:
+        return Positions(rows, fixed=True)
+    text_config = config.get_text_config()
+    full = _FULL_BIAS.get(getattr(text_config, "model_type", None) or "")
+    named = getattr(text_config, full or "max_position_embeddings", None)
+    if not isinstance(named, int) or isinstance(named, bool) or named < 1:
+        return None
+    if full is not None:
+        return Positions(named, fixed=True)
+    return Positions(max(named, *_stretched(getattr(text_config, "rope_parameters", None))), fixed=False)
+
+
+def _tables(model: nn.Module) -> Iterator[int]:
+    """Usable rows of every table of positions: GPT-2's `wpe`, OPT's `embed_positions`, GPT-J's buffer."""
+    for name, module in model.named_modules():
+        own = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in own or own == "wpe"):
+            offset = getattr(module, "offset", 0)  # OPT, Bart: rows before the first position
+            yield module.num_embeddings - (offset if isinstance(offset, int) else 0)
+    for name, buffer in model.named_buffers():
+        own = name.rpartition(".")[2]
+        if buffer.ndim == 2 and buffer.shape[0] > 1 and buffer.is_floating_point() and "pos" in own:
+            yield buffer.shape[0]
+
+
+def _stretched(rope: Any) -> Iterator[int]:
+    """Lengths that scaled rotary positions (YaRN, Llama 3) were made for; at least one number."""
+    yield 0
+    if not isinstance(rope, Mapping):
+        return
+    for value in rope.values():
+        if isinstance(value, Mapping):  # one dictionary for each kind of attention
+            yield from _stretched(value)
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if isinstance(original, int | float) and isinstance(factor, int | float):
+        yield int(original * factor)
