@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from gptq_cli.config import GREEDY, Sampling
 from gptq_cli.devices.products import products_for
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import NonFinite
+from gptq_cli.inference.generation_config import for_generate, settings_of, stop_criterion
+from gptq_cli.inference.prompt import encode_prompt
 
 OnToken = Callable[[str, int], None]
 """Called with (the next piece of text, tokens generated so far)."""
+CLEAN_UP_REACH = 8
+"""Characters at the end of a text that the clean-up of spaces may still change; its longest pattern has 4."""
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +47,21 @@ class Generation:
 class TextPieces:
     """A Transformers streamer (`put`, `end`) that turns token ids into pieces of text as early as is safe.
 
-    A token may end in the middle of a character; a piece is held back until the text so far decodes without
-    the replacement character at its end.
+    The text is the decoding of all tokens at once, and a later token may change how earlier ones decode: one
+    ends in the middle of a character; a run of byte tokens (`<0xE9>`, of tokenizers that fall back to bytes)
+    stands or falls together; clean-up takes a space out in front of what comes next. What may still change is
+    held back, and what two decodings in a row do not agree on. Transformers' own `TextStreamer` hands such
+    text out and loses a part of it. Where a decoder changes what has been handed out all the same, nothing
+    follows until the end, and then everything from the first difference on: no text is lost.
     """
 
     def __init__(self, tokenizer: Any, on_token: OnToken) -> None:
         self._tokenizer, self._on_token = tokenizer, on_token
         self._ids: list[int] = []
+        self._skipped = _special_ids(tokenizer)
+        self._held = CLEAN_UP_REACH if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self._in_bytes = False
+        self._decoded = ""
         self._shown = ""
         self._is_prompt = True
         self.tokens = 0
@@ -62,43 +77,50 @@ class TextPieces:
         ids = value.flatten().tolist()
         self.tokens += len(ids)
         self._ids += ids
-        self._show(self._decoded(), final=False)
+        for token in ids:
+            self._in_bytes = self._is_byte(token)
+        before, self._decoded = self._decoded, self.text
+        if self._in_bytes or self._decoded == before:
+            return
+        agreed = _common(before, self._decoded)
+        settled = agreed[: max(0, len(self._decoded) - self._held)].rstrip("\ufffd")
+        if settled.startswith(self._shown):
+            self._show(settled[len(self._shown) :])
 
     def end(self) -> None:
         """Called by `generate` once: hands out what was held back."""
-        self._show(self._decoded(), final=True)
+        text = self.text
+        self._show(text[len(_common(self._shown, text)) :])
 
     @property
     def text(self) -> str:
-        """Everything handed out so far."""
-        return self._shown
-
-    def _decoded(self) -> str:
+        """The text of all tokens so far."""
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
-    def _show(self, text: str, *, final: bool) -> None:
-        if not final and text.endswith("\ufffd"):
-            return
-        if text.startswith(self._shown) and len(text) > len(self._shown):
-            piece = text[len(self._shown) :]
-            self._shown = text
+    def _is_byte(self, token: int) -> bool:
+        """Whether a run of byte tokens is open after `token`; one that decodes to nothing changes nothing."""
+        piece = None if token in self._skipped else self._tokenizer.convert_ids_to_tokens(token)
+        return self._in_bytes if piece is None else _BYTE_TOKEN.fullmatch(piece) is not None
+
+    def _show(self, piece: str) -> None:
+        if piece:
+            self._shown += piece
             self._on_token(piece, self.tokens)
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Tensor:
-    """Token ids (1, T): through the chat template where the tokenizer has one, unless `raw`."""
-    if not raw and getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    ids = encoded["input_ids"]
-    assert isinstance(ids, Tensor)
-    if ids.shape[1] == 0:
-        raise ConfigError("the prompt holds no tokens", hint="give --prompt some text")
-    return ids
+def _common(one: str, other: str) -> str:
+    """The text that both begin with."""
+    if other.startswith(one):
+        return one
+    pairs = zip(one, other, strict=False)
+    return one[: next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))]
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    """Tokens that decoding skips."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {number for number, token in added.items() if getattr(token, "special", False)}
+    return frozenset(special | set(getattr(tokenizer, "all_special_ids", ())))
 
 
 def generate(
@@ -111,37 +133,82 @@ def generate(
     raw: bool = False,
     sampling: Sampling = GREEDY,
 ) -> Generation:
-    """Continue `prompt` by at most `max_new_tokens` tokens; `on_token` gets the text piece by piece."""
+    """Continue `prompt` by at most `max_new_tokens` tokens; `on_token` gets the text piece by piece.
+
+    The model's generation config is followed as `gptq_cli.inference.generation_config` says. A beam search
+    hands its text out at the end, as one piece. Raises `ConfigError` for a prompt that makes no tokens,
+    `CheckpointError` for a setting that cannot be followed, `NonFinite` where there is nothing to draw from.
+    """
     ids = encode_prompt(tokenizer, prompt, raw=raw).to(input_device(model))
+    settings = settings_of(model.generation_config, model.get_input_embeddings().num_embeddings)
     pieces = TextPieces(tokenizer, on_token)
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    stop = stop_criterion(settings, tokenizer)
+    length = ids.shape[1]
+    options = for_generate(
+        settings, sampled=sampling.temperature > 0, prompt_tokens=length, max_new_tokens=max_new_tokens
+    )
+    options |= {
+        "do_sample": False,
+        "max_new_tokens": max_new_tokens,
+        "use_cache": True,
+        "pad_token_id": _pad_token(tokenizer, model),
+    }
     if sampling.temperature > 0:
-        options = {
+        options |= {
             "do_sample": True,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-    with torch.inference_mode(), products_of(model), _seeded(ids.device, sampling):
+    with torch.inference_mode(), products_of(model), _seeded(ids.device, sampling), _guided(model, options):
         started = time.perf_counter()
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            use_cache=True,
-            pad_token_id=_pad_token(tokenizer, model),
-            streamer=pieces,
-            **options,
-        )
+        with _nothing_to_draw_explained():
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=model.generation_config,
+                streamer=pieces if settings.beams == 1 else None,
+                stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
+            )
         seconds = time.perf_counter() - started
+    first_at = pieces.first_at
+    if settings.beams > 1:
+        pieces.put(ids)
+        pieces.put(out[0, length:])
+        pieces.end()
     return Generation(
         prompt=prompt,
         text=pieces.text,
-        prompt_tokens=ids.shape[1],
+        prompt_tokens=length,
         new_tokens=pieces.tokens,
         seconds=seconds,
-        first_token_seconds=(pieces.first_at or started) - started,
+        first_token_seconds=(first_at or started) - started,
     )
+
+
+@contextmanager
+def _guided(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
+    """Lend the model a generation config: what a passed one leaves out, `generate` takes from the model's."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(**options)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
+def _nothing_to_draw_explained() -> Iterator[None]:
+    """torch refuses to draw from probabilities that are not numbers; say what they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise NonFinite(
+            "the probabilities of the next token are not finite, so none can be drawn",
+            hint="a temperature very close to 0 overflows, and so do damaged weights: try --temperature 0",
+        ) from error
 
 
 def input_device(model: Any) -> torch.device:
@@ -161,7 +228,7 @@ def _pad_token(tokenizer: Any, model: Any) -> int | None:
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id, model.generation_config.eos_token_id):
         if isinstance(value, list):
             value = value[0] if value else None
-        if value is not None:
+        if value is not None and value >= 0:
             return int(value)
     return None
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from gptq_cli.config import KernelWish
 from gptq_cli.device import Device
@@ -28,6 +27,7 @@ from gptq_cli.gptq.packing import PackedLinear as PackedTensors
 from gptq_cli.inference.codes import codes_of
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
+from gptq_cli.inference.generation_config import read_generation_config
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.scratch import Scratch
@@ -77,6 +77,7 @@ def load_quantized(
             hint="map those modules to cpu, or load on the CPU alone: --device-map cpu",
         )
     model = checkpoint.model
+    model.generation_config = read_generation_config(checkpoint.directory, model)
     crossovers = Crossovers(torch.get_num_threads())
     foreign = GptqmodelKernels() if wish == "gptqmodel" else None
     if foreign is not None and placement.offloaded:
@@ -100,7 +101,6 @@ def load_quantized(
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_contiguous_input)
-    _read_generation_config(checkpoint)
     if len(placement.devices) > 1:
         _dispatch(model, placement)
     trim_heap()
@@ -221,15 +221,6 @@ def _dispatch(model: Any, placement: Placement) -> None:
         skip_keys=model._skip_keys_device_placement,
         offload_buffers=True,
     )
-
-
-def _read_generation_config(checkpoint: QuantizedCheckpoint) -> None:
-    if (checkpoint.directory / "generation_config.json").is_file():
-        try:
-            config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"generation_config.json cannot be read: {error}") from error
-        checkpoint.model.generation_config = config
 
 
 def compile_forward(model: Any) -> None:
