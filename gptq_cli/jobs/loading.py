@@ -25,7 +25,9 @@ from gptq_cli.inference.opening import (
 from gptq_cli.inference.verify import check_targets, verify_checkpoint
 from gptq_cli.jobs.proving import DensePlan, generated, judged_by_gates, measured, plan_dense, timed
 from gptq_cli.jobs.steps import announce, out_of_memory_explained, watched
+from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.model.checkpoint import QuantizedCheckpoint
+from gptq_cli.model.positions import Positions, positions_of
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.placement import Placement
 from gptq_cli.preflight.facts import checkpoint_facts, environment_facts
@@ -48,8 +50,8 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
         return verification
     with phase(observer, "open"):
         plan = _plan(job, observer)
-    for note in plan.checkpoint.notes:
-        observer(Warned(note))
+    for warning in (*map(Warned, plan.checkpoint.notes), *plan.warnings):
+        observer(warning)
     with out_of_memory_explained("load"):
         model, report = _opened(job, plan, verification, observer)
         if job.prompt is not None:
@@ -75,12 +77,14 @@ class _Plan:
 
     checkpoint: QuantizedCheckpoint
     placement: Placement
-    positions: int | None
-    """Tokens that the model can look at; None where it does not say."""
+    positions: Positions | None
+    """Tokens that the model can look at; None where nothing limits them."""
     tokenizer: Any
     """None where no text is asked for."""
     windows: TokenBatches | None
     dense: DensePlan | None
+    warnings: tuple[Warned, ...]
+    """About the texts; about the checkpoint: its `notes`."""
 
 
 def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
@@ -101,18 +105,24 @@ def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
 def _plan(job: LoadJob, observer: Observer) -> _Plan:
     checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
     placement = _load_placement(job, checkpoint, observer)
+    positions = positions_of(checkpoint.model, checkpoint.config)
+    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    warnings = [] if job.text is None else check_windows(job.seq_len, positions)
     tokenizer, windows = None, None
     if job.prompt is not None or job.text is not None:
         tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
+    if job.prompt is not None:
+        warnings += check_prompt(job, job.prompt, checkpoint, tokenizer, positions)
     if job.text is not None:
-        windows = evaluation_windows(tokenizer, job.text, job.seq_len, job.windows)
+        windows = evaluation_windows(tokenizer, job.text, job.seq_len, job.windows, vocab_size=vocabulary)
     return _Plan(
         checkpoint=checkpoint,
         placement=placement,
-        positions=getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None),
+        positions=positions,
         tokenizer=tokenizer,
         windows=windows,
         dense=plan_dense(job, checkpoint, placement, observer),
+        warnings=tuple(warnings),
     )
 
 

@@ -23,6 +23,7 @@ from gptq_cli.inference.opening import resident_bytes
 from gptq_cli.inference.perplexity import perplexity
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.model.checkpoint import QuantizedCheckpoint
+from gptq_cli.model.positions import Positions
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.weights import load_resident
@@ -35,7 +36,7 @@ from gptq_cli.proof import Bench, Gate, Speed
 from gptq_cli.results import LoadReport
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 5
-"""Of --bench; the prompt is shorter where the model has fewer positions."""
+"""Of --bench; both are fewer where the model has fewer positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def generated(job: LoadJob, model: Any, tokenizer: Any, report: LoadReport, obse
 
 
 def timed(
-    model: Any, placement: Placement, report: LoadReport, positions: int | None, observer: Observer
+    model: Any, placement: Placement, report: LoadReport, positions: Positions | None, observer: Observer
 ) -> LoadReport:
     """Prompt and decode speed, and the memory that they took."""
     speed = _speed(model, positions, observer)
@@ -121,13 +122,14 @@ def timed(
     return replace(report, bench=Bench(speed=speed, weight_bytes=report.weight_bytes, memory=memory))
 
 
-def _speed(model: Any, positions: int | None, observer: Observer) -> Speed:
-    longest = PROMPT_TOKENS if positions is None else positions - NEW_TOKENS
+def _speed(model: Any, positions: Positions | None, observer: Observer) -> Speed:
+    places = PROMPT_TOKENS + NEW_TOKENS if positions is None else positions.tokens
+    new_tokens = max(1, min(NEW_TOKENS, places // 2))
     with phase(observer, "bench", ROUNDS):
         return measure_speed(
             model,
-            prompt_tokens=max(1, min(PROMPT_TOKENS, longest)),
-            new_tokens=NEW_TOKENS,
+            prompt_tokens=max(1, min(PROMPT_TOKENS, places - new_tokens)),
+            new_tokens=new_tokens,
             rounds=ROUNDS,
             on_round=lambda done, total: observer(PhaseAdvanced("bench", done, total)),
         )
@@ -138,7 +140,7 @@ def measured(
     windows: TokenBatches,
     dense: DensePlan | None,
     report: LoadReport,
-    positions: int | None,
+    positions: Positions | None,
     observer: Observer,
 ) -> LoadReport:
     """Perplexity, and against a dense model also KL, top-1 agreement, and its speed where ours was timed."""

@@ -114,7 +114,7 @@ def test_without_a_text_the_held_out_one_is_read(
 ) -> None:
     asked: list[str] = []
 
-    def instead(tokenizer: Any, source: str, seq_len: int, windows: int) -> Any:
+    def instead(tokenizer: Any, source: str, seq_len: int, windows: int, **options: Any) -> Any:
         asked.append(source)
         return evaluation_windows(tokenizer, text, seq_len, windows)
 

@@ -1,0 +1,93 @@
+"""Whether the texts of `gptq load` fit the model, known before a weight is read.
+
+Past its positions a model either fails in the middle of the work, which is refused here, or goes on and is
+worse, which is a warning: see `gptq_cli.model.positions`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gptq_cli.config import LoadJob
+from gptq_cli.errors import ConfigError, ModelError
+from gptq_cli.events import Warned
+from gptq_cli.inference.generation_config import FILE, read_generation_config, settings_of, stop_criterion
+from gptq_cli.inference.prompt import encode_prompt
+from gptq_cli.model.checkpoint import QuantizedCheckpoint
+from gptq_cli.model.positions import Positions
+
+
+def check_prompt(
+    job: LoadJob,
+    prompt: str,
+    checkpoint: QuantizedCheckpoint,
+    tokenizer: Any,
+    positions: Positions | None,
+) -> list[Warned]:
+    """What to know about --prompt, and which settings of the model it will not follow.
+
+    Raises `ConfigError` for a prompt that makes no tokens, that the chat template refuses or that does not
+    fit, `CheckpointError` for a generation config that cannot be followed, `ModelError` for a tokenizer of
+    another model.
+    """
+    model = checkpoint.model
+    vocabulary = model.get_input_embeddings().num_embeddings
+    source = FILE if (checkpoint.directory / FILE).is_file() else "config.json"
+    settings = settings_of(read_generation_config(checkpoint.directory, model), vocabulary, source)
+    stop_criterion(settings, tokenizer)
+    ids = encode_prompt(tokenizer, prompt, raw=job.raw)
+    if int(ids.max()) >= vocabulary:
+        raise ModelError(
+            f"the tokenizer makes token {int(ids.max())} of the prompt, and the model's embedding has "
+            f"{vocabulary} rows",
+            hint="the tokenizer belongs to another model; copy the model's own tokenizer files beside it",
+        )
+    found = [Warned(settings.note)] if settings.note else []
+    if settings.beams > 1:
+        found.append(
+            Warned(f"{source} sets num_beams = {settings.beams}: the text comes as one piece, at its end")
+        )
+    return found + _check_length(ids.shape[1], job.max_new_tokens, positions)
+
+
+def _check_length(prompt: int, new: int, positions: Positions | None) -> list[Warned]:
+    last = prompt + new - 1  # the last new token is not looked at
+    if positions is None or last <= positions.tokens:
+        return []
+    limit = positions.tokens
+    if not positions.fixed:
+        return [
+            Warned(
+                f"the prompt of {prompt} tokens and up to {new} new ones go past the {limit} positions "
+                "that the model was made for",
+                "what comes past them tends to be poor; shorten the prompt, or lower --max-new-tokens",
+            )
+        ]
+    if prompt > limit:
+        raise ConfigError(
+            f"the prompt has {prompt} tokens, and the model has {limit} positions",
+            hint=f"shorten the prompt to at most {limit} tokens",
+        )
+    raise ConfigError(
+        f"the prompt of {prompt} tokens and max_new_tokens {new} need {last} positions, "
+        f"and the model has {limit}",
+        hint=f"use --max-new-tokens {limit - prompt + 1}, or a shorter prompt",
+    )
+
+
+def check_windows(seq_len: int, positions: Positions | None) -> list[Warned]:
+    """What to know about windows of `seq_len` tokens. Raises `ConfigError` where they do not fit."""
+    if positions is None or seq_len <= positions.tokens:
+        return []
+    if positions.fixed:
+        raise ConfigError(
+            f"seq_len is {seq_len}; allowed: at most the {positions.tokens} positions of the model",
+            hint=f"use --seq-len {positions.tokens}",
+        )
+    return [
+        Warned(
+            f"windows of {seq_len} tokens go past the {positions.tokens} positions that the model "
+            "was made for",
+            f"the perplexity is not the model's; use --seq-len {positions.tokens}",
+        )
+    ]
