@@ -10,7 +10,7 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch, without_findings
 from gptq_cli.config import RECIPES, CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob, parse_targets
-from gptq_cli.device import parse_size
+from gptq_cli.device import parse_capacity
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, DeviceMapError
@@ -166,6 +166,8 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
 def shard_bytes(text: str) -> int:
     """`--max-shard-size` in bytes. Raises `ConfigError`."""
     try:
-        return parse_size(text)
+        return parse_capacity(text)
     except DeviceMapError as error:
-        raise ConfigError(f"max_shard_size: {error.message}", hint="use --max-shard-size 5GB") from error
+        raise ConfigError(
+            f"max_shard_size: {error.message}", hint=error.hint or "use --max-shard-size 5GB"
+        ) from error
