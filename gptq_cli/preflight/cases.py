@@ -7,7 +7,7 @@ torch, so the same rule judges this machine and one that `--devices` describes.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
 from gptq_cli.device import CPU, Device
@@ -23,6 +23,10 @@ class Work:
 
     quantize: QuantizeConfig
     calibration: CalibrationConfig
+
+    def on(self, facts: ModelFacts) -> Work:
+        """The same for a model: the group size is a number."""
+        return replace(self, quantize=self.quantize.for_columns(x.in_features for x in facts.linears))
 
 
 @dataclass(frozen=True, slots=True)

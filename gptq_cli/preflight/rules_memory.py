@@ -10,6 +10,7 @@ from gptq_cli.findings import Finding
 from gptq_cli.preflight.cases import MapCase, PlacedCase
 from gptq_cli.preflight.planner import Plan
 from gptq_cli.preflight.remedies import Fits, Remedy, alternatives, cheapest, less_work
+from gptq_cli.preflight.repair import repaired
 from gptq_cli.results import DevicePlan
 
 _TIGHT = 0.05
@@ -154,7 +155,7 @@ def _without_disk(case: MapCase, fits: Fits) -> str:
         rules = tuple(
             DeviceRule(r.pattern, device) if r.device.kind == "disk" else r for r in case.spec.rules
         )
-        changed = DeviceMap(rules=rules)
+        changed = repaired(replace(case, spec=DeviceMap(rules=rules)))
         if fits(replace(case, spec=changed)):
             return f'--device-map "{changed}"'
     if fits(replace(case, spec=DeviceMap(strategy="auto"))):
