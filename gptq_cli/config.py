@@ -60,8 +60,8 @@ def parse_group_size(value: object) -> GroupSize:
         number = int(value)
     if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and number < 1):
         raise ConfigError(
-            f"group_size is {value!r}; allowed: auto, -1 (one group a row) or a positive whole number",
-            hint="use --group-size auto, 128, 64 or 32",
+            f"group_size is {number!r}; allowed: -1 (one group a row), a positive whole number, or auto",
+            hint="use --group-size auto, which finds one that divides",
         )
     return number
 

@@ -1,7 +1,7 @@
 """`--config FILE.toml`: a preset holds options under their long names, with `_` or `-`.
 
     bits = 4
-    group_size = 128
+    group_size = 128                                         or "auto"
     device_map = { "model.embed_tokens" = 0, rest = 1 }      a table where the option takes NAME=VALUE,…
     max_memory = { 0 = "20GiB", cpu = "48GiB" }
 

@@ -84,7 +84,8 @@ def quantize(
             "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
         )
     if out is None and dry_run:
-        out = f"{Path(model).name or 'model'}-w{bits}"
+        group = "" if group_size == "auto" else f"g{group_size}"
+        out = f"{Path(model).name or 'model'}-w{bits}{group}"
     if report is not None:
         _check_report_path(Path(report))
     job = QuantizeJob(

@@ -6,6 +6,7 @@ torch, so the same rule judges this machine and one that `--devices` describes.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -50,8 +51,8 @@ class MapCase:
     environment: Environment = Environment()
     given: bool = False
     """The budgets come from --devices."""
-    repair: DeviceMap | None = None
-    """What a hint offers in place of `spec`, see `preflight.repair`; None: not worked out."""
+    repair: str = ""
+    """Options that a hint offers in place of `spec`, see `preflight.repair`; "": not worked out."""
 
     def listed(self, device: Device) -> bool:
         """False where --max-memory names devices and not this one: nothing may be placed there."""
@@ -139,6 +140,13 @@ class OutputFacts:
     """Length of the last component, encoded."""
     longest_name_bytes: int = 255
     """What the file system allows."""
+    free: str = ""
+    """A place beside it where nothing is yet."""
+
+    @property
+    def elsewhere(self) -> str:
+        """The option that avoids what is there."""
+        return f"--out {shlex.quote(self.free)}" if self.free else "give another --out"
 
 
 @dataclass(frozen=True, slots=True)

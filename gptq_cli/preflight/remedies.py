@@ -124,8 +124,10 @@ def _larger_card(case: MapCase, fits: Fits) -> list[Remedy]:
 
 def _more_memory(case: MapCase, fits: Fits) -> list[Remedy]:
     """How much more main memory, or how many more of the largest accelerator, would do."""
-    found = []
+    found: list[Remedy] = []
     base = replace(case, max_memory=None, spec=DeviceMap(strategy="auto"))
+    if fits(base):  # there is enough: it may only not be used
+        return found
     cpu = case.limit(CPU) or 0
     for more in (8, 16, 32, 64, 128, 256, 512, 1024):
         budgets = tuple(b for b in case.budgets if b.device != CPU)

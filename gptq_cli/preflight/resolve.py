@@ -71,7 +71,7 @@ def resolve(
         return Resolution(None, (), parked=False, offload=(), offload_skipped=(), report=_report(findings))
     placed = PlacedCase(case=case, placement=plan.placement, plans=plan.plans)
     found = _about_the_placement(placed)
-    if any(finding.rule in _REPAIRED for finding in found) and case.repair is None:
+    if any(finding.rule in _REPAIRED for finding in found) and not case.repair:
         placed = replace(placed, case=replace(case, repair=_repair(case)))
         found = _about_the_placement(placed)
     findings += found
@@ -103,23 +103,24 @@ def _about_the_map(case: MapCase) -> list[Finding]:
 def _about_the_placement(placed: PlacedCase) -> list[Finding]:
     case, everywhere = placed.case, placed.placement.devices
     if placed.placement.offloaded:
-        placed = replace(placed, without_offload=alternatives(_without_offload(case)))
+        placed = replace(placed, without_offload=_without_offload(case))
     elif everywhere == (CPU,) and case.accelerators:
         placed = replace(placed, on_accelerators=alternatives(_on_accelerators(case)))
     return [finding for rule in rules_placement.RULES for finding in rule(placed)]
 
 
-def _without_offload(case: MapCase) -> tuple[Remedy, ...]:
-    """Ways to do without offload: our own plan, less work, or no accelerator."""
-    auto, found = DeviceMap(strategy="auto"), []
-    if case.spec.strategy is None and _fits_without_cpu(replace(case, spec=auto)):
-        found.append(Remedy("--device-map auto", "everything on accelerators"))
-    elif case.spec.strategy is not None:
+def _without_offload(case: MapCase) -> str:
+    """Ways to do without offload: less work, our own plan, or no accelerator."""
+    if case.spec.strategy is not None:
         less = less_work(case, _fits_without_cpu)
-        found += [Remedy(less.change, f"{less.price}, but everything on accelerators")] if less else []
+        if less is not None:
+            return f"{less} keeps everything on accelerators"
+    found = []
+    if case.spec.strategy is None and _fits_without_cpu(replace(case, spec=DeviceMap(strategy="auto"))):
+        found.append(Remedy("--device-map auto", "everything on accelerators"))
     if case.cpu_room is not None and _fits(replace(case, spec=DeviceMap.parse("cpu"))):
         found.append(Remedy("--device-map cpu", "no hooks and no accelerator: slower"))
-    return tuple(found)
+    return alternatives(tuple(found))
 
 
 def _on_accelerators(case: MapCase) -> tuple[Remedy, ...]:
@@ -133,12 +134,20 @@ def _on_accelerators(case: MapCase) -> tuple[Remedy, ...]:
     return tuple(found)
 
 
-def _repair(case: MapCase) -> DeviceMap:
-    """The map to offer in place of a faulty one: repaired where that fits, else `auto` where that does."""
-    changed, auto = repaired(case), DeviceMap(strategy="auto")
-    if not _fits(replace(case, spec=changed)) and _fits(replace(case, spec=auto)):
-        return auto
-    return changed
+def _repair(case: MapCase) -> str:
+    """Options in place of a faulty map: the repaired one where it fits, or `auto`, then both with less work,
+    then no accelerator. Where nothing fits, the repaired map: the rules about memory say the rest."""
+    changed = repaired(case)
+    cases = [replace(case, spec=spec) for spec in (changed, DeviceMap(strategy="auto"))]
+    for one in cases:
+        if _fits(one):
+            return f'--device-map "{one.spec}"'
+    for one in cases:
+        remedy = less_work(one, _fits)
+        if remedy is not None:
+            return f'--device-map "{one.spec}" {remedy.change}'
+    cpu = DeviceMap.parse("cpu")
+    return f'--device-map "{cpu if _fits(replace(case, spec=cpu)) else changed}"'
 
 
 def _report(findings: list[Finding]) -> PreflightReport:

@@ -28,7 +28,7 @@ def names_text(names: Iterable[str]) -> str:
 
 def instead(case: MapCase) -> str:
     """The option with a map that no rule refuses, for every hint about the map of `case`."""
-    return f'--device-map "{case.repair or repaired(case)}"'
+    return case.repair or f'--device-map "{repaired(case)}"'
 
 
 def meta_device(case: MapCase) -> list[Finding]:

@@ -161,4 +161,13 @@ def _without_disk(case: MapCase, fits: Fits) -> str:
     if fits(replace(case, spec=DeviceMap(strategy="auto"))):
         return "--device-map auto"
     without = tuple(DeviceRule(r.pattern, CPU) if r.device.kind == "disk" else r for r in case.spec.rules)
-    return remedies_text(cheapest(replace(case, spec=DeviceMap(rules=without)), fits))
+    changed = repaired(replace(case, spec=DeviceMap(rules=without)))
+    remedies = cheapest(replace(case, spec=changed), fits)
+    return remedies_text(tuple(_together(changed, remedy) for remedy in remedies))
+
+
+def _together(changed: DeviceMap, remedy: Remedy) -> Remedy:
+    """The remedy of a changed map, with the change: it alone would leave the map as it was."""
+    if "--device-map" in remedy.change or not remedy.change.startswith("--"):
+        return remedy
+    return replace(remedy, change=f'--device-map "{changed}" {remedy.change}')

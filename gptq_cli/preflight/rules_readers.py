@@ -102,7 +102,13 @@ def _smallest_change(
 
 def _without_warnings(case: JobCase, reader: Target) -> str:
     """The fewest options with which the reader has nothing to warn of; "" where no option does that."""
-    return _change(case, (reader,), ("error", "warning")) or ""
+    levels = ("error", "warning")
+    change = _change(case, (reader,), levels)
+    if change is None:
+        half = replace(case, facts=replace(case.facts, dtype="float16"))
+        said = check_target(reader, _facts(half.facts, half.work.quantize))
+        change = None if any(f.level in levels for f in said) else "--dtype float16"
+    return change or ""
 
 
 def _change(case: JobCase, readers: tuple[Target, ...], levels: tuple[str, ...]) -> str | None:

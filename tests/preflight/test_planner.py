@@ -120,10 +120,9 @@ def test_a_cpu_alone_needs_room_for_one_block_at_a_time() -> None:
 
 
 def test_max_memory_is_obeyed() -> None:
-    made = resolved("auto", MODEL, max_memory="0=8GiB")
-    placement = placed(made)
-    assert placement.devices == (CUDA1,)
-    made = resolved("auto", MODEL, max_memory="0=8GiB,1=0GiB")
+    made = resolved("auto", MODEL, max_memory="0=8GiB,1=24GiB")
+    assert placed(made).devices == (CUDA1,)
+    made = resolved("auto", MODEL, max_memory="0=8GiB,1=0GiB,cpu=64GiB")
     assert placed(made).devices == (CUDA0, CPU)
     assert all(p.needed_bytes <= 8 * GIB for p in made.devices if p.device == "cuda:0")
 

@@ -18,7 +18,7 @@ SOUND = "model.embed_tokens=0,model.layers.0-5=0,model.layers.6-11=1,rest=1"
 @pytest.mark.parametrize("spec", [SOUND, "auto", "cuda:0", "cpu"])
 def test_a_sound_map_has_nothing_to_be_said_about(rule: object, spec: str) -> None:
     assert callable(rule)
-    assert rule(case(spec, max_memory="0=10GiB,cpu=8GiB")) == []
+    assert rule(case(spec, max_memory="0=10GiB,1=10GiB,cpu=8GiB")) == []
 
 
 def test_meta_device() -> None:
