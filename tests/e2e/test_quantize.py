@@ -248,7 +248,7 @@ def test_overwrite_replaces_and_only_when_asked(tiny_llama: Path, text: Path, tm
 def test_the_default_group_size_is_one_that_divides(tmp_path: Path, text: Path) -> None:
     """As SmolLM2, whose 576 columns 128 does not divide: the defaults work all the same."""
     fields = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**fields, vocab_size=256, tie_word_embeddings=True))
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**fields, vocab_size=512, tie_word_embeddings=True))
     source, out = tmp_path / "m", tmp_path / "q"
     model.save_pretrained(source)
     save_tokenizer(source)
