@@ -241,6 +241,7 @@ class QuantizeJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     device_map: DeviceMap = field(default_factory=lambda: DeviceMap.parse("auto"))
     max_memory: MaxMemory | None = None
+    """The devices that may be used, and how much of each; None: all of all."""
     devices: tuple[DeviceBudget, ...] | None = None
     """Plan for these instead of the devices that are present (only with a dry run)."""
     max_shard_bytes: int = 5_000_000_000
