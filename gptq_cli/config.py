@@ -7,8 +7,9 @@ world (does K divide, is there memory, does the directory exist) are judged by `
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from gptq_cli.device_map import DeviceMap, MaxMemory
@@ -20,6 +21,11 @@ ActOrder = Literal["none", "static"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
 SolveFor = Literal["own", "dense"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
+
+GroupSize = int | Literal["auto"]
+"""Input columns that share a scale, see `QuantizeConfig.group_size`."""
+AUTO_GROUPS = (128, 64, 32)
+"""What "auto" chooses from: the sizes that every reader of GPTQ checkpoints takes."""
 
 Recipe = Literal["fast", "balanced", "best"]
 Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
@@ -45,6 +51,21 @@ def whole(name: str, value: object, least: int, hint: str | None = None) -> None
         raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {least}", hint=hint)
 
 
+def parse_group_size(value: object) -> GroupSize:
+    """A group size as a person writes it: "auto", a number, or the text of one. Raises `ConfigError`."""
+    if value == "auto":
+        return "auto"
+    number = value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip(), re.ASCII):
+        number = int(value)
+    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and number < 1):
+        raise ConfigError(
+            f"group_size is {number!r}; allowed: -1 (one group a row), a positive whole number, or auto",
+            hint="use --group-size auto, which finds one that divides",
+        )
+    return number
+
+
 def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
     """The readers called `names`, each once. Raises `ConfigError`."""
     for name in names:
@@ -58,8 +79,9 @@ class QuantizeConfig:
 
     bits: int = 4
     """Bits of a code: 2, 3, 4 or 8."""
-    group_size: int = 128
-    """Input columns that share a scale; -1: one group a row."""
+    group_size: GroupSize = "auto"
+    """Input columns that share a scale; -1: one group a row; "auto": the largest of 128, 64 and 32 that
+    divides the input columns of every linear; `for_columns` puts the number there."""
     sym: bool = True
     """Zero point fixed at the middle code."""
     desc_act: bool = False
@@ -87,17 +109,13 @@ class QuantizeConfig:
     """Share of the calibration samples that the dense model runs on too, for `solve_for` "dense"; each costs
     a second forward."""
     column_batch: int = 128
-    """The paper's B: columns of one lazy update. Changes speed, not codes."""
+    """The paper's B: columns of one lazy update. For speed: in exact arithmetic codes do not depend on it. In
+    float32 sums are rounded in another order, and the error feedback amplifies that: in one measurement
+    14 % of the codes differed, and the mean loss by 0.13 %."""
 
     def __post_init__(self) -> None:
         one_of("bits", self.bits, ALLOWED_BITS, "use --bits 4, which every server reads")
-        if isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
-            raise ConfigError(f"group_size is {self.group_size!r}; allowed: -1 or a positive whole number")
-        if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(
-                f"group_size is {self.group_size}; allowed: -1 (one group a row) or a positive whole number",
-                hint="use --group-size 128, 64 or 32",
-            )
+        parse_group_size(self.group_size)
         one_of("act_order", self.act_order, get_args(ActOrder))
         one_of("scale_search", self.scale_search, get_args(ScaleSearch))
         one_of("solve_for", self.solve_for, get_args(SolveFor))
@@ -121,9 +139,28 @@ class QuantizeConfig:
             return 0
         return min(samples, max(LEAST_PAIRS, math.ceil(samples * self.dense_share - 1e-9)))
 
+    def for_columns(self, in_features: Iterable[int]) -> QuantizeConfig:
+        """The same with a number for the group size, for linears of these input columns.
+
+        "auto" becomes the largest of `AUTO_GROUPS` that divides all of them, and the smallest where none
+        does: preflight then names the linears that none divides.
+        """
+        if self.group_size != "auto":
+            return self
+        common = math.gcd(*in_features)
+        found = (size for size in AUTO_GROUPS if common % size == 0)
+        return replace(self, group_size=next(found, AUTO_GROUPS[-1]))
+
+    @property
+    def group_columns(self) -> int:
+        """`group_size` as a number. Raises `ConfigError` where it is still "auto"."""
+        if self.group_size == "auto":
+            raise ConfigError("group_size is 'auto', which needs a model", hint="call for_columns first")
+        return self.group_size
+
     def groups(self, in_features: int) -> int:
         """Groups in a row of `in_features` columns."""
-        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        return 1 if self.group_columns == -1 else -(-in_features // self.group_columns)
 
     @property
     def checkpoint_format(self) -> str:
@@ -204,6 +241,7 @@ class QuantizeJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     device_map: DeviceMap = field(default_factory=lambda: DeviceMap.parse("auto"))
     max_memory: MaxMemory | None = None
+    """The devices that may be used, and how much of each; None: all of all."""
     devices: tuple[DeviceBudget, ...] | None = None
     """Plan for these instead of the devices that are present (only with a dry run)."""
     max_shard_bytes: int = 5_000_000_000
@@ -234,6 +272,9 @@ class InspectJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     targets: tuple[Target, ...] = ()
     """Readers that must take the result."""
+    asked: frozenset[str] = frozenset()
+    """Fields of `quantize` that the person named: what the checkpoint would hold is judged by these alone,
+    because where everything goes does not depend on it."""
 
     def __post_init__(self) -> None:
         parse_targets(self.targets)

@@ -192,6 +192,22 @@ def parse_size(text: object) -> int:
     return int(number) * factor + (int(fraction) * factor // 10 ** len(fraction) if fraction else 0)
 
 
+def parse_capacity(text: object) -> int:
+    """As `parse_size`, for the memory of a device or the size of a file: a number without a unit must be 0 or
+    at least 1 MiB, because `24` means 24 GiB to who writes it. Raises `DeviceMapError`.
+    """
+    size = parse_size(text)
+    written = str(text).strip()
+    bare = written.replace(".", "", 1).isdecimal()
+    if bare and float(written) > 0 and size < _UNITS["mib"]:
+        meant = "GiB" if size < 1024 else "MiB"
+        raise DeviceMapError(
+            f"{written} has no unit: {written} bytes, or {written} {meant}?",
+            hint=f"write {written}{meant}, or {written}B for bytes",
+        )
+    return size
+
+
 def format_size(size_bytes: int) -> str:
     """Bytes for people: `21.4 GiB`, `512 B`. One decimal, powers of 1024."""
     value = float(abs(size_bytes))
@@ -209,4 +225,4 @@ def exact_size(size_bytes: int) -> str:
         factor = _UNITS[unit.lower()]
         if size_bytes and size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"
-    return str(size_bytes)
+    return f"{size_bytes}B" if 0 < size_bytes < _UNITS["mib"] else str(size_bytes)

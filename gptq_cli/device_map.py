@@ -32,6 +32,7 @@ from gptq_cli.device import (
     exact_size,
     format_size,
     is_bare_index,
+    parse_capacity,
     parse_size,
     syntax_error,
 )
@@ -211,7 +212,7 @@ class MaxMemory:
             except DeviceMapError as error:
                 raise located(error, pair.key_at) from None
             try:
-                limits[device] = parse_size(pair.value)
+                limits[device] = parse_capacity(pair.value)
             except DeviceMapError as error:
                 raise located(error, pair.value_at) from None
             if is_bare_index(pair.key.strip()):

@@ -22,7 +22,8 @@ class Finding:
     message: str
     """What is wrong: the value found and the values allowed. Lower case, one sentence."""
     hint: str = ""
-    """What to do next, where possible a command line to paste."""
+    """What to do next. What opens with `--` or `gptq ` can be pasted: the options replace those of the same
+    name; a remark follows in parentheses, a choice after `; or `. Tests follow every such hint."""
     modules: tuple[str, ...] = ()
     """The modules concerned, in model order."""
     size_bytes: int = 0

@@ -74,12 +74,16 @@ class RunReport:
     checkpoint_format: str
     bits_per_weight: float
     """Stored bits of the quantized linears (codes, scales, zeros, g_idx) over their weights."""
+    bits_per_parameter: float
+    """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once: what the whole
+    checkpoint takes, dense tensors and headers included."""
     quantized_share: float
     """Share of the model's parameters that is quantized, 0 to 1."""
     dense_modules: tuple[str, ...]
     """Modules with weights that stay dense, folded: `lm_head`, `model.embed_tokens`, …"""
     size_before_bytes: int
     size_after_bytes: int
+    """Bytes of all safetensors files of the checkpoint, headers included."""
     dtype: str
     use_cuda_fp16: bool
     devices: tuple[str, ...]
@@ -303,14 +307,20 @@ class QuantizePlan:
 
     bits: int
     group_size: int
+    group_reason: str
+    """Where the group size comes from; "" where it was asked for."""
     blocks: int
     linears: int
     stages: tuple[StagePlan, ...]
     quantized_share: float
     """Share of the parameters that will be quantized, 0 to 1."""
     bits_per_weight: float
+    """Stored bits of the quantized linears (codes, scales, zeros, g_idx) over their weights."""
+    bits_per_parameter: float
+    """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once."""
     size_before_bytes: int
     size_after_bytes: int
+    """Bytes of all tensors of the checkpoint, without the headers of its files."""
     samples: int
     seq_len: int
     seconds: float | None

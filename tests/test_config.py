@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config import HELD_OUT, LoadJob, QuantizeConfig, Sampling, parse_targets
+from gptq_cli.config import HELD_OUT, LoadJob, QuantizeConfig, Sampling, parse_group_size, parse_targets
 from gptq_cli.errors import ConfigError
 
 
@@ -94,3 +94,47 @@ def test_a_prompt_is_a_text(prompt: str, found: str) -> None:
     with pytest.raises(ConfigError, match=found):
         LoadJob(path="DIR", prompt=prompt)
     assert LoadJob(path="DIR", prompt="\x00 naïve \ufeff 😀").prompt is not None
+
+
+@pytest.mark.parametrize(
+    ("columns", "group"),
+    [
+        ([4096, 14336], 128),
+        ([576, 1536], 64),
+        ([96, 160], 32),
+        ([128], 128),
+        ([64, 48], 32),
+        ([7], 32),
+        ([], 128),
+    ],
+)
+def test_auto_is_the_largest_group_that_divides_every_linear(columns: list[int], group: int) -> None:
+    found = QuantizeConfig().for_columns(columns)
+    assert (found.group_size, found.group_columns) == (group, group)
+    assert found == QuantizeConfig(group_size=group)
+    assert found.for_columns([32]) is found
+
+
+def test_a_group_size_that_was_asked_for_stays() -> None:
+    assert QuantizeConfig(group_size=48).for_columns([4096]).group_size == 48
+    assert QuantizeConfig(group_size=-1).for_columns([7]).groups(7) == 1
+
+
+def test_auto_is_no_number_before_a_model_is_known() -> None:
+    with pytest.raises(ConfigError, match="group_size is 'auto'"):
+        _ = QuantizeConfig().group_columns
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("64", 64), ("-1", -1), (" 32 ", 32), (16, 16)]
+)
+def test_group_sizes(text: object, value: object) -> None:
+    assert parse_group_size(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "many", "", "6.4", True, None, 1.0, "AUTO"])
+def test_what_is_no_group_size(text: object) -> None:
+    with pytest.raises(
+        ConfigError, match=r"allowed: -1 \(one group a row\), a positive whole number, or auto"
+    ):
+        QuantizeConfig(group_size=parse_group_size(text))

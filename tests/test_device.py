@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_cli.device import CPU, Device, format_size, parse_size
+from gptq_cli.device import CPU, Device, format_size, parse_capacity, parse_size
 from gptq_cli.device_map import MaxMemory
 from gptq_cli.errors import DeviceMapError
 
@@ -163,3 +163,31 @@ def test_max_memory_errors_point_at_the_character(text: str, position: int) -> N
         MaxMemory.parse(text)
     assert caught.value.position == position
     assert caught.value.message.startswith("max memory: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        (0, 0),
+        ("24GiB", 24 << 30),
+        ("24B", 24),
+        ("1048576", 1 << 20),
+        (1 << 30, 1 << 30),
+        ("1KB", 1000),
+    ],
+)
+def test_capacity(text: str | int, size: int) -> None:
+    assert parse_capacity(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "readings"),
+    [("24", "24 bytes, or 24 GiB?"), ("1.5", "1.5 bytes, or 1.5 GiB?"), (24, "24 bytes, or 24 GiB?"),
+     ("20480", "20480 bytes, or 20480 MiB?"), (" 6 ", "6 bytes, or 6 GiB?")],
+)  # fmt: skip
+def test_a_few_bytes_are_no_capacity(text: str | int, readings: str) -> None:
+    with pytest.raises(DeviceMapError, match="has no unit") as caught:
+        parse_capacity(text)
+    assert readings in caught.value.message
+    assert parse_capacity((caught.value.hint or "").split()[1].rstrip(",")) >= 1 << 30

@@ -362,3 +362,22 @@ def test_inventory() -> None:
     ]
     with pytest.raises(DeviceMapError, match=r"^devices: "):
         parse_inventory("24GiB")
+
+
+@pytest.mark.parametrize(
+    ("what", "text"), [("devices", "cuda:0=24,cpu=64GiB"), ("max memory", "0=6GiB,cpu=20")]
+)
+def test_sizes_without_a_unit_show_both_readings_and_where(what: str, text: str) -> None:
+    with pytest.raises(
+        DeviceMapError, match=f"{what}: 2[04] has no unit: 2[04] bytes, or 2[04] GiB"
+    ) as caught:
+        MaxMemory.parse(text, what=what)
+    lines = caught.value.message.splitlines()
+    assert lines[1][lines[2].index("^")] == "2"
+    with pytest.raises(DeviceMapError, match="has no unit"):
+        MaxMemory.parse({0: 24})
+
+
+def test_small_limits_are_written_so_that_they_are_read_again() -> None:
+    limits = MaxMemory.parse("0=1000B,cpu=0,1=1048577")
+    assert MaxMemory.parse(str(limits)) == limits

@@ -6,12 +6,22 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch, without_findings
-from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, parse_targets
+from gptq_cli.config import (
+    RECIPES,
+    CalibrationConfig,
+    InspectJob,
+    ModelRef,
+    QuantizeConfig,
+    parse_group_size,
+    parse_targets,
+)
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement import parse_inventory
 
 RECIPE = QuantizeConfig()
 TEXT = CalibrationConfig()
+ABOUT_CODES = ("bits", "group_size", "sym", "desc_act")
+"""Options about what a checkpoint would hold, which does not change where modules go."""
 
 
 def inspect_map(
@@ -22,11 +32,14 @@ def inspect_map(
     devices: o.Devices = None,
     target: o.QuantizeTargets = None,
     explain: o.Explain = None,
+    recipe: o.Recipe = "balanced",
     bits: o.Bits = RECIPE.bits,
-    group_size: o.GroupSize = RECIPE.group_size,
+    group_size: o.GroupSize = str(RECIPE.group_size),
     sym: o.Sym = RECIPE.sym,
     desc_act: o.DescAct = RECIPE.desc_act,
     true_sequential: o.TrueSequential = RECIPE.true_sequential,
+    solve_for: o.SolveFor = None,
+    dense_share: o.DenseShare = None,
     samples: o.Samples = TEXT.samples,
     seq_len: o.SeqLen = TEXT.seq_len,
     batch_size: o.BatchSize = TEXT.batch_size,
@@ -41,18 +54,30 @@ def inspect_map(
     """Show where every module of MODEL would go, what each device would hold, and whether that is allowed.
 
     Reads config.json and the headers of the safetensors files, no weight. Exit 0, or 3: refused by preflight.
+
+    The memory is that of gptq quantize with the same options. Bits and groups are judged where given.
     """
     session: Session = context.obj
+    chosen = RECIPES[recipe]
     job = InspectJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
         quantize=QuantizeConfig(
-            bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, true_sequential=true_sequential
+            bits=bits,
+            group_size=parse_group_size(group_size),
+            sym=sym,
+            desc_act=desc_act,
+            true_sequential=true_sequential,
+            sweeps=chosen.sweeps,
+            refit=chosen.refit,
+            solve_for=solve_for if solve_for is not None else chosen.solve_for,
+            dense_share=dense_share if dense_share is not None else chosen.dense_share,
         ),
         calibration=CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size),
         targets=parse_targets(target or ()),
+        asked=frozenset(name for name in ABOUT_CODES if _given(context, name)),
     )
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
@@ -64,3 +89,9 @@ def inspect_map(
     show(session, report, lambda: map_summary(report))
     if not report.ok:
         raise typer.Exit(3)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether a flag, the environment or a preset set this option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

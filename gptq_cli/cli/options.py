@@ -132,7 +132,14 @@ Config = Annotated[
 
 Bits = Annotated[int, _option("--bits", "Bits of a code: 2, 3, 4 or 8.", RECIPE, "N")]
 GroupSize = Annotated[
-    int, _option("--group-size", "Input columns that share a scale; -1: one group a row.", RECIPE, "N")
+    str,
+    _option(
+        "--group-size",
+        "Input columns that share a scale; auto: 128, 64 or 32, the largest that divides every linear; "
+        "-1: one group a row.",
+        RECIPE,
+        "N",
+    ),
 ]
 Sym = Annotated[bool, _flag("--sym/--asym", "Zero point fixed at the middle code, or free.", RECIPE)]
 DescAct = Annotated[
@@ -211,7 +218,13 @@ DenseShare = Annotated[
     ),
 ]
 ColumnBatch = Annotated[
-    int, _option("--column-batch", "Columns of one lazy update: speed, not codes.", SOLVER, "N")
+    int,
+    _option(
+        "--column-batch",
+        "Columns of one lazy update, for speed; codes vary as sums are rounded in another order.",
+        SOLVER,
+        "N",
+    ),
 ]
 
 Calibration = Annotated[
@@ -251,7 +264,8 @@ LoadDeviceMap = Annotated[
     ),
 ]
 MaxMemoryText = Annotated[
-    str | None, _option("--max-memory", "Limit per device: 0=20GiB,cpu=48GiB.", PLACEMENT, "LIMITS")
+    str | None,
+    _option("--max-memory", "Devices to use, and how much of each: 0=20GiB,cpu=48GiB.", PLACEMENT, "LIMITS"),
 ]
 Devices = Annotated[
     str | None,

@@ -1,7 +1,7 @@
 """`--config FILE.toml`: a preset holds options under their long names, with `_` or `-`.
 
     bits = 4
-    group_size = 128
+    group_size = 128                                         or "auto"
     device_map = { "model.embed_tokens" = 0, rest = 1 }      a table where the option takes NAME=VALUE,…
     max_memory = { 0 = "20GiB", cpu = "48GiB" }
 
@@ -27,6 +27,8 @@ from gptq_cli.errors import ConfigError
 
 TABLES = ("device_map", "max_memory", "devices")
 """Options that a preset may write as a table."""
+WORD_OR_NUMBER: dict[str, str] = {"group_size": "auto"}
+"""Options that a preset may write as a whole number, or as this word."""
 NOT_IN_PRESETS = ("config", "explain")
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -103,6 +105,8 @@ def _judged(path: Path, key: str, held: object, hint: Any) -> object:
     name = key.replace("-", "_")
     if isinstance(held, dict) and name in TABLES:
         return _flat(name, held)
+    if name in WORD_OR_NUMBER:
+        hint = int | Literal[WORD_OR_NUMBER[name]]  # the command takes it as text
     kinds = [kind for kind in _alternatives(hint) if kind is not NoneType]
     repeated = next((kind for kind in kinds if get_origin(kind) is list), None)
     if repeated is not None:

@@ -9,8 +9,16 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch, without_findings
-from gptq_cli.config import RECIPES, CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob, parse_targets
-from gptq_cli.device import parse_size
+from gptq_cli.config import (
+    RECIPES,
+    CalibrationConfig,
+    ModelRef,
+    QuantizeConfig,
+    QuantizeJob,
+    parse_group_size,
+    parse_targets,
+)
+from gptq_cli.device import parse_capacity
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, DeviceMapError
@@ -32,7 +40,7 @@ def quantize(
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
     bits: o.Bits = RECIPE.bits,
-    group_size: o.GroupSize = RECIPE.group_size,
+    group_size: o.GroupSize = str(RECIPE.group_size),
     sym: o.Sym = RECIPE.sym,
     desc_act: o.DescAct = RECIPE.desc_act,
     calibration: o.Calibration = TEXT.source,
@@ -76,7 +84,8 @@ def quantize(
             "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
         )
     if out is None and dry_run:
-        out = f"{Path(model).name or 'model'}-w{bits}g{group_size}"
+        group = "" if group_size == "auto" else f"g{group_size}"
+        out = f"{Path(model).name or 'model'}-w{bits}{group}"
     if report is not None:
         _check_report_path(Path(report))
     job = QuantizeJob(
@@ -84,7 +93,7 @@ def quantize(
         out=out or "",
         quantize=QuantizeConfig(
             bits=bits,
-            group_size=group_size,
+            group_size=parse_group_size(group_size),
             sym=sym,
             desc_act=desc_act,
             act_order=act_order,
@@ -166,6 +175,8 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
 def shard_bytes(text: str) -> int:
     """`--max-shard-size` in bytes. Raises `ConfigError`."""
     try:
-        return parse_size(text)
+        return parse_capacity(text)
     except DeviceMapError as error:
-        raise ConfigError(f"max_shard_size: {error.message}", hint="use --max-shard-size 5GB") from error
+        raise ConfigError(
+            f"max_shard_size: {error.message}", hint=error.hint or "use --max-shard-size 5GB"
+        ) from error

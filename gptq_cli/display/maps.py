@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
-from gptq_cli.display.tables import facts_table, findings_table
+from gptq_cli.display.tables import facts_table, findings_table, quantized_text
 from gptq_cli.results import DevicePlan, MapReport, QuantizePlan, TreeRow
 
 PARTS = (
@@ -178,14 +178,15 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
 def _plan(plan: QuantizePlan) -> list[RenderableType]:
     """What a dry run knows about the work."""
     group = "one group a row" if plan.group_size == -1 else f"group {plan.group_size}"
+    reason = f" ({plan.group_reason})" if plan.group_reason else ""
     work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
     smaller = plan.size_before_bytes / plan.size_after_bytes if plan.size_after_bytes else 0.0
     sizes = f"{fmt.size(plan.size_before_bytes)} -> {fmt.size(plan.size_after_bytes)}"
     rows: list[tuple[str, RenderableType]] = [
         ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
-        ("recipe", f"{plan.bits} bits, {group}: {plan.bits_per_weight:.3f} bits a weight"),
-        ("quantized", f"{fmt.share(plan.quantized_share)} of the parameters"),
-        ("size", f"{sizes} ({smaller:.2f} times smaller)"),
+        ("recipe", f"{plan.bits} bits, {group}{reason}"),
+        ("quantized", quantized_text(plan)),
+        ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits a parameter"),
     ]
     if plan.seconds is not None:
         rows.append(("time", f"about {fmt.duration(plan.seconds)} (an estimate from a short probe)"))

@@ -16,7 +16,7 @@ from rich.text import Text
 from gptq_cli.display import format as fmt
 from gptq_cli.display.picture import method_text
 from gptq_cli.findings import Finding, Level, PreflightReport
-from gptq_cli.results import LinearReport, LoadReport, RunReport
+from gptq_cli.results import LinearReport, LoadReport, QuantizePlan, RunReport
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 LISTED = 5
@@ -114,8 +114,8 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [
         ("model", f"{report.model}{revision}"),
         ("checkpoint", recipe(report)),
-        ("size", f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_weight:.3f} bits a weight"),
-        ("quantized", f"{fmt.share(report.quantized_share)} of the parameters{dense}"),
+        ("size", f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_parameter:.3f} bits a parameter"),
+        ("quantized", f"{quantized_text(report)}{dense}"),
         ("calibration", f"{report.calibration_source}, {tokens}, seed {report.seed}"),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),
@@ -131,6 +131,12 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     rows.append(("fallbacks", _fallbacks(report)))
     rows += listed("warnings", [Text(text, style="yellow", overflow="fold") for text in report.warnings])
     return rows
+
+
+def quantized_text(report: RunReport | QuantizePlan) -> str:
+    """`78.9 % of the parameters, at 4.358 bits a weight`."""
+    share = fmt.share(report.quantized_share)
+    return f"{share} of the parameters, at {report.bits_per_weight:.3f} bits a weight"
 
 
 def listed(label: str, values: Sequence[RenderableType]) -> list[tuple[str, RenderableType]]:

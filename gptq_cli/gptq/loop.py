@@ -14,7 +14,8 @@ batch goes through in sub-blocks of 16 columns, so that most of its updates are 
 Group parameters are either *dynamic*, read from the current columns - feedback included - when the first
 column of the group comes up; or *static*, found on W before the loop, which leaves the solver free to take
 columns in any order while groups stay where they are. The original code reads columns that are stale when
-group_size is smaller than a column batch; here codes do not depend on the column batch.
+group_size is smaller than a column batch; here the column batch changes nothing but the order in which sums
+are rounded. That is not nothing: a code that falls the other way changes the feedback of all later columns.
 
     config                      order of columns        groups                    g_idx
     act_order "static"          falling H_kk            in place, static          k // group_size

@@ -63,7 +63,8 @@ def quantize_linears(
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
     _refuse_nonfinite([*weights, *(targets or ())], H, grid)
     K = H.shape[0]
-    g = K if config.group_size == -1 else min(config.group_size, K)
+    group = config.for_columns([K]).group_columns
+    g = K if group == -1 else min(group, K)
     rows = [weight.shape[0] for weight in weights]
     goals = weights if targets is None else targets
 

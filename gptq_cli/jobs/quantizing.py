@@ -7,7 +7,7 @@ before a weight is read; `dry_run` stops there.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
@@ -30,7 +30,7 @@ from gptq_cli.preflight.budget import block_linears, micro_batch_tokens, packed_
 from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.facts import model_facts
 from gptq_cli.preflight.probe import estimate_seconds
-from gptq_cli.preflight.report import map_report, quantize_plan
+from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
 from gptq_cli.results import MapReport, RunReport, document
 
@@ -50,6 +50,7 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     if not judged.findings.ok or placement is None or tokens is None:
         raise refusal(judged.findings)
     tally(_header(job, judged, placement, tokens))
+    job = replace(job, quantize=judged.work.quantize)
     run = EngineRun(
         skeleton=judged.skeleton,
         placement=placement,
@@ -91,7 +92,7 @@ def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
         max_memory=job.max_memory,
         report=judged.findings,
         given=job.devices is not None,
-        plan=quantize_plan(judged.facts, judged.work, _seconds(job, judged)),
+        plan=quantize_plan(judged.facts, Work(job.quantize, job.calibration), _seconds(job, judged)),
     )
 
 
@@ -130,7 +131,7 @@ def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
     return _Judged(
         skeleton=skeleton,
         facts=facts,
-        work=Work(job.quantize, job.calibration),
+        work=Work(job.quantize, job.calibration).on(facts),
         budgets=budgets,
         tokens=tokens,
         resolution=resolution,
@@ -156,14 +157,16 @@ def _tokens(
 
 
 def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
-    config = job.quantize
+    config = judged.work.quantize
+    chosen = group_reason(job.quantize.group_size)
+    group = f"group {config.group_columns}{f' ({chosen})' if chosen else ''}"
     zeros = "symmetric" if config.sym else "asymmetric"
     return RunStarted(
         command="quantize",
         model=job.model.model,
         out=job.out,
         settings=(
-            ("bits", f"{config.bits}, group {config.group_size}, {zeros}"),
+            ("bits", f"{config.bits}, {group}, {zeros}"),
             ("order", "desc_act" if config.desc_act else config.act_order),
             ("dtype", _dtype_words(judged, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),

@@ -31,7 +31,7 @@ def placed(
     job: QuantizeJob | InspectJob, skeleton: Skeleton, facts: ModelFacts
 ) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
     """The devices, the map resolved on them, and the findings about both and about the job."""
-    work = Work(job.quantize, job.calibration)
+    work = Work(job.quantize, job.calibration).on(facts)
     budgets = job.devices or present_devices()
     resolution = resolve(
         job.device_map,
@@ -53,6 +53,7 @@ def placed(
         devices=devices,
         capabilities=() if job.devices else capabilities(devices),
         targets=job.targets,
+        asked=job.asked if isinstance(job, InspectJob) else None,
     )
     return budgets, resolution, resolution.report + findings
 

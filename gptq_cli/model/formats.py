@@ -73,7 +73,7 @@ def quantization_dict(
     """What we write. `dense_patterns`: regular expressions of modules inside blocks that stay dense."""
     result: dict[str, Any] = {
         "bits": quantize.bits,
-        "group_size": quantize.group_size,
+        "group_size": quantize.group_columns,
         "sym": quantize.sym,
         "desc_act": quantize.desc_act,
         "quant_method": "gptq",

@@ -80,7 +80,7 @@ def packed_format(quantize: QuantizeConfig) -> PackedFormat:
     """The stored form that a configuration leads to."""
     return PackedFormat(
         bits=quantize.bits,
-        group_size=quantize.group_size,
+        group_size=quantize.group_columns,
         sym=quantize.sym,
         desc_act=quantize.desc_act,
         checkpoint_format=quantize.checkpoint_format,

@@ -192,6 +192,7 @@ def packed_bytes(linear: LinearFact, config: QuantizeConfig) -> int:
 
 def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
     """Bytes of all tensors of the checkpoint to be written."""
+    config = config.for_columns(linear.in_features for linear in facts.linears)
     weights = sum(linear.in_features * linear.out_features for linear in facts.linears)
     parameters = sum(tensor.size_bytes for tensor in facts.tensors if not tensor.buffer)
     return (

@@ -6,10 +6,12 @@ torch, so the same rule judges this machine and one that `--devices` describes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
-from gptq_cli.device import Device
+from gptq_cli.device import CPU, Device
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
@@ -22,6 +24,10 @@ class Work:
 
     quantize: QuantizeConfig
     calibration: CalibrationConfig
+
+    def on(self, facts: ModelFacts) -> Work:
+        """The same for a model: the group size is a number."""
+        return replace(self, quantize=self.quantize.for_columns(x.in_features for x in facts.linears))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,18 @@ class MapCase:
     environment: Environment = Environment()
     given: bool = False
     """The budgets come from --devices."""
+    repair: str = ""
+    """Options that a hint offers in place of `spec`, see `preflight.repair`; "": not worked out."""
+
+    def listed(self, device: Device) -> bool:
+        """False where --max-memory names devices and not this one: nothing may be placed there."""
+        return self.max_memory is None or self.max_memory.get(device) is not None
 
     def limit(self, device: Device) -> int | None:
-        """Bytes of `device` that may be used; None where it is not there."""
+        """Bytes of `device` that may be used; None where it is not there.
+
+        Where --max-memory does not list the cpu, this process still needs its memory: the free bytes.
+        """
         for budget in self.budgets:
             if budget.device == device:
                 wanted = self.max_memory.get(device) if self.max_memory else None
@@ -58,7 +73,24 @@ class MapCase:
     def accelerators(self) -> tuple[Device, ...]:
         """The accelerators that are there and may hold something, in order."""
         found = (b.device for b in self.budgets if b.device.is_accelerator)
-        return tuple(sorted(device for device in found if self.limit(device)))
+        return tuple(sorted(device for device in found if self.limit(device) and self.listed(device)))
+
+    @property
+    def cpu_room(self) -> int | None:
+        """Bytes that may be used on cpu for weights; None where it is not there, or not to be used."""
+        return self.limit(CPU) if self.listed(CPU) else None
+
+    @property
+    def unlisted(self) -> tuple[DeviceBudget, ...]:
+        """Devices that are there, but that --max-memory leaves out."""
+        return tuple(budget for budget in self.budgets if not self.listed(budget.device))
+
+    def with_unlisted(self, devices: Collection[Device]) -> MaxMemory:
+        """--max-memory with all free memory of `devices`, in whole MiB, and without what is not there."""
+        listed = self.max_memory.limits if self.max_memory else ()
+        kept = tuple((device, size) for device, size in listed if self.limit(device) is not None)
+        added = tuple((b.device, b.free_bytes >> 20 << 20) for b in self.unlisted if b.device in devices)
+        return MaxMemory(kept + added)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +100,10 @@ class PlacedCase:
     case: MapCase
     placement: Placement
     plans: tuple[DevicePlan, ...]
-    without_cpu: str = ""
-    """What would keep everything on the accelerators, and its price; "" where nothing simple does."""
+    without_offload: str = ""
+    """What would end the offload to cpu, as a hint; "" where nothing simple does."""
+    on_accelerators: str = ""
+    """What would use the accelerators that a plain CPU run leaves idle, as a hint; "" where nothing fits."""
 
     @property
     def offload(self) -> tuple[str, ...]:
@@ -106,6 +140,13 @@ class OutputFacts:
     """Length of the last component, encoded."""
     longest_name_bytes: int = 255
     """What the file system allows."""
+    free: str = ""
+    """A place beside it where nothing is yet."""
+
+    @property
+    def elsewhere(self) -> str:
+        """The option that avoids what is there."""
+        return f"--out {shlex.quote(self.free)}" if self.free else "give another --out"
 
 
 @dataclass(frozen=True, slots=True)

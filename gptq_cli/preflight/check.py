@@ -21,11 +21,14 @@ def check_quantize(
     devices: tuple[Device, ...] = (),
     capabilities: tuple[Capability, ...] = (),
     targets: tuple[Target, ...] = (),
+    asked: frozenset[str] | None = None,
 ) -> PreflightReport:
     """All findings about files, sizes, calibration, dtype, readers and output; never raises.
 
-    `output` None leaves the rules about the output out; `devices` are those that will compute.
+    `output` None leaves the rules about the output out; `devices` are those that will compute. `asked`: what
+    the checkpoint would hold is judged by these fields of the QuantizeConfig alone; None: by all.
     """
+    work = work.on(facts)
     case = JobCase(
         facts=facts,
         work=work,
@@ -37,5 +40,16 @@ def check_quantize(
         targets=targets,
     )
     rules = (*rules_source.RULES, *rules_quantize.RULES, *rules_readers.RULES, *rules_output.RULES)
-    found = tuple(finding for rule in rules for finding in rule(case))
+    judged = [r for r in rules if asked is None or r not in _ABOUT_CODES or _ABOUT_CODES[r] & asked]
+    found = tuple(finding for rule in judged for finding in rule(case))
     return PreflightReport(PreflightReport(found).ordered())
+
+
+_ABOUT_CODES = {
+    rules_quantize.group_divides: {"group_size"},
+    rules_quantize.group_too_large: {"group_size"},
+    rules_quantize.packing_rows: {"bits"},
+    rules_quantize.packing_columns: {"bits"},
+    rules_readers.readers_lost: {"bits", "group_size", "sym", "desc_act"},
+}
+"""Rules about what the checkpoint would hold, and the fields that they judge."""

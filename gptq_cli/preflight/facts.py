@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -137,7 +138,16 @@ def output_facts(out: str, model_directory: Path | None) -> OutputFacts:
         free_bytes=shutil.disk_usage(parent).free,
         name_bytes=name_bytes,
         longest_name_bytes=longest,
+        free=_free_place(path, real),
     )
+
+
+def _free_place(path: Path, real: Path) -> str:
+    """A name beside `path` that nothing has: `out-2`, `out-3`, …; `real` is where it leads."""
+    named = path if path.name not in ("", "..") else real
+    stem = named.name or "model"
+    candidates = (named.parent / f"{stem}-{number}" for number in count(2))
+    return str(next(candidate for candidate in candidates if not os.path.lexists(candidate)))
 
 
 def capabilities(devices: Sequence[Device]) -> tuple[Capability, ...]:

@@ -66,7 +66,7 @@ class Problem:
         sets = work_sets(case.facts, case.work, parked=parked).values()
         self.work = max(sets, key=lambda one: one.total_bytes, default=WorkSet())
         self.largest_block = max((unit.size_bytes for unit in self.units if unit.block), default=0)
-        cpu = case.limit(CPU)
+        cpu = case.cpu_room
         self.cpu_room = max(0, int(share * cpu) - CPU_BASELINE_BYTES) if cpu is not None else 0
 
     def room(self, device: Device) -> int:
@@ -300,8 +300,12 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
 
 def _cpu_plan(case: MapCase) -> Plan:
     """No accelerator: a plain CPU run, judged by the memory rules like any other."""
+    if not case.listed(CPU):
+        return Plan(None, (), parked=False, tried=("--max-memory lists no device that can hold the model",))
+    there = any(budget.device.is_accelerator for budget in case.budgets)
+    why = "--max-memory leaves no accelerator" if there else "there is no accelerator"
     for parked in (True, False):
-        made = place(case.facts, lambda name: CPU, "everything on cpu: there is no accelerator", CPU)
+        made = place(case.facts, lambda name: CPU, f"everything on cpu: {why}", CPU)
         if made is None:
             raise ValueError("cpu covers every tensor")
         plans = device_plans(made, case, parked=parked)

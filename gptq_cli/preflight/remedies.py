@@ -25,6 +25,11 @@ class Remedy:
         return f"{self.change} ({self.price})"
 
 
+def alternatives(remedies: tuple[Remedy, ...]) -> str:
+    """`one; or two; or three`: the form of a hint with a choice, see `findings.Finding.hint`."""
+    return "; or ".join(str(remedy) for remedy in remedies)
+
+
 def less_work(case: MapCase, fits: Fits) -> Remedy | None:
     """The first way of asking for less work that fits."""
     return next((remedy for remedy, changed in _less_work(case) if fits(changed)), None)
@@ -48,6 +53,11 @@ def _candidates(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
     """Changes in order of price: free ones, less data, less precision, less speed."""
     if case.max_memory is not None:
         yield Remedy("leave --max-memory out", "uses all free memory"), replace(case, max_memory=None)
+        if case.unlisted:
+            left = [budget.device for budget in case.unlisted]
+            wider = case.with_unlisted(left)
+            price = f"uses {' and '.join(map(str, left))}, too"
+            yield Remedy(f'--max-memory "{wider}"', price), replace(case, max_memory=wider)
     if case.spec.strategy != "auto":
         yield Remedy("--device-map auto", "our own plan"), replace(case, spec=DeviceMap(strategy="auto"))
     if not case.given and any(b.free_bytes < 0.9 * b.total_bytes for b in case.budgets):
@@ -69,7 +79,7 @@ def _candidates(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
             Remedy("--dtype bfloat16", "half the memory of weights, rounded to 8 bits"),
             replace(case, facts=facts),
         )
-    if case.accelerators and case.limit(CPU) is not None:
+    if case.accelerators and case.cpu_room is not None:
         changed = replace(case, spec=DeviceMap.parse("cpu"))
         yield Remedy("--device-map cpu", "no accelerator: many times slower"), changed
 
@@ -114,8 +124,10 @@ def _larger_card(case: MapCase, fits: Fits) -> list[Remedy]:
 
 def _more_memory(case: MapCase, fits: Fits) -> list[Remedy]:
     """How much more main memory, or how many more of the largest accelerator, would do."""
-    found = []
+    found: list[Remedy] = []
     base = replace(case, max_memory=None, spec=DeviceMap(strategy="auto"))
+    if fits(base):  # there is enough: it may only not be used
+        return found
     cpu = case.limit(CPU) or 0
     for more in (8, 16, 32, 64, 128, 256, 512, 1024):
         budgets = tuple(b for b in case.budgets if b.device != CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from gptq_cli.config import AUTO_GROUPS, GroupSize
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.findings import PreflightReport
 from gptq_cli.placement import DeviceBudget, LinearFact, ModelFacts
@@ -59,19 +60,29 @@ def _verdict(report: PreflightReport) -> Verdict:
     return "fits with warnings" if warned else "fits"
 
 
+def group_reason(asked: GroupSize) -> str:
+    """Where the group size comes from; "" where it was asked for."""
+    listed = ", ".join(str(size) for size in AUTO_GROUPS)
+    return f"auto: the largest of {listed} that divides every linear" if asked == "auto" else ""
+
+
 def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> QuantizePlan:
     """What `--dry-run` adds. `seconds` is an estimate made elsewhere, None without one."""
+    reason = group_reason(work.quantize.group_size)
+    work = work.on(facts)
     config, data = work.quantize, work.calibration
     weights = sum(x.in_features * x.out_features for x in facts.linears)
     stored = sum(packed_bytes(x, config) for x in facts.linears)
     return QuantizePlan(
         bits=config.bits,
-        group_size=config.group_size,
+        group_size=config.group_columns,
+        group_reason=reason,
         blocks=len(facts.blocks),
         linears=len(facts.linears),
         stages=_stage_plans(facts),
         quantized_share=weights / max(1, facts.parameters),
         bits_per_weight=8 * stored / max(1, weights),
+        bits_per_parameter=8 * quantized_bytes(facts, config) / max(1, facts.parameters),
         size_before_bytes=sum(t.size_bytes for t in facts.tensors if not t.buffer),
         size_after_bytes=quantized_bytes(facts, config),
         samples=data.samples,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gptq_cli.device import Device
+from gptq_cli.device import CPU, Device
 from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.errors import DiskOffloadRefused, PreflightRefused
 from gptq_cli.findings import Finding, PreflightReport
@@ -13,7 +13,8 @@ from gptq_cli.preflight import rules_map, rules_memory, rules_placement
 from gptq_cli.preflight.budget import device_plans
 from gptq_cli.preflight.cases import Environment, MapCase, PlacedCase, Work
 from gptq_cli.preflight.planner import Plan, make_plan
-from gptq_cli.preflight.remedies import less_work
+from gptq_cli.preflight.remedies import Remedy, alternatives, less_work
+from gptq_cli.preflight.repair import repaired
 from gptq_cli.preflight.units import place
 from gptq_cli.results import DevicePlan
 
@@ -59,22 +60,94 @@ def resolve(
         environment=environment or Environment(),
         given=given,
     )
-    findings = [finding for rule in rules_map.RULES for finding in rule(case)]
-    plan = make_plan(case.spec.strategy, case) if case.spec.strategy else _from_rules(case)
+    findings = _about_the_map(case)
+    if any(finding.rule in _REPAIRED for finding in findings):
+        case = replace(case, repair=_repair(case))
+        findings = _about_the_map(case)
+    plan = _planned(case)
     findings += rules_memory.disk_offload(case, plan, _fits)
     findings += rules_memory.no_plan_fits(case, plan if case.spec.strategy else None, _fits)
     if plan is None or plan.placement is None:
         return Resolution(None, (), parked=False, offload=(), offload_skipped=(), report=_report(findings))
-    remedy = less_work(case, _fits_without_cpu) if plan.placement.offloaded and case.spec.strategy else None
-    placed = PlacedCase(
-        case=case, placement=plan.placement, plans=plan.plans, without_cpu=str(remedy) if remedy else ""
-    )
-    findings += [finding for rule in rules_placement.RULES for finding in rule(placed)]
+    placed = PlacedCase(case=case, placement=plan.placement, plans=plan.plans)
+    found = _about_the_placement(placed)
+    if any(finding.rule in _REPAIRED for finding in found) and not case.repair:
+        placed = replace(placed, case=replace(case, repair=_repair(case)))
+        found = _about_the_placement(placed)
+    findings += found
     findings += rules_memory.memory_budget(placed, _fits)
-    findings += rules_memory.memory_tight(placed)
+    findings += rules_memory.memory_tight(placed, _roomy)
     return Resolution(
         plan.placement, plan.plans, plan.parked, placed.offload, placed.offload_skipped, _report(findings)
     )
+
+
+_REPAIRED = frozenset(
+    {
+        "meta-device",
+        "device-absent",
+        "device-not-listed",
+        "unknown-module",
+        "uncovered-parameters",
+        "block-split",
+        "tied-split",
+    }
+)
+"""Rules that offer another map."""
+
+
+def _about_the_map(case: MapCase) -> list[Finding]:
+    return [finding for rule in rules_map.RULES for finding in rule(case)]
+
+
+def _about_the_placement(placed: PlacedCase) -> list[Finding]:
+    case, everywhere = placed.case, placed.placement.devices
+    if placed.placement.offloaded:
+        placed = replace(placed, without_offload=_without_offload(case))
+    elif everywhere == (CPU,) and case.accelerators:
+        placed = replace(placed, on_accelerators=alternatives(_on_accelerators(case)))
+    return [finding for rule in rules_placement.RULES for finding in rule(placed)]
+
+
+def _without_offload(case: MapCase) -> str:
+    """Ways to do without offload: less work, our own plan, or no accelerator."""
+    if case.spec.strategy is not None:
+        less = less_work(case, _fits_without_cpu)
+        if less is not None:
+            return f"{less} keeps everything on accelerators"
+    found = []
+    if case.spec.strategy is None and _fits_without_cpu(replace(case, spec=DeviceMap(strategy="auto"))):
+        found.append(Remedy("--device-map auto", "everything on accelerators"))
+    if case.cpu_room is not None and _fits(replace(case, spec=DeviceMap.parse("cpu"))):
+        found.append(Remedy("--device-map cpu", "no hooks and no accelerator: slower"))
+    return alternatives(tuple(found))
+
+
+def _on_accelerators(case: MapCase) -> tuple[Remedy, ...]:
+    """Maps that use accelerators and fit."""
+    first, auto = str(case.accelerators[0]), DeviceMap(strategy="auto")
+    found = []
+    if _fits(replace(case, spec=DeviceMap.parse(first))):
+        found.append(Remedy(f"--device-map {first}", "everything there"))
+    if case.spec != auto and _fits(replace(case, spec=auto)):
+        found.append(Remedy("--device-map auto", "our own plan"))
+    return tuple(found)
+
+
+def _repair(case: MapCase) -> str:
+    """Options in place of a faulty map: the repaired one where it fits, or `auto`, then both with less work,
+    then no accelerator. Where nothing fits, the repaired map: the rules about memory say the rest."""
+    changed = repaired(case)
+    cases = [replace(case, spec=spec) for spec in (changed, DeviceMap(strategy="auto"))]
+    for one in cases:
+        if _fits(one):
+            return f'--device-map "{one.spec}"'
+    for one in cases:
+        remedy = less_work(one, _fits)
+        if remedy is not None:
+            return f'--device-map "{one.spec}" {remedy.change}'
+    cpu = DeviceMap.parse("cpu")
+    return f'--device-map "{cpu if _fits(replace(case, spec=cpu)) else changed}"'
 
 
 def _report(findings: list[Finding]) -> PreflightReport:
@@ -103,23 +176,33 @@ def _all_fit(case: MapCase, plans: tuple[DevicePlan, ...]) -> bool:
     return all(plan.fits for plan in plans if case.limit(Device.parse(plan.device)) is not None)
 
 
+def _roomy(case: MapCase) -> bool:
+    """Whether the case fits, and leaves room on every device."""
+    plan = _planned(case)
+    return plan is not None and _fits(case) and not rules_memory.tight(case, plan.plans)
+
+
+def _planned(case: MapCase) -> Plan | None:
+    return make_plan(case.spec.strategy, case) if case.spec.strategy else _from_rules(case)
+
+
 def _fits(case: MapCase) -> bool:
     """Whether the case would be accepted as far as devices and memory go; remedies are tried with this."""
-    plan = make_plan(case.spec.strategy, case) if case.spec.strategy else _from_rules(case)
+    plan = _planned(case)
     if plan is None or plan.placement is None:
         return False
     if any(device.kind == "disk" for device in plan.placement.devices):
         return False
     placed = PlacedCase(case=replace(case), placement=plan.placement, plans=plan.plans)
     refused = rules_placement.block_split(placed) or rules_placement.tied_split(placed)
-    absent = rules_map.device_absent(case) or rules_map.meta_device(case)
-    return _all_fit(case, plan.plans) and not refused and not absent
+    rules = (rules_map.device_absent, rules_map.meta_device, rules_map.device_not_listed)
+    return _all_fit(case, plan.plans) and not refused and not any(rule(case) for rule in rules)
 
 
 def _fits_without_cpu(case: MapCase) -> bool:
     """Whether a strategy would find a plan that leaves the cpu out."""
     plan = make_plan(case.spec.strategy or "auto", case)
-    return plan.placement is not None and not plan.placement.offloaded
+    return plan.placement is not None and CPU not in plan.placement.devices
 
 
 def refusal(report: PreflightReport) -> PreflightRefused:

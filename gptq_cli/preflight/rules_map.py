@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Iterable
 
-from gptq_cli.device import CPU, Device, format_size
-from gptq_cli.device_map import DeviceMap, DeviceRule
+from gptq_cli.device import Device, format_size
+from gptq_cli.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.findings import Finding
 from gptq_cli.preflight.cases import MapCase
+from gptq_cli.preflight.repair import (
+    beyond_last,
+    known_names,
+    nearest_names,
+    repaired,
+    tensor_names,
+)
 
 _SHOWN = 6
 
@@ -21,6 +26,11 @@ def names_text(names: Iterable[str]) -> str:
     return f"{text} and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else text
 
 
+def instead(case: MapCase) -> str:
+    """The option with a map that no rule refuses, for every hint about the map of `case`."""
+    return case.repair or f'--device-map "{repaired(case)}"'
+
+
 def meta_device(case: MapCase) -> list[Finding]:
     """The device map sends something to `meta`.
 
@@ -30,14 +40,13 @@ def meta_device(case: MapCase) -> list[Finding]:
     patterns = [rule.pattern for rule in case.spec.rules if rule.device.kind == "meta"]
     if not patterns:
         return []
-    repaired = _replaced(case.spec, "meta", CPU)
     return [
         Finding(
             rule="meta-device",
             level="error",
             subject=_patterns_text(patterns),
             message="'meta' holds no data, so nothing can be quantized there; allowed: an accelerator or cpu",
-            hint=f'--device-map "{repaired}"',
+            hint=instead(case),
             modules=tuple(patterns),
         )
     ]
@@ -51,40 +60,76 @@ def device_absent(case: MapCase) -> list[Finding]:
     there = [budget.device for budget in case.budgets]
     listed = ", ".join(str(device) for device in there)
     where = "in --devices" if case.given else "on this machine"
-    found = []
-    for device in case.spec.devices:
-        if device.kind in ("disk", "meta") or device in there:
-            continue
-        patterns = [rule.pattern for rule in case.spec.rules if rule.device == device]
-        closest = _closest_device(device, there)
-        found.append(
-            Finding(
-                rule="device-absent",
-                level="error",
-                subject=str(device),
-                message=f"{device} is not {where}; there: {listed}",
-                hint=f'--device-map "{_replaced(case.spec, device, closest)}"',
-                modules=tuple(patterns),
-            )
+    absent = [d for d in case.spec.devices if d.kind not in ("disk", "meta") and d not in there]
+    hint = instead(case) if absent else ""
+    found = [
+        Finding(
+            rule="device-absent",
+            level="error",
+            subject=str(device),
+            message=f"{device} is not {where}; there: {listed}",
+            hint=hint,
+            modules=tuple(rule.pattern for rule in case.spec.rules if rule.device == device),
         )
-    for device, _ in case.max_memory.limits if case.max_memory else ():
-        if device not in there:
-            found.append(
-                Finding(
-                    rule="device-absent",
-                    level="error",
-                    subject="--max-memory",
-                    message=f"--max-memory names {device}, which is not there; there: {listed}",
-                    hint=f"take {device} out of --max-memory",
-                )
-            )
-    return found
+        for device in absent
+    ]
+    limits = case.max_memory.limits if case.max_memory else ()
+    present = MaxMemory(tuple((device, limit) for device, limit in limits if device in there))
+    return found + [
+        Finding(
+            rule="device-absent",
+            level="error",
+            subject="--max-memory",
+            message=f"--max-memory names {device}, which is not {where}; there: {listed}",
+            hint=f'--max-memory "{present}"' if present.limits else "leave --max-memory out",
+        )
+        for device, _ in limits
+        if device not in there
+    ]
 
 
-def _closest_device(device: Device, there: list[Device]) -> Device:
-    same = [other for other in there if other.kind == device.kind]
-    accelerators = [other for other in there if other.is_accelerator]
-    return max(same or accelerators or [CPU])
+def device_not_listed(case: MapCase) -> list[Finding]:
+    """The device map sends something to a device that --max-memory does not list.
+
+    As in accelerate, --max-memory says which devices may be used at all, not only how much of each.
+    """
+    if case.max_memory is None:
+        return []
+    missing = [
+        device for device in case.spec.devices if case.limit(device) is not None and not case.listed(device)
+    ]
+    if not missing:
+        return []
+    listed = ", ".join(str(device) for device, _ in case.max_memory.limits)
+    wider = f'--max-memory "{case.with_unlisted(missing)}"'
+    return [
+        Finding(
+            rule="device-not-listed",
+            level="error",
+            subject=str(device),
+            message=f"the device map uses {device}, but --max-memory lists only {listed}",
+            hint=f"{wider}; or {instead(case)}",
+            modules=tuple(rule.pattern for rule in case.spec.rules if rule.device == device),
+        )
+        for device in missing
+    ]
+
+
+def max_memory_unlisted(case: MapCase) -> list[Finding]:
+    """Devices are there that --max-memory does not list, so nothing is placed on them, as in accelerate."""
+    left = [b.device for b in case.unlisted if b.free_bytes and b.device not in case.spec.devices]
+    if not left:
+        return []
+    names = " and ".join(str(device) for device in left)
+    return [
+        Finding(
+            rule="max-memory-unlisted",
+            level="note",
+            subject=", ".join(str(device) for device in left),
+            message=f"--max-memory does not list {names}, so nothing is placed there",
+            hint=f'--max-memory "{case.with_unlisted(left)}" (uses {names}, too)',
+        )
+    ]
 
 
 def unknown_module(case: MapCase) -> list[Finding]:
@@ -92,42 +137,35 @@ def unknown_module(case: MapCase) -> list[Finding]:
 
     accelerate only warns about such a key, and the modules that were meant go wherever the rest goes.
     """
-    known = _known_names(case)
-    found = []
-    for rule in case.spec.rules:
-        if not rule.pattern or any(rule.covers(name) for name in known):
-            continue
-        guesses = _did_you_mean(rule.pattern, known)
-        hint = f"did you mean {' or '.join(guesses)}?" if guesses else f"top-level names: {_top_names(known)}"
-        found.append(
-            Finding(
-                rule="unknown-module",
-                level="error",
-                subject=rule.pattern,
-                message=f"no module or tensor of {case.facts.architecture} is called {rule.pattern!r}",
-                hint=hint,
-                modules=(rule.pattern,),
-            )
+    known = known_names(case.facts)
+    unknown = [
+        rule.pattern
+        for rule in case.spec.rules
+        if rule.pattern and not any(rule.covers(name) for name in known)
+    ]
+    offer = instead(case) if unknown else ""
+    return [
+        Finding(
+            rule="unknown-module",
+            level="error",
+            subject=pattern,
+            message=f"no module or tensor of {case.facts.architecture} is called {pattern!r}",
+            hint=f"{offer} ({_meant(pattern, known)})",
+            modules=(pattern,),
         )
-    return found
+        for pattern in unknown
+    ]
 
 
-def _known_names(case: MapCase) -> list[str]:
-    tied = [name for group in case.facts.tied for name in group]
-    return list(dict.fromkeys([*case.facts.modules, *(tensor.name for tensor in case.facts.tensors), *tied]))
-
-
-def _did_you_mean(pattern: str, known: list[str]) -> list[str]:
-    depth = pattern.count(".")
-    numbers = re.search(r"\d+(-\d+)?", pattern)
-    candidates: dict[str, None] = {}
-    for name in known:
-        if abs(name.count(".") - depth) <= 1:
-            shown = re.sub(r"\d+", numbers.group(), name, count=1) if numbers else name
-            candidates[shown] = None
-    close = difflib.get_close_matches(pattern, list(candidates), n=2, cutoff=0.6)
-    same_end = [name for name in candidates if name.rpartition(".")[2] == pattern.rpartition(".")[2]]
-    return list(dict.fromkeys([*close, *same_end]))[:2]
+def _meant(pattern: str, known: list[str]) -> str:
+    """What stands in the place of a name that does not exist."""
+    there = beyond_last(pattern, known)
+    if there is not None:
+        return f"there is {there}"
+    guesses = nearest_names(pattern, known)
+    if guesses:
+        return f"{' or '.join(guesses)} for {pattern}"
+    return f"without {pattern}; top-level names: {_top_names(known)}"
 
 
 def _top_names(known: list[str]) -> str:
@@ -145,21 +183,19 @@ def uncovered_parameters(case: MapCase) -> list[Finding]:
     if case.spec.strategy is not None:
         return []
     tensors = {tensor.name: tensor for tensor in case.facts.tensors}
-    tied = [name for group in case.facts.tied for name in group if name not in tensors]
-    parameters = [t.name for t in case.facts.tensors if not t.buffer] + tied
+    parameters = tensor_names(case.facts, buffers=False)
     uncovered = [name for name in parameters if case.spec.rule_for(name) is None]
     if not uncovered:
         return []
     owners = list(dict.fromkeys(_owner(name, case.facts.blocks) for name in uncovered))
     size = sum(tensors[name].size_bytes for name in uncovered if name in tensors)
-    main = next((d for d in case.spec.devices if d.is_accelerator), CPU)
     return [
         Finding(
             rule="uncovered-parameters",
             level="error",
             subject=names_text(owners),
             message=f"{len(uncovered)} parameters ({format_size(size)}) have no device in the device map",
-            hint=f'--device-map "{case.spec},rest={main}"',
+            hint=instead(case),
             modules=tuple(owners),
             size_bytes=size,
         )
@@ -216,25 +252,23 @@ def _device(spec: DeviceMap, name: str) -> Device | None:
 
 def rule_without_effect(case: MapCase) -> list[Finding]:
     """A rule of the device map decides nothing, because more specific rules cover all that it covers."""
-    names = [tensor.name for tensor in case.facts.tensors]
-    names += [name for group in case.facts.tied for name in group if name not in set(names)]
+    names = tensor_names(case.facts)
     deciding: set[DeviceRule] = set()
     for name in names:
         rule = case.spec.rule_for(name)
         if rule is not None:
             deciding.add(rule)
-    found = []
-    for rule in case.spec.rules:
-        covers_something = any(rule.covers(name) for name in names)
-        if rule in deciding or not covers_something:
-            continue
+    idle = [rule for rule in case.spec.rules if rule not in deciding]
+    idle = [rule for rule in idle if any(rule.covers(name) for name in names)]
+    found, offer = [], instead(case) if idle else ""
+    for rule in idle:
         found.append(
             Finding(
                 rule="rule-without-effect",
                 level="warning",
                 subject=rule.pattern or "rest",
                 message=f"{str(rule)!r} decides nothing: more specific or later rules cover all of it",
-                hint="take it out, or make it more specific",
+                hint=f"{offer} (without it)",
             )
         )
     return found
@@ -294,22 +328,15 @@ def _patterns_text(patterns: list[str]) -> str:
     return names_text(pattern or "rest" for pattern in patterns)
 
 
-def _replaced(spec: DeviceMap, old: str | Device, new: Device) -> DeviceMap:
-    """The same map with `new` for a device or for all devices of a kind."""
-    rules = tuple(
-        DeviceRule(rule.pattern, new) if old in (rule.device, rule.device.kind) else rule
-        for rule in spec.rules
-    )
-    return DeviceMap(rules=rules)
-
-
 RULES = (
     meta_device,
     device_absent,
+    device_not_listed,
     unknown_module,
     uncovered_parameters,
     prefix_collision,
     rule_without_effect,
     max_memory_above_free,
+    max_memory_unlisted,
     environment,
 )

@@ -9,7 +9,8 @@ from gptq_cli.device_map import DeviceMap, DeviceRule
 from gptq_cli.findings import Finding
 from gptq_cli.preflight.cases import MapCase, PlacedCase
 from gptq_cli.preflight.planner import Plan
-from gptq_cli.preflight.remedies import Fits, Remedy, cheapest
+from gptq_cli.preflight.remedies import Fits, Remedy, alternatives, cheapest, less_work
+from gptq_cli.preflight.repair import repaired
 from gptq_cli.results import DevicePlan
 
 _TIGHT = 0.05
@@ -42,8 +43,15 @@ def memory_budget(placed: PlacedCase, fits: Fits) -> list[Finding]:
     ]
 
 
-def memory_tight(placed: PlacedCase) -> list[Finding]:
+def tight(case: MapCase, plans: tuple[DevicePlan, ...]) -> list[DevicePlan]:
+    """The plans that fit, but leave less than 5 % of their device."""
+    return [p for p in plans if _known(case, p) and p.fits and p.spare_bytes < _TIGHT * p.limit_bytes]
+
+
+def memory_tight(placed: PlacedCase, roomy: Fits) -> list[Finding]:
     """The plan fits, but leaves less than 5 % of a device: other processes or fragmentation may take that."""
+    plans = tight(placed.case, placed.plans)
+    remedy = less_work(placed.case, roomy) if plans else None
     return [
         Finding(
             rule="memory-tight",
@@ -53,11 +61,10 @@ def memory_tight(placed: PlacedCase) -> list[Finding]:
                 f"{plan.device} needs {format_size(plan.needed_bytes)} of {format_size(plan.limit_bytes)}; "
                 f"{format_size(plan.spare_bytes)} would be left"
             ),
-            hint="--batch-size 1 or fewer --samples leave more",
+            hint=str(remedy) if remedy else "end other processes before they take what is left",
             size_bytes=plan.needed_bytes,
         )
-        for plan in placed.plans
-        if _known(placed.case, plan) and plan.fits and plan.spare_bytes < _TIGHT * plan.limit_bytes
+        for plan in plans
     ]
 
 
@@ -128,10 +135,7 @@ def parts_text(plan: DevicePlan) -> str:
 
 def remedies_text(remedies: tuple[Remedy, ...]) -> str:
     """`one; or two; or three`."""
-    return (
-        "; or ".join(str(remedy) for remedy in remedies)
-        or "use a smaller model or a machine with more memory"
-    )
+    return alternatives(remedies) or "use a smaller model or a machine with more memory"
 
 
 def _known(case: MapCase, plan: DevicePlan) -> bool:
@@ -151,10 +155,19 @@ def _without_disk(case: MapCase, fits: Fits) -> str:
         rules = tuple(
             DeviceRule(r.pattern, device) if r.device.kind == "disk" else r for r in case.spec.rules
         )
-        changed = DeviceMap(rules=rules)
+        changed = repaired(replace(case, spec=DeviceMap(rules=rules)))
         if fits(replace(case, spec=changed)):
             return f'--device-map "{changed}"'
     if fits(replace(case, spec=DeviceMap(strategy="auto"))):
         return "--device-map auto"
     without = tuple(DeviceRule(r.pattern, CPU) if r.device.kind == "disk" else r for r in case.spec.rules)
-    return remedies_text(cheapest(replace(case, spec=DeviceMap(rules=without)), fits))
+    changed = repaired(replace(case, spec=DeviceMap(rules=without)))
+    remedies = cheapest(replace(case, spec=changed), fits)
+    return remedies_text(tuple(_together(changed, remedy) for remedy in remedies))
+
+
+def _together(changed: DeviceMap, remedy: Remedy) -> Remedy:
+    """The remedy of a changed map, with the change: it alone would leave the map as it was."""
+    if "--device-map" in remedy.change or not remedy.change.startswith("--"):
+        return remedy
+    return replace(remedy, change=f'--device-map "{changed}" {remedy.change}')

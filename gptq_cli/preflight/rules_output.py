@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-
 from gptq_cli.device import format_size
 from gptq_cli.findings import Finding
 from gptq_cli.preflight.budget import quantized_bytes
@@ -24,7 +22,7 @@ def output_is_model(case: JobCase) -> list[Finding]:
             level="error",
             subject="--out",
             message=f"{out.out} is or holds the directory of the model itself",
-            hint=f"--out {shlex.quote(out.out.rstrip('/') + '-gptq')}",
+            hint=out.elsewhere,
         )
     ]
 
@@ -39,12 +37,12 @@ def output_exists(case: JobCase) -> list[Finding]:
     if out.is_checkpoint and case.overwrite:
         return []
     if not out.is_directory:
-        what, hint = "exists and is no directory", "give another --out"
+        what, hint = "exists and is no directory", out.elsewhere
     elif not out.is_checkpoint:
         what = "holds something else than a quantized model, which --overwrite does not touch"
-        hint = "give another --out, or remove the directory yourself"
+        hint = f"{out.elsewhere}; or remove the directory yourself"
     else:
-        what, hint = "exists", "add --overwrite, or give another --out"
+        what, hint = "exists", f"--overwrite (replaces it as the last act); or {out.elsewhere}"
     return [
         Finding(rule="output-exists", level="error", subject="--out", message=f"{out.out} {what}", hint=hint)
     ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 from gptq_cli.device import CPU, Device, format_size
-from gptq_cli.device_map import DeviceMap
+from gptq_cli.device_map import DeviceMap, DeviceRule
 from gptq_cli.findings import Finding
 from gptq_cli.placement import PlacementEntry
 from gptq_cli.preflight.cases import PlacedCase
-from gptq_cli.preflight.rules_map import names_text
+from gptq_cli.preflight.rules_map import instead, names_text
 
 
 def block_split(placed: PlacedCase) -> list[Finding]:
@@ -19,7 +19,7 @@ def block_split(placed: PlacedCase) -> list[Finding]:
     inputs are on one device. accelerate would move activations to and fro inside every forward, where it can.
     """
     found = []
-    entries = placed.placement.entries
+    entries, offer = placed.placement.entries, ""
     for block in placed.case.facts.blocks:
         parts = [entry for entry in entries if entry.name.startswith(block + ".")]
         devices = sorted({entry.device for entry in parts})
@@ -27,13 +27,14 @@ def block_split(placed: PlacedCase) -> list[Finding]:
             continue
         best = max(devices, key=lambda device: _bytes_on(parts, device))
         fewer = [entry.name for entry in parts if entry.device != best]
+        offer = offer or instead(placed.case)
         found.append(
             Finding(
                 rule="block-split",
                 level="error",
                 subject=block,
                 message=f"the block is split over {' and '.join(map(str, devices))}; it works on one device",
-                hint=f"send all of it to one device: {block}={best}, without a rule for {names_text(fewer)}",
+                hint=f"{offer} (all of {block} on {best})",
                 modules=tuple(fewer),
                 size_bytes=sum(entry.size_bytes for entry in parts if entry.device != best),
             )
@@ -65,7 +66,7 @@ def tied_split(placed: PlacedCase) -> list[Finding]:
                 level="error",
                 subject=owners[-1],
                 message=f"{' and '.join(owners)} share one tensor, but the device map has {said}",
-                hint=f"write {owners[-1]}={first} in --device-map",
+                hint=f"{instead(placed.case)} (all of them on {first})",
                 modules=tuple(owners),
             )
         )
@@ -89,7 +90,7 @@ def block_order(placed: PlacedCase) -> list[Finding]:
             level="warning",
             subject="device map",
             message=f"blocks change devices {len(changes)} times; {needed} would do",
-            hint=f'give each device one run of blocks, for example --device-map "{_contiguous(homes)}"',
+            hint=f'--device-map "{_contiguous(placed, homes)}" (each device has one run of blocks)',
             modules=tuple(changes),
         )
     ]
@@ -99,16 +100,20 @@ def _whole(placed: PlacedCase, block: str) -> bool:
     return not any(entry.name.startswith(block + ".") for entry in placed.placement.entries)
 
 
-def _contiguous(homes: list[tuple[str, Device]]) -> str:
-    """The same number of blocks a device, each device one run; the rest goes where the first block is."""
+def _contiguous(placed: PlacedCase, homes: list[tuple[str, Device]]) -> DeviceMap:
+    """The same number of blocks a device, each device one run; rules for what is no block stay."""
     prefix = homes[0][0].rpartition(".")[0]
-    parts, start = [], 0
+    rules, start = [], 0
     for device in dict.fromkeys(device for _, device in homes):
         count = sum(1 for _, home in homes if home == device)
         end = start + count - 1
-        parts.append(f"{prefix}.{start}-{end}={device}" if count > 1 else f"{prefix}.{start}={device}")
+        rules.append(DeviceRule(f"{prefix}.{start}-{end}" if count > 1 else f"{prefix}.{start}", device))
         start = end + 1
-    return ",".join([*parts, f"rest={homes[0][1]}"])
+    blocks = tuple(f"{block}." for block in placed.case.facts.blocks)
+    outside = [t.name for t in placed.case.facts.tensors if not t.name.startswith(blocks)]
+    kept = [r for r in placed.case.spec.rules if r.pattern and any(map(r.covers, outside))]
+    rest = next((r for r in placed.case.spec.rules if not r.pattern), DeviceRule("", homes[0][1]))
+    return DeviceMap(rules=(*rules, *kept, rest))
 
 
 def cpu_offload(placed: PlacedCase) -> list[Finding]:
@@ -134,9 +139,7 @@ def cpu_offload(placed: PlacedCase) -> list[Finding]:
                 f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and "
                 f"execute on {placed.placement.main_device}; {chain}{without}"
             ),
-            hint=f"{placed.without_cpu} keeps everything on accelerators"
-            if placed.without_cpu
-            else "--device-map auto uses cpu only where it must; --device-map cpu runs without hooks",
+            hint=placed.without_offload or "an accelerator with more memory would do without",
             modules=names,
             size_bytes=size,
         )
@@ -156,7 +159,7 @@ def cpu_only(placed: PlacedCase) -> list[Finding]:
             level="note",
             subject="device map",
             message=f"everything runs on cpu, without offload hooks; {unused[0]} stays unused",
-            hint=f"--device-map {unused[0]}, or auto",
+            hint=placed.on_accelerators,
         )
     ]
 

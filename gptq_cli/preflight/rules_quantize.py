@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterable
 
+from gptq_cli.config import AUTO_GROUPS
 from gptq_cli.findings import Finding
 from gptq_cli.placement import LinearFact
 from gptq_cli.preflight.cases import JobCase
 from gptq_cli.preflight.rules_map import names_text
 
-_SIZES = (1024, 512, 256, 128, 64, 32, 16, 8)
+_SIZES = (*AUTO_GROUPS, 16, 8)
 _LOW_SHARE = 0.5
 
 
@@ -36,7 +37,7 @@ def group_divides(case: JobCase) -> list[Finding]:
     A ragged last group has no place in the checkpoint format: readers compute the number of groups as
     K / group_size and refuse, or misread, what does not divide.
     """
-    group = case.work.quantize.group_size
+    group = case.work.quantize.group_columns
     if group == -1:
         return []
     wrong = [x for x in case.facts.linears if x.in_features % group and group <= x.in_features]
@@ -57,7 +58,7 @@ def group_divides(case: JobCase) -> list[Finding]:
 
 def group_too_large(case: JobCase) -> list[Finding]:
     """The group size is larger than the input columns (K) of a linear."""
-    group = case.work.quantize.group_size
+    group = case.work.quantize.group_columns
     wrong = [x for x in case.facts.linears if group > x.in_features]
     if not wrong:
         return []
@@ -78,7 +79,7 @@ def _group_hint(case: JobCase) -> str:
     common = math.gcd(*(x.in_features for x in case.facts.linears))
     fitting = [size for size in _SIZES if size <= common and common % size == 0]
     if not fitting:
-        return "--group-size -1 (one group a row)"
+        return "--group-size -1 (one group a row; no usual size divides all)"
     listed = ", ".join(str(size) for size in fitting)
     return f"--group-size {fitting[0]} ({listed} divide all; -1: one group a row)"
 
@@ -104,7 +105,7 @@ def _packing(
         return []
     bits = case.work.quantize.bits
     step = 32 // math.gcd(32, bits)
-    dims = [x.in_features if rule == "packing-rows" else x.out_features for x in case.facts.linears]
+    dims = [size for x in case.facts.linears for size in (x.in_features, x.out_features)]
     others = [b for b in (8, 4, 2) if b != bits and all(size * b % 32 == 0 for size in dims)]
     hint = f"--bits {others[0]}" if others else "no bit width packs these sizes; leave this model dense"
     return [
@@ -254,7 +255,7 @@ def half_on_cpu(case: JobCase) -> list[Finding]:
             level="warning",
             subject="--dtype float16",
             message="float16 on the cpu is slow and overflows above 65504",
-            hint="--dtype bfloat16, or float32 where memory allows",
+            hint="--dtype bfloat16; or --dtype float32 (where memory allows)",
         )
     ]
 

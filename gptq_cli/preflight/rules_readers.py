@@ -49,7 +49,9 @@ def target(case: JobCase) -> list[Finding]:
                     level="error" if findings is errors else "warning",
                     subject=f"--target {reader}",
                     message="; ".join(finding.message for finding in findings),
-                    hint=_smallest_change(case, reader) if findings is errors else findings[0].hint,
+                    hint=_smallest_change(case, (reader,), (case.targets, (reader,)))
+                    if findings is errors
+                    else _without_warnings(case, reader),
                     modules=tuple(dict.fromkeys(name for f in findings for name in f.modules)),
                 )
             )
@@ -63,9 +65,9 @@ def readers_lost(case: JobCase) -> list[Finding]:
     matter with --target, and what loses one is an error.
     """
     facts = _facts(case.facts, case.work.quantize)
-    lost: dict[str, list[str]] = {}
+    lost: dict[str, list[Target]] = {}
     for reader in TARGETS:
-        errors = [finding for finding in check_target(reader, facts) if finding.level == "error"]
+        errors = [f for f in check_target(reader, facts) if f.level == "error" and f.rule not in _REFUSED]
         if errors and reader not in case.targets:
             lost.setdefault(errors[0].message, []).append(reader)
     return [
@@ -74,20 +76,49 @@ def readers_lost(case: JobCase) -> list[Finding]:
             level="warning",
             subject=", ".join(readers),
             message=f"will not serve this checkpoint: {reason}",
-            hint="--bits 4 --sym --group-size 128 (or 64, 32) is what every reader takes",
+            hint=_smallest_change(case, tuple(readers), (TARGETS, (*case.targets, *readers), tuple(readers))),
         )
         for reason, readers in lost.items()
     ]
 
 
-def _smallest_change(case: JobCase, reader: Target) -> str:
-    """The fewest options that make every named reader take the result; failing that, `reader` alone."""
-    for readers in (case.targets, (reader,)):
-        for change in _combined():
-            fields = {name: value for _, held in change for name, value in held.items()}
-            if _taken(case, readers, replace(case.work.quantize, **fields)):
-                return " ".join(option for option, _ in change)
-    return f"no setting makes {reader} take this model: leave --target {reader} out"
+_REFUSED = ("target-group-divides", "target-shape")
+"""What rules about bits and groups refuse for every reader."""
+
+
+def _smallest_change(
+    case: JobCase, readers: tuple[Target, ...], wishes: tuple[tuple[Target, ...], ...]
+) -> str:
+    """The fewest options that make all of the first of `wishes` take the result, or all of the next."""
+    for wanted in wishes:
+        change = _change(case, wanted, ("error",))
+        if change is not None:
+            return change
+    names = " or ".join(readers)
+    without = " ".join(f"--target {reader}" for reader in readers)
+    leave = f": leave {without} out" if set(readers) & set(case.targets) else ""
+    return f"no setting makes {names} take this model{leave}"
+
+
+def _without_warnings(case: JobCase, reader: Target) -> str:
+    """The fewest options with which the reader has nothing to warn of; "" where no option does that."""
+    levels = ("error", "warning")
+    change = _change(case, (reader,), levels)
+    if change is None:
+        half = replace(case, facts=replace(case.facts, dtype="float16"))
+        said = check_target(reader, _facts(half.facts, half.work.quantize))
+        change = None if any(f.level in levels for f in said) else "--dtype float16"
+    return change or ""
+
+
+def _change(case: JobCase, readers: tuple[Target, ...], levels: tuple[str, ...]) -> str | None:
+    """The fewest options with which no reader says anything of these levels."""
+    for change in _combined():
+        fields = {name: value for _, held in change for name, value in held.items()}
+        facts = _facts(case.facts, replace(case.work.quantize, **fields))
+        if not any(f.level in levels for reader in readers for f in check_target(reader, facts)):
+            return " ".join(option for option, _ in change)
+    return None
 
 
 def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
@@ -98,16 +129,11 @@ def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
                 yield change
 
 
-def _taken(case: JobCase, readers: tuple[Target, ...], config: QuantizeConfig) -> bool:
-    facts = _facts(case.facts, config)
-    return all(f.level != "error" for reader in readers for f in check_target(reader, facts))
-
-
 def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
     """The checkpoint that would be written, as a reader would find it."""
     return TargetFacts(
         bits=config.bits,
-        group_size=config.group_size,
+        group_size=config.group_columns,
         sym=config.sym,
         desc_act=config.desc_act,
         checkpoint_format=config.checkpoint_format,
@@ -118,7 +144,7 @@ def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
                 in_features=linear.in_features,
                 out_features=linear.out_features,
                 bits=config.bits,
-                group_size=config.group_size,
+                group_size=config.group_columns,
             )
             for linear in model.linears
         ),

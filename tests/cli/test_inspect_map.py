@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,8 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
     words = (
         "inspect-map M --device-map rest=cpu,lm_head=0 --max-memory 0=20GiB --devices cuda:0=24GiB,cpu=1TB "
         "--bits 8 --group-size 64 --asym --desc-act --no-true-sequential --samples 9 --seq-len 77 "
-        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code --target vllm"
+        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code --target vllm "
+        "--recipe best --solve-for own"
     )
     outcome = run(*words.split())
     assert outcome.code == 0, outcome.err
@@ -34,10 +36,34 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         device_map=DeviceMap.parse("rest=cpu,lm_head=0"),
         max_memory=MaxMemory.parse("0=20GiB"),
         devices=parse_inventory("cuda:0=24GiB,cpu=1TB"),
-        quantize=QuantizeConfig(bits=8, group_size=64, sym=False, desc_act=True, true_sequential=False),
+        quantize=QuantizeConfig(
+            bits=8,
+            group_size=64,
+            sym=False,
+            desc_act=True,
+            true_sequential=False,
+            sweeps=4,
+            solve_for="own",
+            dense_share=0.5,
+        ),
         calibration=CalibrationConfig(samples=9, seq_len=77, batch_size=3),
         targets=("vllm",),
+        asked=frozenset({"bits", "group_size", "sym", "desc_act"}),
     )
+
+
+def test_what_a_checkpoint_would_hold_is_judged_where_it_was_asked_for(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run("inspect-map", "M").code == 0
+    assert jobs.job.asked == frozenset()
+    assert run("inspect-map", "M", "--group-size", "auto").code == 0
+    assert jobs.job.asked == {"group_size"}
+    monkeypatch.setenv("GPTQ_BITS", "4")
+    preset = tmp_path / "p.toml"
+    preset.write_text("group_size = 64\nsamples = 9\n")
+    assert run("inspect-map", "M", "--config", str(preset)).code == 0
+    assert jobs.job.asked == {"bits", "group_size"}
 
 
 def test_exit_0_or_3(jobs: FakeJobs, run: Run) -> None:

@@ -154,3 +154,20 @@ def test_every_shipped_preset_loads(jobs: FakeJobs, run: Run, path: Path) -> Non
 
 def test_presets_are_shipped() -> None:
     assert {path.name for path in CONFIGS.glob("*.toml")} >= {"w4g128.toml", "w8.toml", "two-gpus.toml"}
+
+
+@pytest.mark.parametrize(("written", "found"), [("64", 64), ("-1", -1), ('"auto"', "auto"), ("128", 128)])
+def test_a_group_size_is_a_number_or_auto(
+    jobs: FakeJobs, run: Run, preset: Path, written: str, found: object
+) -> None:
+    preset.write_text(f"group_size = {written}\n")
+    outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
+    assert (outcome.code, jobs.job.quantize.group_size) == (0, found), outcome.err
+
+
+@pytest.mark.parametrize("written", ['"64"', '"best"', "true", "64.0"])
+def test_a_preset_takes_no_other_group_size(jobs: FakeJobs, run: Run, preset: Path, written: str) -> None:
+    preset.write_text(f"group_size = {written}\n")
+    outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
+    assert outcome.code == 2
+    assert "allowed: 'auto', a whole number" in outcome.err

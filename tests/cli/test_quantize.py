@@ -140,7 +140,7 @@ def test_a_dry_run_plans_and_needs_no_destination(jobs: FakeJobs, run: Run) -> N
         "quantize", "org/My-Model", "--dry-run", "--devices", "cuda:0=24GiB,cpu=64GiB", "--bits", "8"
     )
     assert (outcome.code, jobs.called) == (0, "dry_run")
-    assert jobs.job.out == "My-Model-w8g128"
+    assert jobs.job.out == "My-Model-w8"
     assert jobs.job.devices == parse_inventory("cuda:0=24GiB,cpu=64GiB")
     assert "about 15 min 05 s (an estimate from a short probe)" in outcome.out
 

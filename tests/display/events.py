@@ -119,6 +119,7 @@ def report(blocks: int = 3) -> RunReport:
         desc_act=False,
         checkpoint_format="gptq",
         bits_per_weight=4.281,
+        bits_per_parameter=6.792,
         quantized_share=0.7895,
         dense_modules=("lm_head", "model.embed_tokens"),
         size_before_bytes=269_060_552,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import gptq_cli.model.writer as writer_module
 from gptq_cli.devices import products
@@ -22,7 +22,7 @@ from gptq_cli.model.blocks import assign
 from gptq_cli.model.reader import open_checkpoint
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
-from tests.tiny import TINY
+from tests.tiny import TINY, save_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +243,36 @@ def test_overwrite_replaces_and_only_when_asked(tiny_llama: Path, text: Path, tm
     assert gptq(*words, "--bits", "8", "--overwrite").code == 0
     assert (tmp_path / "q" / "model.safetensors").read_bytes() != before
     assert leftovers(tmp_path) == ["q"]
+
+
+def test_the_default_group_size_is_one_that_divides(tmp_path: Path, text: Path) -> None:
+    """As SmolLM2, whose 576 columns 128 does not divide: the defaults work all the same."""
+    fields = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**fields, vocab_size=512, tie_word_embeddings=True))
+    source, out = tmp_path / "m", tmp_path / "q"
+    model.save_pretrained(source)
+    save_tokenizer(source)
+    words = ("--calibration", text, "--samples", "8", "--seq-len", "48")
+    made = gptq("quantize", source, "--out", out, *words, "--progress", "plain", "--json")
+    assert made.code == 0, made.stderr
+    assert "group 64 (auto: the largest of 128, 64, 32 that divides every linear)" in made.stderr
+    report = made.document
+    assert report["group_size"] == report["settings"]["group_size"] == 64
+    for file in ("config.json", "quantize_config.json"):
+        held = json.loads((out / file).read_text())
+        assert held.get("quantization_config", held)["group_size"] == 64
+    files = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert report["size_after_bytes"] == files
+    assert report["bits_per_parameter"] == 8 * files / model.num_parameters()
+    assert report["bits_per_parameter"] > report["bits_per_weight"]
+
+
+def test_two_equal_runs_write_equal_bytes_but_for_the_report(
+    tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "a" / "q", tmp_path / "b" / "q"]
+    for out in folders:
+        out.parent.mkdir()
+        assert gptq("quantize", tiny_llama, "--out", out, "--calibration", text, *FAST).code == 0
+    files = [{p.name: p.read_bytes() for p in out.iterdir() if p.name != "report.json"} for out in folders]
+    assert files[0] == files[1]

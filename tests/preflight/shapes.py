@@ -67,7 +67,7 @@ def llama(
     )
 
 
-SMALL_WORK = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=32, seq_len=512))
+SMALL_WORK = Work(QuantizeConfig(solve_for="own", group_size=128), CalibrationConfig(samples=32, seq_len=512))
 BIG = "cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB"
 
 

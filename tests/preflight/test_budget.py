@@ -153,12 +153,13 @@ def test_packed_bytes(bits: int, group_size: int, size: int) -> None:
 
 
 def test_size_of_the_result() -> None:
-    config = QuantizeConfig(solve_for="own")
+    config = QuantizeConfig(solve_for="own", group_size=128)
     dense = FACTS.size_bytes - 128
     linears = sum(2 * x.in_features * x.out_features for x in FACTS.linears)
     assert quantized_bytes(FACTS, config) == dense - linears + sum(
         packed_bytes(x, config) for x in FACTS.linears
     )
+    assert quantized_bytes(FACTS, QuantizeConfig(solve_for="own")) == quantized_bytes(FACTS, config)
 
 
 def test_more_positions_than_linears() -> None:

@@ -238,3 +238,35 @@ def test_everything_at_once() -> None:
         "output-exists",
         "output-unwritable",
     }
+
+
+def test_bits_and_groups_are_judged_where_they_were_asked_for() -> None:
+    odd = llama(blocks=1, hidden=576, inner=1532)
+    about = {"bits": 3, "group_size": 128, "sym": False}
+    rules = ("group-divides", "packing-rows", "packing-columns", "readers-lost")
+
+    def spoke(asked: frozenset[str] | None) -> set[str]:
+        return {f.rule for f in found(odd, asked=asked, **about) if f.rule in rules}
+
+    assert spoke(frozenset()) == set()
+    assert spoke(frozenset({"group_size"})) == {"group-divides", "readers-lost"}
+    assert spoke(frozenset({"bits"})) == {"packing-rows", "packing-columns", "readers-lost"}
+    assert spoke(frozenset({"sym"})) == {"readers-lost"}
+    assert spoke(None) == set(rules)
+    assert found(odd, "target", asked=frozenset(), targets=("vllm",), **about)
+
+
+def test_one_list_of_group_sizes() -> None:
+    """What divides, what readers take and what auto chooses agree: no hint names a size that is refused."""
+    said = found(group_size=128)
+    assert [f.rule for f in said] == ["group-divides", "left-dense"]
+    assert found(group_size="auto") == found(group_size=64)
+    (finding,) = found(rule="readers-lost", group_size=16)[:1]
+    assert finding.hint == "--group-size 64"
+
+
+def test_auto_that_finds_nothing_names_the_linears_that_no_size_divides() -> None:
+    odd = llama(blocks=2, hidden=512, inner=720)
+    (finding,) = found(odd, "group-divides", group_size="auto")
+    assert finding.message == "group size 32 does not divide the input columns 720 of 2 linears"
+    assert finding.hint == "--group-size 16 (16, 8 divide all; -1: one group a row)"

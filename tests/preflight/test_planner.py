@@ -120,10 +120,9 @@ def test_a_cpu_alone_needs_room_for_one_block_at_a_time() -> None:
 
 
 def test_max_memory_is_obeyed() -> None:
-    made = resolved("auto", MODEL, max_memory="0=8GiB")
-    placement = placed(made)
-    assert placement.devices == (CUDA1,)
-    made = resolved("auto", MODEL, max_memory="0=8GiB,1=0GiB")
+    made = resolved("auto", MODEL, max_memory="0=8GiB,1=24GiB")
+    assert placed(made).devices == (CUDA1,)
+    made = resolved("auto", MODEL, max_memory="0=8GiB,1=0GiB,cpu=64GiB")
     assert placed(made).devices == (CUDA0, CPU)
     assert all(p.needed_bytes <= 8 * GIB for p in made.devices if p.device == "cuda:0")
 
@@ -236,3 +235,43 @@ def test_an_offload_that_less_work_would_avoid_says_so() -> None:
     plain = resolved("auto", MODEL, "cuda:0=12GiB,cpu=64GiB", work=work)
     (finding,) = [f for f in plain.report.findings if f.rule == "cpu-offload"]
     assert "keeps everything" not in finding.hint
+
+
+@pytest.mark.parametrize("strategy", ["auto", "balanced", "balanced_low_0", "sequential"])
+@pytest.mark.parametrize(
+    ("limits", "used"),
+    [
+        ("0=24GiB,cpu=20GiB", (CUDA0,)),
+        ("1=24GiB", (CUDA1,)),
+        ("0=8GiB,1=24GiB", None),
+        ("cpu=40GiB", (CPU,)),
+    ],
+)
+def test_only_devices_that_max_memory_lists_are_used(
+    strategy: str, limits: str, used: tuple[Device, ...] | None
+) -> None:
+    """As accelerate: `infer_auto_device_map` walks the keys of max_memory, and no other device."""
+    made = resolved(strategy, MODEL, "cuda:0=24GiB,cuda:1=24GiB,cuda:2=24GiB,cpu=64GiB", max_memory=limits)
+    listed = {Device.parse(part.partition("=")[0]) for part in limits.split(",")}
+    devices = placed(made).devices
+    assert set(devices) <= listed
+    assert used is None or devices == used
+    assert "max-memory-unlisted" in [f.rule for f in made.report.findings]
+    if devices == (CPU,):
+        assert placed(made).reason == "everything on cpu: --max-memory leaves no accelerator"
+
+
+@pytest.mark.parametrize("strategy", ["auto", "balanced", "sequential"])
+def test_without_cpu_in_max_memory_nothing_is_offloaded(strategy: str) -> None:
+    made = resolved(strategy, MODEL, "cuda:0=8GiB,cpu=64GiB", max_memory="0=8GiB")
+    assert made.placement is None
+    (finding,) = [f for f in made.report.findings if f.level == "error"]
+    assert finding.rule == "disk-offload"
+    assert '--max-memory "cuda:0=8GiB,cpu=64GiB" (uses cpu, too)' in finding.hint
+    wider = resolved(strategy, MODEL, "cuda:0=8GiB,cpu=64GiB", max_memory="0=8GiB,cpu=64GiB")
+    assert placed(wider).devices == (CUDA0, CPU)
+
+
+def test_nothing_listed_that_is_there() -> None:
+    made = resolved("auto", MODEL, max_memory="0=0GiB")
+    assert (made.placement, made.report.findings[0].rule) == (None, "no-plan-fits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,25 @@ def test_another_refusal_is_no_value_error(tiny_llama: Path, tmp_path: Path) -> 
     with pytest.raises(PreflightRefused, match="refused by preflight: 1 error") as caught:
         quantize(job)
     assert not isinstance(caught.value, ValueError)
+
+
+def test_the_plan_says_which_group_auto_found() -> None:
+    facts = llama(blocks=2, hidden=576, inner=1536)
+    work = Work(QuantizeConfig(), CalibrationConfig(samples=4, seq_len=32))
+    plan = quantize_plan(facts, work, None)
+    assert (plan.group_size, plan.group_reason) == (
+        64,
+        "auto: the largest of 128, 64, 32 that divides every linear",
+    )
+    asked = quantize_plan(facts, Work(QuantizeConfig(group_size=64), work.calibration), None)
+    assert asked == replace(plan, group_reason="")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bits_a_parameter_count_everything_once(tied: bool) -> None:
+    facts = llama(blocks=2, hidden=512, inner=1024, vocab=1000, tied=tied)
+    plan = quantize_plan(facts, SMALL_WORK, None)
+    dense = 1000 * 512 * (1 if tied else 2) + 3 * 512
+    assert plan.bits_per_parameter == 8 * plan.size_after_bytes / facts.parameters
+    weights = facts.parameters - dense
+    assert plan.size_after_bytes * 8 == pytest.approx(plan.bits_per_weight * weights + 16 * dense)

@@ -18,7 +18,7 @@ SOUND = "model.embed_tokens=0,model.layers.0-5=0,model.layers.6-11=1,rest=1"
 @pytest.mark.parametrize("spec", [SOUND, "auto", "cuda:0", "cpu"])
 def test_a_sound_map_has_nothing_to_be_said_about(rule: object, spec: str) -> None:
     assert callable(rule)
-    assert rule(case(spec, max_memory="0=10GiB,cpu=8GiB")) == []
+    assert rule(case(spec, max_memory="0=10GiB,1=10GiB,cpu=8GiB")) == []
 
 
 def test_meta_device() -> None:
@@ -148,3 +148,35 @@ def test_bare_indexes_mean_the_accelerator_that_is_there() -> None:
 def test_without_keeps_the_rest() -> None:
     assert len(without(llama(), "lm_head.weight").tensors) == len(llama().tensors) - 1
     assert DeviceMap.parse(SOUND).rules
+
+
+def test_a_device_that_max_memory_leaves_out_cannot_be_in_the_map() -> None:
+    (finding,) = rules_map.device_not_listed(case("model.layers.0-5=1,rest=0", max_memory="0=6GiB,cpu=20GiB"))
+    assert (finding.level, finding.subject, finding.modules) == ("error", "cuda:1", ("model.layers.0-5",))
+    assert finding.message == "the device map uses cuda:1, but --max-memory lists only cuda:0, cpu"
+    assert finding.hint.startswith('--max-memory "cuda:0=6GiB,cpu=20GiB,cuda:1=24GiB"; or --device-map "')
+    made = resolved("model.layers.0-5=1,rest=0", max_memory="0=6GiB,cpu=20GiB")
+    assert rules_of(made, "error") == ["device-not-listed"]
+    assert rules_of(resolved("rest=0,lm_head=cpu", max_memory="0=6GiB"), "error") == ["device-not-listed"]
+
+
+def test_what_max_memory_leaves_out_is_said() -> None:
+    (finding,) = rules_map.max_memory_unlisted(case(max_memory="0=6GiB"))
+    assert (finding.level, finding.subject) == ("note", "cuda:1, cpu")
+    assert finding.message == "--max-memory does not list cuda:1 and cpu, so nothing is placed there"
+    assert rules_map.max_memory_unlisted(case()) == []
+
+
+def test_one_hint_mends_all_absent_devices() -> None:
+    found = rules_map.device_absent(case("model.layers.0-5=4,model.embed_tokens=xpu:0,rest=3"))
+    assert [finding.subject for finding in found] == ["cuda:3", "cuda:4", "xpu:0"]
+    assert {finding.hint for finding in found} == {
+        '--device-map "model.layers.0-5=cuda:1,model.embed_tokens=cuda:1,rest=cuda:1"'
+    }
+    found = rules_map.device_absent(case(max_memory="0=1GiB,2=10GiB,3=5GiB"))
+    assert {finding.hint for finding in found} == {'--max-memory "cuda:0=1GiB"'}
+
+
+def test_a_number_behind_the_last_block() -> None:
+    (finding,) = rules_map.unknown_module(case("model.layers.40=1,rest=0"))
+    assert finding.hint == '--device-map "cuda:0" (there is model.layers.0-11)'

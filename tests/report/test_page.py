@@ -57,6 +57,12 @@ def test_predicted_stands_beside_measured() -> None:
     assert "cuda:0 predicted" in report_html(report())
 
 
+def test_bits_are_counted_over_both_what_is_quantized_and_everything() -> None:
+    page = report_html(report())
+    assert "<dt>bits per parameter</dt><dd>6.792, all of the checkpoint</dd>" in page
+    assert "<dt>bits per quantized weight</dt><dd>4.281</dd>" in page
+
+
 def test_the_same_report_gives_the_same_bytes() -> None:
     assert report_html(report()) == report_html(report())
 
