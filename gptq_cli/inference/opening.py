@@ -35,11 +35,14 @@ from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense
+from gptq_cli.model.zeros import ZerosTally
 from gptq_cli.placement import Placement, PlacementEntry
 from gptq_cli.results import KernelCount
 
 OnLinear = Callable[[int, int], None]
 """Called with (linears done, linears in all)."""
+OnNote = Callable[[str], None]
+"""Called with a sentence about what was read otherwise than the config says."""
 
 QuantizedModule = PackedLinear | GptqmodelLinear
 _TRIM_BYTES = 1 << 25
@@ -62,6 +65,7 @@ def load_quantized(
     *,
     wish: KernelWish = "auto",
     on_linear: OnLinear = lambda done, total: None,
+    on_note: OnNote = lambda text: None,
 ) -> Any:
     """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
 
@@ -85,7 +89,10 @@ def load_quantized(
             hint="leave cpu out of the device map, or use --kernel auto",
         )
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader, intra_op_threads(1):
-        _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear).attach()
+        attacher = _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear)
+        attacher.attach()
+        for sentence in attacher.zeros.sentences():
+            on_note(sentence)
         fill_dense(
             model,
             checkpoint.conversion,
@@ -124,6 +131,7 @@ class _Attacher:
         self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
         self.foreign = foreign
         self.scratch = Scratch()
+        self.zeros = ZerosTally()
         self.done = 0
         self.untrimmed_bytes = 0
 
@@ -161,7 +169,7 @@ class _Attacher:
     def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
         home = self.placement.device_of(module_name)
         at_work = self._execution_device(home)
-        packed, bias = read_packed(self.reader, info, torch_device(at_work))
+        packed, bias = read_packed(self.reader, info, torch_device(at_work), self.zeros)
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
         if self.foreign is not None:

@@ -17,12 +17,13 @@ from torch import Tensor
 from gptq_cli.config import Target
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding, Level
-from gptq_cli.gptq.packing import unpack_rows
 from gptq_cli.inference.targets import TargetFacts, TargetLinear, judge_target
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx
+from gptq_cli.model.formats import WORDS
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.model.zeros import read_zeros
 from gptq_cli.proof import RuleResult, TargetReport, VerifyReport
 
 OnTensor = Callable[[int, int], None]
@@ -304,19 +305,26 @@ def _judge_order(info: PackedInfo, g_idx: Tensor | None) -> Iterator[tuple[str, 
 
 def _judge_zeros(info: PackedInfo, qzeros: Tensor) -> Iterator[tuple[str, Level, str]]:
     form = info.format
-    stored = unpack_rows(qzeros.T.contiguous(), form.bits, info.out_features)
+    zeros = read_zeros(qzeros, form, info.out_features)
     middle, top = 1 << (form.bits - 1), (1 << form.bits) - 1
-    expected, other = (middle - 1, middle) if form.checkpoint_format == "gptq" else (middle, middle - 1)
-    if form.sym and not bool((stored == expected).all()):
-        if bool((stored == other).all()):
-            yield (
-                "zeros-convention",
-                "error",
-                f"all stored zeros are {other}, but symmetric {form.checkpoint_format} has {expected}",
-            )
-        else:
-            yield "zeros-differ", "error", "zeros differ from the middle code though sym is true"
-    elif not form.sym and form.checkpoint_format == "gptq" and bool((stored == top).any()):
+    if not zeros.known:
+        yield "zeros-differ", "error", "zeros differ from the middle code though sym is true"
+    elif form.sym and zeros.stored == WORDS != form.zeros:
+        yield "zeros-convention", "error", "zeros are stored as GPTQModel before 7.0 does it with 3 bits"
+    elif form.sym and zeros.stored != form.zeros:
+        found, expected = (middle, middle - 1) if zeros.stored == "gptq_v2" else (middle - 1, middle)
+        yield (
+            "zeros-convention",
+            "error",
+            f"all stored zeros are {found}, but symmetric {form.checkpoint_format} has {expected}",
+        )
+    elif not form.sym and zeros.stored == WORDS and bool((zeros.values == 0).any()):
+        yield (
+            "zeros-wrapped",
+            "warning",
+            "some zeros are 0, subtracted from whole words: readers that go field by field read others there",
+        )
+    elif not form.sym and zeros.stored == "gptq" and bool((zeros.values == 0).any()):
         yield (
             "zeros-wrapped",
             "warning",
