@@ -100,6 +100,7 @@ def load_quantized(
             reader.get,
             lambda name: torch_device(placement.device_of(name)),
             checkpoint.dtype,
+            on_untied=lambda names: on_note(untied(*names)),
         )
     model.eval().requires_grad_(False)
     if foreign is not None:
@@ -206,6 +207,15 @@ class _Attacher:
         """Offloaded modules compute on the main device, and need its layout."""
         offloaded = home.kind == "cpu" and bool(self.placement.offloaded)
         return self.placement.main_device if offloaded else home
+
+
+def untied(first: str, second: str) -> str:
+    """What is said of two tensors that the config ties and the files hold apart."""
+    return (
+        f"{first} and {second} are one tensor by the config (tie_word_embeddings), but the files hold two "
+        "that differ: both are used as they are, as in Transformers; readers that tie them compute "
+        "something else"
+    )
 
 
 def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

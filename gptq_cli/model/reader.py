@@ -65,7 +65,7 @@ def open_checkpoint(
         )
     ref = ModelRef(model=str(path), trust_remote_code=trust_remote_code, dtype=dtype)
     raw, form = _read_formats(directory)
-    files = scan_directory(directory, any_name=True)
+    files = scan_directory(directory, bases=_base_names(raw, form))
     _raise_for(files.problems)
     config = load_config(files, ref)
     _forget_quantization(config)
@@ -107,6 +107,11 @@ def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
     for where, held in found:
         if not isinstance(held, Mapping):
             raise CheckpointError(f"{directory}: the quantization config in {where} is no JSON object")
+        if held and not any(key in held for key in (*_AGREE, *_FORMAT_KEYS)):
+            raise CheckpointError(
+                f"{directory}: the quantization config in {where} has none of {', '.join(_AGREE[:5])}",
+                hint="it is no quantization config: take the file away, or put the right one there",
+            )
     return found
 
 
@@ -163,6 +168,13 @@ def _completed(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
     if own.get("dynamic") == {}:
         own["dynamic"] = whole.get("dynamic", {})
     return {**whole, **own}
+
+
+def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ...]:
+    """What AutoGPTQ may have called the weights: the name in its config, else one made of the settings."""
+    named = raw.get("model_file_base_name")
+    made = f"gptq_model-{form.base.bits}bit-{form.base.group_size}g"
+    return (named.removesuffix(".safetensors"), made) if isinstance(named, str) and named else (made,)
 
 
 def _raise_for(problems: tuple[SourceProblem, ...]) -> None:

@@ -120,6 +120,6 @@ class ZerosTally:
             )
         if self.unknown:
             yield (
-                f"{self.unknown} of {self.linears} linears hold zeros that symmetric codes do not have, though "
-                "sym is true: they are read as the config says; other readers may not look at them"
+                f"{self.unknown} of {self.linears} linears hold zeros that symmetric codes do not have, "
+                "though sym is true: they are read as the config says; other readers may not look at them"
             )

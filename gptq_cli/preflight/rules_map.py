@@ -147,7 +147,7 @@ def uncovered_parameters(case: MapCase) -> list[Finding]:
     tensors = {tensor.name: tensor for tensor in case.facts.tensors}
     tied = [name for group in case.facts.tied for name in group if name not in tensors]
     parameters = [t.name for t in case.facts.tensors if not t.buffer] + tied
-    uncovered = [name for name in parameters if case.spec.rule_for(name) is None]
+    uncovered = [name for name in parameters if case.rule_for(name) is None]
     if not uncovered:
         return []
     owners = list(dict.fromkeys(_owner(name, case.facts.blocks) for name in uncovered))
