@@ -34,9 +34,11 @@ class GptqmodelLinear(nn.Module):
     kernel_name = "gptqmodel"
     few_rows = 0
 
-    def __init__(self, inner: Any, dtype: torch.dtype) -> None:
+    def __init__(self, inner: Any, dtype: torch.dtype, parameters_packed: int) -> None:
         super().__init__()
         self.inner = inner
+        self.parameters_packed = parameters_packed
+        """Numbers of the dense linear that this one stands for."""
         self.reason = f"asked for, {type(inner).__name__}"
         self._dtype = dtype
 
@@ -151,7 +153,8 @@ class GptqmodelKernels:
                 refusals.append(str(error))
                 continue
             self._fill(inner.to(device), info, packed, bias)
-            module = GptqmodelLinear(inner, dtype)
+            biases = 0 if bias is None else bias.numel()
+            module = GptqmodelLinear(inner, dtype, info.in_features * info.out_features + biases)
             key = (kernel, *settings.values(), str(device))
             if key not in self._trials:
                 self._trials[key] = _Trial.of(info, packed, bias, module, dtype)

@@ -30,6 +30,7 @@ from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
+from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.streamed import StreamedReader
@@ -111,6 +112,7 @@ def load_quantized(
     _read_generation_config(checkpoint)
     if len(placement.devices) > 1:
         _dispatch(model, placement)
+    answer_for(model, checkpoint)
     trim_heap()
     return model
 

@@ -173,9 +173,9 @@ def fill_dense(
     packed linears).
 
     `read(source name, device)` returns a tensor of the files. Ties are kept, also where the files hold equal
-    copies; copies that differ stay two tensors, as in Transformers, and `on_untied` hears their names. Buffers
-    that no file stores (rotary frequencies) are computed again, wanted or not. Afterwards nothing that was
-    wanted is on the meta device. Raises `CheckpointError` naming the first tensor without a value.
+    copies; copies that differ stay two tensors, as in Transformers, and `on_untied` hears their names.
+    Buffers that no file stores (rotary frequencies) are computed again, wanted or not. Afterwards nothing
+    that was wanted is on the meta device. Raises `CheckpointError` naming the first tensor without a value.
     """
     fill_stored(model, conversion, origins, read, device_of, dtype, wanted=wanted, on_untied=on_untied)
     _compute_buffers(model, device_of)

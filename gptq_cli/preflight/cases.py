@@ -55,7 +55,7 @@ class MapCase:
         return None
 
     def rule_for(self, name: str) -> DeviceRule | None:
-        """The rule that decides about a tensor; where none names it, the one about a tensor that it is tied to.
+        """The rule that decides about a tensor; where none covers it, the one for what it is tied to.
 
         A head that is the embedding goes where the embedding goes.
         """
