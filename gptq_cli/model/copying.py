@@ -136,8 +136,8 @@ def _check_target(target: Path, names: set[str]) -> None:
     others = sorted(p.name for p in target.glob("*") if p.name.endswith(_WEIGHTS) and p.name not in names)
     if others:
         raise ConfigError(
-            f"{target} holds other weights ({', '.join(others[:3])}{', …' if others[3:] else ''}), which a reader "
-            "might take for these",
+            f"{target} holds other weights ({', '.join(others[:3])}{', …' if others[3:] else ''}), which a "
+            "reader might take for these",
             hint="choose an empty directory",
         )
 
