@@ -20,6 +20,7 @@ from gptq_cli.findings import Finding, Level
 from gptq_cli.inference.targets import TargetFacts, TargetLinear, judge_target
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx
+from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.formats import WORDS
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.model.streamed import StreamedReader
@@ -37,13 +38,14 @@ _CHECKS = {
     "zeros": "zeros follow the format's convention",
     "scales": "scales are finite, float16 and not 0",
     "g-idx": "g_idx is in range and in the order that desc_act says",
-    "dense": "dense tensors are finite",
+    "dense": "dense tensors are finite, and tied ones are one",
 }
 """Part of a checkpoint -> what is looked at there, in the order of the report."""
 _HINTS = {
     "g-idx-order": "servers that skip g_idx compute something else: say desc_act = true in the config",
     "zeros-convention": "set checkpoint_format to what the zeros are: gptq stores zero - 1, gptq_v2 the zero",
     "zeros-differ": "set sym = false in the config: readers of symmetric codes do not look at the zeros",
+    "dense-tied": "set tie_word_embeddings = false in config.json, or take the tensor out",
     "scales-dtype": "float16 is what every reader takes",
 }
 
@@ -73,6 +75,7 @@ def verify_checkpoint(
     remarks = list(_structure(checkpoint))
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
         remarks += _values(checkpoint, reader, on_tensor)
+        remarks += _ties(checkpoint, reader)
     findings = _together(remarks)
     ordered = any(finding.rule == "g-idx-order" for finding in findings)
     packed = (*checkpoint.linears, *checkpoint.experts)
@@ -250,6 +253,16 @@ def _values(
             yield _Remark("dense-finite", "error", "the tensor holds values that are not finite", tensor.name)
         done += 1
         on_tensor(done, total)
+
+
+def _ties(checkpoint: QuantizedCheckpoint, reader: StreamedReader) -> Iterator[_Remark]:
+    """Tensors that the config ties and the files hold twice."""
+    for names in tied_groups(checkpoint.model):
+        held = [source for name in names if (source := checkpoint.keys.source_of(name)) in reader and source]
+        for other in held[1:]:
+            if not torch.equal(reader.get(held[0]), reader.get(other)):
+                message = f"the config ties it to {held[0]}, but the files hold another tensor for it"
+                yield _Remark("dense-tied", "warning", message, other)
 
 
 def _finite(values: Tensor) -> bool:
