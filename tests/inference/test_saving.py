@@ -49,9 +49,7 @@ def test_what_is_saved_is_the_checkpoint(checkpoint: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gpt2", "qwen3_moe", "mixtral", "opt"])
 def test_parameters_are_those_of_the_dense_model(name: str, tiny: TinyFactory, tmp_path: Path) -> None:
-    weights = quantize_directory(
-        tiny(name), tmp_path / "q", Recipe(group_size=32), transposed=name == "gpt2"
-    )
+    weights = quantize_directory(tiny(name), tmp_path / "q", Recipe(group_size=32), transposed=name == "gpt2")
     model = load(tmp_path / "q")
     dense = dense_twin(tiny(name), weights, torch.float32, transposed=name == "gpt2")
     assert model.num_parameters() == dense.num_parameters()
@@ -169,9 +167,15 @@ def extended(model: Any) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(scaled, "lm_head.weight"), (replaced, "model.norm.weight"), (extended, "model.layers.0.adapter.weight")],
+    [
+        (scaled, "lm_head.weight"),
+        (replaced, "model.norm.weight"),
+        (extended, "model.layers.0.adapter.weight"),
+    ],
 )
-def test_a_model_that_was_changed_is_not_saved(change: Any, named: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_was_changed_is_not_saved(
+    change: Any, named: str, checkpoint: Path, tmp_path: Path
+) -> None:
     model = load(checkpoint)
     change(model)
     with pytest.raises(CheckpointError, match="was changed after the model was opened") as caught:

@@ -49,7 +49,9 @@ def random_zeros(bits: int, columns: int, *, share: float = 0.2) -> list[list[in
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("columns", [32, 64, 20])
 @pytest.mark.parametrize("how", ["gptq", "gptq_v2", "words"])
-def test_asymmetric_zeros_are_read_as_the_config_and_its_writer_say(bits: int, columns: int, how: str) -> None:
+def test_asymmetric_zeros_are_read_as_the_config_and_its_writer_say(
+    bits: int, columns: int, how: str
+) -> None:
     zeros = random_zeros(bits, columns)
     meta = {"quantizer": ["gptqmodel:5.7.0"]} if how == "words" else {"quantizer": "auto-round:0.9"}
     said = form(bits, sym=False, said="gptq_v2" if how == "gptq_v2" else "gptq", meta=meta)
@@ -112,7 +114,9 @@ def test_zeros_that_are_nobody_s_are_read_as_the_config_says() -> None:
 @pytest.mark.parametrize("how", ["gptq", "gptq_v2"])
 def test_storing_is_the_inverse(bits: int, how: str) -> None:
     zeros = random_zeros(bits, 96)
-    assert torch.equal(store_zeros(torch.tensor(zeros, dtype=torch.uint8), bits, how), written(zeros, bits, how))
+    assert torch.equal(
+        store_zeros(torch.tensor(zeros, dtype=torch.uint8), bits, how), written(zeros, bits, how)
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -129,5 +133,7 @@ def test_the_tally_tells_only_what_is_not_as_the_config_says() -> None:
     tally.add("gptq", Zeros(values, "gptq_v2", known=True))
     tally.add("gptq", Zeros(values, "gptq", known=False))
     first, second = tally.sentences()
-    assert first.startswith("1 of 3 linears hold their zeros as gptq_v2 has them, though the config says gptq")
+    assert first.startswith(
+        "1 of 3 linears hold their zeros as gptq_v2 has them, though the config says gptq"
+    )
     assert second.startswith("1 of 3 linears hold zeros that symmetric codes do not have")
