@@ -30,7 +30,7 @@ from gptq_cli.model.checkpoint import (
 from gptq_cli.model.formats import CheckpointFormat, parse_quantization
 from gptq_cli.model.judge import Judge
 from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
-from gptq_cli.model.source import ModelFiles, SourceProblem, read_json, scan_directory
+from gptq_cli.model.source import ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
 
 __all__ = [
     "PackedInfo",
@@ -77,6 +77,12 @@ def open_checkpoint(
 def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]:
     """The quantization dictionary of all files that hold one; they must agree in what they both say."""
     found = _quantization_dicts(directory)
+    if not found and any(holds_codes(path) for path in directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{directory} has packed tensors, but neither a quantize_config.json nor a quantization_config "
+            "in config.json says how to read them",
+            hint="fetch the quantize_config.json that was published with them",
+        )
     if not found:
         raise CheckpointError(
             f"{directory} is no GPTQ checkpoint: there is neither a quantize_config.json nor a "

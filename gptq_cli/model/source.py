@@ -262,11 +262,11 @@ def _weights_file(directory: Path, bases: Sequence[str] | None) -> str | None:
         return None
     indexes = sorted(path.name for path in directory.glob(f"*{_INDEX_ENDING}"))
     files = sorted(path.name for path in directory.glob("*.safetensors"))
-    packed = [name for name in files if _holds_codes(directory / name)] if len(files) > 1 else []
+    packed = [name for name in files if holds_codes(directory / name)] if len(files) > 1 else []
     return next((names[0] for names in (indexes, files, packed) if len(names) == 1), None)
 
 
-def _holds_codes(path: Path) -> bool:
+def holds_codes(path: Path) -> bool:
     """Whether a safetensors file has packed linears, which an adapter or a dense model beside it has not."""
     try:
         return any(tensor.name.endswith(".qweight") for tensor in read_header(path))

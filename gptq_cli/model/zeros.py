@@ -121,5 +121,6 @@ class ZerosTally:
         if self.unknown:
             yield (
                 f"{self.unknown} of {self.linears} linears hold zeros that symmetric codes do not have, "
-                "though sym is true: they are read as the config says; other readers may not look at them"
+                "though sym is true (or not said): they are read as the config says; other readers may "
+                "not look at them"
             )

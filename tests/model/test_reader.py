@@ -488,6 +488,16 @@ def test_not_quantized_at_all(tiny_llama: Path, tmp_path: Path) -> None:
     assert "no such directory" in refused(tmp_path / "nothing")
 
 
+def test_packed_tensors_without_a_config(damaged: Path) -> None:
+    (damaged / "quantize_config.json").unlink()
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has packed tensors, but neither") as caught:
+        open_checkpoint(damaged)
+    assert "fetch the quantize_config.json" in str(caught.value.hint)
+
+
 def test_a_dense_model_that_calls_itself_quantized(tiny_llama: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(tiny_llama, tmp_path / "out"))
     (path / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
