@@ -162,6 +162,8 @@ class LoadReport:
     """The limits that were asked for; "passed" where the checkpoint is within."""
     verification: VerifyReport | None = None
     compiled: bool = False
+    warnings: tuple[str, ...] = ()
+    """What a person should know of how it was read and placed; nothing that stopped it."""
 
     @property
     def failures(self) -> tuple[str, ...]:

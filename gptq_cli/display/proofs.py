@@ -47,6 +47,7 @@ def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     yield from listed("kernels", [kernel_text(kernel) for kernel in report.kernels])
     yield "weights", f"{fmt.size(report.weight_bytes)} in {fmt.duration(report.load_seconds)}{rate}"
     yield from listed("memory", [f"{device} {fmt.size(held)}" for device, held in report.memory])
+    yield from listed("warnings", [Text(text) for text in report.warnings])
 
 
 def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:

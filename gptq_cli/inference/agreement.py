@@ -9,33 +9,79 @@ Both models answer the same window; of the logits, only some rows are held as fl
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptq_cli.errors import CheckpointError, NonFinite
+from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.inference.generation import input_device, products_of
 from gptq_cli.inference.perplexity import OnWindow, row_ranges
+from gptq_cli.model.blocks import find_blocks
 from gptq_cli.proof import Agreement
 
 
 def check_comparable(quantized: Any, dense: Any) -> None:
-    """Raise `CheckpointError` unless both predict the same tokens; skeletons will do."""
-    ours, theirs = (_vocabulary(model) for model in (quantized, dense))
-    if ours != theirs:
-        raise _not_comparable(ours, theirs)
+    """Raise `CheckpointError`, naming both values, unless one can be the other's quantized twin.
+
+    Compared are architecture, blocks, hidden size, vocabulary, and the shapes of what the blocks hold: models
+    that differ there give figures that say nothing. Both are skeletons with their linears still dense.
+    """
+    differences = list(_differences(quantized, dense))
+    if differences:
+        raise _not_comparable("; ".join(differences))
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
+def _differences(quantized: Any, dense: Any) -> Iterator[str]:
+    ours, theirs = _config(quantized), _config(dense)
+    if ours.model_type != theirs.model_type:
+        yield f"the quantized model is a {ours.model_type}, the dense one a {theirs.model_type}"
+    blocks, others = _blocks(quantized), _blocks(dense)
+    if len(blocks) != len(others):
+        yield f"the quantized model has {len(blocks)} blocks, the dense one {len(others)}"
+    width, other = (model.get_input_embeddings().embedding_dim for model in (quantized, dense))
+    if width != other:
+        yield f"the quantized model has hidden size {width}, the dense one {other}"
+    tokens, known = (int(model.get_input_embeddings().num_embeddings) for model in (quantized, dense))
+    if tokens != known:
+        yield _other_tokens(tokens, known)
+    if (ours.model_type, len(blocks), width) == (theirs.model_type, len(others), other):
+        pairs = zip(blocks, others, strict=True)
+        yield from islice((text for pair in pairs for text in _block_difference(*pair)), 1)
 
 
-def _not_comparable(ours: int, theirs: int) -> CheckpointError:
-    return CheckpointError(
-        f"the quantized model knows {ours} tokens, the dense one {theirs}",
-        hint="compare with the model that the checkpoint was made of",
-    )
+def _block_difference(block: nn.Module, other: nn.Module) -> Iterator[str]:
+    ours = {name: tuple(p.shape) for name, p in block.named_parameters()}
+    theirs = {name: tuple(p.shape) for name, p in other.named_parameters()}
+    for name in ours:
+        if name in theirs and ours[name] != theirs[name]:
+            found, wanted = list(ours[name]), list(theirs[name])
+            yield f"{name} is {found} in a block of the quantized model, {wanted} in the dense one"
+    # what only one has: biases, norms
+    for name in sorted(ours.keys() ^ theirs.keys()):
+        which, neither = ("quantized", "dense") if name in ours else ("dense", "quantized")
+        yield f"a block of the {which} model has {name}, none of the {neither} one"
+
+
+def _config(model: Any) -> Any:
+    return model.config.get_text_config()
+
+
+def _blocks(model: Any) -> list[nn.Module]:
+    try:
+        return [model.get_submodule(name) for name in find_blocks(model)[1]]
+    except ModelError:
+        return []
+
+
+def _other_tokens(ours: int, theirs: int) -> str:
+    return f"the quantized model knows {ours} tokens, the dense one {theirs}"
+
+
+def _not_comparable(why: str) -> CheckpointError:
+    return CheckpointError(why, hint="compare with the model that the checkpoint was made of")
 
 
 def compare(
@@ -52,7 +98,7 @@ def compare(
             theirs = _logits(dense, window)
             ours = _logits(quantized, window).to(theirs.device)
             if ours.shape != theirs.shape:
-                raise _not_comparable(ours.shape[1], theirs.shape[1])
+                raise _not_comparable(_other_tokens(ours.shape[1], theirs.shape[1]))
             targets = window[1:].to(theirs.device)
             for start, stop in row_ranges(ours):
                 p = torch.log_softmax(theirs[start:stop].float(), -1)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import PackedLinear as PackedTensors
-from gptq_cli.inference.codes import codes_of, dequantize
+from gptq_cli.inference.codes import codes_of, dequantize, unpack_zeros
 from gptq_cli.model.checkpoint import PackedInfo
+from gptq_cli.model.zeros import shift_words, store_zeros
 
 _TOLERANCE = 0.05
 """Relative, on one token; kernels in bfloat16 are within about 0.01."""
@@ -33,9 +34,11 @@ class GptqmodelLinear(nn.Module):
     kernel_name = "gptqmodel"
     few_rows = 0
 
-    def __init__(self, inner: Any, dtype: torch.dtype) -> None:
+    def __init__(self, inner: Any, dtype: torch.dtype, parameters_packed: int) -> None:
         super().__init__()
         self.inner = inner
+        self.parameters_packed = parameters_packed
+        """Numbers of the dense linear that this one stands for."""
         self.reason = f"asked for, {type(inner).__name__}"
         self._dtype = dtype
 
@@ -150,7 +153,8 @@ class GptqmodelKernels:
                 refusals.append(str(error))
                 continue
             self._fill(inner.to(device), info, packed, bias)
-            module = GptqmodelLinear(inner, dtype)
+            biases = 0 if bias is None else bias.numel()
+            module = GptqmodelLinear(inner, dtype, info.in_features * info.out_features + biases)
             key = (kernel, *settings.values(), str(device))
             if key not in self._trials:
                 self._trials[key] = _Trial.of(info, packed, bias, module, dtype)
@@ -188,9 +192,10 @@ class GptqmodelKernels:
         return self._known[key]
 
     def _fill(self, inner: Any, info: PackedInfo, packed: PackedTensors, bias: Tensor | None) -> None:
+        to_v2 = inner.REQUIRES_FORMAT_V2 and info.format.checkpoint_format == "gptq"
         tensors = {
             "qweight": packed.qweight,
-            "qzeros": packed.qzeros,
+            "qzeros": self._own_zeros(info, packed) if to_v2 else packed.qzeros,
             "scales": packed.scales,
             "g_idx": packed.g_idx,
         }
@@ -202,8 +207,17 @@ class GptqmodelKernels:
             raise _not_served(info.source_name, str(error).splitlines()[-1].strip()) from error
         if set(unplaced) & {"qweight", "scales", "bias"}:
             raise _not_served(info.source_name, f"{type(inner).__name__} has no place for {unplaced[0]}")
-        if inner.REQUIRES_FORMAT_V2 and info.format.checkpoint_format == "gptq":
+        if to_v2:
             self._to_v2(inner, bits=info.format.bits, pack_dtype=torch.int32)
+
+    @staticmethod
+    def _own_zeros(info: PackedInfo, packed: PackedTensors) -> Tensor:
+        """Zeros of format gptq as the package subtracts them: from whole words, with 3 bits from fields."""
+        bits = info.format.bits
+        if bits == 3:
+            return packed.qzeros
+        zeros = unpack_zeros(packed.qzeros, bits, info.out_features, "gptq").to(torch.uint8)
+        return shift_words(store_zeros(zeros, bits, "gptq_v2"), bits, -1)
 
 
 def _not_served(name: str, why: str) -> CheckpointError:

@@ -30,16 +30,20 @@ from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.generation_config import read_generation_config
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
+from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense
+from gptq_cli.model.zeros import ZerosTally
 from gptq_cli.placement import Placement, PlacementEntry
 from gptq_cli.results import KernelCount
 
 OnLinear = Callable[[int, int], None]
 """Called with (linears done, linears in all)."""
+OnNote = Callable[[str], None]
+"""Called with a sentence about what was read otherwise than the config says."""
 
 QuantizedModule = PackedLinear | GptqmodelLinear
 _TRIM_BYTES = 1 << 25
@@ -62,6 +66,7 @@ def load_quantized(
     *,
     wish: KernelWish = "auto",
     on_linear: OnLinear = lambda done, total: None,
+    on_note: OnNote = lambda text: None,
 ) -> Any:
     """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
 
@@ -86,7 +91,10 @@ def load_quantized(
             hint="leave cpu out of the device map, or use --kernel auto",
         )
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader, intra_op_threads(1):
-        _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear).attach()
+        attacher = _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear)
+        attacher.attach()
+        for sentence in attacher.zeros.sentences():
+            on_note(sentence)
         fill_dense(
             model,
             checkpoint.conversion,
@@ -94,6 +102,7 @@ def load_quantized(
             reader.get,
             lambda name: torch_device(placement.device_of(name)),
             checkpoint.dtype,
+            on_untied=lambda names: on_note(untied(*names)),
         )
     model.eval().requires_grad_(False)
     if foreign is not None:
@@ -103,6 +112,7 @@ def load_quantized(
         head.register_forward_pre_hook(_contiguous_input)
     if len(placement.devices) > 1:
         _dispatch(model, placement)
+    answer_for(model, checkpoint)
     trim_heap()
     return model
 
@@ -124,6 +134,7 @@ class _Attacher:
         self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
         self.foreign = foreign
         self.scratch = Scratch()
+        self.zeros = ZerosTally()
         self.done = 0
         self.untrimmed_bytes = 0
 
@@ -161,7 +172,7 @@ class _Attacher:
     def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
         home = self.placement.device_of(module_name)
         at_work = self._execution_device(home)
-        packed, bias = read_packed(self.reader, info, torch_device(at_work))
+        packed, bias = read_packed(self.reader, info, torch_device(at_work), self.zeros)
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
         if self.foreign is not None:
@@ -198,6 +209,15 @@ class _Attacher:
         """Offloaded modules compute on the main device, and need its layout."""
         offloaded = home.kind == "cpu" and bool(self.placement.offloaded)
         return self.placement.main_device if offloaded else home
+
+
+def untied(first: str, second: str) -> str:
+    """What is said of two tensors that the config ties and the files hold apart."""
+    return (
+        f"{first} and {second} are one tensor by the config (tie_word_embeddings), but the files hold two "
+        "that differ: both are used as they are, as in Transformers; readers that tie them compute "
+        "something else"
+    )
 
 
 def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

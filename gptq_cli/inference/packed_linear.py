@@ -116,6 +116,11 @@ class PackedLinear(nn.Module):
         return self.kernel.name
 
     @property
+    def parameters_packed(self) -> int:
+        """Numbers of the dense linear that this one stands for."""
+        return self.in_features * self.out_features + (0 if self.bias is None else self.bias.numel())
+
+    @property
     def held(self) -> Held:
         """The kernel's buffers; read anew each time, because hooks and `.to()` replace them."""
         buffers = self._buffers

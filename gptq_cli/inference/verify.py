@@ -17,12 +17,14 @@ from torch import Tensor
 from gptq_cli.config import Target
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding, Level
-from gptq_cli.gptq.packing import unpack_rows
 from gptq_cli.inference.targets import TargetFacts, TargetLinear, judge_target
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx
+from gptq_cli.model.conversion import tied_groups
+from gptq_cli.model.formats import WORDS
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.model.zeros import read_zeros
 from gptq_cli.proof import RuleResult, TargetReport, VerifyReport
 
 OnTensor = Callable[[int, int], None]
@@ -36,13 +38,14 @@ _CHECKS = {
     "zeros": "zeros follow the format's convention",
     "scales": "scales are finite, float16 and not 0",
     "g-idx": "g_idx is in range and in the order that desc_act says",
-    "dense": "dense tensors are finite",
+    "dense": "dense tensors are finite, and tied ones are one",
 }
 """Part of a checkpoint -> what is looked at there, in the order of the report."""
 _HINTS = {
     "g-idx-order": "servers that skip g_idx compute something else: say desc_act = true in the config",
     "zeros-convention": "set checkpoint_format to what the zeros are: gptq stores zero - 1, gptq_v2 the zero",
     "zeros-differ": "set sym = false in the config: readers of symmetric codes do not look at the zeros",
+    "dense-tied": "set tie_word_embeddings = false in config.json, or take the tensor out",
     "scales-dtype": "float16 is what every reader takes",
 }
 
@@ -72,6 +75,7 @@ def verify_checkpoint(
     remarks = list(_structure(checkpoint))
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
         remarks += _values(checkpoint, reader, on_tensor)
+        remarks += _ties(checkpoint, reader)
     findings = _together(remarks)
     ordered = any(finding.rule == "g-idx-order" for finding in findings)
     packed = (*checkpoint.linears, *checkpoint.experts)
@@ -251,6 +255,16 @@ def _values(
         on_tensor(done, total)
 
 
+def _ties(checkpoint: QuantizedCheckpoint, reader: StreamedReader) -> Iterator[_Remark]:
+    """Tensors that the config ties and the files hold twice."""
+    for names in tied_groups(checkpoint.model):
+        held = [source for name in names if (source := checkpoint.keys.source_of(name)) in reader and source]
+        for other in held[1:]:
+            if not torch.equal(reader.get(held[0]), reader.get(other)):
+                message = f"the config ties it to {held[0]}, but the files hold another tensor for it"
+                yield _Remark("dense-tied", "warning", message, other)
+
+
 def _finite(values: Tensor) -> bool:
     if values.numel() == 0:
         return True
@@ -304,19 +318,26 @@ def _judge_order(info: PackedInfo, g_idx: Tensor | None) -> Iterator[tuple[str, 
 
 def _judge_zeros(info: PackedInfo, qzeros: Tensor) -> Iterator[tuple[str, Level, str]]:
     form = info.format
-    stored = unpack_rows(qzeros.T.contiguous(), form.bits, info.out_features)
+    zeros = read_zeros(qzeros, form, info.out_features)
     middle, top = 1 << (form.bits - 1), (1 << form.bits) - 1
-    expected, other = (middle - 1, middle) if form.checkpoint_format == "gptq" else (middle, middle - 1)
-    if form.sym and not bool((stored == expected).all()):
-        if bool((stored == other).all()):
-            yield (
-                "zeros-convention",
-                "error",
-                f"all stored zeros are {other}, but symmetric {form.checkpoint_format} has {expected}",
-            )
-        else:
-            yield "zeros-differ", "error", "zeros differ from the middle code though sym is true"
-    elif not form.sym and form.checkpoint_format == "gptq" and bool((stored == top).any()):
+    if not zeros.known:
+        yield "zeros-differ", "error", "zeros differ from the middle code though sym is true"
+    elif form.sym and zeros.stored == WORDS != form.zeros:
+        yield "zeros-convention", "error", "zeros are stored as GPTQModel before 7.0 does it with 3 bits"
+    elif form.sym and zeros.stored != form.zeros:
+        found, expected = (middle, middle - 1) if zeros.stored == "gptq_v2" else (middle - 1, middle)
+        yield (
+            "zeros-convention",
+            "error",
+            f"all stored zeros are {found}, but symmetric {form.checkpoint_format} has {expected}",
+        )
+    elif not form.sym and zeros.stored == WORDS and bool((zeros.values == 0).any()):
+        yield (
+            "zeros-wrapped",
+            "warning",
+            "some zeros are 0, subtracted from whole words: readers that go field by field read others there",
+        )
+    elif not form.sym and zeros.stored == "gptq" and bool((zeros.values == 0).any()):
         yield (
             "zeros-wrapped",
             "warning",

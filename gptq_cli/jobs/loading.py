@@ -7,14 +7,14 @@ text to measure on, whether the dense model fits beside the quantized one and ca
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenizer
 from gptq_cli.config import LoadJob
 from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.engine.run import phase
-from gptq_cli.events import Observer, PhaseAdvanced, Warned, ignore
+from gptq_cli.events import Event, FindingRaised, Observer, PhaseAdvanced, Warned, ignore
 from gptq_cli.inference.opening import (
     compile_forward,
     default_placement,
@@ -45,6 +45,8 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
     Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
     `PreflightRefused` when the device map is not legal or a model does not fit.
     """
+    warnings: list[str] = []
+    observer = _noting(observer, warnings)
     verification = _verified(job, observer)
     if verification is not None and not (job.opens and verification.sound):
         return verification
@@ -60,15 +62,33 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
             report = timed(model, plan.placement, report, plan.positions, observer)
         if plan.windows is not None:
             report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
-    return judged_by_gates(job, report)
+    return replace(judged_by_gates(job, report), warnings=tuple(warnings))
 
 
 def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
-    """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises."""
+    """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises.
+
+    What a person should know of how it was read is a `Warned` event.
+    """
     checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
     placement = _load_placement(job, checkpoint, observer)
     with out_of_memory_explained("load"):
-        return load_quantized(checkpoint, placement, wish=job.kernel)
+        return load_quantized(
+            checkpoint, placement, wish=job.kernel, on_note=lambda text: observer(Warned(text))
+        )
+
+
+def _noting(observer: Observer, warnings: list[str]) -> Observer:
+    """`observer`, and every warning into `warnings`, for the report."""
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Warned):
+            warnings.append(event.message)
+        elif isinstance(event, FindingRaised) and event.finding.level == "warning":
+            warnings.append(event.finding.message)
+        observer(event)
+
+    return tell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +170,7 @@ def _opened(
             placement,
             wish=job.kernel,
             on_linear=lambda done, total: observer(PhaseAdvanced("load", done, total)),
+            on_note=lambda text: observer(Warned(text)),
         )
     load_seconds = time.perf_counter() - started
     memory = read_memory(watched(placement))

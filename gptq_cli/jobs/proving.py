@@ -59,6 +59,7 @@ def plan_dense(
         return None
     ref = ModelRef(model=job.against, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
     skeleton = open_skeleton(find_model(ref), ref)
+    check_comparable(checkpoint.model, skeleton.model)
     facts = model_facts(skeleton)
     case = JobCase(
         facts=facts,
@@ -76,7 +77,6 @@ def plan_dense(
     announce(found, observer)
     if not found.ok or resolution.placement is None:
         raise refusal(found)
-    check_comparable(checkpoint.model, skeleton.model)
     return DensePlan(skeleton, resolution.placement)
 
 

@@ -16,6 +16,7 @@ from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.formats import CheckpointFormat, PackedFormat
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.model.tensors import TensorReader
+from gptq_cli.model.zeros import ZerosTally, read_zeros, store_zeros
 from gptq_cli.placement import TensorInfo
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -116,13 +117,17 @@ class QuantizedCheckpoint:
 
 
 def read_packed(
-    reader: TensorReader, info: PackedInfo, device: torch.device | str = "cpu"
+    reader: TensorReader,
+    info: PackedInfo,
+    device: torch.device | str = "cpu",
+    tally: ZerosTally | None = None,
 ) -> tuple[PackedLinear, Tensor | None]:
     """The packed tensors and the bias of one linear, with their values checked.
 
     A missing g_idx, and one of zeros alone where there are several groups (ExLlama's way to say "none"),
-    becomes the trivial one. Raises `CheckpointError` for a g_idx out of range and for scales that are not
-    finite.
+    becomes the trivial one. `qzeros` come field by field in the format that the config names, however the
+    file has them; `tally` counts what that was. Raises `CheckpointError` for a g_idx out of range and for
+    scales that are not finite.
     """
     name = info.source_name
     scales = reader.get(f"{name}.scales", device)
@@ -137,11 +142,14 @@ def read_packed(
         )
     if high == 0:
         g_idx = trivial
+    qzeros = reader.get(f"{name}.qzeros", device)
+    zeros = read_zeros(qzeros, info.format, info.out_features)
+    if tally is not None:
+        tally.add(info.format.zeros, zeros)
+    if zeros.stored != info.format.checkpoint_format:
+        qzeros = store_zeros(zeros.values, info.format.bits, info.format.checkpoint_format)
     packed = PackedLinear(
-        qweight=reader.get(f"{name}.qweight", device),
-        qzeros=reader.get(f"{name}.qzeros", device),
-        scales=scales,
-        g_idx=g_idx,
+        qweight=reader.get(f"{name}.qweight", device), qzeros=qzeros, scales=scales, g_idx=g_idx
     )
     return packed, reader.get(f"{name}.bias", device) if info.bias else None
 

@@ -16,6 +16,12 @@ from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
 from gptq_cli.errors import CheckpointError
 
 FORMATS = ("gptq", "gptq_v2")
+WORDS = "words"
+"""Zeros of format gptq as GPTQModel computes them: see `model.zeros`."""
+_SUBTRACTS_WORDS = re.compile(r"(gptq[-_ ]?model|auto[-_ ]?gptq)\w*(?:\s*:\s*v?(\d+))?", re.IGNORECASE)
+"""In `meta`: GPTQModel, and AutoGPTQ from 0.8 on, which it began as; earlier ones write no `meta`."""
+_THREE_BITS_BY_FIELDS = 7
+"""From this version on, GPTQModel subtracts field by field where codes have 3 bits (its PR 2763)."""
 _PATTERN_LIMIT = 1000
 _NESTED_REPEATS = re.compile(r"[+*}]\??\)+[+*{]")
 """A repeat right inside a repeated group, `(a+)+`: such a pattern can run for longer than anyone waits."""
@@ -32,6 +38,14 @@ class PackedFormat:
     desc_act: bool
     checkpoint_format: str
     """"gptq": qzeros hold zero - 1; "gptq_v2": the zero itself."""
+    bits_by_words: tuple[int, ...] = ()
+    """Bit widths at which the writer of format "gptq" subtracts from whole words, see `model.zeros`."""
+
+    @property
+    def zeros(self) -> str:
+        """How the config says that zeros are stored: "gptq", "gptq_v2" or "words"."""
+        by_words = self.checkpoint_format == "gptq" and self.bits in self.bits_by_words
+        return WORDS if by_words else self.checkpoint_format
 
     def groups(self, in_features: int) -> int:
         """Groups in a row of `in_features` columns."""
@@ -93,7 +107,7 @@ def quantization_dict(
 
 def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
     """Read the dictionary of file `where`, whoever wrote it. Raises `CheckpointError`."""
-    method = raw.get("quant_method", "gptq")
+    method = _or_default(raw.get("quant_method"), default="gptq")
     if method != "gptq":
         raise CheckpointError(
             f"{where}: quant_method is {method!r}; allowed: gptq",
@@ -126,8 +140,9 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
         bits=raw["bits"],
         group_size=raw["group_size"],
         sym=sym,
-        desc_act=raw.get("desc_act", False),
+        desc_act=_or_default(raw.get("desc_act"), default=False),
         checkpoint_format=formats[0] if formats else "gptq",
+        bits_by_words=_bits_by_words(raw.get("meta")),
     )
     return CheckpointFormat(
         base=_judged(base, where),
@@ -178,8 +193,24 @@ def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapp
         if not isinstance(fields, Mapping):
             raise CheckpointError(f"{where}: dynamic[{key!r}] is no JSON object")
         known = ("bits", "group_size", "sym", "desc_act")
-        result.append((pattern, {name: fields[name] for name in known if name in fields}))
+        result.append((pattern, {name: fields[name] for name in known if fields.get(name) is not None}))
     return tuple(result)
+
+
+def _or_default(value: Any, *, default: Any) -> Any:
+    """null says what an absent key says."""
+    return default if value is None else value
+
+
+def _bits_by_words(meta: object) -> tuple[int, ...]:
+    """Bit widths at which the tool that `meta` names subtracts from whole words of zeros."""
+    named = (meta.get("packer"), meta.get("quantizer")) if isinstance(meta, Mapping) else ()
+    for value in named:
+        found = _SUBTRACTS_WORDS.search(str(value)) if value is not None else None
+        if found is not None:
+            early = found[2] is not None and int(found[2]) < _THREE_BITS_BY_FIELDS
+            return (2, 3, 4, 8) if early else (2, 4, 8)
+    return ()
 
 
 def _quantizer(meta: object) -> str:

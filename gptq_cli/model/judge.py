@@ -45,6 +45,7 @@ class Judge:
         self._leftovers(set(sources))
         packed = tuple(info for source in sources if (info := self._packed(source)) is not None)
         companions = {f"{source}.{part}" for source in sources for part in PARTS}
+        companions |= {name for source in sources if self._foreign_bias(name := f"{source}.bias")}
         names = [name for name in self.by_name if name not in companions]
         keys = self.conversion.map([*names, *(f"{source}.weight" for source in sources)])
         self._dense(keys, set(sources))
@@ -85,6 +86,10 @@ class Judge:
             keys=keys,
             notes=tuple(self.notes),
         )
+
+    def _foreign_bias(self, name: str) -> bool:
+        """A bias that its packed linear adds though the model's class has none: AutoGPTQ writes them all."""
+        return name in self.by_name and self.conversion.target_of(name)[0] is None
 
     def _leftovers(self, sources: set[str]) -> None:
         """Parts of a quantized linear whose qweight is not there."""

@@ -7,12 +7,14 @@ pickle is opened and no shard outside the directory is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError
@@ -28,7 +30,7 @@ from gptq_cli.model.checkpoint import (
 from gptq_cli.model.formats import CheckpointFormat, parse_quantization
 from gptq_cli.model.judge import Judge
 from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
-from gptq_cli.model.source import ModelFiles, SourceProblem, read_json, scan_directory
+from gptq_cli.model.source import ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
 
 __all__ = [
     "PackedInfo",
@@ -40,7 +42,16 @@ __all__ = [
 ]
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
-_AGREE = ("bits", "group_size", "sym", "desc_act", "checkpoint_format")
+_FORMAT_KEYS = ("checkpoint_format", "format")
+_AGREE = (
+    *("bits", "group_size", "sym", "desc_act", "checkpoint_format"),
+    *("dynamic", "quant_method", "pack_dtype", "is_marlin_format"),
+)
+"""What must be the same wherever it is said: all that says how tensors are to be read."""
+_INNER_CONFIGS = 2
+"""How deep configs are looked for inside config.json: thinker_config has a text_config."""
+_ANY = MappingProxyType({"bits": 4, "group_size": 128})
+"""Stands for what a dictionary leaves to another."""
 
 
 def open_checkpoint(
@@ -54,18 +65,39 @@ def open_checkpoint(
         )
     ref = ModelRef(model=str(path), trust_remote_code=trust_remote_code, dtype=dtype)
     raw, form = _read_formats(directory)
-    files = scan_directory(directory, any_name=True)
+    files = scan_directory(directory, bases=_base_names(raw, form))
     _raise_for(files.problems)
     config = load_config(files, ref)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    _forget_quantization(config)
     run_dtype = _run_dtype(config, files, dtype)
     model = build_meta(config, ref, run_dtype)
     return Judge(directory, raw, form, files, config, model, run_dtype).checkpoint()
 
 
 def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]:
-    """The quantization dictionary of all files that hold one; they must agree."""
+    """The quantization dictionary of all files that hold one; they must agree in what they both say."""
+    found = _quantization_dicts(directory)
+    if not found and any(holds_codes(path) for path in directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{directory} has packed tensors, but neither a quantize_config.json nor a quantization_config "
+            "in config.json says how to read them",
+            hint="fetch the quantize_config.json that was published with them",
+        )
+    if not found:
+        raise CheckpointError(
+            f"{directory} is no GPTQ checkpoint: there is neither a quantize_config.json nor a "
+            "quantization_config in config.json",
+            hint="quantize the model first: gptq quantize MODEL --out DIR",
+        )
+    _agree(found)
+    (first, whole), *others = found
+    for _, other in others:
+        whole = _completed(whole, other)
+    return whole, parse_quantization(whole, first)
+
+
+def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, dictionary), the most telling first."""
     found: list[tuple[str, Mapping[str, Any]]] = []
     for name in (*CONFIG_FILES, "config.json"):
         if not (directory / name).is_file():
@@ -74,27 +106,81 @@ def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]
             content = read_json(directory / name)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
-        if isinstance(content, Mapping) and name == "config.json":
-            content = content.get("quantization_config")
-            if content is None:
-                continue
-        if not isinstance(content, Mapping):
-            raise CheckpointError(f"{directory}: the quantization config in {name} is no JSON object")
-        found.append((name, content))
-    if not found:
-        raise CheckpointError(
-            f"{directory} is no GPTQ checkpoint: there is neither a quantize_config.json nor a "
-            "quantization_config in config.json",
-            hint="quantize the model first: gptq quantize MODEL --out DIR",
-        )
-    parsed = [(name, parse_quantization(content, name)) for name, content in found]
-    first, form = parsed[0]
-    for name, other in parsed[1:]:
+        if name == "config.json" and isinstance(content, Mapping):
+            found += list(_inside_config(content, name))
+        else:
+            found.append((name, content))
+    for where, held in found:
+        if not isinstance(held, Mapping):
+            raise CheckpointError(f"{directory}: the quantization config in {where} is no JSON object")
+        if held and not any(key in held for key in (*_AGREE, *_FORMAT_KEYS)):
+            raise CheckpointError(
+                f"{directory}: the quantization config in {where} has none of {', '.join(_AGREE[:5])}",
+                hint="it is no quantization config: take the file away, or put the right one there",
+            )
+    return found
+
+
+def _inside_config(
+    config: Mapping[str, Any], where: str, depth: int = _INNER_CONFIGS
+) -> Iterator[tuple[str, Any]]:
+    """The quantization_config of config.json and of the configs inside it: text-and-image models have one
+    for their text part (text_config), and some tools write it there."""
+    if config.get("quantization_config") is not None:
+        yield where, config["quantization_config"]
+    for key, inner in config.items() if depth else ():
+        if key != "quantization_config" and isinstance(inner, Mapping):
+            yield from _inside_config(inner, f"{where}: {key}", depth - 1)
+
+
+def _forget_quantization(config: Any) -> None:
+    """The model is built dense; a part that is a bare dictionary is no config of its class, and misleads."""
+    for name, inner in list(vars(config).items()):
+        if name == "quantization_config":
+            delattr(config, name)
+        elif isinstance(inner, PretrainedConfig):
+            _forget_quantization(inner)
+        elif isinstance(inner, Mapping) and "quantization_config" in inner:
+            delattr(config, name)
+
+
+def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise `CheckpointError` where two dictionaries say different things; a key that one of them leaves out,
+    or has as null, is no contradiction."""
+    said: dict[str, tuple[str, Any]] = {}
+    for where, content in found:
+        own = dict(content)
+        parse_quantization({**_ANY, **{key: own[key] for key in own if own[key] is not None}}, where)
+        if own.get("checkpoint_format") is None:
+            own["checkpoint_format"] = own.get("format")
         for key in _AGREE:
-            mine, theirs = getattr(form.base, key), getattr(other.base, key)
-            if mine != theirs:
-                raise CheckpointError(f"{key} is {mine!r} in {first} but {theirs!r} in {name}")
-    return found[0][1], form
+            value = own.get(key)
+            if value is None or value == {}:
+                continue
+            first, before = said.setdefault(key, (where, value))
+            if before != value:
+                raise CheckpointError(
+                    f"{key} is {before!r} in {first} but {value!r} in {where}",
+                    hint="find out which is right (gptq load DIR --verify), and set both to it",
+                )
+
+
+def _completed(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, and what `other` says beyond it."""
+    whole = {key: value for key, value in other.items() if value is not None}
+    if any(content.get(key) is not None for key in _FORMAT_KEYS):
+        whole = {key: value for key, value in whole.items() if key not in _FORMAT_KEYS}
+    own = {key: value for key, value in content.items() if value is not None or key not in whole}
+    if own.get("dynamic") == {}:
+        own["dynamic"] = whole.get("dynamic", {})
+    return {**whole, **own}
+
+
+def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ...]:
+    """What AutoGPTQ may have called the weights: the name in its config, else one made of the settings."""
+    named = raw.get("model_file_base_name")
+    made = f"gptq_model-{form.base.bits}bit-{form.base.group_size}g"
+    return (named.removesuffix(".safetensors"), made) if isinstance(named, str) and named else (made,)
 
 
 def _raise_for(problems: tuple[SourceProblem, ...]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -33,6 +33,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tekken.json",
 )
+_INDEX_ENDING = ".safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?\Z", re.ASCII)
 _JSON_LIMIT_BYTES = 200_000_000
 
@@ -114,13 +115,16 @@ def _with_config_checked(files: ModelFiles) -> ModelFiles:
     )
 
 
-def scan_directory(directory: Path, *, source: str | None = None, any_name: bool = False) -> ModelFiles:
+def scan_directory(
+    directory: Path, *, source: str | None = None, bases: Sequence[str] | None = None
+) -> ModelFiles:
     """List the tensors of a local directory, and everything that is wrong with its files.
 
-    `any_name`: a lone safetensors file may be called anything (AutoGPTQ: gptq_model-4bit-128g.safetensors).
+    `bases`: names that the weights may have in place of `model` (AutoGPTQ: gptq_model-4bit-128g), the
+    likeliest first; with it, even an empty one, a lone file or index may be called anything.
     """
     problems: list[SourceProblem] = []
-    names, listed = _shard_names(directory, problems, any_name=any_name)
+    names, listed = _shard_names(directory, problems, bases)
     tensors: list[TensorInfo] = []
     shards: list[Path] = []
     holder: dict[str, str] = {}
@@ -195,21 +199,19 @@ def unsafe_path(name: str) -> bool:
 
 
 def _shard_names(
-    directory: Path, problems: list[SourceProblem], *, any_name: bool
+    directory: Path, problems: list[SourceProblem], bases: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The shards to read in order, and the index's tensor -> shard map (empty without an index)."""
-    if (directory / SINGLE).exists():
-        return (SINGLE,), {}
-    if not (directory / INDEX).is_file():
-        lone = sorted(path.name for path in directory.glob("*.safetensors"))
-        if any_name and len(lone) == 1:
-            return (lone[0],), {}
-        problems.append(_no_weights(directory))
+    found = _weights_file(directory, bases)
+    if found is None:
+        problems.append(_no_weights(directory, named=bases is not None))
         return (), {}
+    if not found.endswith(_INDEX_ENDING):
+        return (found,), {}
     try:
-        weight_map = index_map(read_json(directory / INDEX))
-    except ValueError as error:
-        problems.append(SourceProblem("bad-index", INDEX, str(error), "fetch the model again"))
+        weight_map = index_map(read_json(directory / found), found)
+    except (OSError, ValueError) as error:
+        problems.append(SourceProblem("bad-index", found, str(error), "fetch the model again"))
         return (), {}
     names = tuple(sorted(set(weight_map.values())))
     safe: list[str] = []
@@ -218,7 +220,7 @@ def _shard_names(
             problems.append(
                 SourceProblem(
                     "unsafe-path",
-                    INDEX,
+                    found,
                     f"the index names shard {name!r}, which would leave the model's directory",
                     "do not trust this model; fetch it from its author",
                 )
@@ -226,12 +228,14 @@ def _shard_names(
         elif not name.endswith(".safetensors"):
             problems.append(
                 SourceProblem(
-                    "pickled-weights", INDEX, f"the index names shard {name!r}; allowed: *.safetensors"
+                    "pickled-weights", found, f"the index names shard {name!r}; allowed: *.safetensors"
                 )
             )
         else:
             safe.append(name)
-    unlisted = sorted({p.name for p in directory.glob("model-*-of-*.safetensors")} - set(names))
+    base = found.removesuffix(_INDEX_ENDING)
+    alike = {p.name for p in directory.iterdir() if _is_shard(p.name, base)}
+    unlisted = sorted(alike - set(names))
     problems.extend(
         SourceProblem(
             "unlisted-shard",
@@ -244,18 +248,49 @@ def _shard_names(
     return tuple(safe), weight_map
 
 
-def index_map(index: object) -> dict[str, str]:
-    """The checked `weight_map` of a parsed index file. Raises `ValueError`."""
+def _weights_file(directory: Path, bases: Sequence[str] | None) -> str | None:
+    """The file that holds all tensors, or the index of those that do, as it is called in `directory`."""
+    for base in (*(bases or ()), "model"):
+        if unsafe_path(base):
+            continue
+        single, index = f"{base}.safetensors", f"{base}{_INDEX_ENDING}"
+        if (directory / single).exists():
+            return single
+        if (directory / index).is_file():
+            return index
+    if bases is None:
+        return None
+    indexes = sorted(path.name for path in directory.glob(f"*{_INDEX_ENDING}"))
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    packed = [name for name in files if holds_codes(directory / name)] if len(files) > 1 else []
+    return next((names[0] for names in (indexes, files, packed) if len(names) == 1), None)
+
+
+def holds_codes(path: Path) -> bool:
+    """Whether a safetensors file has packed linears, which an adapter or a dense model beside it has not."""
+    try:
+        return any(tensor.name.endswith(".qweight") for tensor in read_header(path))
+    except (HeaderError, OSError):
+        return False
+
+
+def index_map(index: object, name: str = INDEX) -> dict[str, str]:
+    """The checked `weight_map` of the parsed index file `name`. Raises `ValueError`."""
     weight_map = index.get("weight_map") if isinstance(index, Mapping) else None
     if not isinstance(weight_map, Mapping) or not weight_map:
-        raise ValueError(f"{INDEX} has no weight_map")
+        raise ValueError(f"{name} has no weight_map")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise ValueError(f"{INDEX} maps tensor {tensor} to {shard!r}; allowed: a file name")
+            raise ValueError(f"{name} maps tensor {tensor} to {shard!r}; allowed: a file name")
     return dict(weight_map)
 
 
-def _no_weights(directory: Path) -> SourceProblem:
+def _is_shard(name: str, base: str) -> bool:
+    """`model-00001-of-00003.safetensors` for the base `model`."""
+    return re.fullmatch(re.escape(base) + r"-.*-of-.*\.safetensors", name) is not None
+
+
+def _no_weights(directory: Path, *, named: bool) -> SourceProblem:
     files = sorted(path.name for path in directory.iterdir())
     pickles = [name for name in files if name.endswith(PICKLES)]
     if pickles:
@@ -275,6 +310,15 @@ def _no_weights(directory: Path) -> SourceProblem:
             ggufs[0],
             f"the only weights are GGUF ({ggufs[0]}), which are quantized already",
             "give the original model in safetensors",
+        )
+    several = [name for name in files if name.endswith(".safetensors")]
+    if named and several:
+        return SourceProblem(
+            "no-weights",
+            str(directory),
+            f"there is neither {SINGLE} nor an index in {directory}, and which of {', '.join(several[:3])}"
+            f"{', …' if several[3:] else ''} holds the weights is not said",
+            "fetch the index of its shards, or name the file as model_file_base_name in quantize_config.json",
         )
     return SourceProblem(
         "no-weights",

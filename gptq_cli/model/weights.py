@@ -25,6 +25,8 @@ from gptq_cli.placement import Placement
 if TYPE_CHECKING:
     from gptq_cli.model.skeleton import Skeleton
 
+OnUntied = Callable[[tuple[str, str]], None]
+"""Called with two names that the config ties, though the files hold different tensors for them."""
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -165,15 +167,17 @@ def fill_dense(
     dtype: torch.dtype,
     *,
     wanted: Callable[[str], bool] = lambda name: True,
+    on_untied: OnUntied = lambda names: None,
 ) -> None:
     """Give the `wanted` tensors of a skeleton their values, except those that already have theirs (under
     packed linears).
 
-    `read(source name, device)` returns a tensor of the files. Ties are kept, and buffers that no file
-    stores (rotary frequencies) are computed again, wanted or not. Afterwards nothing that was wanted is on
-    the meta device. Raises `CheckpointError` naming the first tensor without a value.
+    `read(source name, device)` returns a tensor of the files. Ties are kept, also where the files hold equal
+    copies; copies that differ stay two tensors, as in Transformers, and `on_untied` hears their names.
+    Buffers that no file stores (rotary frequencies) are computed again, wanted or not. Afterwards nothing
+    that was wanted is on the meta device. Raises `CheckpointError` naming the first tensor without a value.
     """
-    fill_stored(model, conversion, origins, read, device_of, dtype, wanted=wanted)
+    fill_stored(model, conversion, origins, read, device_of, dtype, wanted=wanted, on_untied=on_untied)
     _compute_buffers(model, device_of)
     left = [name for name, tensor in _tensors(model) if tensor.is_meta and wanted(name)]
     if left:
@@ -191,6 +195,7 @@ def fill_stored(
     dtype: torch.dtype,
     *,
     wanted: Callable[[str], bool],
+    on_untied: OnUntied = lambda names: None,
 ) -> set[str]:
     """The first half of `fill_dense`: what the files store. Returns the names that got a value."""
     table = origins.origins if isinstance(origins, KeyMap) else origins
@@ -219,10 +224,17 @@ def fill_stored(
         del sources
     for names in ties:
         real = next((n for n in names if not _get(model, n).is_meta), None)
+        if real is None:
+            continue
+        one = _get(model, real)
         for name in names:
-            if real is not None and _get(model, name).is_meta:
-                _place(model, name, _get(model, real))
+            other = _get(model, name)
+            if other.is_meta:
                 done.add(name)
+            elif other is not one and not torch.equal(other, one.to(other.device)):
+                on_untied((real, name))
+                continue
+            _place(model, name, one)
     return done
 
 

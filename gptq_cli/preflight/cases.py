@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
 from gptq_cli.device import CPU, Device
-from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
 from gptq_cli.results import DevicePlan
@@ -68,6 +68,17 @@ class MapCase:
                 wanted = self.max_memory.get(device) if self.max_memory else None
                 return budget.free_bytes if wanted is None else min(wanted, budget.free_bytes)
         return None
+
+    def rule_for(self, name: str) -> DeviceRule | None:
+        """The rule that decides about a tensor; where none covers it, the one for what it is tied to.
+
+        A head that is the embedding goes where the embedding goes.
+        """
+        rule = self.spec.rule_for(name)
+        if rule is not None:
+            return rule
+        tied = next((group for group in self.facts.tied if name in group), ())
+        return next((found for other in tied if (found := self.spec.rule_for(other)) is not None), None)
 
     @property
     def accelerators(self) -> tuple[Device, ...]:

@@ -136,7 +136,8 @@ def _on_usable_devices(case: MapCase, rules: tuple[DeviceRule, ...]) -> tuple[De
 def _covering(case: MapCase, rules: tuple[DeviceRule, ...]) -> tuple[DeviceRule, ...]:
     """A rule for the rest, where parameters have none."""
     spec = DeviceMap(rules=rules)
-    if all(spec.rule_for(name) is not None for name in tensor_names(case.facts, buffers=False)):
+    asked = replace(case, spec=spec)
+    if all(asked.rule_for(name) is not None for name in tensor_names(case.facts, buffers=False)):
         return rules
     main = next((device for device in spec.devices if device.is_accelerator), spec.devices[0])
     return (*rules, DeviceRule("", main))

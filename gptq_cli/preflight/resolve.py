@@ -158,7 +158,7 @@ def _from_rules(case: MapCase) -> Plan | None:
     """What the rules say, to the letter; None where they leave a parameter without a device."""
 
     def device_of(name: str) -> Device | None:
-        rule = case.spec.rule_for(name)
+        rule = case.rule_for(name)
         return rule.device if rule else None
 
     reason = "as the device map says"

@@ -184,7 +184,7 @@ def uncovered_parameters(case: MapCase) -> list[Finding]:
         return []
     tensors = {tensor.name: tensor for tensor in case.facts.tensors}
     parameters = tensor_names(case.facts, buffers=False)
-    uncovered = [name for name in parameters if case.spec.rule_for(name) is None]
+    uncovered = [name for name in parameters if case.rule_for(name) is None]
     if not uncovered:
         return []
     owners = list(dict.fromkeys(_owner(name, case.facts.blocks) for name in uncovered))

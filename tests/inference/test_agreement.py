@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import CheckpointError, NonFinite
@@ -47,6 +48,53 @@ def test_not_a_number_is_an_error() -> None:
     bad = torch.full((5, 5), float("nan"))
     with pytest.raises(NonFinite, match="window 0"):
         compare(Bigram(bad), Bigram(torch.zeros(5, 5)), torch.zeros(1, 4, dtype=torch.long))
+
+
+def skeleton_of(**fields: object) -> object:
+    """A Llama, or another class by `cls`, on the meta device."""
+    cls = fields.pop("cls", "LlamaConfig")
+    base = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    }
+    with torch.device("meta"):
+        config = getattr(transformers, str(cls))(**(base | fields))
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"cls": "MistralConfig"}, "the quantized model is a llama, the dense one a mistral"),
+        ({"num_hidden_layers": 3}, "the quantized model has 2 blocks, the dense one 3"),
+        ({"hidden_size": 32}, "the quantized model has hidden size 64, the dense one 32"),
+        ({"vocab_size": 320}, "the quantized model knows 256 tokens, the dense one 320"),
+        (
+            {"intermediate_size": 96},
+            r"mlp.gate_proj.weight is \[128, 64\] in a block .*, \[96, 64\] in the dense",
+        ),
+        ({"num_key_value_heads": 4}, "self_attn.k_proj.weight is"),
+        (
+            {"attention_bias": True},
+            "a block of the dense model has self_attn.k_proj.bias, none of the quantized",
+        ),
+        (
+            {"num_hidden_layers": 1, "vocab_size": 64},
+            "has 2 blocks, the dense one 1; the quantized model knows 256 tokens, the dense one 64",
+        ),
+    ],
+)
+def test_other_models_are_told_apart(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        check_comparable(skeleton_of(), skeleton_of(**fields))
+
+
+def test_the_same_model_is_comparable_however_it_is_dressed() -> None:
+    check_comparable(skeleton_of(), skeleton_of(tie_word_embeddings=True, max_position_embeddings=64))
 
 
 def test_other_vocabularies_are_found_before_a_weight_is_read(tiny_llama: Path) -> None:

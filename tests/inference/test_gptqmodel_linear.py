@@ -20,8 +20,8 @@ from gptq_cli.inference.opening import kernel_counts, load_quantized
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.placement import Placement, PlacementEntry
 from tests.conftest import TinyFactory
-from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory
-from tests.inference.test_opening import close_logits, load, logits
+from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory, write_config
+from tests.inference.test_opening import as_gptqmodel_writes_it, close_logits, load, logits
 
 
 class FORMAT(enum.StrEnum):
@@ -162,6 +162,29 @@ def test_the_same_numbers(
     assert close_logits(logits(model), logits(dense_twin(tiny_llama, weights, torch.float32)), 1e-4)
     (count,) = kernel_counts(model)
     assert (count.kernel, count.linears, count.reason) == ("gptqmodel", 21, "asked for, ExactLinear")
+
+
+@pytest.mark.parametrize("quantizer", ["gptqmodel:7.6.0", "tests:1.0"])
+def test_zeros_of_0_in_asymmetric_codes(
+    quantizer: str, kernels: list[type[nn.Module]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The package adds to whole words, whoever wrote them: it is handed what it would have written."""
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, version="gptq_v2"))
+    twin = as_gptqmodel_writes_it(tmp_path / "q", 4, quantizer)
+    assert close_logits(logits(load(twin, wish="gptqmodel")), logits(load(twin)), 1e-4)
+
+
+@pytest.mark.parametrize("said", ["gptq", "gptq_v2"])
+def test_symmetric_zeros_under_a_wrong_name(
+    said: str, kernels: list[type[nn.Module]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    stored = "gptq" if said == "gptq_v2" else "gptq_v2"
+    weights = quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, version=stored))
+    write_config(tmp_path / "q", Recipe(group_size=32, version=said))
+    model = load(tmp_path / "q", wish="gptqmodel")
+    dense = dense_twin(tiny_llama, weights, torch.float32)
+    assert close_logits(logits(model), logits(dense), 1e-4)
+    assert model.num_parameters() == dense.num_parameters()
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mixtral", "gpt2"])

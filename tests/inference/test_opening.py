@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptq_cli.device import CPU, Device
 from gptq_cli.errors import CheckpointError
+from gptq_cli.gptq.packing import pack_rows, unpack_rows
 from gptq_cli.inference.opening import (
     compile_forward,
     default_placement,
@@ -100,6 +101,43 @@ def test_every_kind_of_checkpoint(recipe: Recipe, tiny_llama: Path, tmp_path: Pa
     twin = logits(dense_twin(tiny_llama, weights, torch.float32))
     assert close_logits(logits(load(tmp_path / "q")), twin, 1e-5)
     assert close_logits(logits(load(tmp_path / "q", "bfloat16")), twin, 0.1)
+
+
+def as_gptqmodel_writes_it(path: Path, bits: int, quantizer: str) -> Path:
+    """Give a gptq_v2 checkpoint some zeros of 0; return its twin in format gptq, as GPTQModel makes it."""
+    generator = torch.Generator().manual_seed(bits)
+
+    def with_zeros(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(".qzeros"):
+                columns = tensors[name.replace("qzeros", "scales")].shape[1]
+                zeros = unpack_rows(tensors[name].T.contiguous(), bits, columns)
+                zeros[torch.rand(zeros.shape, generator=generator) < 0.1] = 0
+                tensors[name] = pack_rows(zeros, bits).T.contiguous()
+
+    def subtracted(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(".qzeros"):
+                tensors[name] -= sum(1 << place for place in range(0, 32, bits))
+
+    rewrite(path, with_zeros)
+    twin = Path(shutil.copytree(path, path.parent / "gptq"))
+    rewrite(twin, subtracted)
+    write_config(twin, Recipe(bits=bits, group_size=32, sym=False, extra={"meta": {"quantizer": quantizer}}))
+    return twin
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("quantizer", ["gptqmodel:5.7.0", ["optimum:1.24.0", "gptqmodel:7.6.0"]])
+def test_zeros_of_0_in_asymmetric_codes_of_gptqmodel(
+    bits: int, quantizer: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(bits=bits, group_size=32, sym=False, version="gptq_v2")
+    quantize_directory(tiny_llama, tmp_path / "q", recipe)
+    twin = as_gptqmodel_writes_it(tmp_path / "q", bits, quantizer)
+    assert torch.equal(logits(load(twin)), logits(load(tmp_path / "q")))
+    write_config(twin, Recipe(bits=bits, group_size=32, sym=False))
+    assert not torch.equal(logits(load(twin)), logits(load(tmp_path / "q"))), "field by field"
 
 
 def test_quantized_head_of_a_model_with_tied_config(tiny: TinyFactory, tmp_path: Path) -> None:

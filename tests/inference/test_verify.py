@@ -145,6 +145,37 @@ def test_wrapped_zeros_of_asymmetric_v1(tiny_llama: Path, tmp_path: Path) -> Non
     assert found(verify_checkpoint(tmp_path / "q"), "zeros-wrapped").level == "warning"
 
 
+@pytest.mark.parametrize("quantizer", ["gptqmodel:7.6.0", "autogptq:0.8.0"])
+def test_zeros_of_0_subtracted_from_whole_words(quantizer: str, tiny_llama: Path, tmp_path: Path) -> None:
+    extra = {"meta": {"quantizer": [quantizer]}}
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, extra=extra))
+    assert not found_any(verify_checkpoint(tmp_path / "q"), "zeros-wrapped")
+    change_tensor(f"{Q}.qzeros", lambda t: torch.full_like(t, -0x11111111))(tmp_path / "q")
+    wrapped = found(verify_checkpoint(tmp_path / "q"), "zeros-wrapped")
+    assert "subtracted from whole words" in wrapped.message
+    assert wrapped.modules == (Q,)
+
+
+def test_biases_that_the_class_has_not_are_no_leftovers(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q}.bias": torch.zeros(64).half()}))
+    assert not found_any(verify_checkpoint(checkpoint), "leftover")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_copies_of_a_tied_tensor(equal: bool, tiny: TinyFactory, tmp_path: Path) -> None:
+    quantize_directory(tiny("llama_tied"), tmp_path / "q", Recipe(group_size=32))
+    factor = 1 if equal else 2
+
+    def copied(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+
+    rewrite(tmp_path / "q", copied)
+    report = verify_checkpoint(tmp_path / "q")
+    assert report.ok
+    tied = found_any(report, "dense-tied")
+    assert [finding.modules for finding in tied] == ([] if equal else [("lm_head.weight",)])
+
+
 def test_leftover_tensors(checkpoint: Path) -> None:
     rewrite(checkpoint, lambda tensors: tensors.update({"model.layers.0.wf_unsqueeze_zero": torch.zeros(3)}))
     assert found(verify_checkpoint(checkpoint), "leftover").modules == ("model.layers.0.wf_unsqueeze_zero",)

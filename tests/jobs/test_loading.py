@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import gptq_cli
 from gptq_cli import jobs
 from gptq_cli.calibration import evaluation_windows, open_tokenizer
 from gptq_cli.config import LoadJob, Sampling
 from gptq_cli.device import CPU
 from gptq_cli.device_map import DeviceMap
 from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
-from gptq_cli.events import Event, PhaseAdvanced, PhaseFinished, PhaseStarted, TextGenerated
+from gptq_cli.events import Event, PhaseAdvanced, PhaseFinished, PhaseStarted, TextGenerated, Warned
 from gptq_cli.inference import benchmark
 from gptq_cli.inference.agreement import compare
 from gptq_cli.jobs import loading, proving
@@ -25,9 +26,9 @@ from gptq_cli.placement import DeviceBudget
 from gptq_cli.proof import VerifyReport
 from gptq_cli.results import LoadReport, document
 from tests.conftest import TinyFactory
-from tests.e2e.commands import write_text
-from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory
-from tests.inference.test_opening import Q, change_tensor
+from tests.e2e.commands import gptq, write_text
+from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory, write_config
+from tests.inference.test_opening import Q, change_tensor, close_logits, logits
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +176,96 @@ def test_a_dense_model_of_another_vocabulary_is_refused_before_a_weight_is_read(
     monkeypatch.setattr(loading, "load_quantized", nothing_is_read)
     with pytest.raises(CheckpointError, match="knows 512 tokens, the dense one 256"):
         jobs.load(LoadJob(path=str(made[0]), against=str(other), evaluate=text, seq_len=16))
+
+
+def test_a_dense_model_of_another_depth_is_refused_before_a_weight_is_read(
+    made: tuple[Path, Any], tiny: TinyFactory, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "load_quantized", nothing_is_read)
+    with pytest.raises(CheckpointError, match="has 3 blocks, the dense one 2") as caught:
+        jobs.load(LoadJob(path=str(made[0]), against=str(tiny("llama_tied")), evaluate=text, seq_len=16))
+    assert caught.value.exit_code == 2
+    ran = gptq("load", made[0], "--against", tiny("mistral"), "--eval", text, "--seq-len", "16", "--json")
+    assert ran.code == 2
+    assert "is a llama, the dense one a mistral" in ran.stdout
+
+
+def zeros_of(path: Path, version: str, linears: list[str] | None = None) -> None:
+    """Rewrite symmetric 4-bit zeros (of some linears) as `version` stores them."""
+    word = -0x77777778 if version == "gptq_v2" else 0x77777777
+    tensors = load_file(path / "model.safetensors")
+    for name in tensors:
+        if name.endswith(".qzeros") and (linears is None or name.removesuffix(".qzeros") in linears):
+            tensors[name] = torch.full_like(tensors[name], word)
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(("said", "found"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+@pytest.mark.parametrize("some", [False, True])
+def test_symmetric_zeros_are_read_as_what_they_are(
+    said: str, found: str, some: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    weights = quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, version=said))
+    zeros_of(tmp_path / "q", found, [Q, "lm_head"] if some else None)
+    expected = logits(dense_twin(tiny_llama, weights, torch.float32))
+    assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
+    events: list[Event] = []
+    report = opened(LoadJob(path=str(tmp_path / "q")), events)
+    (told,) = [event.message for event in events if isinstance(event, Warned)]
+    assert told.startswith(f"{1 if some else 21} of 21 linears hold their zeros as {found} has them")
+    assert f"though the config says {said}" in told
+    assert report.warnings == (told,)
+    assert document(report)["warnings"] == [told]
+    ran = gptq("load", tmp_path / "q")
+    assert (ran.code, "hold their zeros as" in ran.stderr) == (0, True)
+    assert "hold their zeros as" in ran.stdout.replace("\n", " ")
+    assert gptq("load", tmp_path / "q", "--verify").code == 5
+
+
+def test_python_is_told_by_the_log(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
+    gptq_cli.load(str(tmp_path / "q"))
+    assert caplog.records == []
+    zeros_of(tmp_path / "q", "gptq_v2")
+    gptq_cli.load(str(tmp_path / "q"))
+    assert [record.name for record in caplog.records] == ["gptq_cli"]
+
+
+def test_zeros_that_are_not_symmetric_though_sym_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    weights = quantize_directory(
+        tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, version="gptq_v2")
+    )
+    write_config(tmp_path / "q", Recipe(group_size=32, sym=True, version="gptq_v2"))
+    report = opened(LoadJob(path=str(tmp_path / "q")))
+    assert len(report.warnings) == 1
+    assert "of 21 linears hold zeros that symmetric codes do not have" in report.warnings[0]
+    expected = logits(dense_twin(tiny_llama, weights, torch.float32))
+    assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_tied_tensors_that_are_stored_twice(equal: bool, tiny: TinyFactory, tmp_path: Path) -> None:
+    quantize_directory(tiny("llama_tied"), tmp_path / "q", Recipe(group_size=32))
+    alone = opened(LoadJob(path=str(tmp_path / "q")))
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] * (1 if equal else 2)
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "q" / "model.safetensors")
+    model = gptq_cli.load(str(tmp_path / "q"))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is equal
+    assert torch.equal(model.lm_head.weight, head)
+    report = opened(LoadJob(path=str(tmp_path / "q")))
+    assert (report.weight_bytes == alone.weight_bytes) is equal
+    assert (report.warnings == ()) is equal
+    assert equal or "lm_head.weight are one tensor by the config" in report.warnings[0]
+
+
+def test_a_map_that_covers_the_embedding_covers_its_head(tiny: TinyFactory, tmp_path: Path) -> None:
+    quantize_directory(tiny("llama_tied"), tmp_path / "q", Recipe(group_size=32))
+    spec = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu"}
+    model = gptq_cli.load(str(tmp_path / "q"), device_map=spec)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_a_dense_model_that_does_not_fit_beside_is_refused_before_a_weight_is_read(

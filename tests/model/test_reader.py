@@ -323,9 +323,179 @@ def test_two_configurations_that_disagree(changes: dict[str, Any], damaged: Path
     assert refused(damaged).startswith(f"{name} is ")
 
 
+@pytest.mark.parametrize("file", ["quantize_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("quantize", "absent"),
+    [
+        (QuantizeConfig(group_size=32, sym=False), ("sym",)),
+        (QuantizeConfig(group_size=32, sym=False), ("checkpoint_format", "format")),
+        (QuantizeConfig(group_size=32, desc_act=True), ("desc_act",)),
+        (QuantizeConfig(group_size=32, bits=8), ("bits",)),
+        (QuantizeConfig(group_size=-1), ("group_size",)),
+        (QuantizeConfig(group_size=32), ("quant_method", "pack_dtype", "lm_head", "dynamic", "meta")),
+    ],
+)
+@pytest.mark.parametrize("left", [..., None], ids=["absent", "null"])
+def test_what_one_file_leaves_out_the_other_says(
+    file: str, quantize: QuantizeConfig, absent: tuple[str, ...], left: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    write_checkpoint(opened(tiny_llama), tmp_path / "out", quantize)
+    whole = open_checkpoint(tmp_path / "out")
+    set_config(tmp_path / "out", (file,), **dict.fromkeys(absent, left))
+    found = open_checkpoint(tmp_path / "out")
+    assert found.format == whole.format
+    assert {key: found.config_dict[key] for key in absent} == {key: whole.config_dict[key] for key in absent}
+
+
+def test_dynamic_may_stand_in_one_file_alone(tiny_moe: Path, tmp_path: Path) -> None:
+    write_checkpoint(opened(tiny_moe), tmp_path / "out")
+    dense = open_checkpoint(tmp_path / "out").format.overrides
+    assert dense
+    set_config(tmp_path / "out", ("quantize_config.json",), dynamic={})
+    assert open_checkpoint(tmp_path / "out").format.overrides == dense
+    set_config(tmp_path / "out", ("quantize_config.json",), dynamic={r"+:.*": {"bits": 8}})
+    assert refused(tmp_path / "out").startswith("dynamic is ")
+
+
+def test_null_is_what_an_absent_key_is(damaged: Path) -> None:
+    set_config(damaged, desc_act=None, dynamic=None, pack_dtype=None, quant_method=None, lm_head=None)
+    assert not open_checkpoint(damaged).desc_act
+
+
+def test_a_file_that_says_nothing_of_the_tensors_is_named(damaged: Path) -> None:
+    (damaged / "quantize_config.json").write_text('{"quantization_config": {"bits": 4}}')
+    assert "quantize_config.json has none of bits, group_size" in refused(damaged)
+
+
+# what is read: other people's names and places
+
+
+def rename_weights(path: Path, base: str, parts: int = 1) -> None:
+    """The weights under another base name, in `parts` shards with an index where there are several."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    if parts == 1:
+        save_file(tensors, path / f"{base}.safetensors")
+        return
+    places = {}
+    for part in range(parts):
+        file = f"{base}-{part + 1:05d}-of-{parts:05d}.safetensors"
+        half = {name: tensors[name] for name in sorted(tensors)[part::parts]}
+        save_file(half, path / file)
+        places |= dict.fromkeys(half, file)
+    (path / f"{base}.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("beside", [None, "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("base", "said"),
+    [
+        ("gptq_model-4bit-32g", None),
+        ("my-weights", "my-weights"),
+        ("my-weights", "my-weights.safetensors"),
+        ("anything", None),
+    ],
+)
+def test_names_of_weights(base: str, said: str | None, beside: str | None, parts: int, damaged: Path) -> None:
+    rename_weights(damaged, base, parts)
+    set_config(damaged, ("quantize_config.json",), model_file_base_name=said)
+    if beside is not None:
+        save_file({"x": torch.zeros(1)}, damaged / beside)
+    found = open_checkpoint(damaged)
+    assert len(found.files.shards) == parts
+    assert all(shard.name.startswith(base) for shard in found.files.shards)
+
+
+def test_the_name_that_the_config_says_wins(damaged: Path) -> None:
+    """Also over a dense model.safetensors, which AutoGPTQ's users kept beside."""
+    rename_weights(damaged, "gptq_model-4bit-32g")
+    save_file({"model.norm.weight": torch.zeros(64)}, damaged / "model.safetensors")
+    assert open_checkpoint(damaged).files.shards[0].name == "gptq_model-4bit-32g.safetensors"
+    set_config(damaged, model_file_base_name="other")
+    rename = damaged / "gptq_model-4bit-32g.safetensors"
+    rename.rename(damaged / "other.safetensors")
+    assert open_checkpoint(damaged).files.shards[0].name == "other.safetensors"
+
+
+def test_a_base_name_leads_nowhere_else(damaged: Path) -> None:
+    rename_weights(damaged, "lone")
+    shutil.copy(damaged / "lone.safetensors", damaged.parent / "outside.safetensors")
+    set_config(damaged, model_file_base_name="../outside")
+    assert [shard.name for shard in open_checkpoint(damaged).files.shards] == ["lone.safetensors"]
+
+
+def test_several_files_and_no_index(damaged: Path) -> None:
+    rename_weights(damaged, "gptq_model-4bit-32g", 2)
+    (damaged / "gptq_model-4bit-32g.safetensors.index.json").unlink()
+    message = refused(damaged)
+    assert "gptq_model-4bit-32g-00001-of-00002.safetensors" in message
+    assert "which of" in message
+
+
+def test_a_broken_index_of_another_name_is_named(damaged: Path) -> None:
+    rename_weights(damaged, "gptq_model-4bit-32g", 2)
+    (damaged / "gptq_model-4bit-32g.safetensors.index.json").write_text("{}")
+    assert "gptq_model-4bit-32g.safetensors.index.json has no weight_map" in refused(damaged)
+
+
+def test_a_bias_that_the_class_has_not_is_no_leftover(tiny_llama: Path, tmp_path: Path) -> None:
+    """AutoGPTQ writes one for every linear."""
+    write_checkpoint(opened(tiny_llama), tmp_path / "out")
+    name = "model.layers.0.mlp.down_proj"
+    edit(tmp_path / "out", swap(f"{name}.bias", torch.ones(64).half()))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint.keys.unexpected == ()
+    assert not [note for note in checkpoint.notes if "unread" in note]
+    assert [info.name for info in checkpoint.linears if info.bias] == [name]
+
+
+@pytest.mark.parametrize("inner", [("text_config",), ("thinker_config", "text_config")])
+@pytest.mark.parametrize("both", [True, False])
+def test_a_quantization_config_inside_another_config(
+    inner: tuple[str, ...], both: bool, damaged: Path
+) -> None:
+    config = json.loads((damaged / "config.json").read_text())
+    held = config.pop("quantization_config")
+    nested: dict[str, Any] = {"quantization_config": held}
+    for key in reversed(inner):
+        nested = {key: nested}
+    (damaged / "config.json").write_text(json.dumps(config | nested))
+    if not both:
+        (damaged / "quantize_config.json").unlink()
+    found = open_checkpoint(damaged)
+    assert found.group_size == 32
+    assert not hasattr(found.config, "quantization_config")
+    if both:
+        set_config(damaged, ("quantize_config.json",), sym=False)
+        assert (
+            refused(damaged)
+            == f"sym is False in quantize_config.json but True in config.json: {': '.join(inner)}"
+        )
+
+
+def test_another_method_inside_another_config_is_named(damaged: Path) -> None:
+    (damaged / "quantize_config.json").unlink()
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]
+    config["text_config"] = {"quantization_config": {"quant_method": "compressed-tensors", "bits": 4}}
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert "quant_method is 'compressed-tensors'" in refused(damaged)
+
+
 def test_not_quantized_at_all(tiny_llama: Path, tmp_path: Path) -> None:
     assert "is no GPTQ checkpoint" in refused(tiny_llama)
     assert "no such directory" in refused(tmp_path / "nothing")
+
+
+def test_packed_tensors_without_a_config(damaged: Path) -> None:
+    (damaged / "quantize_config.json").unlink()
+    config = json.loads((damaged / "config.json").read_text())
+    del config["quantization_config"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has packed tensors, but neither") as caught:
+        open_checkpoint(damaged)
+    assert "fetch the quantize_config.json" in str(caught.value.hint)
 
 
 def test_a_dense_model_that_calls_itself_quantized(tiny_llama: Path, tmp_path: Path) -> None:

@@ -84,10 +84,24 @@ def test_uncovered_parameters() -> None:
     assert not made.report.ok
 
 
-def test_uncovered_tied_name() -> None:
+@pytest.mark.parametrize("covered", ["model.embed_tokens=0", "lm_head=0"])
+def test_a_rule_for_a_tensor_covers_what_is_tied_to_it(covered: str) -> None:
+    """The embedding and the head are one tensor, so what is said of one holds for the other."""
+    spec = f"{covered},model.layers.*=1,model.norm=1,model.rotary_emb=1"
     facts = llama(tied=True)
-    (finding,) = rules_map.uncovered_parameters(case("model=0", facts))
-    assert finding.modules == ("lm_head",)
+    assert rules_map.uncovered_parameters(case(spec, facts)) == []
+    found = resolved(spec, facts)
+    assert found.report.ok
+    assert found.placement is not None
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert str(found.placement.device_of(name)) == "cuda:0"
+    assert rules_map.uncovered_parameters(case(spec, llama()))
+
+
+def test_uncovered_tied_names() -> None:
+    facts = llama(tied=True)
+    (finding,) = rules_map.uncovered_parameters(case("model.layers.*=0,model.norm=0", facts))
+    assert finding.modules == ("model.embed_tokens", "lm_head")
 
 
 def test_a_buffer_needs_no_rule() -> None:

@@ -1,0 +1,147 @@
+"""What an opened model answers where Transformers' own methods would be wrong about packed linears.
+
+An opened model is of its architecture's class, whose `save_pretrained` would write the private layout of our
+kernels without a quantization config: a checkpoint that opens as random weights. And `num_parameters` would
+count no packed weight. `Opened` stands between the model and its class and answers for both.
+
+A model is saved by copying the files that it was opened from: they are its original tensors and configs, and
+no other form of it is open to every reader. What was changed since, in the files or in the model, cannot be
+saved so, and is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gptq_cli.device import format_size, parse_size
+from gptq_cli.errors import CheckpointError, ConfigError, DeviceMapError
+from gptq_cli.inference.gptqmodel_linear import GptqmodelLinear
+from gptq_cli.inference.packed_linear import PackedLinear
+from gptq_cli.model.checkpoint import QuantizedCheckpoint
+from gptq_cli.model.copying import CheckpointFiles
+
+_UNLIMITED = "50GB"
+"""Transformers' default of max_shard_size, which asks for nothing."""
+_AS_IT_IS = "a quantized model is saved as the files that it was opened from"
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "state_dict": (None,),
+    "push_to_hub": (False,),
+    "variant": (None,),
+    "safe_serialization": (True, None),
+    "save_original_format": (True,),
+    "distributed_checkpoint": (False,),
+    "save_peft_format": (True, False),
+    "token": (None,),
+}
+"""Option of `save_pretrained` -> values with which it asks for nothing but the checkpoint."""
+
+
+class Opened:
+    """Stands before the class of an opened model."""
+
+    _checkpoint_files: CheckpointFiles
+    _checkpoint_writes: Mapping[str, tuple[int, int]]
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        *,
+        max_shard_size: int | str = _UNLIMITED,
+        **options: Any,
+    ) -> None:
+        """Write the checkpoint that the model was opened from: its tensors, configs and tokenizer.
+
+        The directory is made where it is not there; files of the same names are replaced. What was set in
+        `model.config` or `model.generation_config` since is not saved. Raises `ConfigError` for an option
+        that cannot be kept and for a directory that holds other weights, and `CheckpointError` where the
+        model or its files were changed since it was opened.
+        """
+        directory = self._checkpoint_files.directory
+        for name, value in options.items():
+            if not any(value is harmless for harmless in _HARMLESS.get(name, ())):
+                raise ConfigError(
+                    f"{name} is {_shown(value)}, but {_AS_IT_IS}; allowed: "
+                    f"{', '.join(map(repr, _HARMLESS.get(name, ()))) or 'nothing'}",
+                    hint=_uploaded(directory, str(options.get("repo_id", "REPO")))
+                    if name == "push_to_hub"
+                    else f"leave {name} out, or copy {directory} yourself",
+                )
+        _check_shards(self._checkpoint_files, max_shard_size)
+        _check_unchanged(self, self._checkpoint_writes)
+        if is_main_process:
+            self._checkpoint_files.copy_to(Path(save_directory).expanduser())
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Not done from here: raises `ConfigError` that names the command which uploads the files."""
+        raise ConfigError(
+            "a quantized model is not uploaded from memory: its files are ready as they are",
+            hint=_uploaded(self._checkpoint_files.directory, repo_id),
+        )
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As Transformers counts; a packed linear counts the weights that its codes stand for, and its bias.
+
+        Codes cannot be trained: `only_trainable` leaves them out.
+        """
+        dense = int(super().num_parameters(only_trainable, exclude_embeddings))  # type: ignore[misc]
+        assert isinstance(self, nn.Module)
+        kinds = (PackedLinear, GptqmodelLinear)
+        packed = sum(module.parameters_packed for module in self.modules() if isinstance(module, kinds))
+        return dense if only_trainable else dense + packed
+
+
+def answer_for(model: Any, checkpoint: QuantizedCheckpoint) -> None:
+    """Put `Opened` before the class of `model`, which was filled from `checkpoint` and is in its place."""
+    kind = type(model)
+    model._checkpoint_files = CheckpointFiles.of(checkpoint)
+    model._checkpoint_writes = dict(_writes(model))
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    model.__class__ = type(kind.__name__, (Opened, kind), names)
+
+
+def _writes(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(parameter, (its identity, how often it was written to)); those that hooks carry to and fro are left
+    out, they are new ones every time."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:
+            yield name, (id(parameter), 0 if parameter.is_inference() else parameter._version)
+
+
+def _check_unchanged(model: Any, before: Mapping[str, tuple[int, int]]) -> None:
+    now = dict(_writes(model))
+    names = {name for name, _ in model.named_parameters()}
+    changed = [name for name, state in before.items() if name not in names or now.get(name, state) != state]
+    changed += [name for name in now if name not in before]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
+        raise CheckpointError(
+            f"{changed[0]}{more} was changed after the model was opened, but {_AS_IT_IS}",
+            hint="quantize the changed model; save adapters by themselves",
+        )
+
+
+def _check_shards(files: CheckpointFiles, limit: int | str) -> None:
+    try:
+        allowed = parse_size(limit)
+    except DeviceMapError as error:
+        raise ConfigError(f"max_shard_size: {error.message}", hint=error.hint) from error
+    if limit != _UNLIMITED and files.largest_bytes > allowed:
+        raise ConfigError(
+            f"max_shard_size is {limit}, but {_AS_IT_IS}, and the largest has "
+            f"{format_size(files.largest_bytes)}",
+            hint="leave max_shard_size out, or quantize again with --max-shard-size",
+        )
+
+
+def _uploaded(directory: Path, repo_id: str) -> str:
+    return f"upload them: hf upload {repo_id} {directory}"
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, bool | int | str | None) else type(value).__name__
