@@ -294,8 +294,8 @@ def _proving_hook(stage: Stage, name: str, sharing: _Sharing) -> Callable[[nn.Mo
 class _Sharing:
     """Proves for one forward that the linears of a stage read one tensor.
 
-    What a leader read is held until the last of its followers has read it, which is as long as the block's own
-    forward needs it: an address alone would be given to another tensor as soon as this one is gone.
+    What a leader read is held until the last of its followers has read it, which is as long as the block's
+    own forward needs it: an address alone would be given to another tensor as soon as this one is gone.
     """
 
     def __init__(self) -> None:

@@ -7,14 +7,14 @@ text to measure on, whether the dense model fits beside the quantized one and ca
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenizer
 from gptq_cli.config import LoadJob
 from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.engine.run import phase
-from gptq_cli.events import Observer, PhaseAdvanced, Warned, ignore
+from gptq_cli.events import FindingRaised, Observer, PhaseAdvanced, Warned, ignore
 from gptq_cli.inference.opening import (
     compile_forward,
     default_placement,
@@ -24,7 +24,8 @@ from gptq_cli.inference.opening import (
 )
 from gptq_cli.inference.verify import check_targets, verify_checkpoint
 from gptq_cli.jobs.proving import DensePlan, generated, judged_by_gates, measured, plan_dense, timed
-from gptq_cli.jobs.steps import announce, out_of_memory_explained, watched
+from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.jobs.watching import watching
 from gptq_cli.model.checkpoint import QuantizedCheckpoint
 from gptq_cli.model.reader import open_checkpoint
 from gptq_cli.placement import Placement
@@ -43,6 +44,12 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
     Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
     `PreflightRefused` when the device map is not legal or a model does not fit.
     """
+    with watching("load", observer) as watcher:
+        report = _load(job, watcher)
+        return replace(report, warnings=tuple(watcher.warnings))
+
+
+def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
     verification = _verified(job, observer)
     if verification is not None and not (job.opens and verification.sound):
         return verification
@@ -50,23 +57,26 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
         plan = _plan(job, observer)
     for note in plan.checkpoint.notes:
         observer(Warned(note))
-    with out_of_memory_explained("load"):
-        model, report = _opened(job, plan, verification, observer)
-        if job.prompt is not None:
-            report = generated(job, model, plan.tokenizer, report, observer)
-        if job.bench:
-            report = timed(model, plan.placement, report, plan.positions, observer)
-        if plan.windows is not None:
-            report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
+    model, report = _opened(job, plan, verification, observer)
+    if job.prompt is not None:
+        report = generated(job, model, plan.tokenizer, report, observer)
+    if job.bench:
+        report = timed(model, plan.placement, report, plan.positions, observer)
+    if plan.windows is not None:
+        report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
     return judged_by_gates(job, report)
 
 
 def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
     """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises."""
-    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
-    placement = _load_placement(job, checkpoint, observer)
-    with out_of_memory_explained("load"):
-        return load_quantized(checkpoint, placement, wish=job.kernel)
+    with watching("load", observer) as watcher:
+        with phase(watcher, "open"):
+            checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+            placement = _load_placement(job, checkpoint, watcher)
+        for note in checkpoint.notes:
+            watcher(Warned(note))
+        with phase(watcher, "load"):
+            return load_quantized(checkpoint, placement, wish=job.kernel)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +94,17 @@ class _Plan:
 
 
 def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
+    """What --verify and --target found; their warnings are told like any other."""
+    report = _verification(job, observer)
+    if report is not None:
+        found = (*report.findings, *(finding for target in report.targets for finding in target.findings))
+        for finding in found:
+            if finding.level == "warning":
+                observer(FindingRaised(finding))
+    return report
+
+
+def _verification(job: LoadJob, observer: Observer) -> VerifyReport | None:
     if job.verify:
         with phase(observer, "verify"):
             return verify_checkpoint(
