@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _run(session)
     except GptqError as error:
         as_json = session.as_json and not session.documented
-        return failure.report_known(error, session.seen, as_json=as_json)
+        return failure.report_known(error, session.seen, as_json=as_json, quiet=session.quiet)
     except KeyboardInterrupt:
         return failure.report_interrupted(as_json=session.as_json)
     except (

@@ -43,6 +43,8 @@ class Session:
     as_json: bool = False
     seen: list[Finding] = field(default_factory=list)
     """Findings that a display has shown."""
+    quiet: bool = False
+    """Errors alone reach stderr."""
     documented: bool = False
     """The one JSON document is on stdout already: an error that follows from it is not another."""
 
@@ -141,6 +143,7 @@ def watch(
         os.environ.setdefault(name, value)
     steady_heap()
     steady_threads(os.environ)
+    session.quiet = quiet
     talk = sys.stderr
     silent = quiet or talk is None
     stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()

@@ -1,4 +1,4 @@
-"""What surrounds the steps of every command.
+"""What surrounds the steps of a command: warnings are kept, a lack of memory says where it struck.
 
     with watching("quantize", observer) as watcher:
         …                                  # report to `watcher`; it passes every event on
