@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 _UNLIMITED = 1 << 60
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -109,7 +110,7 @@ def reset_peak_resident() -> int:
     block, because whoever measures this process from outside (`time`, a scheduler) reads the same mark.
     """
     with suppress(OSError):  # what is returned says so
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes the current size
+        _CLEAR_REFS.write_text("5")  # proc(5): the peak becomes the current size
     return peak_resident_bytes()
 
 

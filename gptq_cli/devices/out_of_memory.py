@@ -34,6 +34,8 @@ _SAID = (
     "threadpoolbuilderror",
     "the global thread pool has not been initialized",
 )
+_NOT_LOADED = ("failed to map segment from shared object", "cannot allocate memory")
+"""How glibc ends what it says of a library that has no room; with another end it is not memory that lacks."""
 _RUST = ("SafetensorError", "PanicException", "Exception")
 """Classes that libraries in Rust raise for everything."""
 
@@ -82,7 +84,9 @@ def _is_one(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
-    if not isinstance(error, RuntimeError) and type(error).__name__ not in _RUST:
+    if not isinstance(error, RuntimeError | ImportError) and type(error).__name__ not in _RUST:
         return False  # its words may be a person's: a path, a key, our own message
     said = str(error).lower()
+    if isinstance(error, ImportError):
+        return said.endswith(_NOT_LOADED)
     return any(words in said for words in _SAID)
