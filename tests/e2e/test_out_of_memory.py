@@ -82,6 +82,17 @@ LOAD: dict[str, tuple[Any, str, str]] = {
 }
 
 
+def with_faces(steps: dict[str, tuple[Any, str, str]]) -> list[tuple[str, str]]:
+    """Each step with one face after the other; those whose errors are made into others with all of them."""
+    faces = list(FACES)
+    pairs = [(step, faces[index % len(faces)]) for index, step in enumerate(steps)]
+    return list(
+        dict.fromkeys(
+            pairs + [(step, face) for step in ("headers", "text", "pack") if step in steps for face in faces]
+        )
+    )
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
@@ -113,8 +124,7 @@ def told(words: tuple[object, ...], doing: str) -> None:
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("step", QUANTIZE)
+@pytest.mark.parametrize(("step", "face"), with_faces(QUANTIZE))
 def test_quantize(
     step: str, face: str, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,8 +137,7 @@ def test_quantize(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("step", INSPECT)
+@pytest.mark.parametrize(("step", "face"), with_faces(INSPECT))
 def test_inspect_map(step: str, face: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if step == "table":
         monkeypatch.setattr(output.json, "dumps", lambda *_, **__: "{}")
@@ -139,8 +148,7 @@ def test_inspect_map(step: str, face: str, tiny_llama: Path, monkeypatch: pytest
     told(("inspect-map", tiny_llama, "--progress", "none"), INSPECT[step][2])
 
 
-@pytest.mark.parametrize("face", FACES)
-@pytest.mark.parametrize("step", LOAD)
+@pytest.mark.parametrize(("step", "face"), with_faces(LOAD))
 def test_load(
     step: str,
     face: str,
