@@ -28,7 +28,7 @@ class DeviceMemory:
     allocated_bytes: int
     reserved_bytes: int
     peak_bytes: int
-    """Highest `allocated_bytes` since the last reset (accelerators: each block; cpu: process lifetime)."""
+    """Highest `allocated_bytes` since the last reset (accelerators: each block; cpu: the job's begin)."""
     total_bytes: int
 
 
@@ -188,6 +188,21 @@ Event = (
     | RunFinished
 )
 Observer = Callable[[Event], None]
+
+
+def warning_text(event: Event) -> str | None:
+    """The text of an event that is a warning, as reports keep it; None for every other event.
+
+    This is the one place that says what a warning is: what the engine warns of, and a finding of that level.
+    """
+    match event:
+        case Warned(message):
+            return message
+        case FindingRaised(Finding(level="warning") as finding):
+            about = f"{finding.subject}: " if finding.subject else ""
+            return f"[{finding.rule}] {about}{finding.message}"
+        case _:
+            return None
 
 
 def ignore(event: Event) -> None:

@@ -178,6 +178,8 @@ class ModelFacts:
     """Every named module in registration order, without the root."""
     order: tuple[str, ...] = ()
     """Modules in the order in which a forward first calls them; () where it could not be traced."""
+    untraced: str = ""
+    """Where and why a forward without data stopped; "" where it came to its end."""
     tensors: tuple[TensorFact, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""

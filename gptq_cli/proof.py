@@ -164,6 +164,8 @@ class VerifyReport:
     size_bytes: int = 0
     coverage: float = 0.0
     """Share of the weights of all linears in the blocks that is packed, 0 to 1."""
+    warnings: tuple[str, ...] = ()
+    """All that were given: the findings of that level, and what else came up while this was made."""
 
     @property
     def findings(self) -> tuple[Finding, ...]:

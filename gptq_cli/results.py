@@ -98,6 +98,7 @@ class RunReport:
     fallbacks: int
     """Linears whose method is not "gptq"."""
     warnings: tuple[str, ...]
+    """All that were given: preflight's findings of that level, the engine's, and those of libraries."""
     seconds: float
     phase_seconds: tuple[tuple[str, float], ...]
     versions: tuple[tuple[str, str], ...]
@@ -163,7 +164,7 @@ class LoadReport:
     verification: VerifyReport | None = None
     compiled: bool = False
     warnings: tuple[str, ...] = ()
-    """What a person should know of how it was read and placed; nothing that stopped it."""
+    """All that were given, by preflight, while opening, and by what was measured."""
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -362,6 +363,8 @@ class MapReport:
     verdict: Verdict
     plan: QuantizePlan | None = None
     """Present for --dry-run."""
+    warnings: tuple[str, ...] = ()
+    """All that were given: the findings of that level, and what else came up while this was made."""
 
     @property
     def ok(self) -> bool:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from gptq_cli.devices.out_of_memory import is_out_of_memory
+
 _EXAMPLES = {"__hello__", "__phello__", "pydoc_data", "test", "tests", "turtledemo"}
 _OPTIONAL = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle"}
 LEFT_OUT = _EXAMPLES | _OPTIONAL
@@ -90,7 +92,9 @@ def _docstrings(path: Path) -> str:
     """The cleaned docstrings of a source file; "" where it has none, or is a template and no Python."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return ""
     texts = (ast.get_docstring(node) or "" for node in _definitions(tree))
     return "\n\n".join(clean(text) for text in texts if len(text) >= SHORTEST_DOCSTRING)

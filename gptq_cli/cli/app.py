@@ -27,6 +27,7 @@ from gptq_cli.cli.inspect_map import inspect_map
 from gptq_cli.cli.load import load
 from gptq_cli.cli.output import Session
 from gptq_cli.cli.quantize import quantize
+from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.errors import GptqError
 
 EPILOG = (
@@ -35,6 +36,8 @@ EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 usage, 3 refused by preflight, 4 out of memory, 5 quality gate, "
     "130 interrupted."
 )
+
+_LESS = "free memory on this machine, or raise the limit that this process has (ulimit -v, its container's)"
 
 app = typer.Typer(
     name="gptq",
@@ -82,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # never die of a character that the terminal cannot show
             stream.reconfigure(errors="replace")
     try:
-        with _signals_interrupt():
+        with _signals_interrupt(), out_of_memory_told(lambda: "outside of the work", _LESS):
             code = _run(session)
     except GptqError as error:
         as_json = session.as_json and not session.documented
-        return failure.report_known(error, session.seen, as_json=as_json)
+        return failure.report_known(error, session.seen, as_json=as_json, quiet=session.quiet)
     except KeyboardInterrupt:
         return failure.report_interrupted(as_json=session.as_json)
     except (

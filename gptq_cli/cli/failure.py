@@ -36,10 +36,11 @@ def _message(error: BaseException) -> str:
     return error.message if isinstance(error, GptqError) else str(error)
 
 
-def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool) -> int:
-    """An error that we raise on purpose: message and hint. Returns its exit code."""
+def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, quiet: bool = False) -> int:
+    """An error that we raise on purpose: message and hint. Returns its exit code. `quiet`: errors alone."""
     if isinstance(error, PreflightRefused):
-        _write_findings([finding for finding in error.report.ordered() if finding not in seen])
+        unseen = [finding for finding in error.report.ordered() if finding not in seen]
+        _write_findings([finding for finding in unseen if finding.level == "error" or not quiet])
     _write_error(error.message, error.hint)
     if as_json:
         write_document(error_document(error, error.exit_code))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.output import Session, show, watch, without_findings
+from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
     RECIPES,
     CalibrationConfig,
@@ -79,10 +79,10 @@ def inspect_map(
         targets=parse_targets(target or ()),
         asked=frozenset(name for name in ABOUT_CODES if _given(context, name)),
     )
-    with watch(session, progress, quiet=quiet) as observer:
+    with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs
 
-        report = jobs.inspect_map(job, without_findings(observer))
+        report = jobs.inspect_map(job, observer)
 
     from gptq_cli.display.maps import map_summary
 

@@ -20,7 +20,7 @@ from gptq_cli.devices.host_memory import steady_heap
 from gptq_cli.devices.host_threads import steady_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.jsonl import JsonlDisplay
-from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated
+from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated, warning_text
 from gptq_cli.findings import Finding
 from gptq_cli.results import document
 
@@ -43,6 +43,8 @@ class Session:
     as_json: bool = False
     seen: list[Finding] = field(default_factory=list)
     """Findings that a display has shown."""
+    quiet: bool = False
+    """Errors alone reach stderr."""
     documented: bool = False
     """The one JSON document is on stdout already: an error that follows from it is not another."""
 
@@ -128,20 +130,26 @@ class Voice:
 
 
 @contextmanager
-def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Observer]:
+def watch(
+    session: Session, progress: Progress, *, quiet: bool, findings_in_result: bool = False
+) -> Iterator[Observer]:
     """Lend an observer that draws on stderr; everything that libraries print meanwhile goes there, too.
 
-    Generated text goes to stdout as it comes, unless the result is a JSON document, which holds it.
+    Generated text goes to stdout as it comes, unless the result is a JSON document, which holds it. With
+    `findings_in_result` notes and errors are left to the result, and so are warnings where a person sees both
+    streams on one terminal.
     """
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     steady_heap()
     steady_threads(os.environ)
+    session.quiet = quiet
     talk = sys.stderr
-    silent = quiet or progress == "none" or talk is None
+    silent = quiet or talk is None
     stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()
     voice = Voice(sys.stdout) if sys.stdout is not None and not session.as_json else None
     shared = voice is not None and voice.at_terminal
+    together = shared and talk is not None and talk.isatty()
     with ExitStack() as stack:
         if voice is not None:
             stack.callback(voice.rest)
@@ -154,8 +162,12 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
         stack.enter_context(redirect_stdout(sys.stderr))
 
         def tell(event: Event) -> None:
-            if isinstance(event, FindingRaised) and not silent:
-                session.seen.append(event.finding)
+            if isinstance(event, FindingRaised):
+                warns = warning_text(event) is not None
+                if findings_in_result and (together or not warns):
+                    return
+                if not silent and (warns or progress != "none"):
+                    session.seen.append(event.finding)
             if voice is not None and not isinstance(event, TextGenerated):
                 voice.rest()
             observer(event)
@@ -163,16 +175,6 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
                 voice.say(event.text)
 
         yield tell
-
-
-def without_findings(observer: Observer) -> Observer:
-    """`observer` for a job whose result holds its findings: shown once, on stdout."""
-
-    def tell(event: Event) -> None:
-        if not isinstance(event, FindingRaised):
-            observer(event)
-
-    return tell
 
 
 def show(session: Session, report: object, table: Callable[[], RenderableType]) -> None:

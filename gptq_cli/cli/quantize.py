@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.output import Session, show, watch, without_findings
+from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
     RECIPES,
     CalibrationConfig,
@@ -127,7 +128,7 @@ def quantize(
 
         result = jobs.quantize(job, observer)
         if report is not None:
-            _write_report(Path(report), result, observer)
+            result = _write_report(Path(report), result, observer)
 
     from gptq_cli.display.tables import run_summary
 
@@ -147,23 +148,26 @@ def _check_report_path(path: Path) -> None:
         )
 
 
-def _write_report(path: Path, result: RunReport, observer: Observer) -> None:
-    """The page beside a checkpoint that is in place: if it cannot be written, that is a warning."""
+def _write_report(path: Path, result: RunReport, observer: Observer) -> RunReport:
+    """The page beside a checkpoint that is in place: if it cannot be written, that is one more warning."""
     from gptq_cli.report.page import report_html
 
     try:
         path.write_text(report_html(result), encoding="utf-8")
     except OSError as error:
         hint = "the checkpoint is complete, and holds the same in report.json"
-        observer(Warned(f"the report {path} was not written: {error.strerror}", hint))
+        warned = Warned(f"the report {path} was not written: {error.strerror}", hint)
+        observer(warned)
+        return replace(result, warnings=(*result.warnings, warned.message))
+    return result
 
 
 def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -> None:
     """What `--dry-run` does in place of the work. Exit 0, or 3 where the job would be refused."""
-    with watch(session, progress, quiet=quiet) as observer:
+    with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs
 
-        plan = jobs.dry_run(job, without_findings(observer))
+        plan = jobs.dry_run(job, observer)
 
     from gptq_cli.display.maps import map_summary
 

@@ -2,7 +2,7 @@
 
 Accelerators are read through `torch.accelerator`, so cuda (and ROCm, which calls itself cuda), xpu, npu and
 the others need no branch; mps has no statistics of its own there and is read through `torch.mps`. For the
-CPU, allocated = reserved = resident set size of the process, and the peak covers the life of the process.
+CPU, allocated = reserved = resident set size of the process, and the peak is the highest since the job began.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def read_memory(devices: Iterable[Device]) -> tuple[DeviceMemory, ...]:
 
 
 def reset_peak(devices: Iterable[Device]) -> None:
-    """Start a new peak on each accelerator; the CPU's peak belongs to the process and stays."""
+    """Start a new peak on each accelerator; the CPU's is reset once a job, by `reset_peak_resident`."""
     for device in devices:
         if device.is_accelerator and device.kind != "mps":
             torch.accelerator.reset_peak_memory_stats(device.index)

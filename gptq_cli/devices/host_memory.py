@@ -2,19 +2,21 @@
 
 In a container the kernel's "available" belongs to the whole machine; the control group says what is really
 ours, so the smaller of the two counts. The peak is `VmHWM` of this very process image: `ru_maxrss` survives
-`exec` on Linux and would report the size of the parent that forked us.
+`exec` on Linux and would report the size of the parent that forked us, and cannot be reset for a second job.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 _UNLIMITED = 1 << 60
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
@@ -87,7 +89,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Highest resident set size of this process so far."""
+    """Highest resident set size of this process so far, or since `reset_peak_resident`."""
     if sys.platform == "linux":
         peak = _read_kib(Path("/proc/self/status"), "VmHWM:")
         if peak is not None:
@@ -98,6 +100,18 @@ def peak_resident_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, resident_bytes())
+
+
+def reset_peak_resident() -> int:
+    """Start a new peak where the system allows it (Linux), and return the one that stands afterwards.
+
+    A peak that is read later and is not above that one need not be of what happened in between: no other
+    system than Linux resets it, and a container may forbid it. It is to be called once a job and not once a
+    block, because whoever measures this process from outside (`time`, a scheduler) reads the same mark.
+    """
+    with suppress(OSError):  # what is returned says so
+        _CLEAR_REFS.write_text("5")  # proc(5): the peak becomes the current size
+    return peak_resident_bytes()
 
 
 def _read_kib(path: Path, key: str) -> int | None:

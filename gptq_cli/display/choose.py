@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TextIO
 
 from gptq_cli.display.jsonl import JsonlDisplay
-from gptq_cli.display.plain import PlainDisplay
+from gptq_cli.display.plain import PlainDisplay, WarningsDisplay
 from gptq_cli.events import Observer, ignore
 
 Progress = Literal["auto", "rich", "plain", "jsonl", "none"]
@@ -28,12 +28,16 @@ def choose(
     environ: Mapping[str, str],
     beside_text: bool = False,
 ) -> AbstractContextManager[Observer]:
-    """A context manager that gives the observer for `progress`, writing to `stream`; `quiet` silences all.
+    """A context manager that gives the observer for `progress`, writing to `stream`.
+
+    Each of them shows warnings; `quiet` alone silences them, with everything else.
 
     `beside_text`: generated text is written to the same terminal, and a live display makes way for it.
     """
-    if quiet or progress == "none":
+    if quiet:
         return nullcontext(ignore)
+    if progress == "none":
+        return WarningsDisplay(stream)
     if progress == "auto":
         progress = "rich" if is_live(stream, environ) else "plain"
     if progress == "plain":

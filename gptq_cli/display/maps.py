@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
-from gptq_cli.display.tables import facts_table, findings_table, quantized_text
+from gptq_cli.display.tables import facts_table, findings_table, quantized_text, warnings_rows
 from gptq_cli.results import DevicePlan, MapReport, QuantizePlan, TreeRow
 
 PARTS = (
@@ -69,7 +69,7 @@ def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
     ]
     if report.reason:
         rows.append(("plan", report.reason))
-    return rows
+    return rows + warnings_rows(report.warnings, report.findings)
 
 
 def _offload_rows(report: MapReport) -> list[tuple[str, RenderableType]]:

@@ -29,6 +29,7 @@ from gptq_cli.events import (
     ShardWritten,
     TextGenerated,
     Warned,
+    warning_text,
 )
 from gptq_cli.findings import Finding
 
@@ -59,6 +60,26 @@ class PlainDisplay:
             self._last_line = now
             self._stream.write(f"[{fmt.clock(now - self._since)}] {text}\n")
         self._stream.flush()
+
+
+class WarningsDisplay:
+    """An observer that writes warnings alone, for whoever wants no progress: `--progress none`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> WarningsDisplay:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def __call__(self, event: Event) -> None:
+        if warning_text(event) is not None:
+            self._stream.writelines(f"{text}\n" for text in lines(event))
+            self._stream.flush()
 
 
 def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:

@@ -12,7 +12,17 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
-from gptq_cli.display.tables import LEVEL_STYLES, Hint, facts_table, listed, modules_text, recipe, yes
+from gptq_cli.display.tables import (
+    LEVEL_STYLES,
+    Hint,
+    facts_table,
+    listed,
+    modules_text,
+    recipe,
+    warnings_rows,
+    yes,
+)
+from gptq_cli.findings import Finding
 from gptq_cli.proof import Agreement, Bench, Gate, Outcome, Rate, RuleResult, VerifyReport
 from gptq_cli.results import KernelCount, LoadReport
 
@@ -61,6 +71,15 @@ def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
         tokens = fmt.count(report.new_tokens, "token")
         yield "generated", f"{tokens}, {report.tokens_per_second:.1f} a second"
     yield from listed("gates", [gate_text(gate) for gate in report.gates])
+    yield from warnings_rows(report.warnings, _findings(report.verification))
+
+
+def _findings(report: VerifyReport | None) -> Iterator[Finding]:
+    """All that a verification shows, rule by rule."""
+    if report is not None:
+        yield from report.findings
+        for target in report.targets:
+            yield from target.findings
 
 
 def _compared(against: str, agreement: Agreement) -> Iterator[tuple[str, RenderableType]]:
@@ -123,6 +142,9 @@ def verify_summary(report: VerifyReport) -> Group:
         word, style = ("takes it", "green") if target.ok else ("WILL NOT take it", "bold red")
         heading = Text(f" {target.target}", style="bold").append(f" {word}", style=style)
         parts += ["", heading, "", rules_table(target.rules)]
+    beyond = warnings_rows(report.warnings, _findings(report))
+    if beyond:
+        parts += ["", facts_table(beyond)]
     return Group(*parts)
 
 

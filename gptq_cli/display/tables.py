@@ -15,6 +15,7 @@ from rich.text import Text
 
 from gptq_cli.display import format as fmt
 from gptq_cli.display.picture import method_text
+from gptq_cli.events import FindingRaised, warning_text
 from gptq_cli.findings import Finding, Level, PreflightReport
 from gptq_cli.results import LinearReport, LoadReport, QuantizePlan, RunReport
 
@@ -129,7 +130,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         change = fmt.change(mean, nearest)
         rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
     rows.append(("fallbacks", _fallbacks(report)))
-    rows += listed("warnings", [Text(text, style="yellow", overflow="fold") for text in report.warnings])
+    rows += warnings_rows(report.warnings)
     return rows
 
 
@@ -137,6 +138,13 @@ def quantized_text(report: RunReport | QuantizePlan) -> str:
     """`78.9 % of the parameters, at 4.358 bits a weight`."""
     share = fmt.share(report.quantized_share)
     return f"{share} of the parameters, at {report.bits_per_weight:.3f} bits a weight"
+
+
+def warnings_rows(warnings: Sequence[str], shown: Iterable[Finding] = ()) -> list[tuple[str, RenderableType]]:
+    """The warnings of a report, without those that are findings which it shows anyhow."""
+    known = {warning_text(FindingRaised(finding)) for finding in shown}
+    left = [text for text in warnings if text not in known]
+    return listed("warnings", [Text(text, style="yellow", overflow="fold") for text in left])
 
 
 def listed(label: str, values: Sequence[RenderableType]) -> list[tuple[str, RenderableType]]:

@@ -36,6 +36,7 @@ from gptq_cli.engine.capture import BlockCall, StopForward
 from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
+from gptq_cli.model.reads import Read
 
 _DATA_DEPENDENT = (
     "which linears share an input depends on the data here; report it with the model's config.json"
@@ -135,18 +136,22 @@ class ReplayedForwards:
 
     def finish(self) -> list[Tensor]:
         """See `Forwards.finish`. Also proves what the traced sample promised, as `ParkedForwards` does."""
-        reads: dict[str, tuple[int, torch.Size]] = {}
+        sharing = _Sharing()
         handles = []
         for stage in self._stages:
             for name in stage.linears if len(stage.linears) > 1 else ():
-                hook = _proving_hook(stage.leader, name, reads)
+                hook = _proving_hook(stage, name, sharing)
                 handles.append(self._linears[name].register_forward_pre_hook(hook))
+        outputs = []
         try:
             with torch.no_grad():
-                return [call(self._block, self._hidden.pop(0)) for call in self._calls]
+                for call in self._calls:
+                    outputs.append(call(self._block, self._hidden.pop(0)))
+                    sharing.end()
         finally:
             for handle in handles:
                 handle.remove()
+        return outputs
 
 
 class ParkedForwards:
@@ -171,7 +176,7 @@ class ParkedForwards:
             module = block.get_submodule(source)
             self._hooks.append(module.register_forward_pre_hook(_noting(source, _beside_frame)))
         for stage in stages:
-            self._hooks.append(linears[stage.leader].register_forward_pre_hook(_leader_hook(stage.leader)))
+            self._hooks.append(linears[stage.leader].register_forward_pre_hook(_leader_hook(stage)))
             for name in stage.linears[1:]:
                 self._hooks.append(
                     linears[name].register_forward_pre_hook(_follower_hook(stage.leader, name))
@@ -252,13 +257,13 @@ def _beside_frame() -> dict[str, Tensor] | None:
     return frame.beside if isinstance(frame, _Frame) else None
 
 
-def _leader_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Parks the frame that comes to `name`; a forward outside any frame passes."""
+def _leader_hook(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Parks the frame that comes to `stage`; a forward outside any frame passes."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         frame = threading.current_thread()
         if isinstance(frame, _Frame):
-            frame.park(name, args[0])
+            frame.park(stage, args[0])
 
     return hook
 
@@ -268,25 +273,54 @@ def _follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ..
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         frame = threading.current_thread()
-        if isinstance(frame, _Frame) and not frame.read(leader, args[0]):
-            raise _parted(leader, name)
+        if isinstance(frame, _Frame):
+            frame.sharing.follow(leader, name, args[0])
 
     return hook
 
 
-def _proving_hook(
-    leader: str, name: str, reads: dict[str, tuple[int, torch.Size]]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+def _proving_hook(stage: Stage, name: str, sharing: _Sharing) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     """The same for a forward that runs to its end in one go: the leader comes first and notes its input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        here = (args[0].data_ptr(), args[0].shape)
-        if name == leader:
-            reads[leader] = here
-        elif reads.get(leader) != here:
-            raise _parted(leader, name)
+        if name == stage.leader:
+            sharing.lead(stage, args[0])
+        else:
+            sharing.follow(stage.leader, name, args[0])
 
     return hook
+
+
+class _Sharing:
+    """Proves for one forward that the linears of a stage read one tensor.
+
+    What a leader read is held until the last of its followers has read it, which is as long as the block's
+    own forward needs it: an address alone would be given to another tensor as soon as this one is gone.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, Read] = {}
+        self._missing: dict[str, set[str]] = {}
+
+    def lead(self, stage: Stage, x: Tensor) -> None:
+        """The leader of `stage` reads `x`."""
+        followers = set(stage.linears[1:])
+        if followers:
+            self._read[stage.leader], self._missing[stage.leader] = Read.of(x), followers
+
+    def follow(self, leader: str, name: str, x: Tensor) -> None:
+        """`name` reads `x`. Raises `GptqError` unless that is what `leader` read before it."""
+        read = self._read.get(leader)
+        if read is None or not read.same(Read.of(x)):
+            raise _parted(leader, name)
+        self._missing[leader].discard(name)
+        if not self._missing[leader]:
+            del self._read[leader], self._missing[leader]
+
+    def end(self) -> None:
+        """The forward is over. Raises `GptqError` when a linear of a stage never ran."""
+        for leader, missing in self._missing.items():
+            raise _parted(leader, min(missing))
 
 
 def _parted(leader: str, name: str) -> GptqError:
@@ -304,6 +338,7 @@ class _Frame(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name="gptq-forward")
         self.parked_at: str | None = None
+        self.sharing = _Sharing()
         self.beside: dict[str, Tensor] = {}
         """Residuals, by where they were found, until the stage that needs them takes them."""
         self._keeps_input = keeps_input
@@ -313,7 +348,6 @@ class _Frame(threading.Thread):
         self._go = threading.Semaphore(0)
         self._yielded = threading.Semaphore(0)
         self._input: Tensor | None = None
-        self._reads: dict[str, tuple[int, torch.Size]] = {}
         self._output: Tensor | None = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -356,6 +390,7 @@ class _Frame(threading.Thread):
                     self.beside[BLOCK_INPUT] = entering
                 with torch.no_grad():
                     self._output = self._call(self._block, entering)
+                self.sharing.end()
         except StopForward:
             self._output = None
         except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
@@ -363,17 +398,13 @@ class _Frame(threading.Thread):
         self.parked_at = None
         self._yielded.release()
 
-    def park(self, stage: str, x: Tensor) -> None:
+    def park(self, stage: Stage, x: Tensor) -> None:
         """Hand `x` to the engine and wait until the stage is quantized."""
-        self.parked_at = stage
+        self.parked_at = stage.leader
         self._input = x
-        self._reads[stage] = (x.data_ptr(), x.shape)
+        self.sharing.lead(stage, x)
         del x
         self._yielded.release()
         self._go.acquire()
         if self._cancelled:
             raise StopForward
-
-    def read(self, leader: str, x: Tensor) -> bool:
-        """True when `x` is what was parked at `leader`."""
-        return self._reads.get(leader) == (x.data_ptr(), x.shape)

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU
-from gptq_cli.devices.accelerators import flush, quick_collections, torch_device
+from gptq_cli.devices.accelerators import flush, quick_collections, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
@@ -68,6 +67,7 @@ def quantize_model(
     The model lives and dies in here: when this returns, its memory is free. Raises what
     `quantize_blocks` raises.
     """
+    reset_peak(run.options.devices)  # what an earlier run of this process took is not this one's
     with ExitStack() as opened:
         with phase(observer, "load") as words:
             model, lender = _open(run, opened)
@@ -152,10 +152,3 @@ def _capture(
         input_device=torch_device(run.placement.main_device) if offloaded else embedding,
         advanced=advanced,
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for an accelerator's or the CPU allocator's out-of-memory error."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

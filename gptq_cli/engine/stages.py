@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.engine.capture import BlockCall
+from gptq_cli.model.reads import Read
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +70,6 @@ def rounds_of(
     return [round_ for round_ in rounds if round_]
 
 
-def same_tensor(a: Tensor, b: Tensor) -> bool:
-    """True when `a` and `b` are one tensor, or views of the same elements in the same order."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-        and a.device == b.device
-    )
-
-
 def find_stages(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
@@ -87,12 +77,12 @@ def find_stages(
     hidden: Tensor,  # (1, seq_len, hidden_size)
 ) -> tuple[Stage, ...]:
     """The stages of `block`, in the order in which one forward of one sample reaches them."""
-    reads: dict[str, list[Tensor]] = {name: [] for name in linears}
+    reads: dict[str, list[Read]] = {name: [] for name in linears}
     order: list[str] = []
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            reads[name].append(args[0])  # holding the tensor keeps its address from being used again
+            reads[name].append(Read.of(args[0]))
             if name not in order:
                 order.append(name)
 
@@ -110,7 +100,7 @@ def find_stages(
     loose = {
         _like(name)
         for name, seen in reads.items()
-        if len(seen) != 1 or seen[0].numel() // seen[0].shape[-1] != tokens
+        if len(seen) != 1 or seen[0].tensor.numel() // seen[0].tensor.shape[-1] != tokens
     }
     shared: list[list[str]] = []
     alone: list[str] = []
@@ -119,7 +109,7 @@ def find_stages(
             alone.append(name)
             continue
         for group in shared:
-            if same_tensor(reads[group[0]][0], reads[name][0]):
+            if reads[group[0]][0].same(reads[name][0]):
                 group.append(name)
                 break
         else:

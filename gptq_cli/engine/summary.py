@@ -13,7 +13,7 @@ import torch
 from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.config import QuantizeConfig, QuantizeJob
-from gptq_cli.events import BlockFinished, CacheFlushed, Event, Observer, PhaseFinished, Warned
+from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.results import BlockReport, RunReport
 
@@ -25,9 +25,10 @@ class Tally:
     """An observer between the engine and the display: passes every event on, keeps what the report needs."""
 
     observer: Observer
+    host_peak_bytes: int = 0
+    """The peak of the process when the run began: see `devices.host_memory.reset_peak_resident`."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         """Note the event and pass it on."""
@@ -35,18 +36,20 @@ class Tally:
             case PhaseFinished():
                 self.phase_seconds[event.phase] = self.phase_seconds.get(event.phase, 0.0) + event.seconds
             case BlockFinished():
-                self._peaks((entry.device, entry.peak_bytes) for entry in event.memory)
+                self.see(event.memory)
             case CacheFlushed():
-                self._peaks((entry.device, entry.peak_bytes) for entry in event.before)
-            case Warned():
-                self.warnings.append(event.message)
+                self.see(event.before)
             case _:
                 pass
         self.observer(event)
 
-    def _peaks(self, readings: Iterable[tuple[str, int]]) -> None:
-        for device, peak in readings:
-            self.peak_bytes[device] = max(peak, self.peak_bytes.get(device, 0))
+    def see(self, readings: Iterable[DeviceMemory]) -> None:
+        """Take readings. A peak of the process that has not risen in this run may be an earlier run's."""
+        for entry in readings:
+            peak = entry.peak_bytes
+            if entry.device == "cpu" and peak <= self.host_peak_bytes:
+                peak = entry.allocated_bytes
+            self.peak_bytes[entry.device] = max(peak, self.peak_bytes.get(entry.device, 0))
 
 
 def summarize(
@@ -60,6 +63,7 @@ def summarize(
     packed_bytes: int,
     size_after_bytes: int,
     tally: Tally,
+    warnings: Sequence[str],
     seconds: float,
 ) -> RunReport:
     """The report of a finished run. `packed_bytes`: of qweight, qzeros, scales and g_idx of all linears."""
@@ -94,7 +98,7 @@ def summarize(
         calibration_source=tokens.source,
         seed=job.calibration.seed,
         fallbacks=sum(linear.method != "gptq" for linear in linears),
-        warnings=tuple(tally.warnings),
+        warnings=tuple(warnings),
         seconds=seconds,
         phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds)),
         versions=(

@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.inference.planes import Planes
 from gptq_cli.inference.scratch import Fresh
 
@@ -222,7 +223,9 @@ def cpu_block() -> int | None:
     codes = torch.randint(0, 16, (128, 64), dtype=torch.int32, generator=generator)
     try:
         theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    except (RuntimeError, AttributeError):
+    except (RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return None
     columns_last = codes.t().to(torch.uint8).contiguous()
     for block in (64, 32):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config import Target
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding, Level
 from gptq_cli.inference.targets import TargetFacts, TargetLinear, judge_target
@@ -71,6 +72,8 @@ def verify_checkpoint(
     try:
         checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     except (CheckpointError, ModelError) as error:
+        if is_out_of_memory(error):
+            raise
         return _unreadable(path, error)
     remarks = list(_structure(checkpoint))
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
@@ -97,6 +100,8 @@ def check_targets(
     try:
         checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     except (CheckpointError, ModelError) as error:
+        if is_out_of_memory(error):
+            raise
         return _unreadable(path, error)
     packed = (*checkpoint.linears, *checkpoint.experts)
     with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:

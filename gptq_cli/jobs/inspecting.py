@@ -5,7 +5,8 @@ from __future__ import annotations
 from gptq_cli.config import InspectJob
 from gptq_cli.engine.run import phase
 from gptq_cli.events import Observer, ignore
-from gptq_cli.jobs.steps import placed
+from gptq_cli.jobs.steps import announce, placed
+from gptq_cli.jobs.watching import watching
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.preflight.facts import model_facts
@@ -15,16 +16,19 @@ from gptq_cli.results import MapReport
 
 def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     """Where everything of a model would go, and whether that is allowed; reads no weight."""
-    with phase(observer, "open"):
-        skeleton = open_skeleton(find_model(job.model, weights=False), job.model)
-        facts = model_facts(skeleton)
-    budgets, resolution, findings = placed(job, skeleton, facts)
-    return map_report(
-        facts,
-        resolution,
-        spec=job.device_map,
-        budgets=budgets,
-        max_memory=job.max_memory,
-        report=findings,
-        given=job.devices is not None,
-    )
+    with watching("inspect-map", observer) as watcher:
+        with phase(watcher, "open"):
+            skeleton = open_skeleton(find_model(job.model, weights=False), job.model)
+            facts = model_facts(skeleton)
+        budgets, resolution, findings = placed(job, skeleton, facts)
+        announce(findings, watcher)
+        return map_report(
+            facts,
+            resolution,
+            spec=job.device_map,
+            budgets=budgets,
+            max_memory=job.max_memory,
+            report=findings,
+            given=job.devices is not None,
+            warnings=watcher.warnings,
+        )

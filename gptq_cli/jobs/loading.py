@@ -14,7 +14,7 @@ from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenize
 from gptq_cli.config import LoadJob
 from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.engine.run import phase
-from gptq_cli.events import Event, FindingRaised, Observer, PhaseAdvanced, Warned, ignore
+from gptq_cli.events import FindingRaised, Observer, PhaseAdvanced, Warned, ignore
 from gptq_cli.inference.opening import (
     compile_forward,
     default_placement,
@@ -24,8 +24,9 @@ from gptq_cli.inference.opening import (
 )
 from gptq_cli.inference.verify import check_targets, verify_checkpoint
 from gptq_cli.jobs.proving import DensePlan, generated, judged_by_gates, measured, plan_dense, timed
-from gptq_cli.jobs.steps import announce, out_of_memory_explained, watched
+from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
+from gptq_cli.jobs.watching import watching
 from gptq_cli.model.checkpoint import QuantizedCheckpoint
 from gptq_cli.model.positions import Positions, positions_of
 from gptq_cli.model.reader import open_checkpoint
@@ -45,8 +46,12 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
     Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
     `PreflightRefused` when the device map is not legal or a model does not fit.
     """
-    warnings: list[str] = []
-    observer = _noting(observer, warnings)
+    with watching("load", observer) as watcher:
+        report = _load(job, watcher)
+        return replace(report, warnings=tuple(watcher.warnings))
+
+
+def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
     verification = _verified(job, observer)
     if verification is not None and not (job.opens and verification.sound):
         return verification
@@ -54,15 +59,14 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
         plan = _plan(job, observer)
     for warning in (*map(Warned, plan.checkpoint.notes), *plan.warnings):
         observer(warning)
-    with out_of_memory_explained("load"):
-        model, report = _opened(job, plan, verification, observer)
-        if job.prompt is not None:
-            report = generated(job, model, plan.tokenizer, report, observer)
-        if job.bench:
-            report = timed(model, plan.placement, report, plan.positions, observer)
-        if plan.windows is not None:
-            report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
-    return replace(judged_by_gates(job, report), warnings=tuple(warnings))
+    model, report = _opened(job, plan, verification, observer)
+    if job.prompt is not None:
+        report = generated(job, model, plan.tokenizer, report, observer)
+    if job.bench:
+        report = timed(model, plan.placement, report, plan.positions, observer)
+    if plan.windows is not None:
+        report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
+    return judged_by_gates(job, report)
 
 
 def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
@@ -70,25 +74,16 @@ def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
 
     What a person should know of how it was read is a `Warned` event.
     """
-    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
-    placement = _load_placement(job, checkpoint, observer)
-    with out_of_memory_explained("load"):
-        return load_quantized(
-            checkpoint, placement, wish=job.kernel, on_note=lambda text: observer(Warned(text))
-        )
-
-
-def _noting(observer: Observer, warnings: list[str]) -> Observer:
-    """`observer`, and every warning into `warnings`, for the report."""
-
-    def tell(event: Event) -> None:
-        if isinstance(event, Warned):
-            warnings.append(event.message)
-        elif isinstance(event, FindingRaised) and event.finding.level == "warning":
-            warnings.append(event.finding.message)
-        observer(event)
-
-    return tell
+    with watching("load", observer) as watcher:
+        with phase(watcher, "open"):
+            checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+            placement = _load_placement(job, checkpoint, watcher)
+        for note in checkpoint.notes:
+            watcher(Warned(note))
+        with phase(watcher, "load"):
+            return load_quantized(
+                checkpoint, placement, wish=job.kernel, on_note=lambda text: watcher(Warned(text))
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +103,17 @@ class _Plan:
 
 
 def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
+    """What --verify and --target found; their warnings are told like any other."""
+    report = _verification(job, observer)
+    if report is not None:
+        found = (*report.findings, *(finding for target in report.targets for finding in target.findings))
+        for finding in found:
+            if finding.level == "warning":
+                observer(FindingRaised(finding))
+    return report
+
+
+def _verification(job: LoadJob, observer: Observer) -> VerifyReport | None:
     if job.verify:
         with phase(observer, "verify"):
             return verify_checkpoint(

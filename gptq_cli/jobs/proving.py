@@ -73,7 +73,7 @@ def plan_dense(
         _left_by(placement),
         environment=environment_facts(),
     )
-    found = files + PreflightReport(tuple(f for f in resolution.report.findings if f.level == "error"))
+    found = files + PreflightReport(tuple(f for f in resolution.report.findings if f.level != "note"))
     announce(found, observer)
     if not found.ok or resolution.placement is None:
         raise refusal(found)

@@ -13,6 +13,9 @@ from pathlib import Path
 from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
 from gptq_cli.config import QuantizeJob
 from gptq_cli.device import CPU
+from gptq_cli.devices.accelerators import read_memory
+from gptq_cli.devices.host_memory import reset_peak_resident
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, phase, quantize_model
 from gptq_cli.engine.summary import Tally, summarize
@@ -20,7 +23,8 @@ from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.precision import has_units
-from gptq_cli.jobs.steps import announce, out_of_memory_explained, placed, watched
+from gptq_cli.jobs.steps import announce, placed, watched
+from gptq_cli.jobs.watching import Watcher, watching
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.writer import CheckpointWriter
@@ -42,8 +46,13 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     `QualityGateFailed`. Whatever is raised, no working folder is left. Where something would lie on disk, the
     `PreflightRefused` is a `ValueError` as well.
     """
+    with watching("quantize", observer) as watcher:
+        return _quantize(job, watcher)
+
+
+def _quantize(job: QuantizeJob, watcher: Watcher) -> RunReport:
     started = time.perf_counter()
-    tally = Tally(observer)
+    tally = Tally(watcher, reset_peak_resident())
     judged = _judge(job, tally)
     announce(judged.findings, tally)
     placement, tokens = judged.resolution.placement, judged.tokens
@@ -51,17 +60,19 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
         raise refusal(judged.findings)
     tally(_header(job, judged, placement, tokens))
     job = replace(job, quantize=judged.work.quantize)
+    devices = watched(placement)
     run = EngineRun(
         skeleton=judged.skeleton,
         placement=placement,
         config=job.quantize,
-        options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=watched(placement)),
+        options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=devices),
         batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
     )
-    with out_of_memory_explained("quantize"), _writer(job, judged.skeleton, tally) as writer:
+    with _writer(job, judged.skeleton, tally) as writer:
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
+        tally.see(read_memory(devices))
         report = summarize(
             job=job,
             skeleton=judged.skeleton,
@@ -74,6 +85,7 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in judged.facts.linears),
             size_after_bytes=writer.plan.size_bytes,
             tally=tally,
+            warnings=watcher.warnings,
             seconds=time.perf_counter() - started,
         )
         writer.finish(document(report))
@@ -83,17 +95,21 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
 
 def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
     """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
-    judged = _judge(job, observer)
-    return map_report(
-        judged.facts,
-        judged.resolution,
-        spec=job.device_map,
-        budgets=judged.budgets,
-        max_memory=job.max_memory,
-        report=judged.findings,
-        given=job.devices is not None,
-        plan=quantize_plan(judged.facts, Work(job.quantize, job.calibration), _seconds(job, judged)),
-    )
+    with watching("quantize", observer) as watcher:
+        judged = _judge(job, watcher)
+        announce(judged.findings, watcher)
+        seconds = _seconds(job, judged)
+        return map_report(
+            judged.facts,
+            judged.resolution,
+            spec=job.device_map,
+            budgets=judged.budgets,
+            max_memory=job.max_memory,
+            report=judged.findings,
+            given=job.devices is not None,
+            plan=quantize_plan(judged.facts, Work(job.quantize, job.calibration), seconds),
+            warnings=watcher.warnings,
+        )
 
 
 def _seconds(job: QuantizeJob, judged: _Judged) -> float | None:
@@ -148,6 +164,8 @@ def _tokens(
         tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
         return tokens, PreflightReport()
     except (CalibrationError, ModelError) as error:
+        if is_out_of_memory(error):
+            raise
         hint = error.hint or ""
         if isinstance(error, CalibrationError):
             found = rules_source.calibration_text(job.calibration.source, error.message, hint)

@@ -1,16 +1,10 @@
-"""Steps that several commands take: place and judge, announce what was found, explain a lack of memory."""
+"""Steps that several commands take: place and judge, announce what was found."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
 
 from gptq_cli.config import InspectJob, QuantizeJob
 from gptq_cli.device import CPU, Device
 from gptq_cli.devices.accelerators import present_devices
-from gptq_cli.engine.run import is_out_of_memory
-from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import FindingRaised, Observer
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.skeleton import Skeleton
@@ -19,12 +13,6 @@ from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import capabilities, environment_facts, output_facts
 from gptq_cli.preflight.resolve import Resolution, resolve
-
-_LESS_MEMORY = {
-    "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
-    "or see what needs how much: gptq quantize … --dry-run",
-    "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
-}
 
 
 def placed(
@@ -66,17 +54,3 @@ def announce(report: PreflightReport, observer: Observer) -> None:
 def watched(placement: Placement) -> tuple[Device, ...]:
     """The devices whose memory is shown: those of the placement, and the CPU, which always does something."""
     return tuple(dict.fromkeys((*placement.devices, CPU)))
-
-
-@contextmanager
-def out_of_memory_explained(command: Literal["quantize", "load"]) -> Iterator[None]:
-    """Turn an allocator's error into exit code 4 and what to change."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfDeviceMemory(
-            f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            hint=_LESS_MEMORY[command],
-        ) from error

@@ -4,7 +4,8 @@ source.py, hub.py     a directory or a hub id -> ModelFiles: names, shapes, byte
 headers.py            the head of a safetensors file, read without trust
 architecture.py       is this config a causal language model's?
 skeleton.py           the model on the meta device: blocks, linears, what stays dense
-blocks.py, usage.py     found by structure; linears that are read rather than called
+blocks.py               found by structure
+trace.py, reads.py      one forward without data: order, stages, experts, linears that are not called
 conversion.py           names in the files <-> names in the model, by Transformers' rules
 weights.py, tensors.py  weights in memory: the whole model, or tensor by tensor
 formats.py            the quantization dictionary, ours and others'

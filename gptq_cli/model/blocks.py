@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
 
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate", "gate_network", "wg"})
@@ -37,7 +38,9 @@ def _computes_linear(kind: type[nn.Module]) -> bool:
             x = torch.randn(2, 3, 8, generator=generator)
             y = probe(x)
             return bool(torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias), atol=1e-5))
-    except Exception:  # noqa: BLE001 - whatever a stranger's constructor or forward raises: it is no plain linear
+    except Exception as error:  # whatever a stranger's constructor or forward raises: it is no plain linear
+        if is_out_of_memory(error):
+            raise
         return False
 
 

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 )
 
 from gptq_cli.config import ModelRef
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
 from gptq_cli.model.headers import DTYPES
 from gptq_cli.model.source import (
@@ -122,7 +123,9 @@ def _name_pickles(ref: ModelRef, files: ModelFiles) -> ModelFiles:
     """Say what the repository has instead of safetensors, where the hub can be asked."""
     try:
         names = HfApi().list_repo_files(ref.model, revision=ref.revision)
-    except (HfHubHTTPError, OSError):
+    except (HfHubHTTPError, OSError) as error:
+        if is_out_of_memory(error):
+            raise
         return files
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if not pickles:

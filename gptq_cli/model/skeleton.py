@@ -8,7 +8,7 @@ weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_route
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import ModelFiles, SourceProblem
-from gptq_cli.model.usage import read_not_called
+from gptq_cli.model.trace import Trace, trace
 
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
@@ -85,6 +85,8 @@ class Skeleton:
     linears: tuple[LinearInfo, ...]
     """In model order."""
     dense: tuple[DenseInfo, ...]
+    trace: Trace
+    """What a forward without data showed: stages, order, experts."""
     dtype: torch.dtype
     """What the model runs in and dense tensors are written in."""
     already_quantized: str | None
@@ -125,7 +127,9 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     conversion = Conversion(model)
     keys = conversion.map(tensor.name for tensor in files.tensors)
     tied = tied_groups(model)
-    kept = _kept_dense(model, blocks, tied)
+    candidates = _candidates(model, blocks)
+    traced = trace(model, candidates)
+    kept = _kept_dense(traced, candidates, tied)
     linears = tuple(_linears(model, blocks, keys, kept, known=bool(files.tensors)))
     return Skeleton(
         config=config,
@@ -136,6 +140,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks=blocks,
         linears=linears,
         dense=_fold_dense(model, linears, blocks, kept),
+        trace=traced,
         dtype=dtype,
         already_quantized=already,
         keys=keys,
@@ -192,14 +197,18 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
+    """Every linear of the blocks -> its block."""
+    return {f"{block}.{name}": block for block in blocks for name in find_linears(model.get_submodule(block))}
+
+
 def _kept_dense(
-    model: nn.Module, blocks: tuple[str, ...], tied: tuple[tuple[str, ...], ...]
+    traced: Trace, candidates: Iterable[str], tied: tuple[tuple[str, ...], ...]
 ) -> dict[str, str]:
     """Linears that stay dense -> why: their weight is another module's, too, or is used without a call."""
-    names = [f"{block}.{name}" for block in blocks for name in find_linears(model.get_submodule(block))]
     shared = {name.removesuffix(".weight") for group in tied for name in group}
-    kept = dict.fromkeys(read_not_called(model, names), "read, not called")
-    return kept | {name: "tied" for name in names if name in shared}
+    kept = dict.fromkeys(traced.read_not_called, "read, not called")
+    return kept | {name: "tied" for name in candidates if name in shared}
 
 
 def _linears(

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gptq_cli.config import ModelRef
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
 from gptq_cli.model.headers import HeaderError, read_header
 from gptq_cli.placement import TensorInfo
@@ -341,6 +342,8 @@ def _read_shard(path: Path, name: str, problems: list[SourceProblem]) -> tuple[T
         problems.append(SourceProblem(kind, name, f"shard {name}: {error}", "fetch the file again"))
         return None
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         problems.append(
             SourceProblem("unreadable-shard", name, f"shard {name} cannot be read: {error.strerror}")
         )

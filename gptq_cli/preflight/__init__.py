@@ -1,6 +1,6 @@
 """Preflight: what can be known about a job before a weight is read. It never prints and never raises.
 
-    facts.py  trace.py      the skeleton, the output and the environment as plain facts
+    facts.py                the skeleton, the output and the environment as plain facts
     units.py  planner.py    blocks and other modules -> a placement (`auto` and its kin, or a map's rules)
     budget.py               how many bytes each device will need at its highest moment, with the formulae
     remedies.py             what would make it fit, cheapest first

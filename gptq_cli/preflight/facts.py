@@ -1,7 +1,7 @@
 """Facts of the world for the rules: the skeleton in plain numbers, the output's place, the environment.
 
-This module and trace.py are the only ones of the room that know torch models and the file system; everything
-else here works on what they return.
+This module is the only one of the room that knows torch models and the file system; everything else here
+works on what it returns.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from gptq_cli.device import Device
 from gptq_cli.model.checkpoint import PARTS, QuantizedCheckpoint
 from gptq_cli.model.conversion import tied_groups
-from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.skeleton import LinearInfo, Skeleton
+from gptq_cli.model.trace import Trace, trace
 from gptq_cli.model.writer import looks_like_checkpoint
 from gptq_cli.placement import LinearFact, ModelFacts, TensorFact
 from gptq_cli.preflight.cases import Capability, Environment, OutputFacts
-from gptq_cli.preflight.trace import trace
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
 
@@ -31,7 +31,8 @@ _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "
 def model_facts(skeleton: Skeleton) -> ModelFacts:
     """The skeleton in plain numbers."""
     model, config = skeleton.model, skeleton.config.get_text_config()
-    order, stages, chosen = trace(model, skeleton.linears, skeleton.blocks)
+    traced = skeleton.trace
+    stages = stage_numbers(traced, skeleton.linears)
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -41,7 +42,8 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         max_positions=getattr(config, "max_position_embeddings", None),
         blocks=skeleton.blocks,
         modules=tuple(name for name, _ in model.named_modules() if name),
-        order=order,
+        order=traced.order if traced.complete else (),
+        untraced=traced.problem,
         tensors=_tensors(model),
         tied=skeleton.tied,
         linears=tuple(
@@ -51,7 +53,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 in_features=info.in_features,
                 out_features=info.out_features,
                 stage=stages[info.name],
-                chosen=info.name in chosen,
+                chosen=traced.complete and info.name in traced.idle,
             )
             for info in skeleton.linears
         ),
@@ -64,7 +66,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
 def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
     """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
     model, config = checkpoint.model, checkpoint.config.get_text_config()
-    order, _, _ = trace(model, (), checkpoint.blocks)
+    traced = trace(model, {})
     stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}
     packed = {
         f"{info.name}.weight": sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)
@@ -79,13 +81,39 @@ def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
         max_positions=getattr(config, "max_position_embeddings", None),
         blocks=checkpoint.blocks,
         modules=tuple(name for name, _ in model.named_modules() if name),
-        order=order,
+        order=traced.order if traced.complete else (),
+        untraced=traced.problem,
         tensors=tuple(
             replace(fact, size_bytes=packed.get(fact.name, fact.size_bytes)) for fact in _tensors(model)
         ),
         tied=tied_groups(model),
         tensor_files_bytes=checkpoint.packed_bytes,
     )
+
+
+def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:
+    """Number of the stage of each linear inside its block, in order of execution.
+
+    A linear that did not run is a stage of its own, after the others. Where the trace is not complete, the
+    linears with one parent and one K count as a stage, which overestimates memory if anything.
+    """
+    owner = {info.name: info.block for info in linears}
+    if traced.complete:
+        known = [[name for name in stage if name in owner] for stage in traced.stages]
+        known += [[name] for name in owner if name in traced.idle]
+    else:
+        alike: dict[tuple[str, str, int], list[str]] = {}
+        for info in linears:
+            key = (info.block, info.name.rpartition(".")[0], info.in_features)
+            alike.setdefault(key, []).append(info.name)
+        known = list(alike.values())
+    numbers: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for stage in filter(None, known):
+        block = owner[stage[0]]
+        numbers.update(dict.fromkeys(stage, counts.get(block, 0)))
+        counts[block] = counts.get(block, 0) + 1
+    return numbers
 
 
 def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from gptq_cli.config import AUTO_GROUPS, GroupSize
@@ -25,6 +26,7 @@ def map_report(
     report: PreflightReport | None = None,
     given: bool = False,
     plan: QuantizePlan | None = None,
+    warnings: Sequence[str] = (),
 ) -> MapReport:
     """Everything that is to be shown. `report`: all findings of the job, the resolution's among them."""
     all_findings = (report or resolution.report).ordered()
@@ -50,6 +52,7 @@ def map_report(
         findings=all_findings,
         verdict=_verdict(PreflightReport(all_findings)),
         plan=plan,
+        warnings=tuple(warnings),
     )
 
 

@@ -324,6 +324,30 @@ def environment(case: MapCase) -> list[Finding]:
     return found
 
 
+def untraced_forward(case: MapCase) -> list[Finding]:
+    """A forward of the model without data did not come to its end.
+
+    Before a weight is read, a few tokens go through the model on torch's `meta` device, where shapes are
+    computed and values are not. That shows in which order modules run, which linears read the same input,
+    which are experts, and which have their weight read by other code and so must stay dense. A model whose
+    code needs values that nobody can answer stops on the way. Then the order of modules is that of their
+    registration, memory is planned by the shapes of linears, and what lies behind the stop is not known to
+    be called at all.
+    """
+    if not case.facts.untraced:
+        return []
+    return [
+        Finding(
+            rule="untraced-forward",
+            level="warning",
+            subject=case.facts.model,
+            message="a forward without data did not come to its end; order, memory and the choice of linears "
+            f"are estimated from shapes: it stopped {case.facts.untraced}",
+            hint="prove the result with gptq load --verify and --against, and report this with config.json",
+        )
+    ]
+
+
 def _patterns_text(patterns: list[str]) -> str:
     return names_text(pattern or "rest" for pattern in patterns)
 
@@ -339,4 +363,5 @@ RULES = (
     max_memory_above_free,
     max_memory_unlisted,
     environment,
+    untraced_forward,
 )

@@ -101,6 +101,7 @@ def test_findings_that_a_display_has_shown_are_not_repeated(jobs: FakeJobs, run:
     assert run(*QUANTIZE, "--progress", "plain").err.count("disk-offload") == 1
     quiet = run(*QUANTIZE, "--quiet")
     assert quiet.err.count("disk-offload") == 1
+    assert "cpu-offload" not in quiet.err, "errors alone"
 
 
 def test_a_refusal_as_json_holds_the_findings(jobs: FakeJobs, run: Run) -> None:

@@ -12,7 +12,7 @@ from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.events import FindingRaised, Observer, PhaseStarted
 from gptq_cli.placement import parse_inventory
 from tests.cli.conftest import FakeJobs, Run
-from tests.display.events import OFFLOAD
+from tests.display.events import DENSE, OFFLOAD
 from tests.display.map_reports import refused
 
 
@@ -96,15 +96,20 @@ PARTS = {
 }
 
 
-def test_findings_are_part_of_the_result_and_shown_once(jobs: FakeJobs, run: Run) -> None:
+def test_findings_are_part_of_the_result_and_warnings_reach_stderr_too(jobs: FakeJobs, run: Run) -> None:
     def announce(observer: Observer) -> None:
         observer(PhaseStarted("open"))
+        observer(FindingRaised(DENSE))
         observer(FindingRaised(OFFLOAD))
 
     jobs.action = announce
     outcome = run("inspect-map", "M")
     assert outcome.out.count("cpu-offload") == 1
-    assert outcome.err == "[0:00:00] open: started\n"
+    started, warning, _ = outcome.err.splitlines()
+    assert started == "[0:00:00] open: started"
+    assert warning.startswith("[0:00:00] warning [cpu-offload] model.layers.28-29: CPU offload is not")
+    quiet = run("inspect-map", "M", "--quiet")
+    assert (quiet.out, quiet.err) == (outcome.out, "")
 
 
 def test_explain_needs_no_model(run: Run) -> None:

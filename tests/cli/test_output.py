@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
+from contextlib import redirect_stderr, redirect_stdout
 from typing import cast
 
-from gptq_cli.cli.output import LineSink, Unbreakable, without_findings
-from gptq_cli.events import Event, FindingRaised, Warned
-from tests.display.events import OFFLOAD
+import pytest
+
+from gptq_cli.cli.output import LineSink, Session, Unbreakable, watch
+from gptq_cli.display.choose import Progress
+from gptq_cli.events import FindingRaised, Warned
+from gptq_cli.findings import Finding
+from tests.display.events import DENSE, OFFLOAD, REFUSED
 
 
 class Broken(io.StringIO):
@@ -49,10 +55,40 @@ def test_lines_arrive_whole() -> None:
     assert lines == ["ab", "10%", "20%", "c"]
 
 
-def test_findings_are_kept_from_the_display_where_the_result_holds_them() -> None:
-    events: list[Event] = []
-    observer = without_findings(events.append)
-    warned = Warned("w")
-    observer(FindingRaised(OFFLOAD))
-    observer(warned)
-    assert events == [cast(Event, warned)]
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def told(progress: Progress, out: io.StringIO, err: io.StringIO, **how: bool) -> tuple[str, list[Finding]]:
+    """What stderr shows of a note, a warning and an error finding and of the engine's warning."""
+    session = Session()
+    with redirect_stdout(out), redirect_stderr(err), watch(session, progress, **how) as observer:
+        for finding in (DENSE, OFFLOAD, REFUSED):
+            observer(FindingRaised(finding))
+        observer(Warned("w"))
+    return err.getvalue(), session.seen
+
+
+@pytest.mark.parametrize("progress", ["auto", "plain", "rich", "jsonl", "none"])
+@pytest.mark.parametrize("in_result", [True, False])
+def test_warnings_reach_stderr_on_every_display(progress: Progress, in_result: bool) -> None:
+    text, seen = told(progress, io.StringIO(), io.StringIO(), quiet=False, findings_in_result=in_result)
+    assert "CPU offload is not recommended" in " ".join(text.split())
+    assert OFFLOAD in seen
+    assert re.search(r"warning +w|warning: w|\"message\": \"w\"", text)
+    assert ("stays-dense" in text) == (not in_result and progress != "none")
+    assert ("disk-offload" in text) == (REFUSED in seen) == (not in_result and progress != "none")
+
+
+def test_quiet_shows_none() -> None:
+    for progress in ("auto", "plain", "rich", "jsonl", "none"):
+        assert told(cast(Progress, progress), io.StringIO(), io.StringIO(), quiet=True) == ("", [])
+
+
+def test_a_terminal_that_shows_the_result_shows_its_findings_once() -> None:
+    text, _ = told("plain", Terminal(), Terminal(), quiet=False, findings_in_result=True)
+    assert "CPU offload" not in text
+    assert "warning: w" in text
+    text, _ = told("plain", io.StringIO(), Terminal(), quiet=False, findings_in_result=True)
+    assert "CPU offload" in text

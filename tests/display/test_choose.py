@@ -1,14 +1,16 @@
 """Which display, and when."""
 
 import io
+from typing import cast
 
 import pytest
 
-from gptq_cli.display.choose import choose, is_live
+from gptq_cli.display.choose import Progress, choose, is_live
 from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.display.plain import PlainDisplay
 from gptq_cli.display.rich import RichDisplay
-from gptq_cli.events import TextGenerated, Warned, ignore
+from gptq_cli.events import FindingRaised, TextGenerated, Warned, ignore, warning_text
+from tests.display.events import DENSE, OFFLOAD, story
 
 
 class Tty(io.StringIO):
@@ -57,6 +59,21 @@ def test_a_live_display_beside_text_makes_way() -> None:
         assert not display._live.is_started
 
 
-def test_none_is_quiet() -> None:
-    with choose("none", quiet=False, stream=Tty(), environ={}) as observer:
-        assert observer is ignore
+def test_none_shows_warnings_alone() -> None:
+    stream = Tty()
+    with choose("none", quiet=False, stream=stream, environ={}) as observer:
+        for _, event in story():
+            observer(event)
+        observer(FindingRaised(OFFLOAD))
+        observer(FindingRaised(DENSE))
+    told = [event for _, event in story() if warning_text(event) is not None]
+    warned = [line for line in stream.getvalue().splitlines() if not line.startswith("  hint: ")]
+    assert len(warned) == len(told) + 1
+    assert all(line.startswith("warning") for line in warned)
+    assert "stays-dense" not in stream.getvalue()
+
+
+def test_quiet_is_quiet() -> None:
+    for progress in ("auto", "rich", "plain", "jsonl", "none"):
+        with choose(cast(Progress, progress), quiet=True, stream=Tty(), environ={}) as observer:
+            assert observer is ignore

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gptq_cli.engine.capture import hidden_of
+from gptq_cli.engine.capture import BlockCall, hidden_of
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards
 from gptq_cli.engine.stages import Stage, find_stages
 from gptq_cli.errors import GptqError
@@ -164,3 +167,91 @@ def test_replayed_forwards_prove_that_a_stage_shares_its_input() -> None:
             continue
         with pytest.raises(GptqError, match="shared their input for the traced sample"):
             run.finish()
+
+
+class Reusing(nn.Module):
+    """Two linears that read one tensor, or where `parts` is set another one at the very same address."""
+
+    def __init__(self, seen: Callable[[Tensor | None], None]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = (nn.Linear(4, 4) for _ in range(3))
+        self.memory = bytearray(4 * 3 * 4)
+        self.parts = self.skips = False
+        self.seen = seen
+
+    def _at_the_address(self, x: Tensor) -> Tensor:
+        at = torch.frombuffer(self.memory, dtype=torch.float32).view(x.shape)
+        at.copy_(x)
+        return at
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = self._at_the_address(hidden)
+        first = self.first(x)
+        if self.parts:
+            address = x.data_ptr()
+            del x
+            x = self._at_the_address(hidden + 1)
+            assert x.data_ptr() == address
+        self.seen(x)
+        second = first if self.skips else self.second(x)
+        del x
+        self.seen(None)
+        return self.last(first + second)
+
+
+STAGES = (Stage(("first", "second")), Stage(("last",)))
+
+
+def run_reusing(way: type[ParkedForwards | ReplayedForwards], block: Reusing) -> list[Tensor]:
+    calls, hidden = [BlockCall((), {}, None)] * 2, [torch.ones(1, 3, 4), torch.zeros(1, 3, 4)]
+    with way(block, dict(block.named_children()), STAGES, calls, hidden) as run:
+        for stage in STAGES if way is ParkedForwards else ():
+            for _ in run.inputs([stage]):
+                pass
+        return run.finish()
+
+
+@pytest.mark.parametrize("way", [ParkedForwards, ReplayedForwards])
+def test_another_tensor_at_the_same_address_is_no_shared_input(
+    way: type[ParkedForwards | ReplayedForwards],
+) -> None:
+    block = Reusing(lambda x: None)
+    assert len(run_reusing(way, block)) == 2
+    block.parts = True
+    with pytest.raises(GptqError, match="'second' and 'first' shared their input for the traced sample"):
+        run_reusing(way, block)
+
+
+@pytest.mark.parametrize("way", [ParkedForwards, ReplayedForwards])
+def test_a_linear_that_a_later_sample_leaves_out_is_told(
+    way: type[ParkedForwards | ReplayedForwards],
+) -> None:
+    block = Reusing(lambda x: None)
+    block.skips = True
+    with pytest.raises(GptqError, match="'second' and 'first' shared their input for the traced sample"):
+        run_reusing(way, block)
+
+
+@pytest.mark.parametrize("way", [ParkedForwards, ReplayedForwards])
+def test_the_shared_input_is_held_until_the_last_linear_of_its_stage_and_no_longer(
+    way: type[ParkedForwards | ReplayedForwards],
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def seen(x: Tensor | None) -> None:
+        if x is not None:
+            held.append(weakref.ref(x))
+            return
+        gc.collect()
+        assert held[-1]() is None
+
+    run_reusing(way, Reusing(seen))
+    assert len(held) == 2
+    block = Reusing(lambda x: alive.append(read[-1]() is not None))
+    block.parts = True
+    alive: list[bool] = []
+    read: list[weakref.ref[Tensor]] = []
+    block.first.register_forward_pre_hook(lambda _, args: read.append(weakref.ref(args[0])))
+    with pytest.raises(GptqError):
+        run_reusing(way, block)
+    assert alive == [True], "held though the block let go of it"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from gptq_cli.config import ModelRef
+from gptq_cli.model import skeleton as skeleton_module
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
-from gptq_cli.preflight import trace
+from gptq_cli.model.trace import trace
+from gptq_cli.preflight import facts as facts_module
 from gptq_cli.preflight.facts import environment_facts, model_facts
 from gptq_cli.preflight.units import units_of
 from tests.fabricated import apparent_bytes, config_70b, fabricate
@@ -89,25 +91,24 @@ def test_tied_and_fused(tiny: Tiny) -> None:
     assert model_facts(skeleton_of(tiny("llama"))).fused == ()
 
 
-def test_a_model_that_cannot_be_traced_has_stages_by_shape(
-    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_traced_has_stages_by_shape(tiny: Tiny) -> None:
     skeleton = skeleton_of(tiny("qwen3"))
+    stopped = replace(skeleton.trace, stages=(), problem="in model.norm: RuntimeError: data needed")
+    facts = model_facts(replace(skeleton, trace=stopped))
+    assert (facts.order, facts.untraced) == ((), stopped.problem)
+    assert not any(linear.chosen for linear in facts.linears)
+    stages = {linear.name: linear.stage for linear in facts.linears}
+    names = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
+    assert [stages[f"model.layers.0.{name}"] for name in names] == [0, 0, 1]
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("data needed")
 
-    monkeypatch.setattr(skeleton.model, "forward", refuse)
-    order, stages, chosen = trace.trace(skeleton.model, skeleton.linears, skeleton.blocks)
-    assert order == ()
-    assert chosen == frozenset()
-    assert [
-        stages[f"model.layers.0.{n}"] for n in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
-    ] == [
-        0,
-        0,
-        1,
-    ]
+def test_the_model_is_traced_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[object] = []
+    monkeypatch.setattr(skeleton_module, "trace", lambda *words: runs.append(words) or trace(*words))
+    skeleton = skeleton_of(tiny("llama"))
+    monkeypatch.setattr(facts_module, "trace", lambda *words: runs.append(words) or trace(*words))
+    model_facts(skeleton)
+    assert len(runs) == 1
 
 
 def test_trace_leaves_no_hook(tiny: Tiny) -> None:
@@ -133,6 +134,8 @@ from gptq_cli.device_map import DeviceMap
 from gptq_cli.devices.host_memory import peak_resident_bytes
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import find_model
+from gptq_cli.model.trace import trace
+from gptq_cli.preflight import facts as facts_module
 from gptq_cli.placement import parse_inventory
 from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.facts import model_facts

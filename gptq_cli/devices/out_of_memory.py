@@ -1,0 +1,92 @@
+"""Telling a lack of memory from every other error.
+
+It has many faces: each accelerator's allocator has an error of its own, torch's CPU allocator raises a
+`RuntimeError`, Python a `MemoryError`, the kernel an `OSError` with ENOMEM where it cannot map a file, a
+thread without room for its stack "can't start", and libraries in Rust and C++ say it in words. Whoever opens
+a file or a model then wraps it into an error of his own, so the chain of causes is looked through, too.
+Nothing here imports torch: this must still work when there is no memory left to import it.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from gptq_cli.errors import OutOfDeviceMemory
+
+_SAID = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "failed to allocate memory",
+    "unable to allocate",
+    "can't start new thread",
+    "out_of_memory",
+    "out_of_device_memory",
+    "out_of_host_memory",
+    "bad_alloc",
+    "bad allocation",
+    "cublas_status_alloc_failed",
+    "cusolver_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "threadpoolbuilderror",
+    "the global thread pool has not been initialized",
+)
+_NOT_LOADED = ("failed to map segment from shared object", "cannot allocate memory")
+"""How glibc ends what it says of a library that has no room; with another end it is not memory that lacks."""
+_RUST = ("SafetensorError", "PanicException", "Exception")
+"""Classes that libraries in Rust raise for everything."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True where `error`, or an error that it was made from, is a lack of memory on any device."""
+    return out_of_memory_cause(error) is not None
+
+
+def out_of_memory_cause(error: BaseException) -> BaseException | None:
+    """The error in the chain of `error` that is a lack of memory; None where there is none."""
+    return next((link for link in _chain(error) if _is_one(link)), None)
+
+
+@contextmanager
+def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
+    """Turn a lack of memory inside the `with` into `OutOfDeviceMemory`: exit code 4.
+
+    `doing` says what was being done, "while opening the model"; `hint` what to change.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, OutOfDeviceMemory):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        cause = out_of_memory_cause(error)
+        if cause is None:
+            raise
+        lines = str(cause).strip().splitlines()
+        said = lines[0] if lines else type(cause).__name__
+        raise OutOfDeviceMemory(f"out of memory {doing()}: {said}", hint=hint) from error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        seen.append(link)
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _is_one(error: BaseException) -> bool:
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, MemoryError | OutOfDeviceMemory) or "OutOfMemoryError" in kinds:
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if not isinstance(error, RuntimeError | ImportError) and type(error).__name__ not in _RUST:
+        return False  # its words may be a person's: a path, a key, our own message
+    said = str(error).lower()
+    if isinstance(error, ImportError):
+        return said.endswith(_NOT_LOADED)
+    return any(words in said for words in _SAID)

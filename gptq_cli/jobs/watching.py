@@ -1,0 +1,108 @@
+"""What surrounds the steps of a command: warnings are kept, a lack of memory says where it struck.
+
+    with watching("quantize", observer) as watcher:
+        …                                  # report to `watcher`; it passes every event on
+    watcher.warnings                       # every warning that was given, for the report
+
+Every warning goes one way, whoever gives it (a preflight rule, the engine, a library through Python's
+`warnings`): it is an event, so each display shows it, and it is kept for the report. A lack of memory in
+whatever step becomes `OutOfDeviceMemory`, and says which step it was.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal, TextIO
+
+from gptq_cli.devices.out_of_memory import out_of_memory_told
+from gptq_cli.events import (
+    BlockFinished,
+    BlockStarted,
+    Event,
+    Observer,
+    Phase,
+    PhaseFinished,
+    PhaseStarted,
+    Warned,
+    ignore,
+    warning_text,
+)
+
+_LESS_MEMORY = {
+    "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
+    "or see what needs how much: gptq quantize … --dry-run",
+    "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
+    "inspect-map": "no weight is read here: free memory on this machine, or raise its limit (ulimit -v, the "
+    "container's)",
+}
+_PHASES: dict[Phase, str] = {
+    "open": "opening the model",
+    "calibration": "reading the calibration text",
+    "load": "loading the weights",
+    "capture": "capturing what enters the blocks",
+    "save": "writing the tensors that stay dense",
+    "verify": "verifying the files",
+    "generate": "generating text",
+    "bench": "measuring speed",
+    "dense": "loading the dense model",
+    "evaluate": "evaluating",
+}
+
+
+@dataclass(slots=True)
+class Watcher:
+    """An observer that passes every event on, keeps the warnings and knows what is being done."""
+
+    observer: Observer
+    doing: str = "while starting"
+    warnings: list[str] = field(default_factory=list)
+
+    def __call__(self, event: Event) -> None:
+        """Note the event and pass it on."""
+        warning = warning_text(event)
+        if warning is not None:
+            self.warnings.append(warning)
+        match event:
+            case PhaseStarted(phase):
+                self.doing = f"while {_PHASES[phase]}"
+            case PhaseFinished(phase):
+                self.doing = f"after {_PHASES[phase]}"
+            case BlockStarted():
+                where = f"{event.name} ({event.index + 1}/{event.total}) on {event.device}"
+                self.doing = f"while quantizing block {where}"
+            case BlockFinished():
+                self.doing = f"after quantizing block {event.report.name}"
+            case _:
+                pass
+        self.observer(event)
+
+
+@contextmanager
+def watching(command: Literal["quantize", "load", "inspect-map"], observer: Observer) -> Iterator[Watcher]:
+    """Lend the observer that the steps of `command` report to. Raises `OutOfDeviceMemory`, exit code 4."""
+    watcher = Watcher(observer)
+    told = nullcontext() if observer is ignore else _python_warnings_told(watcher)
+    with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), told:
+        yield watcher
+
+
+@contextmanager
+def _python_warnings_told(observer: Observer) -> Iterator[None]:
+    """Make events of the warnings that libraries give, in place of text on stderr."""
+
+    def tell(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        observer(Warned(f"{category.__name__}: {' '.join(str(message).split())}"))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        yield
