@@ -20,7 +20,7 @@ from gptq_cli.devices.host_memory import steady_heap
 from gptq_cli.devices.host_threads import steady_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.jsonl import JsonlDisplay
-from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated
+from gptq_cli.events import Event, FindingRaised, Observer, RunFinished, TextGenerated
 from gptq_cli.findings import Finding
 from gptq_cli.results import document
 
@@ -43,6 +43,8 @@ class Session:
     as_json: bool = False
     seen: list[Finding] = field(default_factory=list)
     """Findings that a display has shown."""
+    done: bool = False
+    """The result is in place: what comes after it is no interruption of the work."""
     documented: bool = False
     """The one JSON document is on stdout already: an error that follows from it is not another."""
 
@@ -156,6 +158,8 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
         def tell(event: Event) -> None:
             if isinstance(event, FindingRaised) and not silent:
                 session.seen.append(event.finding)
+            if isinstance(event, RunFinished):
+                session.done = True
             if voice is not None and not isinstance(event, TextGenerated):
                 voice.rest()
             observer(event)

@@ -7,6 +7,8 @@ before a weight is read; `dry_run` stops there.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +18,22 @@ from gptq_cli.device import CPU
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, phase, quantize_model
 from gptq_cli.engine.summary import Tally, summarize
-from gptq_cli.errors import CalibrationError, ModelError
-from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore
+from gptq_cli.errors import CalibrationError, ConfigError, DestinationBusy, ModelError
+from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.precision import has_units
 from gptq_cli.jobs.steps import announce, out_of_memory_explained, placed, watched
+from gptq_cli.model.destination import Destination
+from gptq_cli.model.held_signals import held_signals
+from gptq_cli.model.place import check_destination
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.writer import CheckpointWriter
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
-from gptq_cli.preflight import rules_source
+from gptq_cli.preflight import rules_output, rules_source
 from gptq_cli.preflight.budget import block_linears, micro_batch_tokens, packed_bytes, parks, stages_of
 from gptq_cli.preflight.cases import Work
-from gptq_cli.preflight.facts import model_facts
+from gptq_cli.preflight.facts import Claim, model_facts
 from gptq_cli.preflight.probe import estimate_seconds
 from gptq_cli.preflight.report import map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
@@ -44,7 +49,12 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     """
     started = time.perf_counter()
     tally = Tally(observer)
-    judged = _judge(job, tally)
+    with _claimed(job, tally) as claim:
+        return _quantize(job, claim, tally, started)
+
+
+def _quantize(job: QuantizeJob, claim: Claim, tally: Tally, started: float) -> RunReport:
+    judged = _judge(job, tally, claim)
     announce(judged.findings, tally)
     placement, tokens = judged.resolution.placement, judged.tokens
     if not judged.findings.ok or placement is None or tokens is None:
@@ -57,7 +67,7 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
         options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=watched(placement)),
         batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
     )
-    with out_of_memory_explained("quantize"), _writer(job, judged.skeleton, tally) as writer:
+    with out_of_memory_explained("quantize"), _writer(job, judged.skeleton, claim, tally) as writer:
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
@@ -75,9 +85,40 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
             tally=tally,
             seconds=time.perf_counter() - started,
         )
-        writer.finish(document(report))
-    tally(RunFinished(report))
+        writer.complete(document(report))
+        with held_signals() as check:  # one that comes now waits until the run is known to be done
+            check()
+            writer.put_in_place()
+            tally(RunFinished(report))
     return report
+
+
+@contextmanager
+def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
+    """Hold the output for this run: before anything is read, so that a second run ends at once.
+
+    Where it cannot be had because it is unsuitable, preflight says so among all else. Raises
+    `PreflightRefused` while another run has it.
+    """
+    out = Path(job.out)
+
+    def warn(message: str, hint: str) -> None:
+        observer(Warned(message, hint))
+
+    with ExitStack() as stack:
+        destination: Destination | None = None
+        failure = ""
+        try:
+            check_destination(out, None, overwrite=job.overwrite)
+            destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
+        except DestinationBusy as error:
+            findings = rules_output.busy_finding(error.message, error.hint or "")
+            raise refusal(PreflightReport(tuple(findings))) from error
+        except (ConfigError, ValueError):
+            pass  # a rule of preflight finds the same, and tells it with all else that is to be said
+        except OSError as error:
+            failure = f"{error.filename or out}: {error.strerror}"
+        yield Claim(destination, failure)
 
 
 def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
@@ -117,7 +158,7 @@ class _Judged:
     findings: PreflightReport
 
 
-def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
+def _judge(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Judged:
     """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
     with phase(observer, "open"):
         skeleton = open_skeleton(find_model(job.model), job.model)
@@ -126,7 +167,7 @@ def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
         tokens, text_findings = _tokens(job, skeleton, facts)
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
-    budgets, resolution, findings = placed(job, skeleton, facts)
+    budgets, resolution, findings = placed(job, skeleton, facts, claim)
     return _Judged(
         skeleton=skeleton,
         facts=facts,
@@ -197,12 +238,13 @@ def _dtype_words(judged: _Judged, placement: Placement) -> str:
     return dtype
 
 
-def _writer(job: QuantizeJob, skeleton: Skeleton, observer: Observer) -> CheckpointWriter:
+def _writer(job: QuantizeJob, skeleton: Skeleton, claim: Claim, observer: Observer) -> CheckpointWriter:
     return CheckpointWriter(
         Path(job.out),
         skeleton,
         job.quantize,
         max_shard_bytes=job.max_shard_bytes,
         overwrite=job.overwrite,
+        destination=claim.destination,
         on_shard=lambda path, size, tensors: observer(ShardWritten(path.name, size, tensors)),
     )

@@ -106,6 +106,23 @@ class OutputFacts:
     """Length of the last component, encoded."""
     longest_name_bytes: int = 255
     """What the file system allows."""
+    is_text: bool = True
+    """The path is UTF-8 and holds no NUL."""
+    is_fixed: bool = False
+    """A directory that cannot be renamed over, as a mount point: its content is put into it."""
+    is_removable: bool = True
+    """What stands there can be removed to the last file."""
+    failure: str = ""
+    """What the system said when the run tried to make its working folder."""
+    busy: str = ""
+    """Who else writes there."""
+    busy_hint: str = ""
+    leftovers: tuple[str, ...] = ()
+    """What is done about the leftovers of a run that ended."""
+    folder_taken: str = ""
+    """Where something that is not ours has the working folder's name."""
+    unlocked: str = ""
+    """Why the place cannot be locked."""
 
 
 @dataclass(frozen=True, slots=True)
