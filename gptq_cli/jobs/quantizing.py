@@ -25,7 +25,7 @@ from gptq_cli.gptq.precision import has_units
 from gptq_cli.jobs.steps import announce, out_of_memory_explained, placed, watched
 from gptq_cli.model.destination import Destination
 from gptq_cli.model.held_signals import held_signals
-from gptq_cli.model.place import check_destination
+from gptq_cli.model.place import Place, check_destination
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.writer import CheckpointWriter
@@ -109,7 +109,7 @@ def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
         destination: Destination | None = None
         failure = ""
         try:
-            check_destination(out, None, overwrite=job.overwrite)
+            _check_unless_left_over(out, overwrite=job.overwrite)
             destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
         except DestinationBusy as error:
             findings = rules_output.busy_finding(error.message, error.hint or "")
@@ -119,6 +119,16 @@ def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
         except OSError as error:
             failure = f"{error.filename or out}: {error.strerror}"
         yield Claim(destination, failure)
+
+
+def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
+    """Raise `ConfigError` for an unsuitable output, unless an ended run left something to put in order."""
+    try:
+        check_destination(out, None, overwrite=overwrite)
+    except ConfigError:
+        words, _ = Place.of(out).left_over(done=False)
+        if not words:
+            raise
 
 
 def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:

@@ -226,12 +226,15 @@ def ignored_names(place: Place) -> frozenset[str]:
 
 
 def placed_files(out: Path, owner: Owner | None) -> list[tuple[str, Path]]:
-    """Files that the run of `owner` moved to `out` before it ended, and nothing that came there since."""
+    """Files that the run of `owner` moved to `out` before it ended, and nothing that came there since; none
+    where it had moved all of them, for then the checkpoint is complete.
+    """
+    planned = owner.placing if owner is not None else {}
     found = []
-    for name, (inode, size) in (owner.placing if owner is not None else {}).items():
+    for name, (inode, size) in planned.items():
         path = out / name
         with contextlib.suppress(OSError):
             entry = os.lstat(path)
             if os.path.basename(name) == name and (entry.st_ino, entry.st_size) == (inode, size):
                 found.append((name, path))
-    return found
+    return found if len(found) < len(planned) else []

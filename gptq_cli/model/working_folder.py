@@ -27,6 +27,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from gptq_cli.errors import ConfigError, DestinationBusy
@@ -118,7 +119,8 @@ def is_taken(folder: Path) -> bool:
 def is_held(folder: Path) -> bool:
     """Whether a run lives in the folder. Writes nothing."""
     if (folder / SOFT_LOCK).exists():
-        return True
+        owner = read_owner(folder)
+        return owner is None or owner.host != socket.gethostname() or psutil.pid_exists(owner.pid)
     if not (folder / LOCK).exists():
         return False
     lock = FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
