@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config import HELD_OUT, LoadJob, QuantizeConfig, Sampling, parse_targets
+from gptq_cli.config import HELD_OUT, LoadJob, ModelRef, QuantizeConfig, Sampling, parse_targets
 from gptq_cli.errors import ConfigError
 
 
@@ -81,3 +81,10 @@ def test_each_reader_once() -> None:
 def test_pairs_are_a_share_and_enough_to_judge(share: float, samples: int, paired: int) -> None:
     assert QuantizeConfig(solve_for="dense", dense_share=share).paired_samples(samples) == paired
     assert QuantizeConfig(solve_for="own", dense_share=share).paired_samples(samples) == 0
+
+
+@pytest.mark.parametrize("model", ["models/q\udcff", "models/q\0"])
+def test_a_model_is_named_in_text(model: str) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8 text") as caught:
+        ModelRef(model=model)
+    assert caught.value.hint == "give the directory a name in UTF-8"
