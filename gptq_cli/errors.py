@@ -6,6 +6,7 @@
      │   ├─ DeviceMapError             a device-map or max-memory text that does not parse
      │   ├─ ModelError                 a model that cannot be found or is no causal language model
      │   ├─ CalibrationError           a calibration source that cannot be read or is too short
+     │   ├─ DestinationBusy            another run writes to the same destination
      │   └─ CheckpointError            a quantized checkpoint that is missing, truncated or inconsistent
      ├─ PreflightRefused           3   the facts forbid the job: nothing was written
      │   └─ DiskOffloadRefused         … because something would lie on disk; a ValueError as well
@@ -63,6 +64,10 @@ class ModelError(UsageError):
 
 class CalibrationError(UsageError):
     """The calibration source cannot be read or holds too little text."""
+
+
+class DestinationBusy(UsageError):  # noqa: N818 - nothing is wrong but the moment
+    """Another run writes to the same destination."""
 
 
 class CheckpointError(UsageError):

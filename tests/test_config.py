@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config import HELD_OUT, LoadJob, QuantizeConfig, Sampling, parse_group_size, parse_targets
+from gptq_cli.config import (
+    HELD_OUT,
+    LoadJob,
+    ModelRef,
+    QuantizeConfig,
+    Sampling,
+    parse_group_size,
+    parse_targets,
+)
 from gptq_cli.errors import ConfigError
 
 
@@ -138,3 +146,10 @@ def test_what_is_no_group_size(text: object) -> None:
         ConfigError, match=r"allowed: -1 \(one group a row\), a positive whole number, or auto"
     ):
         QuantizeConfig(group_size=parse_group_size(text))
+
+
+@pytest.mark.parametrize("model", ["models/q\udcff", "models/q\0"])
+def test_a_model_is_named_in_text(model: str) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8 text") as caught:
+        ModelRef(model=model)
+    assert caught.value.hint == "give the directory a name in UTF-8"

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # never die of a character that the terminal cannot show
             stream.reconfigure(errors="replace")
     try:
-        with _signals_interrupt(), out_of_memory_told(lambda: "outside of the work", _LESS):
+        with _signals_interrupt(session), out_of_memory_told(lambda: "outside of the work", _LESS):
             code = _run(session)
     except GptqError as error:
         as_json = session.as_json and not session.documented
@@ -119,17 +119,22 @@ def _run(session: Session) -> int:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does: every `finally` is kept. nohup is respected."""
+def _signals_interrupt(session: Session) -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does: every `finally` is kept. nohup is respected.
+
+    Once the result is in place the run is done, and what is left of it (a table, a page) is not interrupted.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        if not session.done:
+            raise KeyboardInterrupt
 
+    usual = (signal.SIG_DFL, signal.default_int_handler)
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            if number is not None and signal.getsignal(number) in usual:
                 before[number] = signal.signal(number, interrupt)
     try:
         yield

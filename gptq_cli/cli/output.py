@@ -20,7 +20,7 @@ from gptq_cli.devices.host_memory import steady_heap
 from gptq_cli.devices.host_threads import steady_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.jsonl import JsonlDisplay
-from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated, warning_text
+from gptq_cli.events import Event, FindingRaised, Observer, RunFinished, TextGenerated, warning_text
 from gptq_cli.findings import Finding
 from gptq_cli.results import document
 
@@ -45,6 +45,8 @@ class Session:
     """Findings that a display has shown."""
     quiet: bool = False
     """Errors alone reach stderr."""
+    done: bool = False
+    """The result is in place: what comes after it is no interruption of the work."""
     documented: bool = False
     """The one JSON document is on stdout already: an error that follows from it is not another."""
 
@@ -168,6 +170,8 @@ def watch(
                     return
                 if not silent and (warns or progress != "none"):
                     session.seen.append(event.finding)
+            if isinstance(event, RunFinished):
+                session.done = True
             if voice is not None and not isinstance(event, TextGenerated):
                 voice.rest()
             observer(event)

@@ -153,7 +153,7 @@ def _write_report(path: Path, result: RunReport, observer: Observer) -> RunRepor
     from gptq_cli.report.page import report_html
 
     try:
-        path.write_text(report_html(result), encoding="utf-8")
+        path.write_text(report_html(result), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         hint = "the checkpoint is complete, and holds the same in report.json"
         warned = Warned(f"the report {path} was not written: {error.strerror}", hint)

@@ -7,6 +7,8 @@ before a weight is read; `dry_run` stops there.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,20 +21,23 @@ from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, phase, quantize_model
 from gptq_cli.engine.summary import Tally, summarize
-from gptq_cli.errors import CalibrationError, ModelError
-from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore
+from gptq_cli.errors import CalibrationError, ConfigError, DestinationBusy, ModelError
+from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.precision import has_units
 from gptq_cli.jobs.steps import announce, placed, watched
 from gptq_cli.jobs.watching import Watcher, watching
+from gptq_cli.model.destination import Destination
+from gptq_cli.model.held_signals import held_signals
+from gptq_cli.model.place import Place, check_destination
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.writer import CheckpointWriter
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
-from gptq_cli.preflight import rules_source
+from gptq_cli.preflight import rules_output, rules_source
 from gptq_cli.preflight.budget import block_linears, micro_batch_tokens, packed_bytes, parks, stages_of
 from gptq_cli.preflight.cases import Work
-from gptq_cli.preflight.facts import model_facts
+from gptq_cli.preflight.facts import Claim, model_facts
 from gptq_cli.preflight.probe import estimate_seconds
 from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
@@ -46,14 +51,15 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     `QualityGateFailed`. Whatever is raised, no working folder is left. Where something would lie on disk, the
     `PreflightRefused` is a `ValueError` as well.
     """
-    with watching("quantize", observer) as watcher:
-        return _quantize(job, watcher)
-
-
-def _quantize(job: QuantizeJob, watcher: Watcher) -> RunReport:
     started = time.perf_counter()
-    tally = Tally(watcher, reset_peak_resident())
-    judged = _judge(job, tally)
+    with watching("quantize", observer) as watcher:
+        tally = Tally(watcher, reset_peak_resident())
+        with _claimed(job, tally) as claim:
+            return _quantize(job, claim, watcher, tally, started)
+
+
+def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
+    judged = _judge(job, tally, claim)
     announce(judged.findings, tally)
     placement, tokens = judged.resolution.placement, judged.tokens
     if not judged.findings.ok or placement is None or tokens is None:
@@ -68,7 +74,7 @@ def _quantize(job: QuantizeJob, watcher: Watcher) -> RunReport:
         options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=devices),
         batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
     )
-    with _writer(job, judged.skeleton, tally) as writer:
+    with _writer(job, judged.skeleton, claim, tally) as writer:
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
@@ -88,9 +94,50 @@ def _quantize(job: QuantizeJob, watcher: Watcher) -> RunReport:
             warnings=watcher.warnings,
             seconds=time.perf_counter() - started,
         )
-        writer.finish(document(report))
-    tally(RunFinished(report))
+        writer.complete(document(report))
+        with held_signals() as check:  # one that comes now waits until the run is known to be done
+            check()
+            writer.put_in_place()
+            tally(RunFinished(report))
     return report
+
+
+@contextmanager
+def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
+    """Hold the output for this run: before anything is read, so that a second run ends at once.
+
+    Where it cannot be had because it is unsuitable, preflight says so among all else. Raises
+    `PreflightRefused` while another run has it.
+    """
+    out = Path(job.out)
+
+    def warn(message: str, hint: str) -> None:
+        observer(Warned(message, hint))
+
+    with ExitStack() as stack:
+        destination: Destination | None = None
+        failure = ""
+        try:
+            _check_unless_left_over(out, overwrite=job.overwrite)
+            destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
+        except DestinationBusy as error:
+            findings = rules_output.busy_finding(error.message, error.hint or "")
+            raise refusal(PreflightReport(tuple(findings))) from error
+        except (ConfigError, ValueError):
+            pass  # a rule of preflight finds the same, and tells it with all else that is to be said
+        except OSError as error:
+            failure = f"{error.filename or out}: {error.strerror}"
+        yield Claim(destination, failure)
+
+
+def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
+    """Raise `ConfigError` for an unsuitable output, unless an ended run left something to put in order."""
+    try:
+        check_destination(out, None, overwrite=overwrite)
+    except ConfigError:
+        words, _ = Place.of(out).left_over(done=False)
+        if not words:
+            raise
 
 
 def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
@@ -134,7 +181,7 @@ class _Judged:
     findings: PreflightReport
 
 
-def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
+def _judge(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Judged:
     """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
     with phase(observer, "open"):
         skeleton = open_skeleton(find_model(job.model), job.model)
@@ -143,7 +190,7 @@ def _judge(job: QuantizeJob, observer: Observer) -> _Judged:
         tokens, text_findings = _tokens(job, skeleton, facts)
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
-    budgets, resolution, findings = placed(job, skeleton, facts)
+    budgets, resolution, findings = placed(job, skeleton, facts, claim)
     return _Judged(
         skeleton=skeleton,
         facts=facts,
@@ -218,12 +265,13 @@ def _dtype_words(judged: _Judged, placement: Placement) -> str:
     return dtype
 
 
-def _writer(job: QuantizeJob, skeleton: Skeleton, observer: Observer) -> CheckpointWriter:
+def _writer(job: QuantizeJob, skeleton: Skeleton, claim: Claim, observer: Observer) -> CheckpointWriter:
     return CheckpointWriter(
         Path(job.out),
         skeleton,
         job.quantize,
         max_shard_bytes=job.max_shard_bytes,
         overwrite=job.overwrite,
+        destination=claim.destination,
         on_shard=lambda path, size, tensors: observer(ShardWritten(path.name, size, tensors)),
     )

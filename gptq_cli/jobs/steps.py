@@ -7,16 +7,17 @@ from gptq_cli.device import CPU, Device
 from gptq_cli.devices.accelerators import present_devices
 from gptq_cli.events import FindingRaised, Observer
 from gptq_cli.findings import PreflightReport
+from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
 from gptq_cli.preflight.cases import Work
 from gptq_cli.preflight.check import check_quantize
-from gptq_cli.preflight.facts import capabilities, environment_facts, output_facts
+from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.resolve import Resolution, resolve
 
 
 def placed(
-    job: QuantizeJob | InspectJob, skeleton: Skeleton, facts: ModelFacts
+    job: QuantizeJob | InspectJob, skeleton: Skeleton, facts: ModelFacts, claim: Claim | None = None
 ) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
     """The devices, the map resolved on them, and the findings about both and about the job."""
     work = Work(job.quantize, job.calibration).on(facts)
@@ -31,11 +32,14 @@ def placed(
         given=job.devices is not None,
     )
     devices = resolution.placement.devices if resolution.placement else ()
-    output = output_facts(job.out, skeleton.files.directory) if isinstance(job, QuantizeJob) else None
+    source = skeleton.files.directory
+    writes = isinstance(job, QuantizeJob)
+    output = output_facts(job.out, source, claim) if isinstance(job, QuantizeJob) else None
+    unreadable = unreadable_files(source, code=job.model.trust_remote_code) if writes else ()
     findings = check_quantize(
         facts,
         work,
-        problems=skeleton.problems,
+        problems=(*skeleton.problems, *unreadable),
         output=output,
         overwrite=isinstance(job, QuantizeJob) and job.overwrite,
         devices=devices,

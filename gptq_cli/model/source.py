@@ -49,7 +49,7 @@ class SourceProblem:
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
     bad-index, unsafe-path, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch,
-    unsupported-dtype."""
+    unsupported-dtype, unreadable-file."""
     subject: str
     """The file or tensor."""
     message: str

@@ -1,7 +1,7 @@
 """Writing a checkpoint so that it is either complete or not there.
 
-Everything goes into a working folder beside the destination, `.<name>.gptq-<random>`, and is renamed into
-place as the last act. The plan (`plan.py`) gives each tensor its place in its file, so shards are reserved
+Everything is made in a working folder beside the destination (`destination.py`) and put in place as the last
+act. The plan (`plan.py`) gives each tensor its place in its file, so shards are reserved
 on the disk at once (a disk that is too small is found in the first second, not after an hour), tensors are
 written where they belong as they come, and memory holds one tensor at a time. Dense tensors are copied byte
 for byte from the source's shards. The same tensors give the same bytes.
@@ -13,7 +13,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +23,13 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.errors import ConfigError, GptqError, NonFinite
+from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.model.destination import Destination
 from gptq_cli.model.formats import quantization_dict
 from gptq_cli.model.headers import StoredTensor, read_header
+from gptq_cli.model.held_signals import held_signals
+from gptq_cli.model.place import check_destination
 from gptq_cli.model.plan import (
     CheckpointPlan,
     PlannedShard,
@@ -36,6 +38,7 @@ from gptq_cli.model.plan import (
     modules_in_block,
     plan_checkpoint,
 )
+from gptq_cli.model.renames import fsync
 from gptq_cli.model.sidecars import checkpoint_config, copy_sidecars
 from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
@@ -47,36 +50,11 @@ OnShard = Callable[[Path, int, int], None]
 """Called with (path, bytes, tensors) when a shard is complete and on the disk."""
 
 
-def check_destination(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Raise `ConfigError` unless a checkpoint may be put at `out`."""
-    there, model = out.resolve(), source.resolve()
-    if there == model or there in model.parents:
-        raise ConfigError(
-            f"out is {out}, which is or holds the model itself",
-            hint="give --out a directory of its own",
-        )
-    if not there.exists() or (there.is_dir() and not any(there.iterdir())):
-        return
-    if not overwrite:
-        raise ConfigError(f"out {out} exists", hint="choose another --out, or add --overwrite")
-    if not there.is_dir():
-        raise ConfigError(f"out {out} is a file; allowed: a directory", hint="choose another --out")
-    if not looks_like_checkpoint(there):
-        raise ConfigError(
-            f"out {out} is no checkpoint of a quantized model, so --overwrite does not touch it",
-            hint="choose another --out, or remove the directory yourself",
-        )
-
-
-def looks_like_checkpoint(directory: Path) -> bool:
-    """True for what `--overwrite` may replace: a directory with the two configs of a quantized model."""
-    return (directory / "config.json").is_file() and (directory / "quantize_config.json").is_file()
-
-
 class CheckpointWriter:
     """Use as a context manager; without `finish` nothing remains.
 
     `linears` are those that will come packed (default: all of the skeleton); every other tensor is copied.
+    `destination`: `out`, already entered by the caller, who leaves it as well.
     """
 
     def __init__(
@@ -89,26 +67,31 @@ class CheckpointWriter:
         *,
         linears: Sequence[LinearInfo] | None = None,
         on_shard: OnShard | None = None,
+        destination: Destination | None = None,
     ) -> None:
-        self.out = out.expanduser().resolve()
+        self._lent = destination is not None
+        self._destination = destination or Destination(out, overwrite=overwrite)
+        self.out = self._destination.out
         self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes, linears)
         self._skeleton, self._quantize, self._overwrite = skeleton, quantize, overwrite
         self._on_shard = on_shard
-        self._work = self.out.parent / f".{self.out.name[:100]}.gptq-{secrets.token_hex(4)}"
-        self._made_parents: list[Path] = []
+        self._work = self._destination.result
         self._shard_of = {t.name: shard for shard in self.plan.shards for t in shard.tensors}
         self._planned = {t.name: t for shard in self.plan.shards for t in shard.tensors}
         self._waiting = {shard.file: {t.name for t in shard.tensors} for shard in self.plan.shards}
         self._files: dict[str, int] = {}
-        self._finished = False
 
     def __enter__(self) -> Self:
-        check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
         try:
             with self._disk():
-                self._make_folder()
+                if not self._lent:
+                    self._destination.__enter__()
+                check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
                 for shard in self.plan.shards:
                     self._open_shard(shard)
+                # now rather than at the end: what cannot be read is known before the work
+                source, code = self._skeleton.files.directory, self._skeleton.ref.trust_remote_code
+                copy_sidecars(source, self._work, code=code)
         except BaseException:
             self._discard()
             raise
@@ -117,8 +100,7 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._finished:
-            self._discard()
+        self._discard()
 
     def add_packed(self, linear: LinearInfo, packed: PackedLinear, bias: Tensor | None = None) -> None:
         """Write the four tensors of a linear; `bias` only where it differs from the source's."""
@@ -146,6 +128,13 @@ class CheckpointWriter:
 
     def finish(self, report: Mapping[str, Any]) -> int:
         """Write the remaining files and put the checkpoint in place; return its bytes on the disk."""
+        self.complete(report)
+        with held_signals() as check:
+            check()
+            return self.put_in_place()
+
+    def complete(self, report: Mapping[str, Any]) -> None:
+        """Write the remaining files, and bring everything to the disk."""
         missing = sorted(name for names in self._waiting.values() for name in names)
         if missing:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
@@ -160,15 +149,17 @@ class CheckpointWriter:
                 self._json(INDEX, self._index())
             self._json("config.json", checkpoint_config(source, quantization, self._skeleton.dtype))
             self._json("quantize_config.json", quantization)
-            copy_sidecars(source, self._work, code=self._skeleton.ref.trust_remote_code)
             self._json("report.json", report)
             for path in self._work.rglob("*"):
-                if path.is_file() and path.suffix != ".safetensors":
-                    _fsync(path)
-            _fsync(self._work)
+                if path.suffix != ".safetensors":
+                    fsync(path)
+            fsync(self._work)
+
+    def put_in_place(self) -> int:
+        """The last act, after `complete`; return the checkpoint's bytes on the disk."""
+        with self._disk():
             size = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
-            self._put_in_place()
-        self._finished = True
+        self._destination.put_in_place()
         return size
 
     def _index(self) -> dict[str, Any]:
@@ -176,15 +167,9 @@ class CheckpointWriter:
         return {"metadata": {"total_size": self.plan.tensor_bytes}, "weight_map": weight_map}
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
+        """A byte of a command line that is not UTF-8 becomes the JSON escape of its surrogate."""
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (self._work / name).write_text(text, encoding="utf-8")
-
-    def _make_folder(self) -> None:
-        for parent in reversed(self.out.parents):
-            if not parent.exists():
-                parent.mkdir()
-                self._made_parents.append(parent)
-        self._work.mkdir()
+        (self._work / name).write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def _open_shard(self, shard: PlannedShard) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -240,31 +225,14 @@ class CheckpointWriter:
         if self._on_shard is not None:
             self._on_shard(self._work / shard.file, shard.size_bytes, len(shard.tensors))
 
-    def _put_in_place(self) -> None:
-        if not self.out.exists() or not any(self.out.iterdir()):
-            os.rename(self._work, self.out)
-            _fsync(self.out.parent)
-            return
-        old = self.out.parent / f".{self.out.name[:100]}.gptq-old-{secrets.token_hex(4)}"
-        os.rename(self.out, old)
-        try:
-            os.rename(self._work, self.out)
-        except BaseException:
-            os.rename(old, self.out)
-            raise
-        _fsync(self.out.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
     def _discard(self) -> None:
-        """Remove everything that was made."""
+        """Remove everything that was made and is not in place."""
         for handle in self._files.values():
             with contextlib.suppress(OSError):
                 os.close(handle)
         self._files.clear()
-        shutil.rmtree(self._work, ignore_errors=True)
-        for parent in reversed(self._made_parents):
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        if not self._lent:
+            self._destination.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -321,11 +289,3 @@ def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
             f"tensor {name} holds {value:g}, which {dtype} cannot hold", hint="use --dtype auto or bfloat16"
         )
     return result
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -153,6 +153,23 @@ class OutputFacts:
     """What the file system allows."""
     free: str = ""
     """A place beside it where nothing is yet."""
+    is_text: bool = True
+    """The path is UTF-8 and holds no NUL."""
+    is_fixed: bool = False
+    """A directory that cannot be renamed over, as a mount point: its content is put into it."""
+    is_removable: bool = True
+    """What stands there can be removed to the last file."""
+    failure: str = ""
+    """What the system said when the run tried to make its working folder."""
+    busy: str = ""
+    """Who else writes there."""
+    busy_hint: str = ""
+    leftovers: tuple[str, ...] = ()
+    """What is done about the leftovers of a run that ended."""
+    folder_taken: str = ""
+    """Where something that is not ours has the working folder's name."""
+    unlocked: str = ""
+    """Why the place cannot be locked."""
 
     @property
     def elsewhere(self) -> str:

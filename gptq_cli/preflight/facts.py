@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -17,15 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.device import Device
+from gptq_cli.errors import DestinationBusy
 from gptq_cli.model.checkpoint import PARTS, QuantizedCheckpoint
 from gptq_cli.model.conversion import tied_groups
+from gptq_cli.model.destination import Destination
+from gptq_cli.model.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace, trace
-from gptq_cli.model.writer import looks_like_checkpoint
+from gptq_cli.model.working_folder import is_taken
 from gptq_cli.placement import LinearFact, ModelFacts, TensorFact
 from gptq_cli.preflight.cases import Capability, Environment, OutputFacts
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What came of claiming the output for this run: the destination, or why it could not be."""
+
+    destination: Destination | None
+    failure: str = ""
 
 
 def model_facts(skeleton: Skeleton) -> ModelFacts:
@@ -142,31 +153,51 @@ def environment_facts() -> Environment:
     return Environment(local_rank=os.environ.get("LOCAL_RANK"), visible=visible)
 
 
-def output_facts(out: str, model_directory: Path | None) -> OutputFacts:
-    """The state of the place that the checkpoint is to go to. Touches nothing."""
-    path = Path(out).expanduser()
-    parent = path.absolute().parent
-    while not parent.exists():
+def output_facts(out: str, model_directory: Path | None, claim: Claim | None = None) -> OutputFacts:
+    """The state of the place that the checkpoint is to go to. Touches nothing.
+
+    `claim`: what came of claiming it; without one, what would be found is looked up.
+    """
+    is_text = "\0" not in out and not any("\ud800" <= letter <= "\udfff" for letter in out)
+    given = out.replace("\0", "?")
+    place = Place.of(given)
+    parent = place.out if place.inside else place.out.parent
+    while not os.path.lexists(parent):
         parent = parent.parent
-    name_bytes = len(os.fsencode(path.name))
     longest = os.pathconf(parent, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    possible = name_bytes <= longest  # else even asking whether it exists is an error
-    directory = possible and path.is_dir()
-    real = path.resolve() if possible else path.absolute()
+    name_bytes = max((len(os.fsencode(part)) for part in place.out.parts), default=0)
+    there = place.standing
+    directory = os.path.isdir(there)
+    checkpoint = directory and looks_like_checkpoint(there)
     source = model_directory.resolve() if model_directory is not None else None
+    busy, busy_hint = ("", "") if claim is not None else _busy(place)
+    leftovers, freed = ("", 0) if claim is not None or busy else place.left_over(done=False)
+    if claim is not None and claim.destination is not None:
+        cleared, unlocked = claim.destination.cleared, claim.destination.unlocked
+    else:
+        cleared, unlocked = ((leftovers,) if leftovers else ()), ""
     return OutputFacts(
         out=out,
-        exists=possible and (path.exists() or path.is_symlink()),
+        exists=os.path.lexists(os.path.expanduser(given)) or there != place.out,
         is_directory=directory,
-        is_empty_directory=directory and not any(path.iterdir()),
-        is_checkpoint=directory and looks_like_checkpoint(path),
-        is_model_directory=source is not None and (real == source or real in source.parents),
-        writable=parent.is_dir() and os.access(parent, os.W_OK | os.X_OK),
+        is_empty_directory=directory and is_empty(place),
+        is_checkpoint=checkpoint,
+        is_model_directory=source is not None and (place.out == source or place.out in source.parents),
+        writable=may_write(parent),
         parent=str(parent),
-        free_bytes=shutil.disk_usage(parent).free,
+        free_bytes=shutil.disk_usage(parent).free + freed,
         name_bytes=name_bytes,
         longest_name_bytes=longest,
-        free=_free_place(path, real),
+        is_text=is_text,
+        is_fixed=place.inside,
+        is_removable=not checkpoint or may_be_removed(there),
+        failure=claim.failure if claim is not None else "",
+        busy=busy,
+        busy_hint=busy_hint,
+        leftovers=cleared,
+        folder_taken=str(place.folder) if is_taken(place.folder) else "",
+        unlocked=unlocked,
+        free=_free_place(Path(os.path.expanduser(given)), place.out),
     )
 
 
@@ -176,6 +207,14 @@ def _free_place(path: Path, real: Path) -> str:
     stem = named.name or "model"
     candidates = (named.parent / f"{stem}-{number}" for number in count(2))
     return str(next(candidate for candidate in candidates if not os.path.lexists(candidate)))
+
+
+def _busy(place: Place) -> tuple[str, str]:
+    try:
+        place.check_free()
+    except DestinationBusy as error:
+        return error.message, error.hint or ""
+    return "", ""
 
 
 def capabilities(devices: Sequence[Device]) -> tuple[Capability, ...]:

@@ -101,6 +101,11 @@ def no_tokenizer(case: JobCase) -> list[Finding]:
     return _of_kind(case, "no-tokenizer", "error")
 
 
+def unreadable_file(case: JobCase) -> list[Finding]:
+    """A small file beside the model, such as its licence, would be copied, but cannot be opened."""
+    return _of_kind(case, "unreadable-file", "error")
+
+
 def tokenizer(subject: str, message: str, hint: str) -> list[Finding]:
     """The tokenizer of the model cannot be opened, so calibration text cannot become tokens.
 
@@ -133,6 +138,7 @@ _KINDS = frozenset(
         "shape-mismatch",
         "unsupported-dtype",
         "no-tokenizer",
+        "unreadable-file",
     }
 )
 
@@ -176,5 +182,6 @@ RULES = (
     shape_mismatch,
     unsupported_dtype,
     no_tokenizer,
+    unreadable_file,
     weights_unsound,
 )

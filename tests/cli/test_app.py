@@ -14,10 +14,10 @@ import pytest
 
 from gptq_cli import __version__, errors
 from gptq_cli.cli.app import main
-from gptq_cli.events import FindingRaised, Observer, PhaseStarted, Warned
+from gptq_cli.events import FindingRaised, Observer, PhaseStarted, RunFinished, Warned
 from gptq_cli.findings import PreflightReport
 from tests.cli.conftest import FakeJobs, Run
-from tests.display.events import DENSE, OFFLOAD, REFUSED
+from tests.display.events import DENSE, OFFLOAD, REFUSED, report
 
 QUANTIZE = ("quantize", "MODEL", "--out", "OUT")
 REFUSAL = PreflightReport((DENSE, REFUSED, OFFLOAD))
@@ -153,6 +153,20 @@ def test_a_signal_interrupts(jobs: FakeJobs, run: Run, number: signal.Signals) -
     assert signal.getsignal(number) == before
     error = json.loads(run(*QUANTIZE, "--json").out)["error"]
     assert error == {"type": "Interrupted", "message": "interrupted", "exit_code": 130}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_after_the_result_is_in_place_interrupts_nothing(
+    jobs: FakeJobs, run: Run, number: signal.Signals
+) -> None:
+    def action(observer: Observer) -> None:
+        observer(RunFinished(report()))
+        os.kill(os.getpid(), number)
+
+    jobs.action = action
+    outcome = run("quantize", "M", "--out", "O", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["model"]
 
 
 def test_nohup_is_respected(jobs: FakeJobs, run: Run) -> None:

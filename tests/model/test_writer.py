@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from gptq_cli import __version__
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, NonFinite
+from gptq_cli.model import destination
 from gptq_cli.model import writer as writer_module
 from gptq_cli.model.headers import read_header
 from gptq_cli.model.plan import dense_patterns, modules_in_block, plan_checkpoint
@@ -310,24 +311,43 @@ def test_out_must_not_be_the_model(below: str, tiny_llama: Path, tmp_path: Path)
     assert (source / "config.json").is_file()
 
 
-def test_overwrite_keeps_the_old_one_when_the_swap_fails(
+def test_overwrite_keeps_both_when_the_swap_fails(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skeleton, out = opened(tiny_llama), tmp_path / "out"
     write_checkpoint(skeleton, out)
     old = {p.name: p.read_bytes() for p in out.iterdir()}
-    rename = os.rename
 
-    def failing(a: Any, b: Any) -> None:
-        if re.search(r"gptq-[0-9a-f]{8}$", str(a)):
-            raise KeyboardInterrupt
-        rename(a, b)
+    def failing(first: Path, second: Path) -> bool:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(os, "rename", failing)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(destination, "exchange", failing)
+    with pytest.raises(GptqError, match=r"out cannot be put in place: Invalid cross-device link") as caught:
         write_checkpoint(skeleton, out, QuantizeConfig(bits=8, group_size=32), overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == old
-    assert left(tmp_path) == ["out"]
+    kept = tmp_path / "out.finished"
+    assert str(kept) in str(caught.value.hint)
+    assert json.loads((kept / "quantize_config.json").read_text())["bits"] == 8
+    assert left(tmp_path) == ["out", "out.finished"]
+
+
+def test_side_files_are_copied_before_the_work(tiny_llama: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
+    (source / "LICENSE").write_text("free")
+    with CheckpointWriter(tmp_path / "out", opened(source), CONFIG, linears=()) as writer:
+        (source / "LICENSE").unlink()
+        writer.copy_dense()
+        writer.finish({})
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+
+
+def test_what_is_not_utf8_in_a_report_stays_readable(tiny_llama: Path, tmp_path: Path) -> None:
+    words = os.fsdecode(b"caf\xe9.txt")
+    with CheckpointWriter(tmp_path / "out", opened(tiny_llama), CONFIG, linears=()) as writer:
+        writer.copy_dense()
+        writer.finish({"command_line": [words]})
+    text = (tmp_path / "out" / "report.json").read_text(encoding="utf-8")
+    assert json.loads(text)["command_line"] == [words]
 
 
 @pytest.mark.parametrize("where", ["posix_fallocate", "pwrite", "fsync"])

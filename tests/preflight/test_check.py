@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.device import CPU, Device
 from gptq_cli.findings import Finding
+from gptq_cli.model import place, working_folder
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement import ModelFacts, TensorFact
 from gptq_cli.preflight import rules_source
@@ -173,6 +175,10 @@ def output(**changed: object) -> OutputFacts:
     return replace(sound, **changed)  # type: ignore[arg-type]
 
 
+def replaced(**changed: object) -> OutputFacts:
+    return output(exists=True, is_directory=True, is_checkpoint=True, **changed)
+
+
 @pytest.mark.parametrize(
     ("facts", "overwrite", "rule"),
     [
@@ -186,6 +192,14 @@ def output(**changed: object) -> OutputFacts:
         (output(exists=True), True, "output-exists"),
         (output(exists=True, is_directory=True, is_model_directory=True), True, "output-is-model"),
         (output(writable=False), False, "output-unwritable"),
+        (output(failure="/x: Permission denied"), False, "output-unwritable"),
+        (replaced(is_removable=False), True, "output-unwritable"),
+        (replaced(is_fixed=True), True, "output-exists"),
+        (output(exists=True, is_directory=True, is_fixed=True), False, "output-exists"),
+        (output(exists=True, is_directory=True, is_fixed=True, is_empty_directory=True), False, None),
+        (output(out="q\udcff", is_text=False), False, "output-name-not-text"),
+        (output(folder_taken="/somewhere/.out.gptq"), False, "output-folder-taken"),
+        (output(busy="out is being written by another run: x", busy_hint="wait"), False, "output-busy"),
         (output(free_bytes=1000), False, "output-disk-full"),
     ],
 )
@@ -215,6 +229,58 @@ def test_output_facts(tmp_path: Path) -> None:
     dangling = tmp_path / "dangling"
     dangling.symlink_to(tmp_path / "nowhere")
     assert output_facts(str(dangling), None).exists
+
+
+def test_leftovers_and_missing_locks_are_told_and_stop_nothing() -> None:
+    facts = output(leftovers=("removed /x",), unlocked="this file system has no locks (No locks available)")
+    findings = {f.rule: f for f in found(output=facts) if f.rule.startswith("output")}
+    assert {rule: f.level for rule, f in findings.items()} == {
+        "output-leftovers": "warning",
+        "output-unlocked": "note",
+    }
+    assert findings["output-leftovers"].message == "removed /x"
+
+
+def test_output_facts_of_names_that_no_reader_opens(tmp_path: Path) -> None:
+    assert output_facts(str(tmp_path / "q"), None).is_text
+    for name in ("q\udcff", "q\0"):
+        assert not output_facts(str(tmp_path / name), None).is_text
+    assert output_facts(str(tmp_path / ("x" * 300) / "q"), None).name_bytes == 300
+
+
+def test_output_facts_of_a_directory_in_one_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "theirs" / "q"
+    out.mkdir(parents=True)
+    real = place.may_write
+    monkeypatch.setattr(place, "may_write", lambda path: path != out.parent and real(path))
+    facts = output_facts(str(out), None)
+    assert (facts.is_fixed, facts.writable, facts.is_empty_directory) == (True, True, True)
+    assert facts.parent == str(out)
+
+
+def test_output_facts_of_a_run_that_ended_and_of_one_that_works(tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    folder = working_folder.WorkingFolder(tmp_path / ".q.gptq", out)
+    folder.claim()
+    folder.mark()
+    (folder.path / "result").mkdir()
+    (folder.path / "result" / "model.safetensors").write_bytes(b"x" * 10_000)
+    marker = folder.path / "run.json"
+    marker.write_text(marker.read_text().replace(f'"pid": {os.getpid()}', '"pid": 99999999'))
+    facts = output_facts(str(out), None)
+    assert "process 99999999" in facts.busy
+    assert facts.leftovers == ()
+    folder.let_go()
+    facts = output_facts(str(out), None)
+    assert facts.busy == ""
+    assert len(facts.leftovers) == 1
+    assert facts.leftovers[0].startswith(f"the run will remove {folder.path}, left by a run that ended")
+    assert (folder.path / "result" / "model.safetensors").is_file()
+    marker.unlink()
+    facts = output_facts(str(out), None)
+    assert (facts.leftovers, facts.folder_taken) == ((), str(folder.path))
 
 
 def test_everything_at_once() -> None:

@@ -1,0 +1,43 @@
+"""Signals that wait: while a result is put in place, a signal that would end the run is kept for later."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+@contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """SIGINT, SIGTERM and SIGHUP wait for the end of the block, and are delivered then.
+
+    Lends a function that raises `KeyboardInterrupt` if one is waiting: for the last moment at which the block
+    may still be left. Signals are the main thread's: in another thread nothing is held.
+    """
+    waiting: list[int] = []
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        waiting.append(number)
+
+    def check() -> None:
+        if waiting:
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in _ENDING:
+            number = getattr(signal, name, None)
+            handler = signal.SIG_IGN if number is None else signal.getsignal(number)
+            if number is not None and handler not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, keep)
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in dict.fromkeys(waiting):
+            signal.raise_signal(number)
