@@ -109,7 +109,15 @@ def output_unwritable(case: JobCase) -> list[Finding]:
         hint = f"chmod -R u+w {shlex.quote(out.out)}, or give another --out"
     else:
         return []
-    return [Finding(rule="output-unwritable", level="error", subject="--out", message=message, hint=hint)]
+    return [
+        Finding(
+            rule="output-unwritable",
+            level="error",
+            subject="--out",
+            message=message,
+            hint=hint,
+        )
+    ]
 
 
 def output_folder_taken(case: JobCase) -> list[Finding]:
