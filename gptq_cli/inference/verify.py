@@ -70,7 +70,7 @@ def verify_checkpoint(
     except (CheckpointError, ModelError) as error:
         return _unreadable(path, error)
     remarks = list(_structure(checkpoint))
-    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
+    with checkpoint.streamed() as reader:
         remarks += _values(checkpoint, reader, on_tensor)
     findings = _together(remarks)
     ordered = any(finding.rule == "g-idx-order" for finding in findings)
@@ -95,7 +95,7 @@ def check_targets(
     except (CheckpointError, ModelError) as error:
         return _unreadable(path, error)
     packed = (*checkpoint.linears, *checkpoint.experts)
-    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader:
+    with checkpoint.streamed() as reader:
         ordered = any(
             rule == "g-idx-order"
             for info in packed

@@ -139,6 +139,7 @@ class CheckpointWriter:
                 wanted.setdefault(tensor.source.shard, []).append(tensor)
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
+            self._skeleton.files.check(shard)
             stored = {entry.name: entry for entry in read_header(path)}
             with path.open("rb") as file:
                 for tensor in tensors:
@@ -160,13 +161,14 @@ class CheckpointWriter:
                 self._json(INDEX, self._index())
             self._json("config.json", checkpoint_config(source, quantization, self._skeleton.dtype))
             self._json("quantize_config.json", quantization)
-            copy_sidecars(source, self._work, code=self._skeleton.ref.trust_remote_code)
+            copy_sidecars(self._skeleton.files, self._work, code=self._skeleton.ref.trust_remote_code)
             self._json("report.json", report)
             for path in self._work.rglob("*"):
                 if path.is_file() and path.suffix != ".safetensors":
                     _fsync(path)
             _fsync(self._work)
             size = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
+            self._skeleton.files.check()
             self._put_in_place()
         self._finished = True
         return size
