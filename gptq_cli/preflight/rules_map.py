@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from gptq_cli.device import CPU, Device, format_size
 from gptq_cli.device_map import DeviceMap, DeviceRule
+from gptq_cli.device_rules import NameTree
 from gptq_cli.findings import Finding
 from gptq_cli.preflight.cases import MapCase
 
 _SHOWN = 6
+_FINDINGS = 20
+"""Findings of one rule about single entries of a map; what is beyond stands in one more."""
+_GUESSED = 3
+_MAP_CHARACTERS = 4_000
 
 
 def names_text(names: Iterable[str]) -> str:
@@ -30,17 +36,38 @@ def meta_device(case: MapCase) -> list[Finding]:
     patterns = [rule.pattern for rule in case.spec.rules if rule.device.kind == "meta"]
     if not patterns:
         return []
-    repaired = _replaced(case.spec, "meta", CPU)
     return [
         Finding(
             rule="meta-device",
             level="error",
             subject=_patterns_text(patterns),
             message="'meta' holds no data, so nothing can be quantized there; allowed: an accelerator or cpu",
-            hint=f'--device-map "{repaired}"',
+            hint=_map_text(_replaced(case.spec, "meta", CPU), "write cpu in the place of meta"),
             modules=tuple(patterns),
         )
     ]
+
+
+def _map_text(spec: DeviceMap, otherwise: str) -> str:
+    """The map as an option to paste, or what to change where it is too long for that."""
+    text = f'--device-map "{spec}"'
+    return text if len(text) <= _MAP_CHARACTERS else f"in the device map, {otherwise}"
+
+
+def _bounded(found: list[Finding]) -> list[Finding]:
+    """The first findings, and one for the rest: a map may have 100,000 entries that are all wrong."""
+    rest = found[_FINDINGS:]
+    if len(rest) < 2:
+        return found
+    more = Finding(
+        rule=rest[0].rule,
+        level=rest[0].level,
+        subject=names_text(finding.subject for finding in rest),
+        message=f"the same of {len(rest)} more entries of the device map",
+        hint="repair the first ones, then look again",
+        modules=tuple(name for finding in rest[:_FINDINGS] for name in finding.modules[:_FINDINGS]),
+    )
+    return [*found[:_FINDINGS], more]
 
 
 def device_absent(case: MapCase) -> list[Finding]:
@@ -52,10 +79,12 @@ def device_absent(case: MapCase) -> list[Finding]:
     listed = ", ".join(str(device) for device in there)
     where = "in --devices" if case.given else "on this machine"
     found = []
-    for device in case.spec.devices:
-        if device.kind in ("disk", "meta") or device in there:
-            continue
-        patterns = [rule.pattern for rule in case.spec.rules if rule.device == device]
+    patterns_on: dict[Device, list[str]] = {}
+    for rule in case.spec.rules:
+        patterns_on.setdefault(rule.device, []).append(rule.pattern)
+    absent = [d for d in case.spec.devices if d.kind not in ("disk", "meta") and d not in there]
+    for device in absent:
+        patterns = patterns_on[device]
         closest = _closest_device(device, there)
         found.append(
             Finding(
@@ -63,7 +92,11 @@ def device_absent(case: MapCase) -> list[Finding]:
                 level="error",
                 subject=str(device),
                 message=f"{device} is not {where}; there: {listed}",
-                hint=f'--device-map "{_replaced(case.spec, device, closest)}"',
+                hint=_map_text(
+                    _replaced(case.spec, device, closest), f"write {closest} in the place of {device}"
+                )
+                if len(found) < _FINDINGS
+                else "",
                 modules=tuple(patterns),
             )
         )
@@ -78,7 +111,7 @@ def device_absent(case: MapCase) -> list[Finding]:
                     hint=f"take {device} out of --max-memory",
                 )
             )
-    return found
+    return _bounded(found)
 
 
 def _closest_device(device: Device, there: list[Device]) -> Device:
@@ -93,12 +126,13 @@ def unknown_module(case: MapCase) -> list[Finding]:
     accelerate only warns about such a key, and the modules that were meant go wherever the rest goes.
     """
     known = _known_names(case)
-    found = []
+    names, top_names = NameTree(known), _top_names(known)
+    found: list[Finding] = []
     for rule in case.spec.rules:
-        if not rule.pattern or any(rule.covers(name) for name in known):
+        if not rule.pattern or names.covered_by(rule.pattern):
             continue
-        guesses = _did_you_mean(rule.pattern, known)
-        hint = f"did you mean {' or '.join(guesses)}?" if guesses else f"top-level names: {_top_names(known)}"
+        guesses = _did_you_mean(rule.pattern, known) if len(found) < _GUESSED else []
+        hint = f"did you mean {' or '.join(guesses)}?" if guesses else f"top-level names: {top_names}"
         found.append(
             Finding(
                 rule="unknown-module",
@@ -109,7 +143,7 @@ def unknown_module(case: MapCase) -> list[Finding]:
                 modules=(rule.pattern,),
             )
         )
-    return found
+    return _bounded(found)
 
 
 def _known_names(case: MapCase) -> list[str]:
@@ -159,7 +193,7 @@ def uncovered_parameters(case: MapCase) -> list[Finding]:
             level="error",
             subject=names_text(owners),
             message=f"{len(uncovered)} parameters ({format_size(size)}) have no device in the device map",
-            hint=f'--device-map "{case.spec},rest={main}"',
+            hint=_map_text(DeviceMap(rules=(*case.spec.rules, DeviceRule("", main))), f"add rest={main}"),
             modules=tuple(owners),
             size_bytes=size,
         )
@@ -181,16 +215,19 @@ def prefix_collision(case: MapCase) -> list[Finding]:
     there.
     """
     found = []
-    known = case.facts.modules
+    known = frozenset(case.facts.modules)
+    siblings: dict[str, list[str]] = {}
+    for name in sorted(known):
+        siblings.setdefault(name.rpartition(".")[0], []).append(name)
     for rule in case.spec.rules:
         if not rule.pattern or rule.pattern not in known:
             continue
-        alike = [
-            name
-            for name in known
-            if name.startswith(rule.pattern) and name != rule.pattern and name[len(rule.pattern)] != "."
-        ]
-        alike = [name for name in alike if name.rpartition(".")[0] == rule.pattern.rpartition(".")[0]]
+        beside = siblings[rule.pattern.rpartition(".")[0]]
+        alike = []
+        for name in beside[bisect_left(beside, rule.pattern) + 1 :]:
+            if not name.startswith(rule.pattern):
+                break
+            alike.append(name)
         moved = [name for name in alike if _device(case.spec, name) != rule.device]
         if moved:
             found.append(
@@ -206,7 +243,7 @@ def prefix_collision(case: MapCase) -> list[Finding]:
                     modules=tuple(moved),
                 )
             )
-    return found
+    return _bounded(found)
 
 
 def _device(spec: DeviceMap, name: str) -> Device | None:
@@ -217,16 +254,18 @@ def _device(spec: DeviceMap, name: str) -> Device | None:
 def rule_without_effect(case: MapCase) -> list[Finding]:
     """A rule of the device map decides nothing, because more specific rules cover all that it covers."""
     names = [tensor.name for tensor in case.facts.tensors]
-    names += [name for group in case.facts.tied for name in group if name not in set(names)]
+    there = frozenset(names)
+    names += [name for group in case.facts.tied for name in group if name not in there]
     deciding: set[DeviceRule] = set()
+    covering: set[int] = set()
     for name in names:
         rule = case.spec.rule_for(name)
         if rule is not None:
             deciding.add(rule)
+            covering.update(place for place, _ in case.spec.rules_over(name))
     found = []
-    for rule in case.spec.rules:
-        covers_something = any(rule.covers(name) for name in names)
-        if rule in deciding or not covers_something:
+    for place, rule in enumerate(case.spec.rules):
+        if rule in deciding or place not in covering:
             continue
         found.append(
             Finding(
@@ -237,7 +276,7 @@ def rule_without_effect(case: MapCase) -> list[Finding]:
                 hint="take it out, or make it more specific",
             )
         )
-    return found
+    return _bounded(found)
 
 
 def max_memory_above_free(case: MapCase) -> list[Finding]:
