@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptq_cli.calibration.chat import chat_text
 from gptq_cli.config import GREEDY, Sampling
 from gptq_cli.devices.products import products_for
 from gptq_cli.errors import ConfigError
@@ -89,9 +90,8 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Tensor:
     """Token ids (1, T): through the chat template where the tokenizer has one, unless `raw`."""
     if not raw and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        text = chat_text(tokenizer, messages, add_generation_prompt=True)
+        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     ids = encoded["input_ids"]

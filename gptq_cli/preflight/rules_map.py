@@ -78,7 +78,7 @@ def device_absent(case: MapCase) -> list[Finding]:
     there = [budget.device for budget in case.budgets]
     listed = ", ".join(str(device) for device in there)
     where = "in --devices" if case.given else "on this machine"
-    found = []
+    found: list[Finding] = []
     patterns_on: dict[Device, list[str]] = {}
     for rule in case.spec.rules:
         patterns_on.setdefault(rule.device, []).append(rule.pattern)
