@@ -16,7 +16,6 @@ ranges, then the rule written later.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from gptq_cli.device import (
     syntax_error,
 )
 from gptq_cli.device_grammar import Pair, in_file, read_map_file, scan_compact, scan_json_object
+from gptq_cli.device_rules import RANGE, PatternTree, component_matches, is_glob, is_plain
 from gptq_cli.errors import DeviceMapError
 
 __all__ = [
@@ -60,8 +60,10 @@ ALLOWED_MAP = (
 )
 REST = "rest"
 
-_RANGE = re.compile(r"([0-9]{1,6})-([0-9]{1,6})\Z", re.ASCII)
-_NUMBER = re.compile(r"[0-9]{1,6}\Z", re.ASCII)
+RULES_LIMIT = 10_000
+"""A rule covers everything below what it names, and the largest models have a few hundred blocks."""
+WILD_LIMIT = 1_000
+"""Rules with a range or a glob; a rule of plain names costs next to nothing."""
 _FORBIDDEN = re.compile(r"[\s=,{}\"'\\@:]")
 
 
@@ -80,32 +82,19 @@ class DeviceRule:
             return True
         wanted, found = self.pattern.split("."), name.split(".")
         return len(found) >= len(wanted) and all(
-            _component_matches(p, c) for p, c in zip(wanted, found, strict=False)
+            component_matches(p, c) for p, c in zip(wanted, found, strict=False)
         )
 
     @property
     def specificity(self) -> tuple[int, int, int]:
         """(components, plain components, ranges): the greater one wins."""
         parts = self.pattern.split(".") if self.pattern else []
-        ranges = sum(1 for part in parts if _RANGE.match(part))
-        globs = sum(1 for part in parts if _is_glob(part))
+        ranges = sum(1 for part in parts if RANGE.match(part))
+        globs = sum(1 for part in parts if is_glob(part))
         return len(parts), len(parts) - ranges - globs, ranges
 
     def __str__(self) -> str:
         return f"{self.pattern or REST}={self.device}"
-
-
-def _is_glob(component: str) -> bool:
-    return any(c in component for c in "*?[")
-
-
-def _component_matches(pattern: str, component: str) -> bool:
-    ends = _RANGE.match(pattern)
-    if ends:
-        return _NUMBER.match(component) is not None and int(ends[1]) <= int(component) <= int(ends[2])
-    if _is_glob(pattern):
-        return fnmatch.fnmatchcase(component, pattern)
-    return pattern == component
 
 
 def _on(device: Device, accelerator: str) -> Device:
@@ -121,6 +110,7 @@ class DeviceMap:
 
     strategy: str | None = None
     rules: tuple[DeviceRule, ...] = ()
+    _tree: PatternTree = field(init=False, default_factory=PatternTree, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if (self.strategy is None) == (not self.rules):
@@ -129,6 +119,8 @@ class DeviceMap:
             raise DeviceMapError(
                 f"{self.strategy!r} is no strategy; allowed: {', '.join(STRATEGIES)}", hint="write auto"
             )
+        for number, rule in enumerate(self.rules):
+            self._tree.add(rule.pattern, number)
 
     @staticmethod
     def parse(value: object, accelerator: str = "cuda") -> DeviceMap:
@@ -159,11 +151,12 @@ class DeviceMap:
 
     def rule_for(self, name: str) -> DeviceRule | None:
         """The rule that decides about the module or tensor `name`; None when none covers it."""
-        best: DeviceRule | None = None
-        for rule in self.rules:
-            if rule.covers(name) and (best is None or rule.specificity >= best.specificity):
-                best = rule
-        return best
+        covering = self.rules_over(name)
+        return max(covering, key=lambda pair: (pair[1].specificity, pair[0]))[1] if covering else None
+
+    def rules_over(self, name: str) -> tuple[tuple[int, DeviceRule], ...]:
+        """(place, rule) of every rule that covers the module or tensor `name`."""
+        return tuple((number, self.rules[number]) for number in self._tree.covering(name))
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -248,6 +241,13 @@ def _from_pairs(pairs: list[Pair], text: str, accelerator: str) -> DeviceMap:
         raise _located(
             text, 0 if text else None, f"is empty; allowed: {ALLOWED_MAP}", "use --device-map auto"
         )
+    if len(pairs) > RULES_LIMIT:
+        raise _located(
+            text,
+            None,
+            f"has {len(pairs)} rules; allowed: {RULES_LIMIT}",
+            "name blocks, not their parts: a rule covers everything below what it names",
+        )
     rules: dict[str, DeviceRule] = {}
     for pair in pairs:
         pattern = _checked_pattern(pair, text)
@@ -268,6 +268,14 @@ def _from_pairs(pairs: list[Pair], text: str, accelerator: str) -> DeviceMap:
                 "keep one of the two",
             )
         rules[pattern] = DeviceRule(pattern, device, is_bare_index(pair.value))
+    wild = sum(not all(map(is_plain, pattern.split("."))) for pattern in rules)
+    if wild > WILD_LIMIT:
+        raise _located(
+            text,
+            None,
+            f"{wild} rules have a range or a glob; allowed: {WILD_LIMIT}",
+            "write plain names, which may be many",
+        )
     return DeviceMap(rules=tuple(rules.values()))
 
 
@@ -294,7 +302,7 @@ def _checked_pattern(pair: Pair, text: str) -> str:
         if "**" in component:
             hint = "leave ** out: a rule covers everything below what it names"
             raise _located(text, where, f"'**' is no glob here, in {key[:60]!r}; {allowed}", hint)
-        ends = _RANGE.match(component)
+        ends = RANGE.match(component)
         if ends and int(ends[1]) > int(ends[2]):
             hint = f"write {ends[2]}-{ends[1]}"
             raise _located(text, where, f"range {component!r} runs backwards in {key[:60]!r}", hint)

@@ -10,6 +10,7 @@
      │   └─ CheckpointError            a quantized checkpoint that is missing, truncated or inconsistent
      ├─ PreflightRefused           3   the facts forbid the job: nothing was written
      │   └─ DiskOffloadRefused         … because something would lie on disk; a ValueError as well
+     ├─ SourceChanged              1   a file of the model changed while the run worked: nothing was written
      ├─ OutOfDeviceMemory          4   a device ran out of memory; nothing half-done is left
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
@@ -97,6 +98,10 @@ class DiskOffloadRefused(PreflightRefused, ValueError):  # noqa: N818 - as its p
         super().__init__(report)
         self.args = ("disk offload is not supported with GPTQ quantization",)
         self.message = self.args[0]
+
+
+class SourceChanged(GptqError):  # noqa: N818 - it says what happened
+    """A file of the model is not what it was when the run began. Nothing was written."""
 
 
 class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it

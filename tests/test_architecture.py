@@ -19,6 +19,7 @@ FLOORS = {
     "device": 0,
     "device_grammar": 0,
     "device_map": 0,
+    "device_rules": 0,
     "errors": 0,
     "events": 0,
     "findings": 0,

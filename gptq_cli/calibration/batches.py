@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from gptq_cli.calibration.chat import chat_text
 from gptq_cli.calibration.text import PIECE_CHARACTERS, WAYS_OUT, Documents, Piece, Render, read_documents
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
@@ -162,7 +163,7 @@ class _TokenRow:
 def _renderer(tokenizer: Any) -> Render | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
-    return lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
+    return lambda messages: chat_text(tokenizer, messages)
 
 
 def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

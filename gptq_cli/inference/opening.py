@@ -33,7 +33,6 @@ from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
-from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense
 from gptq_cli.model.zeros import ZerosTally
@@ -90,7 +89,7 @@ def load_quantized(
             "kernel is 'gptqmodel', whose modules cannot travel, but the map has cpu beside other devices",
             hint="leave cpu out of the device map, or use --kernel auto",
         )
-    with StreamedReader(checkpoint.directory, checkpoint.tensors) as reader, intra_op_threads(1):
+    with checkpoint.streamed() as reader, intra_op_threads(1):
         attacher = _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear)
         attacher.attach()
         for sentence in attacher.zeros.sentences():

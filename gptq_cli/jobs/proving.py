@@ -25,7 +25,7 @@ from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.model.checkpoint import QuantizedCheckpoint
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
-from gptq_cli.model.source import find_model
+from gptq_cli.model.source import READABLE, find_model
 from gptq_cli.model.weights import load_resident
 from gptq_cli.placement import DeviceBudget, Placement
 from gptq_cli.preflight import rules_source
@@ -64,7 +64,7 @@ def plan_dense(
     case = JobCase(
         facts=facts,
         work=Work(QuantizeConfig(), CalibrationConfig()),
-        problems=tuple(problem for problem in skeleton.problems if problem.kind != "no-tokenizer"),
+        problems=tuple(problem for problem in skeleton.problems if problem.kind not in READABLE),
     )
     files = PreflightReport(tuple(finding for rule in rules_source.RULES for finding in rule(case)))
     resolution = resolve(

@@ -6,7 +6,9 @@ is not run without leave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from transformers import AutoConfig
@@ -16,14 +18,32 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gptq_cli.config import ModelRef
-from gptq_cli.errors import ModelError
+from gptq_cli.errors import GptqError, ModelError
+from gptq_cli.model.headers import shown
 from gptq_cli.model.source import ModelFiles, read_json
+
+COUNT_LIMIT = 100_000
+"""Experts, heads, labels, entries of a list: the largest numbers in published models are below 1,000, and
+ImageNet's 21,843 labels are the longest list."""
+_LAYERS_LIMIT = 1_000
+"""Layers, where no file says how many tensors there are."""
+_LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers"})
+"""Each of these layers has a tensor of its own."""
+_COUNTS = re.compile(
+    r"^(?:num|n|number_of)_(?!param|token|train|step|epoch|sample|ctx|pos|inner|vocab|flop|bucket|hash|codev)"
+    r"(?!em?bd|embed|channel|feature|pixel|patch|image|frame)"
+    r"|layers?$|blocks?$|depths?$|labels|experts|heads?$|stages?$|groups?$|codebooks?$|quantizers?$"
+)
+"""Words of a config whose number becomes a number of objects."""
+_ENDLESS = 1 << 63
+_KEY_SHOWN = 80
+_CONFIG_LIMIT_BYTES = 10_000_000
 
 
 def raw_config(files: ModelFiles) -> Mapping[str, Any]:
     """config.json as it stands. Raises `ModelError`."""
     try:
-        raw = read_json(files.directory / "config.json")
+        raw = read_json(files.directory / "config.json", limit_bytes=_CONFIG_LIMIT_BYTES)
     except (OSError, ValueError) as error:
         raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
     if not isinstance(raw, Mapping):
@@ -45,12 +65,13 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
         )
     if "model_type" not in raw:
         raise ModelError(f"{files.source}: config.json names no model_type, so its architecture is unknown")
-    _judge_layers(files, raw)
+    judge_counts(files, raw)
     try:
         config = AutoConfig.from_pretrained(
             files.directory, trust_remote_code=ref.trust_remote_code, local_files_only=True
         )
     except Exception as error:
+        raise_import_failure(error)
         unknown = "does not recognize this architecture" in str(error)
         raise ModelError(
             f"{files.source}: config.json is not understood: {first_line(error)}",
@@ -62,16 +83,61 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
     return config
 
 
-def _judge_layers(files: ModelFiles, raw: Mapping[str, Any]) -> None:
-    """Refuse a config that would build more layers than there are tensors, before anything is built of it."""
-    parts = [raw, *(part for part in raw.values() if isinstance(part, Mapping))]
-    for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-        for layers in (part.get(name) for part in parts):
-            if files.tensors and isinstance(layers, int) and layers > len(files.tensors):
-                raise ModelError(
-                    f"{files.source}: config.json asks for {layers} layers ({name}), "
-                    f"but the files hold {len(files.tensors)} tensors"
-                )
+def judge_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
+    """Refuse a config that asks for more layers, experts or labels than a model of these files can have.
+
+    A config class makes lists of such lengths, and a model makes as many modules: a thousand million of them
+    would fill the machine's memory before anything could be compared with the files. Raises `ModelError`.
+    """
+    layers = len(files.tensors) or _LAYERS_LIMIT
+    for name, count in _counts(raw):
+        word = name.rpartition(".")[2]
+        if word in _LAYERS and count > layers:
+            held = f"the files hold {len(files.tensors)} tensors" if files.tensors else f"allowed: {layers}"
+            raise ModelError(
+                f"{files.source}: config.json asks for {shown(count)} layers ({name}), but {held}"
+            )
+        if count > COUNT_LIMIT:
+            raise ModelError(
+                f"{files.source}: config.json says {name} = {shown(count)}; allowed: up to {COUNT_LIMIT}",
+                hint="compare config.json with the one that the model was published with",
+            )
+
+
+def _counts(raw: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(dotted name, number) of every whole number that counts things, and the length of every list or
+    dictionary, at any depth."""
+    waiting: list[tuple[str, object]] = [("", raw)]
+    while waiting:
+        path, value = waiting.pop()
+        word = path.rpartition(".")[2]
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, (int, float)) and _COUNTS.search(word):
+            yield path, int(value) if math.isfinite(value) else _ENDLESS
+        elif isinstance(value, Mapping):
+            if path:
+                yield f"len({path})", len(value)
+            waiting += [
+                (f"{path}.{key}" if path else str(key)[:_KEY_SHOWN], item) for key, item in value.items()
+            ]
+        elif isinstance(value, list):
+            yield f"len({path})", len(value)
+            waiting += [(path, item) for item in value]
+
+
+def raise_import_failure(error: BaseException) -> None:
+    """Raise `GptqError` where `error` comes of a package that cannot be imported; the model is not to
+    blame."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ImportError):
+        cause = cause.__cause__
+    if cause is not None:
+        raise GptqError(
+            f"a package that the model needs cannot be imported: {first_line(cause)}",
+            hint="install what is named; if it is a part of torch or transformers, they do not fit together: "
+            "pip install -U torch transformers",
+        ) from error
 
 
 def _known_types() -> frozenset[str]:

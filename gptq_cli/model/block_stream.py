@@ -36,11 +36,12 @@ class BlockStream:
         self._device, self._dtype, self._keys = device, skeleton.dtype, skeleton.keys
         self._source, self._first = skeleton.files.source, skeleton.blocks[0]
         self._conversion = Conversion(self.model)
-        self._reader = StreamedReader(skeleton.files.directory, skeleton.files.tensors)
+        self._reader = StreamedReader(skeleton.files.directory, skeleton.files.tensors, skeleton.files.stamps)
         self._inside = tuple(f"{name}." for name in skeleton.blocks)
 
     def __enter__(self) -> Self:
-        """Fill everything outside the blocks. Raises `ModelError` naming a tensor that cannot be read."""
+        """Fill everything outside the blocks. Raises `ModelError` naming a tensor that cannot be read, and
+        `SourceChanged`."""
         self._reader.__enter__()
         try:
             fill_dense(

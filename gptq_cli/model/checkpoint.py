@@ -15,6 +15,7 @@ from gptq_cli.gptq.packing import PackedLinear
 from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.formats import CheckpointFormat, PackedFormat
 from gptq_cli.model.source import ModelFiles
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.zeros import ZerosTally, read_zeros, store_zeros
 from gptq_cli.placement import TensorInfo
@@ -114,6 +115,10 @@ class QuantizedCheckpoint:
     def reader(self) -> TensorReader:
         """A context manager that reads single tensors by their name in the files."""
         return TensorReader(self.directory, self.files.tensors)
+
+    def streamed(self) -> StreamedReader:
+        """The same, each tensor in memory of its own, all of them of the files that were judged."""
+        return StreamedReader(self.directory, self.files.tensors, self.files.stamps)
 
 
 def read_packed(

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ from gptq_cli.model.checkpoint import PackedInfo, QuantizedCheckpoint
 from gptq_cli.model.headers import read_header
 from gptq_cli.model.reader import CONFIG_FILES
 from gptq_cli.model.sidecars import copy_sidecars
-from gptq_cli.model.source import INDEX, SINGLE, read_json
+from gptq_cli.model.source import INDEX, SINGLE, ModelFiles, read_json
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.zeros import read_zeros, store_zeros
 from gptq_cli.placement import TensorInfo
@@ -36,6 +36,7 @@ class CheckpointFiles:
     """The files that a checkpoint was opened from, as they were then."""
 
     directory: Path
+    files: ModelFiles
     states: Mapping[str, tuple[int, int]]
     """Name of a config or shard -> (bytes, time of its last change in nanoseconds)."""
     shards: tuple[str, ...]
@@ -51,6 +52,7 @@ class CheckpointFiles:
         configs = [name for name in ("config.json", *CONFIG_FILES) if (directory / name).is_file()]
         return cls(
             directory=directory.resolve(),
+            files=replace(checkpoint.files, directory=directory.resolve()),
             states={name: _state(directory / name) for name in (*shards, *configs)},
             shards=shards,
             tensors=checkpoint.tensors,
@@ -96,7 +98,7 @@ class CheckpointFiles:
         if len(names) > 1:
             _write_json(work / INDEX, self._index())
         config = read_json(self.directory / "config.json")
-        copy_sidecars(self.directory, work, code=bool(config.get("auto_map")))
+        copy_sidecars(self.files, work, code=bool(config.get("auto_map")))
         for name in (*_BESIDE, *CONFIG_FILES):
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, work / name)

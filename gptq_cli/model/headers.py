@@ -15,14 +15,25 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from gptq_cli.model.files import open_regular
+
 HEADER_LIMIT_BYTES = 100_000_000
 """The library's own limit; 70B-parameter models need about a tenth of a megabyte."""
+VALUES_LIMIT = 2_000_000
+"""Values of a JSON text, of a head or an index: parsed they take a hundred bytes each and more. The heads of
+the largest models, with a hundred thousand experts, hold half of that all together."""
+NAME_LIMIT = 1024
+"""Characters of a tensor's name."""
+_DIMENSIONS_LIMIT = 64
+_LARGEST = 1 << 63
+_SHOWN = 80
 
 DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
     {
@@ -75,7 +86,7 @@ class StoredTensor:
 
 def read_header(path: Path) -> tuple[StoredTensor, ...]:
     """The tensors of one safetensors file in the order of their bytes. Raises `HeaderError` and `OSError`."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
             raise HeaderError(f"{size} bytes are too few for a safetensors file: it is truncated")
@@ -92,6 +103,8 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
 
 def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[StoredTensor, ...]:
     """Judge the JSON head of a file of `file_bytes` whose tensors begin at `data_start`."""
+    if (values := count_values(text)) > VALUES_LIMIT:
+        raise HeaderError(f"its head holds about {values} values; allowed: {VALUES_LIMIT}: it is corrupt")
     try:
         head = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -120,32 +133,66 @@ def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[Stor
     return tuple(tensors)
 
 
+def count_values(text: bytes) -> int:
+    """At most so many values stand in a JSON text: what parsing it would make, without parsing it."""
+    return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
+
+
+def shown(value: object) -> str:
+    """`value` in a message: a stranger's name or number may be as long as the file."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LARGEST:
+        return "a number of more than 63 bits"
+    if isinstance(value, list):
+        rest = f", … ({len(value)} in all)" if len(value) > 8 else ""
+        return f"[{', '.join(shown(item) for item in value[:8])}{rest}]"
+    if isinstance(value, dict):
+        return "an object"
+    text = repr(value[:_SHOWN] if isinstance(value, str) else value)
+    return f"{text}…" if isinstance(value, str) and len(value) > _SHOWN else text
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
     return result
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LARGEST
+
+
+def _elements(shape: list[int]) -> int:
+    """The product of the sizes, or something above any file where it is larger than that."""
+    if 0 in shape:
+        return 0
+    product = 1
+    for size in shape:
+        product *= size
+        if product >= _LARGEST:
+            return product
+    return product
 
 
 def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
+    if len(name) > NAME_LIMIT:
+        raise HeaderError(f"tensor {shown(name)} has a name of {len(name)} characters; allowed: {NAME_LIMIT}")
     if not isinstance(entry, dict):
         raise HeaderError(f"tensor {name} is described by no JSON object: it is corrupt")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise HeaderError(f"tensor {name} has dtype {dtype!r}; allowed: {', '.join(DTYPES)}")
+        raise HeaderError(f"tensor {name} has dtype {shown(dtype)}; allowed: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise HeaderError(f"tensor {name} has shape {shape!r}; allowed: a list of sizes of at least 0")
+        raise HeaderError(f"tensor {name} has shape {shown(shape)}; allowed: a list of sizes of at least 0")
+    if len(shape) > _DIMENSIONS_LIMIT:
+        raise HeaderError(f"tensor {name} has {len(shape)} dimensions; allowed: {_DIMENSIONS_LIMIT}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise HeaderError(f"tensor {name} has data_offsets {offsets!r}; allowed: [begin, end]")
+        raise HeaderError(f"tensor {name} has data_offsets {shown(offsets)}; allowed: [begin, end]")
     begin, end = offsets
     torch_name, bits = DTYPES[dtype]
-    if (end - begin) * 8 != math.prod(shape) * bits:
+    if (end - begin) * 8 != _elements(shape) * bits:
         raise HeaderError(f"tensor {name} is {dtype} {shape} but has {end - begin} bytes: it is corrupt")
     return StoredTensor(name, torch_name, tuple(shape), data_start + begin, data_start + end)
 

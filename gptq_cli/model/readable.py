@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from gptq_cli.model.sidecars import COPIED, COPIED_FOLDERS
+from gptq_cli.model.files import COPIED, COPIED_FOLDERS
 from gptq_cli.model.source import SourceProblem
 
 

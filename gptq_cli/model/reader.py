@@ -30,7 +30,14 @@ from gptq_cli.model.checkpoint import (
 from gptq_cli.model.formats import CheckpointFormat, parse_quantization
 from gptq_cli.model.judge import Judge
 from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
-from gptq_cli.model.source import ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
+from gptq_cli.model.source import (
+    READABLE,
+    ModelFiles,
+    SourceProblem,
+    holds_codes,
+    read_json,
+    scan_directory,
+)
 
 __all__ = [
     "PackedInfo",
@@ -70,7 +77,7 @@ def open_checkpoint(
     config = load_config(files, ref)
     _forget_quantization(config)
     run_dtype = _run_dtype(config, files, dtype)
-    model = build_meta(config, ref, run_dtype)
+    model = build_meta(config, ref, run_dtype, tensors=len(files.tensors))
     return Judge(directory, raw, form, files, config, model, run_dtype).checkpoint()
 
 
@@ -184,7 +191,7 @@ def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ..
 
 
 def _raise_for(problems: tuple[SourceProblem, ...]) -> None:
-    serious = [problem for problem in problems if problem.kind not in ("no-tokenizer",)]
+    serious = [problem for problem in problems if problem.kind not in READABLE]
     if serious:
         more = f" (and {len(serious) - 1} more problems)" if len(serious) > 1 else ""
         raise CheckpointError(

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gptq_cli.model.source import read_json
+from gptq_cli.model.files import check_unchanged, is_copied, outside_target
+from gptq_cli.model.source import ModelFiles, read_json
 
-COPIED = (
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "generation_config.json",
-    "chat_template*",
-    "*.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-COPIED_FOLDERS = ("additional_chat_templates",)
 _LIMIT_BYTES = 200_000_000
 
 
@@ -56,20 +35,22 @@ def _set_dtype(config: dict[str, Any], name: str) -> None:
     config.update(dict.fromkeys(keys, name))
 
 
-def copy_sidecars(source: Path, target: Path, *, code: bool) -> tuple[str, ...]:
+def copy_sidecars(files: ModelFiles, target: Path, *, code: bool) -> tuple[str, ...]:
     """Copy tokenizer, generation config, templates and licences (and Python files with `code`); return
-    their names."""
-    patterns = (*COPIED, "*.py") if code else COPIED
+    their names.
+
+    Copied is what was there when the model was opened, and is still the same (else `SourceChanged`). A link
+    that leads out of the directory is left out: preflight has named it.
+    """
     copied: list[str] = []
-    for path in sorted(source.iterdir()):
-        wanted = any(fnmatch(path.name, pattern) for pattern in patterns)
-        if path.is_file() and wanted and path.stat().st_size <= _LIMIT_BYTES:
-            shutil.copyfile(path, target / path.name)
-            copied.append(path.name)
-    for folder in COPIED_FOLDERS:
-        if (source / folder).is_dir():
-            (target / folder).mkdir()
-            for path in sorted((source / folder).glob("*.jinja")):
-                shutil.copyfile(path, target / folder / path.name)
-                copied.append(f"{folder}/{path.name}")
+    for stamp in files.stamps:
+        name = stamp.name
+        if not is_copied(name, code=code) or stamp.size_bytes > _LIMIT_BYTES:
+            continue
+        if outside_target(files.directory, name) is not None:
+            continue
+        check_unchanged(files.directory, (stamp,))
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(files.directory / name, target / name)
+        copied.append(name)
     return tuple(copied)

@@ -8,25 +8,37 @@ weight.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoModelForCausalLM
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
-from gptq_cli.model.architecture import first_line, load_config, quant_method, raw_config
+from gptq_cli.model.architecture import (
+    first_line,
+    load_config,
+    quant_method,
+    raise_import_failure,
+    raw_config,
+)
 from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
-from gptq_cli.model.source import ModelFiles, SourceProblem
+from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
 
+_MODULES_LIMIT = 50_000
+"""Modules of any model, beside 20 for each tensor of its files. The largest models have 100,000 modules, and
+as many tensors."""
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
 
@@ -122,7 +134,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     config = load_config(files, ref)
     already = quant_method(raw)
     dtype = _choose_dtype(config, files, ref)
-    model = build_meta(config, ref, dtype)
+    model = build_meta(config, ref, dtype, tensors=len(files.tensors))
     prefix, blocks = find_blocks(model)
     conversion = Conversion(model)
     keys = conversion.map(tensor.name for tensor in files.tensors)
@@ -181,15 +193,22 @@ def as_torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
+def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int = 0) -> Any:
     """The model of `config` on the meta device, parameters in `dtype`; a quantization config is not acted
-    upon."""
+    upon.
+
+    `tensors`: how many the files hold. A config that asks for many times more modules is refused before they
+    fill the memory: `ModelError`.
+    """
     try:
-        with torch.device("meta"), meta_device_safe_creation_ops(), quiet_libraries():
+        with torch.device("meta"), meta_device_safe_creation_ops(), quiet_libraries(), _counted(ref, tensors):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=ref.trust_remote_code
             )
+    except ModelError:
+        raise
     except Exception as error:
+        raise_import_failure(error)
         raise ModelError(
             f"the architecture of {ref.model} cannot be built: {first_line(error)}",
             hint="check config.json, and that the packages which the architecture needs are installed",
@@ -200,6 +219,30 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype) -> Any:
 def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     """Every linear of the blocks -> its block."""
     return {f"{block}.{name}": block for block in blocks for name in find_linears(model.get_submodule(block))}
+
+
+@contextmanager
+def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
+    """End the making of a model that has far more modules than the files could fill."""
+    limit = _MODULES_LIMIT + 20 * tensors
+    maker = threading.get_ident()
+    count = 0
+
+    def registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal count
+        count += threading.get_ident() == maker
+        if count > limit:
+            raise ModelError(
+                f"config.json of {ref.model} asks for more than {limit} modules; "
+                f"the files hold {tensors} tensors",
+                hint="compare config.json with the one that the model was published with",
+            )
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _kept_dense(
@@ -240,7 +283,7 @@ def _linears(
 
 def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[SourceProblem]:
     """Weights that the files lack, or hold in another shape."""
-    broken = {p.kind for p in files.problems} - {"no-tokenizer"}
+    broken = {p.kind for p in files.problems} - READABLE
     if not files.tensors or broken:
         return  # the files' own problems say it better
     for name in keys.missing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,7 +18,20 @@ from typing import Any
 from gptq_cli.config import ModelRef
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
-from gptq_cli.model.headers import HeaderError, read_header
+from gptq_cli.model.files import (
+    CONFIGS,
+    FileStamp,
+    NotRegularError,
+    check_unchanged,
+    is_copied,
+    is_needed,
+    open_regular,
+    outside_target,
+    small_files,
+    special_kind,
+    stamps_of,
+)
+from gptq_cli.model.headers import NAME_LIMIT, VALUES_LIMIT, HeaderError, count_values, read_header, shown
 from gptq_cli.placement import TensorInfo
 
 SINGLE = "model.safetensors"
@@ -36,7 +49,9 @@ TOKENIZER_FILES = (
 )
 _INDEX_ENDING = ".safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?\Z", re.ASCII)
-_JSON_LIMIT_BYTES = 200_000_000
+_JSON_LIMIT_BYTES = 100_000_000
+READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out"})
+"""Kinds of problems that matter where files are copied or text is cut, not where a model is only opened."""
 
 Progress = Callable[[int, int | None], None]
 """Called with (bytes done, bytes in all) while files are fetched."""
@@ -48,8 +63,8 @@ class SourceProblem:
 
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
-    bad-index, unsafe-path, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch,
-    unsupported-dtype, unreadable-file."""
+    bad-index, unsafe-path, special-file, outside-link, link-left-out, pickled-weights, no-weights,
+    no-tokenizer, missing-weight, shape-mismatch, unsupported-dtype, unreadable-file."""
     subject: str
     """The file or tensor."""
     message: str
@@ -70,11 +85,17 @@ class ModelFiles:
     tensors: tuple[TensorInfo, ...] = ()
     shards: tuple[Path, ...] = ()
     problems: tuple[SourceProblem, ...] = ()
+    stamps: tuple[FileStamp, ...] = ()
+    """What every file that is read or copied was when it was listed."""
 
     @property
     def size_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size_bytes for tensor in self.tensors)
+
+    def check(self, *names: str) -> None:
+        """Raise `SourceChanged` unless these files (without names: all) are what they were when listed."""
+        check_unchanged(self.directory, (s for s in self.stamps if not names or s.name in names))
 
 
 def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
@@ -105,6 +126,12 @@ def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None
 def _with_config_checked(files: ModelFiles) -> ModelFiles:
     if (files.directory / "config.json").is_file():
         return files
+    kind = special_kind(files.directory / "config.json")
+    if kind is not None:
+        raise ModelError(
+            f"config.json in {files.source} is {kind}; allowed: a file",
+            hint="do not trust this model; fetch it from its author",
+        )
     if (files.directory / "adapter_config.json").is_file():
         raise ModelError(
             f"{files.source} is an adapter, not a model",
@@ -126,6 +153,9 @@ def scan_directory(
     """
     problems: list[SourceProblem] = []
     names, listed = _shard_names(directory, problems, bases)
+    small = tuple(small_files(directory))
+    stamps = stamps_of(directory, (*names, *(n for n in small if is_copied(n) or n in (INDEX, *CONFIGS))))
+    problems += _not_plain(directory, (*names, *small))
     tensors: list[TensorInfo] = []
     shards: list[Path] = []
     holder: dict[str, str] = {}
@@ -172,15 +202,52 @@ def scan_directory(
         tensors=tuple(tensors),
         shards=tuple(shards),
         problems=tuple(problems),
+        stamps=stamps,
     )
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of sane size. Raises `ValueError` with a message that names the file."""
-    if path.stat().st_size > _JSON_LIMIT_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size} bytes; allowed: {_JSON_LIMIT_BYTES}")
+def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]:
+    """What among `names` is no regular file, or is a link that leads out of the directory."""
+    for name in names:
+        kind, target = special_kind(directory / name), outside_target(directory, name)
+        if kind is not None:
+            yield SourceProblem(
+                "special-file",
+                name,
+                f"{name} is {kind}; allowed: a file",
+                f"take {name} out of {directory}; where it came with the model, do not trust the model",
+            )
+        elif target is not None and (is_needed(name) or name.endswith(".safetensors")):
+            yield SourceProblem(
+                "outside-link",
+                name,
+                f"{name} is a link that leads out of the model's directory, to {target}",
+                f"if that is meant, put a copy in the place of the link: cp --remove-destination {target} "
+                f"{directory / name}",
+            )
+        elif target is not None and is_copied(name):
+            yield SourceProblem(
+                "link-left-out",
+                name,
+                f"{name} is a link that leads out of the model's directory, to {target}: it is left out of "
+                "the checkpoint",
+                "if it belongs to the model, put a copy in the place of the link",
+            )
+
+
+def read_json(path: Path, *, limit_bytes: int = _JSON_LIMIT_BYTES) -> Any:
+    """Parse a JSON file of sane size. Raises `ValueError`, which names the file, and `OSError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read(limit_bytes + 1)
+    except NotRegularError as error:
+        raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
+    if len(data) > limit_bytes:
+        raise ValueError(f"{path.name} has more than {limit_bytes} bytes, which is the limit")
+    if (values := count_values(data)) > VALUES_LIMIT:
+        raise ValueError(f"{path.name} holds about {values} values; allowed: {VALUES_LIMIT}")
+    try:
+        return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from error
 
@@ -281,8 +348,8 @@ def index_map(index: object, name: str = INDEX) -> dict[str, str]:
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise ValueError(f"{name} has no weight_map")
     for tensor, shard in weight_map.items():
-        if not isinstance(shard, str):
-            raise ValueError(f"{name} maps tensor {tensor} to {shard!r}; allowed: a file name")
+        if not isinstance(shard, str) or len(shard) > NAME_LIMIT or len(tensor) > NAME_LIMIT:
+            raise ValueError(f"{name} maps tensor {shown(tensor)} to {shown(shard)}; allowed: a file name")
     return dict(weight_map)
 
 

@@ -18,18 +18,26 @@ import torch
 from torch import Tensor
 
 from gptq_cli.errors import CheckpointError
+from gptq_cli.model.files import FileStamp, check_unchanged
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.placement import TensorInfo
 
 
 class StreamedReader(TensorReader):
-    """A `TensorReader` whose tensors are their own memory."""
+    """A `TensorReader` whose tensors are their own memory.
 
-    def __init__(self, directory: Path, tensors: Iterable[TensorInfo]) -> None:
+    With `stamps`, a shard that is not what they noted is refused (`SourceChanged`) before every read and once
+    more at the end of the `with`, so that all tensors are of one model.
+    """
+
+    def __init__(
+        self, directory: Path, tensors: Iterable[TensorInfo], stamps: Iterable[FileStamp] = ()
+    ) -> None:
         tensors = tuple(tensors)
         super().__init__(directory, tensors)
         self._where = directory
+        self._stamps = {stamp.name: stamp for stamp in stamps}
         self._shard_of = {tensor.name: tensor.shard for tensor in tensors}
         self._files: dict[str, tuple[FileIO, dict[str, StoredTensor]]] = {}
 
@@ -38,14 +46,18 @@ class StreamedReader(TensorReader):
     ) -> None:
         for file, _ in self._files.values():
             file.close()
+        read = tuple(self._files)
         self._files.clear()
         super().__exit__(kind, value, traceback)
+        if kind is None:
+            self._check(*read)
 
     def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """The tensor `name` on `device`. Raises `CheckpointError` when it cannot be read."""
         if name not in self._shard_of:
             raise CheckpointError(f"{self._where} has no tensor {name}")
         shard = self._shard_of[name]
+        self._check(shard)
         try:
             file, stored = self._open_shard(shard)
             tensor = stored[name]
@@ -55,6 +67,7 @@ class StreamedReader(TensorReader):
         except (OSError, HeaderError, KeyError) as error:
             raise CheckpointError(f"tensor {name} in {shard} cannot be read: {error}") from error
         if found != tensor.size_bytes:
+            self._check(shard)
             raise CheckpointError(
                 f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which {found} are there",
                 hint="the file is truncated: fetch it again",
@@ -63,6 +76,9 @@ class StreamedReader(TensorReader):
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which this torch does not know")
         return buffer.view(dtype).view(tensor.shape).to(device)
+
+    def _check(self, *shards: str) -> None:
+        check_unchanged(self._where, [self._stamps[shard] for shard in shards if shard in self._stamps])
 
     def _open_shard(self, shard: str) -> tuple[FileIO, dict[str, StoredTensor]]:
         if shard not in self._files:

@@ -33,8 +33,10 @@ _CHUNK_ELEMENTS = 1 << 24
 def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype | None = None) -> Any:
     """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
 
-    Raises `ModelError` when a weight is missing or has another shape than the config asks for.
+    Raises `ModelError` when a weight is missing or has another shape than the config asks for, and
+    `SourceChanged` when a file is not what it was when the skeleton was made.
     """
+    skeleton.files.check()
     device_map = _device_map(skeleton, placement)
     extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     with quiet_libraries(), _no_random_traces():
@@ -63,7 +65,17 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
             )
     model.requires_grad_(False)
     model.config.use_cache = False
+    _unmap(model)
+    skeleton.files.check()
     return model.eval()
+
+
+def _unmap(model: nn.Module) -> None:
+    """Give tensors on the CPU memory of their own: Transformers leaves them mapped, and a file that is then
+    written to changes the model, or ends the process (SIGBUS) where it became shorter."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def _device_map(skeleton: Skeleton, placement: Placement) -> dict[str, int | str] | None:

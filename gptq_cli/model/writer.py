@@ -90,8 +90,8 @@ class CheckpointWriter:
                 for shard in self.plan.shards:
                     self._open_shard(shard)
                 # now rather than at the end: what cannot be read is known before the work
-                source, code = self._skeleton.files.directory, self._skeleton.ref.trust_remote_code
-                copy_sidecars(source, self._work, code=code)
+                code = self._skeleton.ref.trust_remote_code
+                copy_sidecars(self._skeleton.files, self._work, code=code)
         except BaseException:
             self._discard()
             raise
@@ -121,6 +121,7 @@ class CheckpointWriter:
                 wanted.setdefault(tensor.source.shard, []).append(tensor)
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
+            self._skeleton.files.check(shard)
             stored = {entry.name: entry for entry in read_header(path)}
             with path.open("rb") as file:
                 for tensor in tensors:
@@ -159,6 +160,7 @@ class CheckpointWriter:
         """The last act, after `complete`; return the checkpoint's bytes on the disk."""
         with self._disk():
             size = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
+        self._skeleton.files.check()
         self._destination.put_in_place()
         return size
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from gptq_cli.device import CPU, Device
 from gptq_cli.device_map import DeviceMap, DeviceRule
+from gptq_cli.device_rules import NameTree
 from gptq_cli.placement import ModelFacts
 from gptq_cli.preflight.cases import MapCase
 
@@ -22,6 +23,8 @@ _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 """A component of a name that is a number."""
 _VARIABLE = re.compile(r"(?<![^.])(?:[0-9]+(?:-[0-9]+)?|[^.]*[*?\[][^.]*)(?![^.])")
 """A component of a pattern that is a number, a range or a glob."""
+_MOST_RULES = 500
+"""A longer map is a program's, which is mended where it was made; `auto` stands in for it here."""
 _GUESSES = 20
 """Misspelled names that are looked for; a map with more is not a slip of the pen."""
 
@@ -30,6 +33,8 @@ def repaired(case: MapCase) -> DeviceMap:
     """The map of `case` without what rules about maps would refuse. A strategy is returned as it is."""
     if case.spec.strategy is not None:
         return case.spec
+    if len(case.spec.rules) > _MOST_RULES:
+        return DeviceMap(strategy="auto")
     rules = _on_usable_devices(case, _with_known_names(case, case.spec.rules))
     if not rules:
         return DeviceMap(strategy="auto")
@@ -74,6 +79,7 @@ def nearest_names(pattern: str, known: list[str], count: int = 2) -> list[str]:
     if beyond_last(pattern, known):
         return []
     depth, variable = pattern.count("."), _VARIABLE.search(pattern)
+    names = NameTree(known)
     valid: dict[str, bool] = {}
     candidates: dict[str, None] = {}
     for name in known:
@@ -81,7 +87,7 @@ def nearest_names(pattern: str, known: list[str], count: int = 2) -> list[str]:
             continue
         shown = _NUMBER.sub(variable.group(), name, count=1) if variable else name
         if shown not in valid:
-            valid[shown] = shown == name or _covers_any(shown, known)
+            valid[shown] = shown == name or names.covered_by(shown)
         candidates.setdefault(shown if valid[shown] else name)
     close = difflib.get_close_matches(pattern, list(candidates), n=count, cutoff=0.6)
     same_end = [name for name in candidates if name.rpartition(".")[2] == pattern.rpartition(".")[2]]
@@ -99,18 +105,14 @@ def beyond_last(pattern: str, known: list[str]) -> str | None:
     return f"{prefix}{min(numbers)}-{max(numbers)}" if numbers else None
 
 
-def _covers_any(pattern: str, names: Iterable[str]) -> bool:
-    rule = DeviceRule(pattern, CPU)
-    return any(rule.covers(name) for name in names)
-
-
 def _with_known_names(case: MapCase, rules: tuple[DeviceRule, ...]) -> tuple[DeviceRule, ...]:
     """Misspelled names replaced by the nearest real one, unless that has a rule already; others dropped."""
     known = known_names(case.facts)
+    names = NameTree(known)
     patterns = {rule.pattern for rule in rules}
     kept, guesses = [], 0
     for rule in rules:
-        if not rule.pattern or _covers_any(rule.pattern, known):
+        if not rule.pattern or names.covered_by(rule.pattern):
             kept.append(rule)
             continue
         guesses += 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from gptq_cli.device import Device, format_size
 from gptq_cli.device_map import DeviceMap, DeviceRule, MaxMemory
+from gptq_cli.device_rules import NameTree
 from gptq_cli.findings import Finding
 from gptq_cli.preflight.cases import MapCase
 from gptq_cli.preflight.repair import (
@@ -17,6 +19,9 @@ from gptq_cli.preflight.repair import (
 )
 
 _SHOWN = 6
+_FINDINGS = 20
+"""Findings of one rule about single entries of a map; what is beyond stands in one more."""
+_GUESSED = 3
 
 
 def names_text(names: Iterable[str]) -> str:
@@ -52,6 +57,22 @@ def meta_device(case: MapCase) -> list[Finding]:
     ]
 
 
+def _bounded(found: list[Finding]) -> list[Finding]:
+    """The first findings, and one for the rest: a map may have 100,000 entries that are all wrong."""
+    rest = found[_FINDINGS:]
+    if len(rest) < 2:
+        return found
+    more = Finding(
+        rule=rest[0].rule,
+        level=rest[0].level,
+        subject=names_text(finding.subject for finding in rest),
+        message=f"the same of {len(rest)} more entries of the device map",
+        hint="repair the first ones, then look again",
+        modules=tuple(name for finding in rest[:_FINDINGS] for name in finding.modules[:_FINDINGS]),
+    )
+    return [*found[:_FINDINGS], more]
+
+
 def device_absent(case: MapCase) -> list[Finding]:
     """The device map or --max-memory names a device that this machine (or --devices) does not have.
 
@@ -60,6 +81,9 @@ def device_absent(case: MapCase) -> list[Finding]:
     there = [budget.device for budget in case.budgets]
     listed = ", ".join(str(device) for device in there)
     where = "in --devices" if case.given else "on this machine"
+    patterns_on: dict[Device, list[str]] = {}
+    for rule in case.spec.rules:
+        patterns_on.setdefault(rule.device, []).append(rule.pattern)
     absent = [d for d in case.spec.devices if d.kind not in ("disk", "meta") and d not in there]
     hint = instead(case) if absent else ""
     found = [
@@ -69,13 +93,13 @@ def device_absent(case: MapCase) -> list[Finding]:
             subject=str(device),
             message=f"{device} is not {where}; there: {listed}",
             hint=hint,
-            modules=tuple(rule.pattern for rule in case.spec.rules if rule.device == device),
+            modules=tuple(patterns_on[device]) if device in patterns_on else (),
         )
         for device in absent
     ]
     limits = case.max_memory.limits if case.max_memory else ()
     present = MaxMemory(tuple((device, limit) for device, limit in limits if device in there))
-    return found + [
+    return _bounded(found) + [
         Finding(
             rule="device-absent",
             level="error",
@@ -138,23 +162,24 @@ def unknown_module(case: MapCase) -> list[Finding]:
     accelerate only warns about such a key, and the modules that were meant go wherever the rest goes.
     """
     known = known_names(case.facts)
+    names = NameTree(known)
     unknown = [
-        rule.pattern
-        for rule in case.spec.rules
-        if rule.pattern and not any(rule.covers(name) for name in known)
+        rule.pattern for rule in case.spec.rules if rule.pattern and not names.covered_by(rule.pattern)
     ]
     offer = instead(case) if unknown else ""
-    return [
-        Finding(
-            rule="unknown-module",
-            level="error",
-            subject=pattern,
-            message=f"no module or tensor of {case.facts.architecture} is called {pattern!r}",
-            hint=f"{offer} ({_meant(pattern, known)})",
-            modules=(pattern,),
-        )
-        for pattern in unknown
-    ]
+    return _bounded(
+        [
+            Finding(
+                rule="unknown-module",
+                level="error",
+                subject=pattern,
+                message=f"no module or tensor of {case.facts.architecture} is called {pattern!r}",
+                hint=f"{offer} ({_meant(pattern, known)})" if number < _GUESSED else offer,
+                modules=(pattern,),
+            )
+            for number, pattern in enumerate(unknown)
+        ]
+    )
 
 
 def _meant(pattern: str, known: list[str]) -> str:
@@ -217,16 +242,19 @@ def prefix_collision(case: MapCase) -> list[Finding]:
     there.
     """
     found = []
-    known = case.facts.modules
+    known = frozenset(case.facts.modules)
+    siblings: dict[str, list[str]] = {}
+    for name in sorted(known):
+        siblings.setdefault(name.rpartition(".")[0], []).append(name)
     for rule in case.spec.rules:
         if not rule.pattern or rule.pattern not in known:
             continue
-        alike = [
-            name
-            for name in known
-            if name.startswith(rule.pattern) and name != rule.pattern and name[len(rule.pattern)] != "."
-        ]
-        alike = [name for name in alike if name.rpartition(".")[0] == rule.pattern.rpartition(".")[0]]
+        beside = siblings[rule.pattern.rpartition(".")[0]]
+        alike = []
+        for name in beside[bisect_left(beside, rule.pattern) + 1 :]:
+            if not name.startswith(rule.pattern):
+                break
+            alike.append(name)
         moved = [name for name in alike if _device(case.spec, name) != rule.device]
         if moved:
             found.append(
@@ -242,7 +270,7 @@ def prefix_collision(case: MapCase) -> list[Finding]:
                     modules=tuple(moved),
                 )
             )
-    return found
+    return _bounded(found)
 
 
 def _device(spec: DeviceMap, name: str) -> Device | None:
@@ -254,12 +282,14 @@ def rule_without_effect(case: MapCase) -> list[Finding]:
     """A rule of the device map decides nothing, because more specific rules cover all that it covers."""
     names = tensor_names(case.facts)
     deciding: set[DeviceRule] = set()
+    covering: set[int] = set()
     for name in names:
         rule = case.spec.rule_for(name)
         if rule is not None:
             deciding.add(rule)
-    idle = [rule for rule in case.spec.rules if rule not in deciding]
-    idle = [rule for rule in idle if any(rule.covers(name) for name in names)]
+            covering.update(place for place, _ in case.spec.rules_over(name))
+    rules = enumerate(case.spec.rules)
+    idle = [rule for place, rule in rules if rule not in deciding and place in covering]
     found, offer = [], instead(case) if idle else ""
     for rule in idle:
         found.append(
@@ -271,7 +301,7 @@ def rule_without_effect(case: MapCase) -> list[Finding]:
                 hint=f"{offer} (without it)",
             )
         )
-    return found
+    return _bounded(found)
 
 
 def max_memory_above_free(case: MapCase) -> list[Finding]:

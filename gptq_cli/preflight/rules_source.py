@@ -76,6 +76,29 @@ def unsafe_path(case: JobCase) -> list[Finding]:
     return _of_kind(case, "unsafe-path", "error")
 
 
+def special_file(case: JobCase) -> list[Finding]:
+    """A named pipe, a socket or a device has the name of a file that would be read. It is never opened."""
+    return _of_kind(case, "special-file", "error")
+
+
+def outside_link(case: JobCase) -> list[Finding]:
+    """A link leads the config, the tokenizer or the weights out of the model's directory.
+
+    What is read goes into a checkpoint that people publish, so a link is followed within the model's own
+    directory only, or, in a hub cache, into the blobs of the same repository.
+    """
+    return _of_kind(case, "outside-link", "error")
+
+
+def link_left_out(case: JobCase) -> list[Finding]:
+    """A small file beside the model is a link that leads out of its directory: it is not copied.
+
+    A licence or a chat template that is missing can be added by hand; somebody else's file in a published
+    checkpoint cannot be taken back.
+    """
+    return _of_kind(case, "link-left-out", "warning")
+
+
 def missing_tensor(case: JobCase) -> list[Finding]:
     """The index puts a tensor into a file that does not hold it."""
     return _of_kind(case, "missing-tensor", "error")
@@ -133,6 +156,9 @@ _KINDS = frozenset(
         "unlisted-shard",
         "bad-index",
         "unsafe-path",
+        "special-file",
+        "outside-link",
+        "link-left-out",
         "missing-tensor",
         "missing-weight",
         "shape-mismatch",
@@ -172,6 +198,9 @@ RULES = (
     no_weights,
     bad_index,
     unsafe_path,
+    special_file,
+    outside_link,
+    link_left_out,
     missing_shard,
     truncated_shard,
     corrupt_shard,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_cli.config import ModelRef
 from gptq_cli.device import Device
-from gptq_cli.errors import CheckpointError, ModelError, NonFinite
+from gptq_cli.errors import CheckpointError, ModelError, NonFinite, SourceChanged
 from gptq_cli.model import weights
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, natural_key
@@ -243,5 +244,8 @@ def test_a_stream_names_what_it_cannot_read(model: Path) -> None:
     skeleton = opened(model)
     with (model / "model.safetensors").open("rb+") as file:
         file.truncate((model / "model.safetensors").stat().st_size - 64)
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*truncated"):
+    with pytest.raises(SourceChanged, match=r"model\.safetensors in .* changed .*: it had \d+ bytes, it has"):
         BlockStream(skeleton, CPU).__enter__()
+    unnoted = replace(skeleton, files=replace(skeleton.files, stamps=()))
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*truncated"):
+        BlockStream(unnoted, CPU).__enter__()
