@@ -42,6 +42,7 @@ def raising(error: BaseException) -> Callable[[Observer], None]:
         (errors.ModelError("m", hint="h"), 2),
         (errors.CalibrationError("m", hint="h"), 2),
         (errors.CheckpointError("m", hint="h"), 2),
+        (errors.DestinationBusy("m", hint="h"), 2),
         (errors.OutOfDeviceMemory("m", hint="h"), 4),
         (errors.QualityGateFailed("m", hint="h"), 5),
         (errors.NonFinite("m", hint="h"), 5),
