@@ -66,7 +66,7 @@ def test_all_error_classes_are_tested_above() -> None:
         return {kind} | {deep for child in kind.__subclasses__() for deep in below(child)}
 
     assert {kind.exit_code for kind in below(errors.GptqError)} == {1, 2, 3, 4, 5}
-    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 13
+    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 14
 
 
 def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
