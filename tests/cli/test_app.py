@@ -41,8 +41,10 @@ def raising(error: BaseException) -> Callable[[Observer], None]:
         (errors.DestinationBusy("m", hint="h"), 2),
         (errors.DeviceMapError("m", hint="h"), 2),
         (errors.ModelError("m", hint="h"), 2),
+        (errors.SourceChanged("m", hint="h"), 1),
         (errors.CalibrationError("m", hint="h"), 2),
         (errors.CheckpointError("m", hint="h"), 2),
+        (errors.DestinationBusy("m", hint="h"), 2),
         (errors.OutOfDeviceMemory("m", hint="h"), 4),
         (errors.QualityGateFailed("m", hint="h"), 5),
         (errors.NonFinite("m", hint="h"), 5),
@@ -66,7 +68,7 @@ def test_all_error_classes_are_tested_above() -> None:
         return {kind} | {deep for child in kind.__subclasses__() for deep in below(child)}
 
     assert {kind.exit_code for kind in below(errors.GptqError)} == {1, 2, 3, 4, 5}
-    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 14
+    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 15
 
 
 def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
