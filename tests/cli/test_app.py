@@ -44,7 +44,6 @@ def raising(error: BaseException) -> Callable[[Observer], None]:
         (errors.SourceChanged("m", hint="h"), 1),
         (errors.CalibrationError("m", hint="h"), 2),
         (errors.CheckpointError("m", hint="h"), 2),
-        (errors.DestinationBusy("m", hint="h"), 2),
         (errors.OutOfDeviceMemory("m", hint="h"), 4),
         (errors.QualityGateFailed("m", hint="h"), 5),
         (errors.NonFinite("m", hint="h"), 5),
