@@ -23,7 +23,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gptq_cli.calibration.text import PIECE_CHARACTERS, WAYS_OUT, Documents, Piece, Render, read_documents
+from gptq_cli.calibration.rows import Render
+from gptq_cli.calibration.text import PIECE_CHARACTERS, Documents, Piece, read_documents
+from gptq_cli.calibration.utf8 import WAYS_OUT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
 

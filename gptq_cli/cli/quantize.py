@@ -122,7 +122,7 @@ def quantize(
 
     from gptq_cli.display.tables import run_summary
 
-    show(session, result, lambda: run_summary(result))
+    show(session, result, run_summary)
 
 
 def _check_report_path(path: Path) -> None:
@@ -158,7 +158,7 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
 
     from gptq_cli.display.maps import map_summary
 
-    show(session, plan, lambda: map_summary(plan))
+    show(session, plan, map_summary)
     if not plan.ok:
         raise typer.Exit(3)
 
