@@ -21,6 +21,7 @@ FLOORS = {
     "device_map": 0,
     "errors": 0,
     "events": 0,
+    "files": 0,
     "findings": 0,
     "placement": 0,
     "proof": 0,

@@ -172,6 +172,9 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     group: list[Piece] = []
     size = 0
     for piece in pieces:
+        if group and size + len(piece.text) > PIECE_CHARACTERS * 3 // 2:  # two long ones are two groups
+            yield group
+            group, size = [], 0
         group.append(piece)
         size += len(piece.text)
         if size >= PIECE_CHARACTERS:

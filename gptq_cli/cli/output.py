@@ -25,7 +25,9 @@ from gptq_cli.devices.host_threads import steady_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines
 from gptq_cli.display.jsonl import JsonlDisplay
+from gptq_cli.errors import ConfigError
 from gptq_cli.events import Event, FindingRaised, Observer, TextGenerated
+from gptq_cli.files import reason
 from gptq_cli.findings import Finding
 from gptq_cli.results import document
 
@@ -187,6 +189,7 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
 
     Generated text goes to stdout as it comes, unless the result is a JSON document, which holds it.
     """
+    _require_working_directory()
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     steady_heap()
@@ -223,6 +226,16 @@ def watch(session: Session, progress: Progress, *, quiet: bool) -> Iterator[Obse
                 voice.say(event.text)
 
         yield tell
+
+
+def _require_working_directory() -> None:
+    """Raise where it was deleted: relative paths mean nothing then, and torch's libraries are not found."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory cannot be found: {reason(error)}", hint="cd to one that exists"
+        ) from error
 
 
 def without_findings(observer: Observer) -> Observer:

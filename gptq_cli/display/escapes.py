@@ -44,7 +44,7 @@ def _spelled(found: re.Match[str]) -> str:
 
 
 def escaped(value: T) -> T:
-    """`value` (an event, a report, a finding) with `one_line` of every text in it; itself where all is well."""
+    """`value` (an event, a report, a finding) with `one_line` of every text in it; itself if all is well."""
     return _escaped(value)  # type: ignore[no-any-return]
 
 

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
+from gptq_cli.model.config_types import check_types
 from gptq_cli.model.source import ModelFiles, read_json
 
 
@@ -28,6 +29,7 @@ def raw_config(files: ModelFiles) -> Mapping[str, Any]:
         raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
     if not isinstance(raw, Mapping):
         raise ModelError(f"{files.source}: config.json is no JSON object")
+    check_types(files.source, raw)
     return raw
 
 

@@ -16,6 +16,7 @@ import torch
 
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError
+from gptq_cli.files import shown
 from gptq_cli.model.architecture import load_config
 from gptq_cli.model.checkpoint import (
     PARTS,
@@ -28,7 +29,7 @@ from gptq_cli.model.checkpoint import (
 from gptq_cli.model.formats import CheckpointFormat, parse_quantization
 from gptq_cli.model.judge import Judge
 from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
-from gptq_cli.model.source import ModelFiles, SourceProblem, read_json, scan_directory
+from gptq_cli.model.source import ModelFiles, SourceProblem, local_directory, read_json, scan_directory
 
 __all__ = [
     "PackedInfo",
@@ -47,10 +48,10 @@ def open_checkpoint(
     path: str | Path, *, trust_remote_code: bool = False, dtype: DType = "auto"
 ) -> QuantizedCheckpoint:
     """Open the directory `path`. Reads config and heads only. Raises `CheckpointError` and `ModelError`."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
+    directory = local_directory(path, CheckpointError)
+    if directory is None:
         raise CheckpointError(
-            f"no such directory: {path}", hint="give the directory that `gptq quantize --out` wrote"
+            f"no such directory: {shown(path)}", hint="give the directory that `gptq quantize --out` wrote"
         )
     ref = ModelRef(model=str(path), trust_remote_code=trust_remote_code, dtype=dtype)
     raw, form = _read_formats(directory)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
-from typing import cast
+from typing import TextIO, cast
 
-from gptq_cli.cli.output import LineSink, Unbreakable, without_findings
+import pytest
+
+from gptq_cli.cli.output import (
+    Escaping,
+    LineSink,
+    Output,
+    OutputLostError,
+    Unbreakable,
+    Voice,
+    without_findings,
+)
 from gptq_cli.events import Event, FindingRaised, Warned
 from tests.display.events import OFFLOAD
 
@@ -56,3 +67,52 @@ def test_findings_are_kept_from_the_display_where_the_result_holds_them() -> Non
     observer(FindingRaised(OFFLOAD))
     observer(warned)
     assert events == [cast(Event, warned)]
+
+
+def test_a_last_line_without_an_end_is_handed_out() -> None:
+    lines: list[str] = []
+    sink = LineSink(lines.append)
+    sink.write("a\nb")
+    sink.finish()
+    sink.finish()
+    assert lines == ["a", "b"]
+
+
+class Full(io.StringIO):
+    """A stream on a disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_standard_output_that_is_lost_says_so_once() -> None:
+    output = Output(Full())
+    with pytest.raises(OutputLostError):
+        output.write("a")
+    assert output.write("b") == 1
+    output.flush()
+    assert not output.reader_gone
+    gone = Output(Broken())
+    gone.write("a")
+    with pytest.raises(OutputLostError):
+        gone.write("b")
+    assert gone.reader_gone
+
+
+def test_what_libraries_write_keeps_its_lines_alone() -> None:
+    stream = io.StringIO()
+    Escaping(stream).write("a\tb\n\x1b[31mred\x9b0m\n")
+    assert stream.getvalue() == "a\tb\n\\x1b[31mred\\x9b0m\n"
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\tb\n\\x1b[2J\\r"), (False, "a\tb\n\x1b[2J\r")])
+def test_generated_text_is_escaped_at_a_terminal_alone(terminal: bool, shown: str) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    voice = Voice(cast(TextIO, stream))
+    for piece in ("a\tb\n\x1b", "[2J\r"):
+        voice.say(piece)
+    assert stream.getvalue() == shown
