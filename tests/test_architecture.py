@@ -22,6 +22,7 @@ FLOORS = {
     "device_rules": 0,
     "errors": 0,
     "events": 0,
+    "files": 0,
     "findings": 0,
     "placement": 0,
     "proof": 0,

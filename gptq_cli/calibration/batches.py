@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from gptq_cli.calibration.chat import chat_text
-from gptq_cli.calibration.text import PIECE_CHARACTERS, WAYS_OUT, Documents, Piece, Render, read_documents
+from gptq_cli.calibration.rows import Render
+from gptq_cli.calibration.text import PIECE_CHARACTERS, Documents, Piece, read_documents
+from gptq_cli.calibration.utf8 import WAYS_OUT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
 
@@ -171,6 +173,9 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
     group: list[Piece] = []
     size = 0
     for piece in pieces:
+        if group and size + len(piece.text) > PIECE_CHARACTERS * 3 // 2:  # two long ones are two groups
+            yield group
+            group, size = [], 0
         group.append(piece)
         size += len(piece.text)
         if size >= PIECE_CHARACTERS:

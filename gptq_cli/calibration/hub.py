@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gptq_cli.calibration.text import Documents, Piece, Render, rows_to_pieces
+from gptq_cli.calibration.rows import Render
+from gptq_cli.calibration.text import Documents, Piece, rows_to_pieces
+from gptq_cli.calibration.utf8 import WAYS_OUT
 from gptq_cli.errors import CalibrationError
 
 OFFLINE_WAYS_OUT = (
@@ -79,8 +81,6 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 def _rows(wanted: HubSource, source: str) -> Iterator[dict[str, Any]]:
     """Rows of the data set; every failure on the way is a `CalibrationError`."""
-    from gptq_cli.calibration.text import WAYS_OUT
-
     try:
         import datasets
         import huggingface_hub

@@ -15,9 +15,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 
@@ -25,7 +25,7 @@ from gptq_cli import __version__
 from gptq_cli.cli import failure
 from gptq_cli.cli.inspect_map import inspect_map
 from gptq_cli.cli.load import load
-from gptq_cli.cli.output import Session
+from gptq_cli.cli.output import Output, OutputLostError, Session, Unbreakable
 from gptq_cli.cli.quantize import quantize
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.errors import GptqError
@@ -84,12 +84,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # never die of a character that the terminal cannot show
             stream.reconfigure(errors="replace")
+    with ExitStack() as stack:
+        output = Output(sys.stdout) if sys.stdout is not None else None
+        if output is not None:
+            stack.enter_context(redirect_stdout(cast(TextIO, output)))
+        if sys.stderr is not None:
+            stack.enter_context(redirect_stderr(cast(TextIO, Unbreakable(sys.stderr))))
+        code = _ended(session)
+        if output is None:
+            return code
+        with suppress(OutputLostError):
+            output.flush()
+        failure.report_lost_output(output)
+        return code if output.failure is None else code or 1
+
+
+def _ended(session: Session) -> int:
+    """Run the command; the exit code that its end means, with what is said about it."""
     try:
         with _signals_interrupt(session), out_of_memory_told(lambda: "outside of the work", _LESS):
             code = _run(session)
     except GptqError as error:
         as_json = session.as_json and not session.documented
         return failure.report_known(error, session.seen, as_json=as_json, quiet=session.quiet)
+    except OutputLostError:
+        return 1
     except KeyboardInterrupt:
         return failure.report_interrupted(as_json=session.as_json)
     except (

@@ -2,6 +2,8 @@
 
 error: bits is 5; allowed: 2, 3, 4, 8
   hint: use --bits 4, which every server reads
+
+Names, paths and messages of libraries in it pass `display.escapes`: an error is one line, whatever they hold.
 """
 
 from __future__ import annotations
@@ -9,10 +11,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 
-from gptq_cli.cli.output import write_document
-from gptq_cli.errors import GptqError, PreflightRefused
+from gptq_cli.cli.output import Output, OutputLostError, write_document
+from gptq_cli.display.escapes import console_for, escaped, many_lines, one_line
+from gptq_cli.errors import DeviceMapError, GptqError, PreflightRefused
+from gptq_cli.files import reason
 from gptq_cli.findings import Finding
 from gptq_cli.results import SCHEMA_VERSION, Json, to_json
 
@@ -36,26 +41,34 @@ def _message(error: BaseException) -> str:
     return error.message if isinstance(error, GptqError) else str(error)
 
 
+def _write_document(body: dict[str, Json]) -> None:
+    """The document of an error. Where stdout is lost, the error's own exit code says more; `main` tells."""
+    with suppress(OutputLostError):
+        write_document(body)
+
+
 def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, quiet: bool = False) -> int:
     """An error that we raise on purpose: message and hint. Returns its exit code. `quiet`: errors alone."""
     if isinstance(error, PreflightRefused):
         unseen = [finding for finding in error.report.ordered() if finding not in seen]
         _write_findings([finding for finding in unseen if finding.level == "error" or not quiet])
-    _write_error(error.message, error.hint)
+    message, excerpt = _split(error)
+    _write_error(message, error.hint, excerpt)
     if as_json:
-        write_document(error_document(error, error.exit_code))
+        _write_document(error_document(error, error.exit_code))
     return error.exit_code
 
 
 def report_unknown(error: Exception, *, as_json: bool) -> int:
     """Anything else is a defect or the environment: the traceback stays."""
-    traceback.print_exception(error, file=sys.stderr)
+    if sys.stderr is not None:
+        sys.stderr.write(many_lines("".join(traceback.format_exception(error))))
     _write_error(
         f"unexpected {type(error).__name__}: {error}",
         "the traceback above says where; it belongs in a bug report",
     )
     if as_json:
-        write_document(error_document(error, 1))
+        _write_document(error_document(error, 1))
     return 1
 
 
@@ -77,7 +90,7 @@ def report_usage(error: Exception, message: str, exit_code: int, *, as_json: boo
             "hint": hint,
             "exit_code": exit_code,
         }
-        write_document({"schema_version": SCHEMA_VERSION, "error": body})
+        _write_document({"schema_version": SCHEMA_VERSION, "error": body})
     return exit_code
 
 
@@ -86,19 +99,39 @@ def report_interrupted(*, as_json: bool) -> int:
     _write("interrupted")
     if as_json:
         body: dict[str, Json] = {"type": "Interrupted", "message": "interrupted", "exit_code": INTERRUPTED}
-        write_document({"schema_version": SCHEMA_VERSION, "error": body})
+        _write_document({"schema_version": SCHEMA_VERSION, "error": body})
     return INTERRUPTED
 
 
-def _write_error(message: str, hint: str | None) -> None:
+def report_lost_output(output: Output) -> None:
+    """Standard output took no more: one line, unless it was its reader that had enough."""
+    if output.failure is not None and not output.reader_gone:
+        why = reason(output.failure) if isinstance(output.failure, (OSError, ValueError)) else ""
+        _write_error(
+            f"standard output cannot be written: {why}",
+            "make room or send it elsewhere; files that were written are complete",
+        )
+
+
+def _write_error(message: str, hint: str | None, excerpt: Sequence[str] = ()) -> None:
     _write(f"error: {message}")
+    for line in excerpt:
+        _write(line)
     if hint:
         _write(f"  hint: {hint}")
 
 
+def _split(error: GptqError) -> tuple[str, list[str]]:
+    """The message, and the two lines below it that point into a device map, as `syntax_error` makes them."""
+    if not isinstance(error, DeviceMapError) or error.position is None or error.message.count("\n") < 2:
+        return error.message, []
+    message, *excerpt = error.message.rsplit("\n", 2)
+    return message, excerpt
+
+
 def _write(line: str) -> None:
     if sys.stderr is not None:
-        sys.stderr.write(f"{line}\n")
+        sys.stderr.write(f"{one_line(line)}\n")
         sys.stderr.flush()
 
 
@@ -106,12 +139,11 @@ def _write_findings(findings: list[Finding]) -> None:
     """A table at a terminal; elsewhere a line a statement, so that no path is broken at a column."""
     if not findings or sys.stderr is None:
         return
-    from rich.console import Console
-
     from gptq_cli.display.plain import finding_lines
     from gptq_cli.display.tables import findings_table
 
-    console = Console(file=sys.stderr, highlight=False)
+    findings = escaped(findings)
+    console = console_for(sys.stderr)
     if console.is_terminal:
         console.print(findings_table(findings))
         return

@@ -86,7 +86,7 @@ def inspect_map(
 
     from gptq_cli.display.maps import map_summary
 
-    show(session, report, lambda: map_summary(report))
+    show(session, report, map_summary)
     if not report.ok:
         raise typer.Exit(3)
 

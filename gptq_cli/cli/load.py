@@ -84,9 +84,9 @@ def load(
     from gptq_cli.display.proofs import load_summary, verify_summary
 
     if isinstance(report, LoadReport):
-        show(session, report, lambda: load_summary(report))
+        show(session, report, load_summary)
     else:
-        show(session, report, lambda: verify_summary(report))
+        show(session, report, verify_summary)
     if report.failures:
         raise QualityGateFailed(
             "; ".join(report.failures), hint="the figures are on stdout; docs/load.md says what they mean"

@@ -2,25 +2,32 @@
 
 `watch` lends an observer that draws on stderr for as long as a job runs; `show` writes the result to stdout.
 While a job runs, whatever libraries print goes to stderr, and with `--progress jsonl` into a `Log` event,
-so that both streams hold what they promise. A reader of stderr that goes away does not end the work.
+so that both streams hold what they promise. A stderr that cannot be written does not end the work; a stdout
+that cannot be written does, in one line.
+
+Everything that came from outside passes `display.escapes` here, on its way to a terminal or a log: events
+and what libraries print in `watch`, the result in `show`, generated text in `Voice`.
 """
 
 from __future__ import annotations
 
+import errno
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
 from gptq_cli.devices.host_memory import steady_heap
 from gptq_cli.devices.host_threads import steady_threads
 from gptq_cli.display.choose import Progress, choose
+from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines
 from gptq_cli.display.jsonl import JsonlDisplay
+from gptq_cli.errors import ConfigError
 from gptq_cli.events import Event, FindingRaised, Observer, RunFinished, TextGenerated, warning_text
+from gptq_cli.files import reason
 from gptq_cli.findings import Finding
 from gptq_cli.results import document
 
@@ -33,6 +40,13 @@ QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Bars and advice of libraries would tear the display apart; set in the environment, these win."""
+
+
+T = TypeVar("T")
+
+
+class OutputLostError(Exception):
+    """Standard output cannot be written: its disk is full, its reader went away. Caught by `main` alone."""
 
 
 @dataclass(slots=True)
@@ -68,13 +82,18 @@ class LineSink(io.TextIOBase):
                 self._take(line)
         return len(text)
 
+    def finish(self) -> None:
+        """Hand out a last line without an end."""
+        self.write("\n")
+
 
 class Unbreakable(io.TextIOBase):
-    """`stream`, but a reader that went away is no error: what is written from then on is lost."""
+    """`stream`, but what cannot be written is no error: from then on all of it is lost."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._broken = False
+        self.failure: Exception | None = None
+        """Why nothing is written any more."""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]  # read-only here, a plain attribute there
@@ -89,20 +108,57 @@ class Unbreakable(io.TextIOBase):
     def fileno(self) -> int:
         return self._stream.fileno()
 
+    @property
+    def errors(self) -> str | None:  # type: ignore[override]  # as above
+        return self._stream.errors
+
     def write(self, text: str) -> int:
-        if not self._broken:
+        if self.failure is None:
             try:
                 self._stream.write(text)
-            except (OSError, ValueError):
-                self._broken = True
+            except (OSError, ValueError) as error:
+                self._fail(error)
         return len(text)
 
     def flush(self) -> None:
-        if not self._broken:
+        if self.failure is None:
             try:
                 self._stream.flush()
-            except (OSError, ValueError):
-                self._broken = True
+            except (OSError, ValueError) as error:
+                self._fail(error)
+
+    def close(self) -> None:
+        """Not ours to close: the interpreter, or whoever redirected it, needs the stream afterwards."""
+
+    def _fail(self, error: Exception) -> None:
+        """Remember the failure, and let what is buffered go nowhere: else it would fail again at exit."""
+        self.failure = error
+        with suppress(OSError, ValueError):
+            number = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, number)
+            os.close(nowhere)
+
+
+class Escaping(Unbreakable):
+    """A stream for what libraries write: their lines stay, escape sequences become text."""
+
+    def write(self, text: str) -> int:
+        super().write(many_lines(text))
+        return len(text)
+
+
+class Output(Unbreakable):
+    """Standard output: what cannot be written ends the command, once, with `OutputLostError`."""
+
+    @property
+    def reader_gone(self) -> bool:
+        """Whether the reader went away, as `head` does when it has seen enough."""
+        return isinstance(self.failure, OSError) and self.failure.errno == errno.EPIPE
+
+    def _fail(self, error: Exception) -> None:
+        super()._fail(error)
+        raise OutputLostError(f"standard output cannot be written: {error}") from error
 
 
 class Voice:
@@ -119,7 +175,7 @@ class Voice:
 
     def say(self, text: str) -> None:
         """Write a piece of text."""
-        self._stream.write(text)
+        self._stream.write(many_lines(text) if self.at_terminal else text)
         self._stream.flush()
         self._last = text[-1:] or self._last
 
@@ -141,6 +197,7 @@ def watch(
     `findings_in_result` notes and errors are left to the result, and so are warnings where a person sees both
     streams on one terminal.
     """
+    _require_working_directory()
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     steady_heap()
@@ -157,10 +214,16 @@ def watch(
             stack.callback(voice.rest)
         display = choose(progress, quiet=silent, stream=stream, environ=os.environ, beside_text=shared)
         observer = stack.enter_context(display)
-        if isinstance(display, JsonlDisplay):
-            stack.enter_context(redirect_stderr(cast(TextIO, LineSink(display.log))))
-        elif quiet:
+        as_json = isinstance(display, JsonlDisplay)
+        log = getattr(display, "log", None)
+        if log is not None:
+            sink = LineSink(log)
+            stack.callback(sink.finish)
+            stack.enter_context(redirect_stderr(cast(TextIO, sink)))
+        elif quiet or talk is None:
             stack.enter_context(redirect_stderr(io.StringIO()))
+        else:
+            stack.enter_context(redirect_stderr(cast(TextIO, Escaping(talk))))
         stack.enter_context(redirect_stdout(sys.stderr))
 
         def tell(event: Event) -> None:
@@ -174,29 +237,41 @@ def watch(
                 session.done = True
             if voice is not None and not isinstance(event, TextGenerated):
                 voice.rest()
-            observer(event)
+            observer(event if as_json else escaped(event))
             if voice is not None and isinstance(event, TextGenerated):
                 voice.say(event.text)
 
         yield tell
 
 
-def show(session: Session, report: object, table: Callable[[], RenderableType]) -> None:
-    """Write the result to stdout: the JSON document of `report`, or the table of it."""
+def _require_working_directory() -> None:
+    """Raise where it was deleted: relative paths mean nothing then, and torch's libraries are not found."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory cannot be found: {reason(error)}", hint="cd to one that exists"
+        ) from error
+
+
+def show(session: Session, report: T, table: Callable[[T], RenderableType]) -> None:
+    """Write the result to stdout: the JSON document of `report`, or the table of it.
+
+    Raises `OutputLostError`, as everything that writes to stdout.
+    """
     if session.as_json:
         write_document(document(report))
         session.documented = True
         return
     if sys.stdout is None:  # closed by the caller: nobody wants the result
         return
-    from rich.console import Console
-
-    console = Console(file=sys.stdout, highlight=False)
+    console = console_for(sys.stdout)
+    shown = table(escaped(report))
     if console.is_terminal:
-        console.print(table(), markup=False)
+        console.print(shown)
     else:  # a file: no colour, and no blanks at the ends of lines
         with console.capture() as text:
-            console.print(table(), markup=False)
+            console.print(shown)
         sys.stdout.writelines(f"{line.rstrip()}\n" for line in text.get().splitlines())
     sys.stdout.flush()
 
@@ -205,5 +280,5 @@ def write_document(body: object) -> None:
     """One JSON document, one line, ASCII, so that it survives every encoding of stdout."""
     if sys.stdout is None:  # closed by the caller: nobody wants the result
         return
-    sys.stdout.write(json.dumps(body, allow_nan=False) + "\n")
+    sys.stdout.write(json_line(body) + "\n")
     sys.stdout.flush()

@@ -24,11 +24,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import typer
 
 from gptq_cli.errors import ConfigError
+from gptq_cli.files import open_once, reason, shown
 
 TABLES = ("device_map", "max_memory", "devices")
 """Options that a preset may write as a table."""
 WORD_OR_NUMBER: dict[str, str] = {"group_size": "auto"}
 """Options that a preset may write as a whole number, or as this word."""
+LARGEST_BYTES = 1 << 20
+DEEPEST = 8
+"""Levels of tables and lists in a preset."""
 NOT_IN_PRESETS = ("config", "explain")
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -73,24 +77,48 @@ def options_of(command: Any) -> dict[str, Option]:
 
 def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
     """The values of the preset at `path`, judged against `options`. Raises `ConfigError`."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"preset {str(path)!r} cannot be read: {reason}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"preset {str(path)!r} is no TOML: {error}") from error
+    table = _table(path)
     values: dict[str, object] = {}
     for key, held in table.items():
         name = key.replace("-", "_")
         if name not in options:
             section = "keys stand at the top, not in a section" if isinstance(held, dict) else None
             hint = section or did_you_mean(key, options)
-            raise ConfigError(f"preset {str(path)!r} has the unknown key {key!r}", hint=hint)
+            raise ConfigError(f"preset {str(path)!r} has the unknown key {shown(key)!r}", hint=hint)
         if name in values:
             raise ConfigError(f"preset {str(path)!r} has {name!r} twice, with '-' and with '_'")
         values[name] = _judged(path, key, held, options[name].kind)
     return values
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """The TOML at `path` (a file, or a pipe that is read once), small and flat as a preset is."""
+    where = f"preset {shown(path)!r}"
+    try:
+        with open_once(path) as stream:
+            raw = stream.read(LARGEST_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {reason(error)}") from error
+    if len(raw) > LARGEST_BYTES:
+        raise ConfigError(f"{where} has more than {LARGEST_BYTES} bytes; a preset holds a few options")
+    try:
+        table = tomllib.loads(raw.decode("utf-8"))
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels") from error
+    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
+        raise ConfigError(f"{where} is no TOML: {error}") from error
+    level: list[Any] = [table]
+    for _ in range(DEEPEST + 1):
+        level = [item for held in level for item in _inside(held)]
+    if level:
+        raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels")
+    return table
+
+
+def _inside(held: Any) -> list[Any]:
+    if isinstance(held, dict):
+        return list(held.values())
+    return held if isinstance(held, list) else []
 
 
 def did_you_mean(key: str, options: Mapping[str, object]) -> str:
@@ -123,8 +151,8 @@ def _judged(path: Path, key: str, held: object, hint: Any) -> object:
     listed = [repr(item) for item in literals] + [_KINDS[kind] for kind in kinds if kind in _KINDS]
     if name in TABLES:
         listed.append("a table of names and values")
-    shown = json.dumps(held, default=str)
-    raise ConfigError(f"preset {str(path)!r}: {key} is {shown}; allowed: {', '.join(listed)}")
+    found = shown(json.dumps(held, default=str))
+    raise ConfigError(f"preset {str(path)!r}: {key} is {found}; allowed: {', '.join(listed)}")
 
 
 def _alternatives(hint: Any) -> list[Any]:

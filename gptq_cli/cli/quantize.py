@@ -24,6 +24,7 @@ from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, DeviceMapError
 from gptq_cli.events import Observer, Warned
+from gptq_cli.files import kind_of, reason, shown
 from gptq_cli.placement import parse_inventory
 from gptq_cli.results import RunReport
 
@@ -132,16 +133,23 @@ def quantize(
 
     from gptq_cli.display.tables import run_summary
 
-    show(session, result, lambda: run_summary(result))
+    show(session, result, run_summary)
 
 
 def _check_report_path(path: Path) -> None:
     """Raise `ConfigError` where no file can be written: before the work, not after it."""
-    if path.is_dir():
+    try:
+        kinds = (kind_of(path), kind_of(path.parent))
+    except OSError as error:
+        raise ConfigError(
+            f"report is {shown(path)!r}, which cannot be written: {reason(error)}",
+            hint="give --report a file in a directory of yours",
+        ) from error
+    if kinds[0] == "directory":
         raise ConfigError(
             f"report is {str(path)!r}, which is a directory", hint=f"--report {path / 'run.html'}"
         )
-    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if kinds[1] != "directory" or not os.access(path if kinds[0] else path.parent, os.W_OK):
         raise ConfigError(
             f"report is {str(path)!r}, which cannot be written",
             hint="give --report a file in a directory of yours",
@@ -156,7 +164,7 @@ def _write_report(path: Path, result: RunReport, observer: Observer) -> RunRepor
         path.write_text(report_html(result), encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         hint = "the checkpoint is complete, and holds the same in report.json"
-        warned = Warned(f"the report {path} was not written: {error.strerror}", hint)
+        warned = Warned(f"the report {path} was not written: {reason(error)}", hint)
         observer(warned)
         return replace(result, warnings=(*result.warnings, warned.message))
     return result
@@ -171,7 +179,7 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
 
     from gptq_cli.display.maps import map_summary
 
-    show(session, plan, lambda: map_summary(plan))
+    show(session, plan, map_summary)
     if not plan.ok:
         raise typer.Exit(3)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TextIO
 
+from gptq_cli.display.escapes import console_for
 from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.display.plain import PlainDisplay, WarningsDisplay
 from gptq_cli.events import Observer, ignore
@@ -44,8 +45,6 @@ def choose(
         return PlainDisplay(stream)
     if progress == "jsonl":
         return JsonlDisplay(stream)
-    from rich.console import Console
-
     from gptq_cli.display.rich import RichDisplay
 
-    return RichDisplay(Console(file=stream, highlight=False), beside_text=beside_text)
+    return RichDisplay(console_for(stream), beside_text=beside_text)

@@ -6,12 +6,12 @@ Every line is flushed, so that a reader sees it when it happens.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
+from gptq_cli.display.escapes import json_line
 from gptq_cli.events import Event
 from gptq_cli.results import Json, to_json
 
@@ -43,6 +43,6 @@ class JsonlDisplay:
 
     def _write(self, name: str, fields: dict[str, Json]) -> None:
         elapsed = round(self._get_time() - self._since, 3)
-        line = json.dumps({"event": name, "elapsed_seconds": elapsed, **fields}, ensure_ascii=False)
+        line = json_line({"event": name, "elapsed_seconds": elapsed, **fields})
         self._stream.write(f"{line}\n")
         self._stream.flush()

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
+from gptq_cli.display.escapes import one_line
 from gptq_cli.display.picture import WIDE, Picture
 from gptq_cli.display.plain import flush_text, flush_title
 from gptq_cli.display.state import State, advance
@@ -72,6 +73,7 @@ class RichDisplay:
             refresh_per_second=REFRESHES_PER_SECOND,
             vertical_overflow="crop",
             redirect_stdout=False,
+            redirect_stderr=False,  # what libraries write comes to `log`, without its escape sequences
         )
 
     def __enter__(self) -> RichDisplay:
@@ -96,6 +98,10 @@ class RichDisplay:
         self._print_block(event if isinstance(event, CacheFlushed) and event.where == "block" else None)
         self._settle(event)
         self._state = advance(self._state, event, self._get_time())
+
+    def log(self, text: str) -> None:
+        """A line that some library wrote to standard error, above what moves."""
+        self._print(Text(one_line(text)))
 
     def _make_way(self, for_text: bool) -> None:
         """Take the picture away while text is written, and put it below the text afterwards."""

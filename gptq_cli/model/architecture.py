@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import (
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import GptqError, ModelError
-from gptq_cli.model.headers import shown
+from gptq_cli.model.config_types import check_types
+from gptq_cli.model.headers import brief
 from gptq_cli.model.source import ModelFiles, read_json
 
 COUNT_LIMIT = 100_000
@@ -48,6 +49,7 @@ def raw_config(files: ModelFiles) -> Mapping[str, Any]:
         raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
     if not isinstance(raw, Mapping):
         raise ModelError(f"{files.source}: config.json is no JSON object")
+    check_types(files.source, raw)
     return raw
 
 
@@ -95,11 +97,11 @@ def judge_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
         if word in _LAYERS and count > layers:
             held = f"the files hold {len(files.tensors)} tensors" if files.tensors else f"allowed: {layers}"
             raise ModelError(
-                f"{files.source}: config.json asks for {shown(count)} layers ({name}), but {held}"
+                f"{files.source}: config.json asks for {brief(count)} layers ({name}), but {held}"
             )
         if count > COUNT_LIMIT:
             raise ModelError(
-                f"{files.source}: config.json says {name} = {shown(count)}; allowed: up to {COUNT_LIMIT}",
+                f"{files.source}: config.json says {name} = {brief(count)}; allowed: up to {COUNT_LIMIT}",
                 hint="compare config.json with the one that the model was published with",
             )
 

@@ -138,13 +138,13 @@ def count_values(text: bytes) -> int:
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """`value` in a message: a stranger's name or number may be as long as the file."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LARGEST:
         return "a number of more than 63 bits"
     if isinstance(value, list):
         rest = f", … ({len(value)} in all)" if len(value) > 8 else ""
-        return f"[{', '.join(shown(item) for item in value[:8])}{rest}]"
+        return f"[{', '.join(brief(item) for item in value[:8])}{rest}]"
     if isinstance(value, dict):
         return "an object"
     text = repr(value[:_SHOWN] if isinstance(value, str) else value)
@@ -156,7 +156,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"{shown(twice)} is there twice")
+        raise ValueError(f"{brief(twice)} is there twice")
     return result
 
 
@@ -178,18 +178,18 @@ def _elements(shape: list[int]) -> int:
 
 def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
     if len(name) > NAME_LIMIT:
-        raise HeaderError(f"tensor {shown(name)} has a name of {len(name)} characters; allowed: {NAME_LIMIT}")
+        raise HeaderError(f"tensor {brief(name)} has a name of {len(name)} characters; allowed: {NAME_LIMIT}")
     if not isinstance(entry, dict):
         raise HeaderError(f"tensor {name} is described by no JSON object: it is corrupt")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise HeaderError(f"tensor {name} has dtype {shown(dtype)}; allowed: {', '.join(DTYPES)}")
+        raise HeaderError(f"tensor {name} has dtype {brief(dtype)}; allowed: {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(_is_count(size) for size in shape):
-        raise HeaderError(f"tensor {name} has shape {shown(shape)}; allowed: a list of sizes of at least 0")
+        raise HeaderError(f"tensor {name} has shape {brief(shape)}; allowed: a list of sizes of at least 0")
     if len(shape) > _DIMENSIONS_LIMIT:
         raise HeaderError(f"tensor {name} has {len(shape)} dimensions; allowed: {_DIMENSIONS_LIMIT}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
-        raise HeaderError(f"tensor {name} has data_offsets {shown(offsets)}; allowed: [begin, end]")
+        raise HeaderError(f"tensor {name} has data_offsets {brief(offsets)}; allowed: [begin, end]")
     begin, end = offsets
     torch_name, bits = DTYPES[dtype]
     if (end - begin) * 8 != _elements(shape) * bits:

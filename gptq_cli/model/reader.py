@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError
+from gptq_cli.files import shown
 from gptq_cli.model.architecture import load_config
 from gptq_cli.model.checkpoint import (
     PARTS,
@@ -35,6 +36,7 @@ from gptq_cli.model.source import (
     ModelFiles,
     SourceProblem,
     holds_codes,
+    local_directory,
     read_json,
     scan_directory,
 )
@@ -65,10 +67,10 @@ def open_checkpoint(
     path: str | Path, *, trust_remote_code: bool = False, dtype: DType = "auto"
 ) -> QuantizedCheckpoint:
     """Open the directory `path`. Reads config and heads only. Raises `CheckpointError` and `ModelError`."""
-    directory = Path(path).expanduser()
-    if not directory.is_dir():
+    directory = local_directory(path, CheckpointError)
+    if directory is None:
         raise CheckpointError(
-            f"no such directory: {path}", hint="give the directory that `gptq quantize --out` wrote"
+            f"no such directory: {shown(path)}", hint="give the directory that `gptq quantize --out` wrote"
         )
     ref = ModelRef(model=str(path), trust_remote_code=trust_remote_code, dtype=dtype)
     raw, form = _read_formats(directory)

@@ -8,7 +8,9 @@ the index forgot) is a `SourceProblem`, so that preflight can list all of them a
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +19,8 @@ from typing import Any
 
 from gptq_cli.config import ModelRef
 from gptq_cli.devices.out_of_memory import is_out_of_memory
-from gptq_cli.errors import ModelError
+from gptq_cli.errors import ModelError, UsageError
+from gptq_cli.files import expanded, kind_of, reason, shown
 from gptq_cli.model.files import (
     CONFIGS,
     FileStamp,
@@ -31,7 +34,14 @@ from gptq_cli.model.files import (
     special_kind,
     stamps_of,
 )
-from gptq_cli.model.headers import NAME_LIMIT, VALUES_LIMIT, HeaderError, count_values, read_header, shown
+from gptq_cli.model.headers import (
+    NAME_LIMIT,
+    VALUES_LIMIT,
+    HeaderError,
+    brief,
+    count_values,
+    read_header,
+)
 from gptq_cli.placement import TensorInfo
 
 SINGLE = "model.safetensors"
@@ -105,22 +115,38 @@ def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None
     Raises `ModelError` when there is no such model, when the hub cannot be reached, or without a
     config.json.
     """
-    path = Path(ref.model).expanduser()
-    if path.is_dir():
+    path = local_directory(ref.model, ModelError)
+    if path is not None:
         return _with_config_checked(scan_directory(path, source=ref.model))
-    if path.exists():
+    if os.path.lexists(os.path.expanduser(ref.model.replace("\0", ""))):
         raise ModelError(
             f"{ref.model} is a file; allowed: a directory or a hub id",
             hint="give the directory that holds config.json and the safetensors files",
         )
     if not _HUB_ID.match(ref.model) or ref.model.startswith((".", "~")) or ".." in ref.model:
         raise ModelError(
-            f"no such directory: {ref.model}",
+            f"no such directory: {shown(ref.model)}",
             hint="give a directory with config.json and safetensors files, or a hub id such as org/name",
         )
     from gptq_cli.model.hub import fetch
 
     return _with_config_checked(fetch(ref, weights=weights, progress=progress))
+
+
+def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:
+    """The directory that `text` names, None where there is none. Raises `kind` if nobody may look there."""
+    path = expanded(str(text))
+    try:
+        if kind_of(path) != "directory":
+            return None
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise kind(
+            f"{shown(path)} cannot be opened: {reason(error)}",
+            hint="give a directory that you may read, or a hub id such as org/name",
+        ) from error
+    return path
 
 
 def _with_config_checked(files: ModelFiles) -> ModelFiles:
@@ -349,7 +375,7 @@ def index_map(index: object, name: str = INDEX) -> dict[str, str]:
         raise ValueError(f"{name} has no weight_map")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or len(shard) > NAME_LIMIT or len(tensor) > NAME_LIMIT:
-            raise ValueError(f"{name} maps tensor {shown(tensor)} to {shown(shard)}; allowed: a file name")
+            raise ValueError(f"{name} maps tensor {brief(tensor)} to {brief(shard)}; allowed: a file name")
     return dict(weight_map)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from gptq_cli.display import format as fmt
+from gptq_cli.display.escapes import escaped
 from gptq_cli.report.svg import Series, plot
 from gptq_cli.results import BlockReport, LinearReport, RunReport
 
@@ -43,6 +44,7 @@ svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } svg text.legen
 
 def report_html(report: RunReport) -> str:
     """The whole page. The same report gives the same bytes."""
+    report = escaped(report)  # in a page, too, no mark may turn the text around
     title = f"GPTQ run: {report.model}, {report.bits} bits"
     recipe = f"{report.bits} bits, group size {report.group_size}, format {report.checkpoint_format}"
     body = [
@@ -213,7 +215,7 @@ def _linear_table(linears: Sequence[LinearReport]) -> str:
             f"{x.seconds:.2f}",
         ]
         figures = "".join(f'<td class="n">{escape(cell)}</td>' for cell in cells)
-        method = x.method if x.method == "gptq" else f'<span class="bad">FALLBACK {x.method}</span>'
+        method = x.method if x.method == "gptq" else f'<span class="bad">FALLBACK {escape(x.method)}</span>'
         rows.append(f"<tr><td>{escape(x.name)}</td>{figures}<td>{method}</td></tr>")
     head = f'<thead><tr><th scope="col">linear</th>{heads}<th scope="col">method</th></tr></thead>'
     body = "\n".join(rows)

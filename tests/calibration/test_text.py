@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import pyarrow.parquet
 import pytest
 
 from gptq_cli.calibration import text as module
+from gptq_cli.calibration import utf8
 from gptq_cli.calibration.text import find_file, read_documents
 from gptq_cli.errors import CalibrationError
+from gptq_cli.files import open_once
 
 
 def texts(source: object, **options: Any) -> list[str]:
@@ -63,6 +67,73 @@ class TestPlainText:
         assert "not UTF-8: byte 0xef at line 2, byte 7 of the file" in error.message
         assert "iconv" in str(error.hint)
 
+    @pytest.mark.parametrize("size", [1, 2, 3, 7])
+    def test_steps_of_any_size_read_the_same_text(
+        self, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(utf8, "CHUNK_BYTES", size)
+        text = "café 😀\r\nx\ry\r\n\r\nend\r"
+        (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert texts(tmp_path / "a.txt") == [text.replace("\r\n", "\n")]
+        (tmp_path / "a.txt").write_bytes(b"fine\r\nna\xefve\n")
+        assert "byte 0xef at line 2, byte 8 of the file" in refused(tmp_path / "a.txt").message
+        (tmp_path / "a.txt").write_bytes(b"fine\nca" + b"\xc3")
+        assert "byte 0xc3 at line 2, byte 7 of the file" in refused(tmp_path / "a.txt").message
+
+    def test_one_long_line_is_cut_before_white_space(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        text = "one two three four five six seven " * 20
+        (tmp_path / "a.txt").write_text(text)
+        write(tmp_path / "a.jsonl", {"text": text})
+        pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / "a.parquet")
+        for name in ("a.txt", "a.jsonl", "a.parquet"):
+            pieces = [piece.text for piece in read_documents(str(tmp_path / name)).pieces]
+            assert "".join(pieces) == text
+            assert max(map(len, pieces)) <= 10
+            assert all(piece[0] == " " and piece[-1] != " " for piece in pieces[1:-1]), name
+
+    def test_a_line_without_white_space_is_cut_anywhere(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        (tmp_path / "a.txt").write_text("語" * 95)
+        assert [len(piece.text) for piece in read_documents(str(tmp_path / "a.txt")).pieces] == [10] * 9 + [5]
+
+    def test_a_long_line_is_never_held_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
+        monkeypatch.setattr(utf8, "CHUNK_BYTES", 100)
+        stream = io.BytesIO(b"word " * 100_000)
+        next(read_documents("-", stdin=stream).pieces)
+        assert stream.tell() < 5000
+
+    @pytest.mark.parametrize(
+        ("head", "says", "hint"),
+        [
+            (b"\x1f\x8b\x08\0", "is gzip", "gzip -dk"),
+            (b"\x28\xb5\x2f\xfd", "is zstd", "zstd -d"),
+            (b"PK\x03\x04", "is zip", "unzip"),
+            (b"BZh9", "is bzip2", "bzip2 -dk"),
+            (b"\xfd7zXZ\0", "is xz", "xz -dk"),
+            (b"PAR1", "is Parquet", ".parquet"),
+            (b"ARROW1\0\0", "is Arrow", ".parquet"),
+            (b"%PDF-1.7", "is PDF", "pdftotext"),
+            ("text".encode("utf-16"), "is UTF-16", "iconv -f UTF-16"),
+            ("text".encode("utf-16-le"), "byte 1 of the file is 0x00", "iconv -f UTF-16"),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "-"])
+    def test_what_is_no_text_is_known_by_its_first_bytes(
+        self, head: bytes, says: str, hint: str, name: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a").write_bytes(head + b"and the rest of it")
+        (tmp_path / "a").rename(tmp_path / name) if name != "-" else None
+        stdin = io.BytesIO(head + b"and the rest of it")
+        error = refused("-", stdin=stdin) if name == "-" else refused(tmp_path / name)
+        assert says in error.message
+        assert hint in str(error.hint)
+
     def test_plain_text_has_no_columns(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text("a")
         assert "no column 'text'" in refused(f"{tmp_path / 'a.txt'}:text").message
@@ -104,6 +175,47 @@ class TestFindingTheFile:
     def test_a_colon_without_a_column_is_refused(self, tmp_path: Path) -> None:
         path = write(tmp_path / "a.jsonl", {"text": "x"})
         assert "ends in a colon" in refused(f"{path}:").message
+
+    @pytest.mark.parametrize("source", ["x" * 5000, "x" * 5000 + ".jsonl", "/" + "x" * 300, "a\0b.txt"])
+    def test_a_name_that_no_file_system_has(self, source: str) -> None:
+        error = refused(source)
+        assert "cannot read" in error.message
+        assert len(error.message) < 400
+        assert "pydoc" in str(error.hint)
+
+    def test_a_device_is_refused(self) -> None:
+        assert "is a device; allowed: a file or a pipe" in refused("/dev/zero").message
+        assert "is a device" in refused(os.devnull).message
+
+    @pytest.mark.parametrize("name", ["a.gz", "data/a.jsonl.zst"])
+    def test_a_missing_archive_is_not_looked_for_on_the_hub(self, name: str) -> None:
+        assert "does not exist" in refused(name).message
+
+    def test_a_home_that_does_not_exist(self) -> None:
+        assert "does not exist" in refused("~no-such-user-anywhere/a.txt").message
+
+    @pytest.mark.parametrize("name", ["p", "p.jsonl"])
+    def test_a_pipe_is_read_once(self, name: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / name)
+        line = b'{"text": "from a pipe"}\n'
+        writer = threading.Thread(target=lambda: (tmp_path / name).write_bytes(line))
+        writer.start()
+        assert texts(tmp_path / name) == ["from a pipe" if name == "p.jsonl" else line.decode()]
+        writer.join()
+
+    def test_a_pipe_that_nobody_writes_to(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(utf8, "open_once", lambda path: open_once(path, writer_seconds=0.1))
+        os.mkfifo(tmp_path / "p")
+        assert "nothing was written to the pipe" in refused(tmp_path / "p").message
+        os.mkfifo(tmp_path / "p.parquet")
+        assert "nothing was written to the pipe" in refused(tmp_path / "p.parquet").message
+
+    def test_parquet_out_of_a_pipe_is_refused(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "p.parquet")
+        writer = threading.Thread(target=lambda: (tmp_path / "p.parquet").write_bytes(b"PAR1"))
+        writer.start()
+        assert "is a pipe, and Parquet is read from its end" in refused(tmp_path / "p.parquet").message
+        writer.join()
 
     def test_nothing_there_is_none(self, tmp_path: Path) -> None:
         assert find_file(str(tmp_path / "none.txt")) is None

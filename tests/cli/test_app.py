@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -368,3 +369,133 @@ def test_main_takes_the_words_of_the_process(jobs: FakeJobs, monkeypatch: pytest
     monkeypatch.setattr(sys, "argv", ["gptq", "load", "DIR", "--quiet"])
     assert main() == 0
     assert jobs.job.path == "DIR"
+
+
+EVIL = "\x1b[31m\x9b2J\r\nerror: forged\u202e[red]"
+SPELLED = "\\x1b[31m\\x9b2J\\r\\nerror: forged\\u202e[red]"
+
+
+def test_an_error_is_one_line_whatever_is_in_it(jobs: FakeJobs, run: Run) -> None:
+    jobs.action = raising(errors.ModelError(f"no {EVIL}", hint=f"try {EVIL}"))
+    assert run(*QUANTIZE).err == f"error: no {SPELLED}\n  hint: try {SPELLED}\n"
+    assert json.loads(run(*QUANTIZE, "--json").out)["error"]["message"] == f"no {EVIL}"
+    refusal = PreflightReport((replace(REFUSED, message=EVIL, subject=EVIL, hint=EVIL),))
+    jobs.action = raising(errors.PreflightRefused(refusal))
+    outcome = run(*QUANTIZE)
+    assert outcome.err.count(SPELLED) == 3
+    assert outcome.err.count("\n") == 3
+    jobs.action = raising(ValueError(EVIL))
+    outcome = run(*QUANTIZE)
+    assert "\x1b" not in outcome.err
+    assert f"\nerror: unexpected ValueError: {SPELLED}\n" in outcome.err
+    outcome = run("load", "DIR", f"--x{EVIL}")
+    assert outcome.err.startswith("error: no such option: --x\\x1b[31m")
+    assert outcome.err.count("\n") == 2
+
+
+@pytest.mark.parametrize("progress", ["plain", "jsonl", "none"])
+def test_what_comes_from_outside_is_shown_as_text(jobs: FakeJobs, run: Run, progress: str) -> None:
+    def chatter(observer: Observer) -> None:
+        observer(Warned(EVIL, EVIL))
+        print(f"a library prints {EVIL}")
+        sys.stderr.write(f"and complains {EVIL}\n")
+
+    jobs.action = chatter
+    jobs.results["quantize"] = replace(jobs.results["quantize"], out=EVIL, model=EVIL, warnings=(EVIL,))
+    outcome = run(*QUANTIZE, "--progress", progress)
+    assert outcome.code == 0
+    for stream in (outcome.out, outcome.err):
+        assert not any(character in stream for character in "\x1b\x9b\r\u202e")
+    assert "\nerror: forged" not in outcome.out
+    assert "[red]" in outcome.out
+    document = run(*QUANTIZE, "--progress", progress, "--json").out
+    assert json.loads(document)["out"] == EVIL
+    assert document.rstrip("\n").isprintable()
+
+
+def test_a_device_map_keeps_its_excerpt(run: Run) -> None:
+    outcome = run("inspect-map", "M", "--device-map", "cuda:0=5,a\x1bb")
+    lines = outcome.err.splitlines()
+    assert outcome.code == 2
+    assert lines[1:] == ["  cuda:0=5,a?b", "           ^"] or len(lines) == 4
+    assert "\x1b" not in outcome.err
+
+
+RESULTS = [
+    ("--help",),
+    ("quantize", "--help"),
+    ("--version",),
+    ("inspect-map", "--explain", "disk-offload"),
+    *(
+        (*words, *more)
+        for words in (QUANTIZE, ("load", "D"), ("inspect-map", "M"))
+        for more in ((), ("--json",))
+    ),
+    (*QUANTIZE, "--dry-run"),
+]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_stdout_on_a_full_disk_is_one_line() -> None:
+    code = (
+        f"for words in {RESULTS!r}:\n"
+        "    out = open('/dev/full', 'w')\n"
+        "    sys.stdout = out\n"
+        "    sys.stderr.write(f'{main([*words])}\\n')\n"
+        "    out.close()\n"
+        "sys.stdout = open('/dev/full', 'w')\n"
+        "sys.exit(main(['inspect-map', 'M']))"
+    )
+    done = in_a_process(code, stderr=subprocess.PIPE)
+    said = "error: standard output cannot be written: no space left on device\n"
+    assert done.returncode == 1
+    assert done.stderr.count(said) == len(RESULTS) + 1
+    assert done.stderr.count("\n1\n") == len(RESULTS)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("words", "code"), [(QUANTIZE, 0), ((*QUANTIZE, "--bits", "5"), 2), (("--help",), 0)]
+)
+def test_a_stderr_on_a_full_disk_changes_nothing(words: tuple[str, ...], code: int) -> None:
+    action = "fake.action = lambda observer: sys.stderr.write('a library prints\\n')\n"
+    with Path("/dev/full").open("w") as full:
+        done = in_a_process(f"{action}sys.exit(main({[*words]!r}))", stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == code
+    assert bool(done.stdout) == (code == 0)
+
+
+def test_a_failed_command_keeps_its_exit_code_where_stdout_is_lost() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with Path("/dev/full").open("w") as full:
+        words = [*QUANTIZE, "--bits", "5", "--json"]
+        done = in_a_process(f"sys.exit(main({words!r}))", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: bits is 5")
+    assert "error: standard output cannot be written" in done.stderr
+
+
+def test_a_working_directory_that_was_deleted(
+    jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone() -> str:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(os, "getcwd", gone)
+    for words in (QUANTIZE, (*QUANTIZE, "--dry-run"), ("load", "D"), ("inspect-map", "M")):
+        outcome = run(*words)
+        assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
+        assert outcome.err == (
+            "error: the working directory cannot be found: no such file or directory\n"
+            "  hint: cd to one that exists\n"
+        )
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "no/such/folder/run.html", "/"])
+def test_a_page_that_cannot_be_written_is_refused_first(jobs: FakeJobs, run: Run, path: str) -> None:
+    outcome = run(*QUANTIZE, "--report", path)
+    assert (outcome.code, jobs.called) == (2, "")
+    assert outcome.err.startswith("error: report is ")

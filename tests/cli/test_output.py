@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 from contextlib import redirect_stderr, redirect_stdout
-from typing import cast
+from typing import TextIO, cast
 
 import pytest
 
-from gptq_cli.cli.output import LineSink, Session, Unbreakable, watch
+from gptq_cli.cli.output import (
+    Escaping,
+    LineSink,
+    Output,
+    OutputLostError,
+    Session,
+    Unbreakable,
+    Voice,
+    watch,
+)
 from gptq_cli.display.choose import Progress
 from gptq_cli.events import FindingRaised, Warned
 from gptq_cli.findings import Finding
@@ -92,3 +102,52 @@ def test_a_terminal_that_shows_the_result_shows_its_findings_once() -> None:
     assert "warning: w" in text
     text, _ = told("plain", io.StringIO(), Terminal(), quiet=False, findings_in_result=True)
     assert "CPU offload" in text
+
+
+def test_a_last_line_without_an_end_is_handed_out() -> None:
+    lines: list[str] = []
+    sink = LineSink(lines.append)
+    sink.write("a\nb")
+    sink.finish()
+    sink.finish()
+    assert lines == ["a", "b"]
+
+
+class Full(io.StringIO):
+    """A stream on a disk without room."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_standard_output_that_is_lost_says_so_once() -> None:
+    output = Output(Full())
+    with pytest.raises(OutputLostError):
+        output.write("a")
+    assert output.write("b") == 1
+    output.flush()
+    assert not output.reader_gone
+    gone = Output(Broken())
+    gone.write("a")
+    with pytest.raises(OutputLostError):
+        gone.write("b")
+    assert gone.reader_gone
+
+
+def test_what_libraries_write_keeps_its_lines_alone() -> None:
+    stream = io.StringIO()
+    Escaping(stream).write("a\tb\n\x1b[31mred\x9b0m\n")
+    assert stream.getvalue() == "a\tb\n\\x1b[31mred\\x9b0m\n"
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\tb\n\\x1b[2J\\r"), (False, "a\tb\n\x1b[2J\r")])
+def test_generated_text_is_escaped_at_a_terminal_alone(terminal: bool, shown: str) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+    stream = Stream()
+    voice = Voice(cast(TextIO, stream))
+    for piece in ("a\tb\n\x1b", "[2J\r"):
+        voice.say(piece)
+    assert stream.getvalue() == shown

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,57 @@ def test_a_bad_preset_says_where_and_what(
     assert outcome.err.startswith(f"error: preset '{preset}'")
     assert message in outcome.err
     assert hint in outcome.err
+
+
+DEEP = [
+    "target = " + "[" * 20_000 + "]" * 20_000,
+    "target = " + "[" * 50 + "]" * 50,
+    "device_map." + "a." * 20_000 + "b = 1",
+    "device_map = " + "{a = " * 100 + "1" + "}" * 100,
+    "max_memory." + "a." * 500 + "b = 1",
+]
+
+
+@pytest.mark.parametrize("text", DEEP, ids=range(len(DEEP)))
+def test_a_deep_preset_is_refused(run: Run, preset: Path, text: str) -> None:
+    preset.write_text(text)
+    outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "is nested too deeply; allowed: 8 levels" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"# x\n" * 300_000, "has more than 1048576 bytes"),
+        (b"bits = " + b"9" * 5000, "is no TOML"),
+        (b"\x1f\x8b\x08\x00", "is no TOML"),
+        (b"x" * 100_000 + b" = 1", "has the unknown key"),
+        (b'bits = "' + b"x" * 100_000 + b'"', "allowed: a whole number"),
+    ],
+)
+def test_a_preset_that_is_none_is_one_short_error(run: Run, preset: Path, data: bytes, says: str) -> None:
+    preset.write_bytes(data)
+    outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert says in outcome.err
+    assert len(outcome.err) < 3000
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/dev/zero"])
+def test_a_preset_that_cannot_be_a_file(run: Run, name: str) -> None:
+    outcome = run("quantize", "M", "--out", "O", "--config", name)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "cannot be read: " in outcome.err
+
+
+def test_a_preset_may_come_out_of_a_pipe(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p")
+    writer = threading.Thread(target=lambda: (tmp_path / "p").write_text("bits = 8\n"))
+    writer.start()
+    assert run("quantize", "M", "--out", "O", "--config", str(tmp_path / "p")).code == 0
+    writer.join()
+    assert jobs.job.quantize.bits == 8
 
 
 def test_values_are_judged_where_flags_are(jobs: FakeJobs, run: Run, preset: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -240,3 +242,96 @@ def test_load_names_what_is_wrong(damage: str, tiny: TinyFactory, place: Path) -
     ran = gptq("load", out, "--progress", "none")
     assert ran.code == 2
     assert says in ran.stderr
+
+
+CLOSED = """
+import os, sys
+from pathlib import Path
+from tests.e2e.commands import gptq
+place = Path(sys.argv[1])
+CALIBRATED = ("quantize", place / "model", "--out", place / "q", "--calibration")
+if os.getuid() == 0:
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+for words in (
+    ("inspect-map", place / "closed"),
+    ("inspect-map", place / "closed" / "model"),
+    ("load", place / "closed"),
+    ("load", place / "closed" / "q", "--verify"),
+    ("quantize", "M", "--out", "O", "--config", place / "closed" / "preset.toml"),
+    ("quantize", "M", "--out", "O", "--report", place / "closed" / "run.html"),
+    (*CALIBRATED, place / "closed" / "text.txt", *sys.argv[2:]),
+    (*CALIBRATED, place / "closed.txt", *sys.argv[2:]),
+):
+    ran = gptq(*words)
+    said = " ".join(f"{ran.stdout} {ran.stderr}".split())
+    assert ran.code in (2, 3), (words, said)
+    assert "ermission denied" in said, (words, said)
+    assert "Traceback" not in said, (words, said)
+    assert not (place / "q").exists()
+print("all refused")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users here")
+def test_directories_that_nobody_may_enter(tiny_llama: Path) -> None:
+    place = Path(tempfile.mkdtemp())  # not below pytest's own directory, which is closed to others
+    try:
+        place.chmod(0o755)
+        shutil.copytree(tiny_llama, place / "model")
+        (place / "closed").mkdir()
+        (place / "closed.txt").write_text("text")
+        (place / "closed.txt").chmod(0)
+        (place / "closed").chmod(0)
+        root = Path(__file__).resolve().parents[2]
+        environ = {**os.environ, "PYTHONPATH": str(root), "HOME": str(place), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", CLOSED, str(place), *FAST]
+        done = subprocess.run(command, env=environ, cwd=root, capture_output=True, text=True, check=False)
+        assert done.stdout.endswith("all refused\n"), done.stderr
+    finally:
+        (place / "closed").chmod(0o755)
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.jsonl", b'{"text": "cut \\ud83d here"}\n', "line 1 holds half a surrogate pair"),
+        ("a.jsonl", b'{"text":' + b"[" * 200_000, "line 1 is nested too deeply"),
+        ("a.jsonl", b'{"text":' + b"9" * 5000 + b"}", "line 1 cannot be read"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 1: message 1"),
+        ("a.parquet", b"PAR1" + b"\0" * 100, "is no readable Parquet file"),
+        ("a.txt", b"\x1f\x8b\x08\x00", "is gzip"),
+        ("a.txt", b"na\xefve", "is not UTF-8"),
+    ],
+)
+def test_a_calibration_file_that_is_no_text(
+    name: str, data: bytes, says: str, tiny_llama: Path, place: Path
+) -> None:
+    (place / name).write_bytes(data)
+    refused(place, tiny_llama, "--calibration", place / name, code=3, says=says)
+
+
+def test_a_calibration_source_of_5000_characters(tiny_llama: Path, place: Path) -> None:
+    refused(place, tiny_llama, "--calibration", "x" * 5000, code=3, says="name too long")
+    refused(place, "x" * 5000, code=2, says="name too long")
+
+
+def test_escapes_in_a_checkpoint_are_shown_as_text(tiny: TinyFactory, place: Path) -> None:
+    out = place / "out" / "q\x1b[31m\n[red]"
+    words = ("quantize", tiny("llama"), "--out", out, "--calibration", place / "text.txt", *FAST)
+    ran = gptq(*words[:-2], "--progress", "plain")
+    assert ran.code == 0, ran.stderr
+    assert "\x1b" not in ran.stdout + ran.stderr
+    assert all(line.startswith("[0:") for line in ran.stderr.splitlines())
+    evil = {"quantizer": ["\x1b]0;PWN\x07\x1b[31mRED:1\x9b2J\u202e"]}
+    for name in ("quantize_config.json", "config.json"):
+        config = json.loads((out / name).read_text())
+        config.get("quantization_config", config)["meta"] = evil
+        (out / name).write_text(json.dumps(config))
+    for more in ((), ("--verify",), ("--target", "vllm"), ("--prompt", "one", "--max-new-tokens", "2")):
+        ran = gptq("load", out, *more)
+        assert ran.code in (0, 5), ran.stderr
+        assert not any(character in ran.stdout + ran.stderr for character in "\x1b\x07\x9b\u202e")
+    assert "\\x1b]0;PWN\\x07\\x1b[31mRED:1\\x9b2J\\u202e" in "".join(gptq("load", out).stdout.split())

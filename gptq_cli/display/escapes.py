@@ -1,0 +1,77 @@
+"""What comes from outside, as a terminal or a log may see it: the one place where it loses its teeth.
+
+A name in a checkpoint, a path, a message of a library may hold anything: escape sequences that write to the
+clipboard or hide a line, a newline that forges a line of the log, marks that turn text around so that it
+reads as something else. Each such character is shown as Python spells it (`\\x1b`, `\\n`, `\\u202e`), and
+nothing is taken as markup or as the name of an emoji.
+
+`escaped` does it for every text in an event or a report, before any display sees it; `one_line` for a single
+text; `many_lines` for text that has lines of its own (a traceback, what a library prints, generated text).
+JSON escapes for itself: `json_line`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+_BIDI = "\u202a-\u202e\u2066-\u2069"
+_SEPARATORS = "\u2028\u2029"
+_OTHERS = f"\x7f-\x9f{_SEPARATORS}{_BIDI}\ud800-\udfff"
+_CONTROLS = re.compile(f"[\x00-\x1f{_OTHERS}]")
+_CONTROLS_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1f{_OTHERS}]")
+
+
+def one_line(text: str) -> str:
+    """`text` without a character that a terminal acts upon; a line break is one."""
+    return _CONTROLS.sub(_spelled, text)
+
+
+def many_lines(text: str) -> str:
+    """`text` with its line breaks and tabs, and without any other character that a terminal acts upon."""
+    return _CONTROLS_IN_LINES.sub(_spelled, text)
+
+
+def _spelled(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
+
+
+def escaped(value: T) -> T:
+    """`value` (an event, a report, a finding) with `one_line` of every text in it; itself if all is well."""
+    return _escaped(value)  # type: ignore[no-any-return]
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, (list, tuple)):
+        items = [_escaped(item) for item in value]
+        same = all(new is old for new, old in zip(items, value, strict=True))
+        return value if same else type(value)(items)
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(held) for key, held in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {field.name: getattr(value, field.name) for field in fields(value) if field.init}
+        new = {name: _escaped(old) for name, old in held.items()}
+        changed = {name: item for name, item in new.items() if item is not held[name]}
+        return replace(value, **changed) if changed else value
+    return value
+
+
+def json_line(body: object) -> str:
+    """One JSON document in one line of printable ASCII, so that it survives every terminal and encoding."""
+    return json.dumps(body, allow_nan=False).replace("\x7f", "\\u007f")
+
+
+def console_for(stream: TextIO) -> Console:
+    """A console on which a text is nothing but text: no markup, no emoji names, no highlighting."""
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False, markup=False, emoji=False)
