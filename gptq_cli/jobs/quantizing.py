@@ -206,7 +206,7 @@ def _tokens(
     job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts
 ) -> tuple[TokenBatches | None, PreflightReport]:
     """The calibration windows, or a finding that says why there are none."""
-    if any(problem.kind == "special-file" for problem in skeleton.problems):
+    if any(problem.kind in ("special-file", "file-too-large") for problem in skeleton.problems):
         return None, PreflightReport()  # the tokenizer's loader would open it
     try:
         tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)

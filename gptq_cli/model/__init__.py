@@ -1,6 +1,7 @@
 """The model: finding it, knowing it without its weights, loading it; checkpoints, written and read.
 
 source.py, hub.py     a directory or a hub id -> ModelFiles: names, shapes, bytes, and what is wrong
+files.py              regular, inside the directory, unchanged since the model was opened
 headers.py            the head of a safetensors file, read without trust
 architecture.py       is this config a causal language model's?
 skeleton.py           the model on the meta device: blocks, linears, what stays dense

@@ -26,8 +26,8 @@ from gptq_cli.model.source import ModelFiles, read_json
 COUNT_LIMIT = 100_000
 """Experts, heads, labels, entries of a list: the largest numbers in published models are below 1,000, and
 ImageNet's 21,843 labels are the longest list."""
-_LAYERS_LIMIT = 1_000
-"""Layers, where no file says how many tensors there are."""
+_LAYERS_LIMIT = 2_000
+"""Layers; the deepest published models have fewer than 200."""
 _LAYERS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers"})
 """Each of these layers has a tensor of its own."""
 _COUNTS = re.compile(
@@ -91,14 +91,13 @@ def judge_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
     A config class makes lists of such lengths, and a model makes as many modules: a thousand million of them
     would fill the machine's memory before anything could be compared with the files. Raises `ModelError`.
     """
-    layers = len(files.tensors) or _LAYERS_LIMIT
+    layers = min(len(files.tensors) or _LAYERS_LIMIT, _LAYERS_LIMIT)
     for name, count in _counts(raw):
         word = name.rpartition(".")[2]
         if word in _LAYERS and count > layers:
-            held = f"the files hold {len(files.tensors)} tensors" if files.tensors else f"allowed: {layers}"
-            raise ModelError(
-                f"{files.source}: config.json asks for {brief(count)} layers ({name}), but {held}"
-            )
+            known = 0 < len(files.tensors) <= _LAYERS_LIMIT
+            held = f"but the files hold {len(files.tensors)} tensors" if known else f"allowed: up to {layers}"
+            raise ModelError(f"{files.source}: config.json asks for {brief(count)} layers ({name}), {held}")
         if count > COUNT_LIMIT:
             raise ModelError(
                 f"{files.source}: config.json says {name} = {brief(count)}; allowed: up to {COUNT_LIMIT}",

@@ -72,6 +72,9 @@ NEEDED = (
     "*.tiktoken",
 )
 """Names without which a model is another one; what else is copied may be left out."""
+COPIED_BYTES = 200_000_000
+"""No tokenizer is larger."""
+_SETTINGS_BYTES = 8_000_000
 _WHOLE_BYTES = 64 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
 
@@ -163,6 +166,27 @@ def small_files(directory: Path) -> Iterator[str]:
         if (directory / folder).is_dir():
             for path in sorted((directory / folder).glob("*.jinja")):
                 yield f"{folder}/{path.name}"
+
+
+def oversize(directory: Path, name: str) -> tuple[int, int] | None:
+    """(bytes, bytes allowed) of a small file that is larger than any of its kind; None where it is not.
+
+    Parsed, a JSON text takes up to twenty times its bytes, so what Transformers reads into Python is bounded.
+    """
+    kinds = {
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+    }
+    if name.endswith(".safetensors") or name.endswith(".index.json"):
+        return None
+    allowed = _SETTINGS_BYTES if name in kinds or name.startswith("chat_template") else COPIED_BYTES
+    try:
+        size = (directory / name).stat().st_size
+    except (OSError, ValueError):
+        return None
+    return (size, allowed) if size > allowed and (name in kinds or is_copied(name)) else None
 
 
 def is_copied(name: str, *, code: bool = True) -> bool:

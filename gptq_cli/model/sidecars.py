@@ -12,8 +12,6 @@ import torch
 from gptq_cli.model.files import check_unchanged, is_copied, outside_target
 from gptq_cli.model.source import ModelFiles, read_json
 
-_LIMIT_BYTES = 200_000_000
-
 
 def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The source's own config.json with the quantization and the dtype set: no other word is changed."""
@@ -45,7 +43,7 @@ def copy_sidecars(files: ModelFiles, target: Path, *, code: bool) -> tuple[str, 
     copied: list[str] = []
     for stamp in files.stamps:
         name = stamp.name
-        if not is_copied(name, code=code) or stamp.size_bytes > _LIMIT_BYTES:
+        if not is_copied(name, code=code):
             continue
         if outside_target(files.directory, name) is not None:
             continue

@@ -37,7 +37,7 @@ from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
 
 _MODULES_LIMIT = 50_000
-"""Modules of any model, beside 20 for each tensor of its files. The largest models have 100,000 modules, and
+"""Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
 as many tensors."""
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
@@ -224,7 +224,7 @@ def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
 @contextmanager
 def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
     """End the making of a model that has far more modules than the files could fill."""
-    limit = _MODULES_LIMIT + 20 * tensors
+    limit = _MODULES_LIMIT + 3 * tensors
     maker = threading.get_ident()
     count = 0
 

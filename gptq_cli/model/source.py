@@ -30,6 +30,7 @@ from gptq_cli.model.files import (
     is_needed,
     open_regular,
     outside_target,
+    oversize,
     small_files,
     special_kind,
     stamps_of,
@@ -73,8 +74,8 @@ class SourceProblem:
 
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
-    bad-index, unsafe-path, special-file, outside-link, link-left-out, pickled-weights, no-weights,
-    no-tokenizer, missing-weight, shape-mismatch, unsupported-dtype, unreadable-file."""
+    bad-index, unsafe-path, special-file, file-too-large, outside-link, link-left-out, pickled-weights,
+    no-weights, no-tokenizer, missing-weight, shape-mismatch, unsupported-dtype, unreadable-file."""
     subject: str
     """The file or tensor."""
     message: str
@@ -242,6 +243,14 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 name,
                 f"{name} is {kind}; allowed: a file",
                 f"take {name} out of {directory}; where it came with the model, do not trust the model",
+            )
+        elif (size := oversize(directory, name)) is not None:
+            found, allowed = size
+            yield SourceProblem(
+                "file-too-large",
+                name,
+                f"{name} has {found} bytes; allowed: {allowed}",
+                f"compare {name} with the one that the model was published with",
             )
         elif target is not None and (is_needed(name) or name.endswith(".safetensors")):
             yield SourceProblem(

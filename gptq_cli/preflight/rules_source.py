@@ -81,6 +81,11 @@ def special_file(case: JobCase) -> list[Finding]:
     return _of_kind(case, "special-file", "error")
 
 
+def file_too_large(case: JobCase) -> list[Finding]:
+    """A small file beside the weights is larger than any of its kind: reading it would fill the memory."""
+    return _of_kind(case, "file-too-large", "error")
+
+
 def outside_link(case: JobCase) -> list[Finding]:
     """A link leads the config, the tokenizer or the weights out of the model's directory.
 
@@ -157,6 +162,7 @@ _KINDS = frozenset(
         "bad-index",
         "unsafe-path",
         "special-file",
+        "file-too-large",
         "outside-link",
         "link-left-out",
         "missing-tensor",
@@ -199,6 +205,7 @@ RULES = (
     bad_index,
     unsafe_path,
     special_file,
+    file_too_large,
     outside_link,
     link_left_out,
     missing_shard,

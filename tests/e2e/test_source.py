@@ -304,7 +304,7 @@ def test_a_config_that_asks_for_too_much(fields: dict[str, Any], place: Path, mo
 def test_more_modules_than_the_files_could_fill(
     place: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_cli.model.skeleton._MODULES_LIMIT", -40)
+    monkeypatch.setattr("gptq_cli.model.skeleton._MODULES_LIMIT", 11)
     model = Path(shutil.copytree(tiny("llama"), place / "model"))
     tensors = load_file(model / "model.safetensors")
     few = {name: value for name, value in tensors.items() if "layers" not in name}
@@ -364,6 +364,11 @@ def test_a_config_that_is_deep_or_large(place: Path, model: Path) -> None:
     refused(place, run(place, model), 2, "config.json")
     (model / "config.json").write_text('{"a": "' + "x" * 20_000_000 + '"}')
     refused(place, run(place, model), 2, "config.json has more than 10000000 bytes")
+
+
+def test_a_tokenizer_that_would_fill_the_memory(place: Path, model: Path) -> None:
+    (model / "tokenizer_config.json").write_text('{"a": [' + ",".join(["{}"] * 4_000_000) + "]}")
+    refused(place, run(place, model), 3, "tokenizer_config.json has 12000007 bytes; allowed: 8000000")
 
 
 @pytest.mark.parametrize(
