@@ -178,5 +178,8 @@ def _read_toml(name: str, content: str) -> MapFile:
         else:
             pairs.append(Pair(prefix, value))
 
-    walk("", table)
+    try:
+        walk("", table)
+    except RecursionError:
+        raise DeviceMapError(f"{name[-200:]}: device map: nested too deeply to be read") from None
     return MapFile(name, content, tuple(pairs))

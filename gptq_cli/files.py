@@ -13,10 +13,7 @@ import os
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal, cast
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from typing import Any, BinaryIO, Literal, cast
 
 Kind = Literal["file", "directory", "pipe", "device"]
 
@@ -121,7 +118,7 @@ class _Pipe(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int | None:
+    def readinto(self, buffer: Any) -> int | None:
         if not self._first:
             return self._rest.readinto(buffer)
         room = memoryview(buffer).cast("B")

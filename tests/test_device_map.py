@@ -167,7 +167,9 @@ def test_bad_json_files(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["a = ", "a = 1.5", "a = [0]", "", 'device_map = "@other.toml"', "a = 2020-01-01"]
+    "content",
+    ["a = ", "a = 1.5", "a = [0]", "", 'device_map = "@other.toml"', "a = 2020-01-01", "a." * 9999 + "b = 0"],
+    ids=lambda text: text[:20],
 )
 def test_bad_toml_files(tmp_path: Path, content: str) -> None:
     file = tmp_path / "map.toml"

@@ -38,6 +38,7 @@ def _count(value: Any) -> bool:
 FIELDS: Mapping[str, tuple[Check, str]] = MappingProxyType(
     {
         "architectures": (_texts, "a list of texts"),
+        "attention_chunk_size": (_count, "a whole number"),
         "auto_map": (_object, "an object"),
         "dtype": (_text, "a text"),
         "hidden_size": (_count, "a whole number"),
@@ -47,6 +48,7 @@ FIELDS: Mapping[str, tuple[Check, str]] = MappingProxyType(
         "model_type": (_text, "a text"),
         "num_attention_heads": (_count, "a whole number"),
         "quantization_config": (_object, "an object"),
+        "sliding_window": (_count, "a whole number"),
         "text_config": (_object, "an object"),
         "tie_word_embeddings": (_truth, "true, false"),
         "torch_dtype": (_text, "a text"),

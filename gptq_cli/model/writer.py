@@ -169,9 +169,8 @@ class CheckpointWriter:
         return {"metadata": {"total_size": self.plan.tensor_bytes}, "weight_map": weight_map}
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        """A byte of a command line that is not UTF-8 becomes the JSON escape of its surrogate."""
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (self._work / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+        text = json.dumps(content, indent=2) + "\n"  # ASCII: a name may hold what UTF-8 cannot
+        (self._work / name).write_text(text, encoding="utf-8")
 
     def _open_shard(self, shard: PlannedShard) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)

@@ -26,6 +26,7 @@ CASES = [
     ("hidden_size", "x", "a whole number"),
     ("hidden_size", [64], "a whole number"),
     ("vocab_size", 1.5, "a whole number"),
+    ("sliding_window", "x", "a whole number"),
     ("torch_dtype", 7, "a text"),
     ("dtype", ["float16"], "a text"),
     ("quantization_config", "x", "an object"),
