@@ -99,11 +99,12 @@ def chat_text(
 
     own = getattr(type(tokenizer), "apply_chat_template", None)
     if own is not PreTrainedTokenizerBase.apply_chat_template:  # no Jinja template (mistral-common)
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
+        if not isinstance(text, str):
+            raise TypeError(f"it makes a {type(text).__name__}, not a text")
+        return text
     source = str(tokenizer.get_chat_template())
     if len(source) > TEMPLATE_CHARACTERS:
         raise ModelError(

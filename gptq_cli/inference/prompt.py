@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptq_cli.errors import ConfigError
+from gptq_cli.calibration.chat import chat_text
+from gptq_cli.errors import ConfigError, ModelError
 
 _PROBE = "qzjxkv"
 """A text that no template holds by itself."""
@@ -50,6 +51,8 @@ def render_chat(tokenizer: Any, prompt: str) -> str:
             text = _apply(tokenizer, prompt, as_parts)
         except MemoryError:
             raise
+        except ModelError as error:  # it was stopped, and would be stopped again
+            raise ConfigError(error.message, hint=_WITHOUT) from error
         except Exception as error:  # noqa: BLE001  # a template is the model author's program
             errors.append(error)
             continue
@@ -67,10 +70,7 @@ def render_chat(tokenizer: Any, prompt: str) -> str:
 def _apply(tokenizer: Any, prompt: str, as_parts: bool) -> str:
     content = [{"type": "text", "text": prompt}] if as_parts else prompt
     messages = [{"role": "user", "content": content}]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    if not isinstance(text, str):
-        raise TypeError(f"it makes a {type(text).__name__}, not a text")
-    return text
+    return chat_text(tokenizer, messages, add_generation_prompt=True)
 
 
 def _refuse_no_default(tokenizer: Any) -> None:

@@ -122,3 +122,12 @@ def test_a_tokenizer_whose_template_makes_no_text(tokenizer: Any, monkeypatch: p
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda self, messages, **options: [1, 2])
     with pytest.raises(ConfigError, match="makes a list, not a text"):
         encode_prompt(tokenizer, "hi")
+
+
+def test_a_template_that_does_not_end_is_stopped(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{{ messages }}"
+    )
+    with pytest.raises(ConfigError, match="the chat template was stopped") as caught:
+        encode_prompt(tokenizer, "hello")
+    assert "--raw" in (caught.value.hint or "")
