@@ -1,0 +1,123 @@
+"""Wherever a model is quantized, the checkpoint is the one that the CPU gives: every code, every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
+from gptq_cli.device import CPU, Device
+from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.devices.accelerators import present_devices
+from gptq_cli.model.skeleton import open_skeleton
+from gptq_cli.model.source import find_model
+from gptq_cli.preflight.cases import Work
+from gptq_cli.preflight.facts import model_facts
+from gptq_cli.preflight.resolve import resolve
+from tests.fakecuda.devices import Devices
+from tests.fakecuda.runs import BLOCKS, OUTER, Quantized, different, quantize
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
+
+Tiny = Callable[..., Path]
+Reference = Callable[..., Quantized]
+CUDA = (Device("cuda", 0), Device("cuda", 1))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The checkpoint of the CPU alone, made once for each model and set of options."""
+    root = tmp_path_factory.mktemp("reference")
+    made: dict[tuple[str, ...], Quantized] = {}
+
+    def run(name: str, *options: str) -> Quantized:
+        key = (name, *options)
+        if key not in made:
+            made[key] = quantize(tiny(name), root / str(len(made)), text, "--device-map", "cpu", *options)
+            assert made[key].devices == ["cpu"]
+        return made[key]
+
+    return run
+
+
+MAPS = {
+    "one device": ("rest=0", ["cuda:0"]),
+    "the second device": ("rest=1", ["cuda:1"]),
+    "cpu and a device": ("{blocks}.1=cpu,rest=0", ["cuda:0", "cpu"]),
+    "all blocks on cpu": ("{blocks}=cpu,rest=0", ["cuda:0", "cpu"]),
+    "cpu and the second device": ("{blocks}.0=cpu,rest=1", ["cuda:1", "cpu"]),
+    "outer modules on cpu": ("{outer},rest=0", ["cuda:0", "cpu"]),
+    "two devices": ("{blocks}.1=1,rest=0", ["cuda:0", "cuda:1"]),
+    "two devices and cpu": ("{blocks}.0=1,{blocks}.1=cpu,rest=0", ["cuda:0", "cuda:1", "cpu"]),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("case", MAPS)
+def test_a_map_changes_nothing(name: str, case: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference) -> None:
+    spec, expected = MAPS[case]
+    outer = ",".join(f"{module}=cpu" for module in OUTER[name])
+    device_map = spec.format(blocks=BLOCKS[name], outer=outer)
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", device_map)
+    assert run.devices == expected
+    assert different(run, reference(name)) == []
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_block_a_device(
+    name: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference, devices: Devices
+) -> None:
+    count = 3 if name == "llama" else 2
+    devices.resize([2 << 30] * count)
+    spec = ",".join(f"{BLOCKS[name]}.{index}={index}" for index in range(count))
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", f"{spec},rest=0")
+    assert run.devices == [f"cuda:{index}" for index in range(count)]
+    assert different(run, reference(name)) == []
+
+
+def largest_limit(model: Path, strategy: str, wanted: tuple[Device, ...]) -> int:
+    """The most bytes that both devices may have for `strategy` to come to the devices `wanted`."""
+    ref = ModelRef(model=str(model))
+    facts = model_facts(open_skeleton(find_model(ref), ref))
+    work = Work(QuantizeConfig(group_size=32), CalibrationConfig(samples=8, seq_len=48))
+    whole = resolve(DeviceMap.parse("cuda:0"), facts, present_devices(), work=work)
+    limit = int(whole.devices[0].needed_bytes / 0.95)
+    for _ in range(400):
+        found = resolve(
+            DeviceMap.parse(strategy),
+            facts,
+            present_devices(),
+            max_memory=MaxMemory(tuple((device, limit) for device in CUDA)),
+            work=work,
+        )
+        if found.placement is not None and found.placement.devices == wanted:
+            return limit
+        limit -= facts.size_bytes // 32
+    raise AssertionError(f"{strategy} never comes to {wanted}")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("strategy", "wanted"),
+    [
+        ("auto", CUDA[:1]),
+        ("auto", CUDA),
+        ("auto", (*CUDA, CPU)),
+        ("balanced", CUDA),
+        ("balanced_low_0", CUDA[1:]),
+        ("sequential", CUDA[:1]),
+        ("sequential", CUDA),
+        ("sequential", (*CUDA, CPU)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(map(str, value)),
+)
+def test_a_strategy_changes_nothing(
+    name: str, strategy: str, wanted: tuple[Device, ...], tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
+) -> None:
+    limit = largest_limit(tiny(name), strategy, wanted)
+    options = ("--device-map", strategy, "--max-memory", f"cuda:0={limit},cuda:1={limit}")
+    run = quantize(tiny(name), tmp_path / "out", text, *options)
+    assert run.devices == [str(device) for device in wanted]
+    assert different(run, reference(name)) == []
