@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU
-from gptq_cli.devices.accelerators import flush, quick_collections, torch_device
+from gptq_cli.devices.accelerators import flush, quick_collections, reset_peak, torch_device, working_on
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
@@ -68,14 +68,14 @@ def quantize_model(
     The model lives and dies in here: when this returns, its memory is free. Raises what
     `quantize_blocks` raises.
     """
+    reset_peak(run.options.devices)
     with ExitStack() as opened:
         with phase(observer, "load") as words:
             model, lender = _open(run, opened)
             words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
             if run.placement.streams_blocks:
                 words.append("each block when its turn comes")
-            for name, child in _outside(model, run.skeleton.blocks_prefix):
-                check_finite(child, name)
+            _check_outside(model, run.skeleton.blocks_prefix)
         with phase(observer, "capture", len(input_ids)):
             blocks = _blocks(model, run, lender)
             with lender.for_capture():
@@ -109,12 +109,12 @@ def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, Lender]:
     return model, opened.enter_context(replace_dispatch_hooks(model, run.placement))
 
 
-def _outside(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The modules with tensors of their own that lie outside the blocks."""
+def _check_outside(model: Any, prefix: str) -> None:
+    """Raise `NonFinite` if a tensor outside the blocks is not finite."""
     for name, module in model.named_modules():
         inside = name == prefix or name.startswith(prefix + ".")
         if not inside and not any(True for _ in module.children()):
-            yield name, module
+            check_finite(module, name)
 
 
 def _blocks(model: Any, run: EngineRun, lender: Lender) -> list[Block]:
@@ -143,15 +143,17 @@ def _capture(
 
     embedding = model.get_input_embeddings().weight.device
     offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
-    return capture(
-        model.base_model,
-        [block.module for block in blocks],
-        ids,
-        batch_size=run.batch_size,
-        paired_samples=run.config.paired_samples(len(ids)),
-        input_device=torch_device(run.placement.main_device) if offloaded else embedding,
-        advanced=advanced,
-    )
+    enters_on = torch_device(run.placement.main_device) if offloaded else embedding
+    with working_on(enters_on):
+        return capture(
+            model.base_model,
+            [block.module for block in blocks],
+            ids,
+            batch_size=run.batch_size,
+            paired_samples=run.config.paired_samples(len(ids)),
+            input_device=enters_on,
+            advanced=advanced,
+        )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.scratch import Scratch
+from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.tensors import TensorReader
@@ -214,13 +215,14 @@ def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
 def _dispatch(model: Any, placement: Placement) -> None:
     from accelerate import dispatch_model
 
-    dispatch_model(
-        model,
-        device_map=placement.accelerate_map(),
-        main_device=placement.main_device.for_accelerate,
-        skip_keys=model._skip_keys_device_placement,
-        offload_buffers=True,
-    )
+    with quiet_libraries():
+        dispatch_model(
+            model,
+            device_map=placement.accelerate_map(),
+            main_device=placement.main_device.for_accelerate,
+            skip_keys=model._skip_keys_device_placement,
+            offload_buffers=True,
+        )
 
 
 def _read_generation_config(checkpoint: QuantizedCheckpoint) -> None:

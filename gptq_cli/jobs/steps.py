@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 from gptq_cli.config import InspectJob, QuantizeJob
 from gptq_cli.device import CPU, Device
-from gptq_cli.devices.accelerators import present_devices
+from gptq_cli.devices.accelerators import flush, present_devices
 from gptq_cli.engine.run import is_out_of_memory
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import FindingRaised, Observer
@@ -69,13 +70,27 @@ def watched(placement: Placement) -> tuple[Device, ...]:
 
 @contextmanager
 def out_of_memory_explained(command: Literal["quantize", "load"]) -> Iterator[None]:
-    """Turn an allocator's error into exit code 4 and what to change."""
+    """Turn an allocator's error into exit code 4 and what to change.
+
+    The error's traceback forgets the variables of its functions, so that whoever keeps the error does not
+    keep the model; then the devices are flushed.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        _forget_variables(error)
+        flush(())
         raise OutOfDeviceMemory(
             f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
             hint=_LESS_MEMORY[command],
         ) from error
+
+
+def _forget_variables(error: BaseException) -> None:
+    """Clear the finished functions in the tracebacks of `error` and of what it came from."""
+    chained: BaseException | None = error
+    while chained is not None:
+        traceback.clear_frames(chained.__traceback__)
+        chained = chained.__cause__ or chained.__context__
