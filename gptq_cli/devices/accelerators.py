@@ -52,6 +52,13 @@ def working_on(device: torch.device) -> AbstractContextManager[object]:
     return torch.accelerator.device_index(device.index)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an accelerator's or the CPU allocator's out-of-memory error."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def present_accelerators() -> tuple[Device, ...]:
     """Every accelerator of this machine that is visible to the process."""
     current = torch.accelerator.current_accelerator()

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import CPU
-from gptq_cli.devices.accelerators import flush, quick_collections, reset_peak, torch_device, working_on
+from gptq_cli.devices.accelerators import flush, quick_collections, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
@@ -143,21 +142,13 @@ def _capture(
 
     embedding = model.get_input_embeddings().weight.device
     offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
-    enters_on = torch_device(run.placement.main_device) if offloaded else embedding
-    with working_on(enters_on):
-        return capture(
-            model.base_model,
-            [block.module for block in blocks],
-            ids,
-            batch_size=run.batch_size,
-            paired_samples=run.config.paired_samples(len(ids)),
-            input_device=enters_on,
-            advanced=advanced,
-        )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for an accelerator's or the CPU allocator's out-of-memory error."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return capture(
+        model.base_model,
+        [block.module for block in blocks],
+        ids,
+        batch_size=run.batch_size,
+        paired_samples=run.config.paired_samples(len(ids)),
+        input_device=torch_device(run.placement.main_device) if offloaded else embedding,
+        block_device=blocks[0].device,
+        advanced=advanced,
+    )

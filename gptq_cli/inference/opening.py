@@ -10,9 +10,10 @@ accelerate's hooks carry them there for each forward.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from gptq_cli.config import KernelWish
-from gptq_cli.device import Device
-from gptq_cli.devices.accelerators import current_accelerator, torch_device
+from gptq_cli.device import CPU, Device
+from gptq_cli.devices.accelerators import current_accelerator, torch_device, working_on
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import PackedLinear as PackedTensors
@@ -104,6 +105,7 @@ def load_quantized(
     _read_generation_config(checkpoint)
     if len(placement.devices) > 1:
         _dispatch(model, placement)
+        _set_current_devices(model, checkpoint.blocks, placement)
     trim_heap()
     return model
 
@@ -223,6 +225,24 @@ def _dispatch(model: Any, placement: Placement) -> None:
             skip_keys=model._skip_keys_device_placement,
             offload_buffers=True,
         )
+
+
+def _set_current_devices(model: nn.Module, blocks: Sequence[str], placement: Placement) -> None:
+    """Have each block run with its device as the current one: accelerate moves tensors, and no more."""
+    main = placement.main_device
+    for name in blocks:
+        home = placement.device_of(name)
+        block, device = model.get_submodule(name), torch_device(main if home == CPU else home)
+        block.forward = _with_device(block.forward, device)
+
+
+def _with_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with working_on(device):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def _read_generation_config(checkpoint: QuantizedCheckpoint) -> None:

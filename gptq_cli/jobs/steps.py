@@ -9,8 +9,7 @@ from typing import Literal
 
 from gptq_cli.config import InspectJob, QuantizeJob
 from gptq_cli.device import CPU, Device
-from gptq_cli.devices.accelerators import flush, present_devices
-from gptq_cli.engine.run import is_out_of_memory
+from gptq_cli.devices.accelerators import flush, is_out_of_memory, present_devices
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import FindingRaised, Observer
 from gptq_cli.findings import PreflightReport

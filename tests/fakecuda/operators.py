@@ -17,7 +17,9 @@ def register() -> None:
     library = torch.library.Library("aten", "IMPL")
     here = globals()  # asked at each call, so that a test may put another one in its place
     library.impl("histc", lambda *args, **options: here["histc"](*args, **options), "CUDA")
-    library.impl("_convert_weight_to_int4pack", lambda *args: here["convert_weight_to_int4pack"](*args), "CUDA")
+    library.impl(
+        "_convert_weight_to_int4pack", lambda *args: here["convert_weight_to_int4pack"](*args), "CUDA"
+    )
     library.impl("_weight_int4pack_mm", lambda *args: here["weight_int4pack_mm"](*args), "CUDA")
     _registered.append(library)
 

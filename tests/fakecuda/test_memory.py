@@ -79,7 +79,9 @@ def test_a_peak_is_that_of_the_run_and_of_the_block(small: Path, text: Path, tmp
         quantize(small, tmp_path / str(number), text, "--device-map", "cuda:0", *size).report
         for number, size in enumerate(sizes)
     )
-    assert dict(less["measured_peak_bytes"])["cuda:0"] < dict(large["measured_peak_bytes"])["cuda:0"] < 1 << 29
+    assert (
+        dict(less["measured_peak_bytes"])["cuda:0"] < dict(large["measured_peak_bytes"])["cuda:0"] < 1 << 29
+    )
     for report in (large, less):
         whole = dict(report["measured_peak_bytes"])["cuda:0"]
         assert all(dict(block["peak_bytes"])["cuda:0"] <= whole for block in report["blocks"])
@@ -198,21 +200,24 @@ def test_an_error_that_is_kept_keeps_no_memory(
 
 
 def test_two_jobs_in_one_process_do_not_disturb_each_other(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    llama, gpt2 = tiny("llama"), tiny("gpt2")
     torch.cuda.manual_seed_all(11)
     states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
     threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
     with torch.accelerator.device_index(1):
-        first = quantize(tiny("llama"), tmp_path / "1", text, "--device-map", "model.layers.1=1,rest=0")
-        second = quantize(tiny("llama"), tmp_path / "2", text, "--device-map", OFFLOAD)
-        other = quantize(tiny("gpt2"), tmp_path / "3", text, "--device-map", "cuda:1")
-        third = quantize(tiny("llama"), tmp_path / "4", text, "--device-map", "auto")
+        first = quantize(llama, tmp_path / "1", text, "--device-map", "model.layers.1=1,rest=0")
+        second = quantize(llama, tmp_path / "2", text, "--device-map", OFFLOAD)
+        other = quantize(gpt2, tmp_path / "3", text, "--device-map", "cuda:1")
+        third = quantize(llama, tmp_path / "4", text, "--device-map", "auto")
         assert torch.accelerator.current_device_index() == 1
     assert different(first, second) == different(first, third) == []
     assert other.devices == ["cuda:1"]
     assert allocated() == [0, 0]
     assert all(
         torch.equal(before, after)
-        for before, after in zip(states, [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], strict=True)
+        for before, after in zip(
+            states, [torch.get_rng_state(), *torch.cuda.get_rng_state_all()], strict=True
+        )
     )
     assert (torch.get_num_threads(), gc.get_freeze_count()) == (threads, frozen)
     assert first.report["predicted_peak_bytes"] != second.report["predicted_peak_bytes"]

@@ -129,7 +129,9 @@ def test_after_a_lack_of_memory(
     assert_at_home_without_hooks(watch)
 
 
-@pytest.mark.parametrize("device_map", ["cuda:1", MAP, "model.embed_tokens=cpu,rest=1", "model.layers=cpu,rest=1"])
+@pytest.mark.parametrize(
+    "device_map", ["cuda:1", MAP, "model.embed_tokens=cpu,rest=1", "model.layers=cpu,rest=1"]
+)
 def test_nothing_is_on_a_device_that_the_map_leaves_out(
     device_map: str, tiny: Tiny, text: Path, tmp_path: Path
 ) -> None:
@@ -157,7 +159,9 @@ def test_cpu_beside_a_device_is_warned_of_on_stderr(tiny: Tiny, text: Path, tmp_
 
 
 @pytest.mark.xfail(reason="findings do not reach report.json yet, nor stderr without a display", strict=False)
-def test_cpu_beside_a_device_is_warned_of_wherever_warnings_go(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+def test_cpu_beside_a_device_is_warned_of_wherever_warnings_go(
+    tiny: Tiny, text: Path, tmp_path: Path
+) -> None:
     done = quantize(tiny("llama"), tmp_path / "out", text, "--device-map", MAP, "--progress", "none")
     assert any("CPU offload is not recommended" in warning for warning in done.report["warnings"])
     assert "CPU offload is not recommended" in done.ran.stderr
