@@ -19,6 +19,8 @@ from gptq_cli.devices.host_memory import host_memory, peak_resident_bytes, resid
 from gptq_cli.events import DeviceMemory
 from gptq_cli.placement import DeviceBudget
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
 
 def accelerator_kind() -> str:
     """Kind that a bare index means on this machine: that of its accelerators, "cuda" where there is none."""
@@ -53,10 +55,14 @@ def working_on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an accelerator's or the CPU allocator's out-of-memory error."""
+    """True for an accelerator's, its libraries' or the CPU allocator's out-of-memory error.
+
+    Only CUDA's and XPU's allocators have a type for it. MPS, the CPU, and cuBLAS, cuSOLVER and cuDNN with
+    workspaces of their own, say it in words.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def present_accelerators() -> tuple[Device, ...]:

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence the progress bars and load reports of Transformers, and what accelerate says of its dispatch."""
+    """Silence Transformers' progress bars and load reports, and what accelerate says of its dispatch."""
     accelerates = logging.getLogger("accelerate")
     level = accelerates.level
     verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""`python -m tests.fakecuda [pytest options and files]`: build, then run the accelerator tests in a pytest of their own.
+"""`python -m tests.fakecuda [pytest options and files]`: the accelerator tests, in a pytest of their own.
 
 What `make test-fake` does. Where there can be no make-believe CUDA it says why, in one line, and is content.
 """

@@ -65,7 +65,7 @@ def library() -> Path:
 
 
 def build() -> Path:
-    """The library; compiled now where it is not there. Raises `CalledProcessError` with the compiler's words."""
+    """The library; compiled now where it is not there. Raises `CalledProcessError` where that fails."""
     made = library()
     if made.exists():
         return made

@@ -76,7 +76,7 @@ class Devices:
         return Properties(f"make-believe {index}", self._sizes[index], *self._capability)
 
     def squeeze(self, index: int, spare_bytes: int) -> None:
-        """Leave `spare_bytes` beside what is allocated now; the cache is given up, and no flush is counted."""
+        """Leave `spare_bytes` beside what is allocated now. The cache is given up; no flush is counted."""
         import torch
 
         self._library.fake_drop_cache(index)
@@ -180,7 +180,7 @@ def _answer_for(devices: Devices) -> None:
 
 
 def _copy_without_storages() -> None:
-    """`copy.deepcopy` of a tensor of a device: Python's storages know CUDA's allocator only in a CUDA build."""
+    """`copy.deepcopy` of a tensor of a device: storages know CUDA's allocator only in a CUDA build."""
     import torch
 
     plain = {kind: kind.__deepcopy__ for kind in (torch.nn.Parameter, torch.Tensor)}

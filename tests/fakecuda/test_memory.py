@@ -1,4 +1,4 @@
-"""Memory of devices: emptied when it should be, measured afresh, predicted well, and given back when it ends."""
+"""Memory of devices: emptied when due, measured afresh, at most what was predicted, given back in the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gptq_cli.gptq.hessian import Hessian
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import different, quantize, words_for
-from tests.gpu.models import save_random
+from tests.gpu.models import SMALL, save_random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
 
@@ -30,15 +30,7 @@ OFFLOAD = "model.layers.1=cpu,rest=0"
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough for its tensors to count beside what is rounded, small enough for seconds."""
-    return save_random(
-        tmp_path_factory.mktemp("small") / "model",
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    return save_random(tmp_path_factory.mktemp("small") / "model", **SMALL)
 
 
 @pytest.mark.parametrize("device_map", ["cuda:0", OFFLOAD, "model.layers.1=1,rest=0"])
@@ -50,7 +42,7 @@ def test_every_flush_is_told_and_every_one_told_is_one(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    """Those of the block loop and the end; accelerate flushes by itself for each tensor that it dispatches."""
+    """From the end of capture on; before, accelerate flushes by itself for each tensor that it dispatches."""
     before: list[int] = []
     blocks = run.quantize_blocks
 
@@ -74,7 +66,7 @@ def test_a_peak_is_that_of_the_run_and_of_the_block(small: Path, text: Path, tmp
     """The second run needs less than the first, and so do its blocks: a peak that stayed would show."""
     held = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
     del held
-    sizes = (("--samples", "64", "--seq-len", "128"), ("--samples", "8", "--seq-len", "32"))
+    sizes = (("--samples", "32", "--seq-len", "128"), ("--samples", "8", "--seq-len", "32"))
     large, less = (
         quantize(small, tmp_path / str(number), text, "--device-map", "cuda:0", *size).report
         for number, size in enumerate(sizes)
@@ -93,7 +85,7 @@ def test_a_peak_is_that_of_the_run_and_of_the_block(small: Path, text: Path, tmp
         ("cuda:0", ()),
         ("cuda:0", ("--solve-for", "own")),
         ("cuda:0", ("--no-true-sequential",)),
-        ("cuda:0", ("--group-size", "-1", "--batch-size", "4")),
+        ("cuda:0", ("--group-size", "-1", "--desc-act")),
         ("model.layers.1-2=cpu,rest=0", ()),
         ("model.layers.1-2=1,rest=0", ()),
         ("model.embed_tokens=cpu,lm_head=cpu,model.layers.1=1,rest=0", ()),
@@ -102,7 +94,7 @@ def test_a_peak_is_that_of_the_run_and_of_the_block(small: Path, text: Path, tmp
 def test_what_is_measured_is_at_most_what_was_predicted(
     device_map: str, options: tuple[str, ...], small: Path, text: Path, tmp_path: Path
 ) -> None:
-    size = ("--samples", "64", "--seq-len", "128", "--device-map", device_map)
+    size = ("--samples", "32", "--seq-len", "128", "--device-map", device_map)
     report = quantize(small, tmp_path / "out", text, *size, *options).report
     predicted, measured = dict(report["predicted_peak_bytes"]), dict(report["measured_peak_bytes"])
     for device in report["devices"]:
@@ -175,9 +167,10 @@ def test_out_of_memory_is_exit_4_and_leaves_nothing(
     assert devices.ooms(index) > 0
     assert left == [0, 0]
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    devices.relax()
-    quantize(tiny("llama"), tmp_path / "again", text, "--device-map", device_map)
+    if point == "solve":
+        monkeypatch.undo()
+        devices.relax()
+        quantize(tiny("llama"), tmp_path / "again", text, "--device-map", device_map)
 
 
 def test_an_error_that_is_kept_keeps_no_memory(

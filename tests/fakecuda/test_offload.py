@@ -1,4 +1,4 @@
-"""The life of the offload hooks on devices: before a run, and after its success, an error, an interruption."""
+"""The life of the offload hooks on devices: before a run, after success, an error, an interruption."""
 
 from __future__ import annotations
 

@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.device import CPU, Device
-from gptq_cli.device_map import DeviceMap, MaxMemory
-from gptq_cli.devices.accelerators import present_devices
-from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import find_model
-from gptq_cli.preflight.cases import Work
-from gptq_cli.preflight.facts import model_facts
-from gptq_cli.preflight.resolve import resolve
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import BLOCKS, OUTER, Quantized, different, quantize
+from tests.gpu.limits import largest_limit
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
 
@@ -84,25 +78,6 @@ def test_one_block_a_device(
     assert different(run, reference(name)) == []
 
 
-def largest_limit(model: Path, strategy: str, wanted: tuple[Device, ...]) -> int:
-    """The most bytes that both devices may have for `strategy` to come to the devices `wanted`."""
-    ref = ModelRef(model=str(model))
-    facts = model_facts(open_skeleton(find_model(ref), ref))
-    work = Work(QuantizeConfig(group_size=32), CalibrationConfig(samples=8, seq_len=48))
-    budgets = present_devices()
-    step = facts.size_bytes // 32
-    (whole, *_) = resolve(DeviceMap.parse("cuda:0"), facts, budgets, work=work).devices
-    for top in (int(whole.needed_bytes / 0.95), whole.needed_bytes):  # plans keep 5 % free where they can
-        for limit in range(top + 2 * step, top - 128 * step, -step):
-            limits = MaxMemory(tuple((device, limit) for device in CUDA))
-            found = resolve(DeviceMap.parse(strategy), facts, budgets, max_memory=limits, work=work)
-            if found.placement is None:
-                break
-            if found.placement.devices == wanted:
-                return limit
-    raise AssertionError(f"{strategy} never comes to {wanted}")
-
-
 @pytest.mark.parametrize(
     ("name", "strategy", "wanted"),
     [
@@ -129,8 +104,9 @@ def test_a_strategy_changes_nothing(
     tmp_path: Path,
     reference: Reference,
 ) -> None:
-    limit = largest_limit(tiny(name), strategy, wanted)
-    options = ("--device-map", strategy, "--max-memory", f"cuda:0={limit},cuda:1={limit}")
+    work = CalibrationConfig(samples=8, seq_len=48), QuantizeConfig(group_size=32)
+    given = largest_limit(tiny(name), strategy, wanted, 2, *work)
+    options = ("--device-map", strategy, "--max-memory", given)
     run = quantize(tiny(name), tmp_path / "out", text, *options)
     assert run.devices == [str(device) for device in wanted]
     assert different(run, reference(name)) == []
