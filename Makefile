@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all lint types fmt golden bench check clean
+.PHONY: help venv demo test test-all test-fake lint types fmt golden bench check clean
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -42,6 +42,9 @@ test: $(STAMP)       ## the tests
 test-all: $(STAMP)   ## the tests, slow ones included
 	@$(PYTEST) $(WORKERS) -m 'not gpu and not network'
 
+test-fake: $(STAMP)  ## the accelerator tests on a make-believe CUDA, built with g++ in seconds
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fakecuda $(WORKERS)
+
 lint: $(STAMP)       ## ruff: rules, floors, format
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -60,12 +63,13 @@ golden: $(STAMP)     ## write the golden files and README's option lists anew; r
 bench: $(STAMP)      ## time `gptq quantize` on the demo model; the last line is JSON
 	@$(BIN)/python scripts/bench_quantize.py
 
-check:               ## what CI runs: lint, types, tests, README against --help, in an environment of its own
+check:               ## what CI runs: lint, types, tests, make-believe CUDA, in an environment of its own
 	@rm -rf .venv-check
 	@$(MAKE) VENV=.venv-check lint
 	@$(MAKE) VENV=.venv-check types
 	@$(MAKE) VENV=.venv-check test
+	@$(MAKE) VENV=.venv-check test-fake
 
 clean:               ## remove caches, environments and what the demo wrote
-	@rm -rf .venv .venv-* demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv .venv-* demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .fakecuda_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

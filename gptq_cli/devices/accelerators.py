@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -39,6 +39,17 @@ def current_accelerator() -> Device:
 def torch_device(device: Device) -> torch.device:
     """The same device in torch's type."""
     return torch.device(str(device))
+
+
+def working_on(device: torch.device) -> AbstractContextManager[object]:
+    """Have `device` as the current one of its kind, in this thread, inside the scope.
+
+    PyTorch's own operators go to the device of their tensors. Triton kernels, which models bring along, are
+    launched on the current device, whatever their tensors' is; and a new thread starts on device 0.
+    """
+    if device.type not in INDEXED_KINDS or device.type != accelerator_kind():
+        return nullcontext()
+    return torch.accelerator.device_index(device.index)
 
 
 def present_accelerators() -> tuple[Device, ...]:

@@ -10,6 +10,7 @@ Nothing here imports torch: this must still work when there is no memory left to
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -54,7 +55,8 @@ def out_of_memory_cause(error: BaseException) -> BaseException | None:
 def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
     """Turn a lack of memory inside the `with` into `OutOfDeviceMemory`: exit code 4.
 
-    `doing` says what was being done, "while opening the model"; `hint` what to change.
+    `doing` says what was being done, "while opening the model"; `hint` what to change. The error's tracebacks
+    forget the variables of its functions: whoever keeps the error does not keep the model.
     """
     try:
         yield
@@ -66,6 +68,8 @@ def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
             raise
         lines = str(cause).strip().splitlines()
         said = lines[0] if lines else type(cause).__name__
+        for link in _chain(error):
+            traceback.clear_frames(link.__traceback__)
         raise OutOfDeviceMemory(f"out of memory {doing()}: {said}", hint=hint) from error
 
 

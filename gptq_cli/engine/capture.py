@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.products import products_for
 from gptq_cli.errors import GptqError
 
@@ -171,18 +172,21 @@ def capture(
     *,
     batch_size: int,
     input_device: torch.device,
+    block_device: torch.device | None = None,
     paired_samples: int = 0,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
     """Run the embedding over all samples and note how every block is called.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states stay where the model left them. `paired_samples` of them, evenly spread over the text, are
+    hidden states stay where the model left them. `block_device` is where the first block works, if elsewhere.
+    `paired_samples` of them, evenly spread over the text, are
     paired and come first, in micro-batches of their own, so that which samples they are does not depend on
     `batch_size`. `advanced` hears the number of samples done.
     Raises `GptqError` when the forward does not visit every block once, in order.
     """
-    probe, recorder = _Recorder(blocks), _Recorder(blocks)
+    works_on = block_device or input_device
+    probe, recorder = _Recorder(blocks, works_on), _Recorder(blocks, works_on)
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
     twins = spread(len(input_ids), paired_samples)
     alone = [number for number in range(len(input_ids)) if number not in set(twins)]
@@ -205,7 +209,7 @@ def capture(
 
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder: _Recorder) -> None:
     recorder.intern.new_micro_batch()
-    with torch.no_grad(), ExitStack() as stack:
+    with working_on(ids.device), torch.no_grad(), ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.enter_context(replaced_forward(block, recorder.forward_of(index, block.forward)))
         try:
@@ -218,7 +222,8 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder
 class _Recorder:
     """The stand-ins for the blocks' forwards during `capture`."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        self._device = device
         self.hidden: list[Tensor] = []
         self.calls: list[list[BlockCall]] = [[] for _ in blocks]
         self.intern = _Interner()
@@ -238,7 +243,9 @@ class _Recorder:
             if self._returns_tuple is None:  # ask the real block once what shape its answer has
                 named = {} if keyword is None else {keyword: hidden.clone()}
                 first = (hidden.clone(),) if keyword is None else ()
-                self._returns_tuple = isinstance(original(*first, *args[1:], **named, **kwargs), tuple)
+                with working_on(self._device):
+                    answer = original(*first, *args[1:], **named, **kwargs)
+                self._returns_tuple = isinstance(answer, tuple)
             return (hidden,) if self._returns_tuple else hidden
 
         return forward

@@ -32,6 +32,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.devices.accelerators import working_on
 from gptq_cli.engine.capture import BlockCall, StopForward
 from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
@@ -388,7 +389,7 @@ class _Frame(threading.Thread):
                 entering = self._hidden.pop(0)
                 if self._keeps_input:
                     self.beside[BLOCK_INPUT] = entering
-                with torch.no_grad():
+                with working_on(entering.device), torch.no_grad():
                     self._output = self._call(self._block, entering)
                 self.sharing.end()
         except StopForward:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.device import Device
-from gptq_cli.devices.accelerators import flush, read_memory, reset_peak
+from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, working_on
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
@@ -114,7 +114,7 @@ def quantize_blocks(
     for index, block in enumerate(blocks):
         started = time.perf_counter()
         reset_peak(options.devices)
-        with block.at_work():
+        with working_on(block.device), block.at_work():
             captured.hidden[:] = [hidden.to(block.device) for hidden in captured.hidden]
             captured.dense[:] = [hidden.to(block.device) for hidden in captured.dense]
             calls = [call.to(block.device) for call in captured.calls[index]]

@@ -74,8 +74,7 @@ def quantize_model(
             words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
             if run.placement.streams_blocks:
                 words.append("each block when its turn comes")
-            for name, child in _outside(model, run.skeleton.blocks_prefix):
-                check_finite(child, name)
+            _check_outside(model, run.skeleton.blocks_prefix)
         with phase(observer, "capture", len(input_ids)):
             blocks = _blocks(model, run, lender)
             with lender.for_capture():
@@ -109,12 +108,12 @@ def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, Lender]:
     return model, opened.enter_context(replace_dispatch_hooks(model, run.placement))
 
 
-def _outside(model: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """The modules with tensors of their own that lie outside the blocks."""
+def _check_outside(model: Any, prefix: str) -> None:
+    """Raise `NonFinite` if a tensor outside the blocks is not finite."""
     for name, module in model.named_modules():
         inside = name == prefix or name.startswith(prefix + ".")
         if not inside and not any(True for _ in module.children()):
-            yield name, module
+            check_finite(module, name)
 
 
 def _blocks(model: Any, run: EngineRun, lender: Lender) -> list[Block]:
@@ -150,5 +149,6 @@ def _capture(
         batch_size=run.batch_size,
         paired_samples=run.config.paired_samples(len(ids)),
         input_device=torch_device(run.placement.main_device) if offloaded else embedding,
+        block_device=blocks[0].device,
         advanced=advanced,
     )

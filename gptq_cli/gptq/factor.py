@@ -23,7 +23,8 @@ from torch import Tensor
 from gptq_cli.gptq.precision import fast_products
 
 _MOST_DAMPING = 1.0
-_GATHER_ROWS = 1024
+_GATHER_ROWS = 256
+"""Rows of H that are brought into order at a time: a copy of so many lies beside the factor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,7 +62,7 @@ def factorize(
     """Factorise H with the smallest damping of `damping_steps` that works.
 
     λ = damp_percent · mean of the live diagonal. A dead column stands apart from the others and gets the
-    mean as its own entry. One small read from the device an attempt, K³/3 multiply-adds, two K by K buffers.
+    mean as its own entry. One small read from the device an attempt, K³/3 multiply-adds, one K by K buffer.
     """
     K = H.shape[0]
     diagonal = H.diagonal()
@@ -75,8 +76,9 @@ def factorize(
     info = torch.empty((), dtype=torch.int32, device=H.device)
     steps = damping_steps(damp_percent)
     for attempt, damp in enumerate(steps, start=1):
-        for a in range(0, K, _GATHER_ROWS):
-            A[a : a + _GATHER_ROWS] = H[reverse[a : a + _GATHER_ROWS]].index_select(1, reverse)
+        for part in range(0, K, _GATHER_ROWS):
+            rows = slice(part, part + _GATHER_ROWS)
+            torch.index_select(H[reverse[rows]], 1, reverse, out=A[rows])
         damping = damp * mean
         A.diagonal().add_(fill).add_(damping)
         L = A.T  # column-major, as LAPACK and cuSOLVER want it, so that the factor replaces A in place

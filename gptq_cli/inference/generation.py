@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from gptq_cli.config import GREEDY, Sampling
+from gptq_cli.devices.accelerators import present_accelerators, torch_device, working_on
 from gptq_cli.devices.products import products_for
 from gptq_cli.errors import NonFinite
 from gptq_cli.inference.generation_config import for_generate, settings_of, stop_criterion
@@ -160,7 +161,7 @@ def generate(
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-    with torch.inference_mode(), products_of(model), _seeded(ids.device, sampling), _guided(model, options):
+    with torch.inference_mode(), products_of(model), _seeded(sampling), _guided(model, options):
         started = time.perf_counter()
         with _nothing_to_draw_explained():
             out = model.generate(
@@ -219,9 +220,12 @@ def input_device(model: Any) -> torch.device:
     return torch.device(device) if device is not None else embedding.weight.device
 
 
-def products_of(model: Any) -> AbstractContextManager[object]:
-    """The scope in which `model` runs fastest where it stands."""
-    return products_for(model.get_input_embeddings().weight.dtype, input_device(model))
+@contextmanager
+def products_of(model: Any) -> Iterator[None]:
+    """The scope in which `model` runs fastest where it stands, its device being the current one."""
+    device = input_device(model)
+    with working_on(device), products_for(model.get_input_embeddings().weight.dtype, device):
+        yield
 
 
 def _pad_token(tokenizer: Any, model: Any) -> int | None:
@@ -234,13 +238,15 @@ def _pad_token(tokenizer: Any, model: Any) -> int | None:
 
 
 @contextmanager
-def _seeded(device: torch.device, sampling: Sampling) -> Iterator[None]:
-    """Seed the generators that sampling draws from, and put them back. Greedy decoding draws nothing."""
+def _seeded(sampling: Sampling) -> Iterator[None]:
+    """Seed the generators that sampling draws from, and put them back. Greedy decoding draws nothing.
+
+    `torch.manual_seed` seeds those of every device, so those of every device are kept.
+    """
     if sampling.temperature == 0:
         yield
         return
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices=devices, device_type=kind):
+    devices = [torch_device(device) for device in present_accelerators()]
+    with torch.random.fork_rng(devices=devices, device_type=devices[0].type if devices else "cuda"):
         torch.manual_seed(sampling.seed)
         yield

@@ -12,7 +12,7 @@ Every kernel knows two ways from the same buffers, because no one way wins every
 
 The layouts of the CPU's and of CUDA's operator are private to torch. `dense` must read them, so they are
 learnt from the operator itself before they are relied on (`cpu_block`, `tile_order`); where the answer is
-unexpected, `Dequantize` serves.
+unexpected, or an operator raises, `Dequantize` serves.
 """
 
 from __future__ import annotations
@@ -293,7 +293,8 @@ def words_to_nibbles(words: Tensor) -> Tensor:  # (..., W) int32
 def tile_order(inner: int, device: str) -> Tensor:
     """(128 inner,) int64: where in a packed tile the element `column * 16 inner + row` of the tile is found.
 
-    The elements are numbered and three tiles packed, one for each nibble of the number.
+    The elements are numbered and three tiles packed, one for each nibble of the number. Raises `RuntimeError`
+    where the operator does something else than to move them.
     """
     size = 128 * inner
     numbers = torch.arange(size, device=device).view(8, 16 * inner)
@@ -302,6 +303,8 @@ def tile_order(inner: int, device: str) -> Tensor:
         nibble = ((numbers >> place) & 15).to(torch.uint8)
         tile = torch.ops.aten._convert_weight_to_int4pack(nibble[:, ::2] << 4 | nibble[:, 1::2], inner)
         found |= words_to_nibbles(tile.reshape(-1)).long() << place
+    if not torch.equal(found.sort().values, numbers.flatten()):
+        raise RuntimeError("the layout of its weights is unknown here")
     order = torch.empty_like(found)
     order[found] = torch.arange(size, device=device)
     return order

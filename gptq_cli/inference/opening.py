@@ -10,17 +10,18 @@ accelerate's hooks carry them there for each forward.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gptq_cli.config import KernelWish
-from gptq_cli.device import Device
-from gptq_cli.devices.accelerators import current_accelerator, torch_device
+from gptq_cli.device import CPU, Device
+from gptq_cli.devices.accelerators import current_accelerator, torch_device, working_on
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import PackedLinear as PackedTensors
@@ -32,6 +33,7 @@ from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinea
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
+from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.reader import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import fill_dense
@@ -111,6 +113,7 @@ def load_quantized(
         head.register_forward_pre_hook(_contiguous_input)
     if len(placement.devices) > 1:
         _dispatch(model, placement)
+        _set_current_devices(model, checkpoint.blocks, placement)
     answer_for(model, checkpoint)
     trim_heap()
     return model
@@ -233,13 +236,32 @@ def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
 def _dispatch(model: Any, placement: Placement) -> None:
     from accelerate import dispatch_model
 
-    dispatch_model(
-        model,
-        device_map=placement.accelerate_map(),
-        main_device=placement.main_device.for_accelerate,
-        skip_keys=model._skip_keys_device_placement,
-        offload_buffers=True,
-    )
+    with quiet_libraries():
+        dispatch_model(
+            model,
+            device_map=placement.accelerate_map(),
+            main_device=placement.main_device.for_accelerate,
+            skip_keys=model._skip_keys_device_placement,
+            offload_buffers=True,
+        )
+
+
+def _set_current_devices(model: nn.Module, blocks: Sequence[str], placement: Placement) -> None:
+    """Have each block run with its device as the current one: accelerate moves tensors, and no more."""
+    main = placement.main_device
+    for name in blocks:
+        home = placement.device_of(name)
+        block, device = model.get_submodule(name), torch_device(main if home == CPU else home)
+        block.forward = _with_device(block.forward, device)
+
+
+def _with_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with working_on(device):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def compile_forward(model: Any) -> None:

@@ -1,7 +1,8 @@
 """The module that stands where a linear stood, and the choice of its kernel.
 
 `PackedLinear` multiplies its input by codes that stay packed. It holds one copy of them, in the layout of its
-kernel, and picks by the number of tokens between the fused kernel and dequantize-and-GEMM.
+kernel, and picks by the number of tokens between the fused kernel and dequantize-and-GEMM. Where torch's
+operator for a fused kernel raises, at load or later, dequantizing serves, and the reason says so.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptq_cli.config import KernelWish
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.gptq.precision import has_units
 from gptq_cli.inference.codes import LinearCodes
 from gptq_cli.inference.crossover import Crossovers
@@ -94,18 +96,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = linear.bits, linear.group
-        device = linear.device
-        choice = choose(linear, device, dtype, wish)
-        planes = make_planes(linear, fused=choice.kernel.can_fuse)
-        self.kernel = choice.kernel(planes, dtype)
+        choice = choose(linear, linear.device, dtype, wish)
+        try:
+            self.kernel, held, few_rows = _built(choice.kernel, linear, dtype, crossovers)
+        except (RuntimeError, AttributeError) as error:  # AttributeError: torch does not have the operator
+            if not choice.kernel.can_fuse or is_out_of_memory(error):
+                raise
+            choice = Choice(Dequantize, _failing(choice.kernel, error))
+            self.kernel, held, few_rows = _built(choice.kernel, linear, dtype, crossovers)
         self.reason = choice.reason
-        held = self.kernel.hold(planes)
         self._held_names = tuple(held)
         for name, tensor in held.items():
             self.register_buffer(name, tensor)
         self.register_buffer("order", linear.order)
         self.register_buffer("bias", bias)
-        self.few_rows = crossovers.few_rows(self.kernel, held)
+        self.few_rows = few_rows
         """Up to this many tokens the fused kernel is used."""
         self._scratch = scratch
         self._row_padding = self.kernel.rows - self.in_features
@@ -113,7 +118,7 @@ class PackedLinear(nn.Module):
     @property
     def kernel_name(self) -> str:
         """Which kernel, for reports."""
-        return self.kernel.name
+        return self.kernel.name if self.few_rows else Dequantize.name
 
     @property
     def parameters_packed(self) -> int:
@@ -145,7 +150,13 @@ class PackedLinear(nn.Module):
         kernel = self.kernel
         if 0 < rows.shape[0] <= self.few_rows and rows.dtype == kernel.dtype:
             wide = rows.contiguous() if kernel.planes == 1 else torch.cat([rows, rows], 1)
-            out = kernel.fused(wide, self.held)
+            try:
+                out = kernel.fused(wide, self.held)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self.few_rows, self.reason = 0, _failing(type(kernel), error)
+                out = self._dequantize_and_multiply(rows)
         else:
             out = self._dequantize_and_multiply(rows)
         if kernel.columns != self.out_features:
@@ -179,3 +190,18 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, kernel={self.kernel.name}"
         )
+
+
+def _built(
+    kind: type[Kernel], linear: LinearCodes, dtype: torch.dtype, crossovers: Crossovers
+) -> tuple[Kernel, Held, int]:
+    """A kernel, the buffers of `linear` for it, and up to how many tokens its fused form is used."""
+    planes = make_planes(linear, fused=kind.can_fuse)
+    kernel = kind(planes, dtype)
+    held = kernel.hold(planes)
+    return kernel, held, crossovers.few_rows(kernel, held)
+
+
+def _failing(kind: type[Kernel], error: Exception) -> str:
+    said = str(error).strip().partition("\n")[0]
+    return f"torch's operator for {kind.name} fails here: {said or type(error).__name__}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenizer
 from gptq_cli.config import LoadJob
-from gptq_cli.devices.accelerators import present_devices, read_memory
+from gptq_cli.devices.accelerators import flush, present_devices, read_memory
 from gptq_cli.engine.run import phase
 from gptq_cli.events import FindingRaised, Observer, PhaseAdvanced, Warned, ignore
 from gptq_cli.inference.opening import (
@@ -66,6 +66,11 @@ def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
         report = timed(model, plan.placement, report, plan.positions, observer)
     if plan.windows is not None:
         report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
+    report = replace(report, kernels=kernel_counts(model))  # an operator may have failed meanwhile
+    accelerated = plan.placement.main_device.is_accelerator
+    del model, plan
+    if accelerated:
+        flush(())  # hooks make cycles of a model, and those wait for a collection
     return judged_by_gates(job, report)
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TextIO
 
 from gptq_cli.devices.out_of_memory import out_of_memory_told
+from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -85,8 +86,14 @@ def watching(command: Literal["quantize", "load", "inspect-map"], observer: Obse
     """Lend the observer that the steps of `command` report to. Raises `OutOfDeviceMemory`, exit code 4."""
     watcher = Watcher(observer)
     told = nullcontext() if observer is ignore else _python_warnings_told(watcher)
-    with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), told:
-        yield watcher
+    try:
+        with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), told:
+            yield watcher
+    except OutOfDeviceMemory:
+        from gptq_cli.devices.accelerators import flush
+
+        flush(())  # what the command held is free now; the devices are as before it
+        raise
 
 
 @contextmanager

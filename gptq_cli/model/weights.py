@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import expand_device_map
 
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
@@ -52,7 +53,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
                 **extra,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             raise ModelError(f"{skeleton.files.source} cannot be loaded: {error}") from error
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from gptq_cli.devices.accelerators import (
     read_memory,
     reset_peak,
     torch_device,
+    working_on,
 )
+from gptq_cli.devices.out_of_memory import is_out_of_memory
 
 GIB = 1 << 30
 
@@ -104,6 +107,42 @@ def test_flush_clears_every_backend_once(two_xpus: list[str]) -> None:
     before, after = flush(iter([Device("xpu", 0), Device("xpu", 1), CPU]))
     assert two_xpus == ["clear"]
     assert [m.device for m in before] == [m.device for m in after] == ["xpu:0", "xpu:1", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.1 GB, max allowed: 9.07 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_lack_of_memory_is_known_in_every_wording(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: device-side assert triggered"), ValueError("memory")]
+)
+def test_other_errors_are_no_lack_of_memory(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_the_current_device_is_set_where_there_are_several(
+    two_xpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered: list[int] = []
+    monkeypatch.setattr(
+        torch.accelerator, "device_index", lambda index: entered.append(index) or nullcontext()
+    )
+    for device in ("xpu:1", "cpu", "meta", "cuda:1"):
+        with working_on(torch.device(device)):
+            pass
+    assert entered == [1]
 
 
 @pytest.mark.parametrize("device", [CPU, Device("cuda", 3), Device("mps")])

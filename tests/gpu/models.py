@@ -1,4 +1,4 @@
-"""Models for a card: random, but large enough for its memory to be measured."""
+"""Random models whose memory can be measured: small for every device, medium for a card."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import transformers
 
 from tests.tiny import VOCAB, save_tokenizer
 
+SMALL: dict[str, Any] = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+"""Some megabytes: tensors count beside what is rounded, and a run takes seconds on a slow CPU."""
+
 
 def save_random(path: Path, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Path:
-    """A random Llama of some hundred megabytes with the tiny tokenizer."""
+    """A random Llama with the tiny tokenizer: some hundred megabytes, or as `fields` say."""
     shape: dict[str, Any] = {
         "vocab_size": 32000,
         "hidden_size": 2048,

@@ -1,0 +1,131 @@
+"""Wherever a model is quantized, the checkpoint is the one that the CPU gives: every code, every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.device import CPU, Device
+from tests.fakecuda.devices import Devices
+from tests.fakecuda.runs import BLOCKS, OUTER, Quantized, different, quantize
+from tests.gpu.limits import largest_limit
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
+
+Tiny = Callable[..., Path]
+Reference = Callable[..., Quantized]
+CUDA = (Device("cuda", 0), Device("cuda", 1))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The checkpoint of the CPU alone, made once for each model and set of options."""
+    root = tmp_path_factory.mktemp("reference")
+    made: dict[tuple[str, ...], Quantized] = {}
+
+    def run(name: str, *options: str) -> Quantized:
+        key = (name, *options)
+        if key not in made:
+            made[key] = quantize(tiny(name), root / str(len(made)), text, "--device-map", "cpu", *options)
+            assert made[key].devices == ["cpu"]
+        return made[key]
+
+    return run
+
+
+MAPS = {
+    "one device": ("rest=0", ["cuda:0"]),
+    "the second device": ("rest=1", ["cuda:1"]),
+    "cpu and a device": ("{blocks}.1=cpu,rest=0", ["cuda:0", "cpu"]),
+    "all blocks on cpu": ("{blocks}=cpu,rest=0", ["cuda:0", "cpu"]),
+    "cpu and the second device": ("{blocks}.0=cpu,rest=1", ["cuda:1", "cpu"]),
+    "outer modules on cpu": ("{outer},rest=0", ["cuda:0", "cpu"]),
+    "two devices": ("{blocks}.1=1,rest=0", ["cuda:0", "cuda:1"]),
+    "two devices and cpu": ("{blocks}.0=1,{blocks}.1=cpu,rest=0", ["cuda:0", "cuda:1", "cpu"]),
+}
+
+
+ESSENTIAL = ("cpu and a device", "outer modules on cpu", "two devices", "two devices and cpu")
+"""For every architecture; the others for llama."""
+
+
+@pytest.mark.parametrize(
+    ("name", "case"), [(name, case) for name in BLOCKS for case in (MAPS if name == "llama" else ESSENTIAL)]
+)
+def test_a_map_changes_nothing(
+    name: str, case: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
+) -> None:
+    spec, expected = MAPS[case]
+    outer = ",".join(f"{module}=cpu" for module in OUTER[name])
+    device_map = spec.format(blocks=BLOCKS[name], outer=outer)
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", device_map)
+    assert run.devices == expected
+    assert different(run, reference(name)) == []
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_block_a_device(
+    name: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference, devices: Devices
+) -> None:
+    count = 3 if name == "llama" else 2
+    devices.resize([2 << 30] * count)
+    spec = ",".join(f"{BLOCKS[name]}.{index}={index}" for index in range(count))
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", f"{spec},rest=0")
+    assert run.devices == [f"cuda:{index}" for index in range(count)]
+    assert different(run, reference(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "wanted"),
+    [
+        ("gpt2", "auto", CUDA[:1]),
+        ("llama", "auto", CUDA),
+        ("gemma2", "auto", CUDA),
+        ("llama", "auto", (*CUDA, CPU)),
+        ("llama", "auto", (CUDA[0], CPU)),
+        ("gpt2", "balanced", CUDA),
+        ("mixtral", "balanced", CUDA),
+        ("llama", "balanced_low_0", CUDA[1:]),
+        ("gemma2", "sequential", CUDA),
+        ("llama", "sequential", (*CUDA, CPU)),
+        ("mixtral", "sequential", CUDA),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(map(str, value)),
+)
+def test_a_strategy_changes_nothing(
+    name: str,
+    strategy: str,
+    wanted: tuple[Device, ...],
+    tiny: Tiny,
+    text: Path,
+    tmp_path: Path,
+    reference: Reference,
+) -> None:
+    work = CalibrationConfig(samples=8, seq_len=48), QuantizeConfig(group_size=32)
+    given = largest_limit(tiny(name), strategy, wanted, 2, *work)
+    options = ("--device-map", strategy, "--max-memory", given)
+    run = quantize(tiny(name), tmp_path / "out", text, *options)
+    assert run.devices == [str(device) for device in wanted]
+    assert different(run, reference(name)) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--no-true-sequential",),
+        ("--desc-act", "--asym"),
+        ("--solve-for", "own", "--batch-size", "2"),
+        ("--bits", "3", "--group-size", "-1"),
+    ],
+    ids=" ".join,
+)
+def test_so_with_other_options(
+    options: tuple[str, ...], tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
+) -> None:
+    device_map = "model.layers.0=1,model.layers.1=cpu,rest=0"
+    run = quantize(tiny("llama"), tmp_path / "out", text, "--device-map", device_map, *options)
+    assert run.devices == ["cuda:0", "cuda:1", "cpu"]
+    assert different(run, reference("llama", *options)) == []
