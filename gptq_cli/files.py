@@ -48,10 +48,8 @@ def kind_of(path: Path) -> Kind | None:
     """What stands at `path`, None for nothing. Raises `OSError` where even that cannot be known."""
     try:
         return _kind(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL, which no name holds
         return None
-    except ValueError as error:
-        raise _impossible(path) from error
 
 
 def open_once(path: Path, *, writer_seconds: float = WRITER_SECONDS) -> BinaryIO:
@@ -63,7 +61,7 @@ def open_once(path: Path, *, writer_seconds: float = WRITER_SECONDS) -> BinaryIO
     try:
         descriptor = os.open(path, flags)  # non-blocking: a FIFO without a writer would hold us here
     except ValueError as error:
-        raise _impossible(path) from error
+        raise OSError(errno.EINVAL, "a name cannot hold a NUL character", str(path)) from error
     try:
         kind = _kind(os.fstat(descriptor).st_mode)
         if kind in ("directory", "device"):
@@ -84,11 +82,6 @@ def _kind(mode: int) -> Kind:
     if stat.S_ISDIR(mode):
         return "directory"
     return "pipe" if stat.S_ISFIFO(mode) else "device"
-
-
-def _impossible(path: Path) -> OSError:
-    """What a NUL in a name is: `os` says it with a `ValueError`."""
-    return OSError(errno.EINVAL, "a name cannot hold a NUL character", str(path))
 
 
 def _first_bytes(descriptor: int, path: Path, writer_seconds: float) -> bytes:

@@ -37,10 +37,11 @@ def test_what_is_not_there_or_no_file_says_why(tmp_path: Path) -> None:
 
 
 def test_names_that_no_file_system_has(tmp_path: Path) -> None:
-    for path, says in ((tmp_path / ("x" * 5000), "name too long"), (Path("a\0b"), "NUL character")):
-        assert says in refused(path)
-        with pytest.raises(OSError, match=says):
-            kind_of(path)
+    assert "name too long" in refused(tmp_path / ("x" * 5000))
+    with pytest.raises(OSError, match="name too long"):
+        kind_of(tmp_path / ("x" * 5000))
+    assert "NUL character" in refused(Path("a\0b"))
+    assert kind_of(Path("a\0b")) is None
 
 
 @needs_fifo
