@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptq_cli.device_map import DeviceMap
+    from gptq_cli.placement.device_map import DeviceMap
 
 __version__ = "0.1.0"
 
@@ -34,9 +34,9 @@ def load(path: str, device_map: str | dict[str, Any] | DeviceMap | None = None, 
     import logging
 
     from gptq_cli.config import LoadJob
-    from gptq_cli.device_map import DeviceMap
     from gptq_cli.events import Event, Warned
     from gptq_cli.jobs import open_model
+    from gptq_cli.placement.device_map import DeviceMap
 
     def log(event: Event) -> None:
         if isinstance(event, Warned):

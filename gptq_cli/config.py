@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.errors import ConfigError
-from gptq_cli.placement import DeviceBudget
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import DeviceBudget
 
 Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]

@@ -7,12 +7,14 @@ All sizes are bytes, all times seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from gptq_cli.findings import Finding
-from gptq_cli.results import BlockReport, LinearReport, RunReport
+from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 FlushPoint = Literal["capture", "block", "end"]
 Phase = Literal[
@@ -207,3 +209,15 @@ def warning_text(event: Event) -> str | None:
 
 def ignore(event: Event) -> None:
     """Observe nothing."""
+
+
+@contextmanager
+def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator[list[str]]:
+    """Announce the beginning and, when nothing was raised, the end of a phase; words added to the list that
+    it yields say what came of it.
+    """
+    observer(PhaseStarted(name, total))
+    started = time.perf_counter()
+    words: list[str] = []
+    yield words
+    observer(PhaseFinished(name, time.perf_counter() - started, ", ".join(words)))

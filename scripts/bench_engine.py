@@ -95,13 +95,13 @@ def gemm_rate(now: Callable[[], float], seconds: float = 1.0) -> float:
 
 def instrument(clock: Clock) -> None:
     """Put the clock around the engine's parts, and count operations where their shapes are known."""
+    from gptq_cli.checkpoint.writer import CheckpointWriter
     from gptq_cli.engine import forwards, loop
     from gptq_cli.engine import run as engine_run
     from gptq_cli.gptq import solver, target
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
     from gptq_cli.model import block_stream
-    from gptq_cli.model.writer import CheckpointWriter
 
     def counted(part: str, function: Callable[..., Any], operations: Callable[..., float]) -> Any:
         timed = clock.timed(part, function)

@@ -87,8 +87,8 @@ def measure(kind: str, directory: Path, arguments: argparse.Namespace) -> dict[s
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if kind == "packed":
-        from gptq_cli.inference.opening import default_placement, kernel_counts, load_quantized
-        from gptq_cli.model.reader import open_checkpoint
+        from gptq_cli.checkpoint.open import open_checkpoint
+        from gptq_cli.inference.load import default_placement, kernel_counts, load_quantized
 
         before = resident_bytes()
         started = time.perf_counter()

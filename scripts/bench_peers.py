@@ -183,7 +183,7 @@ def judge(job: dict[str, Any], checkpoint: Path, *, transformers: bool) -> Quali
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gptq_cli.inference.agreement import compare
+    from gptq_cli.evaluation.divergence import compare
 
     dense = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
     if transformers:
@@ -202,7 +202,7 @@ def peer_dtype() -> str:
     """
     import torch
 
-    from gptq_cli.gptq.precision import has_units
+    from gptq_cli.gptq.matmul import has_units
 
     return "bfloat16" if has_units(torch.bfloat16, "cpu") else "float32"
 

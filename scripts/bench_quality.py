@@ -107,7 +107,7 @@ def train_neox(folder: Path, steps: int = 250) -> Path:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     from gptq_cli.calibration.text import read_documents
-    from gptq_cli.gptq.precision import has_units
+    from gptq_cli.gptq.matmul import has_units
 
     if (folder / "config.json").is_file():
         return folder
@@ -159,7 +159,7 @@ class Judge:
         self.windows = evaluation_windows(tokenizer, source, options.seq_len, options.windows).input_ids
 
     def __call__(self, quantized: Any) -> dict[str, float]:
-        from gptq_cli.inference.agreement import compare
+        from gptq_cli.evaluation.divergence import compare
 
         found = compare(quantized, self.dense, self.windows)
         return {"kl": found.kl, "ppl": found.perplexity, "dense_ppl": found.dense_perplexity}

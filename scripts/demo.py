@@ -55,9 +55,9 @@ def compare(model_dir: Path, options: argparse.Namespace) -> tuple[Measured, Mea
 
     from gptq_cli.calibration import evaluation_windows, open_tokenizer
     from gptq_cli.config import QuantizeConfig
+    from gptq_cli.evaluation.generation import generate
+    from gptq_cli.evaluation.perplexity import perplexity
     from gptq_cli.gptq.solver import quantize_linears
-    from gptq_cli.inference.generation import generate
-    from gptq_cli.inference.perplexity import perplexity
     from gptq_cli.model.blocks import assign, find_blocks, find_linears, weight_matrix
 
     os.environ.setdefault("TQDM_DISABLE", "1")

@@ -112,8 +112,8 @@ def client(request_path: Path) -> None:
 
 def ours(checkpoint: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Our side: the checkpoint, every linear dequantized, in float32."""
-    from gptq_cli.inference.opening import default_placement, load_quantized
-    from gptq_cli.model.reader import open_checkpoint
+    from gptq_cli.checkpoint.open import open_checkpoint
+    from gptq_cli.inference.load import default_placement, load_quantized
 
     started = time.perf_counter()
     opened = open_checkpoint(checkpoint, dtype="float32")

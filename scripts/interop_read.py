@@ -93,9 +93,9 @@ def ours(checkpoint: Path) -> tuple[dict[str, float], str]:
     """How far our readings are from theirs, by dtype, and what verification says."""
     import torch
 
-    from gptq_cli.inference.opening import default_placement, load_quantized
-    from gptq_cli.inference.verify import verify_checkpoint
-    from gptq_cli.model.reader import open_checkpoint
+    from gptq_cli.checkpoint.open import open_checkpoint
+    from gptq_cli.checkpoint.verify import verify_checkpoint
+    from gptq_cli.inference.load import default_placement, load_quantized
 
     expected = torch.load(checkpoint / "expected.pt")
     apart = {}

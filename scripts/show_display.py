@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from rich.console import Console
 
 from gptq_cli.display.choose import choose
-from gptq_cli.display.proofs import load_summary
+from gptq_cli.display.load import load_summary
 from gptq_cli.display.tables import findings_table, run_summary
 from tests.display.events import REFUSED, load_report, report, story
 

@@ -10,7 +10,7 @@ import typer.main
 from gptq_cli.cli.app import app
 from gptq_cli.cli.preset import options_of, read_preset
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 
 FOLDER = Path(__file__).parent.parent / "configs"
 PRESETS = sorted(FOLDER.glob("*.toml"))

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from gptq_cli.calibration.chat import chat_text
+from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
 from gptq_cli.calibration.rows import Render
-from gptq_cli.calibration.text import PIECE_CHARACTERS, Documents, Piece, read_documents
+from gptq_cli.calibration.text import read_documents
 from gptq_cli.calibration.utf8 import WAYS_OUT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from gptq_cli.calibration.documents import Documents, Piece, rows_to_pieces
 from gptq_cli.calibration.rows import Render
-from gptq_cli.calibration.text import Documents, Piece, rows_to_pieces
 from gptq_cli.calibration.utf8 import WAYS_OUT
 from gptq_cli.errors import CalibrationError
 

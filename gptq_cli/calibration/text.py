@@ -20,49 +20,31 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 from gptq_cli.calibration import stdlib_text
+from gptq_cli.calibration.documents import (
+    PIECE_CHARACTERS,
+    Documents,
+    Piece,
+    _end_of_piece,
+    rows_to_pieces,
+)
 from gptq_cli.calibration.rows import (
-    STANDARD_COLUMNS,
     Render,
     Row,
     json_lines,
     json_rows,
-    kind,
-    known_column,
     parquet_rows,
-    row_text,
 )
 from gptq_cli.calibration.utf8 import PACKED, STANDARD_INPUT, WAYS_OUT, chunks, opened
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import Kind, expanded, kind_of, reason, shown
 
-PIECE_CHARACTERS = 1 << 21
-"""About the longest text that is tokenized at once; a longer document is cut, after a line if it has any."""
-
 TABLES = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
-_SPACES = " \t\r\f\v\u00a0\u3000"
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Some text; `opens` says that it begins a new document rather than going on with the last one."""
-
-    text: str
-    opens: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """A source: its name for people, and its text, which can be read once."""
-
-    label: str
-    pieces: Iterator[Piece]
 
 
 def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO | None = None) -> Documents:
@@ -180,54 +162,3 @@ _READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {
     ".json": json_rows,
     ".parquet": parquet_rows,
 }
-
-
-def rows_to_pieces(
-    rows: Iterable[Row], name: str, column: str | None, render: Render | None
-) -> Iterator[Piece]:
-    """The documents of a table's rows. Null and blank ones are passed over; only such ones are an error."""
-    count = 0
-    written = False
-    for place, row in rows:
-        count += 1
-        value = row
-        if isinstance(row, Mapping):
-            chosen = known_column(
-                column or next((key for key in STANDARD_COLUMNS if key in row), None),
-                list(row),
-                f"{name} {place}",
-            )
-            value = row[chosen]
-        elif column is not None:
-            raise CalibrationError(f"{name} {place} is a JSON {kind(row)} and has no column {column!r}")
-        text = row_text(value, f"{name} {place}", render)
-        if text.strip():
-            written = True
-            yield from _cut(text)
-    if not written:
-        what = f"column {column!r} of {name}" if column else name
-        raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=WAYS_OUT)
-
-
-def _cut(text: str) -> Iterator[Piece]:
-    """One document as pieces."""
-    start = 0
-    while start < len(text):
-        end = _end_of_piece(text, start)
-        yield Piece(text[start:end], opens=start == 0)
-        start = end
-
-
-def _end_of_piece(text: str, start: int) -> int:
-    """Where a piece that begins at `start` ends: after a line break, else before white space, else anywhere.
-
-    White space goes with the word behind it, as most tokenizers have it.
-    """
-    end = start + PIECE_CHARACTERS
-    if end >= len(text):
-        return len(text)
-    line_break = text.rfind("\n", start, end)
-    if line_break >= start:
-        return line_break + 1
-    space = max(text.rfind(character, start + 1, end) for character in _SPACES)
-    return space if space > start else end

@@ -19,7 +19,7 @@ from gptq_cli.display.escapes import console_for, escaped, many_lines, one_line
 from gptq_cli.errors import DeviceMapError, GptqError, PreflightRefused
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
-from gptq_cli.results import SCHEMA_VERSION, Json, to_json
+from gptq_cli.results.document import SCHEMA_VERSION, Json, to_json
 
 INTERRUPTED = 130
 

@@ -15,8 +15,8 @@ from gptq_cli.config import (
     parse_group_size,
     parse_targets,
 )
-from gptq_cli.device_map import DeviceMap, MaxMemory
-from gptq_cli.placement import parse_inventory
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import parse_inventory
 
 RECIPE = QuantizeConfig()
 TEXT = CalibrationConfig()

@@ -9,9 +9,9 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import LoadJob, Sampling, parse_targets
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.errors import ConfigError, QualityGateFailed
-from gptq_cli.results import LoadReport
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.results.load import LoadReport
 
 
 def load(
@@ -81,7 +81,7 @@ def load(
 
         report = jobs.load(job, observer)
 
-    from gptq_cli.display.proofs import load_summary, verify_summary
+    from gptq_cli.display.load import load_summary, verify_summary
 
     if isinstance(report, LoadReport):
         show(session, report, load_summary)

@@ -29,7 +29,7 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.events import Event, FindingRaised, Observer, RunFinished, TextGenerated, warning_text
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
-from gptq_cli.results import document
+from gptq_cli.results.document import document
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

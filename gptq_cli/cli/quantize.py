@@ -19,14 +19,14 @@ from gptq_cli.config import (
     parse_group_size,
     parse_targets,
 )
-from gptq_cli.device import parse_capacity
-from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, DeviceMapError
 from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
-from gptq_cli.placement import parse_inventory
-from gptq_cli.results import RunReport
+from gptq_cli.placement.device import parse_capacity
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.results.run import RunReport
 
 RECIPE = QuantizeConfig()
 TEXT = CalibrationConfig()

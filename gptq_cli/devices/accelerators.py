@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from accelerate.utils.memory import clear_device_cache
 
-from gptq_cli.device import CPU, INDEXED_KINDS, Device
 from gptq_cli.devices.host_memory import host_memory, peak_resident_bytes, resident_bytes, trim_heap
 from gptq_cli.events import DeviceMemory
-from gptq_cli.placement import DeviceBudget
+from gptq_cli.placement.device import CPU, INDEXED_KINDS, Device
+from gptq_cli.placement.placement import DeviceBudget
 
 
 def accelerator_kind() -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gptq_cli.device import format_size
 from gptq_cli.events import DeviceMemory
+from gptq_cli.placement.device import format_size
 
 LEAST_GROWTH_BYTES = 1 << 20
 BLOCKS_IN_A_ROW = 4

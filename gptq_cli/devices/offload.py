@@ -30,9 +30,9 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import remove_hook_from_module
 from torch import nn
 
-from gptq_cli.device import CPU, Device
 from gptq_cli.devices.accelerators import accelerator_kind, torch_device
-from gptq_cli.placement import Placement
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import Placement
 
 _HOME = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from gptq_cli.display.escapes import json_line
 from gptq_cli.events import Event
-from gptq_cli.results import Json, to_json
+from gptq_cli.results.document import Json, to_json
 
 
 class JsonlDisplay:

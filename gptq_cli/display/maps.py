@@ -21,7 +21,7 @@ from rich.text import Text
 
 from gptq_cli.display import format as fmt
 from gptq_cli.display.tables import facts_table, findings_table, quantized_text, warnings_rows
-from gptq_cli.results import DevicePlan, MapReport, QuantizePlan, TreeRow
+from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
 
 PARTS = (
     ("weights_bytes", "█", "weights", "cyan"),

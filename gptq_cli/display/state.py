@@ -28,7 +28,7 @@ from gptq_cli.events import (
     TextGenerated,
     Warned,
 )
-from gptq_cli.results import LinearReport
+from gptq_cli.results.run import LinearReport
 
 REMEMBERED = 8
 """Linears kept for the table of the last ones, and blocks that the remaining time is estimated from."""

@@ -17,7 +17,9 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.picture import method_text
 from gptq_cli.events import FindingRaised, warning_text
 from gptq_cli.findings import Finding, Level, PreflightReport
-from gptq_cli.results import LinearReport, LoadReport, QuantizePlan, RunReport
+from gptq_cli.results.load import LoadReport
+from gptq_cli.results.map import QuantizePlan
+from gptq_cli.results.run import LinearReport, RunReport
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 LISTED = 5

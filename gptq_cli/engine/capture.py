@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
-from gptq_cli.devices.products import products_for
+from gptq_cli.devices.fp32_matmul import products_for
 from gptq_cli.errors import GptqError
 
 PROBE_TOKENS = 16

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.device import Device
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, working_on
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.devices.leaks import LeakWatch
@@ -57,7 +56,8 @@ from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
-from gptq_cli.results import BlockReport, LinearReport
+from gptq_cli.placement.device import Device
+from gptq_cli.results.run import BlockReport, LinearReport
 
 _TRIM_EVERY = 4
 """Micro-batches after which freed heap pages are given back: 10 % off the peak, for milliseconds."""

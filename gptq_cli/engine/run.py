@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.device import CPU
 from gptq_cli.devices.accelerators import flush, quick_collections, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
@@ -20,16 +18,15 @@ from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
 from gptq_cli.events import (
     CacheFlushed,
     Observer,
-    Phase,
     PhaseAdvanced,
-    PhaseFinished,
-    PhaseStarted,
+    phase,
 )
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.weights import check_finite, load_resident
-from gptq_cli.placement import Placement
-from gptq_cli.results import BlockReport
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.placement import Placement
+from gptq_cli.results.run import BlockReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,18 +39,6 @@ class EngineRun:
     options: LoopOptions
     batch_size: int
     """Samples of a micro-batch."""
-
-
-@contextmanager
-def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator[list[str]]:
-    """Announce the beginning and, when nothing was raised, the end of a phase; words added to the list that
-    it yields say what came of it.
-    """
-    observer(PhaseStarted(name, total))
-    started = time.perf_counter()
-    words: list[str] = []
-    yield words
-    observer(PhaseFinished(name, time.perf_counter() - started, ", ".join(words)))
 
 
 def quantize_model(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.precision import fast_products
+from gptq_cli.gptq.matmul import fast_products
 
 _MOST_DAMPING = 1.0
 _GATHER_ROWS = 256

@@ -20,7 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.precision import exact_products, fast_products, has_units
+from gptq_cli.gptq.matmul import exact_products, fast_products, has_units
 
 _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
-from gptq_cli.gptq.precision import exact_products, fast_products, has_units
+from gptq_cli.gptq.matmul import exact_products, fast_products, has_units
 from gptq_cli.gptq.target import Trust, asymmetric_step, held_out_trust
 
 HELD_OUT_SHARE = 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_cli.results import Method
+from gptq_cli.results.run import Method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.grid import FP16_MOST, Solution
-from gptq_cli.gptq.precision import fast_products
+from gptq_cli.gptq.matmul import fast_products
 
 _SUB_BLOCK = 16
 

@@ -24,15 +24,15 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import NonFinite
+from gptq_cli.gptq.columns import gptq
 from gptq_cli.gptq.factor import dead_columns, factorize
 from gptq_cli.gptq.grid import FP16_MOST, Grid, Solution, round_to_nearest
-from gptq_cli.gptq.loop import gptq
-from gptq_cli.gptq.precision import exact_products, fast_products
-from gptq_cli.gptq.quality import relative_losses, row_losses
+from gptq_cli.gptq.losses import relative_losses, row_losses
+from gptq_cli.gptq.matmul import exact_products, fast_products
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.refine import refine_once
 from gptq_cli.gptq.search import group_parameters
-from gptq_cli.results import Method
+from gptq_cli.results.run import Method
 
 
 def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (K,) int64

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.factor import factorize
-from gptq_cli.gptq.precision import fast_products
+from gptq_cli.gptq.matmul import fast_products
 
 _DAMP_FACTOR, _MOST_DAMP = 4.0, 4.0
 """From one λ to the next that is tried, and where to end: the loss is flat, a factor of 2 costs 1 to 7 %."""

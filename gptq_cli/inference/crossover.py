@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.precision import has_units
+from gptq_cli.gptq.matmul import has_units
 from gptq_cli.inference.kernels import Held, Kernel
 from gptq_cli.inference.scratch import Fresh, Scratch
 

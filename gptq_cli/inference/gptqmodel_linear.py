@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.checkpoint.checkpoint import PackedInfo
+from gptq_cli.checkpoint.codes import codes_of, dequantize, unpack_zeros
+from gptq_cli.checkpoint.zeros import shift_words, store_zeros
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import PackedLinear as PackedTensors
-from gptq_cli.inference.codes import codes_of, dequantize, unpack_zeros
-from gptq_cli.model.checkpoint import PackedInfo
-from gptq_cli.model.zeros import shift_words, store_zeros
 
 _TOLERANCE = 0.05
 """Relative, on one token; kernels in bfloat16 are within about 0.01."""

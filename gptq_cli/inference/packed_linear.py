@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gptq_cli.checkpoint.codes import LinearCodes
 from gptq_cli.config import KernelWish
 from gptq_cli.devices.out_of_memory import is_out_of_memory
-from gptq_cli.gptq.precision import has_units
-from gptq_cli.inference.codes import LinearCodes
+from gptq_cli.gptq.matmul import has_units
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import (
     CpuInt4,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gptq_cli.inference.codes import LinearCodes, as_four_bits
+from gptq_cli.checkpoint.codes import LinearCodes, as_four_bits
 
 LEGAL_GROUPS = (256, 128, 64, 32)
 """Rows that a group may have in torch's int4 kernels."""

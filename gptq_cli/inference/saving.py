@@ -18,12 +18,12 @@ from typing import Any
 
 from torch import nn
 
-from gptq_cli.device import format_size, parse_size
+from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
+from gptq_cli.checkpoint.copying import CheckpointFiles
 from gptq_cli.errors import CheckpointError, ConfigError, DeviceMapError
 from gptq_cli.inference.gptqmodel_linear import GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
-from gptq_cli.model.checkpoint import QuantizedCheckpoint
-from gptq_cli.model.copying import CheckpointFiles
+from gptq_cli.placement.device import format_size, parse_size
 
 _UNLIMITED = "50GB"
 """Transformers' default of max_shard_size, which asks for nothing."""

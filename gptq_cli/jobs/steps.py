@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from gptq_cli.config import InspectJob, QuantizeJob
-from gptq_cli.device import CPU, Device
 from gptq_cli.devices.accelerators import present_devices
 from gptq_cli.events import FindingRaised, Observer
 from gptq_cli.findings import PreflightReport
+from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.skeleton import Skeleton
-from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
-from gptq_cli.preflight.cases import Work
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.resolve import Resolution, resolve

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from gptq_cli.model.files import open_regular
+from gptq_cli.model.source_files import open_regular
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The library's own limit; 70B-parameter models need about a tenth of a megabyte."""

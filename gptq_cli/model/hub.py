@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from gptq_cli.config import ModelRef
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
+from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import DTYPES
 from gptq_cli.model.source import (
     INDEX,
@@ -44,7 +45,6 @@ from gptq_cli.model.source import (
     unsafe_path,
     without_weight_files,
 )
-from gptq_cli.placement import TensorInfo
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from gptq_cli.model.files import COPIED, COPIED_FOLDERS
 from gptq_cli.model.source import SourceProblem
+from gptq_cli.model.source_files import COPIED, COPIED_FOLDERS
 
 
 def unreadable_files(source: Path, *, code: bool) -> tuple[SourceProblem, ...]:

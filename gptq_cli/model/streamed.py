@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from gptq_cli.errors import CheckpointError
-from gptq_cli.model.files import FileStamp, check_unchanged
+from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
+from gptq_cli.model.source_files import FileStamp, check_unchanged
 from gptq_cli.model.tensors import TensorReader
-from gptq_cli.placement import TensorInfo
 
 
 class StreamedReader(TensorReader):

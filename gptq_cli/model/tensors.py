@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptq_cli.errors import CheckpointError
-from gptq_cli.placement import TensorInfo
+from gptq_cli.model.facts import TensorInfo
 
 
 class TensorReader:

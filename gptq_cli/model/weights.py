@@ -21,7 +21,7 @@ from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
-from gptq_cli.placement import Placement
+from gptq_cli.placement.placement import Placement
 
 if TYPE_CHECKING:
     from gptq_cli.model.skeleton import Skeleton

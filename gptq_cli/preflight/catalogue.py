@@ -9,15 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_cli.errors import ConfigError
-from gptq_cli.preflight import (
-    rules_map,
-    rules_memory,
-    rules_output,
-    rules_placement,
-    rules_quantize,
-    rules_readers,
-    rules_source,
-)
+from gptq_cli.preflight.rules import device_map as rules_map
+from gptq_cli.preflight.rules import memory as rules_memory
+from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import output as rules_output
+from gptq_cli.preflight.rules import placement as rules_placement
+from gptq_cli.preflight.rules import quantization as rules_quantize
+from gptq_cli.preflight.rules import targets as rules_readers
 
 Rule = Callable[..., Any]
 

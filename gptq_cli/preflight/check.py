@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from gptq_cli.config import Target
-from gptq_cli.device import Device
 from gptq_cli.findings import PreflightReport
+from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.source import SourceProblem
-from gptq_cli.placement import ModelFacts
-from gptq_cli.preflight import rules_output, rules_quantize, rules_readers, rules_source
-from gptq_cli.preflight.cases import Capability, JobCase, OutputFacts, Work
+from gptq_cli.placement.device import Device
+from gptq_cli.planning.cases import Capability, JobCase, OutputFacts, Work
+from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import output as rules_output
+from gptq_cli.preflight.rules import quantization as rules_quantize
+from gptq_cli.preflight.rules import targets as rules_readers
 
 
 def check_quantize(

@@ -9,24 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-from gptq_cli.device import Device
+from gptq_cli.checkpoint.destination import Destination
+from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
+from gptq_cli.checkpoint.working_folder import is_taken
 from gptq_cli.errors import DestinationBusy
-from gptq_cli.model.checkpoint import PARTS, QuantizedCheckpoint
-from gptq_cli.model.conversion import tied_groups
-from gptq_cli.model.destination import Destination
-from gptq_cli.model.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
-from gptq_cli.model.skeleton import LinearInfo, Skeleton
-from gptq_cli.model.trace import Trace, trace
-from gptq_cli.model.working_folder import is_taken
-from gptq_cli.placement import LinearFact, ModelFacts, TensorFact
-from gptq_cli.preflight.cases import Capability, Environment, OutputFacts
+from gptq_cli.placement.device import Device
+from gptq_cli.planning.cases import Capability, Environment, OutputFacts
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
 
@@ -37,114 +31,6 @@ class Claim:
 
     destination: Destination | None
     failure: str = ""
-
-
-def model_facts(skeleton: Skeleton) -> ModelFacts:
-    """The skeleton in plain numbers."""
-    model, config = skeleton.model, skeleton.config.get_text_config()
-    traced = skeleton.trace
-    stages = stage_numbers(traced, skeleton.linears)
-    return ModelFacts(
-        model=skeleton.ref.model,
-        architecture=type(model).__name__,
-        dtype=str(skeleton.dtype).removeprefix("torch."),
-        hidden_size=int(config.hidden_size),
-        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        max_positions=getattr(config, "max_position_embeddings", None),
-        blocks=skeleton.blocks,
-        modules=tuple(name for name, _ in model.named_modules() if name),
-        order=traced.order if traced.complete else (),
-        untraced=traced.problem,
-        tensors=_tensors(model),
-        tied=skeleton.tied,
-        linears=tuple(
-            LinearFact(
-                name=info.name,
-                block=info.block,
-                in_features=info.in_features,
-                out_features=info.out_features,
-                stage=stages[info.name],
-                chosen=traced.complete and info.name in traced.idle,
-            )
-            for info in skeleton.linears
-        ),
-        fused=_fused(model, skeleton.blocks),
-        already_quantized=skeleton.already_quantized,
-        tensor_files_bytes=skeleton.files.size_bytes,
-    )
-
-
-def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
-    """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
-    model, config = checkpoint.model, checkpoint.config.get_text_config()
-    traced = trace(model, {})
-    stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}
-    packed = {
-        f"{info.name}.weight": sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)
-        for info in checkpoint.linears
-    }
-    return ModelFacts(
-        model=str(checkpoint.directory),
-        architecture=type(model).__name__,
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
-        hidden_size=int(config.hidden_size),
-        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        max_positions=getattr(config, "max_position_embeddings", None),
-        blocks=checkpoint.blocks,
-        modules=tuple(name for name, _ in model.named_modules() if name),
-        order=traced.order if traced.complete else (),
-        untraced=traced.problem,
-        tensors=tuple(
-            replace(fact, size_bytes=packed.get(fact.name, fact.size_bytes)) for fact in _tensors(model)
-        ),
-        tied=tied_groups(model),
-        tensor_files_bytes=checkpoint.packed_bytes,
-    )
-
-
-def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:
-    """Number of the stage of each linear inside its block, in order of execution.
-
-    A linear that did not run is a stage of its own, after the others. Where the trace is not complete, the
-    linears with one parent and one K count as a stage, which overestimates memory if anything.
-    """
-    owner = {info.name: info.block for info in linears}
-    if traced.complete:
-        known = [[name for name in stage if name in owner] for stage in traced.stages]
-        known += [[name] for name in owner if name in traced.idle]
-    else:
-        alike: dict[tuple[str, str, int], list[str]] = {}
-        for info in linears:
-            key = (info.block, info.name.rpartition(".")[0], info.in_features)
-            alike.setdefault(key, []).append(info.name)
-        known = list(alike.values())
-    numbers: dict[str, int] = {}
-    counts: dict[str, int] = {}
-    for stage in filter(None, known):
-        block = owner[stage[0]]
-        numbers.update(dict.fromkeys(stage, counts.get(block, 0)))
-        counts[block] = counts.get(block, 0) + 1
-    return numbers
-
-
-def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
-    """Parameters and buffers in module order; a tied one under its first name."""
-    found: list[tuple[str, Tensor, bool]] = [(name, p, False) for name, p in model.named_parameters()]
-    found += [(name, b, True) for name, b in model.named_buffers()]
-    rank = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    found.sort(key=lambda item: rank[item[0].rpartition(".")[0]])
-    return tuple(
-        TensorFact(name, t.numel(), t.numel() * t.element_size(), buffer) for name, t, buffer in found
-    )
-
-
-def _fused(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
-    inside = tuple(f"{block}." for block in blocks)
-    return tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and name.startswith(inside) and parameter.shape[0] > 1
-    )
 
 
 def environment_facts() -> Environment:

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 from gptq_cli.config import AUTO_GROUPS, GroupSize
-from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.findings import PreflightReport
-from gptq_cli.placement import DeviceBudget, LinearFact, ModelFacts
-from gptq_cli.preflight.budget import block_linears, packed_bytes, quantized_bytes
-from gptq_cli.preflight.cases import Work
+from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import DeviceBudget
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import packed_bytes, quantized_bytes
+from gptq_cli.planning.schedule import block_linears
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.preflight.tree import placement_tree
-from gptq_cli.results import MapReport, QuantizePlan, StagePlan, Verdict
+from gptq_cli.results.map import MapReport, QuantizePlan, StagePlan, Verdict
 
 
 def map_report(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gptq_cli.device import CPU, Device
-from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.errors import DiskOffloadRefused, PreflightRefused
 from gptq_cli.findings import Finding, PreflightReport
-from gptq_cli.placement import DeviceBudget, ModelFacts, Placement
-from gptq_cli.preflight import rules_map, rules_memory, rules_placement
-from gptq_cli.preflight.budget import device_plans
-from gptq_cli.preflight.cases import Environment, MapCase, PlacedCase, Work
-from gptq_cli.preflight.planner import Plan, make_plan
-from gptq_cli.preflight.remedies import Remedy, alternatives, less_work
-from gptq_cli.preflight.repair import repaired
-from gptq_cli.preflight.units import place
-from gptq_cli.results import DevicePlan
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
+from gptq_cli.planning.memory import device_plans
+from gptq_cli.planning.planner import Plan, make_plan
+from gptq_cli.planning.remedies import Remedy, alternatives, less_work
+from gptq_cli.planning.repair import repaired
+from gptq_cli.planning.units import place
+from gptq_cli.preflight.rules import device_map as rules_map
+from gptq_cli.preflight.rules import memory as rules_memory
+from gptq_cli.preflight.rules import placement as rules_placement
+from gptq_cli.results.map import DevicePlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from gptq_cli.placement import ModelFacts, Placement
-from gptq_cli.preflight.units import units_of
-from gptq_cli.results import TreeRow
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.placement import Placement
+from gptq_cli.planning.units import units_of
+from gptq_cli.results.map import TreeRow
 
 
 @dataclass(slots=True)

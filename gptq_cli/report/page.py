@@ -12,7 +12,7 @@ from html import escape
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
 from gptq_cli.report.svg import Series, plot
-from gptq_cli.results import BlockReport, LinearReport, RunReport
+from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5b6470; --line: #d5dae0;

@@ -11,11 +11,10 @@ from dataclasses import fields, replace
 import pytest
 
 from gptq_cli.config import LoadJob, Sampling
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import Observer, PhaseFinished, PhaseStarted, TextGenerated
-from gptq_cli.proof import Gate
-from gptq_cli.results import LoadReport
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.results.load import Gate, LoadReport
 from tests.cli.conftest import FakeJobs, Run
 from tests.display.events import load_report, verify_report
 

@@ -12,7 +12,7 @@ import typer
 from gptq_cli.cli.app import app
 from gptq_cli.cli.preset import options_of, read_preset
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from tests.cli.conftest import FakeJobs, Run
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

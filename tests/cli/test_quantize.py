@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.device_map import DeviceMap, MaxMemory
-from gptq_cli.placement import parse_inventory
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import parse_inventory
 from tests.cli.conftest import FakeJobs, Run
 from tests.display.map_reports import refused
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_cli.device import CPU, Device
 from gptq_cli.devices import accelerators
 from gptq_cli.devices.accelerators import (
     accelerator_kind,
@@ -21,6 +20,7 @@ from gptq_cli.devices.accelerators import (
     working_on,
 )
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.placement.device import CPU, Device
 
 GIB = 1 << 30
 

@@ -12,10 +12,10 @@ from accelerate import cpu_offload_with_hook
 from accelerate.hooks import CpuOffload, attach_align_device_hook_on_blocks
 from torch import nn
 
-from gptq_cli.device import CPU, Device
 from gptq_cli.devices import offload
 from gptq_cli.devices.offload import replace_dispatch_hooks
-from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.tiny import tiny_model
 
 CUDA = Device("cuda", 0)

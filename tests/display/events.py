@@ -8,8 +8,19 @@ from dataclasses import replace
 
 from gptq_cli import events as e
 from gptq_cli.findings import Finding
-from gptq_cli.proof import Agreement, Bench, Gate, Rate, RuleResult, Speed, TargetReport, VerifyReport
-from gptq_cli.results import BlockReport, KernelCount, LinearReport, LoadReport, RunReport
+from gptq_cli.results.load import (
+    Agreement,
+    Bench,
+    Gate,
+    KernelCount,
+    LoadReport,
+    Rate,
+    RuleResult,
+    Speed,
+    TargetReport,
+    VerifyReport,
+)
+from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 GIB = 2**30
 MIB = 2**20

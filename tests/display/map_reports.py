@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from gptq_cli.device import Device
-from gptq_cli.placement import DeviceBudget
-from gptq_cli.results import DevicePlan, MapReport, QuantizePlan, StagePlan, TreeRow
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.placement import DeviceBudget
+from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, StagePlan, TreeRow
 from tests.display.events import GIB, MIB, OFFLOAD, REFUSED
 
 CARD = DevicePlan(

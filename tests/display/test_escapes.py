@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines, one_line
+from gptq_cli.display.load import load_summary, verify_summary
 from gptq_cli.display.maps import map_summary
 from gptq_cli.display.plain import lines
-from gptq_cli.display.proofs import load_summary, verify_summary
 from gptq_cli.display.rich import RichDisplay
 from gptq_cli.display.tables import findings_table, run_summary
 from gptq_cli.report.page import report_html

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.display.maps import PARTS, bar_segments, guides, map_summary
-from gptq_cli.results import DevicePlan
+from gptq_cli.results.map import DevicePlan
 from tests.display.map_reports import CARD, fits, planned, refused
 from tests.display.test_tables import rendered
 from tests.golden import check_golden

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.jobs import quantizing
-from gptq_cli.model import destination
-from gptq_cli.model.destination import Destination
+from gptq_cli.checkpoint import destination
+from gptq_cli.checkpoint.destination import Destination
+from gptq_cli.jobs import quantize as quantizing
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 

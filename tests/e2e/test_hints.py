@@ -20,12 +20,13 @@ import torch
 import transformers
 
 from gptq_cli.cli.app import main
-from gptq_cli.device import Device
 from gptq_cli.findings import Finding, PreflightReport
-from gptq_cli.jobs import inspecting, quantizing
-from gptq_cli.preflight.cases import Capability, JobCase
+from gptq_cli.jobs import inspect_map as inspecting
+from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.placement.device import Device
+from gptq_cli.planning.cases import Capability, JobCase
 from gptq_cli.preflight.catalogue import RULES
-from gptq_cli.preflight.rules_quantize import bfloat16_support
+from gptq_cli.preflight.rules.quantization import bfloat16_support
 from tests.fabricated import fabricate
 from tests.preflight.shapes import SMALL_WORK, llama
 

@@ -17,13 +17,18 @@ import torch
 import gptq_cli
 from gptq_cli.calibration import stdlib_text
 from gptq_cli.calibration import text as calibration_text
+from gptq_cli.checkpoint import verify, writer
 from gptq_cli.cli import output
 from gptq_cli.engine import capture, forwards, loop
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
-from gptq_cli.inference import opening, verify
-from gptq_cli.jobs import inspecting, loading, proving, quantizing, steps
-from gptq_cli.model import skeleton, source, streamed, weights, writer
+from gptq_cli.inference import load as opening
+from gptq_cli.jobs import evaluate as proving
+from gptq_cli.jobs import inspect_map as inspecting
+from gptq_cli.jobs import load as loading
+from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.jobs import steps
+from gptq_cli.model import skeleton, source, streamed, weights
 from tests.e2e.commands import FAST, gptq, write_text
 
 FACES: dict[str, Callable[[], BaseException]] = {

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-import gptq_cli.model.writer as writer_module
-from gptq_cli.devices import products
+import gptq_cli.checkpoint.writer as writer_module
+from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.devices import fp32_matmul as products
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.gptq import hessian, moments, precision
+from gptq_cli.gptq import hessian, moments
+from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.packing import unpack
-from gptq_cli.jobs import quantizing
+from gptq_cli.jobs import quantize as quantizing
 from gptq_cli.model.blocks import assign
-from gptq_cli.model.reader import open_checkpoint
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 from tests.tiny import TINY, save_tokenizer
@@ -68,7 +69,7 @@ def evaluated(out: Path, text: Path) -> Ran:
 def twin_perplexity(model: Path, out: Path, text: Path) -> float:
     """Perplexity of the dense model with the checkpoint's dequantized weights put in by Transformers."""
     from gptq_cli.calibration import evaluation_windows, open_tokenizer
-    from gptq_cli.inference.perplexity import perplexity
+    from gptq_cli.evaluation.perplexity import perplexity
 
     twin = AutoModelForCausalLM.from_pretrained(model).eval()
     checkpoint = open_checkpoint(out)

@@ -15,15 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gptq_cli.config import CalibrationConfig, LoadJob, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.device import Device
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.errors import SourceChanged
 from gptq_cli.events import BlockFinished, Event, PhaseFinished
 from gptq_cli.jobs import load, quantize
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import INDEX, find_model
+from gptq_cli.model.source import INDEX
 from gptq_cli.model.weights import load_resident
-from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 ON_CPU = Placement((PlacementEntry("", Device("cpu"), 1, True),), Device("cpu"), "test")

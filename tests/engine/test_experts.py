@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.device import CPU
 from gptq_cli.engine import loop
 from gptq_cli.engine.capture import BlockCall, Captured
 from gptq_cli.engine.loop import Block, LoopOptions, quantize_blocks
@@ -15,7 +14,8 @@ from gptq_cli.engine.stages import Stage, rounds_of
 from gptq_cli.events import Event, Warned
 from gptq_cli.gptq.packing import PackedLinear
 from gptq_cli.model.skeleton import LinearInfo
-from gptq_cli.results import LinearReport
+from gptq_cli.placement.device import CPU
+from gptq_cli.results.run import LinearReport
 from tests.gptq.cases import activations, weights
 
 K, INNER, EXPERTS = 32, 64, 4

@@ -12,10 +12,10 @@ import torch
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.engine import loop, run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.placement.device_map import DeviceMap
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import different, quantize, words_for

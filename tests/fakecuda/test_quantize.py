@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.device import CPU, Device
+from gptq_cli.placement.device import CPU, Device
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import BLOCKS, OUTER, Quantized, different, quantize
 from tests.gpu.limits import largest_limit

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_cli.gptq import hessian as hessian_module
-from gptq_cli.gptq import precision
+from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
-from gptq_cli.gptq.precision import exact_products, fast_products
+from gptq_cli.gptq.matmul import exact_products, fast_products
 from tests import reference
 from tests.gptq.cases import activations
 

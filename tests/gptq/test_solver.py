@@ -210,7 +210,7 @@ def test_feedback_cut_to_bf16_does_not_change_the_loss(monkeypatch: pytest.Monke
         rows[a:b, :a] = rows[a:b, :a].bfloat16().float()
         return plain(short, rows, a, b)
 
-    monkeypatch.setattr("gptq_cli.gptq.loop.current", cut)
+    monkeypatch.setattr("gptq_cli.gptq.columns.current", cut)
     (rounded,) = quantize_linears([W], H, config)
     assert not torch.equal(rounded.codes, exact.codes)
     assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)

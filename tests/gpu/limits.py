@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
-from gptq_cli.device import Device
-from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.devices.accelerators import present_accelerators, present_devices
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import find_model
-from gptq_cli.preflight.cases import Work
-from gptq_cli.preflight.facts import model_facts
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.resolve import resolve
 
 

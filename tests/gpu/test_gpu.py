@@ -16,17 +16,17 @@ from safetensors.torch import load_file
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.device import CPU, Device
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.devices.accelerators import current_accelerator, present_devices, read_memory
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import BlockStarted, CacheFlushed, Event
 from gptq_cli.jobs import steps
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import find_model
 from gptq_cli.model.weights import load_resident
-from gptq_cli.preflight.facts import model_facts
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.preflight.resolve import resolve
 from tests.e2e.commands import write_text
 from tests.fakecuda.devices import installed

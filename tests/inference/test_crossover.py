@@ -8,7 +8,7 @@ import torch
 from gptq_cli.inference import crossover
 from gptq_cli.inference.crossover import Crossovers, crossing
 from gptq_cli.inference.kernels import Dequantize, cpu_block
-from tests.inference.checkpoints import Recipe
+from tests.checkpoint.checkpoints import Recipe
 from tests.inference.test_packed_linear import build
 
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.device import CPU, Device
+from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import unpack_rows
-from gptq_cli.inference.opening import kernel_counts, load_quantized
-from gptq_cli.model.reader import open_checkpoint
-from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.inference.load import kernel_counts, load_quantized
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import Placement, PlacementEntry
+from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory, write_config
 from tests.conftest import TinyFactory
-from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory, write_config
-from tests.inference.test_opening import as_gptqmodel_writes_it, close_logits, load, logits
+from tests.inference.test_load import as_gptqmodel_writes_it, close_logits, load, logits
 
 
 class FORMAT(enum.StrEnum):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq_cli.checkpoint.codes import dequantize
 from gptq_cli.gptq.packing import pack_rows
-from gptq_cli.inference.codes import dequantize
 from gptq_cli.inference.kernels import (
     CpuInt4,
     Dequantize,
@@ -28,8 +28,8 @@ from gptq_cli.inference.kernels import (
 )
 from gptq_cli.inference.planes import make_planes, why_not_fused
 from gptq_cli.inference.scratch import Fresh, Scratch
-from tests.inference.checkpoints import Recipe, quantize_slowly
-from tests.inference.test_codes import random_weight, read
+from tests.checkpoint.checkpoints import Recipe, quantize_slowly
+from tests.checkpoint.test_codes import random_weight, read
 
 TILE_SEED = 5
 
@@ -113,7 +113,7 @@ def test_on_cpus_with_other_instructions(capability: str) -> None:
     code = (
         "import torch\n"
         "from tests.inference.test_packed_linear import both_paths, build\n"
-        "from tests.inference.checkpoints import Recipe\n"
+        "from tests.checkpoint.checkpoints import Recipe\n"
         "for bits in (3, 4, 8):\n"
         "    linear, packed, _ = build(Recipe(bits=bits, group_size=32))\n"
         "    both_paths(linear, packed.weight, torch.bfloat16)\n"

@@ -13,8 +13,8 @@ from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import CpuInt4, Dequantize, cpu_block
 from gptq_cli.inference.packed_linear import PackedLinear, choose
 from gptq_cli.inference.scratch import Fresh, Scratch
-from tests.inference.checkpoints import Packed, Recipe, quantize_slowly
-from tests.inference.test_codes import random_weight, read
+from tests.checkpoint.checkpoints import Packed, Recipe, quantize_slowly
+from tests.checkpoint.test_codes import random_weight, read
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative error (Frobenius norm): sums of hundreds of products, inputs and outputs rounded."""

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tests.inference.checkpoints import Recipe, write_config
+from tests.checkpoint.checkpoints import Recipe, write_config
 
 SIZE, LAYERS = 4096, 3
 MEASURE = """

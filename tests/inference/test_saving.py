@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gptq_cli
+from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import CheckpointError, ConfigError
-from gptq_cli.inference.opening import resident_bytes
-from gptq_cli.inference.verify import verify_checkpoint
+from gptq_cli.inference.load import resident_bytes
+from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory
 from tests.conftest import TinyFactory
-from tests.inference.checkpoints import Recipe, dense_twin, quantize_directory
-from tests.inference.test_opening import close_logits, load, logits
+from tests.inference.test_load import close_logits, load, logits
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import threading
 import torch
 
 from gptq_cli.inference.scratch import Fresh, Scratch, usable
-from tests.inference.checkpoints import Recipe
+from tests.checkpoint.checkpoints import Recipe
 from tests.inference.test_packed_linear import build
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ from gptq_cli.devices import host_memory
 from gptq_cli.devices.host_memory import peak_resident_bytes, resident_bytes, trim_heap
 from gptq_cli.engine import loop
 from gptq_cli.engine import run as engine_run
-from gptq_cli.engine.summary import Tally
 from gptq_cli.events import BlockStarted, DeviceMemory, Event, PhaseStarted, ignore
 from gptq_cli.jobs import quantize
-from gptq_cli.results import RunReport
+from gptq_cli.jobs.run_report import Tally
+from gptq_cli.results.run import RunReport
 
 MIB = 1 << 20
 BALLAST = 400 * MIB

@@ -8,8 +8,8 @@ import pytest
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.errors import PreflightRefused
+from gptq_cli.placement.device_map import DeviceMap
 from tests.e2e.commands import write_text
 
 

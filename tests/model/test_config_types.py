@@ -11,8 +11,8 @@ import pytest
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.config_types import check_types
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import find_model
 
 CASES = [
     ("architectures", 5, "a list of texts"),

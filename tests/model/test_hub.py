@@ -23,7 +23,8 @@ from safetensors import safe_open
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model import hub
-from gptq_cli.model.source import INDEX, find_model
+from gptq_cli.model.find import find_model
+from gptq_cli.model.source import INDEX
 
 
 class FakeHub:

@@ -15,8 +15,9 @@ from transformers import LlamaConfig
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, build_meta, fold, open_skeleton
-from gptq_cli.model.source import ModelFiles, find_model
+from gptq_cli.model.source import ModelFiles
 from tests.conftest import TinyFactory
 from tests.tiny import TINY
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from gptq_cli.errors import CheckpointError
+from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.source import scan_directory
 from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.placement import TensorInfo
 
 TENSORS = {
     "a": torch.randn(3, 4),

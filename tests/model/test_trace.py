@@ -11,13 +11,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import MambaConfig, MambaForCausalLM, ZambaConfig
 
+from gptq_cli.checkpoint.layout import dense_patterns, modules_in_block
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.conversion import Conversion, tied_groups
-from gptq_cli.model.plan import dense_patterns, modules_in_block
 from gptq_cli.model.skeleton import _candidates, _kept_dense, _linears, build_meta
 from gptq_cli.model.trace import Trace, trace
-from tests.model.checkpoints import opened
+from tests.checkpoint.unquantized import opened
 from tests.tiny import TINY
 
 SMALL: dict[str, Any] = {

@@ -16,16 +16,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_cli.config import ModelRef
-from gptq_cli.device import Device
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite, SourceChanged
 from gptq_cli.model import weights
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, natural_key
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
-from gptq_cli.model.source import find_model
 from gptq_cli.model.tensors import TensorReader
 from gptq_cli.model.weights import check_finite, check_tensor, fill_dense, load_resident
-from gptq_cli.placement import Placement, PlacementEntry
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.conftest import TinyFactory
 from tests.tiny import TINY
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.device_map import DeviceMap, MaxMemory
-from gptq_cli.placement import LinearFact, ModelFacts, TensorFact, parse_inventory
-from gptq_cli.preflight.cases import MapCase, Work
+from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.planning.cases import MapCase, Work
 from gptq_cli.preflight.resolve import Resolution, resolve
 
 GIB = 1 << 30

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.checkpoint import place, working_folder
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.device import CPU, Device
 from gptq_cli.findings import Finding
-from gptq_cli.model import place, working_folder
+from gptq_cli.model.facts import ModelFacts, TensorFact
 from gptq_cli.model.source import SourceProblem
-from gptq_cli.placement import ModelFacts, TensorFact
-from gptq_cli.preflight import rules_source
-from gptq_cli.preflight.cases import Capability, OutputFacts, Work
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.planning.cases import Capability, OutputFacts, Work
 from gptq_cli.preflight.catalogue import rule_id
 from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import output_facts
+from gptq_cli.preflight.rules import model_files as rules_source
 from tests.preflight.shapes import llama
 
 FACTS = llama(blocks=2, hidden=576, inner=1536, vocab=1000)

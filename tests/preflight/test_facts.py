@@ -12,12 +12,13 @@ import pytest
 
 from gptq_cli.config import ModelRef
 from gptq_cli.model import skeleton as skeleton_module
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
-from gptq_cli.model.source import find_model
 from gptq_cli.model.trace import trace
+from gptq_cli.planning.units import units_of
 from gptq_cli.preflight import facts as facts_module
-from gptq_cli.preflight.facts import environment_facts, model_facts
-from gptq_cli.preflight.units import units_of
+from gptq_cli.preflight.facts import environment_facts
 from tests.fabricated import apparent_bytes, config_70b, fabricate
 from tests.tiny import TINY
 

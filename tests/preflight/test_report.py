@@ -11,14 +11,16 @@ import jsonschema
 import pytest
 
 from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.device_map import DeviceMap, MaxMemory
 from gptq_cli.errors import PreflightRefused
 from gptq_cli.jobs import dry_run, inspect_map, quantize
-from gptq_cli.placement import ModelFacts, parse_inventory
-from gptq_cli.preflight.cases import Work
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.report import map_report, quantize_plan
 from gptq_cli.preflight.tree import placement_tree
-from gptq_cli.results import MapReport, document
+from gptq_cli.results.document import document
+from gptq_cli.results.map import MapReport
 from tests.fabricated import config_8b, config_70b, config_moe, fabricate
 from tests.preflight.shapes import BIG, GIB, SMALL_WORK, llama, resolved
 

@@ -1,0 +1,90 @@
+"""Rows of any source as pieces of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from gptq_cli.calibration.rows import (
+    STANDARD_COLUMNS,
+    Render,
+    Row,
+    kind,
+    known_column,
+    row_text,
+)
+from gptq_cli.calibration.utf8 import WAYS_OUT
+from gptq_cli.errors import CalibrationError
+
+PIECE_CHARACTERS = 1 << 21
+"""About the longest text that is tokenized at once; a longer document is cut, after a line if it has any."""
+
+
+_SPACES = " \t\r\f\v\u00a0\u3000"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some text; `opens` says that it begins a new document rather than going on with the last one."""
+
+    text: str
+    opens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """A source: its name for people, and its text, which can be read once."""
+
+    label: str
+    pieces: Iterator[Piece]
+
+
+def rows_to_pieces(
+    rows: Iterable[Row], name: str, column: str | None, render: Render | None
+) -> Iterator[Piece]:
+    """The documents of a table's rows. Null and blank ones are passed over; only such ones are an error."""
+    count = 0
+    written = False
+    for place, row in rows:
+        count += 1
+        value = row
+        if isinstance(row, Mapping):
+            chosen = known_column(
+                column or next((key for key in STANDARD_COLUMNS if key in row), None),
+                list(row),
+                f"{name} {place}",
+            )
+            value = row[chosen]
+        elif column is not None:
+            raise CalibrationError(f"{name} {place} is a JSON {kind(row)} and has no column {column!r}")
+        text = row_text(value, f"{name} {place}", render)
+        if text.strip():
+            written = True
+            yield from _cut(text)
+    if not written:
+        what = f"column {column!r} of {name}" if column else name
+        raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=WAYS_OUT)
+
+
+def _cut(text: str) -> Iterator[Piece]:
+    """One document as pieces."""
+    start = 0
+    while start < len(text):
+        end = _end_of_piece(text, start)
+        yield Piece(text[start:end], opens=start == 0)
+        start = end
+
+
+def _end_of_piece(text: str, start: int) -> int:
+    """Where a piece that begins at `start` ends: after a line break, else before white space, else anywhere.
+
+    White space goes with the word behind it, as most tokenizers have it.
+    """
+    end = start + PIECE_CHARACTERS
+    if end >= len(text):
+        return len(text)
+    line_break = text.rfind("\n", start, end)
+    if line_break >= start:
+        return line_break + 1
+    space = max(text.rfind(character, start + 1, end) for character in _SPACES)
+    return space if space > start else end

@@ -1,0 +1,39 @@
+"""A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gptq_cli.checkpoint.checkpoint import PARTS, QuantizedCheckpoint
+from gptq_cli.model.conversion import tied_groups
+from gptq_cli.model.describe import _tensors
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.trace import trace
+
+
+def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
+    """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+    model, config = checkpoint.model, checkpoint.config.get_text_config()
+    traced = trace(model, {})
+    stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}
+    packed = {
+        f"{info.name}.weight": sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)
+        for info in checkpoint.linears
+    }
+    return ModelFacts(
+        model=str(checkpoint.directory),
+        architecture=type(model).__name__,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        hidden_size=int(config.hidden_size),
+        vocab_size=int(getattr(config, "vocab_size", 0) or 0),
+        max_positions=getattr(config, "max_position_embeddings", None),
+        blocks=checkpoint.blocks,
+        modules=tuple(name for name, _ in model.named_modules() if name),
+        order=traced.order if traced.complete else (),
+        untraced=traced.problem,
+        tensors=tuple(
+            replace(fact, size_bytes=packed.get(fact.name, fact.size_bytes)) for fact in _tensors(model)
+        ),
+        tied=tied_groups(model),
+        tensor_files_bytes=checkpoint.packed_bytes,
+    )

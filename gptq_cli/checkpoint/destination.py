@@ -1,0 +1,264 @@
+"""Putting a finished checkpoint in its place, without endangering what a person has there.
+
+Nothing is removed that was not there, as it is, when the run began; a result that finds its place taken is
+kept beside it. Two runs with one destination meet in the working folder beside it (`working_folder.py`). A
+destination that cannot be renamed over, such as a container's volume, is filled file by file, config.json
+last, so that it looks like a checkpoint only once it is one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from gptq_cli.checkpoint.place import NOT_CONTENT, Place, State, placed_files, state_of
+from gptq_cli.checkpoint.renames import exchange, fsync, rename_to_free
+from gptq_cli.checkpoint.working_folder import Owner, WorkingFolder, remove, stem
+from gptq_cli.errors import GptqError
+from gptq_cli.model.source import INDEX
+
+_LAST = ("quantize_config.json", INDEX, "config.json")
+_NAMED = 3
+
+
+class Destination:
+    """Use as a context manager: holds the place while a run works, and leaves nothing of the work there.
+
+    `overwrite`: a checkpoint that stands there when the run begins is replaced, unless it changes meanwhile.
+    `warn` is told what does not stop the run. Entering raises `DestinationBusy`, `ConfigError` where
+    something that is not ours has the working folder's name, and `OSError`.
+    """
+
+    def __init__(
+        self, out: Path, *, overwrite: bool = False, warn: Callable[[str, str], None] = lambda _m, _h: None
+    ) -> None:
+        self.place = Place.of(out)
+        self.out, self.overwrite = self.place.out, overwrite
+        self.cleared: tuple[str, ...] = ()
+        """What was done about the leftovers of a run that ended."""
+        self._warn = warn
+        self._folder = WorkingFolder(self.place.folder, self.out)
+        self._made_parents: list[Path] = []
+        self._begun = State("absent")
+        self._held = self._given = False
+        self._saved = self.result
+        """Where a result that could not be put in place is."""
+
+    @property
+    def folder(self) -> Path:
+        """The working folder."""
+        return self._folder.path
+
+    @property
+    def result(self) -> Path:
+        """Where the checkpoint is made."""
+        return self._folder.result
+
+    @property
+    def unlocked(self) -> str:
+        """Why the place has no kernel lock, where it has none."""
+        return self._folder.unlocked
+
+    def __enter__(self) -> Self:
+        self.place.check_free()
+        try:
+            for parent in reversed(self.out.parents):
+                if not parent.exists():
+                    with contextlib.suppress(FileExistsError):  # made by a run that began at the same time
+                        parent.mkdir()
+                        self._made_parents.append(parent)
+            before = self._folder.claim()
+        except BaseException:
+            self._remove_parents()
+            raise
+        self._held = True
+        try:
+            self._recover(before)
+            self._begun = self._look()
+            self.result.mkdir()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave()
+
+    def put_in_place(self) -> None:
+        """Move the finished result to the destination, as the last act; nothing of the work remains.
+
+        Raises `GptqError`, and says where the result is kept, where the destination is no longer what it was
+        or the system refuses.
+        """
+        try:
+            now = self._look()
+            if self.place.inside:
+                self._check(now.kind == "empty" and now.identity == self._begun.identity, now)
+                self._fill()
+            elif now.kind in ("absent", "empty"):
+                os.rename(self.result, self.out)  # which never replaces a directory that holds something
+            else:
+                self._check(self.overwrite and now.kind == "checkpoint" and now == self._begun, now)
+                self._replace()
+        except OSError as error:
+            raise self._kept(f"{self.out} cannot be put in place: {error.strerror}") from error
+        try:
+            for path in (self.out, self.out.parent, self.folder):
+                fsync(path)
+        except OSError as error:
+            raise GptqError(
+                f"{self.out} is in place, but may not be on the disk: {error.strerror}"
+            ) from error
+        self._leave()
+
+    def _look(self) -> State:
+        return state_of(self.out, NOT_CONTENT if self.place.inside else ())
+
+    def _check(self, same: bool, now: State) -> None:
+        """Raise, with the result kept, unless the place is the `same` as when the run began."""
+        if same:
+            return
+        begun = {"absent": "it did not exist, and now", "empty": "it was empty, and now"}
+        was = begun.get(self._begun.kind, "it")
+        names = self._begun.differences(now)
+        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        listed = ", ".join(names[:_NAMED]) + rest
+        if now.kind == "other" and not now.entries:
+            what = f"{was} is not a directory"
+        elif self._begun.kind != "checkpoint":
+            what = f"{was} holds {listed}" if names else f"{was} is another directory"
+        elif now.identity != self._begun.identity:
+            what = f"another {'checkpoint' if now.kind == 'checkpoint' else 'directory'} stands there"
+        else:
+            what = f"new, gone or changed in it: {listed}"
+        raise self._kept(f"{self.out} changed while the run worked, and was left alone: {what}")
+
+    def _replace(self) -> None:
+        """Let result and old checkpoint change places; whatever came there in the last moment goes back."""
+        if exchange(self.result, self.out):
+            now = state_of(self.result)
+            if now != self._begun:
+                self._exchange_back()
+                self._check(False, now)
+            return
+        old = self._folder.old
+        os.rename(self.out, old)
+        try:
+            now = state_of(old)
+            self._check(now == self._begun, now)
+            os.rename(self.result, self.out)
+        except BaseException as error:
+            try:
+                rename_to_free(old, self.out)
+            except OSError as failed:
+                kept = self._keep(old, "old")
+                raise self._kept(
+                    f"{self.out} could not be replaced ({error}), and the old checkpoint could not be put "
+                    f"back ({failed.strerror}): it is {kept}"
+                ) from error
+            raise
+
+    def _exchange_back(self) -> None:
+        """Undo an exchange; where even that fails, what came there is not lost."""
+        try:
+            exchange(self.result, self.out)
+        except OSError as error:
+            kept = self._keep(self.result, "found")
+            raise GptqError(
+                f"the checkpoint is at {self.out}; what came there in the last moment could not be put back "
+                f"({error.strerror}): it is {kept}"
+            ) from error
+
+    def _fill(self) -> None:
+        """Move the files one by one into the directory, those that make it a checkpoint last."""
+        names = sorted(set(os.listdir(self.result)) - set(_LAST))
+        names += [name for name in _LAST if os.path.lexists(self.result / name)]
+        entries = {name: os.lstat(self.result / name) for name in names}
+        self._folder.mark({name: (entry.st_ino, entry.st_size) for name, entry in entries.items()})
+        moved: list[str] = []
+        try:
+            for name in names:
+                if name == names[-1]:
+                    fsync(self.out)
+                rename_to_free(self.result / name, self.out / name)
+                moved.append(name)
+        except OSError:
+            for name in reversed(moved):
+                rename_to_free(self.out / name, self.result / name)
+            raise
+
+    def _kept(self, message: str) -> GptqError:
+        """The error for a result that could not be put in place, after it was brought to safety."""
+        if self.result.is_dir():
+            self._saved = self._keep(self.result, "finished")
+        return GptqError(
+            message,
+            hint=f"the finished checkpoint is {self._saved}; once the place is free: "
+            f"mv {shlex.quote(str(self._saved))} {shlex.quote(str(self.out))}",
+        )
+
+    def _keep(self, path: Path, word: str) -> Path:
+        """Give a directory of the working folder a name that no run will take for a leftover."""
+        for number in range(1, 1000):
+            name = f"{stem(self.out.name) or 'gptq'}.{word}{f'-{number}' if number > 1 else ''}"
+            kept = self.folder.parent / name
+            try:
+                rename_to_free(path, kept)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                    continue
+                break
+            with contextlib.suppress(OSError):  # it is there, if perhaps not yet on the disk
+                fsync(kept.parent)
+            return kept
+        self._folder.unmark()
+        self._given = True
+        return path
+
+    def _recover(self, before: Owner | None) -> None:
+        """Put in order what a run that ended left, then claim the folder."""
+        words, _ = self.place.left_over(done=True)
+        old = self._folder.old
+        said = [words] if words else []
+        if os.path.isdir(old):
+            if not os.path.lexists(self.out):
+                os.rename(old, self.out)
+                fsync(self.out.parent)
+            elif os.path.lexists(self.result):  # it was moved aside, and something else took its place
+                said.append(f"the old checkpoint that it had moved aside is {self._keep(old, 'old')}")
+        placed = placed_files(self.out, before)
+        for _, path in reversed(placed):
+            remove(path)
+        if placed:
+            said.append(f"removed {len(placed)} files that it had moved to {self.out}")
+        self._folder.mark()
+        self._folder.clear()
+        self.cleared = tuple(said)
+
+    def _leave(self) -> None:
+        """Remove what is left of the work; what cannot be removed waits for the next run."""
+        if not self._held:
+            return
+        self._held = False
+        try:
+            if not self._given:
+                self._folder.clear()
+                self._folder.release()
+        except OSError as error:
+            self._warn(f"{error.filename} could not be removed: {error.strerror}", f"remove {self.folder}")
+        finally:
+            self._folder.let_go()
+        self._remove_parents()
+
+    def _remove_parents(self) -> None:
+        for parent in reversed(self._made_parents):
+            with contextlib.suppress(OSError):  # somebody uses it by now
+                parent.rmdir()

@@ -1,0 +1,220 @@
+"""The dictionary that describes a GPTQ checkpoint, and the shapes that follow from it.
+
+It stands twice, in `config.json["quantization_config"]` and in `quantize_config.json`, and different tools
+have written it differently. Here is what we write, and how we read what others wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptq_cli import __version__
+from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
+from gptq_cli.errors import CheckpointError
+
+FORMATS = ("gptq", "gptq_v2")
+WORDS = "words"
+"""Zeros of format gptq as GPTQModel computes them: see `checkpoint.zeros`."""
+_SUBTRACTS_WORDS = re.compile(r"(gptq[-_ ]?model|auto[-_ ]?gptq)\w*(?:\s*:\s*v?(\d+))?", re.IGNORECASE)
+"""In `meta`: GPTQModel, and AutoGPTQ from 0.8 on, which it began as; earlier ones write no `meta`."""
+_THREE_BITS_BY_FIELDS = 7
+"""From this version on, GPTQModel subtracts field by field where codes have 3 bits (its PR 2763)."""
+_PATTERN_LIMIT = 1000
+_NESTED_REPEATS = re.compile(r"[+*}]\??\)+[+*{]")
+"""A repeat right inside a repeated group, `(a+)+`: such a pattern can run for longer than anyone waits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedFormat:
+    """How the codes of one linear are stored."""
+
+    bits: int
+    group_size: int
+    """-1: one group a row."""
+    sym: bool
+    desc_act: bool
+    checkpoint_format: str
+    """"gptq": qzeros hold zero - 1; "gptq_v2": the zero itself."""
+    bits_by_words: tuple[int, ...] = ()
+    """Bit widths at which the writer of format "gptq" subtracts from whole words, see `checkpoint.zeros`."""
+
+    @property
+    def zeros(self) -> str:
+        """How the config says that zeros are stored: "gptq", "gptq_v2" or "words"."""
+        by_words = self.checkpoint_format == "gptq" and self.bits in self.bits_by_words
+        return WORDS if by_words else self.checkpoint_format
+
+    def groups(self, in_features: int) -> int:
+        """Groups in a row of `in_features` columns."""
+        return 1 if self.group_size == -1 else -(-in_features // self.group_size)
+
+    def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the four tensors of a linear."""
+        groups = self.groups(in_features)
+        return {
+            "qweight": (-(-in_features * self.bits // 32), out_features),
+            "qzeros": (groups, -(-out_features * self.bits // 32)),
+            "scales": (groups, out_features),
+            "g_idx": (in_features,),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointFormat:
+    """A parsed quantization dictionary."""
+
+    base: PackedFormat
+    quantizer: str
+    """`meta.quantizer`, "" when there is none."""
+    overrides: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]
+    """`dynamic`: pattern of module names -> changed fields, None for "left dense". The first match wins."""
+    notes: tuple[str, ...]
+
+    def of(self, module: str) -> PackedFormat | None:
+        """The format of one linear; None where `dynamic` says that it is dense."""
+        for pattern, fields in self.overrides:
+            if pattern.match(module):
+                return None if fields is None else _judged(replace(self.base, **fields), f"dynamic[{module}]")
+        return self.base
+
+
+def quantization_dict(
+    quantize: QuantizeConfig, *, dense_patterns: tuple[str, ...] = (), modules_in_block: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """What we write. `dense_patterns`: regular expressions of modules inside blocks that stay dense."""
+    result: dict[str, Any] = {
+        "bits": quantize.bits,
+        "group_size": quantize.group_columns,
+        "sym": quantize.sym,
+        "desc_act": quantize.desc_act,
+        "quant_method": "gptq",
+        "checkpoint_format": quantize.checkpoint_format,
+        "format": quantize.checkpoint_format,
+        "lm_head": False,
+        "dynamic": {f"-:{pattern}": {} for pattern in dense_patterns},
+        "pack_dtype": "int32",
+        "true_sequential": quantize.true_sequential,
+        "damp_percent": quantize.damp_percent,
+        "meta": {"quantizer": [f"gptq-cli:{__version__}"]},
+    }
+    if modules_in_block:
+        result["modules_in_block_to_quantize"] = [list(modules_in_block)]
+    return result
+
+
+def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
+    """Read the dictionary of file `where`, whoever wrote it. Raises `CheckpointError`."""
+    method = _or_default(raw.get("quant_method"), default="gptq")
+    if method != "gptq":
+        raise CheckpointError(
+            f"{where}: quant_method is {method!r}; allowed: gptq",
+            hint=f"open it with a tool that reads {method}",
+        )
+    if raw.get("is_marlin_format"):
+        raise CheckpointError(
+            f"{where}: the tensors are in Marlin's own order (is_marlin_format), not in GPTQ's",
+            hint="use the original GPTQ checkpoint; servers repack it for Marlin themselves",
+        )
+    pack_dtype = raw.get("pack_dtype", "int32")
+    if pack_dtype not in ("int32", None):
+        raise CheckpointError(
+            f"{where}: pack_dtype is {pack_dtype!r}; allowed: int32", hint="gptqmodel reads it"
+        )
+    notes: list[str] = []
+    formats = [raw[key] for key in ("checkpoint_format", "format") if raw.get(key) is not None]
+    if len(set(map(str, formats))) > 1:
+        raise CheckpointError(f"{where}: checkpoint_format is {formats[0]!r} but format is {formats[1]!r}")
+    if not formats:
+        notes.append(f"{where} names no checkpoint_format: read as gptq (v1)")
+    sym = raw.get("sym")
+    if sym is None:
+        notes.append(f"{where} does not say whether codes are symmetric: read as sym = true")
+        sym = True
+    for key in ("bits", "group_size"):
+        if key not in raw:
+            raise CheckpointError(f"{where} has no {key}", hint="it is no complete GPTQ checkpoint")
+    base = PackedFormat(
+        bits=raw["bits"],
+        group_size=raw["group_size"],
+        sym=sym,
+        desc_act=_or_default(raw.get("desc_act"), default=False),
+        checkpoint_format=formats[0] if formats else "gptq",
+        bits_by_words=_bits_by_words(raw.get("meta")),
+    )
+    return CheckpointFormat(
+        base=_judged(base, where),
+        quantizer=_quantizer(raw.get("meta")),
+        overrides=_overrides(raw.get("dynamic"), where),
+        notes=tuple(notes),
+    )
+
+
+def _judged(found: PackedFormat, where: str) -> PackedFormat:
+    bits, group = found.bits, found.group_size
+    if isinstance(bits, bool) or bits not in ALLOWED_BITS:
+        allowed = ", ".join(map(str, ALLOWED_BITS))
+        raise CheckpointError(f"{where}: bits is {bits!r}; allowed: {allowed}")
+    if isinstance(group, bool) or not isinstance(group, int) or (group < 1 and group != -1):
+        raise CheckpointError(f"{where}: group_size is {group!r}; allowed: -1 or a positive whole number")
+    for name in ("sym", "desc_act"):
+        if not isinstance(getattr(found, name), bool):
+            raise CheckpointError(f"{where}: {name} is {getattr(found, name)!r}; allowed: true, false")
+    if found.checkpoint_format not in FORMATS:
+        raise CheckpointError(
+            f"{where}: checkpoint_format is {found.checkpoint_format!r}; allowed: {', '.join(FORMATS)}",
+            hint="gptqmodel reads its other formats",
+        )
+    return found
+
+
+def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]:
+    """Parse `dynamic`: "-:regex" leaves dense, "+:regex" or "regex" changes fields."""
+    if dynamic is None:
+        return ()
+    if not isinstance(dynamic, Mapping):
+        raise CheckpointError(f"{where}: dynamic is no JSON object")
+    result: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
+    for key, fields in dynamic.items():
+        text = key[2:] if key[:2] in ("-:", "+:") else key
+        try:
+            if len(text) > _PATTERN_LIMIT:
+                raise re.error("it is too long")
+            if _NESTED_REPEATS.search(text):
+                raise re.error("it repeats a repeat")
+            pattern = re.compile(text)
+        except re.error as error:
+            raise CheckpointError(f"{where}: dynamic has the pattern {text[:80]!r}: {error}") from error
+        if key.startswith("-:"):
+            result.append((pattern, None))
+            continue
+        if not isinstance(fields, Mapping):
+            raise CheckpointError(f"{where}: dynamic[{key!r}] is no JSON object")
+        known = ("bits", "group_size", "sym", "desc_act")
+        result.append((pattern, {name: fields[name] for name in known if fields.get(name) is not None}))
+    return tuple(result)
+
+
+def _or_default(value: Any, *, default: Any) -> Any:
+    """null says what an absent key says."""
+    return default if value is None else value
+
+
+def _bits_by_words(meta: object) -> tuple[int, ...]:
+    """Bit widths at which the tool that `meta` names subtracts from whole words of zeros."""
+    named = (meta.get("packer"), meta.get("quantizer")) if isinstance(meta, Mapping) else ()
+    for value in named:
+        found = _SUBTRACTS_WORDS.search(str(value)) if value is not None else None
+        if found is not None:
+            early = found[2] is not None and int(found[2]) < _THREE_BITS_BY_FIELDS
+            return (2, 3, 4, 8) if early else (2, 4, 8)
+    return ()
+
+
+def _quantizer(meta: object) -> str:
+    named = meta.get("quantizer") if isinstance(meta, Mapping) else None
+    if isinstance(named, str):
+        return named
+    return ", ".join(str(item) for item in named) if isinstance(named, list) else ""

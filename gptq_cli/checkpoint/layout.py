@@ -1,0 +1,177 @@
+"""Which tensor goes to which place of which file, known before the first weight is read.
+
+The shapes of packed tensors follow from K, N and the format alone, so every shard's head, its size and the
+size of the whole checkpoint are known at the start. That is what lets the writer put each tensor in its
+place as it comes, in any order, without holding a shard in memory, and reserve the disk before the work.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gptq_cli.checkpoint.format import PackedFormat
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.model.blocks import is_linear
+from gptq_cli.model.conversion import natural_key
+from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
+from gptq_cli.model.skeleton import LinearInfo, Skeleton, main_dtype
+
+PART_DTYPES = {"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the checkpoint to be."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo | None
+    """Where a dense tensor is copied from; None for a packed one."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * DTYPES[TORCH_TO_SAFETENSORS[self.dtype]][1] // 8
+
+    @property
+    def cast(self) -> bool:
+        """The dtype differs from the source's."""
+        return self.source is not None and self.source.dtype != self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One file: its head, and every tensor's place."""
+
+    file: str
+    tensors: tuple[PlannedTensor, ...]
+    header: bytes
+    places: dict[str, tuple[int, int]]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the file."""
+        return len(self.header) + sum(tensor.size_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlan:
+    """All files with tensors."""
+
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size_bytes for shard in self.shards)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors, without the heads."""
+        return sum(tensor.size_bytes for shard in self.shards for tensor in shard.tensors)
+
+
+def packed_format(quantize: QuantizeConfig) -> PackedFormat:
+    """The stored form that a configuration leads to."""
+    return PackedFormat(
+        bits=quantize.bits,
+        group_size=quantize.group_columns,
+        sym=quantize.sym,
+        desc_act=quantize.desc_act,
+        checkpoint_format=quantize.checkpoint_format,
+    )
+
+
+def plan_checkpoint(
+    skeleton: Skeleton,
+    quantize: QuantizeConfig,
+    max_shard_bytes: int,
+    linears: Sequence[LinearInfo] | None = None,
+) -> CheckpointPlan:
+    """Lay out the checkpoint; `linears` (default: all of the skeleton) are stored packed, the rest dense."""
+    groups = _tensor_groups(skeleton, quantize, skeleton.linears if linears is None else linears)
+    filled: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for group in groups:
+        added = sum(tensor.size_bytes for tensor in group)
+        if filled[-1] and size + added > max_shard_bytes:
+            filled.append([])
+            size = 0
+        filled[-1] += group
+        size += added
+    shards = []
+    for number, tensors in enumerate(filled, start=1):
+        single = len(filled) == 1
+        file = "model.safetensors" if single else f"model-{number:05d}-of-{len(filled):05d}.safetensors"
+        header, places = build_header({t.name: (t.dtype, t.shape) for t in tensors})
+        shards.append(PlannedShard(file, tuple(tensors), header, places))
+    return CheckpointPlan(tuple(shards))
+
+
+def _tensor_groups(
+    skeleton: Skeleton, quantize: QuantizeConfig, linears: Sequence[LinearInfo]
+) -> Iterator[list[PlannedTensor]]:
+    """Tensors in natural order of their names; the parts of one linear stay together in a file."""
+    packed = {linear.source_key: linear for linear in linears}
+    form = packed_format(quantize)
+    stored, run = main_dtype(skeleton.files), str(skeleton.dtype).removeprefix("torch.")
+    for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
+        linear = packed.get(tensor.name)
+        if linear is None:
+            dtype = run if tensor.dtype == stored else tensor.dtype
+            yield [PlannedTensor(tensor.name, dtype, tensor.shape, tensor)]
+            continue
+        shapes = form.shapes(linear.in_features, linear.out_features)
+        yield [
+            PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
+            for part in PART_DTYPES
+        ]
+
+
+def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
+    """Regular expressions of the modules inside blocks that stay dense though they hold matrices, in source
+    names."""
+    quantized = {linear.name for linear in skeleton.linears}
+    inside = tuple(f"{block}." for block in skeleton.blocks)
+    patterns: dict[str, None] = {}
+    for name, module in skeleton.model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if name in quantized or not name.startswith(inside) or all(p.ndim < 2 for p in own.values()):
+            continue
+        sources = [
+            source
+            for leaf in own
+            if (origin := skeleton.keys.origins.get(f"{name}.{leaf}")) is not None
+            for source in origin.sources
+        ]
+        common = _common_parent(sources) if sources else name
+        folded = re.sub(r"(?<=\.)\d+(?=\\?\.|$)", r"\\d+", re.escape(common))
+        patterns[rf"{folded}(\..*)?$"] = None
+    return tuple(patterns)
+
+
+def _common_parent(names: Sequence[str]) -> str:
+    """The dotted components that all names begin with, without their last one."""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return ".".join(parts[0][:shared])
+
+
+def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
+    """Names inside a block of the quantized linears, if some linear of a block stays dense; otherwise ()."""
+    quantized = {linear.name for linear in skeleton.linears}
+    partly = any(
+        is_linear(module) and f"{block}.{name}" not in quantized
+        for block in skeleton.blocks
+        for name, module in skeleton.model.get_submodule(block).named_modules()
+    )
+    if not partly:
+        return ()
+    return tuple(dict.fromkeys(x.name.removeprefix(f"{x.block}.") for x in skeleton.linears))

@@ -1,0 +1,194 @@
+"""Matching the tensors of a quantized checkpoint with the modules of its model, by heads alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from gptq_cli.checkpoint.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint
+from gptq_cli.checkpoint.format import CheckpointFormat, PackedFormat
+from gptq_cli.errors import CheckpointError, ModelError
+from gptq_cli.model.blocks import find_blocks, is_linear, shape
+from gptq_cli.model.conversion import Conversion, KeyMap
+from gptq_cli.model.source import ModelFiles
+
+_SCALE_DTYPES = ("float16", "bfloat16", "float32")
+
+
+class Judge:
+    """Matches the tensors of a checkpoint with the model's modules, and collects what does not fit."""
+
+    def __init__(
+        self,
+        directory: Path,
+        raw: Mapping[str, Any],
+        form: CheckpointFormat,
+        files: ModelFiles,
+        config: Any,
+        model: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        self.directory, self.raw, self.form, self.files = directory, raw, form, files
+        self.config, self.model, self.dtype = config, model, dtype
+        self.by_name = {tensor.name: tensor for tensor in files.tensors}
+        self.conversion = Conversion(model)
+        self.errors: list[str] = []
+        self.notes: list[str] = list(form.notes)
+
+    def checkpoint(self) -> QuantizedCheckpoint:
+        """The checkpoint, or a `CheckpointError` that names the first thing that does not fit."""
+        sources = [name.removesuffix(".qweight") for name in self.by_name if name.endswith(".qweight")]
+        self._leftovers(set(sources))
+        packed = tuple(info for source in sources if (info := self._packed(source)) is not None)
+        companions = {f"{source}.{part}" for source in sources for part in PARTS}
+        companions |= {name for source in sources if self._foreign_bias(name := f"{source}.bias")}
+        names = [name for name in self.by_name if name not in companions]
+        keys = self.conversion.map([*names, *(f"{source}.weight" for source in sources)])
+        self._dense(keys, set(sources))
+        if not sources and not self.errors:
+            self.errors.append(f"{self.directory} holds no quantized linear (no tensor ends in .qweight)")
+        if self.errors:
+            more = f" (and {len(self.errors) - 1} more problems)" if len(self.errors) > 1 else ""
+            raise CheckpointError(
+                self.errors[0] + more,
+                hint="the checkpoint is incomplete or damaged: fetch it again",
+                problems=tuple(self.errors),
+            )
+        order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
+        linears = sorted((i for i in packed if i.fused_into is None), key=lambda info: order[info.name])
+        without = sum(not info.has_g_idx for info in packed)
+        if without:
+            self.notes.append(f"{without} linears have no g_idx: groups are taken in place")
+        if keys.unexpected:
+            self.notes.append(
+                f"{len(keys.unexpected)} tensors that the model has no place for are left unread"
+            )
+        try:
+            blocks = find_blocks(self.model)[1]
+        except ModelError:
+            blocks = ()
+        return QuantizedCheckpoint(
+            directory=self.directory,
+            config=self.config,
+            config_dict=self.raw,
+            format=self.form,
+            model=self.model,
+            files=self.files,
+            dtype=self.dtype,
+            blocks=blocks,
+            linears=tuple(linears),
+            experts=tuple(info for info in packed if info.fused_into is not None),
+            conversion=self.conversion,
+            keys=keys,
+            notes=tuple(self.notes),
+        )
+
+    def _foreign_bias(self, name: str) -> bool:
+        """A bias that its packed linear adds though the model's class has none: AutoGPTQ writes them all."""
+        return name in self.by_name and self.conversion.target_of(name)[0] is None
+
+    def _leftovers(self, sources: set[str]) -> None:
+        """Parts of a quantized linear whose qweight is not there."""
+        for name in self.by_name:
+            owner, _, part = name.rpartition(".")
+            if part in ("qzeros", "scales", "g_idx") and owner not in sources:
+                self.errors.append(f"tensor {owner}.qweight is missing, but {name} is there")
+
+    def _packed(self, source: str) -> PackedInfo | None:
+        target, pattern = self.conversion.target_of(f"{source}.weight")
+        form = self.form.of(source)
+        if f"{source}.weight" in self.by_name:
+            self.errors.append(f"tensor {source}.weight stands beside {source}.qweight")
+            return None
+        if form is None:
+            self.errors.append(f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense")
+            return None
+        if target is None:
+            self.errors.append(f"tensor {source}.qweight belongs to no module of {type(self.model).__name__}")
+            return None
+        module_name = target.removesuffix(".weight")
+        bias = f"{source}.bias" in self.by_name
+        if pattern is not None:
+            sizes = self._expert_sizes(source, form)
+            name, fused, transposed = source, target, False
+        else:
+            module = self.model.get_submodule(module_name)
+            if not is_linear(module):
+                self.errors.append(f"tensor {source}.qweight belongs to {module_name}, which is no linear")
+                return None
+            rows, columns = shape(module)
+            sizes, name, fused = (columns, rows), module_name, None
+            transposed = isinstance(module, Conv1D)
+            if getattr(module, "bias", None) is not None and not bias:
+                self.errors.append(f"tensor {source}.bias is missing")
+        if sizes is None:
+            return None
+        info = PackedInfo(
+            name=name,
+            source_name=source,
+            in_features=sizes[0],
+            out_features=sizes[1],
+            format=form,
+            bias=bias,
+            has_g_idx=f"{source}.g_idx" in self.by_name,
+            transposed=transposed,
+            fused_into=fused,
+        )
+        self._check_parts(info)
+        return info
+
+    def _expert_sizes(self, source: str, form: PackedFormat) -> tuple[int, int] | None:
+        """(K, N) of an expert, which has no module to ask: from its own tensors."""
+        qweight = self.by_name[f"{source}.qweight"]
+        g_idx = self.by_name.get(f"{source}.g_idx")
+        if len(qweight.shape) != 2:
+            self.errors.append(f"tensor {source}.qweight has shape {list(qweight.shape)}; allowed: two sizes")
+            return None
+        columns = g_idx.shape[0] if g_idx and len(g_idx.shape) == 1 else qweight.shape[0] * 32 // form.bits
+        return columns, qweight.shape[1]
+
+    def _check_parts(self, info: PackedInfo) -> None:
+        allowed: dict[str, tuple[str, ...]] = {
+            "qweight": ("int32",),
+            "qzeros": ("int32",),
+            "scales": _SCALE_DTYPES,
+            "g_idx": ("int32", "int64"),
+        }
+        for part, wanted in info.format.shapes(info.in_features, info.out_features).items():
+            name = f"{info.source_name}.{part}"
+            tensor = self.by_name.get(name)
+            if tensor is None:
+                if part != "g_idx":
+                    self.errors.append(f"tensor {name} is missing")
+                elif info.format.desc_act and info.groups > 1:
+                    self.errors.append(f"tensor {name} is missing, and desc_act needs it")
+                continue
+            if tensor.dtype not in allowed[part]:
+                self.errors.append(
+                    f"tensor {name} has dtype {tensor.dtype}; allowed: {', '.join(allowed[part])}"
+                )
+            if tensor.shape != wanted:
+                self.errors.append(
+                    f"tensor {name} has shape {list(tensor.shape)}; {info.format.bits} bits with group "
+                    f"size {info.format.group_size} need {list(wanted)} for {info.in_features} inputs and "
+                    f"{info.out_features} outputs"
+                )
+        if info.bias and self.by_name[f"{info.source_name}.bias"].shape != (info.out_features,):
+            self.errors.append(f"tensor {info.source_name}.bias does not have {info.out_features} values")
+
+    def _dense(self, keys: KeyMap, sources: set[str]) -> None:
+        state = self.model.state_dict()
+        self.errors += [f"tensor {name} is missing" for name in keys.missing]
+        for target in keys.origins:
+            source = keys.source_of(target)
+            if source is None or source not in self.by_name:
+                continue
+            found, wanted = self.by_name[source].shape, tuple(state[target].shape)
+            if found != wanted and source.rpartition(".")[0] not in sources:
+                self.errors.append(
+                    f"tensor {source} has shape {list(found)}; config.json asks for {list(wanted)}"
+                )

@@ -1,0 +1,207 @@
+"""Opening a GPTQ checkpoint, ours or anyone's: every name, dtype and shape is judged before a value is read.
+
+The checkpoint's config builds the model on the meta device; Transformers' own key rules say which module each
+`qweight` belongs to; what does not fit is a `CheckpointError` that names the tensor. Nothing is executed, no
+pickle is opened and no shard outside the directory is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from gptq_cli.checkpoint.checkpoint import (
+    PARTS,
+    PackedInfo,
+    QuantizedCheckpoint,
+    dense_origins,
+    read_packed,
+    trivial_g_idx,
+)
+from gptq_cli.checkpoint.format import CheckpointFormat, parse_quantization
+from gptq_cli.checkpoint.match import Judge
+from gptq_cli.config import DType, ModelRef
+from gptq_cli.errors import CheckpointError
+from gptq_cli.files import shown
+from gptq_cli.model.architecture import load_config
+from gptq_cli.model.find import local_directory
+from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
+from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
+
+__all__ = [
+    "PackedInfo",
+    "QuantizedCheckpoint",
+    "dense_origins",
+    "open_checkpoint",
+    "read_packed",
+    "trivial_g_idx",
+]
+
+CONFIG_FILES = ("quantize_config.json", "quant_config.json")
+_FORMAT_KEYS = ("checkpoint_format", "format")
+_AGREE = (
+    *("bits", "group_size", "sym", "desc_act", "checkpoint_format"),
+    *("dynamic", "quant_method", "pack_dtype", "is_marlin_format"),
+)
+"""What must be the same wherever it is said: all that says how tensors are to be read."""
+_INNER_CONFIGS = 2
+"""How deep configs are looked for inside config.json: thinker_config has a text_config."""
+_ANY = MappingProxyType({"bits": 4, "group_size": 128})
+"""Stands for what a dictionary leaves to another."""
+
+
+def open_checkpoint(
+    path: str | Path, *, trust_remote_code: bool = False, dtype: DType = "auto"
+) -> QuantizedCheckpoint:
+    """Open the directory `path`. Reads config and heads only. Raises `CheckpointError` and `ModelError`."""
+    directory = local_directory(path, CheckpointError)
+    if directory is None:
+        raise CheckpointError(
+            f"no such directory: {shown(path)}", hint="give the directory that `gptq quantize --out` wrote"
+        )
+    ref = ModelRef(model=str(path), trust_remote_code=trust_remote_code, dtype=dtype)
+    raw, form = _read_formats(directory)
+    files = scan_directory(directory, bases=_base_names(raw, form))
+    _raise_for(files.problems)
+    config = load_config(files, ref)
+    _forget_quantization(config)
+    run_dtype = _run_dtype(config, files, dtype)
+    model = build_meta(config, ref, run_dtype, tensors=len(files.tensors))
+    return Judge(directory, raw, form, files, config, model, run_dtype).checkpoint()
+
+
+def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]:
+    """The quantization dictionary of all files that hold one; they must agree in what they both say."""
+    found = _quantization_dicts(directory)
+    if not found and any(holds_codes(path) for path in directory.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{directory} has packed tensors, but neither a quantize_config.json nor a quantization_config "
+            "in config.json says how to read them",
+            hint="fetch the quantize_config.json that was published with them",
+        )
+    if not found:
+        raise CheckpointError(
+            f"{directory} is no GPTQ checkpoint: there is neither a quantize_config.json nor a "
+            "quantization_config in config.json",
+            hint="quantize the model first: gptq quantize MODEL --out DIR",
+        )
+    _agree(found)
+    (first, whole), *others = found
+    for _, other in others:
+        whole = _completed(whole, other)
+    return whole, parse_quantization(whole, first)
+
+
+def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
+    """(where it stands, dictionary), the most telling first."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for name in (*CONFIG_FILES, "config.json"):
+        if not (directory / name).is_file():
+            continue
+        try:
+            content = read_json(directory / name)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{directory}: {error}") from error
+        if name == "config.json" and isinstance(content, Mapping):
+            found += list(_inside_config(content, name))
+        else:
+            found.append((name, content))
+    for where, held in found:
+        if not isinstance(held, Mapping):
+            raise CheckpointError(f"{directory}: the quantization config in {where} is no JSON object")
+        if held and not any(key in held for key in (*_AGREE, *_FORMAT_KEYS)):
+            raise CheckpointError(
+                f"{directory}: the quantization config in {where} has none of {', '.join(_AGREE[:5])}",
+                hint="it is no quantization config: take the file away, or put the right one there",
+            )
+    return found
+
+
+def _inside_config(
+    config: Mapping[str, Any], where: str, depth: int = _INNER_CONFIGS
+) -> Iterator[tuple[str, Any]]:
+    """The quantization_config of config.json and of the configs inside it: text-and-image models have one
+    for their text part (text_config), and some tools write it there."""
+    if config.get("quantization_config") is not None:
+        yield where, config["quantization_config"]
+    for key, inner in config.items() if depth else ():
+        if key != "quantization_config" and isinstance(inner, Mapping):
+            yield from _inside_config(inner, f"{where}: {key}", depth - 1)
+
+
+def _forget_quantization(config: Any) -> None:
+    """The model is built dense; a part that is a bare dictionary is no config of its class, and misleads."""
+    for name, inner in list(vars(config).items()):
+        if name == "quantization_config":
+            delattr(config, name)
+        elif isinstance(inner, PretrainedConfig):
+            _forget_quantization(inner)
+        elif isinstance(inner, Mapping) and "quantization_config" in inner:
+            delattr(config, name)
+
+
+def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
+    """Raise `CheckpointError` where two dictionaries say different things; a key that one of them leaves out,
+    or has as null, is no contradiction."""
+    said: dict[str, tuple[str, Any]] = {}
+    for where, content in found:
+        own = dict(content)
+        parse_quantization({**_ANY, **{key: own[key] for key in own if own[key] is not None}}, where)
+        if own.get("checkpoint_format") is None:
+            own["checkpoint_format"] = own.get("format")
+        for key in _AGREE:
+            value = own.get(key)
+            if value is None or value == {}:
+                continue
+            first, before = said.setdefault(key, (where, value))
+            if before != value:
+                raise CheckpointError(
+                    f"{key} is {before!r} in {first} but {value!r} in {where}",
+                    hint="find out which is right (gptq load DIR --verify), and set both to it",
+                )
+
+
+def _completed(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, and what `other` says beyond it."""
+    whole = {key: value for key, value in other.items() if value is not None}
+    if any(content.get(key) is not None for key in _FORMAT_KEYS):
+        whole = {key: value for key, value in whole.items() if key not in _FORMAT_KEYS}
+    own = {key: value for key, value in content.items() if value is not None or key not in whole}
+    if own.get("dynamic") == {}:
+        own["dynamic"] = whole.get("dynamic", {})
+    return {**whole, **own}
+
+
+def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ...]:
+    """What AutoGPTQ may have called the weights: the name in its config, else one made of the settings."""
+    named = raw.get("model_file_base_name")
+    made = f"gptq_model-{form.base.bits}bit-{form.base.group_size}g"
+    return (named.removesuffix(".safetensors"), made) if isinstance(named, str) and named else (made,)
+
+
+def _raise_for(problems: tuple[SourceProblem, ...]) -> None:
+    serious = [problem for problem in problems if problem.kind not in READABLE]
+    if serious:
+        more = f" (and {len(serious) - 1} more problems)" if len(serious) > 1 else ""
+        raise CheckpointError(
+            serious[0].message + more,
+            hint=serious[0].hint or None,
+            problems=tuple(problem.message for problem in serious),
+        )
+
+
+def _run_dtype(config: Any, files: ModelFiles, asked: DType) -> torch.dtype:
+    if asked != "auto":
+        return as_torch_dtype(asked)
+    declared = config_dtype(config)
+    if declared is not None:
+        return declared
+    parts = tuple(f".{part}" for part in PARTS)
+    dense = replace(files, tensors=tuple(t for t in files.tensors if not t.name.endswith(parts)))
+    return as_torch_dtype(main_dtype(dense) or "float16")

@@ -1,0 +1,54 @@
+"""The small files of a checkpoint: its config, and what is copied from the source beside the weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptq_cli.model.source import ModelFiles, read_json
+from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
+
+
+def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The source's own config.json with the quantization and the dtype set: no other word is changed."""
+    config = dict(read_json(source / "config.json"))
+    name = str(dtype).removeprefix("torch.")
+    _set_dtype(config, name)
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config["text_config"] = text = dict(text)
+        if "dtype" in text or "torch_dtype" in text:
+            _set_dtype(text, name)
+    config["quantization_config"] = dict(quantization)
+    return config
+
+
+def _set_dtype(config: dict[str, Any], name: str) -> None:
+    """Both spellings are read in the wild; keep the one that is there, the old one where there is none."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    config.update(dict.fromkeys(keys, name))
+
+
+def copy_sidecars(files: ModelFiles, target: Path, *, code: bool) -> tuple[str, ...]:
+    """Copy tokenizer, generation config, templates and licences (and Python files with `code`); return
+    their names.
+
+    Copied is what was there when the model was opened, and is still the same (else `SourceChanged`). A link
+    that leads out of the directory is left out: preflight has named it.
+    """
+    copied: list[str] = []
+    for stamp in files.stamps:
+        name = stamp.name
+        if not is_copied(name, code=code):
+            continue
+        if outside_target(files.directory, name) is not None:
+            continue
+        check_unchanged(files.directory, (stamp,))
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(files.directory / name, target / name)
+        copied.append(name)
+    return tuple(copied)

@@ -1,0 +1,261 @@
+"""The working folder of a run: its name, the lock in it, whose it is, and what a run that ended left there.
+
+For the destination `models/q` it is `models/.q.gptq`, one for all spellings of that place:
+
+    .q.gptq/
+      lock        held by the kernel's flock as long as the run lives; kill -9 releases it
+      run.json    who works here: process, machine, since when. It makes the folder ours
+      result/     the checkpoint to be
+      old/        the checkpoint that --overwrite replaced, on its way out
+
+A folder of that name without our `run.json` belongs to somebody else and is never touched; of a folder of
+ours, only the names above are ever removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+import stat
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+
+from gptq_cli.checkpoint.renames import fsync
+from gptq_cli.errors import ConfigError, DestinationBusy
+
+LOCK, SOFT_LOCK, MARKER, MARKER_NEW = "lock", "lock.soft", "run.json", "run.json.new"
+RESULT, OLD = "result", "old"
+INSIDE = ".gptq"
+"""The folder's name where it must stand inside of the destination."""
+_TOOL = "gptq-cli"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_PATIENCE_SECONDS = 0.5
+"""A contender that only looks holds the lock for a moment, and so does a run that is about to end."""
+_STEM_BYTES = 100
+_MARKER_LIMIT_BYTES = 1 << 20
+_TRIES = 20
+
+
+def stem(name: str) -> str:
+    """`name`, cut so that our additions still fit a file system's limit, but different for every name."""
+    if len(os.fsencode(name)) <= _STEM_BYTES:
+        return name
+    short = name[:_STEM_BYTES]
+    while len(os.fsencode(short)) > _STEM_BYTES:
+        short = short[:-1]
+    return f"{short}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The run that works, or worked, in a folder."""
+
+    pid: int
+    host: str
+    started: str
+    """ISO 8601, with the offset from UTC."""
+    out: str
+    placing: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Files that are being moved to the destination one by one: name -> (inode, bytes)."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {self.started[:19].replace('T', ' ')}"
+
+    @classmethod
+    def of_this_process(cls, out: Path) -> Self:
+        """The process that asks, from now on."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        return cls(os.getpid(), socket.gethostname(), now, str(out))
+
+    @property
+    def is_this_process(self) -> bool:
+        """Whether it is the process that asks."""
+        return self.pid == os.getpid() and self.host == socket.gethostname()
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """Whose the folder is; None where it is no working folder of ours."""
+    path = folder / MARKER
+    try:
+        found = os.lstat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MARKER_LIMIT_BYTES:
+            return None
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        if content["tool"] != _TOOL:
+            return None
+        placing = {str(n): (int(i), int(s)) for n, (i, s) in content.get("placing", {}).items()}
+        return Owner(
+            int(content["pid"]), str(content["host"]), str(content["started"]), str(content["out"]), placing
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # whatever it is, we did not write it
+
+
+def is_ours(folder: Path) -> bool:
+    """True for a working folder of this tool, and for one that a run had just made when it ended."""
+    if os.path.islink(folder) or not os.path.isdir(folder):
+        return False
+    try:
+        return set(os.listdir(folder)) <= {LOCK, SOFT_LOCK, MARKER_NEW} or read_owner(folder) is not None
+    except OSError:
+        return False
+
+
+def is_taken(folder: Path) -> bool:
+    """Something that is not ours stands where the working folder is to be."""
+    return os.path.lexists(folder) and not is_ours(folder)
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run lives in the folder. Writes nothing."""
+    if (folder / SOFT_LOCK).exists():
+        owner = read_owner(folder)
+        return owner is None or owner.host != socket.gethostname() or psutil.pid_exists(owner.pid)
+    if not (folder / LOCK).exists():
+        return False
+    lock = FileLock(folder / LOCK, fallback_to_soft=False, thread_local=False)
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:
+        return False  # no locks here, or a file of somebody else: taking the folder will tell
+
+
+def busy(out: Path, folder: Path, reason: str = "") -> DestinationBusy:
+    """The error for a destination that another run works on."""
+    owner = read_owner(folder)
+    why = f" ({reason})" if reason else ""
+    return DestinationBusy(
+        f"{out} is being written by another run: {owner or 'one that has just begun'}{why}",
+        hint=f"wait for it, end it (kill {owner.pid} on {owner.host}), or give another --out"
+        if owner is not None
+        else "wait for it, or give another --out",
+    )
+
+
+class WorkingFolder:
+    """The folder at `path`, held by this process from `claim` to `release`."""
+
+    def __init__(self, path: Path, out: Path) -> None:
+        self.path, self.out = path, out
+        self.result, self.old = path / RESULT, path / OLD
+        self.unlocked = ""
+        """Why there is no kernel lock, where there is none."""
+        self._lock: BaseFileLock | None = None
+        self._owner = Owner.of_this_process(out)
+
+    def claim(self) -> Owner | None:
+        """Make the folder, or take over one whose run has ended; return whose it was.
+
+        Raises `DestinationBusy` while another run lives in it, `ConfigError` where something else stands
+        there, `OSError`.
+        """
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileExistsError):
+                self.path.mkdir()
+            if is_taken(self.path):
+                raise ConfigError(
+                    f"{self.path} is in the way: a working folder would have that name, but no run made it",
+                    hint="rename it, or give another --out",
+                )
+            try:
+                self._lock = self._acquired()
+            except FileNotFoundError:  # the run before us removed the folder as its last act: once more
+                continue
+            if os.path.lexists(self._lock.lock_file):
+                return read_owner(self.path)
+            self._lock.release(force=True)
+        raise busy(self.out, self.path)
+
+    def mark(self, placing: dict[str, tuple[int, int]] | None = None) -> None:
+        """Write who works here, and what is about to be moved to the destination."""
+        owner = self._owner
+        content = {
+            "tool": _TOOL,
+            "pid": owner.pid,
+            "host": owner.host,
+            "started": owner.started,
+            "out": owner.out,
+            "placing": placing or {},
+        }
+        new = self.path / MARKER_NEW
+        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        fsync(new)
+        new.replace(self.path / MARKER)
+        fsync(self.path)
+
+    def unmark(self) -> None:
+        """Give the folder and what is in it to the person: no later run will take it for ours."""
+        (self.path / MARKER).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what a run makes here, lock and marker apart. Raises `OSError`."""
+        for path in (self.result, self.old):
+            remove(path)
+
+    def release(self) -> None:
+        """Remove the folder and let go of the lock, in an order in which nobody can come in between."""
+        for name in (MARKER_NEW, MARKER, LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """End the lock; the folder goes where nothing is left in it."""
+        with contextlib.suppress(OSError):  # something of a person's is in it, or the next run already is
+            self.path.rmdir()
+        if self._lock is not None:
+            self._lock.release(force=True)
+            with contextlib.suppress(OSError):  # a soft lock is a file that its release removes
+                if self.unlocked:
+                    self.path.rmdir()
+            self._lock = None
+
+    def _acquired(self) -> BaseFileLock:
+        lock: BaseFileLock = FileLock(self.path / LOCK, fallback_to_soft=False, thread_local=False)
+        try:
+            lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.02)
+            return lock
+        except Timeout:
+            raise busy(self.out, self.path) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            self.unlocked = f"this file system has no locks ({error.strerror})"
+        (self.path / LOCK).unlink(missing_ok=True)
+        lock = SoftFileLock(self.path / SOFT_LOCK, thread_local=False)
+        try:
+            lock.acquire(timeout=_PATIENCE_SECONDS, poll_interval=0.02)
+            return lock
+        except Timeout:
+            reason = f"{self.unlocked}: if that run has ended, remove {self.path / SOFT_LOCK}"
+            raise busy(self.out, self.path, reason) from None
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a whole directory, never what a link points to; nothing where it is not there."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tree_bytes(path: Path) -> int:
+    """Bytes that a directory's files take on the disk."""
+    found = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return found

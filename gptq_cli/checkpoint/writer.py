@@ -1,0 +1,292 @@
+"""Writing a checkpoint so that it is either complete or not there.
+
+Everything is made in a working folder beside the destination (`destination.py`) and put in place as the last
+act. The plan (`plan.py`) gives each tensor its place in its file, so shards are reserved
+on the disk at once (a disk that is too small is found in the first second, not after an hour), tensors are
+written where they belong as they come, and memory holds one tensor at a time. Dense tensors are copied byte
+for byte from the source's shards. The same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from torch import Tensor
+
+from gptq_cli.checkpoint.destination import Destination
+from gptq_cli.checkpoint.format import quantization_dict
+from gptq_cli.checkpoint.held_signals import held_signals
+from gptq_cli.checkpoint.layout import (
+    CheckpointPlan,
+    PlannedShard,
+    PlannedTensor,
+    dense_patterns,
+    modules_in_block,
+    plan_checkpoint,
+)
+from gptq_cli.checkpoint.place import check_destination
+from gptq_cli.checkpoint.renames import fsync
+from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.errors import GptqError, NonFinite
+from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.model.headers import StoredTensor, read_header
+from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
+from gptq_cli.model.source import INDEX
+
+_CHUNK_BYTES = 1 << 24
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+OnShard = Callable[[Path, int, int], None]
+"""Called with (path, bytes, tensors) when a shard is complete and on the disk."""
+
+
+class CheckpointWriter:
+    """Use as a context manager; without `finish` nothing remains.
+
+    `linears` are those that will come packed (default: all of the skeleton); every other tensor is copied.
+    `destination`: `out`, already entered by the caller, who leaves it as well.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        skeleton: Skeleton,
+        quantize: QuantizeConfig,
+        max_shard_bytes: int = 5_000_000_000,
+        overwrite: bool = False,
+        *,
+        linears: Sequence[LinearInfo] | None = None,
+        on_shard: OnShard | None = None,
+        destination: Destination | None = None,
+    ) -> None:
+        self._lent = destination is not None
+        self._destination = destination or Destination(out, overwrite=overwrite)
+        self.out = self._destination.out
+        self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes, linears)
+        self._skeleton, self._quantize, self._overwrite = skeleton, quantize, overwrite
+        self._on_shard = on_shard
+        self._work = self._destination.result
+        self._shard_of = {t.name: shard for shard in self.plan.shards for t in shard.tensors}
+        self._planned = {t.name: t for shard in self.plan.shards for t in shard.tensors}
+        self._waiting = {shard.file: {t.name for t in shard.tensors} for shard in self.plan.shards}
+        self._files: dict[str, int] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            with self._disk():
+                if not self._lent:
+                    self._destination.__enter__()
+                check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
+                for shard in self.plan.shards:
+                    self._open_shard(shard)
+                # now rather than at the end: what cannot be read is known before the work
+                code = self._skeleton.ref.trust_remote_code
+                copy_sidecars(self._skeleton.files, self._work, code=code)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def add_packed(self, linear: LinearInfo, packed: PackedLinear, bias: Tensor | None = None) -> None:
+        """Write the four tensors of a linear; `bias` only where it differs from the source's."""
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            self._put(f"{linear.source_name}.{part}", getattr(packed, part))
+        if bias is not None:
+            self._put(f"{linear.source_name}.bias", bias.to(self._skeleton.dtype))
+
+    def copy_dense(self) -> None:
+        """Copy every dense tensor from the source, cast where the run's dtype differs from the source's
+        main one.
+
+        Raises `NonFinite` when a cast overflows.
+        """
+        wanted: dict[str, list[PlannedTensor]] = {}
+        for tensor in self._planned.values():
+            if tensor.source is not None and tensor.name in self._waiting[self._shard_of[tensor.name].file]:
+                wanted.setdefault(tensor.source.shard, []).append(tensor)
+        for shard, tensors in wanted.items():
+            path = self._skeleton.files.directory / shard
+            self._skeleton.files.check(shard)
+            stored = {entry.name: entry for entry in read_header(path)}
+            with path.open("rb") as file:
+                for tensor in tensors:
+                    self._copy(file, stored[tensor.name], tensor)
+
+    def finish(self, report: Mapping[str, Any]) -> int:
+        """Write the remaining files and put the checkpoint in place; return its bytes on the disk."""
+        self.complete(report)
+        with held_signals() as check:
+            check()
+            return self.put_in_place()
+
+    def complete(self, report: Mapping[str, Any]) -> None:
+        """Write the remaining files, and bring everything to the disk."""
+        missing = sorted(name for names in self._waiting.values() for name in names)
+        if missing:
+            raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+        quantization = quantization_dict(
+            self._quantize,
+            dense_patterns=dense_patterns(self._skeleton),
+            modules_in_block=modules_in_block(self._skeleton),
+        )
+        source = self._skeleton.files.directory
+        with self._disk():
+            if len(self.plan.shards) > 1:
+                self._json(INDEX, self._index())
+            self._json("config.json", checkpoint_config(source, quantization, self._skeleton.dtype))
+            self._json("quantize_config.json", quantization)
+            self._json("report.json", report)
+            for path in self._work.rglob("*"):
+                if path.suffix != ".safetensors":
+                    fsync(path)
+            fsync(self._work)
+
+    def put_in_place(self) -> int:
+        """The last act, after `complete`; return the checkpoint's bytes on the disk."""
+        with self._disk():
+            size = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
+        self._skeleton.files.check()
+        self._destination.put_in_place()
+        return size
+
+    def _index(self) -> dict[str, Any]:
+        weight_map = {name: self._shard_of[name].file for name in sorted(self._shard_of)}
+        return {"metadata": {"total_size": self.plan.tensor_bytes}, "weight_map": weight_map}
+
+    def _json(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2) + "\n"  # ASCII: a name may hold what UTF-8 cannot
+        (self._work / name).write_text(text, encoding="utf-8")
+
+    def _open_shard(self, shard: PlannedShard) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+        handle = os.open(self._work / shard.file, flags, 0o666)
+        self._files[shard.file] = handle
+        _reserve(handle, shard.size_bytes)
+        _write_at(handle, memoryview(shard.header), 0)
+        if not shard.tensors:
+            self._complete(shard)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        planned = self._planned.get(name)
+        if planned is None or name not in self._waiting[self._shard_of[name].file]:
+            raise GptqError(f"tensor {name} is not in the plan, or is written twice")
+        if tuple(value.shape) != planned.shape or value.dtype != as_torch_dtype(planned.dtype):
+            raise GptqError(
+                f"tensor {name} is {value.dtype} {list(value.shape)}; "
+                f"planned: {planned.dtype} {list(planned.shape)}"
+            )
+        shard = self._shard_of[name]
+        begin, _ = shard.places[name]
+        with self._disk():
+            _write_at(self._files[shard.file], _bytes(value), begin)
+            self._written(shard, name)
+
+    def _copy(self, source: BinaryIO, stored: StoredTensor, planned: PlannedTensor) -> None:
+        shard = self._shard_of[planned.name]
+        position, _ = shard.places[planned.name]
+        target, dtype = self._files[shard.file], as_torch_dtype(planned.dtype)
+        source.seek(stored.begin)
+        for start in range(stored.begin, stored.end, _CHUNK_BYTES):
+            chunk = source.read(min(_CHUNK_BYTES, stored.end - start))
+            if planned.cast:
+                values = torch.frombuffer(bytearray(chunk), dtype=as_torch_dtype(stored.dtype))
+                chunk = bytes(_bytes(_cast(planned.name, values, dtype)))
+            with self._disk():
+                _write_at(target, memoryview(chunk), position)
+            position += len(chunk)
+        with self._disk():
+            self._written(shard, planned.name)
+
+    def _written(self, shard: PlannedShard, name: str) -> None:
+        self._waiting[shard.file].discard(name)
+        if not self._waiting[shard.file]:
+            self._complete(shard)
+
+    def _complete(self, shard: PlannedShard) -> None:
+        handle = self._files.pop(shard.file)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if self._on_shard is not None:
+            self._on_shard(self._work / shard.file, shard.size_bytes, len(shard.tensors))
+
+    def _discard(self) -> None:
+        """Remove everything that was made and is not in place."""
+        for handle in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(handle)
+        self._files.clear()
+        if not self._lent:
+            self._destination.__exit__(None, None, None)
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        """Explain what a disk may answer."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                free = shutil.disk_usage(_existing(self._work)).free
+                raise GptqError(
+                    f"no space left for {self._work.parent}: the checkpoint needs "
+                    f"{self.plan.size_bytes} bytes, {free} are free",
+                    hint="make room, or give --out another disk",
+                ) from error
+            raise GptqError(f"cannot write to {error.filename or self._work}: {error.strerror}") from error
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Give the file its full size, with its blocks where the file system can do that."""
+    os.ftruncate(handle, size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+
+
+def _write_at(handle: int, data: memoryview, position: int) -> None:
+    view = data.cast("B")
+    while view:
+        count = os.pwrite(handle, view[:_CHUNK_BYTES], position)
+        view, position = view[count:], position + count
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes in C order."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    result = values.to(dtype)
+    overflowed = torch.isfinite(values) & ~torch.isfinite(result)
+    if bool(overflowed.any()):
+        value = float(values[overflowed][0])
+        raise NonFinite(
+            f"tensor {name} holds {value:g}, which {dtype} cannot hold", hint="use --dtype auto or bfloat16"
+        )
+    return result

@@ -1,0 +1,112 @@
+"""16-bit models on a processor that has no units for 16-bit products.
+
+Without AVX512_BF16 or AMX a CPU multiplies bf16 matrices at a tenth of its fp32 speed, and a model of that
+dtype crawls. Running it in fp32 instead would double the memory of weights and activations and change what
+lies between the products. `Widened` changes the products alone: operands are widened to fp32, multiplied,
+and the result is rounded once to the dtype that it would have had. That is what the units do where they
+exist - exact products, fp32 sums, one rounding - so a model says the same on both machines, to within the
+order of summation.
+
+    with products_for(hidden.dtype, hidden.device):
+        block(hidden)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from gptq_cli.gptq.matmul import has_units
+
+_HALVES = (torch.bfloat16, torch.float16)
+_LEAST_ROWS = 32
+"""With fewer rows a product is reading the other factor, which is quicker in 16 bits than widening it."""
+_ROWS_AT_ONCE = 512
+_LEFT: dict[Any, int] = {
+    functional.linear: 0,
+    torch.addmm: 1,
+    torch.baddbmm: 1,
+    torch.bmm: 0,
+    torch.einsum: 0,
+    torch.matmul: 0,
+    torch.mm: 0,
+    Tensor.__matmul__: 0,
+    Tensor.addmm: 1,
+    Tensor.baddbmm: 1,
+    Tensor.bmm: 0,
+    Tensor.matmul: 0,
+    Tensor.mm: 0,
+}
+"""The functions that are products, and which of their tensors is the left factor."""
+
+
+class Widened(TorchFunctionMode):
+    """Inside `with`, and in this thread, products of 16-bit CPU tensors are formed in fp32 and rounded.
+
+    Attention kernels (scaled_dot_product_attention) do that by themselves.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Every torch function comes by here; all but products pass."""
+        kwargs = kwargs or {}
+        if func in _LEFT and "out" not in kwargs:
+            operands = list(_tensors((*args, *kwargs.values())))
+            if _worth_widening(operands, _LEFT[func]):
+                if func is functional.linear and not kwargs:
+                    return _linear(*args)
+                wide = {name: _widened(value) for name, value in kwargs.items()}
+                return func(*_widened(args), **wide).to(operands[0].dtype)
+        return func(*args, **kwargs)
+
+
+def _worth_widening(operands: list[Tensor], left: int) -> bool:
+    """True for at least `_LEAST_ROWS` rows, all of one 16-bit dtype and on the CPU."""
+    if len({(operand.dtype, operand.device.type) for operand in operands}) != 1 or left >= len(operands):
+        return False
+    factor = operands[left]
+    tall = factor.ndim > 1 and factor.numel() >= _LEAST_ROWS * factor.shape[-1]
+    return tall and factor.dtype in _HALVES and factor.device.type == "cpu"
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Some rows at a time: what is widened stays in the cache, and in memory that need not be asked for."""
+    rows = x.reshape(-1, x.shape[-1])
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
+    out = x.new_empty(rows.shape[0], weight.shape[0])
+    for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        out[part] = functional.linear(rows[part].float(), wide, wide_bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def products_for(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """The scope in which a model of `dtype` runs fastest on `device`: `Widened` or nothing."""
+    return nullcontext() if has_units(dtype, device.type) else Widened()
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _tensors(value)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALVES else value
+    if isinstance(value, tuple | list):
+        return type(value)(_widened(item) for item in value)
+    return value

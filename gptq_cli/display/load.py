@@ -1,0 +1,177 @@
+"""What a checkpoint proved, as a person reads it: the summary of a load, and the files judged rule by rule.
+
+As in `tables.py`: no frame carries meaning, every colour has a word, and nothing is cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gptq_cli.display import format as fmt
+from gptq_cli.display.tables import (
+    LEVEL_STYLES,
+    Hint,
+    facts_table,
+    listed,
+    modules_text,
+    recipe,
+    warnings_rows,
+    yes,
+)
+from gptq_cli.findings import Finding
+from gptq_cli.results.load import (
+    Agreement,
+    Bench,
+    Gate,
+    KernelCount,
+    LoadReport,
+    Outcome,
+    Rate,
+    RuleResult,
+    VerifyReport,
+)
+
+_STYLES: dict[Outcome, str] = {
+    "ok": "green",
+    "note": LEVEL_STYLES["note"],
+    "warning": LEVEL_STYLES["warning"],
+    "error": LEVEL_STYLES["error"],
+}
+
+
+def load_summary(report: LoadReport) -> Group:
+    """What `gptq load` opened, where it stands and why, and what it proved. The text came before this."""
+    title = Text(f" {report.path}", style="bold green")
+    title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
+    parts: list[RenderableType] = [title, "", facts_table([*_opened(report), *_proved(report)])]
+    if report.bench is not None:
+        parts += ["", bench_table(report.bench)]
+    if report.verification is not None:
+        parts += ["", verify_summary(report.verification)]
+    return Group(*parts)
+
+
+def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
+    by = f", written by {report.quantizer}" if report.quantizer else ""
+    speed = report.weight_bytes / report.load_seconds if report.load_seconds else 0.0
+    rate = f" ({fmt.size(speed)}/s)" if speed else ""
+    compiled = ", compiled" if report.compiled else ""
+    yield "checkpoint", f"{recipe(report)}{by}"
+    yield "device", f"{report.device_map}: {report.device_reason}"
+    yield "dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}{compiled}"
+    yield from listed("kernels", [kernel_text(kernel) for kernel in report.kernels])
+    yield "weights", f"{fmt.size(report.weight_bytes)} in {fmt.duration(report.load_seconds)}{rate}"
+    yield from listed("memory", [f"{device} {fmt.size(held)}" for device, held in report.memory])
+    yield from listed("warnings", [Text(text) for text in report.warnings])
+
+
+def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
+    if report.perplexity is not None:
+        of = f" of {report.text_source}" if report.text_source else ""
+        over = f" over {fmt.count(report.windows, 'window')} of {report.seq_len} tokens{of}"
+        yield "perplexity", Text(f"{report.perplexity:.3f}", style="bold").append(over, style="not bold")
+    if report.agreement is not None:
+        yield from _compared(report.against or "", report.agreement)
+    if report.new_tokens:
+        tokens = fmt.count(report.new_tokens, "token")
+        yield "generated", f"{tokens}, {report.tokens_per_second:.1f} a second"
+    yield from listed("gates", [gate_text(gate) for gate in report.gates])
+    yield from warnings_rows(report.warnings, _findings(report.verification))
+
+
+def _findings(report: VerifyReport | None) -> Iterator[Finding]:
+    """All that a verification shows, rule by rule."""
+    if report is not None:
+        yield from report.findings
+        for target in report.targets:
+            yield from target.findings
+
+
+def _compared(against: str, agreement: Agreement) -> Iterator[tuple[str, RenderableType]]:
+    gap = 100 * agreement.perplexity_gap
+    yield "against", f"{against}: perplexity {agreement.dense_perplexity:.3f} ({gap:+.2f} % here)"
+    yield "KL", Text(f"{fmt.loss(agreement.kl)}", style="bold").append(" nats a token", style="not bold")
+    yield "top-1", f"{fmt.share(agreement.top1)} of {agreement.tokens:,} tokens are predicted alike"
+
+
+def kernel_text(kernel: KernelCount) -> str:
+    """`int4pack for 180 linears: 4 bits, group 64, cpu`."""
+    return f"{kernel.kernel} for {fmt.count(kernel.linears, 'linear')}: {kernel.reason}"
+
+
+def gate_text(gate: Gate) -> Text:
+    """`passed  max_kl 0.05: 0.0213 was found`."""
+    word, style = ("passed", "green") if gate.passed else ("FAILED", "bold red")
+    return Text(f"{word}  {gate.name} {gate.limit:g}, found {gate.found:.4g}", style=style)
+
+
+def bench_table(bench: Bench) -> Table:
+    """Tokens a second with their spread, weights, memory; the dense model beside it where it was timed."""
+    dense = bench.dense_speed
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(overflow="fold")
+    for _ in range(3 if dense else 1):
+        table.add_column(justify="right", no_wrap=True)
+    speed = bench.speed
+    heading = f" tokens a second, median of {speed.rounds}"
+    table.add_row(heading, "quantized", *(("dense", "ratio") if dense else ()), style="bold")
+    for label, ours, theirs, ratio in (
+        (f" prompt of {speed.prompt_tokens}", speed.prompt, dense and dense.prompt, bench.prompt_ratio),
+        (f" {speed.new_tokens} one by one", speed.decode, dense and dense.decode, bench.decode_ratio),
+    ):
+        table.add_row(label, rate_text(ours), *((rate_text(theirs), f"{ratio:.2f}") if theirs else ()))
+    beside = (fmt.size(bench.dense_weight_bytes), f"{bench.weight_ratio:.2f}") if dense else ()
+    table.add_row(" weights", fmt.size(bench.weight_bytes), *beside)
+    for device, held in bench.memory:
+        table.add_row(f" memory of {device}", fmt.size(held), *(("", "") if dense else ()))
+    return table
+
+
+def rate_text(rate: Rate) -> str:
+    """`812.3 ± 12.0`: median and interquartile range."""
+    return f"{rate.tokens_per_second:.1f} ± {rate.spread:.1f}"
+
+
+def verify_summary(report: VerifyReport) -> Group:
+    """The files part by part, then every target rule by rule, each with its verdict."""
+    verdict, style = ("is sound", "bold green") if report.sound else ("is not sound", "bold red")
+    whole = len(report.checks) > 1
+    title = Text(f" {report.path}", style=style if whole or not report.sound else "bold green")
+    counted = f"{fmt.count(report.tensors, 'tensor')}, {fmt.count(report.linears, 'quantized linear')}"
+    share = f"{fmt.share(report.coverage)} of the weights in the blocks"
+    facts = f": {counted}, {share}" if report.tensors else ""
+    shown = verdict if whole or not report.sound else "is readable"
+    title.append(f" {shown}{facts}", style="default not bold")
+    parts: list[RenderableType] = [title, "", rules_table(report.checks)]
+    for target in report.targets:
+        word, style = ("takes it", "green") if target.ok else ("WILL NOT take it", "bold red")
+        heading = Text(f" {target.target}", style="bold").append(f" {word}", style=style)
+        parts += ["", heading, "", rules_table(target.rules)]
+    beyond = warnings_rows(report.warnings, _findings(report))
+    if beyond:
+        parts += ["", facts_table(beyond)]
+    return Group(*parts)
+
+
+def rules_table(results: Iterable[RuleResult]) -> Table:
+    """One row a rule: its verdict and what it is about; below, what it found and what to do."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for result in results:
+        outcome = Text(f" {result.outcome}", style=_STYLES[result.outcome])
+        table.add_row(outcome, Text(result.rule, style="bold"), Text(result.about, style="dim"))
+        for finding in result.findings:
+            about = f"{finding.subject}: " if finding.modules else ""
+            level = Text(finding.level, style=_STYLES[finding.level])
+            table.add_row("", level, Text(f"{about}{finding.message}"))
+            if len(finding.modules) > 1:
+                table.add_row("", "", Text(modules_text(finding), style="dim"))
+            if finding.hint:
+                table.add_row("", Text("hint", style="cyan"), Hint(finding.hint))
+    return table

@@ -1,0 +1,69 @@
+"""How well a model predicts a text: exp of the mean negative log-likelihood over all predicted tokens.
+
+Every window is judged alone: its first token is context only, the others are predicted. Logits become
+log-probabilities in float32, some rows at a time: a window times a vocabulary of 150 000 is gigabytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.errors import NonFinite
+from gptq_cli.evaluation.generation import input_device, products_of
+
+LOGIT_ELEMENTS = 1 << 24
+"""float32 logits that are held at once: 64 MiB."""
+OnWindow = Callable[[int, int], None]
+"""Called with (windows done, windows in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """The perplexity of a text, and over how many predicted tokens it was taken."""
+
+    value: float
+    tokens: int
+    windows: int
+
+
+def perplexity(model: Any, windows: Tensor, on_window: OnWindow = lambda done, total: None) -> Perplexity:
+    """Perplexity of `windows` (count, length) of token ids. Raises `NonFinite` when a logit is NaN."""
+    total_loss, tokens = 0.0, 0
+    device = input_device(model)
+    with torch.inference_mode():
+        for index, window in enumerate(windows):
+            ids = window.to(device).unsqueeze(0)
+            with products_of(model):
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+            total_loss += negative_log_likelihood(logits, ids[0, 1:])
+            tokens += ids.shape[1] - 1
+            if not math.isfinite(total_loss):
+                raise NonFinite(
+                    f"the model's output for window {index} is not finite",
+                    hint="float16 may overflow: try --dtype bfloat16",
+                )
+            on_window(index + 1, len(windows))
+    return Perplexity(math.exp(min(total_loss / tokens, 700.0)), tokens, len(windows))
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> float:  # (T, V), (T,)
+    """Sum over T of -log softmax(logits)[target], in float32, summed in float64."""
+    total = 0.0
+    for start, stop in row_ranges(logits):
+        wanted = targets[start:stop].to(logits.device)
+        losses = torch.nn.functional.cross_entropy(logits[start:stop].float(), wanted, reduction="none")
+        total += float(losses.double().sum())
+    return total
+
+
+def row_ranges(logits: Tensor) -> Iterator[tuple[int, int]]:  # (T, V)
+    """Ranges of rows that fit into LOGIT_ELEMENTS."""
+    rows = max(1, LOGIT_ELEMENTS // logits.shape[1])
+    for start in range(0, logits.shape[0], rows):
+        yield start, min(start + rows, logits.shape[0])

@@ -1,0 +1,303 @@
+"""From a checked checkpoint and a placement to a model that generates.
+
+The skeleton of the checkpoint stays on the meta device until its linears are replaced; then every tensor goes
+from its file to the device where it will be used, one linear at a time. No dense copy of the model is
+ever made: the peak is the packed model and the unpacked codes of one linear.
+
+A cpu entry beside other devices keeps its tensors on the CPU in the layout of the main device, and
+accelerate's hooks carry them there for each forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.checkpoint.codes import codes_of
+from gptq_cli.checkpoint.open import PackedInfo, QuantizedCheckpoint, read_packed
+from gptq_cli.checkpoint.zeros import ZerosTally
+from gptq_cli.config import KernelWish
+from gptq_cli.devices.accelerators import current_accelerator, torch_device, working_on
+from gptq_cli.devices.host_memory import trim_heap
+from gptq_cli.errors import CheckpointError, ConfigError
+from gptq_cli.evaluation.generation_config import read_generation_config
+from gptq_cli.gptq.packing import PackedLinear as PackedTensors
+from gptq_cli.inference.crossover import Crossovers, intra_op_threads
+from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
+from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
+from gptq_cli.inference.packed_linear import PackedLinear
+from gptq_cli.inference.saving import answer_for
+from gptq_cli.inference.scratch import Scratch
+from gptq_cli.model.quiet import quiet_libraries
+from gptq_cli.model.tensors import TensorReader
+from gptq_cli.model.weights import fill_dense
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import Placement, PlacementEntry
+from gptq_cli.results.load import KernelCount
+
+OnLinear = Callable[[int, int], None]
+"""Called with (linears done, linears in all)."""
+OnNote = Callable[[str], None]
+"""Called with a sentence about what was read otherwise than the config says."""
+
+QuantizedModule = PackedLinear | GptqmodelLinear
+_TRIM_BYTES = 1 << 25
+_EXPERT = re.compile(r"\.(\d+)\.[^.]+\Z")
+
+
+def default_placement(checkpoint: QuantizedCheckpoint) -> Placement:
+    """Everything on the current accelerator, on the CPU where there is none; the reason says why."""
+    device = current_accelerator()
+    if device.is_accelerator:
+        reason = f"no device map was given: {device} is the current accelerator"
+    else:
+        reason = "no device map was given, and this machine has no accelerator"
+    return Placement((PlacementEntry("", device, checkpoint.packed_bytes, True),), device, reason)
+
+
+def load_quantized(
+    checkpoint: QuantizedCheckpoint,
+    placement: Placement,
+    *,
+    wish: KernelWish = "auto",
+    on_linear: OnLinear = lambda done, total: None,
+    on_note: OnNote = lambda text: None,
+) -> Any:
+    """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
+
+    Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served,
+    `ConfigError` where `wish` is not installed or cannot do what the placement asks.
+
+    Repacking runs on one thread: it keeps up with most disks, and thousands of small operations that wait
+    for all threads each are a hundred times slower where other processes have the cores.
+    """
+    if any(device.kind in ("disk", "meta") for device in placement.devices):
+        raise CheckpointError(
+            "the device map puts modules on disk; allowed when loading: accelerators and cpu",
+            hint="map those modules to cpu, or load on the CPU alone: --device-map cpu",
+        )
+    model = checkpoint.model
+    model.generation_config = read_generation_config(checkpoint.directory, model)
+    crossovers = Crossovers(torch.get_num_threads())
+    foreign = GptqmodelKernels() if wish == "gptqmodel" else None
+    if foreign is not None and placement.offloaded:
+        raise ConfigError(
+            "kernel is 'gptqmodel', whose modules cannot travel, but the map has cpu beside other devices",
+            hint="leave cpu out of the device map, or use --kernel auto",
+        )
+    with checkpoint.streamed() as reader, intra_op_threads(1):
+        attacher = _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear)
+        attacher.attach()
+        for sentence in attacher.zeros.sentences():
+            on_note(sentence)
+        fill_dense(
+            model,
+            checkpoint.conversion,
+            checkpoint.keys,
+            reader.get,
+            lambda name: torch_device(placement.device_of(name)),
+            checkpoint.dtype,
+            on_untied=lambda names: on_note(untied(*names)),
+        )
+    model.eval().requires_grad_(False)
+    if foreign is not None:
+        foreign.finish(model, desc_act=checkpoint.desc_act)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous_input)
+    if len(placement.devices) > 1:
+        _dispatch(model, placement)
+        _set_current_devices(model, checkpoint.blocks, placement)
+    answer_for(model, checkpoint)
+    trim_heap()
+    return model
+
+
+class _Attacher:
+    """Replaces the linears of one checkpoint's skeleton."""
+
+    def __init__(
+        self,
+        checkpoint: QuantizedCheckpoint,
+        placement: Placement,
+        reader: TensorReader,
+        crossovers: Crossovers,
+        wish: KernelWish,
+        foreign: GptqmodelKernels | None,
+        on_linear: OnLinear,
+    ) -> None:
+        self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
+        self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
+        self.foreign = foreign
+        self.scratch = Scratch()
+        self.zeros = ZerosTally()
+        self.done = 0
+        self.untrimmed_bytes = 0
+
+    def attach(self) -> None:
+        """Put a packed module in the place of every quantized linear and every fused experts module."""
+        model = self.checkpoint.model
+        for info in self.checkpoint.linears:
+            model.set_submodule(info.name, self._pack(info, info.name))
+        experts: dict[str, dict[tuple[str, int], nn.Module]] = defaultdict(dict)
+        for info in self.checkpoint.experts:
+            assert info.fused_into is not None
+            owner = info.fused_into.rpartition(".")[0]
+            check_servable(owner, model.get_submodule(owner))
+            experts[owner][self._role(info)] = self._pack(info, owner)
+        for owner, found in experts.items():
+            roles = by_role(owner, found)
+            packed = PackedExperts(model.get_submodule(owner), roles["gate"], roles["up"], roles["down"])
+            model.set_submodule(owner, packed)
+
+    def _role(self, info: PackedInfo) -> tuple[str, int]:
+        """("gate" | "up" | "down", expert) of one quantized expert linear."""
+        assert info.fused_into is not None
+        number = _EXPERT.search(info.source_name)
+        fused = info.fused_into.rpartition(".")[2]
+        if number is None or fused not in ("gate_up_proj", "down_proj"):
+            raise CheckpointError(
+                f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not served",
+                hint="vLLM and GPTQModel read quantized experts of more kinds",
+            )
+        if fused == "down_proj":
+            return "down", int(number[1])
+        place = self.checkpoint.conversion.place_of(f"{info.source_name}.weight")
+        return ("gate", "up")[place], int(number[1])
+
+    def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
+        home = self.placement.device_of(module_name)
+        at_work = self._execution_device(home)
+        packed, bias = read_packed(self.reader, info, torch_device(at_work), self.zeros)
+        dtype = self.checkpoint.dtype
+        bias = None if bias is None else bias.to(dtype, copy=True)
+        if self.foreign is not None:
+            module: QuantizedModule = self.foreign.build(info, packed, bias, dtype)
+        else:
+            module = self._own(info, packed, bias)
+        self._give_back(packed.qweight.numel() * packed.qweight.element_size())
+        self.done += 1
+        self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
+        return module if home == at_work else module.to(torch_device(home))
+
+    def _own(self, info: PackedInfo, packed: PackedTensors, bias: Tensor | None) -> PackedLinear:
+        return PackedLinear(
+            codes_of(info, packed),
+            bias=bias,
+            dtype=self.checkpoint.dtype,
+            crossovers=self.crossovers,
+            scratch=self.scratch,
+            wish=self.wish,
+        )
+
+    def _give_back(self, read_bytes: int) -> None:
+        """From time to time, return what was freed to the system.
+
+        Aligned blocks do not fit into the holes that equal ones left: untrimmed, the heap would grow by the
+        file's size beside the model.
+        """
+        self.untrimmed_bytes += read_bytes
+        if self.untrimmed_bytes >= _TRIM_BYTES:
+            self.untrimmed_bytes = 0
+            trim_heap()
+
+    def _execution_device(self, home: Device) -> Device:
+        """Offloaded modules compute on the main device, and need its layout."""
+        offloaded = home.kind == "cpu" and bool(self.placement.offloaded)
+        return self.placement.main_device if offloaded else home
+
+
+def untied(first: str, second: str) -> str:
+    """What is said of two tensors that the config ties and the files hold apart."""
+    return (
+        f"{first} and {second} are one tensor by the config (tie_word_embeddings), but the files hold two "
+        "that differ: both are used as they are, as in Transformers; readers that tie them compute "
+        "something else"
+    )
+
+
+def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before the head: the last position of a prompt is a slice, with the strides of the whole prompt.
+
+    For such an input (which counts as contiguous, one row has no gaps) and a weight without gradients,
+    torch's matmul takes bmm instead of mm and copies the whole weight, which costs as much as all blocks.
+    """
+    if not inputs or inputs[0].dim() < 3:
+        return inputs
+    return (inputs[0].reshape(-1, inputs[0].shape[-1]).view(inputs[0].shape), *inputs[1:])
+
+
+def _dispatch(model: Any, placement: Placement) -> None:
+    from accelerate import dispatch_model
+
+    with quiet_libraries():
+        dispatch_model(
+            model,
+            device_map=placement.accelerate_map(),
+            main_device=placement.main_device.for_accelerate,
+            skip_keys=model._skip_keys_device_placement,
+            offload_buffers=True,
+        )
+
+
+def _set_current_devices(model: nn.Module, blocks: Sequence[str], placement: Placement) -> None:
+    """Have each block run with its device as the current one: accelerate moves tensors, and no more."""
+    main = placement.main_device
+    for name in blocks:
+        home = placement.device_of(name)
+        block, device = model.get_submodule(name), torch_device(main if home == CPU else home)
+        block.forward = _with_device(block.forward, device)
+
+
+def _with_device(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with working_on(device):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def compile_forward(model: Any) -> None:
+    """Let torch.compile fuse what lies between the kernels; the first calls then take a minute.
+
+    Never done by default. `dynamic`: one compilation serves prompts of every length.
+    """
+    model.forward = torch.compile(model.forward, dynamic=True)
+
+
+def packed_linears(model: nn.Module) -> dict[str, QuantizedModule]:
+    """Name -> module of every packed linear."""
+    kinds = (PackedLinear, GptqmodelLinear)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def kernel_counts(model: nn.Module) -> tuple[KernelCount, ...]:
+    """How many linears run on which kernel, and why; the commonest first."""
+    counts: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for module in packed_linears(model).values():
+        counts[module.kernel_name, module.reason].append(module.few_rows)
+    return tuple(
+        KernelCount(kernel=kernel, linears=len(few), reason=_with_crossing(reason, few))
+        for (kernel, reason), few in sorted(counts.items(), key=lambda item: (-len(item[1]), item[0]))
+    )
+
+
+def _with_crossing(reason: str, few: list[int]) -> str:
+    if not any(few):
+        return reason
+    low, high = min(few), max(few)
+    tokens = str(low) if low == high else f"{low} to {high}, by shape"
+    return f"{reason}; above {tokens} tokens at once: dequantize (measured at load)"
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers; tied ones count once."""
+    tensors: dict[int, Tensor] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,182 @@
+"""What `gptq load` proves of an opened model: it generates, it is fast, it is close to the dense model.
+
+Each step takes a report and gives back one that knows more. The dense model is planned on heads before any
+weight is read, opened last, and lives for the comparison alone: no figure of the quantized model includes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptq_cli.calibration import TokenBatches
+from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
+from gptq_cli.config import CalibrationConfig, LoadJob, ModelRef, QuantizeConfig
+from gptq_cli.devices.accelerators import present_devices, read_memory
+from gptq_cli.evaluation.divergence import check_comparable, compare
+from gptq_cli.evaluation.generation import generate
+from gptq_cli.evaluation.perplexity import perplexity
+from gptq_cli.evaluation.speed import measure_speed
+from gptq_cli.events import Observer, PhaseAdvanced, TextGenerated, phase
+from gptq_cli.findings import PreflightReport
+from gptq_cli.inference.load import resident_bytes
+from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
+from gptq_cli.model.positions import Positions
+from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.source import READABLE
+from gptq_cli.model.weights import load_resident
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.planning.cases import JobCase, Work
+from gptq_cli.preflight.facts import environment_facts
+from gptq_cli.preflight.resolve import refusal, resolve
+from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.results.load import Bench, Gate, LoadReport, Speed
+
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 5
+"""Of --bench; both are fewer where the model has fewer positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class DensePlan:
+    """The dense model to compare with, and where it will go."""
+
+    skeleton: Skeleton
+    placement: Placement
+
+
+def plan_dense(
+    job: LoadJob, checkpoint: QuantizedCheckpoint, placement: Placement, observer: Observer
+) -> DensePlan | None:
+    """Judge on heads whether --against can be compared with, and fits beside the quantized model.
+
+    It goes where the device map says, and without one to the quantized model's device. Raises `ModelError`,
+    `CheckpointError` and `PreflightRefused`.
+    """
+    if job.against is None:
+        return None
+    ref = ModelRef(model=job.against, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+    skeleton = open_skeleton(find_model(ref), ref)
+    check_comparable(checkpoint.model, skeleton.model)
+    facts = model_facts(skeleton)
+    case = JobCase(
+        facts=facts,
+        work=Work(QuantizeConfig(), CalibrationConfig()),
+        problems=tuple(problem for problem in skeleton.problems if problem.kind not in READABLE),
+    )
+    files = PreflightReport(tuple(finding for rule in rules_source.RULES for finding in rule(case)))
+    resolution = resolve(
+        job.device_map or DeviceMap.parse(str(placement.main_device)),
+        facts,
+        _left_by(placement),
+        environment=environment_facts(),
+    )
+    found = files + PreflightReport(tuple(f for f in resolution.report.findings if f.level != "note"))
+    announce(found, observer)
+    if not found.ok or resolution.placement is None:
+        raise refusal(found)
+    return DensePlan(skeleton, resolution.placement)
+
+
+def _left_by(placement: Placement) -> tuple[DeviceBudget, ...]:
+    """The devices that are present, less what the quantized model will take of them."""
+    taken = dict(placement.size_bytes)
+    return tuple(
+        replace(budget, free_bytes=max(0, budget.free_bytes - taken.get(budget.device, 0)))
+        for budget in present_devices()
+    )
+
+
+def generated(job: LoadJob, model: Any, tokenizer: Any, report: LoadReport, observer: Observer) -> LoadReport:
+    """Continue --prompt; every piece of text is an event at once."""
+    assert job.prompt is not None
+    with phase(observer, "generate", job.max_new_tokens) as words:
+        made = generate(
+            model,
+            tokenizer,
+            job.prompt,
+            job.max_new_tokens,
+            lambda text, tokens: observer(TextGenerated(text, tokens)),
+            raw=job.raw,
+            sampling=job.sampling,
+        )
+        words.append(f"{made.new_tokens} tokens")
+    return replace(
+        report,
+        prompt=job.prompt,
+        text=made.text,
+        prompt_tokens=made.prompt_tokens,
+        new_tokens=made.new_tokens,
+        tokens_per_second=made.tokens_per_second,
+    )
+
+
+def timed(
+    model: Any, placement: Placement, report: LoadReport, positions: Positions | None, observer: Observer
+) -> LoadReport:
+    """Prompt and decode speed, and the memory that they took."""
+    speed = _speed(model, positions, observer)
+    memory = tuple((entry.device, entry.allocated_bytes) for entry in read_memory(watched(placement)))
+    return replace(report, bench=Bench(speed=speed, weight_bytes=report.weight_bytes, memory=memory))
+
+
+def _speed(model: Any, positions: Positions | None, observer: Observer) -> Speed:
+    places = PROMPT_TOKENS + NEW_TOKENS if positions is None else positions.tokens
+    new_tokens = max(1, min(NEW_TOKENS, places // 2))
+    with phase(observer, "bench", ROUNDS):
+        return measure_speed(
+            model,
+            prompt_tokens=max(1, min(PROMPT_TOKENS, places - new_tokens)),
+            new_tokens=new_tokens,
+            rounds=ROUNDS,
+            on_round=lambda done, total: observer(PhaseAdvanced("bench", done, total)),
+        )
+
+
+def measured(
+    model: Any,
+    windows: TokenBatches,
+    dense: DensePlan | None,
+    report: LoadReport,
+    positions: Positions | None,
+    observer: Observer,
+) -> LoadReport:
+    """Perplexity, and against a dense model also KL, top-1 agreement, and its speed where ours was timed."""
+
+    def advanced(done: int, total: int) -> None:
+        observer(PhaseAdvanced("evaluate", done, total))
+
+    report = replace(report, windows=windows.samples, seq_len=windows.seq_len, text_source=windows.source)
+    if dense is None:
+        with phase(observer, "evaluate", windows.samples):
+            return replace(report, perplexity=perplexity(model, windows.input_ids, advanced).value)
+    with phase(observer, "dense"):
+        other = load_resident(dense.skeleton, dense.placement)
+    with phase(observer, "evaluate", windows.samples):
+        agreement = compare(model, other, windows.input_ids, advanced)
+    bench = report.bench
+    if bench is not None:
+        bench = replace(
+            bench,
+            dense_speed=_speed(other, positions, observer),
+            dense_weight_bytes=resident_bytes(other),
+        )
+    return replace(
+        report,
+        against=dense.skeleton.ref.model,
+        perplexity=agreement.perplexity,
+        agreement=agreement,
+        bench=bench,
+    )
+
+
+def judged_by_gates(job: LoadJob, report: LoadReport) -> LoadReport:
+    """The report with --max-kl and --max-perplexity held against what was measured."""
+    gates = []
+    if job.max_kl is not None and report.agreement is not None:
+        gates.append(Gate("max_kl", job.max_kl, report.agreement.kl))
+    if job.max_perplexity is not None and report.perplexity is not None:
+        gates.append(Gate("max_perplexity", job.max_perplexity, report.perplexity))
+    return replace(report, gates=tuple(gates))

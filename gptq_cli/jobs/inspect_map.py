@@ -1,0 +1,33 @@
+"""The story of `gptq inspect-map`: open the heads of the files, place, report."""
+
+from __future__ import annotations
+
+from gptq_cli.config import InspectJob
+from gptq_cli.events import Observer, ignore, phase
+from gptq_cli.jobs.steps import announce, placed
+from gptq_cli.jobs.watching import watching
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
+from gptq_cli.model.skeleton import open_skeleton
+from gptq_cli.preflight.report import map_report
+from gptq_cli.results.map import MapReport
+
+
+def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
+    """Where everything of a model would go, and whether that is allowed; reads no weight."""
+    with watching("inspect-map", observer) as watcher:
+        with phase(watcher, "open"):
+            skeleton = open_skeleton(find_model(job.model, weights=False), job.model)
+            facts = model_facts(skeleton)
+        budgets, resolution, findings = placed(job, skeleton, facts)
+        announce(findings, watcher)
+        return map_report(
+            facts,
+            resolution,
+            spec=job.device_map,
+            budgets=budgets,
+            max_memory=job.max_memory,
+            report=findings,
+            given=job.devices is not None,
+            warnings=watcher.warnings,
+        )

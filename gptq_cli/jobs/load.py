@@ -1,0 +1,208 @@
+"""The story of `gptq load`: judge the files, open, put in place, prove.
+
+Everything that can be known from heads, configs and texts is judged before a weight is read: the map, the
+text to measure on, whether the dense model fits beside the quantized one and can be compared with it at all.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenizer
+from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
+from gptq_cli.checkpoint.describe import checkpoint_facts
+from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
+from gptq_cli.config import LoadJob
+from gptq_cli.devices.accelerators import flush, present_devices, read_memory
+from gptq_cli.events import FindingRaised, Observer, PhaseAdvanced, Warned, ignore, phase
+from gptq_cli.inference.load import (
+    compile_forward,
+    default_placement,
+    kernel_counts,
+    load_quantized,
+    resident_bytes,
+)
+from gptq_cli.jobs.evaluate import DensePlan, generated, judged_by_gates, measured, plan_dense, timed
+from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.jobs.texts import check_prompt, check_windows
+from gptq_cli.jobs.watching import watching
+from gptq_cli.model.positions import Positions, positions_of
+from gptq_cli.placement.placement import Placement
+from gptq_cli.preflight.facts import environment_facts
+from gptq_cli.preflight.resolve import refusal, resolve
+from gptq_cli.results.load import LoadReport, VerifyReport
+
+
+def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport:
+    """Open a quantized checkpoint, put it where it belongs, and prove that it works.
+
+    Where --verify and --target are all that is asked, or verification finds the files unsound, nothing is
+    opened and the `VerifyReport` comes back. A closed gate is data: see `ok`.
+
+    Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
+    `PreflightRefused` when the device map is not legal or a model does not fit.
+    """
+    with watching("load", observer) as watcher:
+        report = _load(job, watcher)
+        return replace(report, warnings=tuple(watcher.warnings))
+
+
+def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
+    verification = _verified(job, observer)
+    if verification is not None and not (job.opens and verification.sound):
+        return verification
+    with phase(observer, "open"):
+        plan = _plan(job, observer)
+    for warning in (*map(Warned, plan.checkpoint.notes), *plan.warnings):
+        observer(warning)
+    model, report = _opened(job, plan, verification, observer)
+    if job.prompt is not None:
+        report = generated(job, model, plan.tokenizer, report, observer)
+    if job.bench:
+        report = timed(model, plan.placement, report, plan.positions, observer)
+    if plan.windows is not None:
+        report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
+    report = replace(report, kernels=kernel_counts(model))  # an operator may have failed meanwhile
+    accelerated = plan.placement.main_device.is_accelerator
+    del model, plan
+    if accelerated:
+        flush(())  # hooks make cycles of a model, and those wait for a collection
+    return judged_by_gates(job, report)
+
+
+def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
+    """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises.
+
+    What a person should know of how it was read is a `Warned` event.
+    """
+    with watching("load", observer) as watcher:
+        with phase(watcher, "open"):
+            checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+            placement = _load_placement(job, checkpoint, watcher)
+        for note in checkpoint.notes:
+            watcher(Warned(note))
+        with phase(watcher, "load"):
+            return load_quantized(
+                checkpoint, placement, wish=job.kernel, on_note=lambda text: watcher(Warned(text))
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """All that is known before a weight is read."""
+
+    checkpoint: QuantizedCheckpoint
+    placement: Placement
+    positions: Positions | None
+    """Tokens that the model can look at; None where nothing limits them."""
+    tokenizer: Any
+    """None where no text is asked for."""
+    windows: TokenBatches | None
+    dense: DensePlan | None
+    warnings: tuple[Warned, ...]
+    """About the texts; about the checkpoint: its `notes`."""
+
+
+def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
+    """What --verify and --target found; their warnings are told like any other."""
+    report = _verification(job, observer)
+    if report is not None:
+        found = (*report.findings, *(finding for target in report.targets for finding in target.findings))
+        for finding in found:
+            if finding.level == "warning":
+                observer(FindingRaised(finding))
+    return report
+
+
+def _verification(job: LoadJob, observer: Observer) -> VerifyReport | None:
+    if job.verify:
+        with phase(observer, "verify"):
+            return verify_checkpoint(
+                job.path,
+                targets=job.targets,
+                trust_remote_code=job.trust_remote_code,
+                on_tensor=lambda done, total: observer(PhaseAdvanced("verify", done, total)),
+            )
+    if job.targets:
+        with phase(observer, "verify"):
+            return check_targets(job.path, job.targets, trust_remote_code=job.trust_remote_code)
+    return None
+
+
+def _plan(job: LoadJob, observer: Observer) -> _Plan:
+    checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
+    placement = _load_placement(job, checkpoint, observer)
+    positions = positions_of(checkpoint.model, checkpoint.config)
+    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    warnings = [] if job.text is None else check_windows(job.seq_len, positions)
+    tokenizer, windows = None, None
+    if job.prompt is not None or job.text is not None:
+        tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
+    if job.prompt is not None:
+        warnings += check_prompt(job, job.prompt, checkpoint, tokenizer, positions)
+    if job.text is not None:
+        windows = evaluation_windows(tokenizer, job.text, job.seq_len, job.windows, vocab_size=vocabulary)
+    return _Plan(
+        checkpoint=checkpoint,
+        placement=placement,
+        positions=positions,
+        tokenizer=tokenizer,
+        windows=windows,
+        dense=plan_dense(job, checkpoint, placement, observer),
+        warnings=tuple(warnings),
+    )
+
+
+def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Observer) -> Placement:
+    if job.device_map is None:
+        return default_placement(checkpoint)
+    resolution = resolve(
+        job.device_map, checkpoint_facts(checkpoint), present_devices(), environment=environment_facts()
+    )
+    announce(resolution.report, observer)
+    if not resolution.report.ok or resolution.placement is None:
+        raise refusal(resolution.report)
+    return resolution.placement
+
+
+def _opened(
+    job: LoadJob, plan: _Plan, verification: VerifyReport | None, observer: Observer
+) -> tuple[Any, LoadReport]:
+    """The model in its place, and a report of how it got there."""
+    checkpoint, placement = plan.checkpoint, plan.placement
+    started = time.perf_counter()
+    with phase(observer, "load", len(checkpoint.linears) + len(checkpoint.experts)):
+        model = load_quantized(
+            checkpoint,
+            placement,
+            wish=job.kernel,
+            on_linear=lambda done, total: observer(PhaseAdvanced("load", done, total)),
+            on_note=lambda text: observer(Warned(text)),
+        )
+    load_seconds = time.perf_counter() - started
+    memory = read_memory(watched(placement))
+    if job.compile:
+        compile_forward(model)
+    return model, LoadReport(
+        path=job.path,
+        quantizer=checkpoint.quantizer,
+        bits=checkpoint.bits,
+        group_size=checkpoint.group_size,
+        sym=checkpoint.sym,
+        desc_act=checkpoint.desc_act,
+        checkpoint_format=checkpoint.checkpoint_format,
+        linears=len(checkpoint.linears) + len(checkpoint.experts),
+        device_map=", ".join(str(device) for device in placement.devices),
+        device_reason=placement.reason,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        use_cuda_fp16=str(checkpoint.dtype) == "torch.float16",
+        kernels=kernel_counts(model),
+        load_seconds=load_seconds,
+        weight_bytes=resident_bytes(model),
+        memory=tuple((entry.device, entry.allocated_bytes) for entry in memory),
+        compiled=job.compile,
+        verification=verification,
+    )

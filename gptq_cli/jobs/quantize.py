@@ -1,0 +1,285 @@
+"""The story of `gptq quantize` on one screen: open, judge, work, report.
+
+Everything that can be known from config.json, the heads of the files and the calibration text is judged
+before a weight is read; `dry_run` stops there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
+from gptq_cli.checkpoint.destination import Destination
+from gptq_cli.checkpoint.held_signals import held_signals
+from gptq_cli.checkpoint.place import Place, check_destination
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.config import QuantizeJob
+from gptq_cli.devices.accelerators import read_memory
+from gptq_cli.devices.host_memory import reset_peak_resident
+from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.errors import CalibrationError, ConfigError, DestinationBusy, ModelError
+from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore, phase
+from gptq_cli.findings import PreflightReport
+from gptq_cli.gptq.matmul import has_units
+from gptq_cli.jobs.run_report import Tally, summarize
+from gptq_cli.jobs.steps import announce, placed, watched
+from gptq_cli.jobs.watching import Watcher, watching
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.find import find_model
+from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import packed_bytes
+from gptq_cli.planning.schedule import block_linears, micro_batch_tokens, parks, stages_of
+from gptq_cli.planning.time import estimate_seconds
+from gptq_cli.preflight.facts import Claim
+from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
+from gptq_cli.preflight.resolve import Resolution, refusal
+from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import output as rules_output
+from gptq_cli.results.document import document
+from gptq_cli.results.map import MapReport
+from gptq_cli.results.run import RunReport
+
+
+def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
+    """Quantize a model and write the checkpoint to `job.out`.
+
+    Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
+    `QualityGateFailed`. Whatever is raised, no working folder is left. Where something would lie on disk, the
+    `PreflightRefused` is a `ValueError` as well.
+    """
+    started = time.perf_counter()
+    with watching("quantize", observer) as watcher:
+        tally = Tally(watcher, reset_peak_resident())
+        with _claimed(job, tally) as claim:
+            return _quantize(job, claim, watcher, tally, started)
+
+
+def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
+    judged = _judge(job, tally, claim)
+    announce(judged.findings, tally)
+    placement, tokens = judged.resolution.placement, judged.tokens
+    if not judged.findings.ok or placement is None or tokens is None:
+        raise refusal(judged.findings)
+    tally(_header(job, judged, placement, tokens))
+    job = replace(job, quantize=judged.work.quantize)
+    devices = watched(placement)
+    run = EngineRun(
+        skeleton=judged.skeleton,
+        placement=placement,
+        config=job.quantize,
+        options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=devices),
+        batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
+    )
+    with _writer(job, judged.skeleton, claim, tally) as writer:
+        blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
+        with phase(tally, "save"):
+            writer.copy_dense()
+        tally.see(read_memory(devices))
+        report = summarize(
+            job=job,
+            skeleton=judged.skeleton,
+            tokens=tokens,
+            devices=[str(device) for device in placement.devices],
+            predicted_peak_bytes=[
+                (plan.device, plan.predicted_peak_bytes) for plan in judged.resolution.devices
+            ],
+            blocks=blocks,
+            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in judged.facts.linears),
+            size_after_bytes=writer.plan.size_bytes,
+            tally=tally,
+            warnings=watcher.warnings,
+            seconds=time.perf_counter() - started,
+        )
+        writer.complete(document(report))
+        with held_signals() as check:  # one that comes now waits until the run is known to be done
+            check()
+            writer.put_in_place()
+            tally(RunFinished(report))
+    return report
+
+
+@contextmanager
+def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
+    """Hold the output for this run: before anything is read, so that a second run ends at once.
+
+    Where it cannot be had because it is unsuitable, preflight says so among all else. Raises
+    `PreflightRefused` while another run has it.
+    """
+    out = Path(job.out)
+
+    def warn(message: str, hint: str) -> None:
+        observer(Warned(message, hint))
+
+    with ExitStack() as stack:
+        destination: Destination | None = None
+        failure = ""
+        try:
+            _check_unless_left_over(out, overwrite=job.overwrite)
+            destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
+        except DestinationBusy as error:
+            findings = rules_output.busy_finding(error.message, error.hint or "")
+            raise refusal(PreflightReport(tuple(findings))) from error
+        except (ConfigError, ValueError):
+            pass  # a rule of preflight finds the same, and tells it with all else that is to be said
+        except OSError as error:
+            failure = f"{error.filename or out}: {error.strerror}"
+        yield Claim(destination, failure)
+
+
+def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
+    """Raise `ConfigError` for an unsuitable output, unless an ended run left something to put in order."""
+    try:
+        check_destination(out, None, overwrite=overwrite)
+    except ConfigError:
+        words, _ = Place.of(out).left_over(done=False)
+        if not words:
+            raise
+
+
+def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
+    """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
+    with watching("quantize", observer) as watcher:
+        judged = _judge(job, watcher)
+        announce(judged.findings, watcher)
+        seconds = _seconds(job, judged)
+        return map_report(
+            judged.facts,
+            judged.resolution,
+            spec=job.device_map,
+            budgets=judged.budgets,
+            max_memory=job.max_memory,
+            report=judged.findings,
+            given=job.devices is not None,
+            plan=quantize_plan(judged.facts, Work(job.quantize, job.calibration), seconds),
+            warnings=watcher.warnings,
+        )
+
+
+def _seconds(job: QuantizeJob, judged: _Judged) -> float | None:
+    """An estimate from a short probe of this machine; None where refused or planned for another."""
+    resolution = judged.resolution
+    if job.devices is not None or not judged.findings.ok or resolution.placement is None:
+        return None
+    main = resolution.placement.main_device
+    return estimate_seconds(judged.facts, judged.work, main, parked=resolution.parked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judged:
+    """A job after preflight: everything the engine needs, and everything that was found."""
+
+    skeleton: Skeleton
+    facts: ModelFacts
+    work: Work
+    budgets: tuple[DeviceBudget, ...]
+    tokens: TokenBatches | None
+    resolution: Resolution
+    findings: PreflightReport
+
+
+def _judge(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Judged:
+    """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
+    with phase(observer, "open"):
+        skeleton = open_skeleton(find_model(job.model), job.model)
+        facts = model_facts(skeleton)
+    with phase(observer, "calibration") as words:
+        tokens, text_findings = _tokens(job, skeleton, facts)
+        if tokens is not None:
+            words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
+    budgets, resolution, findings = placed(job, skeleton, facts, claim)
+    return _Judged(
+        skeleton=skeleton,
+        facts=facts,
+        work=Work(job.quantize, job.calibration).on(facts),
+        budgets=budgets,
+        tokens=tokens,
+        resolution=resolution,
+        findings=text_findings + findings,
+    )
+
+
+def _tokens(
+    job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts
+) -> tuple[TokenBatches | None, PreflightReport]:
+    """The calibration windows, or a finding that says why there are none."""
+    if any(problem.kind in ("special-file", "file-too-large") for problem in skeleton.problems):
+        return None, PreflightReport()  # the tokenizer's loader would open it
+    try:
+        tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
+        tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
+        return tokens, PreflightReport()
+    except (CalibrationError, ModelError) as error:
+        if is_out_of_memory(error):
+            raise
+        hint = error.hint or ""
+        if isinstance(error, CalibrationError):
+            found = rules_source.calibration_text(job.calibration.source, error.message, hint)
+        else:
+            found = rules_source.tokenizer(job.model.model, error.message, hint)
+        return None, PreflightReport(tuple(found))
+
+
+def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
+    config = judged.work.quantize
+    chosen = group_reason(job.quantize.group_size)
+    group = f"group {config.group_columns}{f' ({chosen})' if chosen else ''}"
+    zeros = "symmetric" if config.sym else "asymmetric"
+    return RunStarted(
+        command="quantize",
+        model=job.model.model,
+        out=job.out,
+        settings=(
+            ("bits", f"{config.bits}, {group}, {zeros}"),
+            ("order", "desc_act" if config.desc_act else config.act_order),
+            ("dtype", _dtype_words(judged, placement)),
+            ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
+            ("placement", placement.reason),
+            ("forwards", _forwards_words(judged)),
+        ),
+        devices=tuple(str(device) for device in placement.devices),
+        blocks=len(judged.skeleton.blocks),
+        linears=len(judged.skeleton.linears),
+    )
+
+
+def _forwards_words(judged: _Judged) -> str:
+    """How calibration text comes to a linear: what the memory plan and the block loop make of it."""
+    if not judged.resolution.parked:
+        return "replayed, to save memory"
+    blocks = [stages_of(linears) for linears in block_linears(judged.facts).values()]
+    parked = sum(parks(stages, judged.work, parked=True) for stages in blocks)
+    if parked == len(blocks):
+        return "parked, each linear runs once"
+    why = "experts" if judged.work.quantize.true_sequential else "--no-true-sequential"
+    others = ", parked in the others" if parked else ""
+    return f"replayed in {len(blocks) - parked} of {len(blocks)} blocks ({why}){others}"
+
+
+def _dtype_words(judged: _Judged, placement: Placement) -> str:
+    """The dtype of the model, and what its products are formed in where the processor has no units for it."""
+    dtype = judged.facts.dtype
+    if placement.main_device == CPU and not has_units(judged.skeleton.dtype, "cpu"):
+        return f"{dtype}, products in float32: this cpu has no units for {dtype}"
+    return dtype
+
+
+def _writer(job: QuantizeJob, skeleton: Skeleton, claim: Claim, observer: Observer) -> CheckpointWriter:
+    return CheckpointWriter(
+        Path(job.out),
+        skeleton,
+        job.quantize,
+        max_shard_bytes=job.max_shard_bytes,
+        overwrite=job.overwrite,
+        destination=claim.destination,
+        on_shard=lambda path, size, tensors: observer(ShardWritten(path.name, size, tensors)),
+    )

@@ -1,0 +1,117 @@
+"""What a run leaves behind as data: the `RunReport` of report.json, the summary table and `--json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+
+from gptq_cli import __version__
+from gptq_cli.calibration import TokenBatches
+from gptq_cli.config import QuantizeConfig, QuantizeJob
+from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
+from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.results.run import BlockReport, RunReport
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
+
+
+@dataclass(slots=True)
+class Tally:
+    """An observer between the engine and the display: passes every event on, keeps what the report needs."""
+
+    observer: Observer
+    host_peak_bytes: int = 0
+    """The peak of the process when the run began: see `devices.host_memory.reset_peak_resident`."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, event: Event) -> None:
+        """Note the event and pass it on."""
+        match event:
+            case PhaseFinished():
+                self.phase_seconds[event.phase] = self.phase_seconds.get(event.phase, 0.0) + event.seconds
+            case BlockFinished():
+                self.see(event.memory)
+            case CacheFlushed():
+                self.see(event.before)
+            case _:
+                pass
+        self.observer(event)
+
+    def see(self, readings: Iterable[DeviceMemory]) -> None:
+        """Take readings. A peak of the process that has not risen in this run may be an earlier run's."""
+        for entry in readings:
+            peak = entry.peak_bytes
+            if entry.device == "cpu" and peak <= self.host_peak_bytes:
+                peak = entry.allocated_bytes
+            self.peak_bytes[entry.device] = max(peak, self.peak_bytes.get(entry.device, 0))
+
+
+def summarize(
+    *,
+    job: QuantizeJob,
+    skeleton: Skeleton,
+    tokens: TokenBatches,
+    devices: Sequence[str],
+    predicted_peak_bytes: Sequence[tuple[str, int]],
+    blocks: tuple[BlockReport, ...],
+    packed_bytes: int,
+    size_after_bytes: int,
+    tally: Tally,
+    warnings: Sequence[str],
+    seconds: float,
+) -> RunReport:
+    """The report of a finished run. `packed_bytes`: of qweight, qzeros, scales and g_idx of all linears."""
+    config = job.quantize
+    weights = sum(info.in_features * info.out_features for info in skeleton.linears)
+    linears = [linear for block in blocks for linear in block.linears]
+    block_seconds = sum(block.seconds for block in blocks)
+    return RunReport(
+        model=skeleton.files.source,
+        revision=skeleton.files.revision,
+        out=job.out,
+        bits=config.bits,
+        group_size=config.group_columns,
+        sym=config.sym,
+        desc_act=config.desc_act,
+        checkpoint_format=config.checkpoint_format,
+        bits_per_weight=8 * packed_bytes / max(1, weights),
+        bits_per_parameter=8 * size_after_bytes / max(1, skeleton.parameters),
+        quantized_share=skeleton.quantized_share,
+        dense_modules=tuple(item.name for item in skeleton.dense),
+        size_before_bytes=skeleton.files.size_bytes,
+        size_after_bytes=size_after_bytes,
+        dtype=str(skeleton.dtype).removeprefix("torch."),
+        use_cuda_fp16=skeleton.dtype == torch.float16,
+        devices=tuple(devices),
+        predicted_peak_bytes=tuple(predicted_peak_bytes),
+        measured_peak_bytes=tuple(tally.peak_bytes.items()),
+        samples=tokens.samples,
+        seq_len=tokens.seq_len,
+        tokens=tokens.tokens,
+        dataset_sha256=tokens.sha256,
+        calibration_source=tokens.source,
+        seed=job.calibration.seed,
+        fallbacks=sum(linear.method != "gptq" for linear in linears),
+        warnings=tuple(warnings),
+        seconds=seconds,
+        phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds)),
+        versions=(
+            ("gptq-cli", __version__),
+            ("python", platform.python_version()),
+            *((name, version(name)) for name in _LIBRARIES),
+        ),
+        command_line=job.command_line,
+        settings=settings_of(config),
+        blocks=blocks,
+    )
+
+
+def settings_of(config: QuantizeConfig) -> tuple[tuple[str, str | int | float | bool | None], ...]:
+    """Every field of the config in force, in the order of its definition."""
+    return tuple((item.name, getattr(config, item.name)) for item in dataclasses.fields(config))

@@ -1,0 +1,107 @@
+"""A model in plain numbers: what rules, budgets and plans need to know, and no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+DTYPE_BYTES = MappingProxyType(
+    {
+        "float64": 8,
+        "int64": 8,
+        "float32": 4,
+        "int32": 4,
+        "bfloat16": 2,
+        "float16": 2,
+        "int16": 2,
+        "float8_e4m3fn": 1,
+        "float8_e5m2": 1,
+        "int8": 1,
+        "uint8": 1,
+        "bool": 1,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint, as its shard's header describes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """In torch's words: "bfloat16"."""
+    size_bytes: int
+    shard: str
+    """File name of the shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFact:
+    """A parameter or a buffer of the skeleton; tied ones appear once, under their first name."""
+
+    name: str
+    elements: int
+    size_bytes: int
+    """In the dtype that the model will run in."""
+    buffer: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearFact:
+    """One linear that will be quantized: K = in_features, N = out_features."""
+
+    name: str
+    block: str
+    in_features: int
+    out_features: int
+    stage: int = 0
+    """Number of its stage inside the block, from 0."""
+    chosen: bool = False
+    """Tokens choose it (an expert); it is worked on in a wave of its like, see `engine.stages`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """Everything that rules, budgets and plans need to know about a model; made from a meta skeleton."""
+
+    model: str
+    architecture: str
+    """Class name: "LlamaForCausalLM"."""
+    dtype: str
+    """What the weights will be in while it runs: "bfloat16"."""
+    hidden_size: int
+    vocab_size: int = 0
+    max_positions: int | None = None
+    blocks: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    """Every named module in registration order, without the root."""
+    order: tuple[str, ...] = ()
+    """Modules in the order in which a forward first calls them; () where it could not be traced."""
+    untraced: str = ""
+    """Where and why a forward without data stopped; "" where it came to its end."""
+    tensors: tuple[TensorFact, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    """Groups of parameter names that are one tensor."""
+    linears: tuple[LinearFact, ...] = ()
+    fused: tuple[str, ...] = ()
+    """Parameters of three dimensions inside blocks: experts fused into one tensor, left dense."""
+    already_quantized: str | None = None
+    """The `quant_method` that the config names."""
+    tensor_files_bytes: int = 0
+    """Bytes of the checkpoint on disk."""
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one number in `dtype`."""
+        return DTYPE_BYTES.get(self.dtype, 4)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters; tied ones count once."""
+        return sum(tensor.elements for tensor in self.tensors if not tensor.buffer)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all parameters and buffers in the dtype the model runs in."""
+        return sum(tensor.size_bytes for tensor in self.tensors)

@@ -1,0 +1,83 @@
+"""From what a person typed to the files of a model."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from gptq_cli.config import ModelRef
+from gptq_cli.errors import ModelError, UsageError
+from gptq_cli.files import expanded, kind_of, reason, shown
+from gptq_cli.model.source import (
+    ModelFiles,
+    Progress,
+    scan_directory,
+)
+from gptq_cli.model.source_files import (
+    special_kind,
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?\Z", re.ASCII)
+
+
+def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
+    """Open a local directory or a hub id. Reads heads only; `weights=False` does not even download the
+    weights.
+
+    Raises `ModelError` when there is no such model, when the hub cannot be reached, or without a
+    config.json.
+    """
+    path = local_directory(ref.model, ModelError)
+    if path is not None:
+        return _with_config_checked(scan_directory(path, source=ref.model))
+    if os.path.lexists(os.path.expanduser(ref.model.replace("\0", ""))):
+        raise ModelError(
+            f"{ref.model} is a file; allowed: a directory or a hub id",
+            hint="give the directory that holds config.json and the safetensors files",
+        )
+    if not _HUB_ID.match(ref.model) or ref.model.startswith((".", "~")) or ".." in ref.model:
+        raise ModelError(
+            f"no such directory: {shown(ref.model)}",
+            hint="give a directory with config.json and safetensors files, or a hub id such as org/name",
+        )
+    from gptq_cli.model.hub import fetch
+
+    return _with_config_checked(fetch(ref, weights=weights, progress=progress))
+
+
+def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:
+    """The directory that `text` names, None where there is none. Raises `kind` if nobody may look there."""
+    path = expanded(str(text))
+    try:
+        if kind_of(path) != "directory":
+            return None
+        if not os.access(path, os.R_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise kind(
+            f"{shown(path)} cannot be opened: {reason(error)}",
+            hint="give a directory that you may read, or a hub id such as org/name",
+        ) from error
+    return path
+
+
+def _with_config_checked(files: ModelFiles) -> ModelFiles:
+    if (files.directory / "config.json").is_file():
+        return files
+    kind = special_kind(files.directory / "config.json")
+    if kind is not None:
+        raise ModelError(
+            f"config.json in {files.source} is {kind}; allowed: a file",
+            hint="do not trust this model; fetch it from its author",
+        )
+    if (files.directory / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{files.source} is an adapter, not a model",
+            hint="merge it into its base model first (peft: merge_and_unload, then save_pretrained)",
+        )
+    raise ModelError(
+        f"{files.source} has no config.json; a Hugging Face model directory has one",
+        hint="give the directory that save_pretrained wrote, not its parent",
+    )

@@ -1,0 +1,242 @@
+"""How many bytes each device must hold at its highest moment.
+
+For a device that works on blocks (T = samples · seq_len tokens, t = tokens of one micro-batch, b = bytes of a
+number in the model's dtype, h = hidden size; a stage has K input columns and R = ΣN rows):
+
+    weights      every parameter and buffer that lives there; in a plain CPU run, where blocks are read when
+                 their turn comes, those outside the blocks and one block
+    activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
+                 with parked forwards also what their frames hold between two stages: the normed input and
+                 the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
+                 on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
+                 C heap, and what is freed between them stays resident
+    and the dearest of these moments, over all stages of the block:
+        collect  Hessian   4 · K²
+                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way,
+                           and CHUNK_BYTES: activations widened to fp32
+        solve    Hessian   8 · K²: H and the factor of the damped H
+                 working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
+        pack     Hessian   4 · K²
+                 packing   PACK_BYTES · R · K: codes, what is left of the solve, words
+    experts that tokens choose are collected a wave at a time: WAVE_BYTES more at most
+    without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
+    solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
+    twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more point
+    in time:
+        target   Hessian   24 · K²: four moments, H and a factor
+                 working   TARGET_BYTES · R · K; and 4 · R · K for the targets while solving
+    working also counts what is lent to the device: the largest block from elsewhere; or, if that is more
+    than all of the above, an embedding or head
+    baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
+
+The constants were measured (docs/preflight-rules.md says how); each run's report sets prediction beside
+measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.engine.stages import WAVE_BYTES
+from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import Placement
+from gptq_cli.planning.cases import MapCase, Work
+from gptq_cli.planning.schedule import (
+    StageShape,
+    _home,
+    block_linears,
+    micro_batch_tokens,
+    parks,
+    stages_of,
+)
+from gptq_cli.results.map import DevicePlan
+
+MIB = 1 << 20
+SOLVE_BYTES = 14
+PACK_BYTES = 10
+TARGET_BYTES = 16
+TARGET_SQUARES = 6
+FLIGHT_HIDDEN = 6
+FLIGHT_ROWS = 2
+CHUNK_BYTES = 128 * MIB
+HEAP_PIECE_BYTES = 4 * MIB
+"""What glibc's heap is made to hand out for itself, see `devices.host_memory.steady_heap`."""
+CPU_BASELINE_BYTES = 450 * MIB
+"""Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
+ACCELERATOR_BASELINE_BYTES = 768 * MIB
+"""Device context, library workspaces, and what the caching allocator cannot hand out again."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSet:
+    """What working on one block needs beside the weights at home on the device, at the dearest moment."""
+
+    working_bytes: int = 0
+    hessian_bytes: int = 0
+    packing_bytes: int = 0
+    activation_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All four parts."""
+        return self.working_bytes + self.hessian_bytes + self.packing_bytes + self.activation_bytes
+
+
+def work_set(
+    facts: ModelFacts, stages: tuple[StageShape, ...], work: Work | None, *, parked: bool
+) -> WorkSet:
+    """The bytes that quantizing one block of these stages needs; nothing where no work is planned."""
+    if work is None or not stages:
+        return WorkSet()
+    t, b = micro_batch_tokens(work), facts.dtype_bytes
+    tokens = work.calibration.samples * work.calibration.seq_len
+    dense = work.quantize.solve_for == "dense"
+    samples = work.calibration.samples
+    streams = 1 + work.quantize.paired_samples(samples) / samples
+    activations = int(
+        streams
+        * tokens
+        * b
+        * (facts.hidden_size + (_waiting(facts, stages) if parks(stages, work, parked=parked) else 0))
+    )
+    copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
+    flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
+    kept = 4 if dense else 1
+    squares = sum(4 * stage.in_features**2 for stage in stages)
+    wave = min(WAVE_BYTES, sum(4 * stage.in_features**2 for stage in stages if stage.chosen))
+    moments = []
+    for stage in stages:
+        weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
+        others = 0 if work.quantize.true_sequential else kept * (squares - square)
+        others += wave if stage.chosen else 0
+        widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
+        solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
+        moments += [
+            WorkSet(copy + flight + widened, others + kept * square, 0, activations),
+            WorkSet(copy + solving, others + 2 * square, 0, activations),
+            WorkSet(copy, others + square, PACK_BYTES * weights, activations),
+        ]
+        if dense:
+            moments.append(
+                WorkSet(copy + TARGET_BYTES * weights, others + TARGET_SQUARES * square, 0, activations)
+            )
+    return max(moments, key=lambda moment: moment.total_bytes)
+
+
+def _waiting(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
+    """Numbers a token that the frames of parked forwards hold beside the residual, at the widest stage."""
+    widest = max(stage.in_features for stage in stages)
+    attention = stages[1].in_features + stages[0].rows if len(stages) > 1 else 0
+    return facts.hidden_size + max(widest, attention)
+
+
+def work_sets(facts: ModelFacts, work: Work | None, *, parked: bool) -> dict[str, WorkSet]:
+    """The work set of every block."""
+    known: dict[tuple[StageShape, ...], WorkSet] = {}
+    found = {}
+    for block, linears in block_linears(facts).items():
+        stages = stages_of(linears)
+        if stages not in known:
+            known[stages] = work_set(facts, stages, work, parked=parked)
+        found[block] = known[stages]
+    return found
+
+
+def packed_bytes(linear: LinearFact, config: QuantizeConfig) -> int:
+    """Bytes of qweight, qzeros, scales and g_idx of one linear."""
+    k, n, groups = linear.in_features, linear.out_features, config.groups(linear.in_features)
+    words = -(-k * config.bits // 32) * n + groups * -(-n * config.bits // 32) + k
+    return 4 * words + 2 * groups * n
+
+
+def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
+    """Bytes of all tensors of the checkpoint to be written."""
+    config = config.for_columns(linear.in_features for linear in facts.linears)
+    weights = sum(linear.in_features * linear.out_features for linear in facts.linears)
+    parameters = sum(tensor.size_bytes for tensor in facts.tensors if not tensor.buffer)
+    return (
+        parameters
+        - weights * facts.dtype_bytes
+        + sum(packed_bytes(linear, config) for linear in facts.linears)
+    )
+
+
+def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[DevicePlan, ...]:
+    """One plan a device of the placement (and the CPU, which always does something), accelerators first."""
+    facts = case.facts
+    sets = work_sets(facts, case.work, parked=parked)
+    weights = dict(placement.size_bytes)
+    if case.work is not None and placement.streams_blocks:
+        weights[CPU] = _streamed_bytes(facts)
+    busy: dict[Device, WorkSet] = {}
+    main = placement.main_device
+    moved_block, moved_other = _moved_in(placement, facts)
+    for block, needed in sets.items():
+        home = _home(placement, block)
+        at = main if home == CPU and main != CPU else home
+        busy[at] = max(busy.get(at, needed), needed, key=lambda one: one.total_bytes)
+    plans = []
+    for device in sorted({*weights, CPU}):
+        budget = next((item for item in case.budgets if item.device == device), None)
+        if device.kind in ("disk", "meta") or (budget is None and device not in weights):
+            continue
+        need = busy.get(device, WorkSet())
+        scattered = device == CPU and parked and _scattered(case)
+        working = need.working_bytes
+        if device == main:
+            working += max(moved_block, moved_other - need.total_bytes)
+        plans.append(
+            DevicePlan(
+                device=str(device),
+                total_bytes=budget.total_bytes if budget else 0,
+                free_bytes=budget.free_bytes if budget else 0,
+                limit_bytes=case.limit(device) or 0,
+                weights_bytes=weights.get(device, 0),
+                working_bytes=working,
+                hessian_bytes=need.hessian_bytes,
+                activation_bytes=need.activation_bytes * (2 if scattered else 1),
+                packing_bytes=need.packing_bytes,
+                baseline_bytes=CPU_BASELINE_BYTES if device == CPU else ACCELERATOR_BASELINE_BYTES,
+            )
+        )
+    return tuple(plans)
+
+
+def _streamed_bytes(facts: ModelFacts) -> int:
+    """Weights that are there at once where blocks come one by one: the largest, and what lies outside."""
+    blocks = dict.fromkeys(facts.blocks, 0)
+    outside = 0
+    for tensor in facts.tensors:
+        block = next((name for name in _parents(tensor.name) if name in blocks), None)
+        if block is None:
+            outside += tensor.size_bytes
+        else:
+            blocks[block] += tensor.size_bytes
+    return outside + max(blocks.values(), default=0)
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _scattered(case: MapCase) -> bool:
+    """True where the hidden states of a micro-batch are a piece small enough for the C heap."""
+    if case.work is None:
+        return False
+    return micro_batch_tokens(case.work) * case.facts.hidden_size * case.facts.dtype_bytes < HEAP_PIECE_BYTES
+
+
+def _moved_in(placement: Placement, facts: ModelFacts) -> tuple[int, int]:
+    """Bytes of the largest block, and of the largest other entry, that are lent to the main device."""
+    blocks, offloaded = frozenset(facts.blocks), frozenset(placement.offloaded)
+    sizes = [
+        (entry.name in blocks, entry.size_bytes) for entry in placement.entries if entry.name in offloaded
+    ]
+    largest_block = max((size for is_block, size in sizes if is_block), default=0)
+    largest_other = max((size for is_block, size in sizes if not is_block), default=0)
+    return largest_block, largest_other

@@ -1,0 +1,215 @@
+"""Rules about the place that the checkpoint goes to."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+from gptq_cli.findings import Finding
+from gptq_cli.placement.device import format_size
+from gptq_cli.planning.cases import JobCase
+from gptq_cli.planning.memory import quantized_bytes
+
+_OTHER_FILES_BYTES = 64_000_000
+"""Tokenizer, reports, headers."""
+
+
+def output_is_model(case: JobCase) -> list[Finding]:
+    """The output is the model's own directory, or holds it: the original would be replaced by the result."""
+    out = case.output
+    if out is None or not out.is_model_directory:
+        return []
+    return [
+        Finding(
+            rule="output-is-model",
+            level="error",
+            subject="--out",
+            message=f"{out.out} is or holds the directory of the model itself",
+            hint=out.elsewhere,
+        )
+    ]
+
+
+def output_exists(case: JobCase) -> list[Finding]:
+    """The output exists already. Nothing is overwritten unasked, and `--overwrite` replaces a quantized model
+    only, never a directory of something else. An empty directory is fine.
+
+    A directory that cannot be renamed over (a mount point such as a container's volume, or one in a directory
+    of somebody else) is filled where it is empty; `--overwrite` cannot replace a checkpoint in it, because
+    that could not be done in one step.
+    """
+    out = case.output
+    if out is None or not out.exists or out.is_empty_directory or out.is_model_directory:
+        return []
+    if out.is_checkpoint and case.overwrite and not out.is_fixed:
+        return []
+    hint = out.elsewhere
+    if not out.is_directory:
+        what = "exists and is no directory"
+    elif not out.is_checkpoint:
+        what = "holds something else than a quantized model, which --overwrite does not touch"
+        hint = f"{out.elsewhere}; or remove the directory yourself"
+    elif case.overwrite:
+        what = "is a mount point or not yours, so it cannot be exchanged as --overwrite does"
+    else:
+        what, hint = "exists", f"--overwrite (replaces it as the last act); or {out.elsewhere}"
+    if out.is_fixed and out.is_directory:
+        inner = shlex.quote(os.path.join(out.out, "gptq"))
+        hint = f"--out {inner} (a directory in it); or empty it yourself"
+    return [
+        Finding(rule="output-exists", level="error", subject="--out", message=f"{out.out} {what}", hint=hint)
+    ]
+
+
+def output_name_too_long(case: JobCase) -> list[Finding]:
+    """A name in the output's path is longer than its file system allows; the last rename would fail."""
+    out = case.output
+    if out is None or out.name_bytes <= out.longest_name_bytes:
+        return []
+    return [
+        Finding(
+            rule="output-name-too-long",
+            level="error",
+            subject="--out",
+            message=f"the name has {out.name_bytes} bytes; the file system allows {out.longest_name_bytes}",
+            hint="give --out a shorter name",
+        )
+    ]
+
+
+def output_name_not_text(case: JobCase) -> list[Finding]:
+    """The path of the output is not UTF-8, or holds a NUL: most readers of models could not open it."""
+    out = case.output
+    if out is None or out.is_text:
+        return []
+    return [
+        Finding(
+            rule="output-name-not-text",
+            level="error",
+            subject="--out",
+            message=f"the path {out.out!r} is not UTF-8 text; most readers could not open a model there",
+            hint="give --out a path in UTF-8",
+        )
+    ]
+
+
+def output_unwritable(case: JobCase) -> list[Finding]:
+    """The directory that the output is to be made in cannot be written to, or an old checkpoint that
+    `--overwrite` is to replace cannot be removed.
+    """
+    out = case.output
+    if out is None:
+        return []
+    if out.failure:
+        message, hint = out.failure, "give an --out that can be written to"
+    elif not out.writable:
+        message, hint = f"{out.parent} cannot be written to", "give an --out in a directory of yours"
+    elif out.is_checkpoint and case.overwrite and not out.is_removable:
+        message = f"{out.out} holds directories that cannot be written to, so it cannot be replaced"
+        hint = f"chmod -R u+w {shlex.quote(out.out)}, or give another --out"
+    else:
+        return []
+    return [
+        Finding(
+            rule="output-unwritable",
+            level="error",
+            subject="--out",
+            message=message,
+            hint=hint,
+        )
+    ]
+
+
+def output_folder_taken(case: JobCase) -> list[Finding]:
+    """Something that no run made has the name of the working folder, which stands beside the output."""
+    out = case.output
+    if out is None or not out.folder_taken:
+        return []
+    return [
+        Finding(
+            rule="output-folder-taken",
+            level="error",
+            subject="--out",
+            message=f"{out.folder_taken} is in the way: a working folder would have that name, "
+            "but no run made it",
+            hint="rename it, or give another --out",
+        )
+    ]
+
+
+def output_busy(case: JobCase) -> list[Finding]:
+    """Another run writes to the same output. Two runs, whatever links lead them there, do not share one."""
+    out = case.output
+    if out is None or not out.busy:
+        return []
+    return busy_finding(out.busy, out.busy_hint)
+
+
+def busy_finding(message: str, hint: str) -> list[Finding]:
+    """The finding of a run that could not claim its output."""
+    return [Finding(rule="output-busy", level="error", subject="--out", message=message, hint=hint)]
+
+
+def output_leftovers(case: JobCase) -> list[Finding]:
+    """A run with the same output ended without cleaning up, as after kill -9. What it left is removed, and an
+    old checkpoint that it had moved aside is put back.
+    """
+    out = case.output
+    return [
+        Finding(rule="output-leftovers", level="warning", subject="--out", message=words)
+        for words in (out.leftovers if out is not None else ())
+    ]
+
+
+def output_unlocked(case: JobCase) -> list[Finding]:
+    """The file system of the output has no locks, so that a file with the run's process number stands in."""
+    out = case.output
+    if out is None or not out.unlocked:
+        return []
+    return [
+        Finding(
+            rule="output-unlocked",
+            level="note",
+            subject="--out",
+            message=f"{out.unlocked}; a file with the process number keeps other runs of this machine out",
+        )
+    ]
+
+
+def output_disk_full(case: JobCase) -> list[Finding]:
+    """The disk of the output has less free space than the checkpoint will take.
+
+    The checkpoint is written to a working folder beside its destination, so an old one that is to be
+    overwritten still takes its space meanwhile.
+    """
+    out = case.output
+    if out is None:
+        return []
+    needed = quantized_bytes(case.facts, case.work.quantize) + _OTHER_FILES_BYTES
+    if needed <= out.free_bytes:
+        return []
+    return [
+        Finding(
+            rule="output-disk-full",
+            level="error",
+            subject="--out",
+            message=f"the checkpoint takes about {format_size(needed)}, but {out.parent} has "
+            f"{format_size(out.free_bytes)} free",
+            hint=f"free {format_size(needed - out.free_bytes)}, or give an --out on another disk",
+            size_bytes=needed,
+        )
+    ]
+
+
+RULES = (
+    output_is_model,
+    output_exists,
+    output_name_too_long,
+    output_name_not_text,
+    output_unwritable,
+    output_folder_taken,
+    output_busy,
+    output_leftovers,
+    output_unlocked,
+    output_disk_full,
+)

@@ -1,0 +1,188 @@
+"""Rules about a finished placement: what lies where it cannot work, or works worse than it looks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from gptq_cli.findings import Finding
+from gptq_cli.placement.device import CPU, Device, format_size
+from gptq_cli.placement.device_map import DeviceMap, DeviceRule
+from gptq_cli.placement.placement import PlacementEntry
+from gptq_cli.planning.cases import PlacedCase
+from gptq_cli.preflight.rules.device_map import instead, names_text
+
+
+def block_split(placed: PlacedCase) -> list[Finding]:
+    """Parts of one decoder block lie on different devices.
+
+    A block is quantized as a whole: its residual connections add tensors of both ends, and its calibration
+    inputs are on one device. accelerate would move activations to and fro inside every forward, where it can.
+    """
+    found = []
+    entries, offer = placed.placement.entries, ""
+    for block in placed.case.facts.blocks:
+        parts = [entry for entry in entries if entry.name.startswith(block + ".")]
+        devices = sorted({entry.device for entry in parts})
+        if len(devices) < 2:
+            continue
+        best = max(devices, key=lambda device: _bytes_on(parts, device))
+        fewer = [entry.name for entry in parts if entry.device != best]
+        offer = offer or instead(placed.case)
+        found.append(
+            Finding(
+                rule="block-split",
+                level="error",
+                subject=block,
+                message=f"the block is split over {' and '.join(map(str, devices))}; it works on one device",
+                hint=f"{offer} (all of {block} on {best})",
+                modules=tuple(fewer),
+                size_bytes=sum(entry.size_bytes for entry in parts if entry.device != best),
+            )
+        )
+    return found
+
+
+def _bytes_on(parts: list[PlacementEntry], device: Device) -> int:
+    return sum(entry.size_bytes for entry in parts if entry.device == device)
+
+
+def tied_split(placed: PlacedCase) -> list[Finding]:
+    """Tensors that are one (tied weights) are sent to different devices.
+
+    One tensor cannot lie on two devices: accelerate makes a copy, which costs the memory twice and ends the
+    tie.
+    """
+    found = []
+    for group in placed.case.facts.tied:
+        devices = {name: placed.placement.device_of(name) for name in group}
+        if len(set(devices.values())) < 2:
+            continue
+        first = devices[group[0]]
+        owners = [name.rpartition(".")[0] or name for name in group]
+        said = " and ".join(f"{owner} on {devices[name]}" for owner, name in zip(owners, group, strict=True))
+        found.append(
+            Finding(
+                rule="tied-split",
+                level="error",
+                subject=owners[-1],
+                message=f"{' and '.join(owners)} share one tensor, but the device map has {said}",
+                hint=f"{instead(placed.case)} (all of them on {first})",
+                modules=tuple(owners),
+            )
+        )
+    return found
+
+
+def block_order(placed: PlacedCase) -> list[Finding]:
+    """Blocks change devices more often than they have devices, so hidden states travel to and fro."""
+    homes = [
+        (block, placed.placement.device_of(block))
+        for block in placed.case.facts.blocks
+        if _whole(placed, block)
+    ]
+    changes = [b for (_, a), (b, c) in pairwise(homes) if a != c]
+    needed = len({device for _, device in homes}) - 1
+    if len(changes) <= max(0, needed):
+        return []
+    return [
+        Finding(
+            rule="block-order",
+            level="warning",
+            subject="device map",
+            message=f"blocks change devices {len(changes)} times; {needed} would do",
+            hint=f'--device-map "{_contiguous(placed, homes)}" (each device has one run of blocks)',
+            modules=tuple(changes),
+        )
+    ]
+
+
+def _whole(placed: PlacedCase, block: str) -> bool:
+    return not any(entry.name.startswith(block + ".") for entry in placed.placement.entries)
+
+
+def _contiguous(placed: PlacedCase, homes: list[tuple[str, Device]]) -> DeviceMap:
+    """The same number of blocks a device, each device one run; rules for what is no block stay."""
+    prefix = homes[0][0].rpartition(".")[0]
+    rules, start = [], 0
+    for device in dict.fromkeys(device for _, device in homes):
+        count = sum(1 for _, home in homes if home == device)
+        end = start + count - 1
+        rules.append(DeviceRule(f"{prefix}.{start}-{end}" if count > 1 else f"{prefix}.{start}", device))
+        start = end + 1
+    blocks = tuple(f"{block}." for block in placed.case.facts.blocks)
+    outside = [t.name for t in placed.case.facts.tensors if not t.name.startswith(blocks)]
+    kept = [r for r in placed.case.spec.rules if r.pattern and any(map(r.covers, outside))]
+    rest = next((r for r in placed.case.spec.rules if not r.pattern), DeviceRule("", homes[0][1]))
+    return DeviceMap(rules=(*rules, *kept, rest))
+
+
+def cpu_offload(placed: PlacedCase) -> list[Finding]:
+    """Modules lie on cpu while others lie on an accelerator.
+
+    They still execute on the accelerator: their dispatch hooks are removed and replaced by a chain of
+    cpu-offload hooks, each of which brings its module in and sends the one before it home. It works, costs a
+    transfer a forward, and needs main memory for the weights.
+    """
+    names = placed.placement.offloaded
+    if not names or placed.placement.main_device == CPU:
+        return []
+    size = sum(entry.size_bytes for entry in placed.placement.entries if entry.name in set(names))
+    hooked, skipped = placed.offload, placed.offload_skipped
+    chain = f"hook chain in execution order: {names_text(hooked)}" if hooked else "nothing to hook"
+    without = f"; no hook for {names_text(skipped)} (no parameters)" if skipped else ""
+    return [
+        Finding(
+            rule="cpu-offload",
+            level="warning",
+            subject="device map",
+            message=(
+                f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and "
+                f"execute on {placed.placement.main_device}; {chain}{without}"
+            ),
+            hint=placed.without_offload or "an accelerator with more memory would do without",
+            modules=names,
+            size_bytes=size,
+        )
+    ]
+
+
+def cpu_only(placed: PlacedCase) -> list[Finding]:
+    """Everything lies on cpu: a plain CPU run, without hooks and without a warning about offload."""
+    if placed.placement.devices != (CPU,):
+        return []
+    unused = placed.case.accelerators
+    if not unused:
+        return []
+    return [
+        Finding(
+            rule="cpu-only",
+            level="note",
+            subject="device map",
+            message=f"everything runs on cpu, without offload hooks; {unused[0]} stays unused",
+            hint=placed.on_accelerators,
+        )
+    ]
+
+
+def uncovered_buffers(placed: PlacedCase) -> list[Finding]:
+    """Modules without parameters that no rule covers (`model.rotary_emb`) go to the main device."""
+    spec: DeviceMap = placed.case.spec
+    if spec.strategy is not None:
+        return []
+    uncovered = [t for t in placed.case.facts.tensors if t.buffer and spec.rule_for(t.name) is None]
+    if not uncovered:
+        return []
+    owners = tuple(dict.fromkeys(t.name.rpartition(".")[0] or t.name for t in uncovered))
+    return [
+        Finding(
+            rule="uncovered-buffers",
+            level="note",
+            subject=names_text(owners),
+            message=f"not in the device map, without parameters: goes to {placed.placement.main_device}",
+            modules=owners,
+            size_bytes=sum(t.size_bytes for t in uncovered),
+        )
+    ]
+
+
+RULES = (block_split, tied_split, block_order, cpu_offload, cpu_only, uncovered_buffers)

@@ -1,0 +1,259 @@
+"""What a quantized checkpoint proved: close to the dense model, fast, sound, taken by its readers.
+
+Parts of the reports in `gptq_cli.results.map`; `gptq_cli.inference` makes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from gptq_cli.config import Target
+from gptq_cli.findings import Finding, PreflightReport
+
+Outcome = Literal["ok", "note", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """Quantized and dense model on the same windows: means over all tokens."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("perplexity_gap",)
+
+    kl: float
+    """KL(dense ‖ quantized), nats a token."""
+    top1: float
+    """Share of tokens for which both models predict the same next token, 0 to 1."""
+    perplexity: float
+    """Of the quantized model, over the predicted tokens (the first of a window is context only)."""
+    dense_perplexity: float
+    tokens: int
+    windows: int
+
+    @property
+    def perplexity_gap(self) -> float:
+        """How much higher the quantized model's perplexity is, as a fraction of the dense model's."""
+        return self.perplexity / self.dense_perplexity - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Tokens per second: median and interquartile range of the rounds."""
+
+    tokens_per_second: float
+    spread: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What one model did."""
+
+    prompt: Rate
+    decode: Rate
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """Speed and weights of the quantized model, and of the dense one where there is one to compare with."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("prompt_ratio", "decode_ratio", "weight_ratio")
+
+    speed: Speed
+    weight_bytes: int
+    memory: tuple[tuple[str, int], ...]
+    """(device, allocated bytes after the rounds; resident set size on cpu), the dense model not yet there."""
+    dense_speed: Speed | None = None
+    dense_weight_bytes: int = 0
+
+    @property
+    def prompt_ratio(self) -> float | None:
+        """Prompt tokens per second over the dense model's; above 1 is faster."""
+        dense = self.dense_speed
+        return self.speed.prompt.tokens_per_second / dense.prompt.tokens_per_second if dense else None
+
+    @property
+    def decode_ratio(self) -> float | None:
+        """Decoded tokens per second over the dense model's; above 1 is faster."""
+        dense = self.dense_speed
+        return self.speed.decode.tokens_per_second / dense.decode.tokens_per_second if dense else None
+
+    @property
+    def weight_ratio(self) -> float | None:
+        """Bytes of the weights over the dense model's; below 1 is smaller."""
+        return self.weight_bytes / self.dense_weight_bytes if self.dense_weight_bytes else None
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A limit on a measurement, and what was found."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("passed",)
+
+    name: str
+    """The option: "max_kl", "max_perplexity"."""
+    limit: float
+    found: float
+
+    @property
+    def passed(self) -> bool:
+        """True when what was found is a number within the limit."""
+        return self.found <= self.limit
+
+    @property
+    def failure(self) -> str:
+        """`kl is 0.0813, above --max-kl 0.05`."""
+        measured = self.name.removeprefix("max_")
+        return f"{measured} is {self.found:.4g}, above --{self.name.replace('_', '-')} {self.limit:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class RuleResult:
+    """One rule, or one part of a checkpoint, judged."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("outcome",)
+
+    rule: str
+    about: str
+    """What was looked at, one clause."""
+    findings: tuple[Finding, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worst level of the findings; "ok" without any."""
+        levels = {finding.level for finding in self.findings}
+        worst: tuple[Outcome, ...] = ("error", "warning", "note")
+        return next((level for level in worst if level in levels), "ok")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetReport:
+    """Whether one reader will take the checkpoint, rule by rule."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("ok",)
+
+    target: Target
+    rules: tuple[RuleResult, ...]
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What its rules say, in their order."""
+        return tuple(finding for result in self.rules for finding in result.findings)
+
+    @property
+    def ok(self) -> bool:
+        """True when no rule has an error."""
+        return all(result.outcome != "error" for result in self.rules)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What --verify and --target found, from the files alone."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("ok", "findings")
+
+    path: str
+    checks: tuple[RuleResult, ...]
+    """Part by part; those that could not be reached are missing. Only "files" where nothing but targets was
+    asked for."""
+    targets: tuple[TargetReport, ...] = ()
+    tensors: int = 0
+    linears: int = 0
+    size_bytes: int = 0
+    coverage: float = 0.0
+    """Share of the weights of all linears in the blocks that is packed, 0 to 1."""
+    warnings: tuple[str, ...] = ()
+    """All that were given: the findings of that level, and what else came up while this was made."""
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """Everything that the checks found (targets have their own), errors first."""
+        found = tuple(finding for check in self.checks for finding in check.findings)
+        return PreflightReport(found).ordered()
+
+    @property
+    def sound(self) -> bool:
+        """True when no check found an error, whatever the targets say."""
+        return all(check.outcome != "error" for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What is not as it should be, one clause each; empty: exit 0, else 5."""
+        errors = [finding for finding in self.findings if finding.level == "error"]
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        unsound = (f"the files are not sound: {errors[0].message}{more}",) if errors else ()
+        return unsound + tuple(
+            f"{target.target} will not take it" for target in self.targets if not target.ok
+        )
+
+    @property
+    def ok(self) -> bool:
+        """True when the checkpoint is sound and every target takes it."""
+        return self.sound and all(target.ok for target in self.targets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelCount:
+    """How many linears run on which kernel."""
+
+    kernel: str
+    linears: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """The result of `gptq load`: what was opened, where, and what it proved."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("ok",)
+
+    path: str
+    quantizer: str
+    """`meta.quantizer` of the checkpoint, "" when it names none."""
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    checkpoint_format: str
+    linears: int
+    device_map: str
+    device_reason: str
+    dtype: str
+    use_cuda_fp16: bool
+    kernels: tuple[KernelCount, ...]
+    load_seconds: float
+    weight_bytes: int
+    memory: tuple[tuple[str, int], ...]
+    """(device, allocated bytes after loading; resident set size on cpu)."""
+    prompt: str | None = None
+    text: str | None = None
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    tokens_per_second: float = 0.0
+    perplexity: float | None = None
+    windows: int = 0
+    seq_len: int = 0
+    text_source: str = ""
+    """What was measured on."""
+    against: str | None = None
+    agreement: Agreement | None = None
+    bench: Bench | None = None
+    gates: tuple[Gate, ...] = ()
+    """The limits that were asked for; "passed" where the checkpoint is within."""
+    verification: VerifyReport | None = None
+    compiled: bool = False
+    warnings: tuple[str, ...] = ()
+    """All that were given, by preflight, while opening, and by what was measured."""
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Closed gates, and what verification found wrong, one clause each; empty: exit 0, else 5."""
+        verified = self.verification.failures if self.verification else ()
+        return verified + tuple(gate.failure for gate in self.gates if not gate.passed)
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing failed."""
+        return not self.failures

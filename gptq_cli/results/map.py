@@ -1,0 +1,162 @@
+"""What a finished command knows: frozen reports, written to report.json and printed by `--json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from gptq_cli.findings import Finding
+from gptq_cli.placement.placement import DeviceBudget, Placement
+
+Verdict = Literal["fits", "fits with warnings", "refused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePlan:
+    """What one device will have to hold at its highest moment, part by part. All in bytes."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("needed_bytes", "fits", "spare_bytes")
+
+    device: str
+    total_bytes: int
+    free_bytes: int
+    """Free before anything of this job is on it."""
+    limit_bytes: int
+    """What may be used: the free bytes, or less where --max-memory says so."""
+    weights_bytes: int
+    working_bytes: int
+    """The largest block's copy while it is being quantized (moved in, and its widest stack in fp32)."""
+    hessian_bytes: int
+    """Hessians and the factorisation of the widest stage."""
+    activation_bytes: int
+    """Calibration activations."""
+    packing_bytes: int
+    """Codes and packed tensors of one stage."""
+    baseline_bytes: int
+    """Interpreter, libraries, device context."""
+
+    @property
+    def needed_bytes(self) -> int:
+        """The predicted peak: the sum of all parts."""
+        return (
+            self.weights_bytes
+            + self.working_bytes
+            + self.hessian_bytes
+            + self.activation_bytes
+            + self.packing_bytes
+            + self.baseline_bytes
+        )
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """What a measurement shows: resident memory on cpu, allocated memory (no context) elsewhere."""
+        return self.needed_bytes - (self.baseline_bytes if self.device != "cpu" else 0)
+
+    @property
+    def fits(self) -> bool:
+        """True when the predicted peak is within the limit."""
+        return self.needed_bytes <= self.limit_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """What is left of the limit; negative when it does not fit."""
+        return self.limit_bytes - self.needed_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeRow:
+    """One line of the folded placement tree: a module, or a run of equal siblings on one device."""
+
+    name: str
+    """Last component(s), as shown: `model`, `layers`, `0-15`, `embed_tokens`."""
+    path: str
+    """Full dotted name; a run shows its range: `model.layers.0-15`."""
+    depth: int
+    devices: tuple[str, ...]
+    """One device for a leaf of the tree, all devices below for an inner row."""
+    size_bytes: int
+    modules: int
+    """How many siblings the row stands for."""
+    parameters: bool
+    """False: only buffers, or nothing."""
+    leaf: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """The linears of a block that read the same input, as planned for the first block of its shape."""
+
+    blocks: int
+    """Blocks that look like this."""
+    example: str
+    """Name of the first such block."""
+    linears: tuple[tuple[str, int, int], ...]
+    """(name relative to the block, K, N)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizePlan:
+    """What `quantize --dry-run` adds to a map report."""
+
+    bits: int
+    group_size: int
+    group_reason: str
+    """Where the group size comes from; "" where it was asked for."""
+    blocks: int
+    linears: int
+    stages: tuple[StagePlan, ...]
+    quantized_share: float
+    """Share of the parameters that will be quantized, 0 to 1."""
+    bits_per_weight: float
+    """Stored bits of the quantized linears (codes, scales, zeros, g_idx) over their weights."""
+    bits_per_parameter: float
+    """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once."""
+    size_before_bytes: int
+    size_after_bytes: int
+    """Bytes of all tensors of the checkpoint, without the headers of its files."""
+    samples: int
+    seq_len: int
+    seconds: float | None
+    """An estimate from a short probe of this machine; None when no probe was made."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapReport:
+    """The result of `gptq inspect-map` and of `gptq quantize --dry-run`."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("ok",)
+
+    model: str
+    architecture: str
+    dtype: str
+    parameters: int
+    weights_bytes: int
+    blocks: int
+    spec: str
+    """The device map as asked for, normalised."""
+    max_memory: str | None
+    inventory: Literal["present", "given"]
+    """Whether the devices are this machine's or came from --devices."""
+    budgets: tuple[DeviceBudget, ...]
+    placement: Placement | None
+    """None when no placement could be made; the findings say why."""
+    reason: str
+    """Which plan was chosen and why, one sentence."""
+    tree: tuple[TreeRow, ...]
+    devices: tuple[DevicePlan, ...]
+    offload: tuple[str, ...]
+    """Modules that get a cpu-offload hook, in execution order."""
+    offload_skipped: tuple[str, ...]
+    """cpu entries without parameters: never hooked, their buffers move to the main device."""
+    findings: tuple[Finding, ...]
+    """Errors first."""
+    verdict: Verdict
+    plan: QuantizePlan | None = None
+    """Present for --dry-run."""
+    warnings: tuple[str, ...] = ()
+    """All that were given: the findings of that level, and what else came up while this was made."""
+
+    @property
+    def ok(self) -> bool:
+        """True when the job would start: exit 0, else 3."""
+        return self.verdict != "refused"

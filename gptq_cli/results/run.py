@@ -1,0 +1,101 @@
+"""The report of `gptq quantize`: a run, its blocks, its linears."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["gptq", "rtn"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearReport:
+    """How one linear fared.
+
+    Losses are tr(E H Eᵀ) / tr(W H Wᵀ) with H undamped: a relative output error. E = W - Q, or W' - Q where
+    the linear was asked for the dense model's output (`alpha` above 0): W' are the weights that give it.
+    """
+
+    name: str
+    """Full name, as in the checkpoint: `model.layers.3.self_attn.q_proj`."""
+    in_features: int
+    out_features: int
+    loss: float
+    rtn_loss: float
+    """The same measure for plain round-to-nearest with min/max scales."""
+    damp_percent: float
+    """The damping that worked (a fraction of the mean diagonal)."""
+    attempts: int
+    """Factorisations tried: 1 when the first damping worked."""
+    method: Method
+    """"rtn" is a fallback, and is announced as one."""
+    alpha: float = 0.0
+    """How far the target went from the layer's own output (0) towards the dense model's (1)."""
+    target_damp_percent: float = 0.0
+    """The damping of that step (a fraction of the mean diagonal); 0 where there was none."""
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReport:
+    """One decoder block: its time, its memory, its linears."""
+
+    name: str
+    seconds: float
+    peak_bytes: tuple[tuple[str, int], ...]
+    """(device, highest allocated bytes while the block was worked on)."""
+    linears: tuple[LinearReport, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """The result of `gptq quantize`."""
+
+    model: str
+    revision: str | None
+    out: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    checkpoint_format: str
+    bits_per_weight: float
+    """Stored bits of the quantized linears (codes, scales, zeros, g_idx) over their weights."""
+    bits_per_parameter: float
+    """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once: what the whole
+    checkpoint takes, dense tensors and headers included."""
+    quantized_share: float
+    """Share of the model's parameters that is quantized, 0 to 1."""
+    dense_modules: tuple[str, ...]
+    """Modules with weights that stay dense, folded: `lm_head`, `model.embed_tokens`, …"""
+    size_before_bytes: int
+    size_after_bytes: int
+    """Bytes of all safetensors files of the checkpoint, headers included."""
+    dtype: str
+    use_cuda_fp16: bool
+    devices: tuple[str, ...]
+    predicted_peak_bytes: tuple[tuple[str, int], ...]
+    measured_peak_bytes: tuple[tuple[str, int], ...]
+    samples: int
+    seq_len: int
+    tokens: int
+    dataset_sha256: str
+    calibration_source: str
+    seed: int
+    fallbacks: int
+    """Linears whose method is not "gptq"."""
+    warnings: tuple[str, ...]
+    """All that were given: preflight's findings of that level, the engine's, and those of libraries."""
+    seconds: float
+    phase_seconds: tuple[tuple[str, float], ...]
+    versions: tuple[tuple[str, str], ...]
+    command_line: tuple[str, ...]
+    settings: tuple[tuple[str, str | int | float | bool | None], ...]
+    """Every field of the QuantizeConfig in force, recipe resolved."""
+    blocks: tuple[BlockReport, ...]
+
+    @property
+    def linears(self) -> tuple[LinearReport, ...]:
+        """All linears of all blocks, in model order."""
+        return tuple(linear for block in self.blocks for linear in block.linears)

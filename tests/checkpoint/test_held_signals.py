@@ -1,0 +1,46 @@
+"""Signals wait for the end of a block, and are delivered then."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from gptq_cli.checkpoint.held_signals import held_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_waits(number: signal.Signals) -> None:
+    heard: list[int] = []
+    before = signal.signal(number, lambda n, _: heard.append(n))
+    try:
+        with held_signals() as check:
+            check()
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert heard == []
+            with pytest.raises(KeyboardInterrupt):
+                check()
+        assert heard == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with held_signals() as check:
+            os.kill(os.getpid(), signal.SIGHUP)
+            check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_interrupts_after_the_block() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append("block")
+    assert done == ["block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

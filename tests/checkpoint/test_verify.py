@@ -1,0 +1,318 @@
+"""Every kind of wrong tensor gives its finding, and a sound checkpoint gives none that matters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.checkpoint.verify import check_targets, target_facts, verify_checkpoint
+from gptq_cli.config import Target
+from gptq_cli.findings import Finding
+from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.results.load import VerifyReport
+from tests.checkpoint.checkpoints import Recipe, quantize_directory, write_config
+from tests.conftest import TinyFactory
+from tests.inference.test_load import DAMAGE, Q, change_tensor, drop, rewrite
+
+
+def found(report: VerifyReport, rule: str) -> Finding:
+    """The one finding of `rule`."""
+    (finding,) = [finding for finding in report.findings if finding.rule == rule]
+    return finding
+
+
+def rules(report: VerifyReport) -> set[str]:
+    return {finding.rule for finding in report.findings if finding.level != "note"}
+
+
+@pytest.fixture
+def checkpoint(tiny_llama: Path, tmp_path: Path) -> Path:
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
+    return tmp_path / "q"
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(group_size=32),
+        Recipe(bits=3, group_size=32, sym=False, version="gptq_v2"),
+        Recipe(bits=8, group_size=-1),
+        Recipe(group_size=16, desc_act=True),
+        Recipe(bits=2, group_size=32, version="gptq_v2"),
+    ],
+)
+def test_sound_checkpoints(recipe: Recipe, tiny_llama: Path, tmp_path: Path) -> None:
+    quantize_directory(tiny_llama, tmp_path / "q", recipe)
+    seen: list[tuple[int, int]] = []
+    report = verify_checkpoint(tmp_path / "q", on_tensor=lambda done, total: seen.append((done, total)))
+    assert report.ok
+    assert rules(report) == set()
+    assert report.coverage == 1.0
+    assert report.linears == 21
+    assert seen[-1] == (report.tensors, report.tensors)
+
+
+def test_like_findings_are_one(checkpoint: Path) -> None:
+    negative = found(verify_checkpoint(checkpoint), "scales-negative")
+    assert negative.level == "note"
+    assert len(negative.modules) == 21
+    assert negative.subject.endswith("and 20 more")
+
+
+@pytest.mark.parametrize(
+    "kind", sorted(set(DAMAGE) - {"g_idx out of range", "g_idx negative", "scales with NaN"})
+)
+def test_structural_damage_is_listed(kind: str, checkpoint: Path) -> None:
+    DAMAGE[kind][0](checkpoint)
+    report = verify_checkpoint(checkpoint)
+    assert not report.ok
+    assert found_any(report, "unreadable")
+
+
+def found_any(report: VerifyReport, rule: str) -> list[Finding]:
+    return [finding for finding in report.findings if finding.rule == rule]
+
+
+def test_all_structural_problems_at_once(checkpoint: Path) -> None:
+    drop(f"{Q}.scales")(checkpoint)
+    drop("model.norm.weight")(checkpoint)
+    messages = [finding.message for finding in found_any(verify_checkpoint(checkpoint), "unreadable")]
+    assert any("q_proj.scales is missing" in message for message in messages)
+    assert any("model.norm.weight is missing" in message for message in messages)
+
+
+def constant(value: int) -> object:
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+def ordered(tensor: Tensor) -> Tensor:
+    return tensor[torch.randperm(len(tensor), generator=torch.Generator().manual_seed(0))]
+
+
+def uneven(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor[-1] = 0
+    return tensor
+
+
+def one_nan(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.view(-1)[3] = float("nan")
+    return tensor
+
+
+def one_zero(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor[1, 2] = 0
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "rule", "level"),
+    [
+        (f"{Q}.scales", one_nan, "scales-finite", "error"),
+        (f"{Q}.scales", one_zero, "scales-zero", "warning"),
+        (f"{Q}.scales", lambda t: t.bfloat16(), "scales-dtype", "warning"),
+        (f"{Q}.g_idx", lambda t: t + 1, "g-idx-range", "error"),
+        (f"{Q}.g_idx", ordered, "g-idx-order", "warning"),
+        (f"{Q}.g_idx", uneven, "g-idx-uneven", "warning"),
+        (f"{Q}.g_idx", torch.zeros_like, "g-idx-zero", "note"),
+        (f"{Q}.qzeros", lambda t: torch.full_like(t, -0x77777778), "zeros-convention", "error"),
+        (f"{Q}.qzeros", lambda t: t + 1, "zeros-differ", "error"),
+        (f"{Q}.qweight", torch.zeros_like, "codes-constant", "warning"),
+        ("model.norm.weight", one_nan, "dense-finite", "error"),
+    ],
+)
+def test_values(tensor: str, change: object, rule: str, level: str, checkpoint: Path) -> None:
+    change_tensor(tensor, change)(checkpoint)  # type: ignore[arg-type]
+    report = verify_checkpoint(checkpoint)
+    finding = found(report, rule)
+    assert finding.level == level
+    assert finding.modules == ((tensor if rule == "dense-finite" else Q),)
+    assert report.ok is (level != "error")
+
+
+def test_wrapped_zeros_of_asymmetric_v1(tiny_llama: Path, tmp_path: Path) -> None:
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, version="gptq"))
+    assert not found_any(verify_checkpoint(tmp_path / "q"), "zeros-wrapped")
+    change_tensor(f"{Q}.qzeros", lambda t: torch.full_like(t, -1))(tmp_path / "q")
+    assert found(verify_checkpoint(tmp_path / "q"), "zeros-wrapped").level == "warning"
+
+
+@pytest.mark.parametrize("quantizer", ["gptqmodel:7.6.0", "autogptq:0.8.0"])
+def test_zeros_of_0_subtracted_from_whole_words(quantizer: str, tiny_llama: Path, tmp_path: Path) -> None:
+    extra = {"meta": {"quantizer": [quantizer]}}
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, extra=extra))
+    assert not found_any(verify_checkpoint(tmp_path / "q"), "zeros-wrapped")
+    change_tensor(f"{Q}.qzeros", lambda t: torch.full_like(t, -0x11111111))(tmp_path / "q")
+    wrapped = found(verify_checkpoint(tmp_path / "q"), "zeros-wrapped")
+    assert "subtracted from whole words" in wrapped.message
+    assert wrapped.modules == (Q,)
+
+
+def test_biases_that_the_class_has_not_are_no_leftovers(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors.update({f"{Q}.bias": torch.zeros(64).half()}))
+    assert not found_any(verify_checkpoint(checkpoint), "leftover")
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_copies_of_a_tied_tensor(equal: bool, tiny: TinyFactory, tmp_path: Path) -> None:
+    quantize_directory(tiny("llama_tied"), tmp_path / "q", Recipe(group_size=32))
+    factor = 1 if equal else 2
+
+    def copied(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = factor * tensors["model.embed_tokens.weight"]
+
+    rewrite(tmp_path / "q", copied)
+    report = verify_checkpoint(tmp_path / "q")
+    assert report.ok
+    tied = found_any(report, "dense-tied")
+    assert [finding.modules for finding in tied] == ([] if equal else [("lm_head.weight",)])
+
+
+def test_leftover_tensors(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors.update({"model.layers.0.wf_unsqueeze_zero": torch.zeros(3)}))
+    assert found(verify_checkpoint(checkpoint), "leftover").modules == ("model.layers.0.wf_unsqueeze_zero",)
+
+
+def test_configs_that_disagree(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "quantize_config.json").read_text())
+    (checkpoint / "quantize_config.json").write_text(json.dumps(config | {"sym": False}))
+    assert (
+        "sym is False in quantize_config.json but True in config.json"
+        in found(verify_checkpoint(checkpoint), "unreadable").message
+    )
+
+
+def test_dense_linears_inside_blocks(tiny_llama: Path, tmp_path: Path) -> None:
+    """Dense where the config says nothing: a warning, less coverage; declared: a note."""
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, skip=("lm_head", "down_proj")))
+    report = verify_checkpoint(tmp_path / "q")
+    assert found(report, "coverage").level == "warning"
+    assert len(found(report, "coverage").modules) == 3
+    packed = 2 * 64 * 64 + 2 * 32 * 64 + 2 * 128 * 64
+    assert report.coverage == pytest.approx(packed / (packed + 128 * 64))
+    write_config(tmp_path / "q", Recipe(group_size=32, extra={"dynamic": {r"-:.*down_proj": {}}}))
+    assert found(verify_checkpoint(tmp_path / "q"), "coverage").level == "note"
+    inside = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    listed = [[*inside, "mlp.gate_proj", "mlp.up_proj"]]
+    write_config(tmp_path / "q", Recipe(group_size=32, extra={"modules_in_block_to_quantize": listed}))
+    assert found(verify_checkpoint(tmp_path / "q"), "coverage").level == "note"
+
+
+def test_a_missing_tokenizer_and_config_copy(checkpoint: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "quantize_config.json"):
+        (checkpoint / name).unlink()
+    report = verify_checkpoint(checkpoint)
+    assert report.ok
+    assert found(report, "no-tokenizer").level == "warning"
+    assert found(report, "config-copy").level == "note"
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    report = verify_checkpoint(tmp_path / "nothing")
+    assert not report.ok
+    assert "no such directory" in found(report, "unreadable").message
+
+
+def judged(report: VerifyReport, rule: str) -> dict[str, str]:
+    """Target -> what its rule of that name came to."""
+    return {
+        target.target: result.outcome
+        for target in report.targets
+        for result in target.rules
+        if result.rule == rule
+    }
+
+
+def test_targets_are_judged_rule_by_rule(checkpoint: Path) -> None:
+    readers: tuple[Target, ...] = ("vllm", "gptqmodel", "sglang")
+    report = verify_checkpoint(checkpoint, targets=readers)
+    assert report.ok
+    assert judged(report, "half-precision") == {"vllm": "warning", "sglang": "warning"}
+    assert judged(report, "whole-words") == {"vllm": "ok", "gptqmodel": "ok", "sglang": "ok"}
+    change_tensor(f"{Q}.g_idx", ordered)(checkpoint)
+    report = verify_checkpoint(checkpoint, targets=readers)
+    assert report.sound
+    assert [target.target for target in report.targets if not target.ok] == ["vllm"]
+    assert report.failures == ("vllm will not take it",)
+    assert judged(report, "activation-order")["vllm"] == "error"
+
+
+def test_targets_alone_read_g_idx_and_nothing_else(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_tensor(f"{Q}.g_idx", ordered)(checkpoint)
+    read: list[str] = []
+    real = StreamedReader.get
+
+    def spy(self: StreamedReader, name: str, device: str = "cpu") -> Tensor:
+        read.append(name)
+        return real(self, name, device)
+
+    monkeypatch.setattr(StreamedReader, "get", spy)
+    report = check_targets(checkpoint, ("vllm", "exllamav2"))
+    assert {name.rpartition(".")[2] for name in read} == {"g_idx"}
+    assert [target.ok for target in report.targets] == [False, True]
+    assert report.targets == verify_checkpoint(checkpoint, targets=("vllm", "exllamav2")).targets
+    assert not report.ok
+
+
+def test_targets_of_a_checkpoint_that_cannot_be_read(tmp_path: Path) -> None:
+    report = check_targets(tmp_path / "nothing", ("vllm",))
+    assert (report.ok, report.targets) == (False, ())
+    assert "no such directory" in report.failures[0]
+
+
+def test_every_finding_belongs_to_a_part(checkpoint: Path) -> None:
+    """What `verify.py` says stands below the part of the checkpoint that it is about."""
+    change_tensor(f"{Q}.scales", one_nan)(checkpoint)
+    change_tensor(f"{Q}.g_idx", uneven)(checkpoint)
+    change_tensor("model.norm.weight", one_nan)(checkpoint)
+    outcomes = {check.rule: check.outcome for check in verify_checkpoint(checkpoint).checks}
+    assert outcomes == {
+        "files": "ok",
+        "names": "ok",
+        "coverage": "ok",
+        "codes": "ok",
+        "zeros": "ok",
+        "scales": "error",
+        "g-idx": "warning",
+        "dense": "error",
+    }
+
+
+def test_facts_of_a_checkpoint(tiny: TinyFactory, tmp_path: Path) -> None:
+    recipe = Recipe(
+        bits=8, group_size=32, sym=False, version="gptq_v2", skip=(), extra={"dynamic": {"-:nothing": {}}}
+    )
+    quantize_directory(tiny("llama"), tmp_path / "q", recipe)
+    facts = target_facts(open_checkpoint(tmp_path / "q"))
+    assert (facts.bits, facts.group_size, facts.sym, facts.desc_act) == (8, 32, False, False)
+    assert (facts.checkpoint_format, facts.dtype, facts.scale_dtype) == ("gptq_v2", "float32", "float16")
+    assert facts.lm_head
+    assert facts.left_dense
+    assert not facts.changed
+    assert facts.in_config_json
+    assert len(facts.linears) == 22
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    first = facts.linears[0]
+    assert tensors[f"{first.name}.scales"].shape[1] == first.out_features
+
+
+def test_experts_are_verified_too(tiny: TinyFactory, tmp_path: Path) -> None:
+    quantize_directory(tiny("mixtral"), tmp_path / "q", Recipe(group_size=32))
+    report = verify_checkpoint(tmp_path / "q")
+    assert report.ok
+    assert report.linears == 2 * (4 + 4 * 3)
+    name = next(
+        n for n in load_file(tmp_path / "q" / "model.safetensors") if "experts.3" in n and "scales" in n
+    )
+    change_tensor(name, one_nan)(tmp_path / "q")
+    assert found(verify_checkpoint(tmp_path / "q"), "scales-finite").modules == (
+        name.removesuffix(".scales"),
+    )

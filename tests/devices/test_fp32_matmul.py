@@ -1,0 +1,124 @@
+"""16-bit products in fp32: which are, which are not, and that one rounding is all that happens to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.devices import fp32_matmul as products
+from gptq_cli.devices.fp32_matmul import Widened, products_for
+from gptq_cli.gptq import matmul as precision
+from gptq_cli.gptq.matmul import has_units
+from tests.tiny import VOCAB, tiny_model
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: nn.functional.linear(x, w.T.contiguous()),
+    "matmul": torch.matmul,
+    "operator": lambda x, w: x @ w,
+    "mm": torch.mm,
+    "method": lambda x, w: x.mm(w),
+    "addmm": lambda x, w: torch.addmm(w[0], x, w),
+    "bmm": lambda x, w: torch.bmm(x[None], w[None])[0],
+    "baddbmm": lambda x, w: w.new_zeros(1, 1, 1).baddbmm(x[None], w[None], beta=0, alpha=0.5)[0],
+    "einsum": lambda x, w: torch.einsum("tk,kn->tn", x, w),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_is_the_fp32_product_rounded_once(name: str, dtype: torch.dtype) -> None:
+    x, w = normal(40, 64, dtype=dtype), normal(64, 24, dtype=dtype)
+    product = PRODUCTS[name]
+    with Widened():
+        ours = product(x, w)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, product(x.float(), w.float()).to(dtype))
+
+
+def test_a_tall_linear_is_taken_in_pieces() -> None:
+    x, w, bias = normal(3, 700, 64).bfloat16(), normal(24, 64).bfloat16(), normal(24).bfloat16()
+    with Widened():
+        ours = nn.functional.linear(x, w, bias)
+    exact = nn.functional.linear(x.float(), w.float(), bias.float())
+    torch.testing.assert_close(ours, exact.bfloat16(), rtol=2**-7, atol=2**-10)
+    assert ours.shape == (3, 700, 24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_is_what_the_units_do_to_within_the_order_of_summation(dtype: torch.dtype) -> None:
+    x, w = normal(64, 96, dtype=dtype), normal(48, 96, dtype=dtype)
+    with Widened():
+        ours = nn.functional.linear(x, w)
+    exact = x.double() @ w.double().T
+    ulp = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
+    assert float(((ours.double() - exact).abs() / exact.abs().clamp(min=1.0)).max()) <= 1.01 * ulp
+
+
+def test_few_rows_other_dtypes_and_mixtures_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    widened: list[torch.dtype] = []
+    monkeypatch.setattr(products, "_widened", lambda value: widened.append(torch.float32) or value)
+    w = normal(64, 24)
+    with Widened():
+        torch.mm(normal(8, 64, dtype=torch.bfloat16), w.bfloat16())
+        torch.mm(normal(40, 64), w)
+        torch.mm(normal(40, 64, dtype=torch.bfloat16), w.bfloat16(), out=torch.empty(40, 24).bfloat16())
+        with pytest.raises(RuntimeError):
+            torch.mm(normal(40, 64, dtype=torch.bfloat16), w)
+        assert widened == []
+        torch.mm(normal(40, 64, dtype=torch.bfloat16), w.bfloat16())
+    assert widened
+
+
+def test_only_this_thread_and_only_inside() -> None:
+    x, w = normal(40, 64, dtype=torch.bfloat16), normal(64, 24, dtype=torch.bfloat16)
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(bool(torch.overrides._get_current_function_mode_stack()))
+
+    with Widened():
+        other = threading.Thread(target=look)
+        other.start()
+        other.join()
+        look()
+        torch.mm(x, w)
+    look()
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma2"])
+def test_a_model_says_the_same(name: str) -> None:
+    model = tiny_model(name).eval().to(torch.bfloat16)
+    ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits.float()
+        with Widened():
+            widened = model(input_ids=ids).logits
+        exact = model.float()(input_ids=ids).logits
+    assert widened.dtype == torch.bfloat16
+    assert (widened - exact).norm() < 1.5 * (plain - exact).norm() + 1e-6
+
+
+@pytest.mark.parametrize(("seconds", "fast"), [(0.5, True), (1.9, True), (2.1, False), (10.0, False)])
+def test_units_are_found_by_time(seconds: float, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {torch.bfloat16: seconds, torch.float32: 1.0}
+    monkeypatch.setattr(precision, "_seconds", times.__getitem__)
+    has_units.cache_clear()
+    try:
+        assert has_units(torch.bfloat16, "cpu") is fast
+        assert isinstance(products_for(torch.bfloat16, torch.device("cpu")), Widened) is not fast
+        assert has_units(torch.bfloat16, "cuda")
+        assert has_units(torch.float32, "cpu")
+    finally:
+        has_units.cache_clear()

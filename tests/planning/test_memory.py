@@ -1,0 +1,171 @@
+"""The formulae of the budget, recomputed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.placement.device import CPU
+from gptq_cli.planning import memory as budget
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import (
+    CHUNK_BYTES,
+    FLIGHT_HIDDEN,
+    FLIGHT_ROWS,
+    SOLVE_BYTES,
+    packed_bytes,
+    quantized_bytes,
+    work_sets,
+)
+from gptq_cli.planning.schedule import MICRO_BATCH_TOKENS, micro_batch_tokens
+from tests.preflight.shapes import llama, resolved
+
+H, INNER = 1024, 4096
+FACTS = llama(hidden=H, inner=INNER)
+
+
+def one(work: Work, *, parked: bool = False) -> budget.WorkSet:
+    return work_sets(FACTS, work, parked=parked)["model.layers.3"]
+
+
+def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
+    found = one(Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=8, seq_len=128)))
+    assert found.working_bytes + found.hessian_bytes == max(
+        SOLVE_BYTES * INNER * H + 8 * INNER**2, SOLVE_BYTES * 2 * INNER * H + 8 * H**2
+    )
+    assert found.activation_bytes == 8 * 128 * H * 2
+
+
+def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
+    t = 32 * 2048
+    found = one(work)
+    assert found.working_bytes == t * 2 * (FLIGHT_HIDDEN * H + FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
+    assert found.hessian_bytes == 4 * INNER**2
+
+
+def test_parked_forwards_hold_the_normed_and_the_widest_input() -> None:
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
+    parked, replayed = one(work, parked=True), one(work)
+    assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * (H + INNER) * 2
+
+
+def test_parked_forwards_hold_the_outputs_of_attention_where_they_are_wider() -> None:
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
+    narrow = llama(hidden=H, inner=H)
+    parked = work_sets(narrow, work, parked=True)["model.layers.0"].activation_bytes
+    assert parked == 64 * 512 * 2 * (2 * H + 3 * H + H)
+
+
+@pytest.mark.parametrize(("seq_len", "factor"), [(512, 2), (4096, 1)])
+def test_small_pieces_on_the_c_heap_cost_twice(seq_len: int, factor: int) -> None:
+    facts = llama(hidden=576, inner=1536)
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=32, seq_len=seq_len))
+    made = resolved("cpu", facts, "cpu=64GiB", work=work)
+    needed = work_sets(facts, work, parked=True)["model.layers.0"].activation_bytes
+    assert made.parked
+    assert made.devices[0].activation_bytes == factor * needed
+
+
+def test_without_true_sequential_all_hessians_of_a_block_are_there() -> None:
+    data = CalibrationConfig(samples=8, seq_len=128)
+    together = one(Work(QuantizeConfig(true_sequential=False, solve_for="own"), data), parked=True)
+    stepwise = one(Work(QuantizeConfig(solve_for="own"), data))
+    assert together.total_bytes - stepwise.total_bytes == 4 * 3 * H**2
+    assert together.activation_bytes == stepwise.activation_bytes
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_solving_for_the_dense_output_holds_a_second_stream(share: float) -> None:
+    data = CalibrationConfig(samples=32, seq_len=16)
+    own = one(Work(QuantizeConfig(solve_for="own"), data), parked=True)
+    dense = one(Work(QuantizeConfig(solve_for="dense", dense_share=share), data), parked=True)
+    assert dense.activation_bytes == (1 + share) * own.activation_bytes
+    assert dense.hessian_bytes == 24 * INNER**2
+    linears = 2 * (4 * H**2 + 3 * H * INNER)
+    assert dense.working_bytes == linears + budget.TARGET_BYTES * H * INNER
+
+
+@pytest.mark.parametrize(
+    ("samples", "seq_len", "batch_size", "tokens"),
+    [
+        (128, MICRO_BATCH_TOKENS, None, MICRO_BATCH_TOKENS),
+        (128, MICRO_BATCH_TOKENS // 4, None, MICRO_BATCH_TOKENS),
+        (2, MICRO_BATCH_TOKENS // 4, None, MICRO_BATCH_TOKENS // 2),
+        (128, MICRO_BATCH_TOKENS * 2, None, MICRO_BATCH_TOKENS * 2),
+        (8, 512, 2, 1024),
+    ],
+)
+def test_micro_batch(samples: int, seq_len: int, batch_size: int | None, tokens: int) -> None:
+    data = CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size)
+    assert micro_batch_tokens(Work(QuantizeConfig(solve_for="own"), data)) == tokens
+
+
+def test_an_offloaded_block_is_lent_to_the_main_device() -> None:
+    home = {p.device: p for p in resolved("0", FACTS).devices}
+    lent = {p.device: p for p in resolved("model.layers.11=cpu,rest=0", FACTS).devices}
+    block = sum(t.size_bytes for t in FACTS.tensors if t.name.startswith("model.layers.11."))
+    assert home["cuda:0"].weights_bytes - lent["cuda:0"].weights_bytes == block
+    assert lent["cuda:0"].working_bytes - home["cuda:0"].working_bytes == block
+    assert lent["cpu"].weights_bytes == block
+    assert lent["cpu"].hessian_bytes == 0
+
+
+def test_a_lent_embedding_counts_only_beyond_the_work() -> None:
+    home = {p.device: p for p in resolved("0", FACTS).devices}
+    lent = {p.device: p for p in resolved("model.embed_tokens=cpu,rest=0", FACTS).devices}
+    assert lent["cuda:0"].working_bytes == home["cuda:0"].working_bytes
+
+
+def test_a_device_without_blocks_needs_no_work_set() -> None:
+    plans = {p.device: p for p in resolved("lm_head=1,rest=0", FACTS).devices}
+    assert plans["cuda:1"].hessian_bytes == plans["cuda:1"].activation_bytes == 0
+    assert plans["cuda:0"].hessian_bytes > 0
+
+
+def test_measured_figures_know_no_device_context() -> None:
+    plans = {p.device: p for p in resolved("0", FACTS).devices}
+    assert (
+        plans["cuda:0"].predicted_peak_bytes == plans["cuda:0"].needed_bytes - plans["cuda:0"].baseline_bytes
+    )
+    assert plans["cpu"].predicted_peak_bytes == plans["cpu"].needed_bytes
+
+
+def test_a_host_that_was_not_described_has_no_plan() -> None:
+    assert [p.device for p in resolved("0", FACTS, "cuda:0=24GiB").devices] == ["cuda:0"]
+    assert [p.device for p in resolved("0", FACTS, f"cuda:0=24GiB,{CPU}=8GiB").devices] == ["cuda:0", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "size"),
+    [
+        (4, 128, 4 * (128 * 4096 + 8 * 512 + 1024) + 2 * 8 * 4096),
+        (3, -1, 4 * (96 * 4096 + 1 * 384 + 1024) + 2 * 4096),
+        (8, 64, 4 * (256 * 4096 + 16 * 1024 + 1024) + 2 * 16 * 4096),
+    ],
+)
+def test_packed_bytes(bits: int, group_size: int, size: int) -> None:
+    linear = next(x for x in FACTS.linears if x.name.endswith("gate_proj"))
+    assert packed_bytes(linear, QuantizeConfig(bits=bits, group_size=group_size)) == size
+
+
+def test_size_of_the_result() -> None:
+    config = QuantizeConfig(solve_for="own", group_size=128)
+    dense = FACTS.size_bytes - 128
+    linears = sum(2 * x.in_features * x.out_features for x in FACTS.linears)
+    assert quantized_bytes(FACTS, config) == dense - linears + sum(
+        packed_bytes(x, config) for x in FACTS.linears
+    )
+    assert quantized_bytes(FACTS, QuantizeConfig(solve_for="own")) == quantized_bytes(FACTS, config)
+
+
+def test_more_positions_than_linears() -> None:
+    bare = replace(FACTS, linears=())
+    assert (
+        work_sets(bare, Work(QuantizeConfig(solve_for="own"), CalibrationConfig()), parked=True)[
+            "model.layers.0"
+        ].total_bytes
+        == 0
+    )

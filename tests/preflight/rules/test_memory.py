@@ -1,0 +1,139 @@
+"""Rules about bytes, and the remedies they name: every remedy is tried before it is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.remedies import cheapest
+from gptq_cli.preflight.resolve import refuse_disk, resolve
+from tests.preflight.shapes import GIB, SMALL_WORK, case, llama, resolved, rules_of
+
+MODEL = llama(blocks=32, hidden=4096, inner=11008)  # 12.6 GiB of weights
+
+
+def test_budget_of_a_map_that_does_not_fit() -> None:
+    made = resolved("0", MODEL, "cuda:0=12GiB,cuda:1=12GiB,cpu=64GiB")
+    (finding,) = [f for f in made.report.findings if f.rule == "memory-budget"]
+    assert (finding.level, finding.subject) == ("error", "cuda:0")
+    assert "may use 12.0 GiB: weights 12.6 GiB, " in finding.message
+    assert finding.hint.startswith("--device-map auto")
+    (plan,) = [p for p in made.devices if p.device == "cuda:0"]
+    assert finding.size_bytes == plan.needed_bytes - 12 * GIB > 0
+
+
+def test_budget_obeys_max_memory() -> None:
+    assert rules_of(resolved("0", MODEL)) == []
+    made = resolved("0", MODEL, max_memory="0=10GiB")
+    assert rules_of(made) == ["memory-budget", "max-memory-unlisted"]
+    assert made.report.findings[0].hint.startswith("leave --max-memory out")
+
+
+def test_without_work_only_weights_count() -> None:
+    assert rules_of(resolved("0", MODEL, "cuda:0=14GiB,cpu=64GiB"), "error") == ["memory-budget"]
+    loading = resolved("0", MODEL, "cuda:0=14GiB,cpu=64GiB", work=None)
+    assert rules_of(loading, "error") == []
+    plan = loading.devices[0]
+    assert plan.working_bytes == plan.hessian_bytes == plan.activation_bytes == plan.packing_bytes == 0
+
+
+def test_tight() -> None:
+    needed = resolved("0", MODEL).devices[0].needed_bytes
+    made = resolved("0", MODEL, f"cuda:0={needed * 101 // 100},cpu=64GiB", work=SMALL_WORK)
+    assert rules_of(made) == ["memory-tight"]
+    assert made.report.ok
+    assert rules_of(resolved("0", MODEL, f"cuda:0={needed * 11 // 10},cpu=64GiB")) == []
+
+
+def test_disk_in_a_map_is_replaced_by_the_first_device_that_can_take_it() -> None:
+    made = resolved("model.layers.31=disk,rest=0", MODEL)
+    (finding,) = [f for f in made.report.findings if f.level == "error"]
+    assert finding.rule == "disk-offload"
+    assert finding.message == "disk offload is not supported with GPTQ quantization"
+    assert finding.modules == ("model.layers.31",)
+    assert finding.size_bytes == sum(
+        t.size_bytes for t in MODEL.tensors if t.name.startswith("model.layers.31.")
+    )
+    assert finding.hint == '--device-map "model.layers.31=cuda:0,rest=cuda:0"'
+
+
+def test_disk_goes_to_cpu_where_accelerators_are_full() -> None:
+    made = resolved("model.layers.16-31=disk,rest=0", MODEL, "cuda:0=12GiB,cpu=64GiB")
+    (finding,) = [f for f in made.report.findings if f.rule == "disk-offload"]
+    assert finding.hint == '--device-map "model.layers.16-31=cpu,rest=cuda:0"'
+
+
+def test_disk_as_the_whole_map() -> None:
+    made = resolved("disk", MODEL)
+    assert "disk-offload" in rules_of(made, "error")
+    assert made.placement is not None
+    with pytest.raises(ValueError, match=r"^disk offload is not supported with GPTQ quantization$"):
+        refuse_disk(made.placement)
+    with pytest.raises(ValueError, match="disk offload"):
+        refuse_disk(DeviceMap.parse("disk"))
+
+
+def test_no_disk_no_refusal() -> None:
+    made = resolved("0", MODEL)
+    assert made.placement is not None
+    refuse_disk(made.placement)
+
+
+def test_a_strategy_that_would_spill_names_the_bytes() -> None:
+    made = resolved("balanced", MODEL, "cuda:0=4GiB,cuda:1=4GiB,cpu=4GiB")
+    (finding,) = made.report.findings
+    assert finding.rule == "disk-offload"
+    assert finding.size_bytes > 3 * GIB
+    refused = resolved("auto", MODEL, "cuda:0=4GiB,cuda:1=4GiB,cpu=4GiB")
+    assert rules_of(refused) == ["disk-offload"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "devices", "max_memory", "samples"),
+    [
+        ("0", "cuda:0=12GiB,cpu=64GiB", None, 32),
+        ("0", "cuda:0=24GiB,cpu=64GiB", "0=8GiB", 32),
+        ("auto", "cuda:0=60GiB,cpu=256GiB", None, 16384),
+        ("auto", "cuda:0=6GiB,cpu=8GiB", None, 32),
+        ("cpu", "cuda:0=60GiB,cpu=3GiB", None, 32),
+    ],
+)
+def test_the_first_remedy_really_works(spec: str, devices: str, max_memory: str | None, samples: int) -> None:
+    work = Work(QuantizeConfig(), CalibrationConfig(samples=samples, seq_len=512))
+    made = case(spec, MODEL, devices, max_memory=max_memory, work=work)
+    tried = []
+
+    def fits(changed: object) -> bool:
+        tried.append(changed)
+        again = changed
+        assert isinstance(again, type(made))
+        found = resolve(
+            again.spec, again.facts, again.budgets, max_memory=again.max_memory, work=again.work, given=True
+        )
+        return found.report.ok
+
+    assert not fits(made)
+    remedies = cheapest(made, fits)
+    assert 1 <= len(remedies) <= 3
+    assert len({str(remedy) for remedy in remedies}) == len(remedies)
+    assert all(remedy.price for remedy in remedies)
+
+
+def test_memory_held_by_others_is_a_remedy_on_a_real_machine() -> None:
+    busy = tuple(replace(b, free_bytes=b.free_bytes // 4) for b in parse_inventory("cuda:0=40GiB,cpu=64GiB"))
+    made = resolve(DeviceMap.parse("0"), MODEL, busy, work=SMALL_WORK)
+    (finding,) = [f for f in made.report.findings if f.rule == "memory-budget"]
+    assert "end other processes (30.0 GiB on cuda:0" in finding.hint
+
+
+def test_a_remedy_that_asks_for_more_than_another_is_not_named() -> None:
+    work = Work(QuantizeConfig(solve_for="dense"), CalibrationConfig(samples=128, seq_len=2048))
+    made = resolved("0", MODEL, "cuda:0=19GiB,cpu=8GiB", work=work)
+    (finding,) = [f for f in made.report.findings if f.rule == "memory-budget"]
+    assert "--solve-for own (a little less accurate)" in finding.hint
+    assert "--solve-for own --" not in finding.hint

@@ -1,0 +1,80 @@
+"""Readers asked before the work: a named one that would be lost is an error, with the smallest way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
+from gptq_cli.findings import Finding
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.planning.cases import Work
+from gptq_cli.preflight.check import check_quantize
+from tests.preflight.shapes import llama
+
+FACTS = llama(blocks=2, hidden=576, inner=1536, vocab=1000)
+
+
+def found(*targets: Target, facts: ModelFacts = FACTS, **fields: Any) -> list[Finding]:
+    """What is said about readers."""
+    work = Work(QuantizeConfig(**{"group_size": 64} | fields), CalibrationConfig(samples=32, seq_len=512))
+    report = check_quantize(facts, work, targets=targets)
+    return [finding for finding in report.findings if finding.rule in ("target", "readers-lost")]
+
+
+def test_nothing_to_say() -> None:
+    assert found("vllm", "sglang", "transformers", "gptqmodel") == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "hint", "change"),
+    [
+        ({"bits": 3}, "--bits 4", {"bits": 4}),
+        ({"sym": False}, "--sym", {"sym": True}),
+        ({"group_size": 16}, "--group-size 64", {"group_size": 64}),
+        ({"desc_act": True, "sym": False}, "--no-desc-act --sym", {"desc_act": False, "sym": True}),
+        ({"bits": 2, "sym": False}, "--sym --bits 4", {"sym": True, "bits": 4}),
+    ],
+)
+def test_the_hint_is_the_smallest_change(fields: dict[str, Any], hint: str, change: dict[str, Any]) -> None:
+    errors = [finding for finding in found("vllm", **fields) if finding.level == "error"]
+    assert [(error.rule, error.subject, error.hint) for error in errors] == [
+        ("target", "--target vllm", hint)
+    ]
+    assert [f for f in found("vllm", **(fields | change)) if f.rule == "target"] == []
+
+
+def test_the_hint_serves_every_named_reader() -> None:
+    """8 bits would do for vLLM; ExLlamaV2 wants 4."""
+    errors = [f for f in found("vllm", "exllamav2", bits=3) if f.level == "error"]
+    assert [(error.subject, error.hint) for error in errors] == [
+        ("--target vllm", "--bits 4"),
+        ("--target exllamav2", "--bits 4"),
+    ]
+    (alone,) = [f for f in found("exllamav2", bits=8) if f.level == "error"]
+    assert alone.hint == "--bits 4"
+
+
+def test_all_that_a_reader_minds_is_one_finding() -> None:
+    (error,) = found("vllm", bits=3, sym=False, facts=FACTS)[:1]
+    assert error.message.count("vLLM refuses it") == 2
+
+
+def test_a_reader_that_cannot_be_served_at_all_says_so() -> None:
+    odd = llama(blocks=1, hidden=6, inner=10, vocab=100)
+    (error,) = [f for f in found("vllm", facts=odd, group_size=-1) if f.level == "error"]
+    assert error.hint == "no setting makes vllm take this model: leave --target vllm out"
+
+
+def test_what_is_narrower_is_a_warning() -> None:
+    (warning,) = found("exllamav2")
+    assert (warning.level, warning.subject) == ("warning", "--target exllamav2")
+    assert "runs it in float16" in warning.message
+
+
+def test_readers_that_nobody_named_are_a_warning() -> None:
+    findings = found("gptqmodel", bits=3)
+    assert {finding.level for finding in findings} == {"warning"}
+    assert {name for f in findings for name in f.subject.split(", ")} == {"vllm", "exllamav2"}
+    assert found("vllm", bits=3)[0].level == "error"
