@@ -30,22 +30,22 @@ AUTO_GROUPS = (128, 64, 32)
 Recipe = Literal["fast", "balanced", "best"]
 Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
 """Readers of GPTQ checkpoints whose rules are known."""
-KernelWish = Literal["auto", "torch", "dequantize", "gptqmodel"]
+KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
-LEAST_PAIRS = 16
+MIN_PAIRS = 16
 """Samples that both models run on, where there are so many; a quarter of them judges the target."""
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
 
 
-def one_of(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
+def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
     """Raise `ConfigError` unless `value` is in `allowed`."""
     if value not in allowed:
         listed = ", ".join(str(item) for item in allowed)
         raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
 
 
-def whole(name: str, value: object, least: int, hint: str | None = None) -> None:
+def check_int(name: str, value: object, least: int, hint: str | None = None) -> None:
     """Raise `ConfigError` unless `value` is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {least}", hint=hint)
@@ -69,7 +69,7 @@ def parse_group_size(value: object) -> GroupSize:
 def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
     """The readers called `names`, each once. Raises `ConfigError`."""
     for name in names:
-        one_of("target", name, get_args(Target))
+        check_choice("target", name, get_args(Target))
     return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # judged above
 
 
@@ -114,22 +114,22 @@ class QuantizeConfig:
     14 % of the codes differed, and the mean loss by 0.13 %."""
 
     def __post_init__(self) -> None:
-        one_of("bits", self.bits, ALLOWED_BITS, "use --bits 4, which every server reads")
+        check_choice("bits", self.bits, ALLOWED_BITS, "use --bits 4, which every server reads")
         parse_group_size(self.group_size)
-        one_of("act_order", self.act_order, get_args(ActOrder))
-        one_of("scale_search", self.scale_search, get_args(ScaleSearch))
-        one_of("solve_for", self.solve_for, get_args(SolveFor))
+        check_choice("act_order", self.act_order, get_args(ActOrder))
+        check_choice("scale_search", self.scale_search, get_args(ScaleSearch))
+        check_choice("solve_for", self.solve_for, get_args(SolveFor))
         if not (math.isfinite(self.damp_percent) and 0.0 < self.damp_percent < 1.0):
             raise ConfigError(
                 f"damp_percent is {self.damp_percent}; allowed: a fraction above 0 and below 1 (0.05 is 5 %)"
             )
-        whole("sweeps", self.sweeps, 0)
+        check_int("sweeps", self.sweeps, 0)
         if not (math.isfinite(self.dense_share) and 0.0 < self.dense_share <= 1.0):
             raise ConfigError(
                 f"dense_share is {self.dense_share}; allowed: a fraction above 0 and up to 1",
                 hint="--solve-for own does without the dense model",
             )
-        whole("column_batch", self.column_batch, 1)
+        check_int("column_batch", self.column_batch, 1)
 
     def paired_samples(self, samples: int) -> int:
         """How many of `samples` the dense model runs on too: `dense_share` of them, and not fewer than tell
@@ -137,7 +137,7 @@ class QuantizeConfig:
         """
         if self.solve_for == "own":
             return 0
-        return min(samples, max(LEAST_PAIRS, math.ceil(samples * self.dense_share - 1e-9)))
+        return min(samples, max(MIN_PAIRS, math.ceil(samples * self.dense_share - 1e-9)))
 
     def for_columns(self, in_features: Iterable[int]) -> QuantizeConfig:
         """The same with a number for the group size, for linears of these input columns.
@@ -205,13 +205,13 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a hub data set")
-        whole("samples", self.samples, 1)
-        whole("seq_len", self.seq_len, 2)
-        whole("seed", self.seed, 0)
+        check_int("samples", self.samples, 1)
+        check_int("seq_len", self.seq_len, 2)
+        check_int("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise ConfigError(f"seed is {self.seed}; allowed: a whole number from 0 to 2^63 - 1")
         if self.batch_size is not None:
-            whole("batch_size", self.batch_size, 1)
+            check_int("batch_size", self.batch_size, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +233,7 @@ class ModelRef:
                 f"the model is {self.model!r}, which is not UTF-8 text; tokenizers cannot be opened there",
                 hint="give the directory a name in UTF-8",
             )
-        one_of("dtype", self.dtype, get_args(DType))
+        check_choice("dtype", self.dtype, get_args(DType))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +261,7 @@ class QuantizeJob:
         parse_targets(self.targets)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
-        whole("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB")
+        check_int("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,8 +301,8 @@ class Sampling:
             raise ConfigError(f"temperature is {self.temperature}; allowed: 0 (greedy) to 100")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
-        whole("top_k", self.top_k, 0)
-        whole("seed", self.seed, 0)
+        check_int("top_k", self.top_k, 0)
+        check_int("seed", self.seed, 0)
         if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
             narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
             raise ConfigError(
@@ -325,7 +325,7 @@ class LoadJob:
     """None: the current accelerator, or the CPU where there is none."""
     dtype: DType = "auto"
     trust_remote_code: bool = False
-    kernel: KernelWish = "auto"
+    kernel: KernelChoice = "auto"
     compile: bool = False
     """Let torch.compile fuse what lies between the kernels."""
     prompt: str | None = None
@@ -348,11 +348,11 @@ class LoadJob:
     """Readers that should take the checkpoint; exit 5 where one will not."""
 
     def __post_init__(self) -> None:
-        one_of("dtype", self.dtype, get_args(DType))
-        one_of("kernel", self.kernel, get_args(KernelWish))
-        whole("max_new_tokens", self.max_new_tokens, 1)
-        whole("seq_len", self.seq_len, 2)
-        whole("windows", self.windows, 1)
+        check_choice("dtype", self.dtype, get_args(DType))
+        check_choice("kernel", self.kernel, get_args(KernelChoice))
+        check_int("max_new_tokens", self.max_new_tokens, 1)
+        check_int("seq_len", self.seq_len, 2)
+        check_int("windows", self.windows, 1)
         parse_targets(self.targets)
         if self.prompt is not None:
             _text("prompt", self.prompt)

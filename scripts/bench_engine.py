@@ -130,7 +130,7 @@ def instrument(clock: Clock) -> None:
         place.factorize = counted("factor", module.factorize, cube)
     place = StageMoments
     place.add = clock.timed("moments", StageMoments.add)
-    place.target = clock.timed("target", StageMoments.target)
+    place.target = clock.timed("target", StageMoments.goal)
     place.hessian = clock.timed("moments", StageMoments.hessian)
     for kind in (forwards.ParkedForwards, forwards.ReplayedForwards):
         place = kind

@@ -169,15 +169,15 @@ def quantize_plainly(source: Path, target: Path, group_size: int) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from gptq_cli.gptq.packing import PackedLinear, pack_rows
+    from gptq_cli.gptq.packing import PackedTensors, pack_rows
 
-    def packed(weight: Any) -> PackedLinear:
+    def packed(weight: Any) -> PackedTensors:
         rows, columns = weight.shape
         groups = weight.float().view(rows, columns // group_size, group_size)
         scales = (groups.abs().amax(2) / 7.5).clamp_min(1e-8).half()
         codes = (groups / scales.float().unsqueeze(2) + 8).round().clamp(0, 15).to(torch.uint8)
         words = -(-rows * 4 // 32)
-        return PackedLinear(
+        return PackedTensors(
             qweight=pack_rows(codes.view(rows, columns).T.contiguous(), 4),
             qzeros=torch.full((columns // group_size, words), 0x77777777, dtype=torch.int32),
             scales=scales.T.contiguous(),

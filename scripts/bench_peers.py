@@ -202,9 +202,9 @@ def peer_dtype() -> str:
     """
     import torch
 
-    from gptq_cli.gptq.matmul import has_units
+    from gptq_cli.gptq.matmul import fast_matmul_supported
 
-    return "bfloat16" if has_units(torch.bfloat16, "cpu") else "float32"
+    return "bfloat16" if fast_matmul_supported(torch.bfloat16, "cpu") else "float32"
 
 
 def texts(options: argparse.Namespace, folder: Path) -> tuple[str, str]:

@@ -107,7 +107,7 @@ def train_neox(folder: Path, steps: int = 250) -> Path:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
     from gptq_cli.calibration.text import read_documents
-    from gptq_cli.gptq.matmul import has_units
+    from gptq_cli.gptq.matmul import fast_matmul_supported
 
     if (folder / "config.json").is_file():
         return folder
@@ -132,7 +132,7 @@ def train_neox(folder: Path, steps: int = 250) -> Path:
     for step in range(steps):
         starts = torch.randint(len(ids) - length, (batch,), generator=generator)
         window = torch.stack([ids[start : start + length] for start in starts.tolist()])
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_units(torch.bfloat16, "cpu")):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_matmul_supported(torch.bfloat16, "cpu")):
             loss = model(input_ids=window, labels=window).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

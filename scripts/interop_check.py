@@ -117,7 +117,7 @@ def ours(checkpoint: Path, request: dict[str, Any]) -> dict[str, Any]:
 
     started = time.perf_counter()
     opened = open_checkpoint(checkpoint, dtype="float32")
-    model = load_quantized(opened, default_placement(opened), wish="dequantize")
+    model = load_quantized(opened, default_placement(opened), kernel_choice="dequantize")
     facts = {"load_seconds": time.perf_counter() - started, "kernel": "dequantize", "dtype": "float32"}
     return measure(model, request) | facts
 

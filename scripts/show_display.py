@@ -15,7 +15,7 @@ from rich.console import Console
 from gptq_cli.display.choose import choose
 from gptq_cli.display.load import load_summary
 from gptq_cli.display.tables import findings_table, run_summary
-from tests.display.events import REFUSED, load_report, report, story
+from tests.display.events import REFUSED, load_report, report, sample_run
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
     with choose(options.display, quiet=False, stream=sys.stderr, environ={}) as observer:
         last = 0.0
-        for now, event in story(options.blocks):
+        for now, event in sample_run(options.blocks):
             time.sleep((now - last) / options.speed)
             last = now
             observer(event)

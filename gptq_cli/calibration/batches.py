@@ -27,7 +27,7 @@ from gptq_cli.calibration.chat import chat_text
 from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.text import read_documents
-from gptq_cli.calibration.utf8 import WAYS_OUT
+from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
 
@@ -270,5 +270,5 @@ def _too_little(label: str, tokens: int, windows: int, config: CalibrationConfig
     return CalibrationError(
         f"{label} holds {windows} windows of {config.seq_len} tokens ({tokens} tokens); "
         f"{config.samples} windows are wanted",
-        hint="use " + ", or ".join(ways) if tokens else WAYS_OUT,
+        hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

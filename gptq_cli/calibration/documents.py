@@ -13,7 +13,7 @@ from gptq_cli.calibration.rows import (
     known_column,
     row_text,
 )
-from gptq_cli.calibration.utf8 import WAYS_OUT
+from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.errors import CalibrationError
 
 PIECE_CHARACTERS = 1 << 21
@@ -63,7 +63,7 @@ def rows_to_pieces(
             yield from _cut(text)
     if not written:
         what = f"column {column!r} of {name}" if column else name
-        raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=WAYS_OUT)
+        raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=SOURCES_HINT)
 
 
 def _cut(text: str) -> Iterator[Piece]:

@@ -13,10 +13,10 @@ from typing import Any
 
 from gptq_cli.calibration.documents import Documents, Piece, rows_to_pieces
 from gptq_cli.calibration.rows import Render
-from gptq_cli.calibration.utf8 import WAYS_OUT
+from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.errors import CalibrationError
 
-OFFLINE_WAYS_OUT = (
+OFFLINE_HINT = (
     "without a network: --calibration pydoc, or a .txt, .jsonl or .parquet file, or '-' (standard input)"
 )
 TIMEOUT_SECONDS = 20.0
@@ -50,7 +50,7 @@ def parse_hub_source(source: str) -> HubSource:
         raise CalibrationError(
             f"calibration is {source!r}; allowed: pydoc, an existing file, '-', wikitext2, c4, "
             "or a hub data set ID[:config[:split[:column]]]",
-            hint=OFFLINE_WAYS_OUT,
+            hint=OFFLINE_HINT,
         )
     config, split, column = (part or None for part in (*rest, "", "", "")[:3])
     return HubSource(id_, config, split or "train", column)
@@ -85,7 +85,9 @@ def _rows(wanted: HubSource, source: str) -> Iterator[dict[str, Any]]:
         import datasets
         import huggingface_hub
     except ImportError as error:
-        raise CalibrationError(f"{source} needs the package `datasets`: {error}", hint=WAYS_OUT) from error
+        raise CalibrationError(
+            f"{source} needs the package `datasets`: {error}", hint=SOURCES_HINT
+        ) from error
     offline = bool(huggingface_hub.constants.HF_HUB_OFFLINE)
     if not offline:
         _ask_the_hub(wanted, source)
@@ -96,10 +98,10 @@ def _rows(wanted: HubSource, source: str) -> Iterator[dict[str, Any]]:
         if offline:
             raise CalibrationError(
                 f"hub data set {wanted} is not in the local cache, and HF_HUB_OFFLINE is set",
-                hint=OFFLINE_WAYS_OUT,
+                hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"hub data set {wanted} cannot be read: {_first_line(error)}", hint=OFFLINE_WAYS_OUT
+            f"hub data set {wanted} cannot be read: {_first_line(error)}", hint=OFFLINE_HINT
         ) from error
 
 
@@ -116,16 +118,16 @@ def _ask_the_hub(wanted: HubSource, source: str) -> None:
             raise CalibrationError(
                 f"{source!r} is neither an existing file nor a data set of the hub that you may read "
                 f"(asked for {wanted.id!r}, HTTP {status})",
-                hint=OFFLINE_WAYS_OUT,
+                hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"the hub cannot serve data set {wanted.id!r} now: {_first_line(error)}", hint=OFFLINE_WAYS_OUT
+            f"the hub cannot serve data set {wanted.id!r} now: {_first_line(error)}", hint=OFFLINE_HINT
         ) from error
     except Exception as error:  # no DNS, no route, a proxy that refuses: every transport has its own tree
         raise CalibrationError(
             f"{source!r} is no existing file, and the hub cannot be reached to look for the data set "
             f"{wanted.id!r}: {_first_line(error)}",
-            hint=OFFLINE_WAYS_OUT,
+            hint=OFFLINE_HINT,
         ) from error
 
 

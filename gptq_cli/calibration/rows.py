@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.calibration.utf8 import WAYS_OUT, chunks, lines, opened, refuse_other_formats
+from gptq_cli.calibration.utf8 import SOURCES_HINT, chunks, lines, opened, refuse_other_formats
 from gptq_cli.errors import CalibrationError
 
 STANDARD_COLUMNS = ("text", "messages")
@@ -98,7 +98,7 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
                     ) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = (str(error) or type(error).__name__).splitlines()[0]
-        raise CalibrationError(f"{path} is no readable Parquet file: {why}", hint=WAYS_OUT) from error
+        raise CalibrationError(f"{path} is no readable Parquet file: {why}", hint=SOURCES_HINT) from error
 
 
 def known_column(column: str | None, names: list[Any], place: str) -> str:

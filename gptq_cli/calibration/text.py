@@ -40,7 +40,7 @@ from gptq_cli.calibration.rows import (
     json_rows,
     parquet_rows,
 )
-from gptq_cli.calibration.utf8 import PACKED, STANDARD_INPUT, WAYS_OUT, chunks, opened
+from gptq_cli.calibration.utf8 import PACKED, SOURCES_HINT, STANDARD_INPUT, chunks, opened
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import Kind, expanded, kind_of, reason, shown
 
@@ -95,13 +95,15 @@ def find_file(source: str) -> tuple[Path, str | None] | None:
             )
         return expanded(before), column
     if isinstance(looked, OSError):
-        raise CalibrationError(f"cannot read {shown(source)}: {reason(looked)}", hint=WAYS_OUT) from looked
+        raise CalibrationError(
+            f"cannot read {shown(source)}: {reason(looked)}", hint=SOURCES_HINT
+        ) from looked
     if looked == "directory":
         raise CalibrationError(
             f"{source} is a directory; allowed: a file", hint=f"cat {source}/* | gptq … --calibration -"
         )
     if looked == "device":
-        raise CalibrationError(f"{source} is a device; allowed: a file or a pipe", hint=WAYS_OUT)
+        raise CalibrationError(f"{source} is a device; allowed: a file or a pipe", hint=SOURCES_HINT)
     return None
 
 
@@ -121,13 +123,13 @@ def _refuse_missing_path(source: str) -> None:
         or "\\" in head
         or suffix in {*TABLES, *PACKED, ".txt", ".md"}
     ):
-        raise CalibrationError(f"calibration file {shown(head)} does not exist", hint=WAYS_OUT)
+        raise CalibrationError(f"calibration file {shown(head)} does not exist", hint=SOURCES_HINT)
 
 
 def _stdin(stand_in: BinaryIO | None) -> BinaryIO:
     stream = stand_in if stand_in is not None else getattr(sys.stdin, "buffer", None)
     if stream is None or stream.closed:
-        raise CalibrationError("standard input is closed, and --calibration is '-'", hint=WAYS_OUT)
+        raise CalibrationError("standard input is closed, and --calibration is '-'", hint=SOURCES_HINT)
     if stream.isatty():
         raise CalibrationError(
             "standard input is a terminal, and --calibration is '-'",

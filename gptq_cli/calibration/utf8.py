@@ -15,7 +15,7 @@ from typing import BinaryIO
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import open_once, reason, shown
 
-WAYS_OUT = "use --calibration pydoc (needs no file), or a .txt, .jsonl, .json or .parquet file, or '-'"
+SOURCES_HINT = "use --calibration pydoc (needs no file), or a .txt, .jsonl, .json or .parquet file, or '-'"
 
 STANDARD_INPUT = "standard input"
 CHUNK_BYTES = 1 << 20
@@ -47,7 +47,7 @@ def opened(path: Path) -> BinaryIO:
     try:
         return open_once(path)
     except OSError as error:
-        raise CalibrationError(f"cannot read {shown(path)}: {reason(error)}", hint=WAYS_OUT) from error
+        raise CalibrationError(f"cannot read {shown(path)}: {reason(error)}", hint=SOURCES_HINT) from error
 
 
 def refuse_other_formats(head: bytes, name: str) -> None:
@@ -119,7 +119,7 @@ def _read(stream: BinaryIO, name: str, *, line: bool = False) -> bytes:
     try:
         return stream.readline(LONGEST_ROW_BYTES + 1) if line else stream.read(CHUNK_BYTES)
     except (OSError, ValueError) as error:  # ValueError: the stream was closed
-        raise CalibrationError(f"cannot read {name}: {reason(error)}", hint=WAYS_OUT) from error
+        raise CalibrationError(f"cannot read {name}: {reason(error)}", hint=SOURCES_HINT) from error
 
 
 def _not_utf8(name: str, byte: int, line: int, position: int) -> CalibrationError:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.format import CheckpointFormat, PackedFormat
 from gptq_cli.checkpoint.zeros import ZerosTally, read_zeros, store_zeros
 from gptq_cli.errors import CheckpointError
-from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.source import ModelFiles
@@ -126,7 +126,7 @@ def read_packed(
     info: PackedInfo,
     device: torch.device | str = "cpu",
     tally: ZerosTally | None = None,
-) -> tuple[PackedLinear, Tensor | None]:
+) -> tuple[PackedTensors, Tensor | None]:
     """The packed tensors and the bias of one linear, with their values checked.
 
     A missing g_idx, and one of zeros alone where there are several groups (ExLlama's way to say "none"),
@@ -153,7 +153,7 @@ def read_packed(
         tally.add(info.format.zeros, zeros)
     if zeros.stored != info.format.checkpoint_format:
         qzeros = store_zeros(zeros.values, info.format.bits, info.format.checkpoint_format)
-    packed = PackedLinear(
+    packed = PackedTensors(
         qweight=reader.get(f"{name}.qweight", device), qzeros=qzeros, scales=scales, g_idx=g_idx
     )
     return packed, reader.get(f"{name}.bias", device) if info.bias else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo
 from gptq_cli.errors import CheckpointError
-from gptq_cli.gptq.packing import PackedLinear, unpack_rows
+from gptq_cli.gptq.packing import PackedTensors, unpack_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ def read_codes(
     return replace(whole, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
 
 
-def codes_of(info: PackedInfo, packed: PackedLinear) -> LinearCodes:
+def codes_of(info: PackedInfo, packed: PackedTensors) -> LinearCodes:
     """The codes of a linear of a checkpoint, its tensors as `checkpoint.open` gives them."""
     form = info.format
     return read_codes(

@@ -77,7 +77,9 @@ class CheckpointFormat:
         """The format of one linear; None where `dynamic` says that it is dense."""
         for pattern, fields in self.overrides:
             if pattern.match(module):
-                return None if fields is None else _judged(replace(self.base, **fields), f"dynamic[{module}]")
+                return (
+                    None if fields is None else _checked(replace(self.base, **fields), f"dynamic[{module}]")
+                )
         return self.base
 
 
@@ -145,14 +147,14 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
         bits_by_words=_bits_by_words(raw.get("meta")),
     )
     return CheckpointFormat(
-        base=_judged(base, where),
+        base=_checked(base, where),
         quantizer=_quantizer(raw.get("meta")),
         overrides=_overrides(raw.get("dynamic"), where),
         notes=tuple(notes),
     )
 
 
-def _judged(found: PackedFormat, where: str) -> PackedFormat:
+def _checked(found: PackedFormat, where: str) -> PackedFormat:
     bits, group = found.bits, found.group_size
     if isinstance(bits, bool) or bits not in ALLOWED_BITS:
         allowed = ", ".join(map(str, ALLOWED_BITS))

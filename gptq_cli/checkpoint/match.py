@@ -19,7 +19,7 @@ from gptq_cli.model.source import ModelFiles
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
-class Judge:
+class CheckpointMatcher:
     """Matches the tensors of a checkpoint with the model's modules, and collects what does not fit."""
 
     def __init__(

@@ -25,7 +25,7 @@ from gptq_cli.checkpoint.checkpoint import (
     trivial_g_idx,
 )
 from gptq_cli.checkpoint.format import CheckpointFormat, parse_quantization
-from gptq_cli.checkpoint.match import Judge
+from gptq_cli.checkpoint.match import CheckpointMatcher
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError
 from gptq_cli.files import shown
@@ -73,7 +73,7 @@ def open_checkpoint(
     _forget_quantization(config)
     run_dtype = _run_dtype(config, files, dtype)
     model = build_meta(config, ref, run_dtype, tensors=len(files.tensors))
-    return Judge(directory, raw, form, files, config, model, run_dtype).checkpoint()
+    return CheckpointMatcher(directory, raw, form, files, config, model, run_dtype).checkpoint()
 
 
 def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]:

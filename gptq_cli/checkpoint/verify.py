@@ -1,8 +1,8 @@
 """Every tensor of a checkpoint judged; the answer is findings, nothing is raised for what is wrong inside.
 
-Names, shapes and dtypes are judged by `checkpoint.open` from the heads of the files. What needs values is judged
-here, one linear at a time: scales, g_idx, the convention of the zeros, blank codes, dense tensors. Like
-findings are put together, so that 210 linears with negative scales are one line.
+Names, shapes and dtypes are checked by `checkpoint.open` from the headers of the files. What needs values
+is checked here, one linear at a time: scales, g_idx, the convention of the zeros, blank codes, dense
+tensors. Like findings are put together, so that 210 linears with negative scales are one line.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
-from gptq_cli.targets.check import TargetFacts, TargetLinear, judge_target
+from gptq_cli.targets.check import TargetFacts, TargetLinear, target_report
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -85,7 +85,7 @@ def verify_checkpoint(
     return VerifyReport(
         path=str(path),
         checks=_checks(findings),
-        targets=_judge_targets(targets, target_facts(checkpoint, trivial_g_idx=not ordered)),
+        targets=_target_reports(targets, target_facts(checkpoint, trivial_g_idx=not ordered)),
         tensors=len(checkpoint.tensors),
         linears=len(packed),
         size_bytes=checkpoint.packed_bytes,
@@ -109,12 +109,12 @@ def check_targets(
             rule == "g-idx-order"
             for info in packed
             if info.has_g_idx
-            for rule, _, _ in _judge_order(info, reader.get(f"{info.source_name}.g_idx"))
+            for rule, _, _ in _check_order(info, reader.get(f"{info.source_name}.g_idx"))
         )
     return VerifyReport(
         path=str(path),
         checks=(RuleResult("files", _CHECKS["files"], ()),),
-        targets=_judge_targets(targets, target_facts(checkpoint, trivial_g_idx=not ordered)),
+        targets=_target_reports(targets, target_facts(checkpoint, trivial_g_idx=not ordered)),
         tensors=len(checkpoint.tensors),
         linears=len(packed),
         size_bytes=checkpoint.packed_bytes,
@@ -131,8 +131,8 @@ def _unreadable(path: str | Path, error: CheckpointError | ModelError) -> Verify
     return VerifyReport(path=str(path), checks=(RuleResult("files", _CHECKS["files"], findings),))
 
 
-def _judge_targets(targets: tuple[Target, ...], facts: TargetFacts) -> tuple[TargetReport, ...]:
-    return tuple(judge_target(target, facts) for target in dict.fromkeys(targets))
+def _target_reports(targets: tuple[Target, ...], facts: TargetFacts) -> tuple[TargetReport, ...]:
+    return tuple(target_report(target, facts) for target in dict.fromkeys(targets))
 
 
 def _checks(findings: tuple[Finding, ...]) -> tuple[RuleResult, ...]:
@@ -296,11 +296,11 @@ def check_linear(info: PackedInfo, tensors: dict[str, Tensor]) -> Iterator[_Rema
         yield remark("scales-dtype", "warning", f"scales are stored as {name}")
     if tensors["qweight"].numel() > 1 and bool((tensors["qweight"] == tensors["qweight"][0, 0]).all()):
         yield remark("codes-constant", "warning", "all words of qweight are the same: the file may be blank")
-    yield from (remark(*item) for item in _judge_order(info, tensors.get("g_idx")))
-    yield from (remark(*item) for item in _judge_zeros(info, tensors["qzeros"]))
+    yield from (remark(*item) for item in _check_order(info, tensors.get("g_idx")))
+    yield from (remark(*item) for item in _check_zeros(info, tensors["qzeros"]))
 
 
-def _judge_order(info: PackedInfo, g_idx: Tensor | None) -> Iterator[tuple[str, Level, str]]:
+def _check_order(info: PackedInfo, g_idx: Tensor | None) -> Iterator[tuple[str, Level, str]]:
     if g_idx is None:
         return
     low, high = (int(value) for value in torch.aminmax(g_idx))
@@ -321,7 +321,7 @@ def _judge_order(info: PackedInfo, g_idx: Tensor | None) -> Iterator[tuple[str, 
         yield "g-idx-uneven", "warning", "g_idx gives the groups different numbers of columns"
 
 
-def _judge_zeros(info: PackedInfo, qzeros: Tensor) -> Iterator[tuple[str, Level, str]]:
+def _check_zeros(info: PackedInfo, qzeros: Tensor) -> Iterator[tuple[str, Level, str]]:
     form = info.format
     zeros = read_zeros(qzeros, form, info.out_features)
     middle, top = 1 << (form.bits - 1), (1 << form.bits) - 1

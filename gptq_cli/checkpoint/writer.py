@@ -38,7 +38,7 @@ from gptq_cli.checkpoint.renames import fsync
 from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
-from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
 from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
@@ -102,7 +102,7 @@ class CheckpointWriter:
     ) -> None:
         self._discard()
 
-    def add_packed(self, linear: LinearInfo, packed: PackedLinear, bias: Tensor | None = None) -> None:
+    def add_packed(self, linear: LinearInfo, packed: PackedTensors, bias: Tensor | None = None) -> None:
         """Write the four tensors of a linear; `bias` only where it differs from the source's."""
         for part in ("qweight", "qzeros", "scales", "g_idx"):
             self._put(f"{linear.source_name}.{part}", getattr(packed, part))

@@ -368,7 +368,7 @@ QuantizeTargets = Annotated[
     ),
 ]
 Kernel = Annotated[
-    config.KernelWish,
+    config.KernelChoice,
     _option("--kernel", "auto, torch, dequantize, or gptqmodel where it is installed.", PLACEMENT, "KIND"),
 ]
 Compile = Annotated[

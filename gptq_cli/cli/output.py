@@ -20,8 +20,8 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO, TypeVar, cast
 
-from gptq_cli.devices.host_memory import steady_heap
-from gptq_cli.devices.host_threads import steady_threads
+from gptq_cli.devices.host_memory import limit_malloc_arenas
+from gptq_cli.devices.host_threads import cap_openmp_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines
 from gptq_cli.display.jsonl import JsonlDisplay
@@ -200,8 +200,8 @@ def watch(
     _require_working_directory()
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    steady_heap()
-    steady_threads(os.environ)
+    limit_malloc_arenas()
+    cap_openmp_threads(os.environ)
     session.quiet = quiet
     talk = sys.stderr
     silent = quiet or talk is None

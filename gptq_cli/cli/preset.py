@@ -87,7 +87,7 @@ def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
             raise ConfigError(f"preset {str(path)!r} has the unknown key {shown(key)!r}", hint=hint)
         if name in values:
             raise ConfigError(f"preset {str(path)!r} has {name!r} twice, with '-' and with '_'")
-        values[name] = _judged(path, key, held, options[name].kind)
+        values[name] = _checked(path, key, held, options[name].kind)
     return values
 
 
@@ -129,7 +129,7 @@ def did_you_mean(key: str, options: Mapping[str, object]) -> str:
     return f"allowed keys: {', '.join(sorted(options))}"
 
 
-def _judged(path: Path, key: str, held: object, hint: Any) -> object:
+def _checked(path: Path, key: str, held: object, hint: Any) -> object:
     name = key.replace("-", "_")
     if isinstance(held, dict) and name in TABLES:
         return _flat(name, held)
@@ -139,7 +139,7 @@ def _judged(path: Path, key: str, held: object, hint: Any) -> object:
     repeated = next((kind for kind in kinds if get_origin(kind) is list), None)
     if repeated is not None:
         items = held if isinstance(held, list) else [held]
-        return [_judged(path, key, item, get_args(repeated)[0]) for item in items]
+        return [_checked(path, key, item, get_args(repeated)[0]) for item in items]
     literals = [kind for kind in kinds if not isinstance(kind, type)]
     fits = any(
         type(held) is kind or (kind is float and type(held) is int)

@@ -93,7 +93,7 @@ def reset_peak(devices: Iterable[Device]) -> None:
 
 
 @contextmanager
-def quick_collections() -> Iterator[None]:
+def frozen_gc() -> Iterator[None]:
     """Leave what is alive now out of Python's garbage collections inside this scope.
 
     A process with torch and transformers holds a million objects, and looking through them takes 0.3 s: as

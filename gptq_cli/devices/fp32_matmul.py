@@ -2,12 +2,12 @@
 
 Without AVX512_BF16 or AMX a CPU multiplies bf16 matrices at a tenth of its fp32 speed, and a model of that
 dtype crawls. Running it in fp32 instead would double the memory of weights and activations and change what
-lies between the products. `Widened` changes the products alone: operands are widened to fp32, multiplied,
+lies between the products. `Fp32Matmul` changes the products alone: operands are widened to fp32, multiplied,
 and the result is rounded once to the dtype that it would have had. That is what the units do where they
 exist - exact products, fp32 sums, one rounding - so a model says the same on both machines, to within the
 order of summation.
 
-    with products_for(hidden.dtype, hidden.device):
+    with matmul_scope(hidden.dtype, hidden.device):
         block(hidden)
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gptq_cli.gptq.matmul import has_units
+from gptq_cli.gptq.matmul import fast_matmul_supported
 
 _HALVES = (torch.bfloat16, torch.float16)
-_LEAST_ROWS = 32
+_MIN_ROWS = 32
 """With fewer rows a product is reading the other factor, which is quicker in 16 bits than widening it."""
 _ROWS_AT_ONCE = 512
 _LEFT: dict[Any, int] = {
@@ -46,7 +46,7 @@ _LEFT: dict[Any, int] = {
 """The functions that are products, and which of their tensors is the left factor."""
 
 
-class Widened(TorchFunctionMode):
+class Fp32Matmul(TorchFunctionMode):
     """Inside `with`, and in this thread, products of 16-bit CPU tensors are formed in fp32 and rounded.
 
     Attention kernels (scaled_dot_product_attention) do that by themselves.
@@ -72,11 +72,11 @@ class Widened(TorchFunctionMode):
 
 
 def _worth_widening(operands: list[Tensor], left: int) -> bool:
-    """True for at least `_LEAST_ROWS` rows, all of one 16-bit dtype and on the CPU."""
+    """True for at least `_MIN_ROWS` rows, all of one 16-bit dtype and on the CPU."""
     if len({(operand.dtype, operand.device.type) for operand in operands}) != 1 or left >= len(operands):
         return False
     factor = operands[left]
-    tall = factor.ndim > 1 and factor.numel() >= _LEAST_ROWS * factor.shape[-1]
+    tall = factor.ndim > 1 and factor.numel() >= _MIN_ROWS * factor.shape[-1]
     return tall and factor.dtype in _HALVES and factor.device.type == "cpu"
 
 
@@ -91,9 +91,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def products_for(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The scope in which a model of `dtype` runs fastest on `device`: `Widened` or nothing."""
-    return nullcontext() if has_units(dtype, device.type) else Widened()
+def matmul_scope(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """The scope in which a model of `dtype` runs fastest on `device`: `Fp32Matmul` or nothing."""
+    return nullcontext() if fast_matmul_supported(dtype, device.type) else Fp32Matmul()
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -125,7 +125,7 @@ def _read_kib(path: Path, key: str) -> int | None:
     return None
 
 
-def steady_heap() -> None:
+def limit_malloc_arenas() -> None:
     """Keep the resident set near what is in use, where the C library can (glibc); else do nothing.
 
     Parked forwards allocate in one thread and free in another. glibc gives each thread its own arena and

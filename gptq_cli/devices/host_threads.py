@@ -55,7 +55,7 @@ def _quota(group: Path, *, unified: bool) -> float | None:
         return None
 
 
-def steady_threads(environ: MutableMapping[str, str]) -> None:
+def cap_openmp_threads(environ: MutableMapping[str, str]) -> None:
     """Have OpenMP start a thread a usable core, where a quota leaves fewer than it would count by itself.
 
     It reads the environment when torch is imported, so this must come before; what the environment says

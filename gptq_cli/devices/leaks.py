@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from gptq_cli.events import DeviceMemory
 from gptq_cli.placement.device import format_size
 
-LEAST_GROWTH_BYTES = 1 << 20
+MIN_GROWTH_BYTES = 1 << 20
 BLOCKS_IN_A_ROW = 4
 """Growths in a row that are no accident."""
 
@@ -35,7 +35,7 @@ class LeakWatch:
             self._last[memory.device] = memory.allocated_bytes
             growths = self._growths.setdefault(memory.device, [])
             growths.append(growth)
-            if growth < LEAST_GROWTH_BYTES:
+            if growth < MIN_GROWTH_BYTES:
                 growths.clear()
             if len(growths) >= BLOCKS_IN_A_ROW and memory.device not in self._said:
                 self._said.add(memory.device)

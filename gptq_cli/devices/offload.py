@@ -49,7 +49,7 @@ class OffloadChain:
     _modules: dict[str, nn.Module]
 
     @contextmanager
-    def at_work(self, name: str) -> Iterator[None]:
+    def on_device(self, name: str) -> Iterator[None]:
         """Have the module `name` on the execution device inside the `with`, and at home afterwards.
 
         Nothing happens to a module that is not a link of the chain.

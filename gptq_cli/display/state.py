@@ -94,8 +94,8 @@ class State:
         if not self.block_seconds or not self.blocks_total:
             return None
         mean = sum(self.block_seconds) / len(self.block_seconds)
-        at_work = self.block is not None and not self.block.finished
-        spent = min(now - self.block.since, mean) if self.block and at_work else 0.0
+        on_device = self.block is not None and not self.block.finished
+        spent = min(now - self.block.since, mean) if self.block and on_device else 0.0
         return max(0.0, mean * (self.blocks_total - self.blocks_done) - spent)
 
 

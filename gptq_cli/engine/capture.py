@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
-from gptq_cli.devices.fp32_matmul import products_for
+from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.errors import GptqError
 
 PROBE_TOKENS = 16
@@ -46,7 +46,7 @@ class BlockCall:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run `block` on `hidden` (batch, seq_len, hidden_size) and return its hidden states."""
-        with products_for(hidden.dtype, hidden.device):
+        with matmul_scope(hidden.dtype, hidden.device):
             if self.by_keyword is None:
                 output = block(hidden, *self.args, **self.kwargs)
             else:

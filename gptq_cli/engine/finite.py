@@ -15,7 +15,7 @@ from torch import Tensor
 from gptq_cli.errors import NonFinite
 
 
-def blame_sample(
+def non_finite_error(
     streams: Sequence[Tensor | None],  # each (batch, tokens, K), or (tokens, K) where tokens are routed
     samples: Sequence[int],  # the calibration samples that make up the micro-batch
     block: str,

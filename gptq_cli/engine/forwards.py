@@ -233,11 +233,11 @@ def unhooked_copy(block: nn.Module) -> nn.Module:
     """
     own = ("_hf_hook", "_old_forward", "forward")
     memo = {id(m.__dict__[key]): None for m in block.modules() for key in own if key in m.__dict__}
-    twin = copy.deepcopy(block, memo)
-    for module in twin.modules():
+    dense = copy.deepcopy(block, memo)
+    for module in dense.modules():
         for key in own:
             module.__dict__.pop(key, None)
-    return twin
+    return dense
 
 
 def _noting(

@@ -33,10 +33,10 @@ from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, workin
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
-from gptq_cli.engine.finite import blame_sample
+from gptq_cli.engine.finite import non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.residuals import find_residuals
-from gptq_cli.engine.stages import Stage, find_stages, rounds_of
+from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import (
     BlockFinished,
@@ -49,8 +49,8 @@ from gptq_cli.events import (
     SamplesAdvanced,
     Warned,
 )
-from gptq_cli.gptq.moments import StageMoments, lean_on_pool
-from gptq_cli.gptq.packing import PackedLinear, pack
+from gptq_cli.gptq.moments import StageMoments, shrink_to_pooled
+from gptq_cli.gptq.packing import PackedTensors, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.blocks import assign, weight_matrix
@@ -62,7 +62,7 @@ from gptq_cli.results.run import BlockReport, LinearReport
 _TRIM_EVERY = 4
 """Micro-batches after which freed heap pages are given back: 10 % off the peak, for milliseconds."""
 
-Store = Callable[[LinearInfo, PackedLinear], None]
+Store = Callable[[LinearInfo, PackedTensors], None]
 """Takes a finished linear; the tensors are its own to keep."""
 
 
@@ -75,7 +75,7 @@ class Block:
     device: torch.device
     """Where it is worked on."""
     linears: tuple[LinearInfo, ...]
-    at_work: Callable[[], AbstractContextManager[object]] = nullcontext
+    on_device: Callable[[], AbstractContextManager[object]] = nullcontext
     """A context that has the block on `device` and takes it home afterwards."""
 
     def relative(self, info: LinearInfo) -> str:
@@ -114,7 +114,7 @@ def quantize_blocks(
     for index, block in enumerate(blocks):
         started = time.perf_counter()
         reset_peak(options.devices)
-        with working_on(block.device), block.at_work():
+        with working_on(block.device), block.on_device():
             captured.hidden[:] = [hidden.to(block.device) for hidden in captured.hidden]
             captured.dense[:] = [hidden.to(block.device) for hidden in captured.dense]
             calls = [call.to(block.device) for call in captured.calls[index]]
@@ -184,7 +184,7 @@ class _BlockWork:
             )
         )
         columns = {name: info.in_features for name, info in infos.items()}
-        rounds = rounds_of(stages, columns, true_sequential=self.config.true_sequential)
+        passes = collection_passes(stages, columns, true_sequential=self.config.true_sequential)
         reports: list[LinearReport] = []
         short = captured.hidden[0][:1, :PROBE_TOKENS]
         residuals = find_residuals(block.module, modules, stages, probe, short) if captured.paired else {}
@@ -193,19 +193,19 @@ class _BlockWork:
             run = streams.enter_context(
                 self._forwards(block.module, stages, calls, captured.hidden, residuals)
             )
-            for number, round_ in enumerate(rounds):
+            for number, collected in enumerate(passes):
                 with ExitStack() as memory:
                     moments = self._collect(
-                        run, dense, round_, (number, len(rounds)), modules, residuals, captured, memory
+                        run, dense, collected, (number, len(passes)), modules, residuals, captured, memory
                     )
-                    if not round_[0].once:
+                    if not collected[0].once:
                         self._tell_undersampled(moments, columns)
-                        hessians = lean_on_pool(list(moments.values()))
-                        for stage in round_:
+                        hessians = shrink_to_pooled(list(moments.values()))
+                        for stage in collected:
                             solved = self._solve(stage, moments.pop(stage), hessians.pop(0), infos, modules)
                             reports += solved
                         continue
-                    for stage in round_:
+                    for stage in collected:
                         moment = moments.pop(stage)
                         reports += self._solve(stage, moment, moment.hessian(), infos, modules)
             captured.hidden[:] = run.finish()
@@ -267,25 +267,25 @@ class _BlockWork:
                 )
             )
         starts = [0, *accumulate(len(batch) for batch in captured.samples)]
-        twins = dense.inputs(stages) if dense is not None and paired else None
+        dense_inputs = dense.inputs(stages) if dense is not None and paired else None
         for stage, x in run.inputs(stages):
             place, batch = run.place, captured.samples[run.place]
-            has_twin = twins is not None and place < captured.paired
-            x_dense = next(twins)[1] if twins is not None and has_twin else None
+            is_paired = dense_inputs is not None and place < captured.paired
+            x_dense = next(dense_inputs)[1] if dense_inputs is not None and is_paired else None
             residual = run.residual(stage)
-            dense_residual = dense.residual(stage) if dense is not None and has_twin else None
+            dense_residual = dense.residual(stage) if dense is not None and is_paired else None
             gap = None if residual is None or dense_residual is None else dense_residual - residual
             if stage.once:
                 # some blocks flatten (batch, seq_len) before a linear; the moments tell samples apart
                 x, x_dense, gap = (_by_sample(tensor, len(batch)) for tensor in (x, x_dense, gap))
             moments[stage].add(x, x_dense, starts[place], gap)
             if not moments[stage].is_finite():
-                raise blame_sample((x, x_dense, gap), batch, self.block.name, stage.leader)
+                raise non_finite_error((x, x_dense, gap), batch, self.block.name, stage.leader)
             if stage is stages[-1]:
                 self._advanced(position, starts[place + 1], starts[-1])
                 if (place + 1) % _TRIM_EVERY == 0:
                     self._trim()
-        if twins is not None and next(twins, None) is not None:
+        if dense_inputs is not None and next(dense_inputs, None) is not None:
             raise GptqError("the dense and the quantized stream of a block do not run in step")
         self._trim()
         return moments
@@ -329,14 +329,14 @@ class _BlockWork:
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)
         tokens = moments.tokens
-        targets, trust = moments.target(weights, hessian, self.config.damp_percent)
+        goals, trust = moments.goal(weights, hessian, self.config.damp_percent)
         moments.free()
         try:
-            solved = quantize_linears(weights, hessian, self.config, targets=targets)
+            solved = quantize_linears(weights, hessian, self.config, goals=goals)
         except NonFinite as error:
             names = ", ".join(infos[name].name for name in stage.linears)
             raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
-        del hessian, targets
+        del hessian, goals
         seconds = (time.perf_counter() - started) / len(solved)
         for name in stage.linears:
             quantized = solved.pop(0)

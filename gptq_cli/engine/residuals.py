@@ -3,7 +3,7 @@
 The last linear of an attention or an MLP does not put out what the next block reads: its output is added to
 the residual stream, and that sum is read. In a model whose earlier blocks are quantized the residual has an
 error of its own, part of which follows from the linear's input, so the linear can be asked to make up for
-it: see `gptq.target`. Which tensor is the residual is found by looking, not by a table of architectures: in
+it: see `gptq.goal`. Which tensor is the residual is found by looking, not by a table of architectures: in
 one sample's forward, the tensor a for which a + output is exactly something that is read later. Where the
 output is normed or scaled before it is added, there is no such tensor, and the linear is asked for less.
 """

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.devices.accelerators import flush, quick_collections, reset_peak, torch_device
+from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
@@ -55,27 +55,27 @@ def quantize_model(
     reset_peak(run.options.devices)  # what an earlier run of this process took is not this one's
     with ExitStack() as opened:
         with phase(observer, "load") as words:
-            model, lender = _open(run, opened)
+            model, provider = _open(run, opened)
             words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
             if run.placement.streams_blocks:
                 words.append("each block when its turn comes")
             _check_outside(model, run.skeleton.blocks_prefix)
         with phase(observer, "capture", len(input_ids)):
-            blocks = _blocks(model, run, lender)
-            with lender.for_capture():
+            blocks = _blocks(model, run, provider)
+            with provider.for_capture():
                 captured = _capture(model, blocks, run, input_ids, observer)
-        with quick_collections():
+        with frozen_gc():
             reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
-    del model, lender, blocks, captured
+    del model, provider, blocks, captured
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     return reports
 
 
-class Lender(Protocol):
+class WeightProvider(Protocol):
     """Has the weights of a model, and gives a block's where and when they are worked on."""
 
-    def at_work(self, block: str) -> AbstractContextManager[None]:
+    def on_device(self, block: str) -> AbstractContextManager[None]:
         """A context inside which the block has its weights on the device that works on it."""
         ...
 
@@ -84,7 +84,7 @@ class Lender(Protocol):
         ...
 
 
-def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, Lender]:
+def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, WeightProvider]:
     """The model: block by block on a CPU alone, else resident, dispatched by the placement."""
     if run.placement.streams_blocks:
         stream = opened.enter_context(BlockStream(run.skeleton, torch_device(CPU)))
@@ -101,7 +101,7 @@ def _check_outside(model: Any, prefix: str) -> None:
             check_finite(module, name)
 
 
-def _blocks(model: Any, run: EngineRun, lender: Lender) -> list[Block]:
+def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]:
     main = run.placement.main_device
     blocks = []
     for name in run.skeleton.blocks:
@@ -113,7 +113,7 @@ def _blocks(model: Any, run: EngineRun, lender: Lender) -> list[Block]:
                 model.get_submodule(name),
                 torch_device(at),
                 run.skeleton.linears_of(name),
-                at_work=partial(lender.at_work, name),
+                on_device=partial(provider.on_device, name),
             )
         )
     return blocks

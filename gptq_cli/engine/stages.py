@@ -7,12 +7,12 @@ that read the *same tensor* form a stage, in order of first use.
 
 A linear that runs more than once a forward, not at all for the traced sample, or on some of its tokens (an
 expert, which tokens choose) has no single moment at which its input is complete. It forms a stage of its
-own, marked `once=False`, whose Hessian is collected over whole forwards. So do its like, whose names differ
-in a number: an expert that all tokens of the sample chose is an expert all the same.
+own, marked `once=False`, whose Hessian is collected over whole forwards. So do linears whose names differ
+from its name in a number only: an expert that all tokens of the sample chose is an expert all the same.
 
-Such stages are worked on in *waves*: those that read the same number of columns are collected side by side,
-as many as WAVE_BYTES of Hessians allow. Experts see few tokens each, and together they say what the block's
-tokens are like: see `gptq.moments.lean_on_pool`.
+Such stages are worked on in *expert batches*: those that read the same number of columns are collected side
+by side, as many as EXPERT_BATCH_BYTES of Hessians allow. Experts see few tokens each, and together they say
+what the block's tokens are like: see `gptq.moments.shrink_to_pooled`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Stage:
         return self.linears[0]
 
 
-WAVE_BYTES = 512 << 20
-"""Hessians of a wave: one of 7168 columns has 196 MiB, one of 2048 has 16."""
+EXPERT_BATCH_BYTES = 512 << 20
+"""Hessians of a expert batch: one of 7168 columns has 196 MiB, one of 2048 has 16."""
 
 
-def rounds_of(
+def collection_passes(
     stages: Sequence[Stage],
     columns: Mapping[str, int],  # K of each linear
     *,
@@ -56,18 +56,18 @@ def rounds_of(
     """The stages that are collected side by side, round after round.
 
     Each stage that runs once has a round of its own, or with `true_sequential` off they share one. The others
-    follow in waves of one K each.
+    follow in expert batches of one K each.
     """
     once = [stage for stage in stages if stage.once]
-    rounds = [[stage] for stage in once] if true_sequential else [once]
+    passes = [[stage] for stage in once] if true_sequential else [once]
     by_columns: dict[int, list[Stage]] = {}
     for stage in stages:
         if not stage.once:
             by_columns.setdefault(columns[stage.leader], []).append(stage)
-    for width, loose in by_columns.items():
-        size = max(1, WAVE_BYTES // (4 * width**2))
-        rounds += [loose[start : start + size] for start in range(0, len(loose), size)]
-    return [round_ for round_ in rounds if round_]
+    for width, multi_call in by_columns.items():
+        size = max(1, EXPERT_BATCH_BYTES // (4 * width**2))
+        passes += [multi_call[start : start + size] for start in range(0, len(multi_call), size)]
+    return [collected for collected in passes if collected]
 
 
 def find_stages(
@@ -97,7 +97,7 @@ def find_stages(
             handle.remove()
 
     tokens = hidden.numel() // hidden.shape[-1]
-    loose = {
+    multi_call = {
         _like(name)
         for name, seen in reads.items()
         if len(seen) != 1 or seen[0].tensor.numel() // seen[0].tensor.shape[-1] != tokens
@@ -105,7 +105,7 @@ def find_stages(
     shared: list[list[str]] = []
     alone: list[str] = []
     for name in order:
-        if _like(name) in loose:
+        if _like(name) in multi_call:
             alone.append(name)
             continue
         for group in shared:

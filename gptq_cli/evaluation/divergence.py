@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
-from gptq_cli.evaluation.generation import input_device, products_of
+from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 from gptq_cli.evaluation.perplexity import OnWindow, row_ranges
 from gptq_cli.model.blocks import find_blocks
 from gptq_cli.results.load import Agreement
@@ -129,7 +129,7 @@ def compare(
 
 def _logits(model: Any, window: Tensor) -> Tensor:  # (T, V)
     ids = window.to(input_device(model)).unsqueeze(0)
-    with products_of(model):
+    with matmul_scope_of(model):
         logits = model(input_ids=ids, use_cache=False).logits[0]
     assert isinstance(logits, Tensor)
     return logits

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from gptq_cli.config import GREEDY, Sampling
 from gptq_cli.devices.accelerators import present_accelerators, torch_device, working_on
-from gptq_cli.devices.fp32_matmul import products_for
+from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.generation_config import for_generate, settings_of, stop_criterion
 from gptq_cli.evaluation.prompt import encode_prompt
@@ -161,7 +161,7 @@ def generate(
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
         }
-    with torch.inference_mode(), products_of(model), _seeded(sampling), _guided(model, options):
+    with torch.inference_mode(), matmul_scope_of(model), _seeded(sampling), _guided(model, options):
         started = time.perf_counter()
         with _nothing_to_draw_explained():
             out = model.generate(
@@ -221,10 +221,10 @@ def input_device(model: Any) -> torch.device:
 
 
 @contextmanager
-def products_of(model: Any) -> Iterator[None]:
+def matmul_scope_of(model: Any) -> Iterator[None]:
     """The scope in which `model` runs fastest where it stands, its device being the current one."""
     device = input_device(model)
-    with working_on(device), products_for(model.get_input_embeddings().weight.dtype, device):
+    with working_on(device), matmul_scope(model.get_input_embeddings().weight.dtype, device):
         yield
 
 

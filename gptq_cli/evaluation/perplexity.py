@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.errors import NonFinite
-from gptq_cli.evaluation.generation import input_device, products_of
+from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 
 LOGIT_ELEMENTS = 1 << 24
 """float32 logits that are held at once: 64 MiB."""
@@ -39,7 +39,7 @@ def perplexity(model: Any, windows: Tensor, on_window: OnWindow = lambda done, t
     with torch.inference_mode():
         for index, window in enumerate(windows):
             ids = window.to(device).unsqueeze(0)
-            with products_of(model):
+            with matmul_scope_of(model):
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
             total_loss += negative_log_likelihood(logits, ids[0, 1:])
             tokens += ids.shape[1] - 1

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from gptq_cli.config import whole
-from gptq_cli.evaluation.generation import input_device, products_of
+from gptq_cli.config import check_int
+from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 from gptq_cli.results.load import Rate, Speed
 
 OnRound = Callable[[int, int], None]
@@ -32,16 +32,16 @@ def measure_speed(
     on_round: OnRound = lambda done, total: None,
 ) -> Speed:
     """Time `rounds` rounds of a prompt of `prompt_tokens` and `new_tokens` single tokens."""
-    whole("prompt_tokens", prompt_tokens, 1)
-    whole("new_tokens", new_tokens, 1)
-    whole("rounds", rounds, 1)
+    check_int("prompt_tokens", prompt_tokens, 1)
+    check_int("new_tokens", new_tokens, 1)
+    check_int("rounds", rounds, 1)
     device = input_device(model)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator).to(device)
     prompt_rates: list[float] = []
     decode_rates: list[float] = []
-    with torch.inference_mode(), products_of(model):
+    with torch.inference_mode(), matmul_scope_of(model):
         for number in range(rounds + 1):
             prompt_seconds, decode_seconds = _one_round(model, ids, new_tokens, device)
             if number:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.matmul import fast_products
+from gptq_cli.gptq.matmul import fast_matmul
 
-_MOST_DAMPING = 1.0
+_MAX_DAMPING = 1.0
 _GATHER_ROWS = 256
 """Rows of H that are brought into order at a time: a copy of so many lies beside the factor."""
 
@@ -49,8 +49,8 @@ def dead_columns(H: Tensor) -> Tensor:  # (K,) bool
 def damping_steps(damp_percent: float) -> tuple[float, ...]:
     """The dampings tried in turn: doubled until the whole mean of the diagonal is added."""
     steps = [damp_percent]
-    while steps[-1] < _MOST_DAMPING:
-        steps.append(min(2 * steps[-1], _MOST_DAMPING))
+    while steps[-1] < _MAX_DAMPING:
+        steps.append(min(2 * steps[-1], _MAX_DAMPING))
     return tuple(steps)
 
 
@@ -116,6 +116,6 @@ def current(
     UT = torch.linalg.solve_triangular(RT[a:b, a:b], eye, upper=False)
     if a == 0:
         return W[a:b].clone(), UT
-    with fast_products():
+    with fast_matmul():
         feedback = RT[a:b, :a] @ W[:a]
     return torch.addmm(W[a:b], UT, feedback), UT

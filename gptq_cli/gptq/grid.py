@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig, ScaleSearch
 
-FP16_MOST = 65504.0
+FP16_MAX = 65504.0
 FP16_LEAST = 2.0**-24
 """The smallest fp16 above zero. It is subnormal: such scales are coarse, which `stored` makes visible."""
 
@@ -100,7 +100,7 @@ def stored(scale: Tensor) -> Tensor:
     largest, with its sign; `quantize_linears` refuses weights so large that the latter could matter.
     """
     least = torch.where(scale < 0, -FP16_LEAST, FP16_LEAST).to(scale.dtype)
-    rounded = scale.clamp(-FP16_MOST, FP16_MOST).to(torch.float16).to(scale.dtype)
+    rounded = scale.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).to(scale.dtype)
     rounded = torch.where(rounded == 0, least, rounded)
     return torch.where(scale == 0, torch.ones_like(scale), rounded)
 

@@ -20,7 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.matmul import exact_products, fast_products, has_units
+from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
 
 _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
@@ -34,10 +34,10 @@ def _chunk_rows(width: int, device: torch.device) -> int:
     return min(rows, max(_CACHED_ROWS, _CACHED_VALUES // width)) if device.type == "cpu" else rows
 
 
-def _products_for(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+def _matmul_scope(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """The fastest scope in which numbers of `dtype` are multiplied without loss on `device`."""
     lossless = dtype == torch.bfloat16 or (dtype == torch.float16 and device.type == "cuda")
-    return fast_products() if lossless else exact_products()
+    return fast_matmul() if lossless else exact_matmul()
 
 
 class _Moment:
@@ -111,7 +111,7 @@ class Hessian(_Moment):
         step = max(1, -(-K // _BLOCK_ROWS))
         for part in torch.split(rows, _chunk_rows(K, H.device)):
             X = part.to(device=H.device, dtype=H.dtype)
-            with _products_for(x.dtype, H.device):
+            with _matmul_scope(x.dtype, H.device):
                 for a in range(0, K, step):
                     b = min(a + step, K)
                     H[a:b, :b].addmm_(X[:, a:b].T, X[:, :b])
@@ -141,7 +141,7 @@ class Hessian(_Moment):
 class CrossMoment(_Moment):
     """Sum of e xᵀ / tokens: what an error e and the quantized model's input x share.
 
-    With e = x_dense - x it is the D of target.py, with errors of the output it is the B. On a CPU with bf16
+    With e = x_dense - x it is the D of goal.py, with errors of the output it is the B. On a CPU with bf16
     units the products of bf16 numbers are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling knows to
     1/√tokens. `rows`: features of e; None: as many as x has.
     """
@@ -159,10 +159,10 @@ class CrossMoment(_Moment):
         wider = torch.promote_types(error.dtype, x.dtype)
         chunk = _chunk_rows(max(C.shape), C.device)
         for e, q in zip(torch.split(E, chunk), torch.split(X, chunk), strict=True):
-            if wider == torch.bfloat16 and C.device.type == "cpu" and has_units(wider, "cpu"):
+            if wider == torch.bfloat16 and C.device.type == "cpu" and fast_matmul_supported(wider, "cpu"):
                 C += e.T @ q  # twice the speed of widening both
                 continue
-            with _products_for(wider, C.device):
+            with _matmul_scope(wider, C.device):
                 C.addmm_(e.to(C.device, C.dtype).T, q.to(C.device, C.dtype))
         self.tokens += X.shape[0]
 

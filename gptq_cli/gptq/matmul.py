@@ -4,15 +4,15 @@ An fp32 product may run at bf16 speed on a CPU (oneDNN) or on TF32 units (CUDA).
 in PyTorch, and another library may have turned it either way; so each product in `gptq_cli.gptq` that cares
 says what it needs and puts the switch back, also when it raises.
 
-- `fast_products()`: inputs may be cut to bf16 on a CPU (8 bits of mantissa) and to TF32 on CUDA (11 bits,
+- `fast_matmul()`: inputs may be cut to bf16 on a CPU (8 bits of mantissa) and to TF32 on CUDA (11 bits,
   as many as fp16 has); sums are fp32. Tensors that hold bf16 values lose nothing. Where a CPU has no such
   units the result is a plain fp32 product.
-- `exact_products()`: fp32 inputs keep all their bits. A solve runs in this scope, but for its long products.
+- `exact_matmul()`: fp32 inputs keep all their bits. A solve runs in this scope, but for its long products.
 
 float64 products are the same under both.
 
-Whether a CPU has units for 16-bit numbers is asked once, by `has_units`. The answer is worth asking for: an
-x86 without AVX512_BF16 or AMX multiplies bf16 matrices at a tenth of its fp32 speed.
+Whether a CPU multiplies 16-bit matrices fast is measured once, by `fast_matmul_supported`. It is worth
+knowing: an x86 without AVX512_BF16 or AMX multiplies bf16 matrices at a tenth of its fp32 speed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MARGIN = 2.0
 
 
 @cache
-def has_units(dtype: torch.dtype, device_type: str) -> bool:
+def fast_matmul_supported(dtype: torch.dtype, device_type: str) -> bool:
     """True unless products of matrices of `dtype` take more than twice the time of fp32 ones.
 
     Only CPUs are asked, and only about 16-bit numbers: three small products of each kind, 10 to 100 ms. The
@@ -69,14 +69,14 @@ def _precision(cpu: str, cuda: str) -> Iterator[None]:
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_matmul() -> Iterator[None]:
     """fp32 products on the fast units inside this scope: exact for bf16 values, fp32 sums."""
-    with _precision("bf16" if has_units(torch.bfloat16, "cpu") else "ieee", "tf32"):
+    with _precision("bf16" if fast_matmul_supported(torch.bfloat16, "cpu") else "ieee", "tf32"):
         yield
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
+def exact_matmul() -> Iterator[None]:
     """fp32 products with all bits of their inputs inside this scope, whatever the process asked for."""
     with _precision("ieee", "ieee"):
         yield

@@ -2,7 +2,7 @@
 
 Without a dense stream this is the Hessian alone. With one, samples come twice, as the quantized model sees
 them (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output: see
-target.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, and how
+goal.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, and how
 much to damp the step, λ, are not settings to be tuned: the step is made from the first three quarters of the
 paired samples (H from all that are not held out), and the last quarter, which it has not seen, says which α
 and λ lose least. The step that is taken in the end is made from all samples, with these. Fewer than four
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptq_cli.gptq.goal import StepChoice, asymmetric_step, choose_step
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
-from gptq_cli.gptq.matmul import exact_products, fast_products, has_units
-from gptq_cli.gptq.target import Trust, asymmetric_step, held_out_trust
+from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
 
 HELD_OUT_SHARE = 4
 """One pair of so many is held out: the last ones, which come from another part of the text."""
@@ -116,32 +116,32 @@ class StageMoments:
             return self._fit.matrix()
         return torch.lerp(self._held.matrix(), self._fit.matrix(), self._fit.tokens / self.tokens)
 
-    def target(
+    def goal(
         self,
         weights: Sequence[Tensor],  # (N_i, K)
         H: Tensor,  # (K, K), from `hessian`
         damp_percent: float,
-    ) -> tuple[list[Tensor] | None, Trust]:
+    ) -> tuple[list[Tensor] | None, StepChoice]:
         """(what to approximate, and the α and λ of the step); None where the samples support no correction.
 
         To be called once: it works in the memory of the cross moments.
         """
         held, fit_error, held_error = self._held, self._fit_error, self._held_error
         if held is None or fit_error is None or held_error is None:
-            return None, Trust()
+            return None, StepChoice()
         if not fit_error.tokens or not held_error.tokens:
-            return None, Trust()
+            return None, StepChoice()
         W = torch.cat([weight.to(H.dtype) for weight in weights])
         M_fit, M_held = fit_error.matrix(), held_error.matrix()
         asked = slice(None, None, max(1, W.shape[0] // ROWS_ASKED))
         B_fit, B_held = self._wanted(W, M_fit, asked), self._wanted(W, M_held, asked)
-        trust = held_out_trust(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
+        trust = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
         if trust.alpha == 0.0:
             return None, trust
         M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
         step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, trust.damp_percent)
         if step is None:
-            return None, Trust()
+            return None, StepChoice()
         target = W.add_(step, alpha=trust.alpha)
         return list(torch.split(target, [weight.shape[0] for weight in weights])), replace(
             trust, damp_percent=used
@@ -151,19 +151,19 @@ class StageMoments:
         """What the step is made from: M is the B already, or the D of W D."""
         if self._weight is not None:
             return M[rows]
-        with exact_products():
+        with exact_matmul():
             return W[rows] @ M
 
 
 def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
     """x Wᵀ, in bf16 where the device is fast at it, else in fp32 and rounded once."""
-    if has_units(x.dtype, x.device.type):
+    if fast_matmul_supported(x.dtype, x.device.type):
         return functional.linear(x, W.to(x.dtype))
-    with fast_products():
+    with fast_matmul():
         return functional.linear(x.float(), W.float()).to(x.dtype)
 
 
-def lean_on_pool(
+def shrink_to_pooled(
     moments: Sequence[StageMoments],  # of linears with the same K that each see a part of the tokens
 ) -> list[Tensor]:  # (K, K) each
     """The Hessians of experts: each its own, shrunk towards that of all tokens which these linears saw.

@@ -29,7 +29,7 @@ _CACHED_WORDS = 1 << 17
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PackedLinear:
+class PackedTensors:
     """The tensors of one linear as the checkpoint holds them."""
 
     qweight: Tensor
@@ -97,12 +97,12 @@ def unpack_rows(
     return out
 
 
-def pack(q: QuantizedLinear, bits: int, checkpoint_format: str) -> PackedLinear:
+def pack(q: QuantizedLinear, bits: int, checkpoint_format: str) -> PackedTensors:
     """The tensors of the checkpoint for a quantized linear."""
     zeros = q.zeros.T  # (groups, N)
     if _is_v1(checkpoint_format):
         zeros = (zeros.to(torch.int16) - 1).bitwise_and_(2**bits - 1).to(torch.uint8)
-    return PackedLinear(
+    return PackedTensors(
         qweight=pack_rows(q.codes.T.contiguous(), bits),
         qzeros=pack_rows(zeros.T, bits).T.contiguous(),
         scales=q.scales.T.to(torch.float16).contiguous(),
@@ -111,7 +111,7 @@ def pack(q: QuantizedLinear, bits: int, checkpoint_format: str) -> PackedLinear:
 
 
 def unpack(
-    packed: PackedLinear, bits: int, checkpoint_format: str, in_features: int, out_features: int
+    packed: PackedTensors, bits: int, checkpoint_format: str, in_features: int, out_features: int
 ) -> tuple[Tensor, Tensor]:  # codes uint8 (N, K), zeros uint8 (N, groups)
     """The inverse of `pack`; v1 zeros are read modulo 2^bits. Raises `ValueError` when words are missing."""
     codes = unpack_rows(packed.qweight, bits, in_features).T.contiguous()

@@ -24,7 +24,7 @@ class QuantizedLinear:
     """int32 (K,): the group of each original column; k // group_size unless `desc_act`."""
     loss: float
     """tr(E H Eᵀ) / tr(W H Wᵀ), H undamped: the relative error of the output. E = W - Q, or with a target
-    W' for W (target.py) E = W' - Q."""
+    W' for W (goal.py) E = W' - Q."""
     rtn_loss: float
     """The same for plain round-to-nearest: min/max scales, trivial groups, the same bits."""
     damp_percent: float

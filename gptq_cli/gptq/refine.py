@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.grid import FP16_MOST, Solution
-from gptq_cli.gptq.matmul import fast_products
+from gptq_cli.gptq.grid import FP16_MAX, Solution
+from gptq_cli.gptq.matmul import fast_matmul
 
 _SUB_BLOCK = 16
 
@@ -54,7 +54,7 @@ def _slope(
 ) -> tuple[Tensor, Tensor]:  # G (n, N), H[index] (n, K)
     """G = (H + λI) D in the columns `index`."""
     rows = H.index_select(0, index)
-    with fast_products():
+    with fast_matmul():
         G = rows @ solution.D
     return G.add_(solution.D.index_select(0, index).mul_(damping)), rows
 
@@ -114,7 +114,7 @@ def _scale_step(s: Tensor, along: Tensor, curve: Tensor) -> Tensor:  # (N,)
     Moving by t changes the loss by t²·curve - 2t·along. A scale keeps its sign and never becomes 0.
     """
     lowest = s + along / torch.where(curve > 0, curve, torch.ones_like(curve))
-    rounded = lowest.clamp(-FP16_MOST, FP16_MOST).to(torch.float16).to(s.dtype)
+    rounded = lowest.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).to(s.dtype)
     t = rounded - s
     falls = (t * t * curve - 2 * t * along < 0) & (rounded * s > 0)
     return torch.where(falls, t, torch.zeros_like(t))

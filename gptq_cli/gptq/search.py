@@ -79,7 +79,7 @@ class _Best:
 
     def offer(self, scale: Tensor, zero: Tensor, low: Tensor, high: Tensor | None = None) -> None:
         """Take the candidate wherever its weighted error is smaller."""
-        error = self._judge(scale, zero)
+        error = self._error(scale, zero)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
         self.scale = torch.where(better, scale, self.scale)
@@ -89,7 +89,7 @@ class _Best:
         if high is not None:
             self.high = torch.where(better, high, self.high)
 
-    def _judge(self, scale: Tensor, zero: Tensor) -> Tensor:  # (G, N)
+    def _error(self, scale: Tensor, zero: Tensor) -> Tensor:  # (G, N)
         """Σ weight · |w - q|^power, as |scale|^power · Σ weight · |w / scale - level|^power."""
         s, t, u = scale[:, None], self._t, self._u
         self._grid.levels(self._X, s, zero[:, None], out=u)

@@ -26,9 +26,9 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import NonFinite
 from gptq_cli.gptq.columns import gptq
 from gptq_cli.gptq.factor import dead_columns, factorize
-from gptq_cli.gptq.grid import FP16_MOST, Grid, Solution, round_to_nearest
+from gptq_cli.gptq.grid import FP16_MAX, Grid, Solution, round_to_nearest
 from gptq_cli.gptq.losses import relative_losses, row_losses
-from gptq_cli.gptq.matmul import exact_products, fast_products
+from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.refine import refine_once
 from gptq_cli.gptq.search import group_parameters
@@ -42,17 +42,17 @@ def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (K,) int64
     return torch.arange(H.shape[0], device=H.device)
 
 
-@exact_products()
+@exact_matmul()
 def quantize_linears(
     weights: Sequence[Tensor],  # (N_i, K) each: the linears of a stage, which read the same input
     H: Tensor,  # (K, K) mean of x xᵀ, undamped; float64 makes the whole solve run in float64
     config: QuantizeConfig,
     *,
-    targets: Sequence[Tensor] | None = None,  # (N_i, K) each: approximate these instead, see target.py
+    goals: Sequence[Tensor] | None = None,  # (N_i, K) each: approximate these instead, see goal.py
 ) -> list[QuantizedLinear]:
     """Quantize the linears of a stage: rows stacked, one factorisation. Nothing given is changed.
 
-    With `targets` the codes approximate those, and losses are measured against them. When no allowed damping
+    With `goals` the codes approximate those, and losses are measured against them. When no allowed damping
     makes H positive definite, or H is all zero, the result is round-to-nearest with the configured scale
     search and says so in `method`.
 
@@ -61,25 +61,23 @@ def quantize_linears(
     """
     grid = Grid.of(config)
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
-    _refuse_nonfinite([*weights, *(targets or ())], H, grid)
+    _refuse_nonfinite([*weights, *(goals or ())], H, grid)
     K = H.shape[0]
     group = config.for_columns([K]).group_columns
     g = K if group == -1 else min(group, K)
     rows = [weight.shape[0] for weight in weights]
-    goals = weights if targets is None else targets
+    aims = weights if goals is None else goals
 
-    energy, rtn_error = _baseline(
-        _stack(weights, H), None if targets is None else _stack(targets, H), H, g, grid
-    )
+    energy, rtn_error = _baseline(_stack(weights, H), None if goals is None else _stack(goals, H), H, g, grid)
     order = column_order(H, config)
     factor = factorize(H, order, config.damp_percent)
     method: Method = "rtn" if factor.RT is None else "gptq"
     if factor.RT is None:
-        W = _stack(goals, H)
+        W = _stack(aims, H)
         solution = round_to_nearest(W, *group_parameters(W, H.diagonal(), g, grid), g, grid)
         error = row_losses(solution.D, H)
     else:
-        solution, damped = _solve(_stack(goals, H), H, order, factor.RT, g, grid, config)
+        solution, damped = _solve(_stack(aims, H), H, order, factor.RT, g, grid, config)
         factor = replace(factor, RT=None)  # K² numbers, not needed any more
         error = _refined(solution, damped, H, factor.damping, config)
 
@@ -151,7 +149,7 @@ def _refined(
             solution, H, damping,
             sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch,
         )  # fmt: skip
-    with exact_products():
+    with exact_matmul():
         after = row_losses(solution.D, H)
     worse = ~(after + damping * solution.D.square().sum(0) < damped)
     solution.codes.copy_(torch.where(worse, codes, solution.codes))
@@ -174,7 +172,7 @@ def _baseline(
     Nearest is to W, which is all that round-to-nearest knows; its loss is to the goal like any other.
     """
     plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
-    with fast_products():
+    with fast_matmul():
         energy = row_losses(W, H)
         scales, zeros = group_parameters(W, H.diagonal(), g, plain)
         D = round_to_nearest(W, scales, zeros, g, plain).D
@@ -194,8 +192,8 @@ def _refuse_nonfinite(weights: Sequence[Tensor], H: Tensor, grid: Grid) -> None:
         most = float(torch.stack(torch.aminmax(weight)).abs().max().item())
         if not most < torch.inf:
             raise NonFinite("the weight holds NaN or infinity")
-        if most / grid.half > FP16_MOST:
+        if most / grid.half > FP16_MAX:
             raise NonFinite(
                 f"the weight reaches {most:.3g}: its scales would be infinite in float16, "
-                f"which ends at {FP16_MOST:.0f}"
+                f"which ends at {FP16_MAX:.0f}"
             )

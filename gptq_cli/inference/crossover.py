@@ -19,11 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.matmul import has_units
+from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.inference.kernels import Held, Kernel
 from gptq_cli.inference.scratch import Fresh, Scratch
 
-LEAST_ROWS, MOST_ROWS = 1, 32
+MIN_ROWS, MAX_ROWS = 1, 32
 PROBE_COLUMNS = 1024
 _FEW, _MANY = 2, 32
 _REPEATS = 3
@@ -50,7 +50,7 @@ class Crossovers:
         self._known: dict[ShapeClass, int] = {}
         self._threads = threads
 
-    def few_rows(self, kernel: Kernel, held: Held) -> int:
+    def max_fused_tokens(self, kernel: Kernel, held: Held) -> int:
         """The largest number of tokens for which `kernel.fused` is to be used."""
         if not kernel.can_fuse:
             return 0
@@ -73,7 +73,7 @@ class Crossovers:
 
 
 def probe(kernel: Kernel, held: Held, columns: int) -> int:
-    """Time both ways on `columns` columns and return the crossing, LEAST_ROWS to MOST_ROWS."""
+    """Time both ways on `columns` columns and return the crossing, MIN_ROWS to MAX_ROWS."""
     part = kernel.restrict(held, columns)
     device = held["packed"].device
 
@@ -82,7 +82,7 @@ def probe(kernel: Kernel, held: Held, columns: int) -> int:
 
     memory = Scratch() if device.type == "cpu" else Fresh()
 
-    dtype = kernel.dtype if has_units(kernel.dtype, device.type) else torch.float32
+    dtype = kernel.dtype if fast_matmul_supported(kernel.dtype, device.type) else torch.float32
 
     def dequantized(x: Tensor) -> None:
         torch.mm(x.to(dtype), kernel.dense(part, 0, columns, dtype, memory)).to(kernel.dtype)
@@ -100,8 +100,8 @@ def crossing(fused_seconds: list[float], dense_seconds: list[float]) -> int:
     dense_slope = (dense_seconds[1] - dense_seconds[0]) / span
     head_start = dense_seconds[0] - fused_seconds[0]
     if fused_slope <= dense_slope:
-        return MOST_ROWS if head_start > 0 else LEAST_ROWS
-    return max(LEAST_ROWS, min(MOST_ROWS, int(_FEW + head_start / (fused_slope - dense_slope))))
+        return MAX_ROWS if head_start > 0 else MIN_ROWS
+    return max(MIN_ROWS, min(MAX_ROWS, int(_FEW + head_start / (fused_slope - dense_slope))))
 
 
 def _best(work: Callable[[], None], device: torch.device) -> float:

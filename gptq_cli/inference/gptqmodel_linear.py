@@ -21,7 +21,7 @@ from gptq_cli.checkpoint.checkpoint import PackedInfo
 from gptq_cli.checkpoint.codes import codes_of, dequantize, unpack_zeros
 from gptq_cli.checkpoint.zeros import shift_words, store_zeros
 from gptq_cli.errors import CheckpointError, ConfigError
-from gptq_cli.gptq.packing import PackedLinear as PackedTensors
+from gptq_cli.gptq.packing import PackedTensors
 
 _TOLERANCE = 0.05
 """Relative, on one token; kernels in bfloat16 are within about 0.01."""
@@ -32,7 +32,7 @@ class GptqmodelLinear(nn.Module):
     """y = x Wᵀ + b by a kernel of gptqmodel."""
 
     kernel_name = "gptqmodel"
-    few_rows = 0
+    max_fused_tokens = 0
 
     def __init__(self, inner: Any, dtype: torch.dtype, parameters_packed: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class _Trial:
         expected = x.float() @ dequantize(codes_of(info, packed)).t()
         return cls(info.source_name, module, x, expected if bias is None else expected + bias.float())
 
-    def judge(self) -> None:
+    def validate(self) -> None:
         kernel = type(self.module.inner).__name__
         try:
             with torch.inference_mode():
@@ -169,7 +169,7 @@ class GptqmodelKernels:
         self._post_init(model, use_act_order=desc_act)
         while self._trials:
             _, trial = self._trials.popitem()
-            trial.judge()
+            trial.validate()
 
     def _candidates(
         self, settings: dict[str, Any], checkpoint_format: str, device: torch.device, name: str

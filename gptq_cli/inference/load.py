@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from gptq_cli.checkpoint.codes import codes_of
 from gptq_cli.checkpoint.open import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.checkpoint.zeros import ZerosTally
-from gptq_cli.config import KernelWish
+from gptq_cli.config import KernelChoice
 from gptq_cli.devices.accelerators import current_accelerator, torch_device, working_on
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.evaluation.generation_config import read_generation_config
-from gptq_cli.gptq.packing import PackedLinear as PackedTensors
+from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
 from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
@@ -65,14 +65,14 @@ def load_quantized(
     checkpoint: QuantizedCheckpoint,
     placement: Placement,
     *,
-    wish: KernelWish = "auto",
+    kernel_choice: KernelChoice = "auto",
     on_linear: OnLinear = lambda done, total: None,
     on_note: OnNote = lambda text: None,
 ) -> Any:
     """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
 
     Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served,
-    `ConfigError` where `wish` is not installed or cannot do what the placement asks.
+    `ConfigError` where `kernel_choice` is not installed or cannot do what the placement asks.
 
     Repacking runs on one thread: it keeps up with most disks, and thousands of small operations that wait
     for all threads each are a hundred times slower where other processes have the cores.
@@ -85,14 +85,14 @@ def load_quantized(
     model = checkpoint.model
     model.generation_config = read_generation_config(checkpoint.directory, model)
     crossovers = Crossovers(torch.get_num_threads())
-    foreign = GptqmodelKernels() if wish == "gptqmodel" else None
+    foreign = GptqmodelKernels() if kernel_choice == "gptqmodel" else None
     if foreign is not None and placement.offloaded:
         raise ConfigError(
             "kernel is 'gptqmodel', whose modules cannot travel, but the map has cpu beside other devices",
             hint="leave cpu out of the device map, or use --kernel auto",
         )
     with checkpoint.streamed() as reader, intra_op_threads(1):
-        attacher = _Attacher(checkpoint, placement, reader, crossovers, wish, foreign, on_linear)
+        attacher = _Attacher(checkpoint, placement, reader, crossovers, kernel_choice, foreign, on_linear)
         attacher.attach()
         for sentence in attacher.zeros.sentences():
             on_note(sentence)
@@ -128,12 +128,12 @@ class _Attacher:
         placement: Placement,
         reader: TensorReader,
         crossovers: Crossovers,
-        wish: KernelWish,
+        kernel_choice: KernelChoice,
         foreign: GptqmodelKernels | None,
         on_linear: OnLinear,
     ) -> None:
         self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
-        self.crossovers, self.wish, self.on_linear = crossovers, wish, on_linear
+        self.crossovers, self.kernel_choice, self.on_linear = crossovers, kernel_choice, on_linear
         self.foreign = foreign
         self.scratch = Scratch()
         self.zeros = ZerosTally()
@@ -173,8 +173,8 @@ class _Attacher:
 
     def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
         home = self.placement.device_of(module_name)
-        at_work = self._execution_device(home)
-        packed, bias = read_packed(self.reader, info, torch_device(at_work), self.zeros)
+        on_device = self._execution_device(home)
+        packed, bias = read_packed(self.reader, info, torch_device(on_device), self.zeros)
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
         if self.foreign is not None:
@@ -184,7 +184,7 @@ class _Attacher:
         self._give_back(packed.qweight.numel() * packed.qweight.element_size())
         self.done += 1
         self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
-        return module if home == at_work else module.to(torch_device(home))
+        return module if home == on_device else module.to(torch_device(home))
 
     def _own(self, info: PackedInfo, packed: PackedTensors, bias: Tensor | None) -> PackedLinear:
         return PackedLinear(
@@ -193,7 +193,7 @@ class _Attacher:
             dtype=self.checkpoint.dtype,
             crossovers=self.crossovers,
             scratch=self.scratch,
-            wish=self.wish,
+            kernel_choice=self.kernel_choice,
         )
 
     def _give_back(self, read_bytes: int) -> None:
@@ -282,7 +282,7 @@ def kernel_counts(model: nn.Module) -> tuple[KernelCount, ...]:
     """How many linears run on which kernel, and why; the commonest first."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(list)
     for module in packed_linears(model).values():
-        counts[module.kernel_name, module.reason].append(module.few_rows)
+        counts[module.kernel_name, module.reason].append(module.max_fused_tokens)
     return tuple(
         KernelCount(kernel=kernel, linears=len(few), reason=_with_crossing(reason, few))
         for (kernel, reason), few in sorted(counts.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gptq_cli.checkpoint.codes import LinearCodes
-from gptq_cli.config import KernelWish
+from gptq_cli.config import KernelChoice
 from gptq_cli.devices.out_of_memory import is_out_of_memory
-from gptq_cli.gptq.matmul import has_units
+from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import (
     CpuInt4,
@@ -42,9 +42,11 @@ class Choice:
     reason: str
 
 
-def choose(linear: LinearCodes, device: torch.device, dtype: torch.dtype, wish: KernelWish) -> Choice:
+def choose(
+    linear: LinearCodes, device: torch.device, dtype: torch.dtype, kernel_choice: KernelChoice
+) -> Choice:
     """The best kernel for `linear` on `device` with activations in `dtype`."""
-    if wish == "dequantize":
+    if kernel_choice == "dequantize":
         return Choice(Dequantize, "asked for")
     obstacle = why_not_fused(linear)
     if obstacle is not None:
@@ -90,27 +92,27 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype,
         crossovers: Crossovers,
         scratch: Scratch,
-        wish: KernelWish = "auto",
+        kernel_choice: KernelChoice = "auto",
     ) -> None:
         """Build on the device where `linear` lies. `scratch` is shared by the linears of a model."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = linear.bits, linear.group
-        choice = choose(linear, linear.device, dtype, wish)
+        choice = choose(linear, linear.device, dtype, kernel_choice)
         try:
-            self.kernel, held, few_rows = _built(choice.kernel, linear, dtype, crossovers)
+            self.kernel, held, max_fused_tokens = _built(choice.kernel, linear, dtype, crossovers)
         except (RuntimeError, AttributeError) as error:  # AttributeError: torch does not have the operator
             if not choice.kernel.can_fuse or is_out_of_memory(error):
                 raise
             choice = Choice(Dequantize, _failing(choice.kernel, error))
-            self.kernel, held, few_rows = _built(choice.kernel, linear, dtype, crossovers)
+            self.kernel, held, max_fused_tokens = _built(choice.kernel, linear, dtype, crossovers)
         self.reason = choice.reason
         self._held_names = tuple(held)
         for name, tensor in held.items():
             self.register_buffer(name, tensor)
         self.register_buffer("order", linear.order)
         self.register_buffer("bias", bias)
-        self.few_rows = few_rows
+        self.max_fused_tokens = max_fused_tokens
         """Up to this many tokens the fused kernel is used."""
         self._scratch = scratch
         self._row_padding = self.kernel.rows - self.in_features
@@ -118,7 +120,7 @@ class PackedLinear(nn.Module):
     @property
     def kernel_name(self) -> str:
         """Which kernel, for reports."""
-        return self.kernel.name if self.few_rows else Dequantize.name
+        return self.kernel.name if self.max_fused_tokens else Dequantize.name
 
     @property
     def parameters_packed(self) -> int:
@@ -148,14 +150,14 @@ class PackedLinear(nn.Module):
         if self._row_padding:
             rows = functional.pad(rows, (0, self._row_padding))
         kernel = self.kernel
-        if 0 < rows.shape[0] <= self.few_rows and rows.dtype == kernel.dtype:
+        if 0 < rows.shape[0] <= self.max_fused_tokens and rows.dtype == kernel.dtype:
             wide = rows.contiguous() if kernel.planes == 1 else torch.cat([rows, rows], 1)
             try:
                 out = kernel.fused(wide, self.held)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                self.few_rows, self.reason = 0, _failing(type(kernel), error)
+                self.max_fused_tokens, self.reason = 0, _failing(type(kernel), error)
                 out = self._dequantize_and_multiply(rows)
         else:
             out = self._dequantize_and_multiply(rows)
@@ -172,7 +174,7 @@ class PackedLinear(nn.Module):
         """
         kernel, held = self.kernel, self.held
         on_cpu = rows.device.type == "cpu"
-        dtype = rows.dtype if has_units(rows.dtype, rows.device.type) else torch.float32
+        dtype = rows.dtype if fast_matmul_supported(rows.dtype, rows.device.type) else torch.float32
         memory = self._scratch if usable(rows) else Fresh()
         step = (_CPU_DENSE_ELEMENTS if on_cpu else _DEVICE_DENSE_ELEMENTS) // kernel.rows
         step = max(COLUMN_BLOCK, step // COLUMN_BLOCK * COLUMN_BLOCK)
@@ -199,7 +201,7 @@ def _built(
     planes = make_planes(linear, fused=kind.can_fuse)
     kernel = kind(planes, dtype)
     held = kernel.hold(planes)
-    return kernel, held, crossovers.few_rows(kernel, held)
+    return kernel, held, crossovers.max_fused_tokens(kernel, held)
 
 
 def _failing(kind: type[Kernel], error: Exception) -> str:

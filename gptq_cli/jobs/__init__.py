@@ -1,4 +1,4 @@
-"""The story of each command on one screen: open, judge, work, report.
+"""The steps of each command on one screen: open, check, work, report.
 
 A job comes in as frozen data, events go out through the observer, a report comes back.
 """

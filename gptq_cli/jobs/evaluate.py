@@ -172,7 +172,7 @@ def measured(
     )
 
 
-def judged_by_gates(job: LoadJob, report: LoadReport) -> LoadReport:
+def apply_gates(job: LoadJob, report: LoadReport) -> LoadReport:
     """The report with --max-kl and --max-perplexity held against what was measured."""
     gates = []
     if job.max_kl is not None and report.agreement is not None:

@@ -25,7 +25,7 @@ from gptq_cli.inference.load import (
     load_quantized,
     resident_bytes,
 )
-from gptq_cli.jobs.evaluate import DensePlan, generated, judged_by_gates, measured, plan_dense, timed
+from gptq_cli.jobs.evaluate import DensePlan, apply_gates, generated, measured, plan_dense, timed
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
@@ -70,7 +70,7 @@ def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
     del model, plan
     if accelerated:
         flush(())  # hooks make cycles of a model, and those wait for a collection
-    return judged_by_gates(job, report)
+    return apply_gates(job, report)
 
 
 def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
@@ -86,7 +86,7 @@ def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
             watcher(Warned(note))
         with phase(watcher, "load"):
             return load_quantized(
-                checkpoint, placement, wish=job.kernel, on_note=lambda text: watcher(Warned(text))
+                checkpoint, placement, kernel_choice=job.kernel, on_note=lambda text: watcher(Warned(text))
             )
 
 
@@ -178,7 +178,7 @@ def _opened(
         model = load_quantized(
             checkpoint,
             placement,
-            wish=job.kernel,
+            kernel_choice=job.kernel,
             on_linear=lambda done, total: observer(PhaseAdvanced("load", done, total)),
             on_note=lambda text: observer(Warned(text)),
         )

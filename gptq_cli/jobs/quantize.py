@@ -1,6 +1,6 @@
 """The story of `gptq quantize` on one screen: open, judge, work, report.
 
-Everything that can be known from config.json, the heads of the files and the calibration text is judged
+Everything that can be known from config.json, the heads of the files and the calibration text is checked
 before a weight is read; `dry_run` stops there.
 """
 
@@ -26,7 +26,7 @@ from gptq_cli.engine.run import EngineRun, quantize_model
 from gptq_cli.errors import CalibrationError, ConfigError, DestinationBusy, ModelError
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore, phase
 from gptq_cli.findings import PreflightReport
-from gptq_cli.gptq.matmul import has_units
+from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.steps import announce, placed, watched
 from gptq_cli.jobs.watching import Watcher, watching
@@ -38,7 +38,7 @@ from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
-from gptq_cli.planning.schedule import block_linears, micro_batch_tokens, parks, stages_of
+from gptq_cli.planning.schedule import block_linears, can_park, micro_batch_tokens, stages_of
 from gptq_cli.planning.time import estimate_seconds
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
@@ -65,36 +65,36 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
 
 
 def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
-    judged = _judge(job, tally, claim)
-    announce(judged.findings, tally)
-    placement, tokens = judged.resolution.placement, judged.tokens
-    if not judged.findings.ok or placement is None or tokens is None:
-        raise refusal(judged.findings)
-    tally(_header(job, judged, placement, tokens))
-    job = replace(job, quantize=judged.work.quantize)
+    checked = _check(job, tally, claim)
+    announce(checked.findings, tally)
+    placement, tokens = checked.resolution.placement, checked.tokens
+    if not checked.findings.ok or placement is None or tokens is None:
+        raise refusal(checked.findings)
+    tally(_header(job, checked, placement, tokens))
+    job = replace(job, quantize=checked.work.quantize)
     devices = watched(placement)
     run = EngineRun(
-        skeleton=judged.skeleton,
+        skeleton=checked.skeleton,
         placement=placement,
         config=job.quantize,
-        options=LoopOptions(parked=judged.resolution.parked, strict=job.strict, devices=devices),
-        batch_size=micro_batch_tokens(judged.work) // tokens.seq_len,
+        options=LoopOptions(parked=checked.resolution.parked, strict=job.strict, devices=devices),
+        batch_size=micro_batch_tokens(checked.work) // tokens.seq_len,
     )
-    with _writer(job, judged.skeleton, claim, tally) as writer:
+    with _writer(job, checked.skeleton, claim, tally) as writer:
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
         tally.see(read_memory(devices))
         report = summarize(
             job=job,
-            skeleton=judged.skeleton,
+            skeleton=checked.skeleton,
             tokens=tokens,
             devices=[str(device) for device in placement.devices],
             predicted_peak_bytes=[
-                (plan.device, plan.predicted_peak_bytes) for plan in judged.resolution.devices
+                (plan.device, plan.predicted_peak_bytes) for plan in checked.resolution.devices
             ],
             blocks=blocks,
-            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in judged.facts.linears),
+            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.linears),
             size_after_bytes=writer.plan.size_bytes,
             tally=tally,
             warnings=watcher.warnings,
@@ -149,33 +149,33 @@ def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
 def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
     """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
     with watching("quantize", observer) as watcher:
-        judged = _judge(job, watcher)
-        announce(judged.findings, watcher)
-        seconds = _seconds(job, judged)
+        checked = _check(job, watcher)
+        announce(checked.findings, watcher)
+        seconds = _seconds(job, checked)
         return map_report(
-            judged.facts,
-            judged.resolution,
+            checked.facts,
+            checked.resolution,
             spec=job.device_map,
-            budgets=judged.budgets,
+            budgets=checked.budgets,
             max_memory=job.max_memory,
-            report=judged.findings,
+            report=checked.findings,
             given=job.devices is not None,
-            plan=quantize_plan(judged.facts, Work(job.quantize, job.calibration), seconds),
+            plan=quantize_plan(checked.facts, Work(job.quantize, job.calibration), seconds),
             warnings=watcher.warnings,
         )
 
 
-def _seconds(job: QuantizeJob, judged: _Judged) -> float | None:
+def _seconds(job: QuantizeJob, checked: _Checked) -> float | None:
     """An estimate from a short probe of this machine; None where refused or planned for another."""
-    resolution = judged.resolution
-    if job.devices is not None or not judged.findings.ok or resolution.placement is None:
+    resolution = checked.resolution
+    if job.devices is not None or not checked.findings.ok or resolution.placement is None:
         return None
     main = resolution.placement.main_device
-    return estimate_seconds(judged.facts, judged.work, main, parked=resolution.parked)
+    return estimate_seconds(checked.facts, checked.work, main, parked=resolution.parked)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Judged:
+class _Checked:
     """A job after preflight: everything the engine needs, and everything that was found."""
 
     skeleton: Skeleton
@@ -187,7 +187,7 @@ class _Judged:
     findings: PreflightReport
 
 
-def _judge(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Judged:
+def _check(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Checked:
     """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
     with phase(observer, "open"):
         skeleton = open_skeleton(find_model(job.model), job.model)
@@ -197,7 +197,7 @@ def _judge(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> 
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
     budgets, resolution, findings = placed(job, skeleton, facts, claim)
-    return _Judged(
+    return _Checked(
         skeleton=skeleton,
         facts=facts,
         work=Work(job.quantize, job.calibration).on(facts),
@@ -229,8 +229,8 @@ def _tokens(
         return None, PreflightReport(tuple(found))
 
 
-def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: TokenBatches) -> RunStarted:
-    config = judged.work.quantize
+def _header(job: QuantizeJob, checked: _Checked, placement: Placement, tokens: TokenBatches) -> RunStarted:
+    config = checked.work.quantize
     chosen = group_reason(job.quantize.group_size)
     group = f"group {config.group_columns}{f' ({chosen})' if chosen else ''}"
     zeros = "symmetric" if config.sym else "asymmetric"
@@ -241,34 +241,34 @@ def _header(job: QuantizeJob, judged: _Judged, placement: Placement, tokens: Tok
         settings=(
             ("bits", f"{config.bits}, {group}, {zeros}"),
             ("order", "desc_act" if config.desc_act else config.act_order),
-            ("dtype", _dtype_words(judged, placement)),
+            ("dtype", _dtype_words(checked, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
-            ("forwards", _forwards_words(judged)),
+            ("forwards", _forwards_words(checked)),
         ),
         devices=tuple(str(device) for device in placement.devices),
-        blocks=len(judged.skeleton.blocks),
-        linears=len(judged.skeleton.linears),
+        blocks=len(checked.skeleton.blocks),
+        linears=len(checked.skeleton.linears),
     )
 
 
-def _forwards_words(judged: _Judged) -> str:
+def _forwards_words(checked: _Checked) -> str:
     """How calibration text comes to a linear: what the memory plan and the block loop make of it."""
-    if not judged.resolution.parked:
+    if not checked.resolution.parked:
         return "replayed, to save memory"
-    blocks = [stages_of(linears) for linears in block_linears(judged.facts).values()]
-    parked = sum(parks(stages, judged.work, parked=True) for stages in blocks)
+    blocks = [stages_of(linears) for linears in block_linears(checked.facts).values()]
+    parked = sum(can_park(stages, checked.work, parked=True) for stages in blocks)
     if parked == len(blocks):
         return "parked, each linear runs once"
-    why = "experts" if judged.work.quantize.true_sequential else "--no-true-sequential"
+    why = "experts" if checked.work.quantize.true_sequential else "--no-true-sequential"
     others = ", parked in the others" if parked else ""
     return f"replayed in {len(blocks) - parked} of {len(blocks)} blocks ({why}){others}"
 
 
-def _dtype_words(judged: _Judged, placement: Placement) -> str:
+def _dtype_words(checked: _Checked, placement: Placement) -> str:
     """The dtype of the model, and what its products are formed in where the processor has no units for it."""
-    dtype = judged.facts.dtype
-    if placement.main_device == CPU and not has_units(judged.skeleton.dtype, "cpu"):
+    dtype = checked.facts.dtype
+    if placement.main_device == CPU and not fast_matmul_supported(checked.skeleton.dtype, "cpu"):
         return f"{dtype}, products in float32: this cpu has no units for {dtype}"
     return dtype
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 
-import torch
-
 from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.config import QuantizeConfig, QuantizeJob
@@ -87,7 +85,7 @@ def summarize(
         size_before_bytes=skeleton.files.size_bytes,
         size_after_bytes=size_after_bytes,
         dtype=str(skeleton.dtype).removeprefix("torch."),
-        use_cuda_fp16=skeleton.dtype == torch.float16,
+        use_cuda_fp16=str(skeleton.dtype) == "torch.float16",
         devices=tuple(devices),
         predicted_peak_bytes=tuple(predicted_peak_bytes),
         measured_peak_bytes=tuple(tally.peak_bytes.items()),

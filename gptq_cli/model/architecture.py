@@ -81,7 +81,7 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
             if unknown
             else "compare config.json with the one that the model was published with",
         ) from error
-    _judge_architecture(files.source, raw, config)
+    _check_architecture(files.source, raw, config)
     return config
 
 
@@ -145,7 +145,7 @@ def _known_types() -> frozenset[str]:
     return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def _judge_architecture(source: str, raw: Mapping[str, Any], config: Any) -> None:
+def _check_architecture(source: str, raw: Mapping[str, Any], config: Any) -> None:
     declared = [str(name) for name in raw.get("architectures") or ()]
     what = declared[0] if declared else f"model_type {config.model_type!r}"
     hint = "give a decoder-only language model (one that AutoModelForCausalLM opens)"

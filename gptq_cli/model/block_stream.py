@@ -6,7 +6,7 @@ filled from the shards when its turn comes, and emptied afterwards. Resident are
 one block, however deep the model is.
 
     with BlockStream(skeleton, device) as stream:
-        with stream.at_work("model.layers.0"): ...  # stream.model.layers[0] has its weights
+        with stream.on_device("model.layers.0"): ...  # stream.model.layers[0] has its weights
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BlockStream:
         self._reader.__exit__(kind, value, traceback)
 
     @contextmanager
-    def at_work(self, block: str) -> Iterator[None]:
+    def on_device(self, block: str) -> Iterator[None]:
         """Have the weights of `block` inside the `with`; whatever was made of them there is dropped after."""
         try:
             filled = fill_stored(
@@ -76,7 +76,7 @@ class BlockStream:
     @contextmanager
     def for_capture(self) -> Iterator[None]:
         """Have the first block's weights: capture runs it once to see what it returns."""
-        with self.at_work(self._first):
+        with self.on_device(self._first):
             yield
 
     def _device_of(self, name: str) -> torch.device:

@@ -36,7 +36,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 in_features=info.in_features,
                 out_features=info.out_features,
                 stage=stages[info.name],
-                chosen=traced.complete and info.name in traced.idle,
+                routed=traced.complete and info.name in traced.idle,
             )
             for info in skeleton.linears
         ),

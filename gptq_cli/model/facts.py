@@ -57,7 +57,7 @@ class LinearFact:
     out_features: int
     stage: int = 0
     """Number of its stage inside the block, from 0."""
-    chosen: bool = False
+    routed: bool = False
     """Tokens choose it (an expert); it is worked on in a wave of its like, see `engine.stages`."""
 
 

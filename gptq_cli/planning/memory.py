@@ -12,20 +12,20 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  C heap, and what is freed between them stays resident
     and the dearest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
-                 working   t · (FLIGHT_HIDDEN · h + FLIGHT_ROWS · max R) · b: a micro-batch on its way,
+                 working   t · (IN_FLIGHT_HIDDEN · h + IN_FLIGHT_ROWS · max R) · b: a micro-batch on its way,
                            and CHUNK_BYTES: activations widened to fp32
         solve    Hessian   8 · K²: H and the factor of the damped H
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
         pack     Hessian   4 · K²
                  packing   PACK_BYTES · R · K: codes, what is left of the solve, words
-    experts that tokens choose are collected a wave at a time: WAVE_BYTES more at most
+    experts that tokens choose are collected a wave at a time: EXPERT_BATCH_BYTES more at most
     without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
     solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
     twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more point
     in time:
         target   Hessian   24 · K²: four moments, H and a factor
                  working   TARGET_BYTES · R · K; and 4 · R · K for the targets while solving
-    working also counts what is lent to the device: the largest block from elsewhere; or, if that is more
+    working also counts what is visiting to the device: the largest block from elsewhere; or, if that is more
     than all of the above, an embedding or head
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
@@ -39,18 +39,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.engine.stages import WAVE_BYTES
+from gptq_cli.engine.stages import EXPERT_BATCH_BYTES
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
 from gptq_cli.planning.cases import MapCase, Work
 from gptq_cli.planning.schedule import (
     StageShape,
-    _home,
     block_linears,
+    can_park,
     micro_batch_tokens,
-    parks,
     stages_of,
+    storage_device,
 )
 from gptq_cli.results.map import DevicePlan
 
@@ -59,11 +59,11 @@ SOLVE_BYTES = 14
 PACK_BYTES = 10
 TARGET_BYTES = 16
 TARGET_SQUARES = 6
-FLIGHT_HIDDEN = 6
-FLIGHT_ROWS = 2
+IN_FLIGHT_HIDDEN = 6
+IN_FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
 HEAP_PIECE_BYTES = 4 * MIB
-"""What glibc's heap is made to hand out for itself, see `devices.host_memory.steady_heap`."""
+"""What glibc's heap is made to hand out for itself, see `devices.host_memory.limit_malloc_arenas`."""
 CPU_BASELINE_BYTES = 450 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
@@ -100,18 +100,20 @@ def work_set(
         streams
         * tokens
         * b
-        * (facts.hidden_size + (_waiting(facts, stages) if parks(stages, work, parked=parked) else 0))
+        * (facts.hidden_size + (_waiting(facts, stages) if can_park(stages, work, parked=parked) else 0))
     )
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
-    flight = t * b * (FLIGHT_HIDDEN * facts.hidden_size + FLIGHT_ROWS * max(stage.rows for stage in stages))
+    flight = (
+        t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + IN_FLIGHT_ROWS * max(stage.rows for stage in stages))
+    )
     kept = 4 if dense else 1
     squares = sum(4 * stage.in_features**2 for stage in stages)
-    wave = min(WAVE_BYTES, sum(4 * stage.in_features**2 for stage in stages if stage.chosen))
+    wave = min(EXPERT_BATCH_BYTES, sum(4 * stage.in_features**2 for stage in stages if stage.routed))
     moments = []
     for stage in stages:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         others = 0 if work.quantize.true_sequential else kept * (squares - square)
-        others += wave if stage.chosen else 0
+        others += wave if stage.routed else 0
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [
@@ -175,7 +177,7 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
     main = placement.main_device
     moved_block, moved_other = _moved_in(placement, facts)
     for block, needed in sets.items():
-        home = _home(placement, block)
+        home = storage_device(placement, block)
         at = main if home == CPU and main != CPU else home
         busy[at] = max(busy.get(at, needed), needed, key=lambda one: one.total_bytes)
     plans = []
@@ -232,7 +234,7 @@ def _scattered(case: MapCase) -> bool:
 
 
 def _moved_in(placement: Placement, facts: ModelFacts) -> tuple[int, int]:
-    """Bytes of the largest block, and of the largest other entry, that are lent to the main device."""
+    """Bytes of the largest block, and of the largest other entry, that are visiting to the main device."""
     blocks, offloaded = frozenset(facts.blocks), frozenset(placement.offloaded)
     sizes = [
         (entry.name in blocks, entry.size_bytes) for entry in placement.entries if entry.name in offloaded

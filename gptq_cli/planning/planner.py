@@ -92,9 +92,11 @@ class Problem:
         ]
         return tuple(sorted(found, key=lambda unit: -unit.size_bytes))
 
-    def placed(self, homes: dict[str, Device], reason: str, main: Device | None = None) -> Placement:
+    def placed(self, assigned: dict[str, Device], reason: str, main: Device | None = None) -> Placement:
         """Units to devices; tied units follow the one they are tied to, unnamed ones the main device."""
-        resolved = homes | {name: homes[first] for name, first in self.follows.items() if first in homes}
+        resolved = assigned | {
+            name: assigned[first] for name, first in self.follows.items() if first in assigned
+        }
         by_part = {p.name: resolved.get(u.name, main) for u in self.units for p in u.parts}
         made = place(self.facts, by_part.__getitem__, reason, main)
         if made is None:
@@ -108,16 +110,16 @@ Step = Callable[[Problem], Iterator[Placement]]
 
 def fill(units: Sequence[Unit], room: Sequence[tuple[Device, int]]) -> dict[str, Device] | None:
     """Put units on the devices one after another without going back; None when they do not fit."""
-    homes: dict[str, Device] = {}
+    assigned: dict[str, Device] = {}
     index, used = 0, 0
     for unit in units:
         while index < len(room) and used + unit.size_bytes > room[index][1]:
             index, used = index + 1, 0
         if index == len(room):
             return None
-        homes[unit.name] = room[index][0]
+        assigned[unit.name] = room[index][0]
         used += unit.size_bytes
-    return homes
+    return assigned
 
 
 def fill_evenly(units: Sequence[Unit], room: Sequence[tuple[Device, int]]) -> dict[str, Device] | None:
@@ -178,7 +180,7 @@ def some_blocks_on_cpu(problem: Problem) -> Iterator[Placement]:
                 f"{len(blocks) - count} of {len(blocks)} blocks on {{devices}}, {count}{also} on cpu: "
                 "the accelerators cannot hold all of them"
                 if count < len(blocks)
-                else f"all {count} blocks{also} on cpu, each lent to an accelerator in its turn: "
+                else f"all {count} blocks{also} on cpu, each visiting to an accelerator in its turn: "
                 "the work on one needs all the room there is"
             )
             found = list(_spread(problem, rest, moved, reason, all_devices=True))
@@ -194,26 +196,26 @@ def _fewest_first(blocks: int) -> range:
 def _spread(
     problem: Problem,
     units: Sequence[Unit],
-    homes: dict[str, Device],
+    assigned: dict[str, Device],
     reason: str,
     *,
     all_devices: bool = False,
 ) -> Iterator[Placement]:
-    """`units` over as few accelerators as possible (or all), evenly; `homes` are settled already."""
+    """`units` over as few accelerators as possible (or all), evenly; `assigned` are settled already."""
     case = problem.case
-    settled = sum(unit.size_bytes for unit in problem.units if unit.block and unit.name in homes)
-    lent = problem.largest_block if settled else 0
+    settled = sum(unit.size_bytes for unit in problem.units if unit.block and unit.name in assigned)
+    visiting = problem.largest_block if settled else 0
     largest_first = sorted(case.accelerators, key=lambda d: (-(case.limit(d) or 0), d))
     counts = [len(largest_first)] if all_devices else range(1, len(largest_first) + 1)
     for count in counts:
         devices = sorted(largest_first[:count])
-        room = [(device, max(0, problem.room(device) - lent)) for device in devices]
+        room = [(device, max(0, problem.room(device) - visiting)) for device in devices]
         found = fill_evenly([unit for unit in units if unit.name not in problem.follows], room)
         if found is not None:
             used = sorted(set(found.values()))
             main = next((found[u.name] for u in units if u.block), used[0] if used else devices[0])
             named = " and ".join(str(device) for device in used)
-            yield problem.placed(homes | found, reason.replace("{devices}", named), main)
+            yield problem.placed(assigned | found, reason.replace("{devices}", named), main)
 
 
 STEPS: tuple[tuple[str, Step], ...] = (
@@ -246,11 +248,11 @@ def _balanced_low_0(problem: Problem) -> Iterator[Placement]:
             head.append(rest.pop(0))
         found = fill_evenly(rest, others)
         if found is not None:
-            homes = {unit.name: first for unit in head} | found
-            main = next((homes[unit.name] for unit in units if unit.block), first)
+            assigned = {unit.name: first for unit in head} | found
+            main = next((assigned[unit.name] for unit in units if unit.block), first)
             left = "nothing" if not head else "as little as possible"
             yield problem.placed(
-                homes, f"balanced_low_0: {left} on {first}, the rest evenly on the others", main
+                assigned, f"balanced_low_0: {left} on {first}, the rest evenly on the others", main
             )
             return
 
@@ -261,8 +263,8 @@ def _sequential(problem: Problem) -> Iterator[Placement]:
     room = [(device, problem.room(device)) for device in devices]
     found = fill(units, room)
     if found is None and devices:
-        lent = [(device, max(0, size - problem.largest_block)) for device, size in room]
-        found = fill(units, [*lent, (CPU, problem.cpu_room)])
+        visiting = [(device, max(0, size - problem.largest_block)) for device, size in room]
+        found = fill(units, [*visiting, (CPU, problem.cpu_room)])
     if found is not None:
         main = next((found[unit.name] for unit in units if unit.block), devices[0])
         main = main if main.is_accelerator else devices[0]

@@ -20,7 +20,7 @@ class StageShape:
 
     in_features: int
     rows: int
-    chosen: bool = False
+    routed: bool = False
     """Experts, whose Hessians are collected a wave at a time."""
 
 
@@ -31,15 +31,15 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
         before = stages.get(linear.stage)
         rows = (before.rows if before else 0) + linear.out_features
         stages[linear.stage] = StageShape(
-            max(linear.in_features, before.in_features if before else 0), rows, linear.chosen
+            max(linear.in_features, before.in_features if before else 0), rows, linear.routed
         )
     return tuple(stages[number] for number in sorted(stages))
 
 
-def parks(stages: Iterable[StageShape], work: Work, *, parked: bool) -> bool:
+def can_park(stages: Iterable[StageShape], work: Work, *, parked: bool) -> bool:
     """Whether a block of these stages keeps its forwards parked: where there is room (`parked`), stages come
     one after the other, and no linear waits for tokens to choose it."""
-    return parked and work.quantize.true_sequential and not any(stage.chosen for stage in stages)
+    return parked and work.quantize.true_sequential and not any(stage.routed for stage in stages)
 
 
 def micro_batch_tokens(work: Work) -> int:
@@ -59,7 +59,7 @@ def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
     return by_block
 
 
-def _home(placement: Placement, block: str) -> Device:
+def storage_device(placement: Placement, block: str) -> Device:
     """The device of a block; for a block that a rule split, the device of its first part."""
     for entry in placement.entries:
         if (

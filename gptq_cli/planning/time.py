@@ -5,7 +5,7 @@ different height, from which the price of a column and the price of a weight fol
 
     forward   2 · weights of the block · tokens, for each time a block runs (once parked, more when replayed)
     Hessian   K² · tokens for each stage
-    solve     a · K + b · R · K for each stage (R rows), and its products: (PRODUCTS · R · K² + K³) / rate
+    solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
 
 It is an estimate: other processes, clocks and caches may move it by a factor of two.
 """
@@ -15,29 +15,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.hessian import Hessian
-from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.schedule import StageShape, block_linears, parks, stages_of
+from gptq_cli.planning.schedule import StageShape, block_linears, can_park, stages_of
 
-PRODUCTS = 8
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+MULTIPLY_ADDS = 8
 """Multiply-adds a weight and column, over the solve: feedback, sweeps, losses."""
 DISK_BYTES_PER_SECOND = 500e6
 START_SECONDS = 4.0
 """Opening, tokenizing, writing what is small."""
 _K, _LOW_ROWS, _HIGH_ROWS, _TOKENS = 256, 128, 1152, 2048
-_ATTEMPTS, _LEAST_SECONDS = 5, 0.3
+_ATTEMPTS, _MIN_SECONDS = 5, 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class MachineRates:
     """What the probe found. Rates in multiply-adds a second."""
 
     forward_rate: float
@@ -47,8 +47,13 @@ class Speed:
     weight_seconds: float
 
 
-def measure(device: Device, dtype: str, config: QuantizeConfig) -> Speed:
+def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
     """Probe `device` with numbers of `dtype`; about two seconds, a few megabytes, no global generator."""
+    import torch
+
+    from gptq_cli.gptq.hessian import Hessian
+    from gptq_cli.gptq.solver import quantize_linears
+
     place, number = torch.device(str(device)), getattr(torch, dtype)
     generator = torch.Generator().manual_seed(0)
 
@@ -75,7 +80,7 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> Speed:
     high = _seconds(lambda: quantize_linears([many], hessian, plain), place)
     products = _TOKENS * _K * 4 * _K
     weight_seconds = max(0.0, high - low) / ((_HIGH_ROWS - _LOW_ROWS) * _K)
-    return Speed(
+    return MachineRates(
         forward_rate=products / forward,
         hessian_rate=_TOKENS * _K * _K / collect,
         product_rate=products / product,
@@ -86,8 +91,10 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> Speed:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call: the fastest of several, since whatever disturbs a call makes it slower."""
+    import torch
+
     best, begun, attempts = float("inf"), time.perf_counter(), 0
-    while attempts < _ATTEMPTS or time.perf_counter() - begun < _LEAST_SECONDS:
+    while attempts < _ATTEMPTS or time.perf_counter() - begun < _MIN_SECONDS:
         started = time.perf_counter()
         work()
         if device.type != "cpu":
@@ -96,7 +103,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return max(best, 1e-9)
 
 
-def job_seconds(facts: ModelFacts, work: Work, speed: Speed, *, parked: bool) -> float:
+def job_seconds(facts: ModelFacts, work: Work, speed: MachineRates, *, parked: bool) -> float:
     """The counting part: seconds of the whole job at `speed`."""
     tokens = work.calibration.samples * work.calibration.seq_len
     streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
@@ -111,7 +118,7 @@ def job_seconds(facts: ModelFacts, work: Work, speed: Speed, *, parked: bool) ->
 
 
 def _block_seconds(
-    stages: Sequence[StageShape], tokens: int, speed: Speed, streams: float, runs: int
+    stages: Sequence[StageShape], tokens: int, speed: MachineRates, streams: float, runs: int
 ) -> float:
     weights = [stage.rows * stage.in_features for stage in stages]
     forward = streams * tokens * runs / speed.forward_rate
@@ -120,7 +127,7 @@ def _block_seconds(
     for stage, size in zip(stages, weights, strict=True):
         k = stage.in_features
         solve += speed.column_seconds * k + speed.weight_seconds * size
-        solve += (PRODUCTS * size * max(0, k - _K) + k**3) / speed.product_rate
+        solve += (MULTIPLY_ADDS * size * max(0, k - _K) + k**3) / speed.product_rate
     return forward + collect + solve
 
 
@@ -128,7 +135,7 @@ def _runs(stages: Sequence[StageShape], work: Work, *, parked: bool) -> int:
     """Weights that a token meets in a block, as often as its forwards come by: parked ones once, replayed
     ones in every pass that ends at a stage, and in the last that goes to the end."""
     weights = [stage.rows * stage.in_features for stage in stages]
-    if parks(stages, work, parked=parked):
+    if can_park(stages, work, parked=parked):
         return sum(weights)
     if not work.quantize.true_sequential:
         return 2 * sum(weights)

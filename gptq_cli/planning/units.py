@@ -90,13 +90,13 @@ def place(
         return None
     if main is None:
         main = main_device(units, wanted)
-    homes = {name: device or main for name, device in wanted.items()}
-    if len(set(homes.values())) <= 1:
-        only = next(iter(homes.values()), main)
+    assigned = {name: device or main for name, device in wanted.items()}
+    if len(set(assigned.values())) <= 1:
+        only = next(iter(assigned.values()), main)
         return Placement((PlacementEntry("", only, facts.size_bytes, True),), only, reason)
     entries: list[PlacementEntry] = []
     for unit in units:
-        entries += _entries(unit.name, unit.parts, homes)
+        entries += _entries(unit.name, unit.parts, assigned)
     return Placement(tuple(entries), main, reason)
 
 
@@ -110,9 +110,9 @@ def main_device(units: Iterable[Unit], wanted: dict[str, Device | None]) -> Devi
     return CPU
 
 
-def _entries(name: str, parts: tuple[Part, ...], homes: dict[str, Device]) -> list[PlacementEntry]:
+def _entries(name: str, parts: tuple[Part, ...], assigned: dict[str, Device]) -> list[PlacementEntry]:
     """One entry where all parts agree, else the entries of the children."""
-    devices = {homes[part.name] for part in parts}
+    devices = {assigned[part.name] for part in parts}
     if len(devices) == 1:
         size = sum(part.size_bytes for part in parts)
         return [PlacementEntry(name, devices.pop(), size, any(not part.buffer for part in parts))]
@@ -120,7 +120,7 @@ def _entries(name: str, parts: tuple[Part, ...], homes: dict[str, Device]) -> li
     for part in parts:
         below = part.name[len(name) + 1 :].partition(".")[0]
         children.setdefault(f"{name}.{below}", []).append(part)
-    return [entry for child, below in children.items() for entry in _entries(child, tuple(below), homes)]
+    return [entry for child, below in children.items() for entry in _entries(child, tuple(below), assigned)]
 
 
 def together(facts: ModelFacts, units: Iterable[Unit]) -> dict[str, str]:

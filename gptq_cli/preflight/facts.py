@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-import torch
-
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
 from gptq_cli.checkpoint.working_folder import is_taken
@@ -105,6 +103,8 @@ def _busy(place: Place) -> tuple[str, str]:
 
 def capabilities(devices: Sequence[Device]) -> tuple[Capability, ...]:
     """What the accelerators among `devices` can compute with; devices that are not there are left out."""
+    import torch
+
     found = []
     for device in devices:
         if (

@@ -15,7 +15,7 @@ from typing import Literal
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 74, 16, 34, 46
-MOST_TICKS = 6
+MAX_TICKS = 6
 
 Mark = Literal["disc", "ring", "triangle", "bar", "line", "dashes"]
 
@@ -49,9 +49,9 @@ class _Scale:
     def ticks(self) -> list[float]:
         if self.log:
             decades = range(round(math.log10(self.low)), round(math.log10(self.high)) + 1)
-            step = -(-len(decades) // MOST_TICKS)
+            step = -(-len(decades) // MAX_TICKS)
             return [10.0**decade for decade in decades[::step]]
-        width = nice_step(self.high / MOST_TICKS)
+        width = nice_step(self.high / MAX_TICKS)
         return [width * index for index in range(int(self.high / width + 1e-9) + 1)]
 
 
@@ -99,7 +99,7 @@ def _scale(values: Sequence[float], *, log: bool) -> _Scale:
         low = math.floor(math.log10(min(values)))
         high = math.ceil(math.log10(max(values)))
         return _Scale(10.0**low, 10.0 ** max(high, low + 1), log=True)
-    step = nice_step(max(max(values), 1e-9) / MOST_TICKS)
+    step = nice_step(max(max(values), 1e-9) / MAX_TICKS)
     return _Scale(0.0, step * math.ceil(max(max(values), 1e-9) / step - 1e-9), log=False)
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import inspect
 from typing import get_args
 
-from gptq_cli.config import Target, one_of
+from gptq_cli.config import Target, check_choice
 from gptq_cli.findings import Finding
 from gptq_cli.results.load import RuleResult, TargetReport
 from gptq_cli.targets import rules
 from gptq_cli.targets.rules import Case, TargetFacts, TargetLinear
 
-__all__ = ["TARGETS", "Target", "TargetFacts", "TargetLinear", "check_target", "judge_target"]
+__all__ = ["TARGETS", "Target", "TargetFacts", "TargetLinear", "check_target", "target_report"]
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 
@@ -74,9 +74,9 @@ _RULES: dict[Target, tuple[rules.Rule, ...]] = {
 }
 
 
-def judge_target(target: Target, facts: TargetFacts) -> TargetReport:
+def target_report(target: Target, facts: TargetFacts) -> TargetReport:
     """Every rule of `target` and what it says. Raises `ConfigError` for an unknown name."""
-    one_of("target", target, TARGETS)
+    check_choice("target", target, TARGETS)
     case = Case(target, facts)
     results = (RuleResult(rule_id(rule), rule_text(rule), tuple(rule(case))) for rule in _RULES[target])
     return TargetReport(target=target, rules=tuple(results))
@@ -84,7 +84,7 @@ def judge_target(target: Target, facts: TargetFacts) -> TargetReport:
 
 def check_target(target: Target, facts: TargetFacts) -> tuple[Finding, ...]:
     """All that `target` will mind, in the order of its rules. Raises `ConfigError` for an unknown name."""
-    return judge_target(target, facts).findings
+    return target_report(target, facts).findings
 
 
 def rule_id(rule: rules.Rule) -> str:

@@ -155,7 +155,7 @@ def write_config(target: Path, recipe: Recipe) -> None:
     (target / "quantize_config.json").write_text(json.dumps(recipe.quantization()))
 
 
-def dense_twin(
+def dense_copy(
     source: Path, weights: dict[str, Tensor], dtype: torch.dtype, *, transposed: bool = False
 ) -> Any:
     """The dense model of `source` with the quantized `weights` written over its own."""

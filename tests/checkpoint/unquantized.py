@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from gptq_cli.checkpoint.layout import packed_format
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import ModelRef, QuantizeConfig
-from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import LinearInfo, Skeleton, open_skeleton
 
@@ -23,7 +23,7 @@ def opened(path: Path, **fields: Any) -> Skeleton:
     return open_skeleton(find_model(ref), ref)
 
 
-def random_packed(linear: LinearInfo, quantize: QuantizeConfig, seed: int = 0) -> PackedLinear:
+def random_packed(linear: LinearInfo, quantize: QuantizeConfig, seed: int = 0) -> PackedTensors:
     """Tensors of the right shapes with random words, and the trivial g_idx (a shuffled one with desc_act)."""
     generator = torch.Generator().manual_seed(seed + sum(linear.name.encode()))
     shapes = packed_format(quantize).shapes(linear.in_features, linear.out_features)
@@ -32,7 +32,7 @@ def random_packed(linear: LinearInfo, quantize: QuantizeConfig, seed: int = 0) -
     if quantize.desc_act:
         g_idx = g_idx[torch.randperm(K, generator=generator)]
     words = -(2**31), 2**31 - 1
-    return PackedLinear(
+    return PackedTensors(
         qweight=torch.randint(*words, shapes["qweight"], dtype=torch.int32, generator=generator),
         qzeros=torch.randint(*words, shapes["qzeros"], dtype=torch.int32, generator=generator),
         scales=(0.01 * torch.randn(shapes["scales"], generator=generator)).half(),
@@ -42,7 +42,7 @@ def random_packed(linear: LinearInfo, quantize: QuantizeConfig, seed: int = 0) -
 
 def write_checkpoint(
     skeleton: Skeleton, out: Path, quantize: QuantizeConfig | None = None, **fields: Any
-) -> dict[str, PackedLinear]:
+) -> dict[str, PackedTensors]:
     """Write a whole checkpoint; return what was packed, by the linear's name in the model."""
     quantize = quantize or QuantizeConfig(group_size=32)
     packed = {linear.name: random_packed(linear, quantize) for linear in skeleton.linears}

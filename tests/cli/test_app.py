@@ -310,8 +310,8 @@ def test_a_reader_of_stderr_that_went_away_does_not_end_the_work() -> None:
     read, write = os.pipe()
     os.close(read)
     code = (
-        "from tests.display.events import story\n"
-        "fake.action = lambda observer: [observer(event) for _, event in story(1)]\n"
+        "from tests.display.events import sample_run\n"
+        "fake.action = lambda observer: [observer(event) for _, event in sample_run(1)]\n"
         "sys.exit(main(['quantize', 'M', '--out', 'O', '--json']))"
     )
     done = in_a_process(code, stdout=subprocess.PIPE, stderr=write)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices import fp32_matmul as products
-from gptq_cli.devices.fp32_matmul import Widened, products_for
+from gptq_cli.devices.fp32_matmul import Fp32Matmul, matmul_scope
 from gptq_cli.gptq import matmul as precision
-from gptq_cli.gptq.matmul import has_units
+from gptq_cli.gptq.matmul import fast_matmul_supported
 from tests.tiny import VOCAB, tiny_model
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -22,7 +22,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
-PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+MULTIPLY_ADDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "linear": lambda x, w: nn.functional.linear(x, w.T.contiguous()),
     "matmul": torch.matmul,
     "operator": lambda x, w: x @ w,
@@ -36,11 +36,11 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", MULTIPLY_ADDS)
 def test_a_product_is_the_fp32_product_rounded_once(name: str, dtype: torch.dtype) -> None:
     x, w = normal(40, 64, dtype=dtype), normal(64, 24, dtype=dtype)
-    product = PRODUCTS[name]
-    with Widened():
+    product = MULTIPLY_ADDS[name]
+    with Fp32Matmul():
         ours = product(x, w)
     assert ours.dtype == dtype
     assert torch.equal(ours, product(x.float(), w.float()).to(dtype))
@@ -48,7 +48,7 @@ def test_a_product_is_the_fp32_product_rounded_once(name: str, dtype: torch.dtyp
 
 def test_a_tall_linear_is_taken_in_pieces() -> None:
     x, w, bias = normal(3, 700, 64).bfloat16(), normal(24, 64).bfloat16(), normal(24).bfloat16()
-    with Widened():
+    with Fp32Matmul():
         ours = nn.functional.linear(x, w, bias)
     exact = nn.functional.linear(x.float(), w.float(), bias.float())
     torch.testing.assert_close(ours, exact.bfloat16(), rtol=2**-7, atol=2**-10)
@@ -58,7 +58,7 @@ def test_a_tall_linear_is_taken_in_pieces() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_what_the_units_do_to_within_the_order_of_summation(dtype: torch.dtype) -> None:
     x, w = normal(64, 96, dtype=dtype), normal(48, 96, dtype=dtype)
-    with Widened():
+    with Fp32Matmul():
         ours = nn.functional.linear(x, w)
     exact = x.double() @ w.double().T
     ulp = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
@@ -69,7 +69,7 @@ def test_few_rows_other_dtypes_and_mixtures_pass(monkeypatch: pytest.MonkeyPatch
     widened: list[torch.dtype] = []
     monkeypatch.setattr(products, "_widened", lambda value: widened.append(torch.float32) or value)
     w = normal(64, 24)
-    with Widened():
+    with Fp32Matmul():
         torch.mm(normal(8, 64, dtype=torch.bfloat16), w.bfloat16())
         torch.mm(normal(40, 64), w)
         torch.mm(normal(40, 64, dtype=torch.bfloat16), w.bfloat16(), out=torch.empty(40, 24).bfloat16())
@@ -87,7 +87,7 @@ def test_only_this_thread_and_only_inside() -> None:
     def look() -> None:
         seen.append(bool(torch.overrides._get_current_function_mode_stack()))
 
-    with Widened():
+    with Fp32Matmul():
         other = threading.Thread(target=look)
         other.start()
         other.join()
@@ -103,7 +103,7 @@ def test_a_model_says_the_same(name: str) -> None:
     ids = torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = model(input_ids=ids).logits.float()
-        with Widened():
+        with Fp32Matmul():
             widened = model(input_ids=ids).logits
         exact = model.float()(input_ids=ids).logits
     assert widened.dtype == torch.bfloat16
@@ -114,11 +114,11 @@ def test_a_model_says_the_same(name: str) -> None:
 def test_units_are_found_by_time(seconds: float, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     times = {torch.bfloat16: seconds, torch.float32: 1.0}
     monkeypatch.setattr(precision, "_seconds", times.__getitem__)
-    has_units.cache_clear()
+    fast_matmul_supported.cache_clear()
     try:
-        assert has_units(torch.bfloat16, "cpu") is fast
-        assert isinstance(products_for(torch.bfloat16, torch.device("cpu")), Widened) is not fast
-        assert has_units(torch.bfloat16, "cuda")
-        assert has_units(torch.float32, "cpu")
+        assert fast_matmul_supported(torch.bfloat16, "cpu") is fast
+        assert isinstance(matmul_scope(torch.bfloat16, torch.device("cpu")), Fp32Matmul) is not fast
+        assert fast_matmul_supported(torch.bfloat16, "cuda")
+        assert fast_matmul_supported(torch.float32, "cpu")
     finally:
-        has_units.cache_clear()
+        fast_matmul_supported.cache_clear()

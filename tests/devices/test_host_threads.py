@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.devices import host_threads
-from gptq_cli.devices.host_threads import steady_threads, usable_cores
+from gptq_cli.devices.host_threads import cap_openmp_threads, usable_cores
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def test_mask_and_quota(files: dict[str, str], cores: int, tmp_path: Path, mask:
 def test_a_quota_is_told_to_openmp_unless_it_was_told(monkeypatch: pytest.MonkeyPatch, mask: None) -> None:
     environ: dict[str, str] = {}
     monkeypatch.setattr(host_threads, "usable_cores", lambda: 8)
-    steady_threads(environ)
+    cap_openmp_threads(environ)
     assert environ == {}
     monkeypatch.setattr(host_threads, "usable_cores", lambda: 2)
-    steady_threads(environ)
+    cap_openmp_threads(environ)
     assert environ == {"OMP_NUM_THREADS": "2"}
     asked = {"OMP_NUM_THREADS": "4"}
-    steady_threads(asked)
+    cap_openmp_threads(asked)
     assert asked == {"OMP_NUM_THREADS": "4"}

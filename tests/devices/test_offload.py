@@ -181,7 +181,7 @@ def test_sigint_restores(model: nn.Module) -> None:
     with (
         pytest.raises(KeyboardInterrupt),
         replace_dispatch_hooks(model, placement(*OFFLOADED), "cpu") as chain,
-        chain.at_work("model.layers.1"),
+        chain.on_device("model.layers.1"),
     ):
         signal.raise_signal(signal.SIGINT)
     assert hooks_of(model, OFFLOADED) == []
@@ -205,11 +205,11 @@ def moves(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[tuple[str, 
 def test_a_block_at_work_moves_there_and_home_again(model: nn.Module, moves: list[tuple[str, str]]) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)) as chain:
         moves.clear()
-        with chain.at_work("model.layers.2"):
+        with chain.on_device("model.layers.2"):
             assert moves == [("model.layers.2", "cuda:0")]
         assert moves == [("model.layers.2", "cuda:0"), ("model.layers.2", "cpu")]
         moves.clear()
-        with chain.at_work("model.layers.0"):
+        with chain.on_device("model.layers.0"):
             pass
         assert moves == []
 
@@ -217,7 +217,7 @@ def test_a_block_at_work_moves_there_and_home_again(model: nn.Module, moves: lis
 def test_a_block_goes_home_after_an_exception(model: nn.Module, moves: list[tuple[str, str]]) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)) as chain:
         moves.clear()
-        with pytest.raises(ValueError, match="x"), chain.at_work("model.layers.1"):
+        with pytest.raises(ValueError, match="x"), chain.on_device("model.layers.1"):
             raise ValueError("x")
         assert moves[-1] == ("model.layers.1", "cpu")
 
@@ -262,6 +262,6 @@ def test_one_device_touches_nothing(model: nn.Module, calls: list[tuple[str, ...
         model, Placement((PlacementEntry("", device, 1, True),), device, "test")
     ) as chain:
         assert chain.hooked == chain.skipped == ()
-        with chain.at_work("model.layers.0"):
+        with chain.on_device("model.layers.0"):
             chain.send_home()
     assert calls == []

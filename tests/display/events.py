@@ -1,6 +1,6 @@
 """A synthetic run, shared by the tests of every display: two devices, blocks, a fallback, flushes, warnings.
 
-`story()` is the whole run as (seconds, event) pairs; `report()` is its result.
+`sample_run()` is the whole run as (seconds, event) pairs; `report()` is its result.
 """
 
 from collections.abc import Iterator
@@ -119,7 +119,7 @@ def block_report(index: int) -> BlockReport:
 
 
 def report(blocks: int = 3) -> RunReport:
-    """The result of the story."""
+    """The result of the sample_run."""
     return RunReport(
         model="HuggingFaceTB/SmolLM2-135M",
         revision="93efa2f097d58c2a74874c7e644dbc9b0cee75a2",
@@ -276,7 +276,7 @@ def verify_report(*, sound: bool) -> VerifyReport:
     )
 
 
-def story(blocks: int = 3) -> Iterator[tuple[float, e.Event]]:
+def sample_run(blocks: int = 3) -> Iterator[tuple[float, e.Event]]:
     """The whole run: (seconds since its start, event)."""
     now = 0.0
     yield (

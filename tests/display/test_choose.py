@@ -10,7 +10,7 @@ from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.display.plain import PlainDisplay
 from gptq_cli.display.rich import RichDisplay
 from gptq_cli.events import FindingRaised, TextGenerated, Warned, ignore, warning_text
-from tests.display.events import DENSE, OFFLOAD, story
+from tests.display.events import DENSE, OFFLOAD, sample_run
 
 
 class Tty(io.StringIO):
@@ -62,11 +62,11 @@ def test_a_live_display_beside_text_makes_way() -> None:
 def test_none_shows_warnings_alone() -> None:
     stream = Tty()
     with choose("none", quiet=False, stream=stream, environ={}) as observer:
-        for _, event in story():
+        for _, event in sample_run():
             observer(event)
         observer(FindingRaised(OFFLOAD))
         observer(FindingRaised(DENSE))
-    told = [event for _, event in story() if warning_text(event) is not None]
+    told = [event for _, event in sample_run() if warning_text(event) is not None]
     warned = [line for line in stream.getvalue().splitlines() if not line.startswith("  hint: ")]
     assert len(warned) == len(told) + 1
     assert all(line.startswith("warning") for line in warned)

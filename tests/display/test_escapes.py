@@ -17,7 +17,7 @@ from gptq_cli.display.plain import lines
 from gptq_cli.display.rich import RichDisplay
 from gptq_cli.display.tables import findings_table, run_summary
 from gptq_cli.report.page import report_html
-from tests.display.events import OFFLOAD, load_report, report, story, verify_report
+from tests.display.events import OFFLOAD, load_report, report, sample_run, verify_report
 from tests.display.map_reports import fits, planned, refused
 
 EVIL = "\x1b]0;PWN\x07\x1b[31m\r\n\x00\x7f\x9b2J\x85\u2028\u2029\u202e\u2066\ud800[red]:smile:[/red]"
@@ -68,7 +68,7 @@ def test_the_rest_stays() -> None:
 
 
 def test_what_is_well_is_the_same_object() -> None:
-    for value in (report(), OFFLOAD, load_report(), *(event for _, event in story(1))):
+    for value in (report(), OFFLOAD, load_report(), *(event for _, event in sample_run(1))):
         assert escaped(value) is value
     assert escaped({"a\n": ["b\n", 1]}) == {"a\\n": ["b\\n", 1]}
 
@@ -81,7 +81,7 @@ def test_json_is_printable_ascii() -> None:
 
 
 def test_plain_lines_are_single_lines() -> None:
-    for _, event in story(2):
+    for _, event in sample_run(2):
         for line in lines(escaped(hostile(event))):
             assert "\n" not in line
             assert not TERMINAL_ACTS_ON.search(line), line
@@ -123,7 +123,7 @@ def test_a_verification_shows_text_as_text() -> None:
 def test_the_live_display_sends_its_own_sequences_alone() -> None:
     stream = io.StringIO()
     with RichDisplay(console_for(stream)) as display:
-        for _, event in story(2):
+        for _, event in sample_run(2):
             display(escaped(hostile(event)))
         display.log(f"a library prints {EVIL}")
     assert not TERMINAL_ACTS_ON.search(stream.getvalue())

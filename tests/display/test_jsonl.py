@@ -4,7 +4,7 @@ import io
 import json
 
 from gptq_cli.display.jsonl import JsonlDisplay
-from tests.display.events import story
+from tests.display.events import sample_run
 from tests.display.test_plain import Clock
 from tests.golden import check_golden
 
@@ -12,7 +12,7 @@ from tests.golden import check_golden
 def written(blocks: int) -> str:
     clock, stream = Clock(), io.StringIO()
     with JsonlDisplay(stream, clock) as display:
-        for clock.now, event in story(blocks):
+        for clock.now, event in sample_run(blocks):
             display(event)
     return stream.getvalue()
 
@@ -23,8 +23,8 @@ def test_the_stream_of_a_whole_run() -> None:
 
 def test_every_line_is_an_object_that_names_its_event() -> None:
     objects = [json.loads(line) for line in written(2).splitlines()]
-    assert [item["event"] for item in objects] == [type(event).__name__ for _, event in story(2)]
-    assert [item["elapsed_seconds"] for item in objects] == [round(now, 3) for now, _ in story(2)]
+    assert [item["event"] for item in objects] == [type(event).__name__ for _, event in sample_run(2)]
+    assert [item["elapsed_seconds"] for item in objects] == [round(now, 3) for now, _ in sample_run(2)]
     assert all(isinstance(item["elapsed_seconds"], float) for item in objects)
 
 

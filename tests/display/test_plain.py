@@ -4,7 +4,7 @@ import io
 
 from gptq_cli import events as e
 from gptq_cli.display.plain import HEARTBEAT_SECONDS, PlainDisplay, flush_text, lines
-from tests.display.events import memory, story
+from tests.display.events import memory, sample_run
 from tests.golden import check_golden
 
 
@@ -21,7 +21,7 @@ class Clock:
 def test_the_log_of_a_whole_run() -> None:
     clock, stream = Clock(), io.StringIO()
     with PlainDisplay(stream, clock) as display:
-        for clock.now, event in story(2):
+        for clock.now, event in sample_run(2):
             display(event)
     text = stream.getvalue()
     assert "\x1b" not in text
@@ -41,7 +41,7 @@ def test_samples_are_no_lines_but_a_long_stage_is_not_silent() -> None:
 
 
 def test_every_fallback_is_a_word() -> None:
-    text = "\n".join(line for _, event in story(2) for line in lines(event))
+    text = "\n".join(line for _, event in sample_run(2) for line in lines(event))
     assert text.count("FALLBACK to rtn") == 1
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from gptq_cli import events as e
 from gptq_cli.display.rich import RichDisplay
-from tests.display.events import DENSE, OFFLOAD, linear, memory, story
+from tests.display.events import DENSE, OFFLOAD, linear, memory, sample_run
 from tests.display.test_plain import Clock
 from tests.golden import check_golden
 
@@ -35,8 +35,8 @@ class Terminal:
         self.width, self.height = width, height
 
     def play(self, until: type[e.Event] | None = None, nth: int = 1, blocks: int = 3) -> None:
-        """Feed the story up to the `nth` event of type `until`."""
-        for self.clock.now, event in story(blocks):
+        """Feed the sample_run up to the `nth` event of type `until`."""
+        for self.clock.now, event in sample_run(blocks):
             self.display(event)
             if until and isinstance(event, until):
                 nth -= 1

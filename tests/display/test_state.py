@@ -2,13 +2,13 @@
 
 from gptq_cli import events as e
 from gptq_cli.display.state import REMEMBERED, State, advance
-from tests.display.events import STAGES, linear, memory, story
+from tests.display.events import STAGES, linear, memory, sample_run
 
 
 def after(until: type[e.Event], nth: int = 1, blocks: int = 3) -> tuple[State, float]:
     """The state just after the `nth` event of type `until`, and when that was."""
     state, now = State(since=0.0), 0.0
-    for now, event in story(blocks):
+    for now, event in sample_run(blocks):
         state = advance(state, event, now)
         if isinstance(event, until):
             nth -= 1

@@ -57,7 +57,7 @@ def test_every_architecture_quantizes_and_loads(
     )
     assert loaded.code == 0, loaded.stderr
     assert loaded.document["linears"] == len(losses)
-    assert loaded.document["perplexity"] == pytest.approx(twin_perplexity(tiny(name), out, text), rel=2e-3)
+    assert loaded.document["perplexity"] == pytest.approx(dense_perplexity(tiny(name), out, text), rel=2e-3)
 
 
 def evaluated(out: Path, text: Path) -> Ran:
@@ -66,7 +66,7 @@ def evaluated(out: Path, text: Path) -> Ran:
     return gptq("load", out, "--eval", text, *words)
 
 
-def twin_perplexity(model: Path, out: Path, text: Path) -> float:
+def dense_perplexity(model: Path, out: Path, text: Path) -> float:
     """Perplexity of the dense model with the checkpoint's dequantized weights put in by Transformers."""
     from gptq_cli.calibration import evaluation_windows, open_tokenizer
     from gptq_cli.evaluation.perplexity import perplexity
@@ -185,7 +185,7 @@ def test_bfloat16_costs_little_with_and_without_units(
 ) -> None:
     """Products on bf16 units, or formed in fp32 and rounded: both stay near the run in float32."""
     for module in (precision, products, hessian, moments):
-        monkeypatch.setattr(module, "has_units", lambda *_: units)
+        monkeypatch.setattr(module, "fast_matmul_supported", lambda *_: units)
     full = linears_of(tiny_llama, text, tmp_path / "full", "--dtype", "float32")
     half = linears_of(tiny_llama, text, tmp_path / "half", "--dtype", "bfloat16")
     total, base = (sum(linear["loss"] for linear in linears) for linears in (half, full))

@@ -10,9 +10,9 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine import loop
 from gptq_cli.engine.capture import BlockCall, Captured
 from gptq_cli.engine.loop import Block, LoopOptions, quantize_blocks
-from gptq_cli.engine.stages import Stage, rounds_of
+from gptq_cli.engine.stages import Stage, collection_passes
 from gptq_cli.events import Event, Warned
-from gptq_cli.gptq.packing import PackedLinear
+from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.placement.device import CPU
 from gptq_cli.results.run import LinearReport
@@ -72,7 +72,7 @@ def quantized(config: QuantizeConfig, events: list[Event]) -> dict[str, LinearRe
     captured = Captured(
         hidden=hidden, calls=[[call] * 4], probes=[call], samples=[(2 * i, 2 * i + 1) for i in range(4)]
     )
-    handed: list[tuple[LinearInfo, PackedLinear]] = []
+    handed: list[tuple[LinearInfo, PackedTensors]] = []
     (report,) = quantize_blocks(
         [Block("layers.0", module, torch.device("cpu"), infos)],
         captured,
@@ -100,7 +100,7 @@ def test_an_expert_that_nobody_chose_is_quantized_by_gptq(true_sequential: bool)
 
 
 def test_without_the_pool_it_would_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "lean_on_pool", lambda moments: [moment.hessian() for moment in moments])
+    monkeypatch.setattr(loop, "shrink_to_pooled", lambda moments: [moment.hessian() for moment in moments])
     with pytest.raises(loop.NotPositiveDefinite, match="no calibration token"):
         quantized(QuantizeConfig(group_size=32, solve_for="own"), [])
 
@@ -110,8 +110,8 @@ def test_waves_hold_one_width_and_no_more_than_fits(monkeypatch: pytest.MonkeyPa
     wide, narrow = ([Stage((f"{i}.{kind}",), once=False) for i in range(3)] for kind in ("up", "down"))
     mixed = [stage for pair in zip(wide, narrow, strict=True) for stage in pair]
     columns = {"q": 8, **{s.leader: 64 for s in wide}, **{s.leader: 16 for s in narrow}}
-    rounds = rounds_of([once, *mixed], columns, true_sequential=True)
+    rounds = collection_passes([once, *mixed], columns, true_sequential=True)
     assert rounds == [[once], wide, narrow]
-    monkeypatch.setattr("gptq_cli.engine.stages.WAVE_BYTES", 2 * 4 * 64 * 64)
-    rounds = rounds_of([once, *mixed], columns, true_sequential=False)
+    monkeypatch.setattr("gptq_cli.engine.stages.EXPERT_BATCH_BYTES", 2 * 4 * 64 * 64)
+    rounds = collection_passes([once, *mixed], columns, true_sequential=False)
     assert rounds == [[once], wide[:2], wide[2:], narrow]

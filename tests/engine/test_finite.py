@@ -2,21 +2,21 @@ from __future__ import annotations
 
 import torch
 
-from gptq_cli.engine.finite import blame_sample
+from gptq_cli.engine.finite import non_finite_error
 
 
 def test_the_first_bad_sample_is_named() -> None:
     x = torch.zeros(4, 3, 2)
     x[2, 1, 0] = torch.nan
     x[3, 0, 0] = torch.inf
-    error = blame_sample((x, None, None), (8, 9, 10, 12), "model.layers.3", "mlp.down_proj")
+    error = non_finite_error((x, None, None), (8, 9, 10, 12), "model.layers.3", "mlp.down_proj")
     assert error.exit_code == 5
     for part in ("sample 10", "'mlp.down_proj'", "'model.layers.3'"):
         assert part in error.message
 
 
 def test_an_overflow_of_squares_is_told_from_a_bad_value() -> None:
-    error = blame_sample((torch.ones(2, 3, 2), torch.full((2, 3, 2), 1e30)), (4, 6), "b", "l")
+    error = non_finite_error((torch.ones(2, 3, 2), torch.full((2, 3, 2), 1e30)), (4, 6), "b", "l")
     assert "overflows" in error.message
     assert "reaches 1e+30" in error.message
     assert "one of the samples 4, 6" in (error.hint or "")
@@ -27,7 +27,7 @@ def test_the_dense_stream_is_searched_as_well() -> None:
     dense[1, 0, 0] = torch.nan
     assert (
         "for sample 6 of the calibration"
-        in blame_sample((torch.ones(2, 3, 2), dense), (4, 6), "b", "l").message
+        in non_finite_error((torch.ones(2, 3, 2), dense), (4, 6), "b", "l").message
     )
 
 
@@ -35,5 +35,6 @@ def test_no_sample_is_invented_where_tokens_are_routed() -> None:
     x = torch.zeros(5, 2)
     x[4, 0] = torch.inf
     assert (
-        "for one of the samples 4, 6 of the calibration" in blame_sample((x, None), (4, 6), "b", "l").message
+        "for one of the samples 4, 6 of the calibration"
+        in non_finite_error((x, None), (4, 6), "b", "l").message
     )

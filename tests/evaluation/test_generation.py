@@ -14,7 +14,7 @@ from gptq_cli.calibration import open_tokenizer
 from gptq_cli.config import Sampling
 from gptq_cli.errors import CheckpointError, ConfigError, NonFinite
 from gptq_cli.evaluation.generation import TextPieces, encode_prompt, generate
-from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory
+from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory
 from tests.inference.test_load import load
 
 TEMPLATE = (
@@ -27,7 +27,7 @@ def opened(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """(packed model, its dense twin, tokenizer), float32."""
     target = tmp_path_factory.mktemp("generation") / "q"
     weights = quantize_directory(tiny_llama, target, Recipe(group_size=32))
-    return load(target), dense_twin(tiny_llama, weights, torch.float32), open_tokenizer(target)
+    return load(target), dense_copy(tiny_llama, weights, torch.float32), open_tokenizer(target)
 
 
 def test_greedy_text_is_the_dense_twins(opened: tuple[Any, Any, Any]) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gptq_cli.gptq import hessian as hessian_module
 from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
-from gptq_cli.gptq.matmul import exact_products, fast_products
+from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
 from tests import reference
 from tests.gptq.cases import activations
 
@@ -110,7 +110,7 @@ def test_one_bad_value_shows_on_the_diagonal(bad: float) -> None:
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What fast products run in, on a CPU with and without units for bf16."""
     for module in (precision, hessian_module):
-        monkeypatch.setattr(module, "has_units", lambda dtype, device_type: request.param)
+        monkeypatch.setattr(module, "fast_matmul_supported", lambda dtype, device_type: request.param)
     return "bf16" if request.param else "ieee"
 
 
@@ -119,13 +119,13 @@ def test_precision_is_scoped_and_restored(fast: str) -> None:
         return MKLDNN.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
 
     before = state()
-    with fast_products():
+    with fast_matmul():
         assert state() == (fast, "tf32")
-        with exact_products():
+        with exact_matmul():
             assert state() == ("ieee", "ieee")
         assert state() == (fast, "tf32")
     assert state() == before
-    with pytest.raises(KeyError), fast_products():
+    with pytest.raises(KeyError), fast_matmul():
         raise KeyError
     assert state() == before
 

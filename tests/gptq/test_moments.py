@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.moments import StageMoments, lean_on_pool
-from gptq_cli.gptq.target import Trust
+from gptq_cli.gptq.goal import StepChoice
+from gptq_cli.gptq.moments import StageMoments, shrink_to_pooled
 from tests.gptq.cases import activations, weights
 
 K, SAMPLES, LENGTH = 24, 8, 60
@@ -29,8 +29,8 @@ def collected(dense: Tensor, quant: Tensor, batch: int) -> tuple[Tensor, list[Te
             moments.add(quant[start : start + batch], dense[start : start + batch], start)
         assert moments.tokens == quant.shape[0] * LENGTH
         H = moments.hessian()
-        targets, trust = moments.target(W, H, 0.05)
-        return H, targets, trust.alpha
+        goals, trust = moments.goal(W, H, 0.05)
+        return H, goals, trust.alpha
 
 
 def test_without_a_dense_stream_it_is_the_hessian() -> None:
@@ -38,21 +38,21 @@ def test_without_a_dense_stream_it_is_the_hessian() -> None:
     with StageMoments(K, CPU, samples=SAMPLES, dense=False) as moments:
         moments.add(quant, None, 0)
         H = moments.hessian()
-        assert moments.target([torch.ones(1, K)], H, 0.05) == (None, Trust())
+        assert moments.goal([torch.ones(1, K)], H, 0.05) == (None, StepChoice())
     flat = quant.reshape(-1, K)
     torch.testing.assert_close(H, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
 
 
 def test_the_cut_into_micro_batches_does_not_matter() -> None:
     dense, quant = two_streams()
-    H, targets, alpha = collected(dense, quant, 8)
-    assert targets is not None
+    H, goals, alpha = collected(dense, quant, 8)
+    assert goals is not None
     for batch in (1, 3, 5):
         H_other, targets_other, alpha_other = collected(dense, quant, batch)
         torch.testing.assert_close(H_other, H, rtol=1e-4, atol=1e-5)
         assert alpha_other == pytest.approx(alpha, rel=1e-3)
         assert targets_other is not None
-        for ours, theirs in zip(targets_other, targets, strict=True):
+        for ours, theirs in zip(targets_other, goals, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
@@ -63,14 +63,14 @@ def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
         for i in range(SAMPLES):
             moments.add(quant[i : i + 1], dense[i : i + 1] if i % 2 else None, i)
         H = moments.hessian()
-        targets, trust = moments.target(W, H, 0.05)
+        goals, trust = moments.goal(W, H, 0.05)
     everything, _, full = collected(dense, quant, 1)
     torch.testing.assert_close(H, everything, rtol=1e-4, atol=1e-5)
-    assert targets is not None
+    assert goals is not None
     assert 0.3 < trust.alpha <= full + 0.2
     with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
         moments.add(quant, None, 0)
-        assert moments.target(W, moments.hessian(), 0.05) == (None, Trust())
+        assert moments.goal(W, moments.hessian(), 0.05) == (None, StepChoice())
 
 
 def test_the_last_quarter_judges() -> None:
@@ -87,12 +87,12 @@ def test_the_last_quarter_judges() -> None:
 
 def test_the_target_pays_on_samples_nobody_has_seen() -> None:
     dense, quant = two_streams(samples=40)
-    _, targets, _ = collected(dense[:SAMPLES], quant[:SAMPLES], 4)
-    assert targets is not None
+    _, goals, _ = collected(dense[:SAMPLES], quant[:SAMPLES], 4)
+    assert goals is not None
     W = torch.cat([weights(5, K, 1), weights(3, K, 2)]).float()
     goal = dense[SAMPLES:] @ W.T
     before = (goal - quant[SAMPLES:] @ W.T).square().sum()
-    after = (goal - quant[SAMPLES:] @ torch.cat(targets).T).square().sum()
+    after = (goal - quant[SAMPLES:] @ torch.cat(goals).T).square().sum()
     assert after < 0.8 * before
 
 
@@ -144,21 +144,21 @@ def test_the_residual_is_made_up_for() -> None:
             for i in range(0, SAMPLES, 2):
                 part = slice(i, i + 2)
                 moments.add(quant[part], dense[part], i, None if told is None else told[part])
-            targets, trust = moments.target([W], moments.hessian(), 0.05)
-        assert targets is not None
+            goals, trust = moments.goal([W], moments.hessian(), 0.05)
+        assert goals is not None
         assert trust.alpha > 0.5
         unseen = slice(SAMPLES, None)
         goal = dense[unseen] @ W.T + gap[unseen]
-        found.append(float((goal - quant[unseen] @ targets[0].T).square().sum()))
+        found.append(float((goal - quant[unseen] @ goals[0].T).square().sum()))
     assert found[0] < 0.5 * found[1]
     with_outputs = StageMoments(K, CPU, samples=SAMPLES, dense=True, weight=W)
     with_inputs = StageMoments(K, CPU, samples=SAMPLES, dense=True)
-    targets = []
+    goals = []
     for moments in (with_outputs, with_inputs):
         moments.add(quant[:SAMPLES], dense[:SAMPLES], 0)
-        (target,), _ = moments.target([W], moments.hessian(), 0.05)
-        targets.append(target)
-    torch.testing.assert_close(*targets, rtol=1e-3, atol=1e-4)
+        (target,), _ = moments.goal([W], moments.hessian(), 0.05)
+        goals.append(target)
+    torch.testing.assert_close(*goals, rtol=1e-3, atol=1e-4)
 
 
 def test_the_pool_is_the_hessian_of_all_tokens() -> None:
@@ -168,7 +168,7 @@ def test_the_pool_is_the_hessian_of_all_tokens() -> None:
     for moment, part in zip(moments, parts, strict=True):
         if len(part):
             moment.add(part, None, 0)
-    leaning = lean_on_pool(moments)
+    leaning = shrink_to_pooled(moments)
     flat = quant[:7].reshape(-1, K)
     pool = flat.T @ flat / len(flat)
     torch.testing.assert_close(leaning[2], pool, rtol=1e-4, atol=1e-5)
@@ -181,7 +181,7 @@ def test_alone_or_without_a_token_nothing_leans() -> None:
     _, quant = two_streams()
     alone, empty = (StageMoments(K, CPU, samples=0, dense=False) for _ in range(2))
     alone.add(quant, None, 0)
-    (H,) = lean_on_pool([alone])
+    (H,) = shrink_to_pooled([alone])
     flat = quant.reshape(-1, K)
     torch.testing.assert_close(H, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
-    assert torch.equal(lean_on_pool([empty])[0], torch.zeros(K, K))
+    assert torch.equal(shrink_to_pooled([empty])[0], torch.zeros(K, K))

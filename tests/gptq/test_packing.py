@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptq_cli.gptq.packing import PackedLinear, pack, pack_rows, unpack, unpack_rows
+from gptq_cli.gptq.packing import PackedTensors, pack, pack_rows, unpack, unpack_rows
 from gptq_cli.gptq.quantized import QuantizedLinear
 from tests.golden import check_golden
 
@@ -92,7 +92,7 @@ def test_symmetric_four_bit_zeros_are_the_famous_sevens() -> None:
 def test_words_that_are_missing() -> None:
     q = make(8, 64, 1, 4)
     packed = pack(q, 4, "gptq")
-    short = PackedLinear(
+    short = PackedTensors(
         qweight=packed.qweight[:-1], qzeros=packed.qzeros, scales=packed.scales, g_idx=packed.g_idx
     )
     with pytest.raises(ValueError, match="7 words; 64 codes of 4 bits fill 8"):

@@ -19,7 +19,7 @@ from gptq_cli.gptq.packing import unpack_rows
 from gptq_cli.inference.load import kernel_counts, load_quantized
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
-from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory, write_config
+from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory, write_config
 from tests.conftest import TinyFactory
 from tests.inference.test_load import as_gptqmodel_writes_it, close_logits, load, logits
 
@@ -158,8 +158,8 @@ def test_the_same_numbers(
     recipe: Recipe, kernels: list[type[nn.Module]], tiny_llama: Path, tmp_path: Path
 ) -> None:
     weights = quantize_directory(tiny_llama, tmp_path / "q", recipe)
-    model = load(tmp_path / "q", wish="gptqmodel")
-    assert close_logits(logits(model), logits(dense_twin(tiny_llama, weights, torch.float32)), 1e-4)
+    model = load(tmp_path / "q", kernel_choice="gptqmodel")
+    assert close_logits(logits(model), logits(dense_copy(tiny_llama, weights, torch.float32)), 1e-4)
     (count,) = kernel_counts(model)
     assert (count.kernel, count.linears, count.reason) == ("gptqmodel", 21, "asked for, ExactLinear")
 
@@ -171,7 +171,7 @@ def test_zeros_of_0_in_asymmetric_codes(
     """The package adds to whole words, whoever wrote them: it is handed what it would have written."""
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, version="gptq_v2"))
     twin = as_gptqmodel_writes_it(tmp_path / "q", 4, quantizer)
-    assert close_logits(logits(load(twin, wish="gptqmodel")), logits(load(twin)), 1e-4)
+    assert close_logits(logits(load(twin, kernel_choice="gptqmodel")), logits(load(twin)), 1e-4)
 
 
 @pytest.mark.parametrize("said", ["gptq", "gptq_v2"])
@@ -181,8 +181,8 @@ def test_symmetric_zeros_under_a_wrong_name(
     stored = "gptq" if said == "gptq_v2" else "gptq_v2"
     weights = quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, version=stored))
     write_config(tmp_path / "q", Recipe(group_size=32, version=said))
-    model = load(tmp_path / "q", wish="gptqmodel")
-    dense = dense_twin(tiny_llama, weights, torch.float32)
+    model = load(tmp_path / "q", kernel_choice="gptqmodel")
+    dense = dense_copy(tiny_llama, weights, torch.float32)
     assert close_logits(logits(model), logits(dense), 1e-4)
     assert model.num_parameters() == dense.num_parameters()
 
@@ -193,15 +193,15 @@ def test_biases_experts_and_conv1d(
 ) -> None:
     conv1d = name == "gpt2"
     weights = quantize_directory(tiny(name), tmp_path / "q", Recipe(group_size=32), transposed=conv1d)
-    expected = dense_twin(tiny(name), weights, torch.float32, transposed=conv1d)
-    assert close_logits(logits(load(tmp_path / "q", wish="gptqmodel")), logits(expected), 1e-3)
+    expected = dense_copy(tiny(name), weights, torch.float32, transposed=conv1d)
+    assert close_logits(logits(load(tmp_path / "q", kernel_choice="gptqmodel")), logits(expected), 1e-3)
 
 
 def test_it_is_not_installed(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path) -> None:
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="gptqmodel is not installed") as caught:
-        load(tmp_path / "q", wish="gptqmodel")
+        load(tmp_path / "q", kernel_choice="gptqmodel")
     assert (caught.value.hint or "").startswith("pip install gptqmodel, or use --kernel auto")
 
 
@@ -211,7 +211,7 @@ def test_another_version_is_installed(
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     monkeypatch.delattr(sys.modules["gptqmodel.utils.importer"], "validate_quant_linear")
     with pytest.raises(ConfigError, match="cannot be used: cannot import name 'validate_quant_linear'"):
-        load(tmp_path / "q", wish="gptqmodel")
+        load(tmp_path / "q", kernel_choice="gptqmodel")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_what_it_does_not_take_is_named(
     if recipe.group_size == 24:
         kernels[0] = type("Floor", (ExactLinear,), {"__init__": floor_groups})
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path / "q", wish="gptqmodel")
+        load(tmp_path / "q", kernel_choice="gptqmodel")
 
 
 def floor_groups(self: Any, **fields: Any) -> None:
@@ -252,7 +252,7 @@ def test_a_kernel_that_computes_something_else_is_refused(
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     kernels[0] = kernel
     with pytest.raises(CheckpointError, match=message):
-        load(tmp_path / "q", wish="gptqmodel")
+        load(tmp_path / "q", kernel_choice="gptqmodel")
 
 
 def test_the_next_best_kernel_is_taken(
@@ -260,7 +260,9 @@ def test_the_next_best_kernel_is_taken(
 ) -> None:
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     kernels.insert(0, Picky)
-    assert kernel_counts(load(tmp_path / "q", wish="gptqmodel"))[0].reason == "asked for, ExactLinear"
+    assert (
+        kernel_counts(load(tmp_path / "q", kernel_choice="gptqmodel"))[0].reason == "asked for, ExactLinear"
+    )
 
 
 def test_modules_that_travel_cannot_have_it(
@@ -271,4 +273,4 @@ def test_modules_that_travel_cannot_have_it(
     other = Device.parse("cuda:0")
     entries = (PlacementEntry("model", other, 1, True), PlacementEntry("lm_head", CPU, 1, True))
     with pytest.raises(ConfigError, match="cannot travel"):
-        load_quantized(checkpoint, Placement(entries, other, "test"), wish="gptqmodel")
+        load_quantized(checkpoint, Placement(entries, other, "test"), kernel_choice="gptqmodel")

@@ -271,7 +271,7 @@ def test_on_cuda(bits: int, sym: bool) -> None:
             read(packed, recipe, **fields), bias=None, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
         )
         assert isinstance(linear.kernel, Tinygemm if dtype == torch.bfloat16 else Dequantize)
-        for few_rows in (0, 1 << 20) if linear.kernel.can_fuse else (0,):
-            linear.few_rows = few_rows
+        for max_fused_tokens in (0, 1 << 20) if linear.kernel.can_fuse else (0,):
+            linear.max_fused_tokens = max_fused_tokens
             x = torch.randn(5, 512, device="cuda").to(dtype)
             assert relative(linear(x).double().cpu(), x.double().cpu() @ packed.weight.T) < 1e-2

@@ -30,7 +30,7 @@ from gptq_cli.inference.load import (
 )
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
-from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory, quantize_slowly, write_config
+from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory, quantize_slowly, write_config
 from tests.conftest import TinyFactory
 from tests.tiny import TINY
 
@@ -61,7 +61,7 @@ def test_every_architecture(name: str, tiny: TinyFactory, tmp_path: Path) -> Non
     assert len(packed_linears(model)) == len(weights)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert not model.training
-    twin = dense_twin(source, weights, torch.float32, transposed=conv1d)
+    twin = dense_copy(source, weights, torch.float32, transposed=conv1d)
     assert close_logits(logits(model), logits(twin), 1e-5)
     half = load(tmp_path / "q", "bfloat16")
     assert close_logits(logits(half), logits(twin), 0.1)
@@ -98,7 +98,7 @@ def test_every_architecture(name: str, tiny: TinyFactory, tmp_path: Path) -> Non
 def test_every_kind_of_checkpoint(recipe: Recipe, tiny_llama: Path, tmp_path: Path) -> None:
     weights = quantize_directory(tiny_llama, tmp_path / "q", recipe)
     assert ("lm_head" in weights) is (recipe.skip == ())
-    twin = logits(dense_twin(tiny_llama, weights, torch.float32))
+    twin = logits(dense_copy(tiny_llama, weights, torch.float32))
     assert close_logits(logits(load(tmp_path / "q")), twin, 1e-5)
     assert close_logits(logits(load(tmp_path / "q", "bfloat16")), twin, 0.1)
 
@@ -178,7 +178,7 @@ def test_dynamic_overrides(tiny_llama: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "q", Recipe(group_size=32, extra={"dynamic": dynamic}))
     model = load(tmp_path / "q")
     assert {module.bits for module in packed_linears(model).values()} == {4, 8}
-    twin = dense_twin(tiny_llama, weights, torch.float32)
+    twin = dense_copy(tiny_llama, weights, torch.float32)
     assert close_logits(logits(model), logits(twin), 1e-5)
 
 
@@ -196,12 +196,12 @@ def test_shards_and_a_single_config_file(tiny: TinyFactory, tmp_path: Path) -> N
     (tmp_path / "q" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
     (tmp_path / "q" / "quantize_config.json").unlink()
     model = load(tmp_path / "q")
-    assert close_logits(logits(model), logits(dense_twin(source, weights, torch.float32)), 1e-5)
+    assert close_logits(logits(model), logits(dense_copy(source, weights, torch.float32)), 1e-5)
 
 
 def test_the_kernel_can_be_wished_for(tiny_llama: Path, tmp_path: Path) -> None:
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
-    model = load(tmp_path / "q", "bfloat16", wish="dequantize")
+    model = load(tmp_path / "q", "bfloat16", kernel_choice="dequantize")
     (count,) = kernel_counts(model)
     assert (count.kernel, count.linears, count.reason) == ("dequantize", 21, "asked for")
 
@@ -329,7 +329,7 @@ def test_cpu_entries_beside_an_accelerator(
     assert built[:7] == [Device("cuda", 0)] * 7  # block 0: built where it stays
     assert built[7:21] == [Device("cuda", 0), CPU] * 7  # block 1: built for the main device, then taken away
     assert model.model.layers[1].mlp.up_proj.packed.is_meta
-    twin = dense_twin(tiny_llama, weights, torch.float32)
+    twin = dense_copy(tiny_llama, weights, torch.float32)
     assert close_logits(logits(model), logits(twin), 0.1)
 
 

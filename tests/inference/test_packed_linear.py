@@ -54,8 +54,8 @@ def assert_equal_products(linear: PackedLinear, weight: Tensor, x: Tensor, bias:
 def both_paths(linear: PackedLinear, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
     """M = 1, 3, 17 by the fused kernel (where there is one), then all of them by dequantization."""
     columns = weight.shape[1]
-    for few_rows in (1 << 20, 0) if linear.kernel.can_fuse else (0,):
-        linear.few_rows = few_rows
+    for max_fused_tokens in (1 << 20, 0) if linear.kernel.can_fuse else (0,):
+        linear.max_fused_tokens = max_fused_tokens
         for tokens in (1, 3, 17):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).to(dtype)
             assert_equal_products(linear, weight, x, bias)
@@ -79,7 +79,7 @@ def test_other_dtypes_dequantize(dtype: torch.dtype, bits: int, sym: bool) -> No
     recipe = Recipe(bits=bits, group_size=32, sym=sym, version="gptq_v2")
     linear, packed, _ = build(recipe, dtype=dtype)
     assert isinstance(linear.kernel, Dequantize)
-    assert linear.few_rows == 0
+    assert linear.max_fused_tokens == 0
     both_paths(linear, packed.weight, dtype)
 
 
@@ -127,7 +127,7 @@ def test_a_dense_weight_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
         return dense(held, start, stop, dtype, memory)
 
     monkeypatch.setattr(linear.kernel, "dense", spy)
-    linear.few_rows = 0
+    linear.max_fused_tokens = 0
     assert_equal_products(linear, packed.weight, torch.randn(5, 64).bfloat16(), None)
     assert pieces == [(0, 128), (128, 256), (256, 320)]
 
@@ -141,7 +141,7 @@ def test_leading_dimensions_and_empty_inputs() -> None:
 
 def test_an_input_of_another_dtype_takes_the_dequantize_path() -> None:
     linear, packed, _ = build(Recipe(group_size=32))
-    linear.few_rows = 1 << 20
+    linear.max_fused_tokens = 1 << 20
     x = torch.randn(2, 256)
     expected = x.double() @ packed.weight.T
     assert (linear(x).double() - expected).norm() / expected.norm() < 1e-2
@@ -153,7 +153,7 @@ def test_the_fused_kernel_is_used_for_few_tokens_only(monkeypatch: pytest.Monkey
     calls: list[int] = []
     fused = linear.kernel.fused
     monkeypatch.setattr(linear.kernel, "fused", lambda x, held: calls.append(len(x)) or fused(x, held))
-    linear.few_rows = 4
+    linear.max_fused_tokens = 4
     for tokens in (1, 4, 5, 64):
         linear(torch.randn(tokens, 256).bfloat16())
     assert calls == [1, 4]

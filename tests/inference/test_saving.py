@@ -15,7 +15,7 @@ import gptq_cli
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.inference.load import resident_bytes
-from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory
+from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory
 from tests.conftest import TinyFactory
 from tests.inference.test_load import close_logits, load, logits
 
@@ -51,7 +51,7 @@ def test_what_is_saved_is_the_checkpoint(checkpoint: Path, tmp_path: Path) -> No
 def test_parameters_are_those_of_the_dense_model(name: str, tiny: TinyFactory, tmp_path: Path) -> None:
     weights = quantize_directory(tiny(name), tmp_path / "q", Recipe(group_size=32), transposed=name == "gpt2")
     model = load(tmp_path / "q")
-    dense = dense_twin(tiny(name), weights, torch.float32, transposed=name == "gpt2")
+    dense = dense_copy(tiny(name), weights, torch.float32, transposed=name == "gpt2")
     assert model.num_parameters() == dense.num_parameters()
     assert model.num_parameters(exclude_embeddings=True) == dense.num_parameters(exclude_embeddings=True)
     assert model.num_parameters(only_trainable=True) == 0
@@ -107,7 +107,7 @@ def test_zeros_under_a_wrong_name_are_set_right(bits: int, tiny_llama: Path, tmp
     for name in ("config.json", "quantize_config.json"):
         (other / name).write_bytes((tmp_path / "q" / name).read_bytes())
     model = load(other)
-    assert close_logits(logits(model), logits(dense_twin(tiny_llama, weights, torch.float32)), 1e-5)
+    assert close_logits(logits(model), logits(dense_copy(tiny_llama, weights, torch.float32)), 1e-5)
     model.save_pretrained(tmp_path / "copy")
     copied = load_file(tmp_path / "copy" / "model.safetensors")
     assert all(torch.equal(copied[name], tensor) for name, tensor in right.items())

@@ -26,7 +26,7 @@ from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.results.document import document
 from gptq_cli.results.load import LoadReport, VerifyReport
-from tests.checkpoint.checkpoints import Recipe, dense_twin, quantize_directory, write_config
+from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory, write_config
 from tests.conftest import TinyFactory
 from tests.e2e.commands import gptq, write_text
 from tests.inference.test_load import Q, change_tensor, close_logits, logits
@@ -37,7 +37,7 @@ def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """(a checkpoint, the dense model of its codes)."""
     path = tmp_path_factory.mktemp("load") / "q"
     weights = quantize_directory(tiny_llama, path, Recipe(group_size=32))
-    return path, dense_twin(tiny_llama, weights, torch.float32)
+    return path, dense_copy(tiny_llama, weights, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_against_the_dense_model(made: tuple[Path, Any], tiny_llama: Path, text:
     job = LoadJob(path=str(path), evaluate=text, seq_len=32, windows=3, against=str(tiny_llama))
     report = opened(job, events)
     windows = evaluation_windows(open_tokenizer(path), text, 32, 3)
-    dense = dense_twin(tiny_llama, {}, torch.float32)
+    dense = dense_copy(tiny_llama, {}, torch.float32)
     expected = compare(twin, dense, windows.input_ids)
     assert report.agreement is not None
     assert report.agreement.kl == pytest.approx(expected.kl, rel=1e-3)
@@ -208,7 +208,7 @@ def test_symmetric_zeros_are_read_as_what_they_are(
 ) -> None:
     weights = quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, version=said))
     zeros_of(tmp_path / "q", found, [Q, "lm_head"] if some else None)
-    expected = logits(dense_twin(tiny_llama, weights, torch.float32))
+    expected = logits(dense_copy(tiny_llama, weights, torch.float32))
     assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
     events: list[Event] = []
     report = opened(LoadJob(path=str(tmp_path / "q")), events)
@@ -242,7 +242,7 @@ def test_zeros_that_are_not_symmetric_though_sym_is_said(tiny_llama: Path, tmp_p
     report = opened(LoadJob(path=str(tmp_path / "q")))
     assert len(report.warnings) == 1
     assert "of 21 linears hold zeros that symmetric codes do not have" in report.warnings[0]
-    expected = logits(dense_twin(tiny_llama, weights, torch.float32))
+    expected = logits(dense_copy(tiny_llama, weights, torch.float32))
     assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
 
 

@@ -226,12 +226,12 @@ def test_a_stream_of_blocks_has_one_block_at_a_time(name: str, tiny: TinyFactory
         for block in skeleton.blocks:
             module = stream.model.get_submodule(block)
             assert all(parameter.is_meta for parameter in module.parameters())
-            with stream.at_work(block):
+            with stream.on_device(block):
                 for key, value in module.state_dict().items():
                     assert torch.equal(value, expected[f"{block}.{key}"]), key
                 next(module.parameters()).data.zero_()
             assert all(parameter.is_meta for parameter in module.parameters())
-        with stream.at_work(skeleton.blocks[0]):
+        with stream.on_device(skeleton.blocks[0]):
             first = next(stream.model.get_submodule(skeleton.blocks[0]).parameters())
             assert first.any(), "read again, as it is in the files"
         for key, value in stream.model.state_dict().items():

@@ -12,8 +12,8 @@ from gptq_cli.planning import memory as budget
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import (
     CHUNK_BYTES,
-    FLIGHT_HIDDEN,
-    FLIGHT_ROWS,
+    IN_FLIGHT_HIDDEN,
+    IN_FLIGHT_ROWS,
     SOLVE_BYTES,
     packed_bytes,
     quantized_bytes,
@@ -42,7 +42,7 @@ def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
     t = 32 * 2048
     found = one(work)
-    assert found.working_bytes == t * 2 * (FLIGHT_HIDDEN * H + FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
+    assert found.working_bytes == t * 2 * (IN_FLIGHT_HIDDEN * H + IN_FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
     assert found.hessian_bytes == 4 * INNER**2
 
 

@@ -173,9 +173,9 @@ def test_plans_keep_five_percent_where_they_can() -> None:
 
 def test_fill_never_goes_back() -> None:
     units = units_of(llama(blocks=3))
-    homes = fill(units, [(CUDA0, 80_000_000), (CUDA1, 10**9)])
-    assert homes is not None
-    order = [homes[unit.name] for unit in units]
+    assigned = fill(units, [(CUDA0, 80_000_000), (CUDA1, 10**9)])
+    assert assigned is not None
+    order = [assigned[unit.name] for unit in units]
     assert order == sorted(order)
     assert fill(units, [(CUDA0, 1000)]) is None
     even = fill_evenly(units, [(CUDA0, 10**9), (CUDA1, 10**9)])

@@ -10,12 +10,19 @@ import torch
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.placement.device import CPU
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.time import DISK_BYTES_PER_SECOND, PRODUCTS, START_SECONDS, Speed, job_seconds, measure
+from gptq_cli.planning.time import (
+    DISK_BYTES_PER_SECOND,
+    MULTIPLY_ADDS,
+    START_SECONDS,
+    MachineRates,
+    job_seconds,
+    measure,
+)
 from tests.preflight.shapes import llama
 
 FACTS = replace(llama(blocks=2, hidden=1024, inner=4096), tensor_files_bytes=5 * 10**8)
 WORK = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=10, seq_len=1000))
-IDLE = Speed(1e30, 1e30, 1e30, 0.0, 0.0)
+IDLE = MachineRates(1e30, 1e30, 1e30, 0.0, 0.0)
 FIXED = START_SECONDS + 5e8 / DISK_BYTES_PER_SECOND
 BLOCK = 4 * 1024**2 + 3 * 1024 * 4096
 
@@ -35,7 +42,7 @@ def test_experts_and_sharing_keep_forwards_from_parking() -> None:
     together = Work(replace(WORK.quantize, true_sequential=False), WORK.calibration)
     twice = job_seconds(FACTS, together, speed, parked=True) - FIXED
     assert abs(twice - 2 * 2 * BLOCK * 10_000 / 1e9) < 1e-6
-    experts = replace(FACTS, linears=tuple(replace(linear, chosen=True) for linear in FACTS.linears))
+    experts = replace(FACTS, linears=tuple(replace(linear, routed=True) for linear in FACTS.linears))
     replayed = job_seconds(experts, WORK, speed, parked=True)
     assert replayed == job_seconds(FACTS, WORK, speed, parked=False)
 
@@ -49,7 +56,7 @@ def test_hessians_and_solves() -> None:
     found = job_seconds(FACTS, WORK, replace(IDLE, weight_seconds=1e-9), parked=True) - FIXED
     assert abs(found - 2 * BLOCK * 1e-9) < 1e-6
     found = job_seconds(FACTS, WORK, replace(IDLE, product_rate=1e9), parked=True) - FIXED
-    assert found > 2 * (PRODUCTS * BLOCK * 500 + 4096**3) / 1e9
+    assert found > 2 * (MULTIPLY_ADDS * BLOCK * 500 + 4096**3) / 1e9
 
 
 @pytest.mark.parametrize("share", [0.25, 1.0])

@@ -106,7 +106,7 @@ def test_fused_experts_with_their_share() -> None:
 
 
 def test_experts_are_told_that_the_dense_target_is_not_theirs() -> None:
-    linears = tuple(replace(x, chosen=x.name.startswith("model.layers.0.mlp")) for x in FACTS.linears)
+    linears = tuple(replace(x, routed=x.name.startswith("model.layers.0.mlp")) for x in FACTS.linears)
     facts = replace(FACTS, linears=linears)
     (finding,) = found(facts, "experts-own-target")
     assert finding.level == "note"

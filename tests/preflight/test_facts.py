@@ -97,7 +97,7 @@ def test_a_model_that_cannot_be_traced_has_stages_by_shape(tiny: Tiny) -> None:
     stopped = replace(skeleton.trace, stages=(), problem="in model.norm: RuntimeError: data needed")
     facts = model_facts(replace(skeleton, trace=stopped))
     assert (facts.order, facts.untraced) == ((), stopped.problem)
-    assert not any(linear.chosen for linear in facts.linears)
+    assert not any(linear.routed for linear in facts.linears)
     stages = {linear.name: linear.stage for linear in facts.linears}
     names = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj")
     assert [stages[f"model.layers.0.{name}"] for name in names] == [0, 0, 1]

@@ -75,13 +75,13 @@ def tied_split(placed: PlacedCase) -> list[Finding]:
 
 def block_order(placed: PlacedCase) -> list[Finding]:
     """Blocks change devices more often than they have devices, so hidden states travel to and fro."""
-    homes = [
+    assigned = [
         (block, placed.placement.device_of(block))
         for block in placed.case.facts.blocks
         if _whole(placed, block)
     ]
-    changes = [b for (_, a), (b, c) in pairwise(homes) if a != c]
-    needed = len({device for _, device in homes}) - 1
+    changes = [b for (_, a), (b, c) in pairwise(assigned) if a != c]
+    needed = len({device for _, device in assigned}) - 1
     if len(changes) <= max(0, needed):
         return []
     return [
@@ -90,7 +90,7 @@ def block_order(placed: PlacedCase) -> list[Finding]:
             level="warning",
             subject="device map",
             message=f"blocks change devices {len(changes)} times; {needed} would do",
-            hint=f'--device-map "{_contiguous(placed, homes)}" (each device has one run of blocks)',
+            hint=f'--device-map "{_contiguous(placed, assigned)}" (each device has one run of blocks)',
             modules=tuple(changes),
         )
     ]
@@ -100,19 +100,19 @@ def _whole(placed: PlacedCase, block: str) -> bool:
     return not any(entry.name.startswith(block + ".") for entry in placed.placement.entries)
 
 
-def _contiguous(placed: PlacedCase, homes: list[tuple[str, Device]]) -> DeviceMap:
+def _contiguous(placed: PlacedCase, assigned: list[tuple[str, Device]]) -> DeviceMap:
     """The same number of blocks a device, each device one run; rules for what is no block stay."""
-    prefix = homes[0][0].rpartition(".")[0]
+    prefix = assigned[0][0].rpartition(".")[0]
     rules, start = [], 0
-    for device in dict.fromkeys(device for _, device in homes):
-        count = sum(1 for _, home in homes if home == device)
+    for device in dict.fromkeys(device for _, device in assigned):
+        count = sum(1 for _, home in assigned if home == device)
         end = start + count - 1
         rules.append(DeviceRule(f"{prefix}.{start}-{end}" if count > 1 else f"{prefix}.{start}", device))
         start = end + 1
     blocks = tuple(f"{block}." for block in placed.case.facts.blocks)
     outside = [t.name for t in placed.case.facts.tensors if not t.name.startswith(blocks)]
     kept = [r for r in placed.case.spec.rules if r.pattern and any(map(r.covers, outside))]
-    rest = next((r for r in placed.case.spec.rules if not r.pattern), DeviceRule("", homes[0][1]))
+    rest = next((r for r in placed.case.spec.rules if not r.pattern), DeviceRule("", assigned[0][1]))
     return DeviceMap(rules=(*rules, *kept, rest))
 
 

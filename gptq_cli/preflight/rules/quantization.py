@@ -198,7 +198,7 @@ def experts_own_target(case: JobCase) -> list[Finding]:
     two models may send a token to different experts, and then there is nothing to compare. Such linears also
     make their block run its forwards again for every wave of them, instead of keeping forwards parked.
     """
-    chosen = [x.name for x in case.facts.linears if x.chosen]
+    chosen = [x.name for x in case.facts.linears if x.routed]
     if not chosen or case.work.quantize.solve_for != "dense":
         return []
     return [

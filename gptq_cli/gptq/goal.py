@@ -19,7 +19,7 @@ they can be trusted. With few tokens a column, or where most of the error has no
 that many blocks have disturbed), the step fits noise; α < 1 makes it shorter, a larger λ turns it towards the
 directions in which x has most energy and the noise least weight. Neither need be guessed: on tokens that were
 not used for the step the loss is a parabola in α, whose lowest point is known, and λ is raised from that of
-the solve as long as the lowest point falls (`held_out_trust`).
+the solve as long as the lowest point falls (`choose_step`).
 
 Sources: Qronos (arXiv 2505.11695), GPTAQ (2504.02692), which apply the same correction column by column, and
 LoaQ (2509.06297), which also counts the residual.
@@ -33,14 +33,14 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.factor import factorize
-from gptq_cli.gptq.matmul import fast_products
+from gptq_cli.gptq.matmul import fast_matmul
 
-_DAMP_FACTOR, _MOST_DAMP = 4.0, 4.0
+_DAMP_FACTOR, _MAX_DAMP = 4.0, 4.0
 """From one λ to the next that is tried, and where to end: the loss is flat, a factor of 2 costs 1 to 7 %."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trust:
+class StepChoice:
     """How far the step may go, judged by tokens that it was not made from."""
 
     alpha: float = 0.0
@@ -76,31 +76,31 @@ def held_out_alpha(
 
     The loss is const - 2α·tr(B Vᵀ) + α²·tr(V H Vᵀ). For a stage, stack the rows of its linears.
     """
-    with fast_products():
+    with fast_matmul():
         along, curve = torch.stack([(B * V).sum(), ((V @ H) * V).sum()]).tolist()
     alpha = min(max(along / curve, 0.0), 1.0) if curve > 0 else 0.0
     return alpha, alpha * (alpha * curve - 2 * along)
 
 
-def held_out_trust(
+def choose_step(
     B: Tensor,  # (N, K) of the tokens that the step is made from
     H: Tensor,  # (K, K) of these
     B_held: Tensor,  # (N, K) of held-out tokens
     H_held: Tensor,  # (K, K) of these
     damp_percent: float,  # the least λ, that of the solve
-) -> Trust:
+) -> StepChoice:
     """The λ and the α with which the step loses least on the held-out tokens.
 
     λ rises until the loss does. Cost: two to four steps for a λ of 0.05.
     """
-    best, least = Trust(), 0.0
-    while damp_percent <= _MOST_DAMP:
+    best, least = StepChoice(), 0.0
+    while damp_percent <= _MAX_DAMP:
         V, used = asymmetric_step(B, H, damp_percent)
         if V is None:
             break
         alpha, change = held_out_alpha(B_held, V, H_held)
         if change < least:
-            best, least = Trust(alpha, used), change
+            best, least = StepChoice(alpha, used), change
         elif best.alpha:
             break
         damp_percent = used * _DAMP_FACTOR

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.gptq.goal import StepChoice, asymmetric_step, choose_step, held_out_alpha
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.solver import quantize_linears
-from gptq_cli.gptq.target import Trust, asymmetric_step, held_out_alpha, held_out_trust
 from tests.gptq.cases import activations, weights
 
 
@@ -68,7 +68,7 @@ def test_codes_of_the_target_answer_the_dense_model_better() -> None:
     H, D = moments(dense, quant)
     config = QuantizeConfig(group_size=16)
     (plain,) = quantize_linears([W], H, config)
-    (aimed,) = quantize_linears([W], H, config, targets=[aimed_at_dense(W, H, D, 1.0, 0.01)])
+    (aimed,) = quantize_linears([W], H, config, goals=[aimed_at_dense(W, H, D, 1.0, 0.01)])
     errors = [output_error(W, q.dequantize(torch.float64), dense, quant) for q in (plain, aimed)]
     assert errors[1] < 0.8 * errors[0]
     assert aimed.rtn_loss > plain.rtn_loss, "both are held against the target, which nearest knows nothing of"
@@ -108,7 +108,7 @@ def test_held_out_tokens_choose_the_damping_too(cut: int, noise: float, damps: t
         (e.T @ x / len(x), x.T @ x / len(x))
         for e, x in ((errors[:cut], quant[:cut]), (errors[cut:], quant[cut:]))
     )
-    trust = held_out_trust(B, H, B_held, H_held, 0.0005)
+    trust = choose_step(B, H, B_held, H_held, 0.0005)
     assert damps[0] <= trust.damp_percent <= damps[1]
 
     def change(damp: float) -> float:
@@ -124,6 +124,6 @@ def test_a_step_that_held_out_tokens_speak_against_is_not_taken() -> None:
     W = weights(6, 32)
     dense, quant = streams(500, 32)
     H, D = moments(dense, quant)
-    assert held_out_trust(W @ D, H, -W @ D, H, 0.05) == Trust()
+    assert choose_step(W @ D, H, -W @ D, H, 0.05) == StepChoice()
     nothing = torch.zeros_like(H)
-    assert held_out_trust(W @ D, nothing, W @ D, H, 0.05) == Trust()
+    assert choose_step(W @ D, nothing, W @ D, H, 0.05) == StepChoice()
