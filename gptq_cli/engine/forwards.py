@@ -24,7 +24,6 @@ and the residual and the MLP's inner activation at the down projection.
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, Self
@@ -32,16 +31,19 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.devices.accelerators import working_on
 from gptq_cli.engine.capture import BlockCall, StopForward
+from gptq_cli.engine.frames import (
+    DATA_DEPENDENT,
+    Frame,
+    Sharing,
+    follower_hook,
+    leader_hook,
+    residuals_of_frame,
+    sharing_hook,
+)
 from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
-from gptq_cli.model.reads import Read
-
-_DATA_DEPENDENT = (
-    "which linears share an input depends on the data here; report it with the model's config.json"
-)
 
 
 class Forwards(Protocol):
@@ -137,11 +139,11 @@ class ReplayedForwards:
 
     def finish(self) -> list[Tensor]:
         """See `Forwards.finish`. Also proves what the traced sample promised, as `ParkedForwards` does."""
-        sharing = _Sharing()
+        sharing = Sharing()
         handles = []
         for stage in self._stages:
             for name in stage.linears if len(stage.linears) > 1 else ():
-                hook = _proving_hook(stage, name, sharing)
+                hook = sharing_hook(stage, name, sharing)
                 handles.append(self._linears[name].register_forward_pre_hook(hook))
         outputs = []
         try:
@@ -169,19 +171,17 @@ class ParkedForwards:
     ) -> None:
         self._sources = residuals or {}
         keeps_input = BLOCK_INPUT in self._sources.values()
-        self._frames = [_Frame(block, call, hidden, keeps_input=keeps_input) for call in calls]
-        self._last: _Frame | None = None
+        self._frames = [Frame(block, call, hidden, keeps_input=keeps_input) for call in calls]
+        self._last: Frame | None = None
         self.place = 0
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for source in set(self._sources.values()) - {BLOCK_INPUT}:
             module = block.get_submodule(source)
-            self._hooks.append(module.register_forward_pre_hook(_noting(source, _beside_frame)))
+            self._hooks.append(module.register_forward_pre_hook(_noting(source, residuals_of_frame)))
         for stage in stages:
-            self._hooks.append(linears[stage.leader].register_forward_pre_hook(_leader_hook(stage)))
+            self._hooks.append(linears[stage.leader].register_forward_pre_hook(leader_hook(stage)))
             for name in stage.linears[1:]:
-                self._hooks.append(
-                    linears[name].register_forward_pre_hook(_follower_hook(stage.leader, name))
-                )
+                self._hooks.append(linears[name].register_forward_pre_hook(follower_hook(stage.leader, name)))
 
     def __enter__(self) -> Self:
         return self
@@ -202,7 +202,7 @@ class ParkedForwards:
             if x is None or frame.parked_at != stage.leader:
                 raise GptqError(
                     f"a forward reached {frame.parked_at or 'its end'!r}, {stage.leader!r} was expected",
-                    hint=_DATA_DEPENDENT,
+                    hint=DATA_DEPENDENT,
                 )
             self._last, self.place = frame, place
             yield stage, x
@@ -220,7 +220,7 @@ class ParkedForwards:
             if frame.advance() is not None:
                 raise GptqError(
                     f"a forward came to {frame.parked_at!r} a second time",
-                    hint=_DATA_DEPENDENT,
+                    hint=DATA_DEPENDENT,
                 )
             outputs.append(frame.take_output())
         return outputs
@@ -251,161 +251,3 @@ def _noting(
             beside[source] = args[0]
 
     return hook
-
-
-def _beside_frame() -> dict[str, Tensor] | None:
-    frame = threading.current_thread()
-    return frame.beside if isinstance(frame, _Frame) else None
-
-
-def _leader_hook(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Parks the frame that comes to `stage`; a forward outside any frame passes."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        frame = threading.current_thread()
-        if isinstance(frame, _Frame):
-            frame.park(stage, args[0])
-
-    return hook
-
-
-def _follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Proves for every micro-batch what the traced sample promised: `name` reads what `leader` read."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        frame = threading.current_thread()
-        if isinstance(frame, _Frame):
-            frame.sharing.follow(leader, name, args[0])
-
-    return hook
-
-
-def _proving_hook(stage: Stage, name: str, sharing: _Sharing) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """The same for a forward that runs to its end in one go: the leader comes first and notes its input."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if name == stage.leader:
-            sharing.lead(stage, args[0])
-        else:
-            sharing.follow(stage.leader, name, args[0])
-
-    return hook
-
-
-class _Sharing:
-    """Proves for one forward that the linears of a stage read one tensor.
-
-    What a leader read is held until the last of its followers has read it, which is as long as the block's
-    own forward needs it: an address alone would be given to another tensor as soon as this one is gone.
-    """
-
-    def __init__(self) -> None:
-        self._read: dict[str, Read] = {}
-        self._missing: dict[str, set[str]] = {}
-
-    def lead(self, stage: Stage, x: Tensor) -> None:
-        """The leader of `stage` reads `x`."""
-        followers = set(stage.linears[1:])
-        if followers:
-            self._read[stage.leader], self._missing[stage.leader] = Read.of(x), followers
-
-    def follow(self, leader: str, name: str, x: Tensor) -> None:
-        """`name` reads `x`. Raises `GptqError` unless that is what `leader` read before it."""
-        read = self._read.get(leader)
-        if read is None or not read.same(Read.of(x)):
-            raise _parted(leader, name)
-        self._missing[leader].discard(name)
-        if not self._missing[leader]:
-            del self._read[leader], self._missing[leader]
-
-    def end(self) -> None:
-        """The forward is over. Raises `GptqError` when a linear of a stage never ran."""
-        for leader, missing in self._missing.items():
-            raise _parted(leader, min(missing))
-
-
-def _parted(leader: str, name: str) -> GptqError:
-    return GptqError(
-        f"{name!r} and {leader!r} shared their input for the traced sample but not for a later one",
-        hint=_DATA_DEPENDENT,
-    )
-
-
-class _Frame(threading.Thread):
-    """One micro-batch's forward. The engine's thread and this one never run at the same time."""
-
-    def __init__(
-        self, block: nn.Module, call: BlockCall, hidden: list[Tensor], *, keeps_input: bool = False
-    ) -> None:
-        super().__init__(daemon=True, name="gptq-forward")
-        self.parked_at: str | None = None
-        self.sharing = _Sharing()
-        self.beside: dict[str, Tensor] = {}
-        """Residuals, by where they were found, until the stage that needs them takes them."""
-        self._keeps_input = keeps_input
-        self._block = block
-        self._call = call
-        self._hidden: list[Tensor] = hidden
-        self._go = threading.Semaphore(0)
-        self._yielded = threading.Semaphore(0)
-        self._input: Tensor | None = None
-        self._output: Tensor | None = None
-        self._error: BaseException | None = None
-        self._cancelled = False
-
-    # -- the engine's side
-
-    def advance(self) -> Tensor | None:
-        """Let the forward run to its next park; that stage's input, or None when it came to its end."""
-        if self.ident is None:
-            self.start()
-        self._go.release()
-        self._yielded.acquire()
-        if self._error is not None:
-            raise self._error
-        x, self._input = self._input, None
-        return x
-
-    def take_output(self) -> Tensor:
-        """The block's output, once."""
-        output, self._output = self._output, None
-        if output is None:
-            raise GptqError("a forward ended without an output")
-        return output
-
-    def cancel(self) -> None:
-        """End the forward where it is parked; its memory is free when this returns."""
-        if self.ident is not None and self.is_alive():
-            self._cancelled = True
-            self._go.release()
-            self.join()
-
-    # -- the forward's side
-
-    def run(self) -> None:
-        self._go.acquire()
-        try:
-            if not self._cancelled:
-                entering = self._hidden.pop(0)
-                if self._keeps_input:
-                    self.beside[BLOCK_INPUT] = entering
-                with working_on(entering.device), torch.no_grad():
-                    self._output = self._call(self._block, entering)
-                self.sharing.end()
-        except StopForward:
-            self._output = None
-        except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
-            self._error = error
-        self.parked_at = None
-        self._yielded.release()
-
-    def park(self, stage: Stage, x: Tensor) -> None:
-        """Hand `x` to the engine and wait until the stage is quantized."""
-        self.parked_at = stage.leader
-        self._input = x
-        self.sharing.lead(stage, x)
-        del x
-        self._yielded.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise StopForward

@@ -252,13 +252,13 @@ names = st.lists(
     min_size=1,
     max_size=4,
 ).map(".".join)
-devices = st.check_choice(
+devices = st.one_of(
     st.sampled_from([CPU, Device("mps"), Device("disk"), Device("meta")]),
     st.builds(Device, st.sampled_from(["cuda", "xpu", "npu"]), st.integers(0, 99)),
 )
-maps = st.check_choice(
+maps = st.one_of(
     st.builds(lambda s: DeviceMap(strategy=s), st.sampled_from(STRATEGIES)),
-    st.dictionaries(st.check_choice(names, st.just("")), devices, min_size=1, max_size=6).map(
+    st.dictionaries(st.one_of(names, st.just("")), devices, min_size=1, max_size=6).map(
         lambda found: DeviceMap(rules=tuple(DeviceRule(name, device) for name, device in found.items()))
     ),
 )
@@ -328,7 +328,7 @@ def test_hostile_texts_give_a_short_clear_error_or_a_map(text: str) -> None:
 
 words = ["auto", "cuda", "cpu", "disk", "model", "layers", "rest", "16", "null", "true", "1e9", "GiB", "GB"]
 pieces = st.sampled_from([*"0:=,{}\"'@.-*[] \n\\\x00é5b", *words])
-texts = st.check_choice(st.text(max_size=60), st.lists(pieces, max_size=25).map("".join))
+texts = st.one_of(st.text(max_size=60), st.lists(pieces, max_size=25).map("".join))
 
 
 @settings(max_examples=400)

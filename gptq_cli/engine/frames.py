@@ -1,0 +1,183 @@
+"""One micro-batch's forward in a thread of its own, and the hooks that park it where a stage begins.
+
+The hooks also prove, for every micro-batch, what the traced sample promised: that the linears of a stage read
+the same tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.devices.accelerators import working_on
+from gptq_cli.engine.capture import BlockCall, StopForward
+from gptq_cli.engine.residuals import BLOCK_INPUT
+from gptq_cli.engine.stages import Stage
+from gptq_cli.errors import GptqError
+from gptq_cli.model.reads import Read
+
+DATA_DEPENDENT = (
+    "which linears share an input depends on the data here; report it with the model's config.json"
+)
+
+
+def residuals_of_frame() -> dict[str, Tensor] | None:
+    frame = threading.current_thread()
+    return frame.beside if isinstance(frame, Frame) else None
+
+
+def leader_hook(stage: Stage) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Parks the frame that comes to `stage`; a forward outside any frame passes."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        frame = threading.current_thread()
+        if isinstance(frame, Frame):
+            frame.park(stage, args[0])
+
+    return hook
+
+
+def follower_hook(leader: str, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """Proves for every micro-batch what the traced sample promised: `name` reads what `leader` read."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        frame = threading.current_thread()
+        if isinstance(frame, Frame):
+            frame.sharing.follow(leader, name, args[0])
+
+    return hook
+
+
+def sharing_hook(stage: Stage, name: str, sharing: Sharing) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """The same for a forward that runs to its end in one go: the leader comes first and notes its input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name == stage.leader:
+            sharing.lead(stage, args[0])
+        else:
+            sharing.follow(stage.leader, name, args[0])
+
+    return hook
+
+
+class Sharing:
+    """Proves for one forward that the linears of a stage read one tensor.
+
+    What a leader read is held until the last of its followers has read it, which is as long as the block's
+    own forward needs it: an address alone would be given to another tensor as soon as this one is gone.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, Read] = {}
+        self._missing: dict[str, set[str]] = {}
+
+    def lead(self, stage: Stage, x: Tensor) -> None:
+        """The leader of `stage` reads `x`."""
+        followers = set(stage.linears[1:])
+        if followers:
+            self._read[stage.leader], self._missing[stage.leader] = Read.of(x), followers
+
+    def follow(self, leader: str, name: str, x: Tensor) -> None:
+        """`name` reads `x`. Raises `GptqError` unless that is what `leader` read before it."""
+        read = self._read.get(leader)
+        if read is None or not read.same(Read.of(x)):
+            raise sharing_error(leader, name)
+        self._missing[leader].discard(name)
+        if not self._missing[leader]:
+            del self._read[leader], self._missing[leader]
+
+    def end(self) -> None:
+        """The forward is over. Raises `GptqError` when a linear of a stage never ran."""
+        for leader, missing in self._missing.items():
+            raise sharing_error(leader, min(missing))
+
+
+def sharing_error(leader: str, name: str) -> GptqError:
+    return GptqError(
+        f"{name!r} and {leader!r} shared their input for the traced sample but not for a later one",
+        hint=DATA_DEPENDENT,
+    )
+
+
+class Frame(threading.Thread):
+    """One micro-batch's forward. The engine's thread and this one never run at the same time."""
+
+    def __init__(
+        self, block: nn.Module, call: BlockCall, hidden: list[Tensor], *, keeps_input: bool = False
+    ) -> None:
+        super().__init__(daemon=True, name="gptq-forward")
+        self.parked_at: str | None = None
+        self.sharing = Sharing()
+        self.beside: dict[str, Tensor] = {}
+        """Residuals, by where they were found, until the stage that needs them takes them."""
+        self._keeps_input = keeps_input
+        self._block = block
+        self._call = call
+        self._hidden: list[Tensor] = hidden
+        self._go = threading.Semaphore(0)
+        self._yielded = threading.Semaphore(0)
+        self._input: Tensor | None = None
+        self._output: Tensor | None = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+
+    # -- the engine's side
+
+    def advance(self) -> Tensor | None:
+        """Let the forward run to its next park; that stage's input, or None when it came to its end."""
+        if self.ident is None:
+            self.start()
+        self._go.release()
+        self._yielded.acquire()
+        if self._error is not None:
+            raise self._error
+        x, self._input = self._input, None
+        return x
+
+    def take_output(self) -> Tensor:
+        """The block's output, once."""
+        output, self._output = self._output, None
+        if output is None:
+            raise GptqError("a forward ended without an output")
+        return output
+
+    def cancel(self) -> None:
+        """End the forward where it is parked; its memory is free when this returns."""
+        if self.ident is not None and self.is_alive():
+            self._cancelled = True
+            self._go.release()
+            self.join()
+
+    # -- the forward's side
+
+    def run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._cancelled:
+                entering = self._hidden.pop(0)
+                if self._keeps_input:
+                    self.beside[BLOCK_INPUT] = entering
+                with working_on(entering.device), torch.no_grad():
+                    self._output = self._call(self._block, entering)
+                self.sharing.end()
+        except StopForward:
+            self._output = None
+        except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
+            self._error = error
+        self.parked_at = None
+        self._yielded.release()
+
+    def park(self, stage: Stage, x: Tensor) -> None:
+        """Hand `x` to the engine and wait until the stage is quantized."""
+        self.parked_at = stage.leader
+        self._input = x
+        self.sharing.lead(stage, x)
+        del x
+        self._yielded.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise StopForward
