@@ -98,7 +98,7 @@ def instrument(clock: Clock) -> None:
     from gptq_cli.checkpoint.writer import CheckpointWriter
     from gptq_cli.engine import forwards, loop
     from gptq_cli.engine import run as engine_run
-    from gptq_cli.gptq import solver, target
+    from gptq_cli.gptq import goal, solver
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
     from gptq_cli.model import block_stream
@@ -125,7 +125,7 @@ def instrument(clock: Clock) -> None:
     place.add = counted("moments", Hessian.add, half)
     place = CrossMoment
     place.add = counted("moments", CrossMoment.add, whole)
-    for module in (solver, target):
+    for module in (solver, goal):
         place = module
         place.factorize = counted("factor", module.factorize, cube)
     place = StageMoments

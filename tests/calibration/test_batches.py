@@ -79,7 +79,8 @@ class TestCutting:
         self, tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = make_batches(tokenizer, config(corpus, samples=1, seq_len=3000))
-        monkeypatch.setattr("gptq_cli.calibration.documents.PIECE_CHARACTERS", 200)
+        for place in ("documents", "text"):
+            monkeypatch.setattr(f"gptq_cli.calibration.{place}.PIECE_CHARACTERS", 200)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 500)
         cut = make_batches(tokenizer, config(corpus, samples=1, seq_len=3000))
         assert tokenizer.eos_token_id not in cut.input_ids
@@ -109,7 +110,8 @@ class TestCutting:
     def test_reading_stops_when_there_is_enough(
         self, tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gptq_cli.calibration.documents.PIECE_CHARACTERS", 1000)
+        for place in ("documents", "text"):
+            monkeypatch.setattr(f"gptq_cli.calibration.{place}.PIECE_CHARACTERS", 1000)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
         found = make_batches(tokenizer, config(corpus, samples=2, seq_len=16))
         assert not found.read_to_end

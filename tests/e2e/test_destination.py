@@ -15,7 +15,7 @@ import pytest
 
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.jobs import quantizing
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 

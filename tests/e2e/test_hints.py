@@ -21,8 +21,7 @@ import transformers
 
 from gptq_cli.cli.app import main
 from gptq_cli.findings import Finding, PreflightReport
-from gptq_cli.jobs import inspect_map as inspecting
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.jobs import inspecting, quantizing
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase
 from gptq_cli.preflight.catalogue import RULES

@@ -23,11 +23,7 @@ from gptq_cli.engine import capture, forwards, loop
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
-from gptq_cli.jobs import evaluate as proving
-from gptq_cli.jobs import inspect_map as inspecting
-from gptq_cli.jobs import load as loading
-from gptq_cli.jobs import quantize as quantizing
-from gptq_cli.jobs import steps
+from gptq_cli.jobs import evaluating, inspecting, loading, quantizing, steps
 from gptq_cli.model import skeleton, source, streamed, weights
 from tests.e2e.commands import FAST, gptq, write_text
 
@@ -77,13 +73,13 @@ LOAD: dict[str, tuple[Any, str, str]] = {
     "verify": (verify, "open_checkpoint", "while verifying the files"),
     "open": (loading, "open_checkpoint", OPENING),
     "windows": (loading, "evaluation_windows", OPENING),
-    "against": (proving, "open_skeleton", OPENING),
+    "against": (evaluating, "open_skeleton", OPENING),
     "load": (loading, "load_quantized", "while loading the weights"),
     "pack": (opening, "read_packed", "while loading the weights"),
-    "generate": (proving, "generate", "while generating text"),
-    "bench": (proving, "measure_speed", "while measuring speed"),
+    "generate": (evaluating, "generate", "while generating text"),
+    "bench": (evaluating, "measure_speed", "while measuring speed"),
     "dense": (weights.AutoModelForCausalLM, "from_pretrained", "while loading the dense model"),
-    "evaluate": (proving, "compare", "while evaluating"),
+    "evaluate": (evaluating, "compare", "while evaluating"),
 }
 
 
@@ -165,8 +161,8 @@ def test_load(
     fails(monkeypatch, LOAD[step], face)
     words: tuple[object, ...] = ("--prompt", "a", "--max-new-tokens", "2", "--bench", "--eval", text)
     words = (*words, "--seq-len", "48", "--windows", "2", "--against", tiny_llama, "--progress", "none")
-    monkeypatch.setattr(proving, "PROMPT_TOKENS", 8)
-    monkeypatch.setattr(proving, "ROUNDS", 1)
+    monkeypatch.setattr(evaluating, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(evaluating, "ROUNDS", 1)
     told(("load", checkpoint, *(("--verify",) if step == "verify" else ()), *words), LOAD[step][2])
 
 

@@ -18,8 +18,8 @@ from gptq_cli.devices import fp32_matmul as products
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.gptq import hessian, moments
 from gptq_cli.gptq import matmul as precision
-from gptq_cli.gptq.packing import unpack
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.gptq.packing import PackedTensors, unpack
+from gptq_cli.jobs import quantizing
 from gptq_cli.model.blocks import assign
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
@@ -79,7 +79,7 @@ def dense_perplexity(model: Path, out: Path, text: Path) -> float:
             part: tensors[f"{info.source_name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
         }
         codes, zeros = unpack(
-            writer_module.PackedLinear(**packed),
+            PackedTensors(**packed),
             4,
             checkpoint.checkpoint_format,
             info.in_features,

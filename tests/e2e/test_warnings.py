@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptq_cli.engine import loop
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.jobs import quantizing
 from gptq_cli.report import page
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gptq_cli.inference.packed_linear import PackedLinear
-from gptq_cli.jobs import load as loading
+from gptq_cli.jobs import loading
 from tests.e2e.commands import Ran, gptq
 from tests.fakecuda import operators
 from tests.fakecuda.devices import Devices

@@ -131,14 +131,14 @@ SCRIPT = """
 import sys, time
 import torch, transformers
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
-from gptq_cli.device_map import DeviceMap
+from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.devices.host_memory import peak_resident_bytes
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import find_model
 from gptq_cli.model.trace import trace
 from gptq_cli.preflight import facts as facts_module
-from gptq_cli.placement import parse_inventory
-from gptq_cli.preflight.cases import Work
+from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.facts import model_facts
 from gptq_cli.preflight.resolve import resolve
 

@@ -25,7 +25,7 @@ from gptq_cli.inference.load import (
     load_quantized,
     resident_bytes,
 )
-from gptq_cli.jobs.evaluate import DensePlan, apply_gates, generated, measured, plan_dense, timed
+from gptq_cli.jobs.evaluating import DensePlan, apply_gates, generated, measured, plan_dense, timed
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching

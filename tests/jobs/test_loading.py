@@ -19,8 +19,7 @@ from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
 from gptq_cli.evaluation import speed as benchmark
 from gptq_cli.evaluation.divergence import compare
 from gptq_cli.events import Event, PhaseAdvanced, PhaseFinished, PhaseStarted, TextGenerated, Warned
-from gptq_cli.jobs import evaluate as proving
-from gptq_cli.jobs import load as loading
+from gptq_cli.jobs import evaluating, loading
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget
@@ -72,13 +71,13 @@ def test_sampling_and_raw_reach_the_generation(
     made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    real = proving.generate
+    real = evaluating.generate
 
     def spy(*args: Any, **options: Any) -> Any:
         asked.update(options)
         return real(*args, **options)
 
-    monkeypatch.setattr(proving, "generate", spy)
+    monkeypatch.setattr(evaluating, "generate", spy)
     warm = Sampling(temperature=1.5, top_p=0.9, top_k=40, seed=3)
     job = LoadJob(path=str(made[0]), prompt="x", max_new_tokens=4, raw=True, sampling=warm)
     first = opened(job).text
@@ -278,7 +277,7 @@ def test_a_dense_model_that_does_not_fit_beside_is_refused_before_a_weight_is_re
     job = LoadJob(path=str(made[0]), against=str(tiny_llama), evaluate=text, seq_len=16, windows=1)
     for room, fits in ((checkpoint_bytes + 2 * dense_bytes, True), (dense_bytes + 1000, False)):
         budget = DeviceBudget(CPU, baseline + room, baseline + room)
-        monkeypatch.setattr(proving, "present_devices", lambda budget=budget: (budget,))
+        monkeypatch.setattr(evaluating, "present_devices", lambda budget=budget: (budget,))
         if fits:
             assert opened(job).agreement is not None
             continue
@@ -301,9 +300,9 @@ def test_a_quantized_model_is_no_dense_one(
 def test_bench_times_both(
     made: tuple[Path, Any], tiny_llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proving, "ROUNDS", 2)
-    monkeypatch.setattr(proving, "NEW_TOKENS", 2)
-    monkeypatch.setattr(proving, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(evaluating, "ROUNDS", 2)
+    monkeypatch.setattr(evaluating, "NEW_TOKENS", 2)
+    monkeypatch.setattr(evaluating, "PROMPT_TOKENS", 8)
     events: list[Event] = []
     alone = opened(LoadJob(path=str(made[0]), bench=True), events)
     assert alone.bench is not None
@@ -337,9 +336,9 @@ def test_bench_keeps_within_the_positions_of_the_model(
         asked.append(options["prompt_tokens"])
         return benchmark.measure_speed(model, prompt_tokens=1, new_tokens=1, rounds=1)
 
-    monkeypatch.setattr(proving, "measure_speed", instead)
+    monkeypatch.setattr(evaluating, "measure_speed", instead)
     opened(LoadJob(path=str(made[0]), bench=True))
-    assert asked == [512 - proving.NEW_TOKENS]
+    assert asked == [512 - evaluating.NEW_TOKENS]
 
 
 def test_verify_and_targets_open_no_model(made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
