@@ -335,7 +335,8 @@ def test_side_files_are_copied_before_the_work(tiny_llama: Path, tmp_path: Path)
     source = Path(shutil.copytree(tiny_llama, tmp_path / "source"))
     (source / "LICENSE").write_text("free")
     with CheckpointWriter(tmp_path / "out", opened(source), CONFIG, linears=()) as writer:
-        (source / "LICENSE").unlink()
+        (copied,) = set(tmp_path.rglob("LICENSE")) - {source / "LICENSE"}
+        assert copied.read_text() == "free"
         writer.copy_dense()
         writer.finish({})
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"

@@ -60,7 +60,7 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "flush": (engine_run, "flush", "after quantizing block model.layers.2"),
     "dense": (writer.CheckpointWriter, "copy_dense", "while writing the tensors that stay dense"),
     "report": (quantizing, "summarize", "after writing the tensors that stay dense"),
-    "finish": (writer.CheckpointWriter, "finish", "after writing the tensors that stay dense"),
+    "complete": (writer.CheckpointWriter, "complete", "after writing the tensors that stay dense"),
 }
 INSPECT: dict[str, tuple[Any, str, str]] = {
     "find": (inspecting, "find_model", OPENING),
@@ -141,7 +141,6 @@ def test_quantize(
 @pytest.mark.parametrize(("step", "face"), with_faces(INSPECT))
 def test_inspect_map(step: str, face: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if step == "table":
-        monkeypatch.setattr(output.json, "dumps", lambda *_, **__: "{}")
         monkeypatch.setattr(output, "document", lambda report: (_ for _ in ()).throw(FACES[face]()))
         assert gptq("inspect-map", tiny_llama, "--json").code == 4
         return
