@@ -7,7 +7,7 @@
             yield Remark(subject=case.facts.model, message="…", hint="…")
 
 The name of the function is the id (`no-linears`), and its docstring is what `--explain no-linears` prints.
-`rules_of` finds the rules of a module. Called with a case, a rule answers with findings that carry its id.
+`rules_in` finds the rules of a module. Called with a case, a rule answers with findings that carry its id.
 Preflight, the targets and the verification of checkpoints all use this.
 """
 
@@ -107,7 +107,7 @@ def explanation_of(function: Callable[..., Any]) -> str:
     return inspect.cleandoc(function.__doc__ or "")
 
 
-def rules_of(module: ModuleType) -> tuple[Rule[Any], ...]:
+def rules_in(module: ModuleType) -> tuple[Rule[Any], ...]:
     """The rules that are defined in `module`, in their order there."""
     found = (value for value in vars(module).values() if isinstance(value, Rule))
     return tuple(one for one in found if one.check.__module__ == module.__name__)

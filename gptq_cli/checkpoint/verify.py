@@ -26,7 +26,7 @@ from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
-from gptq_cli.rules import rules_of
+from gptq_cli.rules import rules_in
 from gptq_cli.targets.check import TargetFacts, TargetLinear, target_report
 
 OnTensor = Callable[[int, int], None]
@@ -112,7 +112,7 @@ def _target_reports(targets: tuple[Target, ...], facts: TargetFacts) -> tuple[Ta
 
 def _checks(case: VerifyCase) -> tuple[RuleResult, ...]:
     """What the rules of each part of the checkpoint say."""
-    rules = rules_of(verify_rules)
+    rules = rules_in(verify_rules)
     results = []
     for part, about in verify_rules.PARTS:
         found = [finding for rule in rules if part in rule.topics for finding in rule(case)]

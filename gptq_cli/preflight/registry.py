@@ -28,7 +28,7 @@ from gptq_cli.preflight.rules import (
     quantization,
     targets,
 )
-from gptq_cli.rules import Rule, rules_of
+from gptq_cli.rules import Rule, rules_in
 from gptq_cli.targets import rules as target_rules
 
 _JOB: tuple[ModuleType, ...] = (model_files, quantization, targets, output)
@@ -37,7 +37,7 @@ MODULES: tuple[ModuleType, ...] = (calibration, *_JOB, *_MAP, target_rules, veri
 """Where rules are defined; the docstring of each begins with what they are about."""
 
 RULES: Mapping[str, Rule[Any]] = MappingProxyType(
-    {one.id: one for module in MODULES for one in rules_of(module)}
+    {one.id: one for module in MODULES for one in rules_in(module)}
 )
 """Every rule, in the order of the modules and of the definitions in them."""
 
@@ -47,8 +47,9 @@ def explain(rule: str) -> str:
     found = RULES.get(rule)
     if found is None:
         close = difflib.get_close_matches(rule, RULES, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see docs/rules.md"
-        raise ConfigError(f"{rule!r} is not a rule; available: {', '.join(RULES)}", hint=hint)
+        if close:
+            raise ConfigError(f"{rule!r} is not a rule", hint=f"did you mean {' or '.join(close)}?")
+        raise ConfigError(f"{rule!r} is not a rule; available: {', '.join(RULES)}", hint="see docs/rules.md")
     return found.explanation
 
 
@@ -80,7 +81,7 @@ def check_quantize(
         devices=devices,
         targets=targets,
     )
-    rules = [one for module in _JOB for one in rules_of(module)]
+    rules = [one for module in _JOB for one in rules_in(module)]
     fitting = [one for one in rules if asked is None or not one.topics or asked.intersection(one.topics)]
     found = tuple(finding for one in fitting for finding in one(case))
     return PreflightReport(PreflightReport(found).ordered())

@@ -21,7 +21,7 @@ from gptq_cli.preflight.rules import device_map as rules_map
 from gptq_cli.preflight.rules import memory as rules_memory
 from gptq_cli.preflight.rules import placement as rules_placement
 from gptq_cli.results.map import DevicePlan
-from gptq_cli.rules import rules_of
+from gptq_cli.rules import rules_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ _REPAIRED = frozenset(
 
 def _answers(rules: ModuleType, case: object) -> list[Finding]:
     """What the rules of a module say about a case."""
-    return [finding for rule in rules_of(rules) for finding in rule(case)]
+    return [finding for rule in rules_in(rules) for finding in rule(case)]
 
 
 def _about_the_placement(placed: PlacedCase) -> list[Finding]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from gptq_cli.findings import Level
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.planning.cases import JobCase
-from gptq_cli.rules import Remark, Rule, explanation_of, rule, rule_id, rules_of
+from gptq_cli.rules import Remark, Rule, explanation_of, rule, rule_id, rules_in
 
 _AGAIN = "fetch the model again"
 
@@ -159,5 +159,5 @@ def unreadable_file() -> None:
 @rule("error")
 def weights_unsound(case: JobCase) -> list[Remark]:
     """Something else is wrong with the model's files; the message says what."""
-    kinds = {one.id for one in rules_of(sys.modules[__name__])}
+    kinds = {one.id for one in rules_in(sys.modules[__name__])}
     return [_remark(problem) for problem in case.problems if problem.kind not in kinds]
