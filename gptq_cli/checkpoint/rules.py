@@ -1,4 +1,4 @@
-"""What makes a quantized checkpoint sound, asked by `gptq load --verify`: one rule per defect.
+"""What makes a quantized checkpoint sound: one rule per defect, asked by `gptq load --verify`.
 
 The rules see facts that `checkpoint.verify` gathers from headers and tensors. A rule's topic is the part of
 the checkpoint that it is about (`PARTS`). Equal remarks about several tensors become one finding, so that
@@ -240,7 +240,7 @@ def scales_negative(case: VerifyCase) -> Iterator[Remark]:
 
 @rule("warning", topics=("scales",))
 def scales_dtype(case: VerifyCase) -> Iterator[Remark]:
-    """Scales are stored in another type than float16, which some readers convert and others refuse."""
+    """Scales are stored in another type than float16, the one that every reader takes."""
     for linear in case.linears:
         if linear.scales_dtype != "float16":
             message = f"scales are stored as {linear.scales_dtype}"
@@ -280,7 +280,7 @@ def g_idx_order(case: VerifyCase) -> Iterator[Remark]:
 
 @rule("warning", topics=("g-idx",))
 def g_idx_uneven(case: VerifyCase) -> Iterator[Remark]:
-    """g_idx gives the groups different numbers of columns, which no quantizer writes."""
+    """g_idx gives the groups different numbers of columns, where an order of columns keeps them equal."""
     for linear in case.linears:
         if linear.order is not None and linear.order.reorders and not linear.order.even:
             message = "g_idx gives the groups different numbers of columns"

@@ -29,7 +29,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
     than all of the above, an embedding or head
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-The constants were measured (docs/preflight-rules.md says how); each run's report sets prediction beside
+The constants were measured (docs/rules.md says how); each run's report sets prediction beside
 measurement.
 """
 

@@ -1,4 +1,4 @@
-"""What the readers of GPTQ checkpoints accept, one rule per demand; its topics are the targets that make it.
+"""What the readers of GPTQ checkpoints accept: one rule per demand, the targets that make it as topics.
 
 A rule's docstring says what the reader does, and so why the rule exists. An *error* means that the reader
 refuses the file or computes something else, a *warning* that it serves it in a slower or narrower way. The

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +25,12 @@ from gptq_cli.planning.cases import Capability, OutputFacts, Work
 from gptq_cli.preflight.facts import output_facts
 from gptq_cli.preflight.registry import MODULES, RULES, check_quantize, explain
 from gptq_cli.preflight.rules import model_files
-from gptq_cli.rules import rules_in
+from gptq_cli.rules import Rule, rules_in
 from gptq_cli.targets import rules as target_rules
 from gptq_cli.targets.rules import TARGETS
 from tests.preflight.shapes import llama
 
+DOCS = Path(__file__).parents[2] / "docs/rules.md"
 FACTS = llama(blocks=2, hidden=576, inner=1536, vocab=1000)
 CUDA = Device("cuda", 0)
 
@@ -391,3 +393,52 @@ def test_explain_an_unknown_rule() -> None:
     assert caught.value.hint == "did you mean disk-offload or cpu-offload?"
     with pytest.raises(ConfigError, match="available: tokenizer, calibration-text, "):
         explain("")
+
+
+def rules_block() -> str:
+    """One table per module of rules."""
+    parts = []
+    for module in MODULES:
+        about = str(module.__doc__).splitlines()[0].removeprefix("Rules about ")
+        heading = re.split(r"[:.]", about)[0]
+        rows = [
+            f"### {heading[0].upper()}{heading[1:]}",
+            "",
+            "| rule | level | says | asked by |",
+            "|---|---|---|---|",
+        ]
+        for rule in rules_in(module):
+            cells = (
+                f"`{rule.id}`",
+                ", ".join(rule.levels),
+                first_sentence(rule.summary),
+                asked_by(module, rule),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop after a word; `(.bin, .pt)` and `-9.` count as words."""
+    return re.split(r"(?<=[\w`)])\.(?:\s|$)", text)[0].replace("|", "\\|")
+
+
+def asked_by(module: object, rule: Rule[Any]) -> str:
+    if module is target_rules:
+        return "all targets" if set(rule.topics) == set(TARGETS) else ", ".join(rule.topics)
+    if module is verify_rules:
+        return "verify"
+    return "preflight, verify (a warning)" if rule.id in READABLE else "preflight"
+
+
+def test_the_documentation_lists_every_rule() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = "<!-- rules: begin, written by `make golden` -->\n", "<!-- rules: end -->"
+    before, rest = text.split(begin)
+    found, after = rest.split(end)
+    expected = f"\n{rules_block()}\n\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        DOCS.write_text(before + begin + expected + end + after, encoding="utf-8")
+        return
+    assert found == expected, "if this is meant: make golden"

@@ -1,4 +1,4 @@
-"""Rules about the calibration text, asked while it is cut into windows: before a weight is read."""
+"""Rules about the calibration text: asked while it is cut into windows, before a weight is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules about the place that the checkpoint goes to."""
+"""Rules about the output: may the checkpoint be written there, and is there room?"""
 
 from __future__ import annotations
 
