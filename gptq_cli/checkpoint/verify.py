@@ -236,7 +236,7 @@ class _Values:
 
 
 def _read_values(checkpoint: QuantizedCheckpoint, reader: StreamedReader, on_tensor: OnTensor) -> _Values:
-    """Read every tensor once, a linear at a time."""
+    """Read every tensor once, one linear at a time."""
     done, total = 0, len(checkpoint.tensors)
     packed_names: set[str] = set()
     linears, not_finite = [], []

@@ -105,7 +105,7 @@ class Case:
 
 @rule("error", topics=("vllm", "sglang", "transformers", "exllamav2"))
 def config_json(case: Case) -> Iterator[Remark]:
-    """All readers but GPTQModel read the quantization settings from config.json alone."""
+    """All readers but GPTQModel read config.json alone."""
     if not case.facts.in_config_json:
         yield case.remark(
             "config.json holds no quantization_config, and no other file is read",

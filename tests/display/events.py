@@ -262,7 +262,7 @@ def verify_report(*, sound: bool) -> VerifyReport:
                 rules=(
                     RuleResult(
                         "config-json",
-                        "All readers but GPTQModel read the quantization settings from config.json alone.",
+                        "All readers but GPTQModel read config.json alone.",
                         (),
                     ),
                     RuleResult("half-precision", "The kernels run in half precision.", (dtype,)),

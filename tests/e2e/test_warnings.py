@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gptq_cli.engine import loop
-from gptq_cli.jobs import quantize as quantizing
 from gptq_cli.report import page
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
+quantizing = import_module("gptq_cli.jobs.quantize")  # the package has a function of this name
 DISPLAYS = ("auto", "rich", "plain", "jsonl", "none")
 SMALL = FAST[:-2]
 SPILLED = ("--devices", "cuda:0=24GiB,cpu=64GiB", "--device-map", "model.layers.0=cpu,rest=0")
 OFFLOAD = "[cpu-offload] device map: CPU offload is not recommended"
-LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does it all"
+LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does all the work"
 
 
 @pytest.fixture(scope="module")

@@ -188,9 +188,9 @@ def fused_experts(case: JobCase) -> list[Remark]:
 def experts_own_target(case: JobCase) -> list[Remark]:
     """Routed linears (experts) are solved for their own output, whatever `--solve-for` says.
 
-    Solving for the dense model compares what both models put into a linear, token by token. The two models may
-    send a token to different experts, and then there is nothing to compare. A block with routed linears also
-    runs its forwards again for every batch of experts, instead of keeping them parked.
+    Solving for the dense model compares what both models put into a linear, token by token. The two models
+    may send a token to different experts, and then there is nothing to compare. A block with routed linears
+    also runs its forwards again for every batch of experts, instead of keeping them parked.
     """
     routed = [x.name for x in case.facts.linears if x.routed]
     if not routed or case.work.quantize.solve_for != "dense":
