@@ -87,7 +87,8 @@ def check_targets(
 def _unreadable(path: str | Path, error: CheckpointError | ModelError) -> VerifyReport:
     defects = getattr(error, "problems", (error.message,))
     case = VerifyCase(path=str(path), defects=defects, defects_hint=error.hint or "")
-    return VerifyReport(path=str(path), checks=_checks(case)[:1])
+    findings = tuple(verify_rules.unreadable(case))  # one by one, about the directory
+    return VerifyReport(path=str(path), checks=(RuleResult(*verify_rules.PARTS[0], findings),))
 
 
 def _report(
@@ -97,7 +98,7 @@ def _report(
     facts = target_facts(checkpoint, trivial_g_idx=trivial)
     return VerifyReport(
         path=str(path),
-        checks=_checks(VerifyCase(path=str(path)))[:1],
+        checks=(RuleResult(*verify_rules.PARTS[0], ()),),
         targets=_target_reports(targets, facts),
         tensors=len(checkpoint.tensors),
         linears=len(checkpoint.linears) + len(checkpoint.experts),
