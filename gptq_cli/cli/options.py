@@ -71,7 +71,7 @@ def _remember_json(context: typer.Context, value: bool) -> bool:
 def _explain(context: typer.Context, value: str | None) -> str | None:
     """`--explain RULE`: print what a rule means, and stop; no model is needed."""
     if value is not None and not context.resilient_parsing:
-        from gptq_cli.preflight.catalogue import explain
+        from gptq_cli.preflight.registry import explain
 
         sys.stdout.write(explain(value).rstrip("\n") + "\n")
         raise typer.Exit

@@ -32,8 +32,9 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import JobCase, Work
 from gptq_cli.preflight.facts import environment_facts
 from gptq_cli.preflight.resolve import refusal, resolve
-from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import model_files
 from gptq_cli.results.load import Bench, Gate, LoadReport, Speed
+from gptq_cli.rules import rules_in
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 5
 """Of --bench; both are fewer where the model has fewer positions."""
@@ -66,7 +67,7 @@ def plan_dense(
         work=Work(QuantizeConfig(), CalibrationConfig()),
         problems=tuple(problem for problem in skeleton.problems if problem.kind not in READABLE),
     )
-    files = PreflightReport(tuple(finding for rule in rules_source.RULES for finding in rule(case)))
+    files = PreflightReport(tuple(finding for rule in rules_in(model_files) for finding in rule(case)))
     resolution = resolve(
         job.device_map or DeviceMap.parse(str(placement.main_device)),
         facts,

@@ -43,7 +43,7 @@ from gptq_cli.planning.time import estimate_seconds
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
-from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.preflight.rules import output as rules_output
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
@@ -127,8 +127,8 @@ def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
             _check_unless_left_over(out, overwrite=job.overwrite)
             destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
         except DestinationBusy as error:
-            findings = rules_output.busy_finding(error.message, error.hint or "")
-            raise refusal(PreflightReport(tuple(findings))) from error
+            busy = rules_output.busy_finding(error.message, error.hint or "")
+            raise refusal(PreflightReport((busy,))) from error
         except (ConfigError, ValueError):
             pass  # a rule of preflight finds the same, and tells it with all else that is to be said
         except OSError as error:
@@ -221,12 +221,8 @@ def _tokens(
     except (CalibrationError, ModelError) as error:
         if is_out_of_memory(error):
             raise
-        hint = error.hint or ""
-        if isinstance(error, CalibrationError):
-            found = rules_source.calibration_text(job.calibration.source, error.message, hint)
-        else:
-            found = rules_source.tokenizer(job.model.model, error.message, hint)
-        return None, PreflightReport(tuple(found))
+        case = rules_text.TextCase(model=job.model.model, source=job.calibration.source, failure=error)
+        return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
 
 
 def _header(job: QuantizeJob, checked: _Checked, placement: Placement, tokens: TokenBatches) -> RunStarted:

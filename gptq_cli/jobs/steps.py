@@ -12,8 +12,8 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
-from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
+from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
 
 

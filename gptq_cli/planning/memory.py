@@ -29,7 +29,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
     than all of the above, an embedding or head
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-The constants were measured (docs/preflight-rules.md says how); each run's report sets prediction beside
+The constants were measured (docs/rules.md says how); each run's report sets prediction beside
 measurement.
 """
 
@@ -39,7 +39,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.engine.stages import EXPERT_BATCH_BYTES
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
@@ -108,6 +107,8 @@ def work_set(
     )
     kept = 4 if dense else 1
     squares = sum(4 * stage.in_features**2 for stage in stages)
+    from gptq_cli.engine.stages import EXPERT_BATCH_BYTES  # torch: not for those who ask about a rule
+
     wave = min(EXPERT_BATCH_BYTES, sum(4 * stage.in_features**2 for stage in stages if stage.routed))
     moments = []
     for stage in stages:

@@ -1,8 +1,9 @@
-"""From a device map to a placement, and everything that is to be said about it."""
+"""From a device map to a placement, with the findings about both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 from gptq_cli.errors import DiskOffloadRefused, PreflightRefused
 from gptq_cli.findings import Finding, PreflightReport
@@ -20,6 +21,7 @@ from gptq_cli.preflight.rules import device_map as rules_map
 from gptq_cli.preflight.rules import memory as rules_memory
 from gptq_cli.preflight.rules import placement as rules_placement
 from gptq_cli.results.map import DevicePlan
+from gptq_cli.rules import rules_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,44 +65,46 @@ def resolve(
         environment=environment or Environment(),
         given=given,
     )
-    findings = _about_the_map(case)
+    findings = _answers(rules_map, case)
     if any(finding.rule in _REPAIRED for finding in findings):
         case = replace(case, repair=_repair(case))
-        findings = _about_the_map(case)
+        findings = _answers(rules_map, case)
     plan = _planned(case)
-    findings += rules_memory.disk_offload(case, plan, _fits)
-    findings += rules_memory.no_plan_fits(case, plan if case.spec.strategy else None, _fits)
+    about_memory = _answers(
+        rules_memory, rules_memory.PlannedCase(case=case, plan=plan, fits=_fits, roomy=_roomy)
+    )
     if plan is None or plan.placement is None:
+        findings += about_memory
         return Resolution(None, (), parked=False, offload=(), offload_skipped=(), report=_report(findings))
     placed = PlacedCase(case=case, placement=plan.placement, plans=plan.plans)
     found = _about_the_placement(placed)
     if any(finding.rule in _REPAIRED for finding in found) and not case.repair:
         placed = replace(placed, case=replace(case, repair=_repair(case)))
         found = _about_the_placement(placed)
-    findings += found
-    findings += rules_memory.memory_budget(placed, _fits)
-    findings += rules_memory.memory_tight(placed, _roomy)
+    findings += found + about_memory
     return Resolution(
         plan.placement, plan.plans, plan.parked, placed.offload, placed.offload_skipped, _report(findings)
     )
 
 
 _REPAIRED = frozenset(
-    {
-        "meta-device",
-        "device-absent",
-        "device-not-listed",
-        "unknown-module",
-        "uncovered-parameters",
-        "block-split",
-        "tied-split",
-    }
+    rule.id
+    for rule in (
+        rules_map.meta_device,
+        rules_map.device_absent,
+        rules_map.device_not_listed,
+        rules_map.unknown_module,
+        rules_map.uncovered_parameters,
+        rules_placement.block_split,
+        rules_placement.tied_split,
+    )
 )
 """Rules that offer another map."""
 
 
-def _about_the_map(case: MapCase) -> list[Finding]:
-    return [finding for rule in rules_map.RULES for finding in rule(case)]
+def _answers(rules: ModuleType, case: object) -> list[Finding]:
+    """What the rules of a module say about a case."""
+    return [finding for rule in rules_in(rules) for finding in rule(case)]
 
 
 def _about_the_placement(placed: PlacedCase) -> list[Finding]:
@@ -109,7 +113,7 @@ def _about_the_placement(placed: PlacedCase) -> list[Finding]:
         placed = replace(placed, without_offload=_without_offload(case))
     elif everywhere == (CPU,) and case.accelerators:
         placed = replace(placed, on_accelerators=alternatives(_on_accelerators(case)))
-    return [finding for rule in rules_placement.RULES for finding in rule(placed)]
+    return _answers(rules_placement, placed)
 
 
 def _without_offload(case: MapCase) -> str:
@@ -158,11 +162,11 @@ def _report(findings: list[Finding]) -> PreflightReport:
 
 
 def _from_rules(case: MapCase) -> Plan | None:
-    """What the rules say, to the letter; None where they leave a parameter without a device."""
+    """The map as it is written; None where it leaves a parameter without a device."""
 
     def device_of(name: str) -> Device | None:
-        rule = case.rule_for(name)
-        return rule.device if rule else None
+        entry = case.rule_for(name)
+        return entry.device if entry else None
 
     reason = "as the device map says"
     placement = place(case.facts, device_of, reason)
@@ -210,7 +214,7 @@ def _fits_without_cpu(case: MapCase) -> bool:
 
 def refusal(report: PreflightReport) -> PreflightRefused:
     """The error for a report with errors; a `ValueError` as well where disk offload is among them."""
-    disk = any(f.rule == "disk-offload" and f.level == "error" for f in report.findings)
+    disk = any(f.rule == rules_memory.disk_offload.id and f.level == "error" for f in report.findings)
     return DiskOffloadRefused(report) if disk else PreflightRefused(report)
 
 

@@ -237,14 +237,14 @@ def verify_report(*, sound: bool) -> VerifyReport:
         modules=names,
     )
     dtype = Finding(
-        rule="target-dtype",
+        rule="half-precision",
         level="warning",
         subject="vllm",
         message="the model's dtype is float32; its kernels run in float16 or bfloat16",
         hint="start the server with --dtype float16",
     )
     bits = Finding(
-        rule="target-bits",
+        rule="four-bits-only",
         level="error",
         subject="exllamav2",
         message="3-bit codes; allowed: 4",
@@ -253,20 +253,30 @@ def verify_report(*, sound: bool) -> VerifyReport:
     return VerifyReport(
         path="smol-w4g64",
         checks=(
-            RuleResult("files", "heads, sizes and config agree", ()),
+            RuleResult("files", "headers, sizes and config agree", ()),
             RuleResult("scales", "scales are finite", () if sound else (scales,)),
         ),
         targets=(
             TargetReport(
                 target="vllm",
                 rules=(
-                    RuleResult("config-json", "All readers but GPTQModel read config.json alone.", ()),
+                    RuleResult(
+                        "config-json",
+                        "All readers but GPTQModel read config.json alone.",
+                        (),
+                    ),
                     RuleResult("half-precision", "The kernels run in half precision.", (dtype,)),
                 ),
             ),
             TargetReport(
                 target="exllamav2",
-                rules=(RuleResult("four-bits-only", "ExLlamaV2's GPTQ kernel.", () if sound else (bits,)),),
+                rules=(
+                    RuleResult(
+                        "four-bits-only",
+                        "ExLlamaV2's GPTQ kernel reads 4-bit codes only.",
+                        () if sound else (bits,),
+                    ),
+                ),
             ),
         ),
         tensors=903,

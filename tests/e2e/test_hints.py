@@ -24,7 +24,7 @@ from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs import inspecting, quantizing
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase
-from gptq_cli.preflight.catalogue import RULES
+from gptq_cli.preflight.registry import RULES
 from gptq_cli.preflight.rules.quantization import bfloat16_support
 from tests.fabricated import fabricate
 from tests.preflight.shapes import SMALL_WORK, llama
@@ -229,7 +229,7 @@ NOTHING_TO_PASTE = {
 
 def test_every_rule_with_options_in_its_hint_is_tried() -> None:
     for rule in PROSE:
-        source = inspect.getsource(RULES[rule])
+        source = inspect.getsource(RULES[rule].check)
         hints = [line for line in source.splitlines() if "hint" in line]
         assert not [line for line in hints if '"--' in line or "instead(" in line or "elsewhere" in line], (
             rule

@@ -18,7 +18,7 @@ DISPLAYS = ("auto", "rich", "plain", "jsonl", "none")
 SMALL = FAST[:-2]
 SPILLED = ("--devices", "cuda:0=24GiB,cpu=64GiB", "--device-map", "model.layers.0=cpu,rest=0")
 OFFLOAD = "[cpu-offload] device map: CPU offload is not recommended"
-LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does it all"
+LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does all the work"
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_load(display: str, quiet: bool, checkpoint: Path, monkeypatch: pytest.M
     words = (*words, "--max-new-tokens", "2")
     ran = gptq(*words, "--json")
     told_everywhere(ran, LAUNCHED, quiet=quiet)
-    told_everywhere(ran, "[target-dtype] vllm: the model's dtype is float32", quiet=quiet)
+    told_everywhere(ran, "[half-precision] vllm: the model's dtype is float32", quiet=quiet)
     assert LAUNCHED in flat(gptq(*words).stdout)
 
 
@@ -128,7 +128,7 @@ def test_load(display: str, quiet: bool, checkpoint: Path, monkeypatch: pytest.M
 def test_load_that_judges_files_alone(quiet: bool, checkpoint: Path) -> None:
     words = ("load", checkpoint, "--target", "vllm", "--progress", "none", *(("--quiet",) if quiet else ()))
     ran = gptq(*words, "--json")
-    told_everywhere(ran, "[target-dtype] vllm: the model's dtype is float32", quiet=quiet)
+    told_everywhere(ran, "[half-precision] vllm: the model's dtype is float32", quiet=quiet)
 
 
 def test_load_against_a_dense_model_tells_of_it(
