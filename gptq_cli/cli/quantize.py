@@ -9,14 +9,13 @@ from pathlib import Path
 import typer
 
 from gptq_cli.cli import options as o
+from gptq_cli.cli.config_options import Codes, Solver, Text, with_config_options
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
-    RECIPES,
     CalibrationConfig,
     ModelRef,
     QuantizeConfig,
     QuantizeJob,
-    parse_group_size,
     parse_targets,
 )
 from gptq_cli.display.choose import Progress
@@ -28,44 +27,27 @@ from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.results.run import RunReport
 
-RECIPE = QuantizeConfig()
-TEXT = CalibrationConfig()
 
-
+@with_config_options
 def quantize(
     context: typer.Context,
     model: o.Model,
+    *,
     out: o.Out = None,
     overwrite: o.Overwrite = False,
     max_shard_size: o.MaxShardSize = "5GB",
     target: o.QuantizeTargets = None,
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
-    bits: o.Bits = RECIPE.bits,
-    group_size: o.GroupSize = str(RECIPE.group_size),
-    sym: o.Sym = RECIPE.sym,
-    desc_act: o.DescAct = RECIPE.desc_act,
-    calibration: o.Calibration = TEXT.source,
-    samples: o.Samples = TEXT.samples,
-    seq_len: o.SeqLen = TEXT.seq_len,
-    seed: o.Seed = TEXT.seed,
-    batch_size: o.BatchSize = TEXT.batch_size,
+    codes: Codes,
+    text: Text,
     device_map: o.DeviceMapText = "auto",
     max_memory: o.MaxMemoryText = None,
     devices: o.Devices = None,
     dtype: o.DType = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    act_order: o.ActOrder = RECIPE.act_order,
-    damp_percent: o.DampPercent = RECIPE.damp_percent,
-    true_sequential: o.TrueSequential = RECIPE.true_sequential,
-    scale_search: o.ScaleSearch = RECIPE.scale_search,
-    positive_scales: o.PositiveScales = RECIPE.positive_scales,
-    sweeps: o.Sweeps = None,
-    refit: o.Refit = None,
-    solve_for: o.SolveFor = None,
-    dense_share: o.DenseShare = None,
-    column_batch: o.ColumnBatch = RECIPE.column_batch,
+    solver: Solver,
     dry_run: o.DryRun = False,
     strict: o.Strict = False,
     config: o.Config = None,
@@ -80,38 +62,22 @@ def quantize(
     The checkpoint appears as the last act: an interrupted run leaves nothing that looks like one.
     """
     session: Session = context.obj
-    chosen = RECIPES[recipe]
+    quantize_config = QuantizeConfig.of(recipe, **codes, **solver)
     if devices is not None and not dry_run:
         raise ConfigError(
             "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
         )
     if out is None and dry_run:
-        group = "" if group_size == "auto" else f"g{group_size}"
-        out = f"{Path(model).name or 'model'}-w{bits}{group}"
+        size = quantize_config.group_size
+        group = "" if size == "auto" else f"g{size}"
+        out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
     if report is not None:
         _check_report_path(Path(report))
     job = QuantizeJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         out=out or "",
-        quantize=QuantizeConfig(
-            bits=bits,
-            group_size=parse_group_size(group_size),
-            sym=sym,
-            desc_act=desc_act,
-            act_order=act_order,
-            damp_percent=damp_percent,
-            true_sequential=true_sequential,
-            scale_search=scale_search,
-            positive_scales=positive_scales,
-            sweeps=sweeps if sweeps is not None else chosen.sweeps,
-            refit=refit if refit is not None else chosen.refit,
-            solve_for=solve_for if solve_for is not None else chosen.solve_for,
-            dense_share=dense_share if dense_share is not None else chosen.dense_share,
-            column_batch=column_batch,
-        ),
-        calibration=CalibrationConfig(
-            source=calibration, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size
-        ),
+        quantize=quantize_config,
+        calibration=CalibrationConfig(**text),
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,

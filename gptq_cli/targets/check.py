@@ -13,7 +13,8 @@ from __future__ import annotations
 import inspect
 from typing import get_args
 
-from gptq_cli.config import Target, check_choice
+from gptq_cli.config import Target
+from gptq_cli.fields import check_choice
 from gptq_cli.findings import Finding
 from gptq_cli.results.load import RuleResult, TargetReport
 from gptq_cli.targets import rules
