@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, DeviceMapError
 from gptq_cli.fields import check_choice, check_int, check_utf8, option
+from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 
@@ -63,6 +64,15 @@ def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
     for name in names:
         check_choice("target", name, get_args(Target))
     return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # checked above
+
+
+def parse_shard_size(value: str | int) -> int:
+    """Bytes of a file size as a person writes it: "5GB", "200MiB", 5_000_000_000. Raises `ConfigError`."""
+    try:
+        return parse_capacity(value)
+    except DeviceMapError as error:
+        hint = error.hint or "use --max-shard-size 5GB"
+        raise ConfigError(f"max_shard_size: {error.message}", hint=hint) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

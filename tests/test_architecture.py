@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gptq",),
     ("devices", "model", "calibration", "targets", "checkpoint", "evaluation", "inference", "engine"),
     ("planning", "preflight"),
-    ("jobs",),
+    ("jobs", "api"),
     ("display", "report", "cli", "__main__"),
 )
 """From the ground up; within a floor, a room may import those that stand before it."""

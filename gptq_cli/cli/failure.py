@@ -139,7 +139,6 @@ def _write_findings(findings: list[Finding]) -> None:
     """A table at a terminal; elsewhere a line a statement, so that no path is broken at a column."""
     if not findings or sys.stderr is None:
         return
-    from gptq_cli.display.plain import finding_lines
     from gptq_cli.display.tables import findings_table
 
     findings = escaped(findings)
@@ -147,5 +146,5 @@ def _write_findings(findings: list[Finding]) -> None:
     if console.is_terminal:
         console.print(findings_table(findings))
         return
-    for line in (line for finding in findings for line in finding_lines(finding)):
+    for line in (line for finding in findings for line in finding.lines):
         _write(line)

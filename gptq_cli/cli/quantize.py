@@ -16,13 +16,13 @@ from gptq_cli.config import (
     ModelRef,
     QuantizeConfig,
     QuantizeJob,
+    parse_shard_size,
     parse_targets,
 )
 from gptq_cli.display.choose import Progress
-from gptq_cli.errors import ConfigError, DeviceMapError
+from gptq_cli.errors import ConfigError
 from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
-from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.results.run import RunReport
@@ -81,7 +81,7 @@ def quantize(
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
-        max_shard_bytes=shard_bytes(max_shard_size),
+        max_shard_bytes=parse_shard_size(max_shard_size),
         overwrite=overwrite,
         strict=strict,
         targets=parse_targets(target or ()),
@@ -148,13 +148,3 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
     show(session, plan, map_summary)
     if not plan.ok:
         raise typer.Exit(3)
-
-
-def shard_bytes(text: str) -> int:
-    """`--max-shard-size` in bytes. Raises `ConfigError`."""
-    try:
-        return parse_capacity(text)
-    except DeviceMapError as error:
-        raise ConfigError(
-            f"max_shard_size: {error.message}", hint=error.hint or "use --max-shard-size 5GB"
-        ) from error
