@@ -131,9 +131,10 @@ Config = Annotated[
     str | None,
     option(
         "--config",
-        "Preset with any of these options; flags and GPTQ_* variables override it.",
+        "A shipped preset such as w4g128, or a TOML file with any of these options; flags and GPTQ_* "
+        "variables override it.",
         RUN,
-        "FILE.toml",
+        "PRESET",
         is_eager=True,
         callback=use_preset,
     ),
