@@ -1,9 +1,9 @@
 """Quantize a Hugging Face causal language model to a GPTQ checkpoint that real servers load.
 
-The package stands on six floors; imports only go down (ruff and tests/test_architecture.py prove it).
+The package stands on six floors; imports only go down (ruff and tests/test_architecture.py check it).
 
     5  cli/  display/  report/                              parse and show
-    4  jobs/                                                the steps of each command
+    4  jobs/  api                                           the steps of each command; gptq_cli.quantize, load
     3  preflight/  planning/                                may it be done, and how is it done best
     2  engine/  inference/  evaluation/  checkpoint/        torch and the world
        targets/  model/  calibration/  devices/

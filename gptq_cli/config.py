@@ -108,7 +108,7 @@ class QuantizeConfig:
     refit: bool = option(True, "Refit the scales where the loss falls.")
     """In closed form, each group's before its codes are swept."""
     solve_for: SolveFor = option(
-        "dense", "Whose outputs a linear should meet: own or dense (the dense model's)."
+        "dense", "Whose outputs a linear should match: own or dense (the dense model's)."
     )
     """"own": W times what the quantized model feeds it; "dense": what the dense model's linear gives, as far
     as held-out samples bear that out."""
@@ -254,7 +254,7 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeJob:
-    """Everything that `gptq quantize` was asked."""
+    """Everything that `gptq quantize` needs to know."""
 
     model: ModelRef
     out: str
@@ -282,7 +282,7 @@ class QuantizeJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectJob:
-    """Everything that `gptq inspect-map` was asked."""
+    """Everything that `gptq inspect-map` needs to know."""
 
     model: ModelRef
     device_map: DeviceMap
@@ -334,7 +334,7 @@ HELD_OUT = "pydoc-heldout"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadJob:
-    """Everything that `gptq load` was asked."""
+    """Everything that `gptq load` needs to know."""
 
     path: str
     device_map: DeviceMap | None = None

@@ -1,4 +1,4 @@
-"""`gptq inspect-map MODEL --device-map SPEC`: where would everything go, and is that allowed."""
+"""`gptq inspect-map MODEL --device-map SPEC`: where everything would go, and whether that is allowed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def inspect_map(
 
     Reads config.json and the headers of the safetensors files, no weight. Exit 0, or 3: refused by preflight.
 
-    The memory is that of gptq quantize with the same options. Bits and groups are judged where given.
+    The memory is that of gptq quantize with the same options. Bits and groups are checked where given.
     """
     session: Session = context.obj
     job = InspectJob(

@@ -24,7 +24,7 @@ CALIBRATION = "Calibration"
 PLACEMENT = "Placement"
 MODEL = "Model"
 SOLVER = "Solver"
-PROOF = "Proof"
+CHECKS = "Checks"
 TEXT = "Text"
 RUN = "Run"
 
@@ -71,7 +71,7 @@ def _flag(
 
 
 def _remember_json(context: typer.Context, value: bool) -> bool:
-    """Tell `main` at once, so that an error of a later option is a JSON document, too."""
+    """Let `main` know at once, so that the error of a later option is a JSON document too."""
     if context.obj is not None:
         context.obj.as_json = value
     return value
@@ -91,7 +91,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A model directory, or an id of the hub.",
+        help="A model directory, or a Hub model id.",
         envvar="GPTQ_MODEL",
         show_envvar=False,
     ),
@@ -104,7 +104,7 @@ Checkpoint = Annotated[
 ]
 
 Out = Annotated[str | None, option("--out", "Directory to create.", OUTPUT, "DIR")]
-Overwrite = Annotated[bool, _flag("--overwrite", "Replace --out where it exists, as the last act.", OUTPUT)]
+Overwrite = Annotated[bool, _flag("--overwrite", "Replace --out where it exists, at the very end.", OUTPUT)]
 MaxShardSize = Annotated[str, option("--max-shard-size", "Largest file of the checkpoint.", OUTPUT, "SIZE")]
 DryRun = Annotated[
     bool, _flag("--dry-run", "Say what would be done, and whether it fits; read no weight.", RUN)
@@ -126,7 +126,7 @@ Progress = Annotated[
         "KIND",
     ),
 ]
-Quiet = Annotated[bool, _flag("--quiet", "Nothing on stderr but errors.", RUN)]
+Quiet = Annotated[bool, _flag("--quiet", "Only errors on stderr.", RUN)]
 Config = Annotated[
     str | None,
     option(
@@ -200,7 +200,7 @@ DType = Annotated[
         "TYPE",
     ),
 ]
-Revision = Annotated[str | None, option("--revision", "Branch, tag or commit on the hub.", MODEL, "REV")]
+Revision = Annotated[str | None, option("--revision", "Branch, tag or commit on the Hub.", MODEL, "REV")]
 TrustRemoteCode = Annotated[
     bool, _flag("--trust-remote-code", "Run Python code that the model repository brings.", MODEL)
 ]
@@ -224,40 +224,40 @@ Evaluate = Annotated[
     option(
         "--eval",
         "Measure perplexity on a source as for --calibration, such as pydoc-heldout.",
-        PROOF,
+        CHECKS,
         "SOURCE",
     ),
 ]
-EvalSeqLen = Annotated[int, option("--seq-len", "Tokens of a window.", PROOF, "N")]
-Windows = Annotated[int, option("--windows", "Windows to measure, at most.", PROOF, "N")]
+EvalSeqLen = Annotated[int, option("--seq-len", "Tokens per window.", CHECKS, "N")]
+Windows = Annotated[int, option("--windows", "Windows to measure, at most.", CHECKS, "N")]
 Against = Annotated[
     str | None,
     option(
         "--against",
         "The dense MODEL: adds KL, top-1 agreement and both perplexities, on pydoc-heldout without --eval.",
-        PROOF,
+        CHECKS,
         "MODEL",
     ),
 ]
 MaxKl = Annotated[
     float | None,
-    option("--max-kl", "Exit 5 where KL(dense, quantized) is above this, nats a token.", PROOF, "X"),
+    option("--max-kl", "Exit 5 where KL(dense, quantized) is above this, nats per token.", CHECKS, "X"),
 ]
 MaxPerplexity = Annotated[
-    float | None, option("--max-perplexity", "Exit 5 where the perplexity is above this.", PROOF, "X")
+    float | None, option("--max-perplexity", "Exit 5 where the perplexity is above this.", CHECKS, "X")
 ]
 Bench = Annotated[
-    bool, _flag("--bench", "Time prompt and decoding, the dense model's too with --against.", PROOF)
+    bool, _flag("--bench", "Time prompt and decoding, the dense model's too with --against.", CHECKS)
 ]
 Verify = Annotated[
-    bool, _flag("--verify", "Judge every tensor and setting of the files; exit 5 on an error.", PROOF)
+    bool, _flag("--verify", "Check every tensor and setting of the files; exit 5 on an error.", CHECKS)
 ]
 Targets = Annotated[
     list[str] | None,
     option(
         "--target",
         f"Exit 5 where this reader will not take it: {', '.join(get_args(config.Target))}. Repeatable.",
-        PROOF,
+        CHECKS,
         "NAME",
     ),
 ]

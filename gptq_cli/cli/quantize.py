@@ -57,15 +57,15 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to --out.
 
-    Preflight judges the job before a weight is read and reports everything at once.
+    Preflight checks the job before a weight is read and reports everything at once.
 
-    The checkpoint appears as the last act: an interrupted run leaves nothing that looks like one.
+    The checkpoint appears at the very end: an interrupted run leaves nothing that looks like one.
     """
     session: Session = context.obj
     quantize_config = QuantizeConfig.of(recipe, **codes, **solver)
     if devices is not None and not dry_run:
         raise ConfigError(
-            "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
+            "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"
         )
     if out is None and dry_run:
         size = quantize_config.group_size
@@ -109,7 +109,7 @@ def _check_report_path(path: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"report is {shown(path)!r}, which cannot be written: {reason(error)}",
-            hint="give --report a file in a directory of yours",
+            hint="give --report a file in a directory that you can write to",
         ) from error
     if kinds[0] == "directory":
         raise ConfigError(
@@ -118,7 +118,7 @@ def _check_report_path(path: Path) -> None:
     if kinds[1] != "directory" or not os.access(path if kinds[0] else path.parent, os.W_OK):
         raise ConfigError(
             f"report is {str(path)!r}, which cannot be written",
-            hint="give --report a file in a directory of yours",
+            hint="give --report a file in a directory that you can write to",
         )
 
 
