@@ -27,7 +27,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,7 @@ PLAIN = {
 }
 """The original code's choices."""
 RECIPE_ROWS: dict[str, dict[str, Any]] = {
-    f"recipe {name}": {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    for name, recipe in RECIPES.items()
+    f"recipe {name}": dict(overrides) for name, overrides in RECIPES.items()
 }
 SHORT: dict[str, dict[str, Any]] = {"plain GPTQ": PLAIN, **RECIPE_ROWS}
 SINGLE: dict[str, dict[str, Any]] = {

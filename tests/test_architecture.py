@@ -16,11 +16,11 @@ import gptq_cli
 
 PACKAGE = Path(gptq_cli.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("findings", "rules", "errors", "files", "placement", "config", "results", "events"),
+    ("findings", "rules", "errors", "files", "fields", "placement", "config", "results", "events"),
     ("gptq",),
     ("devices", "model", "calibration", "targets", "checkpoint", "evaluation", "inference", "engine"),
     ("planning", "preflight"),
-    ("jobs",),
+    ("jobs", "api"),
     ("display", "report", "cli", "__main__"),
 )
 """From the ground up; within a floor, a room may import those that stand before it."""

@@ -31,7 +31,6 @@ from gptq_cli.events import (
     Warned,
     warning_text,
 )
-from gptq_cli.findings import Finding
 
 HEARTBEAT_SECONDS = 30.0
 
@@ -88,7 +87,7 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
         case RunStarted():
             return _started(event)
         case FindingRaised(finding):
-            return finding_lines(finding)
+            return finding.lines
         case PhaseStarted(phase):
             return (f"{phase}: started",)
         case PhaseAdvanced(phase, done, total):
@@ -130,13 +129,6 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
             return (f"finished: {report.out} in {fmt.duration(report.seconds)}",)
         case _:
             assert_never(event)
-
-
-def finding_lines(finding: Finding) -> tuple[str, ...]:
-    """A finding as text: the statement, and the hint below it."""
-    about = f" {finding.subject}:" if finding.subject else ""
-    first = f"{finding.level} [{finding.rule}]{about} {finding.message}"
-    return (first, f"  hint: {finding.hint}") if finding.hint else (first,)
 
 
 def memory_text(memory: DeviceMemory) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
@@ -67,14 +67,7 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
     with Hessian(_K, place) as moment:
         collect = _seconds(lambda: moment.add(x), place)
         hessian = moment.matrix()
-    plain = QuantizeConfig(
-        bits=config.bits,
-        group_size=128,
-        sym=config.sym,
-        scale_search=config.scale_search,
-        sweeps=config.sweeps,
-        refit=config.refit,
-    )
+    plain = replace(config, group_size=128)
     few, many = made(_LOW_ROWS, _K), made(_HIGH_ROWS, _K)
     low = _seconds(lambda: quantize_linears([few], hessian, plain), place)
     high = _seconds(lambda: quantize_linears([many], hessian, plain), place)

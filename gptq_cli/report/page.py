@@ -46,6 +46,7 @@ def report_html(report: RunReport) -> str:
     """The whole page. The same report gives the same bytes."""
     report = escaped(report)  # in a page, too, no mark may turn the text around
     title = f"GPTQ run: {report.model}, {report.bits} bits"
+    command = " ".join(report.command_line)  # "" for a run from Python
     recipe = f"{report.bits} bits, group size {report.group_size}, format {report.checkpoint_format}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -66,7 +67,7 @@ def report_html(report: RunReport) -> str:
     body += [
         *_section("Settings", _facts([(name, _plain(value)) for name, value in report.settings])),
         *_section("Versions", _facts(report.versions)),
-        *_section("Command", f"<p><code>{escape(' '.join(report.command_line))}</code></p>"),
+        *(_section("Command", f"<p><code>{escape(command)}</code></p>") if command else ()),
     ]
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,4 +1,4 @@
-"""What a finished command knows: frozen reports, written to report.json and printed by `--json`."""
+"""The report of `gptq inspect-map` and of a dry run: what goes where, and whether it fits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Verdict = Literal["fits", "fits with warnings", "refused"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
-    """What one device will have to hold at its highest moment, part by part. All in bytes."""
+    """What one device will have to hold at its peak, part by part. All in bytes."""
 
     json_properties: ClassVar[tuple[str, ...]] = ("needed_bytes", "fits", "spare_bytes")
 
@@ -141,7 +141,7 @@ class MapReport:
     placement: Placement | None
     """None when no placement could be made; the findings say why."""
     reason: str
-    """Which plan was chosen and why, one sentence."""
+    """Which plan was taken and why, one sentence."""
     tree: tuple[TreeRow, ...]
     devices: tuple[DevicePlan, ...]
     offload: tuple[str, ...]
@@ -154,7 +154,7 @@ class MapReport:
     plan: QuantizePlan | None = None
     """Present for --dry-run."""
     warnings: tuple[str, ...] = ()
-    """All that were given: the findings of that level, and what else came up while this was made."""
+    """All that were given: the findings of that level, and what else came up on the way."""
 
     @property
     def ok(self) -> bool:

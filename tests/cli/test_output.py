@@ -16,8 +16,8 @@ from gptq_cli.cli.output import (
     Output,
     OutputLostError,
     Session,
+    StdoutText,
     Unbreakable,
-    Voice,
     watch,
 )
 from gptq_cli.display.choose import Progress
@@ -147,7 +147,7 @@ def test_generated_text_is_escaped_at_a_terminal_alone(terminal: bool, shown: st
             return terminal
 
     stream = Stream()
-    voice = Voice(cast(TextIO, stream))
+    text = StdoutText(cast(TextIO, stream))
     for piece in ("a\tb\n\x1b", "[2J\r"):
-        voice.say(piece)
+        text.write(piece)
     assert stream.getvalue() == shown
