@@ -4,8 +4,8 @@
 the work. Passes follow one another: a pass collects one stage (or several side by side), and its linears are
 quantized in place before the next one begins, so that later stages see what earlier ones put out.
 
-The schedule is obeyed. Where the traced sample contradicts it, correctness comes first: a block whose forwards
-were to be parked, and in which a linear turns out to see a part of the tokens only, is replayed.
+The schedule is obeyed. Where the traced sample contradicts it, correctness comes first: a block whose
+forwards were to be parked, and in which a linear turns out to see a part of the tokens only, is replayed.
 """
 
 from __future__ import annotations
