@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from gptq_cli.engine.run import EngineRun
 from gptq_cli.gptq import hessian, moments
 from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.packing import unpack
-from gptq_cli.jobs import quantize as quantizing
 from gptq_cli.model.blocks import assign
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 from tests.tiny import TINY, save_tokenizer
+
+quantizing = import_module("gptq_cli.jobs.quantize")  # `gptq_cli.jobs.quantize` is the function
 
 
 @pytest.fixture(scope="module")
