@@ -13,6 +13,7 @@ from gptq_cli.calibration import TokenBatches
 from gptq_cli.config import QuantizeConfig, QuantizeJob
 from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
 from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.run import BlockReport, RunReport
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
@@ -55,6 +56,7 @@ def summarize(
     job: QuantizeJob,
     skeleton: Skeleton,
     tokens: TokenBatches,
+    schedule: Schedule,
     devices: Sequence[str],
     predicted_peak_bytes: Sequence[tuple[str, int]],
     blocks: tuple[BlockReport, ...],
@@ -106,6 +108,7 @@ def summarize(
         ),
         command_line=job.command_line,
         settings=settings_of(config),
+        schedule=schedule,
         blocks=blocks,
     )
 

@@ -1,4 +1,4 @@
-"""Steps that several commands take: place and judge, announce what was found."""
+"""Steps that several commands take: place and check, announce what was found."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def placed(
 
 
 def announce(report: PreflightReport, observer: Observer) -> None:
+    """One event per finding, errors first."""
     for finding in report.ordered():
         observer(FindingRaised(finding))
 

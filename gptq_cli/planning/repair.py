@@ -23,17 +23,17 @@ _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 """A component of a name that is a number."""
 _VARIABLE = re.compile(r"(?<![^.])(?:[0-9]+(?:-[0-9]+)?|[^.]*[*?\[][^.]*)(?![^.])")
 """A component of a pattern that is a number, a range or a glob."""
-_MOST_RULES = 500
+_MAX_RULES = 500
 """A longer map is a program's, which is mended where it was made; `auto` stands in for it here."""
-_GUESSES = 20
-"""Misspelled names that are looked for; a map with more is not a slip of the pen."""
+_MAX_GUESSES = 20
+"""Misspelled names that are looked for; a map with more was not mistyped."""
 
 
 def repaired(case: MapCase) -> DeviceMap:
     """The map of `case` without what rules about maps would refuse. A strategy is returned as it is."""
     if case.spec.strategy is not None:
         return case.spec
-    if len(case.spec.rules) > _MOST_RULES:
+    if len(case.spec.rules) > _MAX_RULES:
         return DeviceMap(strategy="auto")
     rules = _on_usable_devices(case, _with_known_names(case, case.spec.rules))
     if not rules:
@@ -116,7 +116,7 @@ def _with_known_names(case: MapCase, rules: tuple[DeviceRule, ...]) -> tuple[Dev
             kept.append(rule)
             continue
         guesses += 1
-        guess = next(iter(nearest_names(rule.pattern, known)), None) if guesses <= _GUESSES else None
+        guess = next(iter(nearest_names(rule.pattern, known)), None) if guesses <= _MAX_GUESSES else None
         if guess is not None and guess not in patterns:
             patterns.add(guess)
             kept.append(replace(rule, pattern=guess))

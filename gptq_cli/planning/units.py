@@ -20,7 +20,7 @@ DeviceOf = Callable[[str], Device | None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor name inside a unit; a tied name that is no tensor of its own has size 0."""
+    """A tensor name inside a unit; a tied name without a tensor of its own has size 0."""
 
     name: str
     size_bytes: int

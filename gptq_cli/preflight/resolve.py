@@ -11,9 +11,9 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
-from gptq_cli.planning.memory import device_plans
-from gptq_cli.planning.planner import Plan, make_plan
+from gptq_cli.planning.planner import Plan, fits, make_plan, planned, with_wide_micro_batch
 from gptq_cli.planning.remedies import Remedy, alternatives, less_work
 from gptq_cli.planning.repair import repaired
 from gptq_cli.planning.units import place
@@ -31,8 +31,8 @@ class Resolution:
     placement: Placement | None
     devices: tuple[DevicePlan, ...]
     """What each device will have to hold."""
-    parked: bool
-    """There is room for parked forwards (each linear runs once); else replay them."""
+    schedule: Schedule | None
+    """How the work is carried out; None where there is no placement, or no work is planned."""
     offload: tuple[str, ...]
     """Modules that get a cpu-offload hook, in execution order."""
     offload_skipped: tuple[str, ...]
@@ -70,12 +70,14 @@ def resolve(
         case = replace(case, repair=_repair(case))
         findings = _answers(rules_map, case)
     plan = _planned(case)
+    if plan is not None and plan.placement is not None:
+        plan = with_wide_micro_batch(plan, case)
     about_memory = _answers(
         rules_memory, rules_memory.PlannedCase(case=case, plan=plan, fits=_fits, roomy=_roomy)
     )
     if plan is None or plan.placement is None:
         findings += about_memory
-        return Resolution(None, (), parked=False, offload=(), offload_skipped=(), report=_report(findings))
+        return Resolution(None, (), None, offload=(), offload_skipped=(), report=_report(findings))
     placed = PlacedCase(case=case, placement=plan.placement, plans=plan.plans)
     found = _about_the_placement(placed)
     if any(finding.rule in _REPAIRED for finding in found) and not case.repair:
@@ -83,7 +85,7 @@ def resolve(
         found = _about_the_placement(placed)
     findings += found + about_memory
     return Resolution(
-        plan.placement, plan.plans, plan.parked, placed.offload, placed.offload_skipped, _report(findings)
+        plan.placement, plan.plans, plan.schedule, placed.offload, placed.offload_skipped, _report(findings)
     )
 
 
@@ -172,15 +174,8 @@ def _from_rules(case: MapCase) -> Plan | None:
     placement = place(case.facts, device_of, reason)
     if placement is None or any(device.kind == "meta" for device in placement.devices):
         return None
-    for parked in (True, False):
-        plans = device_plans(placement, case, parked=parked)
-        if _all_fit(case, plans):
-            return Plan(placement, plans, parked)
-    return Plan(placement, device_plans(placement, case, parked=False), parked=False)
-
-
-def _all_fit(case: MapCase, plans: tuple[DevicePlan, ...]) -> bool:
-    return all(plan.fits for plan in plans if case.limit(Device.parse(plan.device)) is not None)
+    plan = planned(placement, case, parked=True)
+    return plan if fits(case, plan.plans) else planned(placement, case, parked=False)
 
 
 def _roomy(case: MapCase) -> bool:
@@ -203,7 +198,7 @@ def _fits(case: MapCase) -> bool:
     placed = PlacedCase(case=replace(case), placement=plan.placement, plans=plan.plans)
     refused = rules_placement.block_split(placed) or rules_placement.tied_split(placed)
     rules = (rules_map.device_absent, rules_map.meta_device, rules_map.device_not_listed)
-    return _all_fit(case, plan.plans) and not refused and not any(rule(case) for rule in rules)
+    return fits(case, plan.plans) and not refused and not any(rule(case) for rule in rules)
 
 
 def _fits_without_cpu(case: MapCase) -> bool:

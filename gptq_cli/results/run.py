@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gptq_cli.placement.schedule import Schedule
+
 Method = Literal["gptq", "rtn"]
 
 
@@ -94,6 +96,8 @@ class RunReport:
     settings: tuple[tuple[str, str | int | float | bool | None], ...]
     """Every field of the QuantizeConfig in force, recipe resolved."""
     blocks: tuple[BlockReport, ...]
+    schedule: Schedule
+    """How the run was planned: micro-batch, and per block its devices and whether forwards were parked."""
 
     @property
     def linears(self) -> tuple[LinearReport, ...]:

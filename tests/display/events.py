@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from gptq_cli import events as e
 from gptq_cli.findings import Finding
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.results.load import (
     Agreement,
     Bench,
@@ -154,6 +156,20 @@ def report(blocks: int = 3) -> RunReport:
         command_line=("gptq", "quantize", "HuggingFaceTB/SmolLM2-135M", "--out", "smol-w4g64"),
         settings=(("bits", 4), ("group_size", 64), ("sym", True), ("damp_percent", 0.05)),
         blocks=tuple(block_report(index) for index in range(blocks)),
+        schedule=Schedule(
+            micro_batch_samples=32,
+            seq_len=512,
+            blocks=tuple(
+                BlockSchedule(
+                    name=f"model.layers.{index}",
+                    storage_device=Device("cuda", 0),
+                    execution_device=Device("cuda", 0),
+                    replayed=None,
+                    expert_batch_bytes=512 * MIB,
+                )
+                for index in range(blocks)
+            ),
+        ),
     )
 
 

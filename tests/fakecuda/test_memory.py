@@ -12,7 +12,7 @@ import torch
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.engine import loop, run
+from gptq_cli.engine import block, run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.gptq.hessian import Hessian
 from gptq_cli.placement.device_map import DeviceMap
@@ -124,11 +124,11 @@ class Squeezed:
 POINTS: dict[str, tuple[Any, str, int]] = {
     "load": (run, "load_resident", 0),
     "capture": (run, "capture", 0),
-    "trace": (loop, "find_stages", 1),
+    "trace": (block, "find_stages", 1),
     "collect": (Hessian, "add", 5),
-    "target": (loop.StageMoments, "target", 2),
-    "solve": (loop, "quantize_linears", 4),
-    "pack": (loop, "pack", 9),
+    "goal": (block.StageMoments, "goal", 2),
+    "solve": (block, "quantize_linears", 4),
+    "pack": (block, "pack", 9),
 }
 """Where memory runs out: owner, function, at which of its calls."""
 
@@ -177,7 +177,7 @@ def test_an_error_that_is_kept_keeps_no_memory(
     devices: Devices, monkeypatch: pytest.MonkeyPatch, tiny: Tiny, text: Path, tmp_path: Path
 ) -> None:
     """As a notebook keeps it: the next cell needs the device."""
-    Squeezed(devices, monkeypatch, 0).at(loop, "quantize_linears", skip=3)
+    Squeezed(devices, monkeypatch, 0).at(block, "quantize_linears", skip=3)
     job = QuantizeJob(
         model=ModelRef(model=str(tiny("llama"))),
         out=str(tmp_path / "out"),

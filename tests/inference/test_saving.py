@@ -124,7 +124,7 @@ def test_zeros_under_a_wrong_name_are_set_right(bits: int, tiny_llama: Path, tmp
         ({"save_original_format": False}, "save_original_format is False"),
         ({"distributed_checkpoint": True}, "distributed_checkpoint is True"),
         ({"max_shard_size": "1KB"}, "max_shard_size is 1KB"),
-        ({"max_shard_size": "much"}, "max_shard_size: 'much' is no size"),
+        ({"max_shard_size": "much"}, "max_shard_size: 'much' is not a size"),
         ({"save_function": print}, "save_function is builtin_function_or_method"),
     ],
 )

@@ -11,6 +11,7 @@ from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.remedies import cheapest
+from gptq_cli.planning.schedule import micro_batch_samples
 from gptq_cli.preflight.resolve import refuse_disk, resolve
 from tests.preflight.shapes import GIB, SMALL_WORK, case, llama, resolved, rules_of
 
@@ -43,7 +44,9 @@ def test_without_work_only_weights_count() -> None:
 
 
 def test_tight() -> None:
-    needed = resolved("0", MODEL).devices[0].needed_bytes
+    """With the smallest micro-batch; a wider one is never what makes it tight."""
+    data = replace(SMALL_WORK.calibration, batch_size=micro_batch_samples(SMALL_WORK))
+    needed = resolved("0", MODEL, work=replace(SMALL_WORK, calibration=data)).devices[0].needed_bytes
     made = resolved("0", MODEL, f"cuda:0={needed * 101 // 100},cpu=64GiB", work=SMALL_WORK)
     assert rules_of(made) == ["memory-tight"]
     assert made.report.ok
