@@ -76,7 +76,7 @@ def verify_checkpoint(
             raise
         return _unreadable(path, error)
     remarks = list(_structure(checkpoint))
-    with checkpoint.streamed() as reader:
+    with checkpoint.reader() as reader:
         remarks += _values(checkpoint, reader, on_tensor)
         remarks += _ties(checkpoint, reader)
     findings = _together(remarks)
@@ -104,7 +104,7 @@ def check_targets(
             raise
         return _unreadable(path, error)
     packed = (*checkpoint.linears, *checkpoint.experts)
-    with checkpoint.streamed() as reader:
+    with checkpoint.reader() as reader:
         ordered = any(
             rule == "g-idx-order"
             for info in packed

@@ -3,8 +3,9 @@
     v2  one hierarchy, `0::/path` in /proc/self/cgroup, all files in /sys/fs/cgroup/path
     v1  a hierarchy per controller, `4:cpu,cpuacct:/path`, files in /sys/fs/cgroup/cpu/path
 
-A limit holds for everything below it, so each group above this process counts. A container often sees only its
-own part of the tree: a path that does not exist there has no files, and the walk ends at the mount, which does.
+A limit holds for everything below it, so each group above this process counts. A container often sees only
+its own part of the tree: a path that does not exist there has no files, and the walk ends at the mount, which
+does.
 """
 
 from __future__ import annotations

@@ -115,11 +115,6 @@ class Skeleton:
         """Part of the parameters that will be quantized, 0 to 1."""
         return sum(x.in_features * x.out_features for x in self.linears) / max(1, self.parameters)
 
-    @property
-    def fused_experts(self) -> tuple[DenseInfo, ...]:
-        """Experts in fused 3-D tensors, which stay dense."""
-        return tuple(item for item in self.dense if item.reason == "fused experts")
-
     def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
         """The linears of one block in module order."""
         return tuple(linear for linear in self.linears if linear.block == block)

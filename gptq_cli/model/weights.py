@@ -31,7 +31,7 @@ OnUntied = Callable[[tuple[str, str]], None]
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype | None = None) -> Any:
+def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
 
     Raises `ModelError` when a weight is missing or has another shape than the config asks for, and
@@ -44,7 +44,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 skeleton.files.directory,
-                dtype=dtype or skeleton.dtype,
+                dtype=skeleton.dtype,
                 trust_remote_code=skeleton.ref.trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
