@@ -16,7 +16,7 @@ import gptq_cli
 
 PACKAGE = Path(gptq_cli.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("findings", "errors", "files", "placement", "config", "results", "events"),
+    ("findings", "errors", "files", "wording", "timing", "placement", "config", "results", "events"),
     ("gptq",),
     ("devices", "model", "calibration", "targets", "checkpoint", "evaluation", "inference", "engine"),
     ("planning", "preflight"),

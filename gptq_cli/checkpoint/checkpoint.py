@@ -19,8 +19,6 @@ from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.model.streamed import StreamedReader
 
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedInfo:

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx
-from gptq_cli.checkpoint.format import WORDS
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint, trivial_g_idx
+from gptq_cli.checkpoint.format import PARTS, WORDS
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.zeros import read_zeros
 from gptq_cli.config import Target
@@ -24,9 +24,11 @@ from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding, Level
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.targets.check import TargetFacts, TargetLinear, target_report
+from gptq_cli.wording import names_text
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -164,7 +166,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True)
         sym=form.base.sym and all(info.format.sym for info in packed),
         desc_act=form.base.desc_act,
         checkpoint_format=form.base.checkpoint_format,
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.dtype),
         linears=tuple(
             TargetLinear(
                 name=info.source_name,
@@ -292,7 +294,7 @@ def check_linear(info: PackedInfo, tensors: dict[str, Tensor]) -> Iterator[_Rema
         if bool((scales < 0).any()):
             yield remark("scales-negative", "note", "some scales are negative, which every reader here takes")
     if scales.dtype != torch.float16:
-        name = str(scales.dtype).removeprefix("torch.")
+        name = dtype_name(scales.dtype)
         yield remark("scales-dtype", "warning", f"scales are stored as {name}")
     if tensors["qweight"].numel() > 1 and bool((tensors["qweight"] == tensors["qweight"][0, 0]).all()):
         yield remark("codes-constant", "warning", "all words of qweight are the same: the file may be blank")
@@ -358,7 +360,7 @@ def _together(remarks: list[_Remark]) -> tuple[Finding, ...]:
         Finding(
             rule=rule,
             level=level,
-            subject=subjects[0] if len(subjects) == 1 else f"{subjects[0]} and {len(subjects) - 1} more",
+            subject=names_text(subjects, 1),
             message=message,
             hint=_HINTS.get(rule, ""),
             modules=tuple(subjects),

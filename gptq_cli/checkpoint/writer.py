@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.checkpoint.format import quantization_dict
+from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.layout import (
     CheckpointPlan,
@@ -103,7 +103,7 @@ class CheckpointWriter:
 
     def add_packed(self, linear: LinearInfo, packed: PackedTensors) -> None:
         """Write the four tensors of a linear; its bias is copied like every dense tensor."""
-        for part in ("qweight", "qzeros", "scales", "g_idx"):
+        for part in PARTS:
             self._put(f"{linear.source_name}.{part}", getattr(packed, part))
 
     def copy_dense(self) -> None:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from gptq_cli.config import Target
 from gptq_cli.findings import Finding, Level
+from gptq_cli.wording import names_text
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
 GPTQMODEL_GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -96,8 +97,8 @@ class Case:
         """A finding about this case; `linears` are named, the first of them in the message."""
         if linears:
             first = linears[0]
-            more = f" and {len(linears) - 1} more" if len(linears) > 1 else ""
-            message = f"{first.name} ({first.in_features} x {first.out_features}){more}: {message}"
+            shape = f"{first.name} ({first.in_features} x {first.out_features})"
+            message = f"{names_text([shape, *linears[1:]], 1)}: {message}"
         return Finding(
             rule=f"target-{rule}",
             level=level,
