@@ -347,6 +347,42 @@ def test_what_is_not_utf8_in_a_report_stays_readable(tiny_llama: Path, tmp_path:
     assert json.loads(text)["command_line"] == [words]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_everything_is_on_the_disk_before_it_is_in_place(
+    overwrite: bool, tiny_llama_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that reaches the disk before its bytes is a broken checkpoint after a power cut."""
+    out, skeleton = tmp_path / "out", opened(tiny_llama_sharded)
+    if overwrite:
+        write_checkpoint(skeleton, out, CONFIG)
+    calls: list[tuple[str, tuple[int, int]]] = []
+
+    def identity(at: int | Path) -> tuple[int, int]:
+        found = os.stat(at)
+        return found.st_dev, found.st_ino
+
+    def noted(name: str, module: Any, number: int = 0) -> None:
+        real = getattr(module, name)
+
+        def call(*words: Any, **more: Any) -> Any:
+            calls.append((name, identity(words[number])))
+            return real(*words, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted("fsync", os)
+    noted("rename", os)
+    noted("exchange", destination)
+    noted("rename_to_free", destination)
+    write_checkpoint(skeleton, out, CONFIG, max_shard_bytes=200_000, overwrite=overwrite)
+    inside = {identity(path) for path in (out, *out.rglob("*"))}
+    placed = max(at for at, (name, of) in enumerate(calls) if name != "fsync" and of == identity(out))
+    synced = {of for name, of in calls[:placed] if name == "fsync"}
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert inside <= synced
+    assert identity(out.parent) in {of for name, of in calls[placed:] if name == "fsync"}
+
+
 @pytest.mark.parametrize("where", ["posix_fallocate", "pwrite", "fsync"])
 def test_a_full_disk(where: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     skeleton = opened(tiny_llama)

@@ -30,16 +30,16 @@ class Ran:
         return json.loads(self.stdout)
 
 
-def gptq(*words: object) -> Ran:
-    """`gptq words…`, in this process."""
-    return in_process(main, [str(word) for word in words])
+def gptq(*words: object, interrupted: bool = False) -> Ran:
+    """`gptq words…`, in this process; `interrupted`: the test itself sends a signal."""
+    return in_process(main, [str(word) for word in words], interrupted=interrupted)
 
 
 def in_process(command: Callable[[list[str]], int], words: list[str], *, interrupted: bool = False) -> Ran:
     """`command(words)` with its streams kept.
 
-    `main` turns Ctrl-C into exit code 130. Where the test did not interrupt the command itself (`interrupted`),
-    it was the person at the terminal, who wants the test run to end.
+    `main` turns Ctrl-C into exit code 130. Where the test did not interrupt the command itself
+    (`interrupted`), it was the person at the terminal, who wants the test run to end.
     """
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
