@@ -16,7 +16,19 @@ import gptq_cli
 
 PACKAGE = Path(gptq_cli.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("findings", "rules", "errors", "files", "fields", "placement", "config", "results", "events"),
+    (
+        "findings",
+        "rules",
+        "wording",
+        "timing",
+        "errors",
+        "files",
+        "fields",
+        "placement",
+        "config",
+        "results",
+        "events",
+    ),
     ("gptq",),
     ("devices", "model", "calibration", "targets", "checkpoint", "evaluation", "inference", "engine"),
     ("planning", "preflight"),

@@ -30,22 +30,13 @@ from gptq_cli.calibration.text import read_documents
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
+from gptq_cli.model.source_files import has_tokenizer
+from gptq_cli.wording import first_line
 
 POOL = 8
 """Tokens read for each token wanted, where the text has them."""
 SHORTEST_WINDOW = 32
 """Tokens below which a window is not proposed to anybody."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "*.tiktoken",
-    "tokenization_*.py",
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +80,7 @@ def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> An
 
     folder = Path(directory)
     hint = "copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) beside it"
-    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer (no tokenizer.json or tokenizer.model)", hint=hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -97,7 +88,7 @@ def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> An
         )
         words = tokenizer("one two three", verbose=False)["input_ids"]
     except Exception as error:  # the loaders raise anything: OSError, KeyError, json and Rust errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the tokenizer of {folder} is code of the model repository",

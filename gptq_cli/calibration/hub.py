@@ -15,6 +15,7 @@ from gptq_cli.calibration.documents import Documents, Piece, rows_to_pieces
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.errors import CalibrationError
+from gptq_cli.wording import first_line
 
 OFFLINE_HINT = (
     "without a network: --calibration pydoc, or a .txt, .jsonl or .parquet file, or '-' (standard input)"
@@ -101,7 +102,7 @@ def _rows(wanted: HubSource, source: str) -> Iterator[dict[str, Any]]:
                 hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"hub data set {wanted} cannot be read: {_first_line(error)}", hint=OFFLINE_HINT
+            f"hub data set {wanted} cannot be read: {first_line(error)}", hint=OFFLINE_HINT
         ) from error
 
 
@@ -121,16 +122,11 @@ def _ask_the_hub(wanted: HubSource, source: str) -> None:
                 hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"the hub cannot serve data set {wanted.id!r} now: {_first_line(error)}", hint=OFFLINE_HINT
+            f"the hub cannot serve data set {wanted.id!r} now: {first_line(error)}", hint=OFFLINE_HINT
         ) from error
     except Exception as error:  # no DNS, no route, a proxy that refuses: every transport has its own tree
         raise CalibrationError(
             f"{source!r} is no existing file, and the hub cannot be reached to look for the data set "
-            f"{wanted.id!r}: {_first_line(error)}",
+            f"{wanted.id!r}: {first_line(error)}",
             hint=OFFLINE_HINT,
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

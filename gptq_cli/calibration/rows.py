@@ -16,6 +16,7 @@ from typing import Any
 
 from gptq_cli.calibration.utf8 import SOURCES_HINT, chunks, lines, opened, refuse_other_formats
 from gptq_cli.errors import CalibrationError
+from gptq_cli.wording import first_line
 
 STANDARD_COLUMNS = ("text", "messages")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
@@ -97,7 +98,7 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
                         hint="write the column again from text that is decoded",
                     ) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise CalibrationError(f"{path} is no readable Parquet file: {why}", hint=SOURCES_HINT) from error
 
 

@@ -18,9 +18,6 @@ from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.model.tensors import TensorReader
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +109,13 @@ class QuantizedCheckpoint:
         """Bytes of all tensors as they are stored."""
         return self.files.size_bytes
 
-    def reader(self) -> TensorReader:
-        """A context manager that reads single tensors by their name in the files."""
-        return TensorReader(self.directory, self.files.tensors)
-
-    def streamed(self) -> StreamedReader:
-        """The same, each tensor in memory of its own, all of them of the files that were judged."""
+    def reader(self) -> StreamedReader:
+        """A context manager that reads single tensors by their name in the files, and refuses other files."""
         return StreamedReader(self.directory, self.files.tensors, self.files.stamps)
 
 
 def read_packed(
-    reader: TensorReader,
+    reader: StreamedReader,
     info: PackedInfo,
     device: torch.device | str = "cpu",
     tally: ZerosTally | None = None,

@@ -43,11 +43,6 @@ class LinearCodes:
     codes: Tensor | None = None  # (K, N) uint8, rows in solved order
 
     @property
-    def symmetric(self) -> bool:
-        """True when every zero is the middle code, so that no zero term is needed."""
-        return bool((self.zeros == 1 << (self.bits - 1)).all())
-
-    @property
     def device(self) -> torch.device:
         """Where the linear lies."""
         return self.scales.device

@@ -22,6 +22,7 @@ from gptq_cli.checkpoint.renames import exchange, fsync, rename_to_free
 from gptq_cli.checkpoint.working_folder import Owner, WorkingFolder, remove, stem
 from gptq_cli.errors import GptqError
 from gptq_cli.model.source import INDEX
+from gptq_cli.wording import names_text
 
 _LAST = ("quantize_config.json", INDEX, "config.json")
 _NAMED = 3
@@ -129,8 +130,7 @@ class Destination:
         begun = {"absent": "it did not exist, and now", "empty": "it was empty, and now"}
         was = begun.get(self._begun.kind, "it")
         names = self._begun.differences(now)
-        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        listed = ", ".join(names[:_NAMED]) + rest
+        listed = names_text(names, _NAMED)
         if now.kind == "other" and not now.entries:
             what = f"{was} is not a directory"
         elif self._begun.kind != "checkpoint":

@@ -9,12 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from gptq_cli import __version__
 from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
 from gptq_cli.errors import CheckpointError
 
+PART_DTYPES = MappingProxyType({"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"})
+"""The tensors of a packed linear, `<linear>.qweight` and so on, in order, with the dtypes that we write."""
+PARTS = tuple(PART_DTYPES)
 FORMATS = ("gptq", "gptq_v2")
 WORDS = "words"
 """Zeros of format gptq as GPTQModel computes them: see `checkpoint.zeros`."""
@@ -54,12 +58,13 @@ class PackedFormat:
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the four tensors of a linear."""
         groups = self.groups(in_features)
-        return {
-            "qweight": (-(-in_features * self.bits // 32), out_features),
-            "qzeros": (groups, -(-out_features * self.bits // 32)),
-            "scales": (groups, out_features),
-            "g_idx": (in_features,),
-        }
+        sizes = (
+            (-(-in_features * self.bits // 32), out_features),
+            (groups, -(-out_features * self.bits // 32)),
+            (groups, out_features),
+            (in_features,),
+        )
+        return dict(zip(PARTS, sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

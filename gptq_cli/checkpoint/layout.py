@@ -12,15 +12,14 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gptq_cli.checkpoint.format import PackedFormat
+from gptq_cli.checkpoint.format import PART_DTYPES, PackedFormat
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.conversion import natural_key
-from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.facts import TensorInfo, dtype_name
 from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
-from gptq_cli.model.skeleton import LinearInfo, Skeleton, main_dtype
-
-PART_DTYPES = {"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"}
+from gptq_cli.model.skeleton import Skeleton, main_dtype
+from gptq_cli.placement.names import fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +86,9 @@ def packed_format(quantize: QuantizeConfig) -> PackedFormat:
     )
 
 
-def plan_checkpoint(
-    skeleton: Skeleton,
-    quantize: QuantizeConfig,
-    max_shard_bytes: int,
-    linears: Sequence[LinearInfo] | None = None,
-) -> CheckpointPlan:
-    """Lay out the checkpoint; `linears` (default: all of the skeleton) are stored packed, the rest dense."""
-    groups = _tensor_groups(skeleton, quantize, skeleton.linears if linears is None else linears)
+def plan_checkpoint(skeleton: Skeleton, quantize: QuantizeConfig, max_shard_bytes: int) -> CheckpointPlan:
+    """Lay out the checkpoint: the linears of the skeleton are stored packed, the rest dense."""
+    groups = _tensor_groups(skeleton, quantize)
     filled: list[list[PlannedTensor]] = [[]]
     size = 0
     for group in groups:
@@ -113,13 +107,11 @@ def plan_checkpoint(
     return CheckpointPlan(tuple(shards))
 
 
-def _tensor_groups(
-    skeleton: Skeleton, quantize: QuantizeConfig, linears: Sequence[LinearInfo]
-) -> Iterator[list[PlannedTensor]]:
+def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[list[PlannedTensor]]:
     """Tensors in natural order of their names; the parts of one linear stay together in a file."""
-    packed = {linear.source_key: linear for linear in linears}
+    packed = {linear.source_key: linear for linear in skeleton.linears}
     form = packed_format(quantize)
-    stored, run = main_dtype(skeleton.files), str(skeleton.dtype).removeprefix("torch.")
+    stored, run = main_dtype(skeleton.files), dtype_name(skeleton.dtype)
     for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
         linear = packed.get(tensor.name)
         if linear is None:
@@ -150,7 +142,7 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
             for source in origin.sources
         ]
         common = _common_parent(sources) if sources else name
-        folded = re.sub(r"(?<=\.)\d+(?=\\?\.|$)", r"\\d+", re.escape(common))
+        folded = re.escape(fold(common)).replace(r"\*", r"\d+")
         patterns[rf"{folded}(\..*)?$"] = None
     return tuple(patterns)
 

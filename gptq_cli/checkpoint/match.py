@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from gptq_cli.checkpoint.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint
-from gptq_cli.checkpoint.format import CheckpointFormat, PackedFormat
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
+from gptq_cli.checkpoint.format import PARTS, CheckpointFormat, PackedFormat
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.model.blocks import find_blocks, is_linear, shape
 from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.source import ModelFiles
+from gptq_cli.wording import and_others
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -52,9 +53,8 @@ class CheckpointMatcher:
         if not sources and not self.errors:
             self.errors.append(f"{self.directory} holds no quantized linear (no tensor ends in .qweight)")
         if self.errors:
-            more = f" (and {len(self.errors) - 1} more problems)" if len(self.errors) > 1 else ""
             raise CheckpointError(
-                self.errors[0] + more,
+                self.errors[0] + and_others(self.errors, "problems"),
                 hint="the checkpoint is incomplete or damaged: fetch it again",
                 problems=tuple(self.errors),
             )
@@ -95,7 +95,7 @@ class CheckpointMatcher:
         """Parts of a quantized linear whose qweight is not there."""
         for name in self.by_name:
             owner, _, part = name.rpartition(".")
-            if part in ("qzeros", "scales", "g_idx") and owner not in sources:
+            if part in PARTS[1:] and owner not in sources:
                 self.errors.append(f"tensor {owner}.qweight is missing, but {name} is there")
 
     def _packed(self, source: str) -> PackedInfo | None:

@@ -17,14 +17,13 @@ import torch
 from transformers import PretrainedConfig
 
 from gptq_cli.checkpoint.checkpoint import (
-    PARTS,
     PackedInfo,
     QuantizedCheckpoint,
     dense_origins,
     read_packed,
     trivial_g_idx,
 )
-from gptq_cli.checkpoint.format import CheckpointFormat, parse_quantization
+from gptq_cli.checkpoint.format import PARTS, CheckpointFormat, parse_quantization
 from gptq_cli.checkpoint.match import CheckpointMatcher
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError
@@ -33,6 +32,7 @@ from gptq_cli.model.architecture import load_config
 from gptq_cli.model.find import local_directory
 from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
+from gptq_cli.wording import and_others
 
 __all__ = [
     "PackedInfo",
@@ -188,9 +188,8 @@ def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ..
 def _raise_for(problems: tuple[SourceProblem, ...]) -> None:
     serious = [problem for problem in problems if problem.kind not in READABLE]
     if serious:
-        more = f" (and {len(serious) - 1} more problems)" if len(serious) > 1 else ""
         raise CheckpointError(
-            serious[0].message + more,
+            serious[0].message + and_others(serious, "problems"),
             hint=serious[0].hint or None,
             problems=tuple(problem.message for problem in serious),
         )

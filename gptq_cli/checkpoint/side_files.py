@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.source import ModelFiles, read_json
 from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
 
@@ -16,7 +17,7 @@ from gptq_cli.model.source_files import check_unchanged, is_copied, outside_targ
 def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The source's own config.json with the quantization and the dtype set: no other word is changed."""
     config = dict(read_json(source / "config.json"))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     _set_dtype(config, name)
     text = config.get("text_config")
     if isinstance(text, dict):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint import rules as verify_rules
-from gptq_cli.checkpoint.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint, trivial_g_idx
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint, trivial_g_idx
+from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.rules import LinearFacts, OrderFacts, VerifyCase, ZerosFacts
 from gptq_cli.checkpoint.zeros import read_zeros
@@ -24,6 +25,7 @@ from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.rules import rules_in
@@ -47,7 +49,7 @@ def verify_checkpoint(
         if is_out_of_memory(error):
             raise
         return _unreadable(path, error)
-    with checkpoint.streamed() as reader:
+    with checkpoint.reader() as reader:
         values = _read_values(checkpoint, reader, on_tensor)
         case = replace(
             _structure(checkpoint),
@@ -75,7 +77,7 @@ def check_targets(
         if is_out_of_memory(error):
             raise
         return _unreadable(path, error)
-    with checkpoint.streamed() as reader:
+    with checkpoint.reader() as reader:
         reordered = any(
             order_facts(info, reader.get(f"{info.source_name}.g_idx")).reorders
             for info in (*checkpoint.linears, *checkpoint.experts)
@@ -157,7 +159,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True)
         sym=form.base.sym and all(info.format.sym for info in packed),
         desc_act=form.base.desc_act,
         checkpoint_format=form.base.checkpoint_format,
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.dtype),
         linears=tuple(
             TargetLinear(
                 name=info.source_name,

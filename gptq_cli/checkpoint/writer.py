@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.checkpoint.format import quantization_dict
+from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.layout import (
     CheckpointPlan,
@@ -53,7 +53,7 @@ OnShard = Callable[[Path, int, int], None]
 class CheckpointWriter:
     """Use as a context manager; without `finish` nothing remains.
 
-    `linears` are those that will come packed (default: all of the skeleton); every other tensor is copied.
+    The skeleton's linears will come packed; every other tensor is copied.
     `destination`: `out`, already entered by the caller, who leaves it as well.
     """
 
@@ -65,14 +65,13 @@ class CheckpointWriter:
         max_shard_bytes: int = 5_000_000_000,
         overwrite: bool = False,
         *,
-        linears: Sequence[LinearInfo] | None = None,
         on_shard: OnShard | None = None,
         destination: Destination | None = None,
     ) -> None:
         self._lent = destination is not None
         self._destination = destination or Destination(out, overwrite=overwrite)
         self.out = self._destination.out
-        self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes, linears)
+        self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes)
         self._skeleton, self._quantize, self._overwrite = skeleton, quantize, overwrite
         self._on_shard = on_shard
         self._work = self._destination.result
@@ -102,12 +101,10 @@ class CheckpointWriter:
     ) -> None:
         self._discard()
 
-    def add_packed(self, linear: LinearInfo, packed: PackedTensors, bias: Tensor | None = None) -> None:
-        """Write the four tensors of a linear; `bias` only where it differs from the source's."""
-        for part in ("qweight", "qzeros", "scales", "g_idx"):
+    def add_packed(self, linear: LinearInfo, packed: PackedTensors) -> None:
+        """Write the four tensors of a linear; its bias is copied like every dense tensor."""
+        for part in PARTS:
             self._put(f"{linear.source_name}.{part}", getattr(packed, part))
-        if bias is not None:
-            self._put(f"{linear.source_name}.bias", bias.to(self._skeleton.dtype))
 
     def copy_dense(self) -> None:
         """Copy every dense tensor from the source, cast where the run's dtype differs from the source's

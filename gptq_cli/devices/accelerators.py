@@ -52,6 +52,12 @@ def working_on(device: torch.device) -> AbstractContextManager[object]:
     return torch.accelerator.device_index(device.index)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until everything that was started on `device` is done; a CPU has nothing waiting."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def present_accelerators() -> tuple[Device, ...]:
     """Every accelerator of this machine that is visible to the process."""
     current = torch.accelerator.current_accelerator()

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import psutil
 
+from gptq_cli.devices.cgroups import control_groups
+
 _UNLIMITED = 1 << 60
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -41,26 +45,11 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
     """(limit, used without reclaimable cache) of each limited control group above this process."""
     found: list[tuple[int, int]] = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts), -1, -1):
-            group = base.joinpath(*parts[:depth])
-            limit, used = _read_number(group / names[0]), _read_number(group / names[1])
-            if limit is not None and used is not None and limit < _UNLIMITED:
-                found.append((limit, max(0, used - _read_stat(group / "memory.stat", names[2]))))
+    for group in control_groups("memory", root):
+        most, used_now, cache = _CGROUP_V2 if group.unified else _CGROUP_V1
+        limit, used = _read_number(group.folder / most), _read_number(group.folder / used_now)
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            found.append((limit, max(0, used - _read_stat(group.folder / "memory.stat", cache))))
     return found
 
 

@@ -5,30 +5,18 @@ from __future__ import annotations
 import math
 import re
 
+from gptq_cli.placement.device import format_size, three_digits
+
 ELLIPSIS = "…"
 
 
-def size(size_bytes: float) -> str:
-    """`1536` -> `1.50 KiB`. Binary units, three significant digits, a sign where it is negative."""
-    sign, left = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
-    if left < 1000:
-        return f"{sign}{left:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        left /= 1024
-        if left < 999.5:
-            return f"{sign}{_three(left)} {unit}"
-    return f"{sign}{_three(left / 1024)} TiB"
+size = format_size
+"""`1536` -> `1.50 KiB`, as every message says it."""
 
 
 def gib(size_bytes: float) -> str:
     """`2**30` -> `1.00`: gibibytes without the unit, for columns that name it once."""
-    return _three(size_bytes / 2**30)
-
-
-def _three(value: float) -> str:
-    if value < 9.995:
-        return f"{value:.2f}"
-    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+    return three_digits(size_bytes / 2**30)
 
 
 def duration(seconds: float) -> str:

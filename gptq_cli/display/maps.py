@@ -6,7 +6,7 @@
      │  ├─ 0-15                            6.50 GiB  cuda:0
 
      cuda:0  ██████████████▓▒▒░░░░······  needs 10.2 of 24.0 GiB, 13.8 GiB to spare
-             █ weights 7.50  ▓ block copy 0.81  ▒ Hessians 0.77  ░ activations 1.00
+             █ weights 7.50  ▓ working memory 0.81  ▒ Hessians 0.77  ░ activations 1.00
 
 Each part of a bar has a glyph of its own, so that it reads without colour; it fits 80 columns.
 """
@@ -23,15 +23,15 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.tables import facts_table, findings_table, quantized_text, warnings_rows
 from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
 
-PARTS = (
-    ("weights_bytes", "█", "weights", "cyan"),
-    ("working_bytes", "▓", "block copy", "blue"),
-    ("hessian_bytes", "▒", "Hessians", "magenta"),
-    ("activation_bytes", "░", "activations", "yellow"),
-    ("packing_bytes", "%", "packing", "green"),
-    ("baseline_bytes", "+", "libraries", "default"),
+GLYPHS = (
+    ("█", "cyan"),
+    ("▓", "blue"),
+    ("▒", "magenta"),
+    ("░", "yellow"),
+    ("%", "green"),
+    ("+", "default"),
 )
-"""Field of `DevicePlan`, glyph, word and colour, from the left of a bar to its right."""
+"""Glyph and colour of each of `DevicePlan.parts`, from the left of a bar to its right."""
 FREE, OVER = "·", "!"
 VERDICT_STYLES = {"fits": "bold green", "fits with warnings": "bold yellow", "refused": "bold red"}
 
@@ -130,9 +130,11 @@ class DeviceBars:
             for glyphs, style in bar_segments(plan, cells):
                 bar.append(glyphs, style=f"{style} not bold")
             yield bar.append(f"  {text}", style="not bold" if plan.fits else "bold red")
-            held = [(glyph, word, getattr(plan, name)) for name, glyph, word, _ in PARTS]
+            held = zip(GLYPHS, plan.parts, strict=True)
             texts = [
-                f"{glyph} {word} {fmt.size(size_bytes)}" for glyph, word, size_bytes in held if size_bytes
+                f"{glyph} {word} {fmt.size(size_bytes)}"
+                for (glyph, _), (word, size_bytes) in held
+                if size_bytes
             ]
             legend = Table.grid()
             legend.add_column(width=names + 2)
@@ -164,8 +166,8 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
     whole = max(plan.limit_bytes, plan.needed_bytes, 1)
     limit_at = round(cells * plan.limit_bytes / whole)
     segments, end, drawn = [], 0, 0
-    for name, glyph, _, style in PARTS:
-        end += getattr(plan, name)
+    for (glyph, style), (_, size_bytes) in zip(GLYPHS, plan.parts, strict=True):
+        end += size_bytes
         stop = min(cells, round(cells * end / whole))
         inside = max(0, min(stop, limit_at) - drawn)
         over = max(0, stop - max(drawn, limit_at))

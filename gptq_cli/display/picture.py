@@ -12,7 +12,7 @@ every fact that has a colour has a word, too.
 
 from __future__ import annotations
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -195,8 +195,3 @@ def memory_line(memory: DeviceMemory, width: int) -> Text:
     line.append("▓" * (reserved - allocated), style="blue not bold")
     line.append("░" * (cells - reserved), style="dim not bold")
     return line.append(f"  {figures}", style="bold red" if high else "not bold")
-
-
-def still(state: State, now: float) -> Group:
-    """The picture as something to print once."""
-    return Group(Picture(state, now))

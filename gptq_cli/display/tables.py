@@ -20,6 +20,7 @@ from gptq_cli.findings import Finding, Level, PreflightReport
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
 from gptq_cli.results.run import LinearReport, RunReport
+from gptq_cli.wording import names_text
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 LISTED = 5
@@ -59,10 +60,8 @@ def findings_table(findings: Iterable[Finding]) -> Table:
 
 def modules_text(finding: Finding) -> str:
     """`832 MiB in 2 modules: model.layers.30, model.layers.31`; a long list is cut and says so."""
-    named = ", ".join(finding.modules[:MODULES_NAMED])
-    more = len(finding.modules) - MODULES_NAMED
+    listed = names_text(finding.modules, MODULES_NAMED)
     held = f"{fmt.size(finding.size_bytes)} in " if finding.size_bytes else ""
-    listed = f"{named} and {more} more" if more > 0 else named
     return f"{held}{fmt.count(len(finding.modules), 'module')}: {listed}"
 
 
@@ -158,8 +157,7 @@ def _fallbacks(report: RunReport) -> Text:
     if not report.fallbacks:
         return Text("none")
     names = [linear.name for linear in report.linears if linear.method != "gptq"]
-    more = len(names) - MODULES_NAMED
-    listed = ", ".join(names[:MODULES_NAMED]) + (f" and {more} more" if more > 0 else "")
+    listed = names_text(names, MODULES_NAMED)
     of = fmt.count(len(report.linears), "linear")
     text = f"{report.fallbacks} of {of} fell back to round-to-nearest"
     return Text(f"{text}: {listed}" if listed else text, style="bold red", overflow="fold")

@@ -17,7 +17,6 @@ what the block's tokens are like: see `gptq.moments.shrink_to_pooled`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from gptq_cli.engine.capture import BlockCall
 from gptq_cli.model.reads import Read
+from gptq_cli.placement.names import fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +95,14 @@ def find_stages(
 
     tokens = hidden.numel() // hidden.shape[-1]
     multi_call = {
-        _like(name)
+        fold(name)
         for name, seen in reads.items()
         if len(seen) != 1 or seen[0].tensor.numel() // seen[0].tensor.shape[-1] != tokens
     }
     shared: list[list[str]] = []
     alone: list[str] = []
     for name in order:
-        if _like(name) in multi_call:
+        if fold(name) in multi_call:
             alone.append(name)
             continue
         for group in shared:
@@ -113,8 +113,3 @@ def find_stages(
             shared.append([name])
     alone += [name for name in linears if name not in order]
     return (*(Stage(tuple(group)) for group in shared), *(Stage((name,), once=False) for name in alone))
-
-
-def _like(name: str) -> str:
-    """`mlp.experts.*.up_proj` for `mlp.experts.3.up_proj`."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")

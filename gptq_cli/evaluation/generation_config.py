@@ -25,6 +25,7 @@ from typing import Any
 from transformers import GenerationConfig, StopStringCriteria, WatermarkingConfig
 
 from gptq_cli.errors import CheckpointError
+from gptq_cli.wording import first_line
 
 FILE = "generation_config.json"
 MOST_BEAMS = 64
@@ -311,4 +312,4 @@ def _short(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

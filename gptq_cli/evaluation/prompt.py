@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gptq_cli.calibration.chat import chat_text
 from gptq_cli.errors import ConfigError, ModelError
+from gptq_cli.wording import first_line
 
 _PROBE = "qzjxkv"
 """A text that no template holds by itself."""
@@ -84,7 +85,7 @@ def _refuse_no_default(tokenizer: Any) -> None:
 
 
 def _refused(error: Exception) -> ConfigError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     line = getattr(error, "lineno", None)
     if line is not None:  # jinja2.TemplateSyntaxError
         return ConfigError(f"the chat template does not parse, line {line}: {reason}", hint=_WITHOUT)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gptq_cli.devices.accelerators import synchronize
 from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 from gptq_cli.fields import check_int
 from gptq_cli.results.load import Rate, Speed
@@ -73,8 +74,7 @@ def _one_round(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.dev
 
 
 def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

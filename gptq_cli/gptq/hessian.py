@@ -181,12 +181,10 @@ def shrink(
     H: Tensor,  # (K, K) mean over few tokens
     tokens: int,
     pooled: Tensor,  # (K, K) mean over many tokens of a wider population (all experts of a block, say)
-    prior_tokens: int | None = None,  # weight of the pool, in tokens; None: K
 ) -> Tensor:
     """(n·H + m·pooled) / (n + m): what an undersampled linear uses instead of giving up on GPTQ.
 
     n tokens span at most n of K directions. Counting the pool as m = K tokens keeps every direction known
     and lets the linear's own data win once it has more than K tokens.
     """
-    m = H.shape[0] if prior_tokens is None else prior_tokens
-    return torch.lerp(pooled, H, tokens / (tokens + m))
+    return torch.lerp(pooled, H, tokens / (tokens + H.shape[0]))

@@ -17,13 +17,14 @@ knowing: an x86 without AVX512_BF16 or AMX multiplies bf16 matrices at a tenth o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+
+from gptq_cli.timing import fastest
 
 _PROBE_SIZE, _PROBE_TRIES = 384, 3
 _MARGIN = 2.0
@@ -46,12 +47,7 @@ def _seconds(dtype: torch.dtype) -> float:
     """The shortest of some tries: whatever else the machine does only makes one longer."""
     x = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
     torch.mm(x, x)
-    best = float("inf")
-    for _ in range(_PROBE_TRIES):
-        started = time.perf_counter()
-        torch.mm(x, x)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return fastest(lambda: torch.mm(x, x), attempts=_PROBE_TRIES)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ prompts and windows never do, so that both give the same numbers whatever was me
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,9 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gptq_cli.devices.accelerators import synchronize
 from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.inference.kernels import Held, Kernel
 from gptq_cli.inference.scratch import Fresh, Scratch
+from gptq_cli.timing import fastest
 
 MIN_ROWS, MAX_ROWS = 1, 32
 PROBE_COLUMNS = 1024
@@ -106,11 +107,4 @@ def crossing(fused_seconds: list[float], dense_seconds: list[float]) -> int:
 
 def _best(work: Callable[[], None], device: torch.device) -> float:
     work()
-    best = float("inf")
-    for _ in range(_REPEATS):
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return fastest(work, attempts=_REPEATS, settle=lambda: synchronize(device))

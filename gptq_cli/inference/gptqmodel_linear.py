@@ -22,6 +22,7 @@ from gptq_cli.checkpoint.codes import codes_of, dequantize, unpack_zeros
 from gptq_cli.checkpoint.zeros import shift_words, store_zeros
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.wording import first_line
 
 _TOLERANCE = 0.05
 """Relative, on one token; kernels in bfloat16 are within about 0.01."""
@@ -85,7 +86,7 @@ class _Trial:
             with torch.inference_mode():
                 found = self.module(self.x).float()
         except RuntimeError as error:
-            raise _not_served(self.name, f"{kernel} fails: {str(error).splitlines()[0]}") from error
+            raise _not_served(self.name, f"{kernel} fails: {first_line(error)}") from error
         apart = float((found - self.expected).norm() / self.expected.norm())
         if not apart <= _TOLERANCE:
             raise _not_served(self.name, f"what {kernel} gives is off by {apart:.0%}")

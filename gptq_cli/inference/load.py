@@ -35,7 +35,7 @@ from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.quiet import quiet_libraries
-from gptq_cli.model.tensors import TensorReader
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import fill_dense
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
@@ -91,7 +91,7 @@ def load_quantized(
             "kernel is 'gptqmodel', whose modules cannot travel, but the map has cpu beside other devices",
             hint="leave cpu out of the device map, or use --kernel auto",
         )
-    with checkpoint.streamed() as reader, intra_op_threads(1):
+    with checkpoint.reader() as reader, intra_op_threads(1):
         attacher = _Attacher(checkpoint, placement, reader, crossovers, kernel_choice, foreign, on_linear)
         attacher.attach()
         for sentence in attacher.zeros.sentences():
@@ -126,7 +126,7 @@ class _Attacher:
         self,
         checkpoint: QuantizedCheckpoint,
         placement: Placement,
-        reader: TensorReader,
+        reader: StreamedReader,
         crossovers: Crossovers,
         kernel_choice: KernelChoice,
         foreign: GptqmodelKernels | None,

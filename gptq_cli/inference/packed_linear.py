@@ -29,6 +29,8 @@ from gptq_cli.inference.kernels import (
 )
 from gptq_cli.inference.planes import COLUMN_BLOCK, make_planes, why_not_fused
 from gptq_cli.inference.scratch import Fresh, Scratch, usable
+from gptq_cli.model.facts import dtype_name
+from gptq_cli.wording import first_line
 
 _CPU_DENSE_ELEMENTS = 1 << 21
 _DEVICE_DENSE_ELEMENTS = 1 << 24
@@ -55,7 +57,7 @@ def choose(
 
 
 def _for_device(device: torch.device, dtype: torch.dtype) -> Choice:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     match device.type:
         case "cpu" if dtype != torch.bfloat16:
             return Choice(Dequantize, f"CPUs have a fast int4 kernel for bfloat16 only, not for {name}")
@@ -205,5 +207,4 @@ def _built(
 
 
 def _failing(kind: type[Kernel], error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0]
-    return f"torch's operator for {kind.name} fails here: {said or type(error).__name__}"
+    return f"torch's operator for {kind.name} fails here: {first_line(error)}"

@@ -24,6 +24,7 @@ from gptq_cli.errors import CheckpointError, ConfigError, DeviceMapError
 from gptq_cli.inference.gptqmodel_linear import GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.placement.device import format_size, parse_size
+from gptq_cli.wording import and_others
 
 _UNLIMITED = "50GB"
 """Transformers' default of max_shard_size, which asks for nothing."""
@@ -119,9 +120,8 @@ def _check_unchanged(model: Any, before: Mapping[str, tuple[int, int]]) -> None:
     changed = [name for name, state in before.items() if name not in names or now.get(name, state) != state]
     changed += [name for name in now if name not in before]
     if changed:
-        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
         raise CheckpointError(
-            f"{changed[0]}{more} was changed after the model was opened, but {_AS_IT_IS}",
+            f"{changed[0]}{and_others(changed)} was changed after the model was opened, but {_AS_IT_IS}",
             hint="quantize the changed model; save adapters by themselves",
         )
 

@@ -29,6 +29,7 @@ from gptq_cli.jobs.evaluating import DensePlan, apply_gates, generated, measured
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.positions import Positions, positions_of
 from gptq_cli.placement.placement import Placement
 from gptq_cli.preflight.facts import environment_facts
@@ -197,7 +198,7 @@ def _opened(
         linears=len(checkpoint.linears) + len(checkpoint.experts),
         device_map=", ".join(str(device) for device in placement.devices),
         device_reason=placement.reason,
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.dtype),
         use_cuda_fp16=str(checkpoint.dtype) == "torch.float16",
         kernels=kernel_counts(model),
         load_seconds=load_seconds,

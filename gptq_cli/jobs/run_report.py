@@ -12,6 +12,7 @@ from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.config import QuantizeConfig, QuantizeJob
 from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.run import BlockReport, RunReport
@@ -86,7 +87,7 @@ def summarize(
         dense_modules=tuple(item.name for item in skeleton.dense),
         size_before_bytes=skeleton.files.size_bytes,
         size_after_bytes=size_after_bytes,
-        dtype=str(skeleton.dtype).removeprefix("torch."),
+        dtype=dtype_name(skeleton.dtype),
         use_cuda_fp16=str(skeleton.dtype) == "torch.float16",
         devices=tuple(devices),
         predicted_peak_bytes=tuple(predicted_peak_bytes),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact
+from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact, dtype_name
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
@@ -19,7 +19,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
-        dtype=str(skeleton.dtype).removeprefix("torch."),
+        dtype=dtype_name(skeleton.dtype),
         hidden_size=int(config.hidden_size),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
         max_positions=getattr(config, "max_position_embeddings", None),

@@ -23,6 +23,11 @@ DTYPE_BYTES = MappingProxyType(
 )
 
 
+def dtype_name(dtype: object) -> str:
+    """`torch.bfloat16` -> `bfloat16`, as files and options call it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint, as its shard's header describes it."""

@@ -7,7 +7,6 @@ weight.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +29,13 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
-from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_router, shape
+from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
+from gptq_cli.placement.names import fold, leaf
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
@@ -115,11 +116,6 @@ class Skeleton:
         """Part of the parameters that will be quantized, 0 to 1."""
         return sum(x.in_features * x.out_features for x in self.linears) / max(1, self.parameters)
 
-    @property
-    def fused_experts(self) -> tuple[DenseInfo, ...]:
-        """Experts in fused 3-D tensors, which stay dense."""
-        return tuple(item for item in self.dense if item.reason == "fused experts")
-
     def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
         """The linears of one block in module order."""
         return tuple(linear for linear in self.linears if linear.block == block)
@@ -173,7 +169,7 @@ def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
 def config_dtype(config: Any) -> torch.dtype | None:
     """The float dtype that a config names, for itself or for its text part."""
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    name = str(named).removeprefix("torch.")
+    name = dtype_name(named)
     return as_torch_dtype(name) if name in _FLOATS else None
 
 
@@ -305,11 +301,6 @@ def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[S
         )
 
 
-def fold(name: str) -> str:
-    """`model.layers.3.mlp` -> `model.layers.*.mlp`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
-
-
 def _fold_dense(
     model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...], kept: Mapping[str, str]
 ) -> tuple[DenseInfo, ...]:
@@ -352,7 +343,7 @@ def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool
         return "embedding"
     if in_block and 3 in dimensions and not isinstance(module, nn.Conv1d):
         return "fused experts"
-    if in_block and name.rpartition(".")[2] in {"router", "gate", "shared_expert_gate"}:
+    if in_block and leaf(name) in ROUTER_NAMES:
         return "router"
     if max(dimensions) < 2:
         return "vector"

@@ -27,9 +27,11 @@ from gptq_cli.model.headers import (
 )
 from gptq_cli.model.source_files import (
     CONFIGS,
+    TOKENIZER_FILES,
     FileStamp,
     NotRegularError,
     check_unchanged,
+    has_tokenizer,
     is_copied,
     is_needed,
     open_regular,
@@ -43,16 +45,6 @@ from gptq_cli.model.source_files import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
 _INDEX_ENDING = ".safetensors.index.json"
 _JSON_LIMIT_BYTES = 100_000_000
 READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out"})
@@ -147,7 +139,7 @@ def scan_directory(
                     "fetch the model again",
                 )
             )
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         problems.append(
             SourceProblem(
                 "no-tokenizer",

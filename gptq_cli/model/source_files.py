@@ -54,22 +54,27 @@ CODE = "*.py"
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
 _READ = (*COPIED, CODE, "*.json")
 """Names that this tool or Transformers may open, weights aside."""
-NEEDED = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "spiece.model",
     "sentencepiece.bpe.model",
     "tekken.json",
     "*.tiktoken",
+)
+"""Names of which one is enough for a tokenizer."""
+_TOKENIZER_CODE = "tokenization_*.py"
+NEEDED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
 """Names without which a model is another one; what else is copied may be left out."""
 COPIED_BYTES = 200_000_000
@@ -166,6 +171,13 @@ def small_files(directory: Path) -> Iterator[str]:
         if (directory / folder).is_dir():
             for path in sorted((directory / folder).glob("*.jinja")):
                 yield f"{folder}/{path.name}"
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a file is there that a tokenizer may be made of, its code included."""
+    return any(
+        path.is_file() for name in (*TOKENIZER_FILES, _TOKENIZER_CODE) for path in directory.glob(name)
+    )
 
 
 def oversize(directory: Path, name: str) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -21,11 +21,10 @@ from gptq_cli.errors import CheckpointError
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
 from gptq_cli.model.source_files import FileStamp, check_unchanged
-from gptq_cli.model.tensors import TensorReader
 
 
-class StreamedReader(TensorReader):
-    """A `TensorReader` whose tensors are their own memory.
+class StreamedReader:
+    """Open shards of one directory; each is opened when its first tensor is wanted, and closed at the end.
 
     With `stamps`, a shard that is not what they noted is refused (`SourceChanged`) before every read and once
     more at the end of the `with`, so that all tensors are of one model.
@@ -34,12 +33,13 @@ class StreamedReader(TensorReader):
     def __init__(
         self, directory: Path, tensors: Iterable[TensorInfo], stamps: Iterable[FileStamp] = ()
     ) -> None:
-        tensors = tuple(tensors)
-        super().__init__(directory, tensors)
         self._where = directory
         self._stamps = {stamp.name: stamp for stamp in stamps}
         self._shard_of = {tensor.name: tensor.shard for tensor in tensors}
         self._files: dict[str, tuple[FileIO, dict[str, StoredTensor]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -48,9 +48,11 @@ class StreamedReader(TensorReader):
             file.close()
         read = tuple(self._files)
         self._files.clear()
-        super().__exit__(kind, value, traceback)
         if kind is None:
             self._check(*read)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
 
     def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """The tensor `name` on `device`. Raises `CheckpointError` when it cannot be read."""

@@ -22,6 +22,7 @@ from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.placement.placement import Placement
+from gptq_cli.wording import and_others, names_text
 
 if TYPE_CHECKING:
     from gptq_cli.model.skeleton import Skeleton
@@ -31,7 +32,7 @@ OnUntied = Callable[[tuple[str, str]], None]
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype | None = None) -> Any:
+def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
 
     Raises `ModelError` when a weight is missing or has another shape than the config asks for, and
@@ -44,7 +45,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 skeleton.files.directory,
-                dtype=dtype or skeleton.dtype,
+                dtype=skeleton.dtype,
                 trust_remote_code=skeleton.ref.trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -60,8 +61,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
         if info.get(kind):
             found = sorted(str(item) for item in info[kind])
             raise ModelError(
-                f"{skeleton.files.source}: {kind.replace('_', ' ')}: {', '.join(found[:5])}"
-                + (f" and {len(found) - 5} more" if len(found) > 5 else ""),
+                f"{skeleton.files.source}: {kind.replace('_', ' ')}: {names_text(found, 5)}",
                 hint="fetch the model again",
             )
     model.requires_grad_(False)
@@ -194,9 +194,7 @@ def fill_dense(
     _compute_buffers(model, device_of)
     left = [name for name, tensor in _tensors(model) if tensor.is_meta and wanted(name)]
     if left:
-        raise CheckpointError(
-            f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else "")
-        )
+        raise CheckpointError(f"tensor {left[0]}{and_others(left)} is missing")
 
 
 def fill_stored(

@@ -208,15 +208,23 @@ def parse_capacity(text: object) -> int:
     return size
 
 
-def format_size(size_bytes: int) -> str:
-    """Bytes for people: `21.4 GiB`, `512 B`. One decimal, powers of 1024."""
-    value = float(abs(size_bytes))
-    sign = "-" if size_bytes < 0 else ""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1023.95 or unit == "TiB":
-            return f"{sign}{value:.0f} {unit}" if unit == "B" else f"{sign}{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
+def format_size(size_bytes: float) -> str:
+    """Bytes for people: `21.4 GiB`, `1.50 KiB`, `512 B`. Powers of 1024, three significant digits."""
+    sign, left = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
+    if left < 1000:
+        return f"{sign}{left:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        left /= 1024
+        if left < 999.5:
+            return f"{sign}{three_digits(left)} {unit}"
+    return f"{sign}{three_digits(left / 1024)} TiB"
+
+
+def three_digits(value: float) -> str:
+    """`1.50`, `21.4`, `832`."""
+    if value < 9.995:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def exact_size(size_bytes: int) -> str:

@@ -34,12 +34,12 @@ were measured (docs/rules.md says how); each run's report sets prediction beside
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import MapCase, Work
@@ -215,18 +215,12 @@ def _streamed_bytes(facts: ModelFacts) -> int:
     blocks = dict.fromkeys(facts.blocks, 0)
     outside = 0
     for tensor in facts.tensors:
-        block = next((name for name in _parents(tensor.name) if name in blocks), None)
+        block = next((name for name in parents(tensor.name) if name in blocks), None)
         if block is None:
             outside += tensor.size_bytes
         else:
             blocks[block] += tensor.size_bytes
     return outside + max(blocks.values(), default=0)
-
-
-def _parents(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _scattered(schedule: Schedule, facts: ModelFacts) -> bool:

@@ -17,6 +17,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
 from gptq_cli.placement.device_rules import NameTree
+from gptq_cli.placement.names import owner
 from gptq_cli.planning.cases import MapCase
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
@@ -213,10 +214,8 @@ def _with_ties(facts: ModelFacts, rules: tuple[DeviceRule, ...]) -> tuple[Device
             rule = spec.rule_for(name)
             if first is None or rule is None or rule.device == first.device:
                 continue
-            owner = name.rpartition(".")[0] or name
-            if rule.pattern == name:
-                owner = name
-            rules = (*(r for r in rules if r.pattern != owner), DeviceRule(owner, first.device))
+            pattern = name if rule.pattern == name else owner(name)
+            rules = (*(r for r in rules if r.pattern != pattern), DeviceRule(pattern, first.device))
             spec = DeviceMap(rules=rules)
     return rules
 

@@ -12,7 +12,6 @@ It is an estimate: other processes, clocks and caches may move it by a factor of
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from gptq_cli.placement.device import Device
 from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import StageShape, block_stages
+from gptq_cli.timing import fastest
 
 if TYPE_CHECKING:
     import torch
@@ -86,16 +86,10 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call: the fastest of several, since whatever disturbs a call makes it slower."""
-    import torch
+    from gptq_cli.devices.accelerators import synchronize
 
-    best, begun, attempts = float("inf"), time.perf_counter(), 0
-    while attempts < _ATTEMPTS or time.perf_counter() - begun < _MIN_SECONDS:
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best, attempts = min(best, time.perf_counter() - started), attempts + 1
-    return max(best, 1e-9)
+    seconds = fastest(work, attempts=_ATTEMPTS, min_seconds=_MIN_SECONDS, settle=lambda: synchronize(device))
+    return max(seconds, 1e-9)
 
 
 def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> float:

@@ -211,9 +211,3 @@ def refusal(report: PreflightReport) -> PreflightRefused:
     """The error for a report with errors; a `ValueError` as well where disk offload is among them."""
     disk = any(f.rule == rules_memory.disk_offload.id and f.level == "error" for f in report.findings)
     return DiskOffloadRefused(report) if disk else PreflightRefused(report)
-
-
-def refuse_disk(placement: Placement | DeviceMap) -> None:
-    """Raise `ValueError` when anything would be quantized from disk; for callers that skip the report."""
-    if any(device.kind == "disk" for device in placement.devices):
-        raise ValueError("disk offload is not supported with GPTQ quantization")

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from gptq_cli.config import Target
 from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.wording import and_others
 
 Outcome = Literal["ok", "note", "warning", "error"]
 
@@ -179,8 +180,7 @@ class VerifyReport:
     def failures(self) -> tuple[str, ...]:
         """What is wrong, one clause each; empty: exit 0, else 5."""
         errors = [finding for finding in self.findings if finding.level == "error"]
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        unsound = (f"the files are not sound: {errors[0].message}{more}",) if errors else ()
+        unsound = (f"the files are not sound: {errors[0].message}{and_others(errors)}",) if errors else ()
         return unsound + tuple(
             f"{target.target} will not take it" for target in self.targets if not target.ok
         )

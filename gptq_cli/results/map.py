@@ -11,6 +11,17 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 Verdict = Literal["fits", "fits with warnings", "refused"]
 
 
+DEVICE_PARTS = (
+    ("weights_bytes", "weights"),
+    ("working_bytes", "working memory"),
+    ("hessian_bytes", "Hessians"),
+    ("activation_bytes", "activations"),
+    ("packing_bytes", "packing"),
+    ("baseline_bytes", "libraries"),
+)
+"""Field of `DevicePlan` and the word for it, in messages as in tables."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
     """What one device will have to hold at its peak, part by part. All in bytes."""
@@ -36,16 +47,14 @@ class DevicePlan:
     """Interpreter, libraries, device context."""
 
     @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """Every part with its word, as `DEVICE_PARTS` orders them."""
+        return tuple((word, getattr(self, name)) for name, word in DEVICE_PARTS)
+
+    @property
     def needed_bytes(self) -> int:
         """The predicted peak: the sum of all parts."""
-        return (
-            self.weights_bytes
-            + self.working_bytes
-            + self.hessian_bytes
-            + self.activation_bytes
-            + self.packing_bytes
-            + self.baseline_bytes
-        )
+        return sum(size_bytes for _, size_bytes in self.parts)
 
     @property
     def predicted_peak_bytes(self) -> int:

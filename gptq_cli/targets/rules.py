@@ -15,6 +15,7 @@ from typing import get_args
 
 from gptq_cli.config import Target
 from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -93,8 +94,8 @@ class Case:
         """A remark about this case; `linears` are named, the first of them in the message."""
         if linears:
             first = linears[0]
-            more = f" and {len(linears) - 1} more" if len(linears) > 1 else ""
-            message = f"{first.name} ({first.in_features} x {first.out_features}){more}: {message}"
+            shape = f"{first.name} ({first.in_features} x {first.out_features})"
+            message = f"{names_text([shape, *linears[1:]], 1)}: {message}"
         return Remark(
             subject=self.target,
             message=message,

@@ -110,8 +110,8 @@ class TestCutting:
     def test_reading_stops_when_there_is_enough(
         self, tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for place in ("documents", "text"):
-            monkeypatch.setattr(f"gptq_cli.calibration.{place}.PIECE_CHARACTERS", 1000)
+        for reads in ("documents", "text"):
+            monkeypatch.setattr(f"gptq_cli.calibration.{reads}.PIECE_CHARACTERS", 1000)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
         found = make_batches(tokenizer, config(corpus, samples=2, seq_len=16))
         assert not found.read_to_end

@@ -51,7 +51,7 @@ OFFLOAD = Finding(
     size_bytes=14_155_776,
 )
 DENSE = Finding(
-    rule="stays-dense",
+    rule="left-dense",
     level="note",
     subject="lm_head",
     message="stays dense: 28,311,552 of 134,515,008 parameters (21.0 %)",

@@ -109,7 +109,7 @@ def test_after_an_interruption(
     tmp_path: Path,
 ) -> None:
     at_block(block, lambda: os.kill(os.getpid(), number), monkeypatch)
-    ran = gptq(*words_for(tiny("llama"), tmp_path / "out", text, "--device-map", MAP))
+    ran = gptq(*words_for(tiny("llama"), tmp_path / "out", text, "--device-map", MAP), interrupted=True)
     assert ran.code == 130, ran.stderr
     assert_at_home_without_hooks(watch)
     assert list(tmp_path.iterdir()) == []

@@ -118,7 +118,7 @@ def test_files_of_the_bare_base_model(tiny: TinyFactory, tmp_path: Path) -> None
 
 def test_fused_experts_are_named(tiny_moe: Path) -> None:
     skeleton = opened(tiny_moe)
-    (experts,) = skeleton.fused_experts
+    (experts,) = [item for item in skeleton.dense if item.reason == "fused experts"]
     assert (experts.name, experts.modules) == ("model.layers.*.mlp.experts", 1)
     assert experts.share == pytest.approx(4 * 3 * 64 * 32 / skeleton.parameters)
     reasons = {item.name: item.reason for item in skeleton.dense}

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
 
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.placement.device_rules import NameTree
+from gptq_cli.placement.names import owner
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names
 from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
-_SHOWN = 6
 _FINDINGS = 20
 """Findings of one rule about single entries of a map; what is beyond stands in one more."""
 _GUESSED = 3
-
-
-def names_text(names: Iterable[str]) -> str:
-    """`a, b, c and 12 more`."""
-    listed = list(names)
-    text = ", ".join(listed[:_SHOWN])
-    return f"{text} and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else text
 
 
 def instead(case: MapCase) -> str:
@@ -199,7 +192,7 @@ def _owner(tensor: str, blocks: tuple[str, ...]) -> str:
     for block in blocks:
         if tensor.startswith(block + "."):
             return block
-    return tensor.rpartition(".")[0] or tensor
+    return owner(tensor)
 
 
 @rule("note")

@@ -136,15 +136,7 @@ def memory_tight(planned: PlannedCase) -> list[Remark]:
 
 def parts_text(plan: DevicePlan) -> str:
     """`weights 14.9 GiB, Hessians 0.3 GiB, …`: the parts that are not zero."""
-    parts = (
-        ("weights", plan.weights_bytes),
-        ("working copy", plan.working_bytes),
-        ("Hessians", plan.hessian_bytes),
-        ("activations", plan.activation_bytes),
-        ("packing", plan.packing_bytes),
-        ("runtime", plan.baseline_bytes),
-    )
-    return ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
+    return ", ".join(f"{word} {format_size(size)}" for word, size in plan.parts if size)
 
 
 def remedies_text(remedies: tuple[Remedy, ...]) -> str:

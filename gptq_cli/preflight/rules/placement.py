@@ -6,10 +6,12 @@ from itertools import pairwise
 
 from gptq_cli.placement.device import CPU, Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
+from gptq_cli.placement.names import owner
 from gptq_cli.placement.placement import PlacementEntry
 from gptq_cli.planning.cases import PlacedCase
-from gptq_cli.preflight.rules.device_map import instead, names_text
+from gptq_cli.preflight.rules.device_map import instead
 from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
 
 @rule("error")
@@ -58,8 +60,10 @@ def tied_split(placed: PlacedCase) -> list[Remark]:
         if len(set(devices.values())) < 2:
             continue
         first = devices[group[0]]
-        owners = [name.rpartition(".")[0] or name for name in group]
-        said = " and ".join(f"{owner} on {devices[name]}" for owner, name in zip(owners, group, strict=True))
+        owners = [owner(name) for name in group]
+        said = " and ".join(
+            f"{module} on {devices[name]}" for module, name in zip(owners, group, strict=True)
+        )
         found.append(
             Remark(
                 subject=owners[-1],
@@ -168,7 +172,7 @@ def uncovered_buffers(placed: PlacedCase) -> list[Remark]:
     uncovered = [t for t in placed.case.facts.tensors if t.buffer and spec.rule_for(t.name) is None]
     if not uncovered:
         return []
-    owners = tuple(dict.fromkeys(t.name.rpartition(".")[0] or t.name for t in uncovered))
+    owners = tuple(dict.fromkeys(owner(t.name) for t in uncovered))
     return [
         Remark(
             subject=names_text(owners),

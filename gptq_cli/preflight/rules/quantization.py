@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 
 from gptq_cli.config import AUTO_GROUPS
 from gptq_cli.model.facts import LinearFact
+from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
-from gptq_cli.preflight.rules.device_map import names_text
 from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
 _SIZES = (*AUTO_GROUPS, 16, 8)
 _LOW_SHARE = 0.5
@@ -217,7 +217,7 @@ def left_dense(case: JobCase) -> list[Remark]:
     dense = [t for t in case.facts.tensors if not t.buffer and t.name.rpartition(".")[0] not in names]
     folded: dict[str, int] = {}
     for tensor in dense:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
+        name = fold(tensor.name)
         folded[name] = folded.get(name, 0) + tensor.elements
     largest = [name for name in sorted(folded, key=lambda n: -folded[n])[:3] if folded[name] >= total / 100]
     listed = ", ".join(f"{name} {folded[name] / total:.0%}" for name in largest)
