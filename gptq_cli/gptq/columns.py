@@ -8,7 +8,7 @@
             B_j+1: -= E_j U_j,j+1:
 
 That is Algorithm 1 of the paper, with two changes of form and none of result: columns that are not due yet
-are left alone and get all their feedback in one product when their batch begins (`factor.current`), and a
+are left alone and get all their feedback in one product when their batch begins (`factor.columns_with_feedback`), and a
 batch goes through in sub-blocks of 16 columns, so that most of its updates are small products too.
 
 Group parameters are either *dynamic*, read from the current columns - feedback included - when the first
@@ -28,7 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.factor import current
+from gptq_cli.gptq.factor import columns_with_feedback
 from gptq_cli.gptq.grid import Grid
 from gptq_cli.gptq.search import group_parameters
 
@@ -58,7 +58,7 @@ def gptq(
     damped = W.new_zeros(W.shape[1])
     for i1 in range(0, K, column_batch):
         i2 = min(i1 + column_batch, K)
-        B, UT = current(W, RT, i1, i2)
+        B, UT = columns_with_feedback(W, RT, i1, i2)
         U = UT / UT.diagonal()  # column j holds U_j,: / U_jj, so that E below stays in units of weights
         E, L = torch.empty_like(B), torch.empty_like(B)
         s1 = i1
@@ -69,7 +69,7 @@ def gptq(
                 end = min((group + 1) * group_size, K)
                 s2 = min(s2, end)
                 if s1 == group * group_size:
-                    X = B[s1 - i1 : end - i1] if end <= i2 else current(W, RT, s1, end)[0]
+                    X = B[s1 - i1 : end - i1] if end <= i2 else columns_with_feedback(W, RT, s1, end)[0]
                     found = group_parameters(X, diagonal[s1:end], end - s1, grid)
                     scales[group], zeros[group] = found[0][0], found[1][0]
             a, b = s1 - i1, s2 - i1

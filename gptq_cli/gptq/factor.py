@@ -8,7 +8,7 @@ included, are
 
     B = W_ab + (D R[:a, a:b]) U_bb
 
-which `current` computes. It equals W_ab - E U[:a, a:b] of the paper, because D = E U on finished columns and
+which `columns_with_feedback` computes. It equals W_ab - E U[:a, a:b] of the paper, because D = E U on finished columns and
 U[:a, a:b] = -U[:a, :a] R[:a, a:b] U_bb. A third of the factor's work, no inverse, and columns that are not
 due yet are never rewritten.
 """
@@ -101,7 +101,7 @@ def reverse_in_place(A: Tensor) -> None:
         flat[flat.numel() - b : flat.numel() - a] = front
 
 
-def current(
+def columns_with_feedback(
     W: Tensor,  # (K, N): rows < a hold D = W - Q of finished columns, the others W
     RT: Tensor,  # (K, K)
     a: int,

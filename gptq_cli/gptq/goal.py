@@ -93,14 +93,14 @@ def choose_step(
 
     λ rises until the loss does. Cost: two to four steps for a λ of 0.05.
     """
-    best, least = StepChoice(), 0.0
+    best, lowest = StepChoice(), 0.0
     while damp_percent <= _MAX_DAMP:
         V, used = asymmetric_step(B, H, damp_percent)
         if V is None:
             break
         alpha, change = held_out_alpha(B_held, V, H_held)
-        if change < least:
-            best, least = StepChoice(alpha, used), change
+        if change < lowest:
+            best, lowest = StepChoice(alpha, used), change
         elif best.alpha:
             break
         damp_percent = used * _DAMP_FACTOR

@@ -6,7 +6,7 @@ A negative scale turns that around, which is why signed scales use the full rang
 
 Two rules keep the numbers honest.
 
-- Scales are stored as fp16, so a scale is rounded to fp16 *before* anything is rounded with it (`stored`).
+- Scales are stored as fp16, so a scale is rounded to fp16 *before* anything is rounded with it (`round_scale_to_fp16`).
 - There is one division, w / scale. Multiplying by 1 / scale instead moves codes at rounding ties, and with
   min/max scales the largest weight of every group is exactly at one.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig, ScaleSearch
 
 FP16_MAX = 65504.0
-FP16_LEAST = 2.0**-24
-"""The smallest fp16 above zero. It is subnormal: such scales are coarse, which `stored` makes visible."""
+FP16_MIN = 2.0**-24
+"""The smallest fp16 above zero. It is subnormal: such scales are coarse, which `round_scale_to_fp16` makes visible."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +93,15 @@ class Solution:
     grid: Grid
 
 
-def stored(scale: Tensor) -> Tensor:
+def round_scale_to_fp16(scale: Tensor) -> Tensor:
     """`scale` as the checkpoint will hold it: rounded to fp16, never 0 and never infinite.
 
     0 (a group of zeros) becomes 1. Anything too small becomes the smallest fp16, anything too large the
     largest, with its sign; `quantize_linears` refuses weights so large that the latter could matter.
     """
-    least = torch.where(scale < 0, -FP16_LEAST, FP16_LEAST).to(scale.dtype)
+    smallest = torch.where(scale < 0, -FP16_MIN, FP16_MIN).to(scale.dtype)
     rounded = scale.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).to(scale.dtype)
-    rounded = torch.where(rounded == 0, least, rounded)
+    rounded = torch.where(rounded == 0, smallest, rounded)
     return torch.where(scale == 0, torch.ones_like(scale), rounded)
 
 
@@ -112,13 +112,13 @@ def minmax_parameters(
     """The scale and the zero that just cover a group, as the original code has them: no search."""
     low, high = X.amin(1).clamp(max=0), X.amax(1).clamp(min=0)
     if grid.sym:
-        scale = stored(torch.maximum(high, -low) * 2 / grid.top)
+        scale = round_scale_to_fp16(torch.maximum(high, -low) * 2 / grid.top)
         return scale, torch.full_like(scale, grid.half)
-    scale = stored((high - low) / grid.top)
-    return scale, zero_of(low, scale, grid)
+    scale = round_scale_to_fp16((high - low) / grid.top)
+    return scale, zero_point(low, scale, grid)
 
 
-def zero_of(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """The code for 0 when the smallest weight is to be code 0: round(-low / scale) within the codes."""
     return torch.round(-low / scale).clamp_(0, grid.top)
 

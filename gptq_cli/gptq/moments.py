@@ -135,16 +135,16 @@ class StageMoments:
         M_fit, M_held = fit_error.matrix(), held_error.matrix()
         asked = slice(None, None, max(1, W.shape[0] // ROWS_ASKED))
         B_fit, B_held = self._wanted(W, M_fit, asked), self._wanted(W, M_held, asked)
-        trust = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
-        if trust.alpha == 0.0:
-            return None, trust
+        choice = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
+        if choice.alpha == 0.0:
+            return None, choice
         M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
-        step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, trust.damp_percent)
+        step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, choice.damp_percent)
         if step is None:
             return None, StepChoice()
-        target = W.add_(step, alpha=trust.alpha)
+        target = W.add_(step, alpha=choice.alpha)
         return list(torch.split(target, [weight.shape[0] for weight in weights])), replace(
-            trust, damp_percent=used
+            choice, damp_percent=used
         )
 
     def _wanted(self, W: Tensor, M: Tensor, rows: slice) -> Tensor:  # B (rows, K)
@@ -179,8 +179,8 @@ def shrink_to_pooled(
     pool = torch.zeros_like(own[0])
     for moment, H in zip(moments, own, strict=True):
         pool.add_(H, alpha=moment.tokens / total)
-    leaning = []
+    shrunk = []
     for moment in moments:
-        leaning.append(shrink(own.pop(0), moment.tokens, pool))
+        shrunk.append(shrink(own.pop(0), moment.tokens, pool))
         moment.free()
-    return leaning
+    return shrunk

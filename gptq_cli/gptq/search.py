@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.grid import Grid, minmax_parameters, stored, zero_of
+from gptq_cli.gptq.grid import Grid, minmax_parameters, round_scale_to_fp16, zero_point
 
 _CHUNK_VALUES = 1 << 18
 """Weights judged at once: two fp32 buffers of this size stay in a core's cache."""
@@ -117,12 +117,12 @@ def _signed_ranges(X: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tenso
         clips, signs = [grid.half / (grid.half - 1), *clips], [torch.ones_like(sign)]
     for clip in clips:
         for side in signs:
-            best.offer(stored(reach * clip * side), zero, clip * side)
+            best.offer(round_scale_to_fp16(reach * clip * side), zero, clip * side)
     for step in (spread / 2, spread / 4):
         centre = best.low
         for factor in (1 + step, 1 - step):
             clip_here = centre * factor
-            best.offer(stored(reach * clip_here), zero, clip_here)
+            best.offer(round_scale_to_fp16(reach * clip_here), zero, clip_here)
     return best.scale, best.zero
 
 
@@ -132,8 +132,8 @@ def _two_ended_ranges(X: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Te
     best = _Best(X, weight, 2.5, grid)
 
     def offer(clip_low: Tensor, clip_high: Tensor) -> None:
-        scale = stored((high * clip_high - low * clip_low) / grid.top)
-        best.offer(scale, zero_of(low * clip_low, scale, grid), clip_low, clip_high)
+        scale = round_scale_to_fp16((high * clip_high - low * clip_low) / grid.top)
+        best.offer(scale, zero_point(low * clip_low, scale, grid), clip_low, clip_high)
 
     narrow = 0.6 if grid.bits >= 3 else 0.5
     for i in range(6):
@@ -154,7 +154,7 @@ def _shrunken_ranges(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     best = _Best(X, None, 2.4, grid)
     for i in range(80):
         clip = torch.full_like(span, 1.0 - i / 100)
-        scale = stored(span * clip / grid.top)
-        zero = best.zero if grid.sym else zero_of(low * clip, scale, grid)
+        scale = round_scale_to_fp16(span * clip / grid.top)
+        zero = best.zero if grid.sym else zero_point(low * clip, scale, grid)
         best.offer(scale, zero, clip)
     return best.scale, best.zero

@@ -189,11 +189,11 @@ def _refuse_nonfinite(weights: Sequence[Tensor], H: Tensor, grid: Grid) -> None:
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != H.shape[0]:
             raise ValueError(f"a weight has shape {tuple(weight.shape)}; H has {H.shape[0]} features")
-        most = float(torch.stack(torch.aminmax(weight)).abs().max().item())
-        if not most < torch.inf:
+        largest = float(torch.stack(torch.aminmax(weight)).abs().max().item())
+        if not largest < torch.inf:
             raise NonFinite("the weight holds NaN or infinity")
-        if most / grid.half > FP16_MAX:
+        if largest / grid.half > FP16_MAX:
             raise NonFinite(
-                f"the weight reaches {most:.3g}: its scales would be infinite in float16, "
+                f"the weight reaches {largest:.3g}: its scales would be infinite in float16, "
                 f"which ends at {FP16_MAX:.0f}"
             )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.grid import Grid, minmax_parameters, round_to_nearest, stored
+from gptq_cli.gptq.grid import Grid, minmax_parameters, round_to_nearest, round_scale_to_fp16
 from gptq_cli.gptq.search import group_parameters
 from tests.gptq.cases import weights
 
@@ -22,7 +22,7 @@ def grid(**options: Any) -> Grid:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
 def test_a_stored_scale_is_an_fp16_number_that_can_divide(scale: float) -> None:
-    got = stored(torch.tensor([scale]))
+    got = round_scale_to_fp16(torch.tensor([scale]))
     assert torch.equal(got, got.half().float())
     assert bool(torch.isfinite(got).all())
     assert float(got) != 0

@@ -29,8 +29,8 @@ def collected(dense: Tensor, quant: Tensor, batch: int) -> tuple[Tensor, list[Te
             moments.add(quant[start : start + batch], dense[start : start + batch], start)
         assert moments.tokens == quant.shape[0] * LENGTH
         H = moments.hessian()
-        goals, trust = moments.goal(W, H, 0.05)
-        return H, goals, trust.alpha
+        goals, choice = moments.goal(W, H, 0.05)
+        return H, goals, choice.alpha
 
 
 def test_without_a_dense_stream_it_is_the_hessian() -> None:
@@ -63,11 +63,11 @@ def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
         for i in range(SAMPLES):
             moments.add(quant[i : i + 1], dense[i : i + 1] if i % 2 else None, i)
         H = moments.hessian()
-        goals, trust = moments.goal(W, H, 0.05)
+        goals, choice = moments.goal(W, H, 0.05)
     everything, _, full = collected(dense, quant, 1)
     torch.testing.assert_close(H, everything, rtol=1e-4, atol=1e-5)
     assert goals is not None
-    assert 0.3 < trust.alpha <= full + 0.2
+    assert 0.3 < choice.alpha <= full + 0.2
     with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
         moments.add(quant, None, 0)
         assert moments.goal(W, moments.hessian(), 0.05) == (None, StepChoice())
@@ -144,9 +144,9 @@ def test_the_residual_is_made_up_for() -> None:
             for i in range(0, SAMPLES, 2):
                 part = slice(i, i + 2)
                 moments.add(quant[part], dense[part], i, None if told is None else told[part])
-            goals, trust = moments.goal([W], moments.hessian(), 0.05)
+            goals, choice = moments.goal([W], moments.hessian(), 0.05)
         assert goals is not None
-        assert trust.alpha > 0.5
+        assert choice.alpha > 0.5
         unseen = slice(SAMPLES, None)
         goal = dense[unseen] @ W.T + gap[unseen]
         found.append(float((goal - quant[unseen] @ goals[0].T).square().sum()))

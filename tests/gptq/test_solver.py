@@ -201,7 +201,7 @@ def test_feedback_cut_to_bf16_does_not_change_the_loss(monkeypatch: pytest.Monke
     H, W = X.T @ X / 1500, weights(64, K, dtype=torch.float32)
     config = QuantizeConfig(group_size=64, sweeps=0, refit=False, column_batch=64)
     (exact,) = quantize_linears([W], H, config)
-    plain = factor.current
+    plain = factor.columns_with_feedback
 
     def cut(W: torch.Tensor, RT: torch.Tensor, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         short = W.clone()
@@ -210,7 +210,7 @@ def test_feedback_cut_to_bf16_does_not_change_the_loss(monkeypatch: pytest.Monke
         rows[a:b, :a] = rows[a:b, :a].bfloat16().float()
         return plain(short, rows, a, b)
 
-    monkeypatch.setattr("gptq_cli.gptq.columns.current", cut)
+    monkeypatch.setattr("gptq_cli.gptq.columns.columns_with_feedback", cut)
     (rounded,) = quantize_linears([W], H, config)
     assert not torch.equal(rounded.codes, exact.codes)
     assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)
