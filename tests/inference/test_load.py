@@ -203,7 +203,7 @@ def test_the_kernel_can_be_wished_for(tiny_llama: Path, tmp_path: Path) -> None:
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     model = load(tmp_path / "q", "bfloat16", kernel_choice="dequantize")
     (count,) = kernel_counts(model)
-    assert (count.kernel, count.linears, count.reason) == ("dequantize", 21, "asked for")
+    assert (count.kernel, count.linears, count.reason) == ("dequantize", 21, "requested")
 
 
 def test_progress_and_size(tiny_llama: Path, tmp_path: Path) -> None:

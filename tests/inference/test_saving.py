@@ -178,7 +178,7 @@ def test_a_model_that_was_changed_is_not_saved(
 ) -> None:
     model = load(checkpoint)
     change(model)
-    with pytest.raises(CheckpointError, match="was changed after the model was opened") as caught:
+    with pytest.raises(CheckpointError, match="was changed after the model was loaded") as caught:
         model.save_pretrained(tmp_path / "copy")
     assert caught.value.message.startswith(named)
     assert not (tmp_path / "copy").exists()
