@@ -7,15 +7,16 @@
             E_j = (B_j - Q_j) / U_jj
             B_j+1: -= E_j U_j,j+1:
 
-That is Algorithm 1 of the paper, with two changes of form and none of result: columns that are not due yet
-are left alone and get all their feedback in one product when their batch begins (`factor.columns_with_feedback`), and a
-batch goes through in sub-blocks of 16 columns, so that most of its updates are small products too.
+That is Algorithm 1 of the paper. Two things are computed differently, with the same result: columns that are
+not due yet are left alone and get all their feedback in one matmul when their batch begins
+(`factor.columns_with_feedback`), and a batch is processed in sub-blocks of 16 columns, so that most of its
+updates are small matmuls too.
 
-Group parameters are either *dynamic*, read from the current columns - feedback included - when the first
-column of the group comes up; or *static*, found on W before the loop, which leaves the solver free to take
-columns in any order while groups stay where they are. The original code reads columns that are stale when
-group_size is smaller than a column batch; here the column batch changes nothing but the order in which sums
-are rounded. That is not nothing: a code that falls the other way changes the feedback of all later columns.
+Group parameters are either *dynamic*, computed from the current columns, feedback included, when the first
+column of the group is due; or *static*, computed from W before the loop, which lets the solver take columns
+in any order while groups stay in place. The original code computes them from stale columns when group_size is
+smaller than a column batch. Here the column batch only changes the order in which sums are rounded; even that
+can change a code at a rounding tie, and with it the feedback of all later columns.
 
     config                      order of columns        groups                    g_idx
     act_order "static"          falling H_kk            in place, static          k // group_size
@@ -50,8 +51,8 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:  # codes uint8 (K, N) in solving order, Σ E² (N,)
     """The loop of the paper. No value is read back from the device.
 
-    Σ E² is the damped loss of every row, for nothing: D (H + λI) Dᵀ = E U (H + λI) Uᵀ Eᵀ = E Eᵀ. Where the
-    feedback is cut to bf16 it is off by about 1e-4 of itself, either way.
+    Σ E² is the damped loss of every row, at no extra cost: D (H + λI) Dᵀ = E U (H + λI) Uᵀ Eᵀ = E Eᵀ. Where
+    the feedback is rounded to bf16 it is off by about 1e-4 of itself, up or down.
     """
     K = W.shape[0]
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)

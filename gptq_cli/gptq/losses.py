@@ -1,4 +1,4 @@
-"""The losses that are reported: what a linear's error does to its output."""
+"""The losses that are reported: how a linear's error changes its output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def relative_losses(
     energy: Tensor,  # (N,) row losses of W
     rows: Sequence[int],  # output features of each linear, stacked
 ) -> list[float]:
-    """Σ error / Σ energy of every linear; 0/0 is 0: a linear that puts nothing out loses nothing."""
+    """Σ error / Σ energy of every linear; 0/0 is 0: a linear whose output is 0 loses nothing."""
     ratios: list[float] = []
     totals = torch.stack(
         [torch.stack(parts) for parts in zip(_sums(error, rows), _sums(energy, rows), strict=True)]

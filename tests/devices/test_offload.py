@@ -225,7 +225,7 @@ def test_a_block_goes_home_after_an_exception(model: nn.Module, moves: list[tupl
 def test_the_last_link_goes_home_too(model: nn.Module, moves: list[tuple[str, str]]) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)) as chain:
         moves.clear()
-        chain.send_home()
+        chain.return_to_cpu()
         assert moves == [(name, "cpu") for name in chain.hooked]
         moves.clear()
     homes = [name for name, device in moves if device == "cpu"]
@@ -263,5 +263,5 @@ def test_one_device_touches_nothing(model: nn.Module, calls: list[tuple[str, ...
     ) as chain:
         assert chain.hooked == chain.skipped == ()
         with chain.on_device("model.layers.0"):
-            chain.send_home()
+            chain.return_to_cpu()
     assert calls == []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.grid import Grid, minmax_parameters, round_to_nearest, round_scale_to_fp16
+from gptq_cli.gptq.grid import Grid, minmax_parameters, round_scale_to_fp16, round_to_nearest
 from gptq_cli.gptq.search import group_parameters
 from tests.gptq.cases import weights
 
