@@ -168,7 +168,7 @@ class TestTooLittle:
         with pytest.raises(CalibrationError) as caught:
             make_batches(tokenizer, config(corpus, samples=64, seq_len=1024))
         holds = tokens // 1024
-        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are wanted" in str(
+        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are required" in str(
             caught.value
         )
         hint = str(caught.value.hint)
@@ -190,7 +190,9 @@ class TestTooLittle:
         tokens = len(plain_ids(tokenizer, text))
         found = evaluation_windows(tokenizer, "-", 16, 1000, stdin=io.BytesIO(text.encode()))
         assert found.samples == found.windows_available == tokens // 16
-        with pytest.raises(CalibrationError, match=f"holds {tokens} tokens; one window of 512 is the least"):
+        with pytest.raises(
+            CalibrationError, match=f"holds {tokens} tokens; at least one window of 512 is needed"
+        ):
             evaluation_windows(tokenizer, "-", 512, 1, stdin=io.BytesIO(text.encode()))
 
 
