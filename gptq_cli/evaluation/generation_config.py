@@ -276,12 +276,12 @@ _FOLLOWED: dict[str, _Rule] = {
     "eos_token_id": _Rule("a token id, or a list of them", _id_or_ids),
     "stop_strings": _Rule(f"a text, or a list of them, of 1 to {MAX_STOP_STRING} characters", _strings),
     "max_time": _Rule("seconds, above 0", _above(0), float),
-    "min_length": _Rule("an integer of at least 0", _integer(0)),
-    "min_new_tokens": _Rule("an integer of at least 0", _integer(0)),
+    "min_length": _Rule("a whole number of at least 0", _integer(0)),
+    "min_new_tokens": _Rule("a whole number of at least 0", _integer(0)),
     "repetition_penalty": _Rule("a number above 0", _above(0), float),
     "encoder_repetition_penalty": _Rule("a number above 0", _above(0), float),
-    "no_repeat_ngram_size": _Rule("an integer of at least 0", _integer(0)),
-    "encoder_no_repeat_ngram_size": _Rule("an integer of at least 0", _integer(0)),
+    "no_repeat_ngram_size": _Rule("a whole number of at least 0", _integer(0)),
+    "encoder_no_repeat_ngram_size": _Rule("a whole number of at least 0", _integer(0)),
     "bad_words_ids": _Rule("a list of lists of token ids below {vocabulary}", _words),
     "sequence_bias": _Rule(
         "a list of [token ids below {vocabulary}, number] pairs",
@@ -293,7 +293,7 @@ _FOLLOWED: dict[str, _Rule] = {
     "suppress_tokens": _Rule("a list of token ids", _ids),
     "begin_suppress_tokens": _Rule("a list of token ids", _ids),
     "exponential_decay_length_penalty": _Rule(
-        "[an integer of at least 0, a number above 0]", _decay, lambda value: (value[0], float(value[1]))
+        "[a whole number of at least 0, a number above 0]", _decay, lambda value: (value[0], float(value[1]))
     ),
     "remove_invalid_values": _Rule("true or false", _true),
     "renormalize_logits": _Rule("true or false", _true),

@@ -38,7 +38,7 @@ def _computes_linear(kind: type[nn.Module]) -> bool:
             x = torch.randn(2, 3, 8, generator=generator)
             y = probe(x)
             return bool(torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias), atol=1e-5))
-    except Exception as error:  # whatever a stranger's constructor or forward raises: it is no plain linear
+    except Exception as error:  # whatever foreign code raises: it is not a plain linear
         if is_out_of_memory(error):
             raise
         return False
@@ -52,7 +52,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_router(name: str, module: nn.Module) -> bool:
-    """True for a linear that picks experts: tiny, and every server reads it dense."""
+    """True for a linear that routes tokens to experts: it is tiny, and every reader expects it dense."""
     return name.rpartition(".")[2] in ROUTER_NAMES or shape(module)[0] == 1
 
 

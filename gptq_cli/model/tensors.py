@@ -1,4 +1,4 @@
-"""Reading single tensors out of shards, mapped rather than copied."""
+"""Reading single tensors out of shards: the interface, and a reader that maps the files into memory."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from gptq_cli.model.facts import TensorInfo
 
 
 class TensorReader:
-    """Open shards of one directory; each is opened when its first tensor is wanted, and closed at the end.
+    """The shards of one directory; each is opened when its first tensor is read, and closed at the end.
 
-    A tensor read to the CPU is a view of the mapped file: it takes no memory of its own until it is changed.
+    A tensor read to the CPU is a view of the mapped file: it takes no memory of its own until it is written
+    to.
     """
 
     def __init__(self, directory: Path, tensors: Iterable[TensorInfo]) -> None:

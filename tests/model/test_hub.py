@@ -149,7 +149,7 @@ class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names 
         (RevisionNotFoundError("x", response=response(404)), "no revision v1", ""),
         (LocalEntryNotFoundError("x"), "hub cannot be reached", "HF_HUB_OFFLINE"),
         (ConnectionError("x"), "hub cannot be reached", "network"),
-        (HfHubHTTPError("busy", response=response(503)), "the hub answered", "later"),
+        (HfHubHTTPError("busy", response=response(503)), "the Hub answered", "later"),
         (ConnectTimeout("slow"), "cannot be fetched: slow", "network"),
     ],
 )

@@ -188,9 +188,12 @@ def test_already_quantized(model: Path) -> None:
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is an encoder"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "is an encoder"),
-        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "no causal language model"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
-        ({"model_type": ..., "architectures": ...}, "names no model_type"),
+        (
+            {"model_type": "vit", "architectures": ["ViTForImageClassification"]},
+            "not a causal language model",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
+        ({"model_type": ..., "architectures": ...}, "has no model_type"),
         ({"model_type": "never_heard_of"}, "not understood"),
         (
             {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
