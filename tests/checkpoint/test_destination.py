@@ -142,7 +142,7 @@ CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_checkpoint_that_changes_during_the_run_is_not_replaced(what: str, tmp_path: Path) -> None:
     out = make(tmp_path / "q")
     change, said = CHANGED[what]
-    with pytest.raises(GptqError, match=f"changed while the run worked, and was left alone: .*{said}"):
+    with pytest.raises(GptqError, match=f"changed during the run, and was not touched: .*{said}"):
         run(out, lambda: change(out), overwrite=True)
     assert content(tmp_path / "q.finished") == NEW
     assert os.path.lexists(out)

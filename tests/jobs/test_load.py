@@ -213,13 +213,13 @@ def test_symmetric_zeros_are_read_as_what_they_are(
     events: list[Event] = []
     report = opened(LoadJob(path=str(tmp_path / "q")), events)
     (told,) = [event.message for event in events if isinstance(event, Warned)]
-    assert told.startswith(f"{1 if some else 21} of 21 linears hold their zeros as {found} has them")
+    assert told.startswith(f"{1 if some else 21} of 21 linears store their zeros as in {found}")
     assert f"though the config says {said}" in told
     assert report.warnings == (told,)
     assert document(report)["warnings"] == [told]
     ran = gptq("load", tmp_path / "q")
-    assert (ran.code, "hold their zeros as" in ran.stderr) == (0, True)
-    assert "hold their zeros as" in ran.stdout.replace("\n", " ")
+    assert (ran.code, "store their zeros as in" in ran.stderr) == (0, True)
+    assert "store their zeros as in" in ran.stdout.replace("\n", " ")
     assert gptq("load", tmp_path / "q", "--verify").code == 5
 
 
@@ -241,7 +241,7 @@ def test_zeros_that_are_not_symmetric_though_sym_is_said(tiny_llama: Path, tmp_p
     write_config(tmp_path / "q", Recipe(group_size=32, sym=True, version="gptq_v2"))
     report = opened(LoadJob(path=str(tmp_path / "q")))
     assert len(report.warnings) == 1
-    assert "of 21 linears hold zeros that symmetric codes do not have" in report.warnings[0]
+    assert "of 21 linears have zeros that do not fit symmetric codes" in report.warnings[0]
     expected = logits(dense_copy(tiny_llama, weights, torch.float32))
     assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
 

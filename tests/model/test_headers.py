@@ -1,4 +1,4 @@
-"""The reader of safetensors headers: it agrees with the library, and checks everything a hostile file says."""
+"""The reader of safetensors headers: it agrees with the library, and checks every claim of a hostile file."""
 
 from __future__ import annotations
 
