@@ -1,6 +1,6 @@
 """`report_html(report)`: a run as one HTML page that can be mailed. No script, font or image from elsewhere.
 
-It follows the reader's light or dark setting, has headings, and says in a table what it shows in plots.
+It follows the reader's light or dark setting, has headings, and repeats the data of its plots in a table.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } svg text.legen
 
 
 def report_html(report: RunReport) -> str:
-    """The whole page. The same report gives the same bytes."""
-    report = escaped(report)  # in a page, too, no mark may turn the text around
+    """The complete page. The same report gives the same bytes."""
+    report = escaped(report)  # in a page, too, no character may reverse the text
     title = f"GPTQ run: {report.model}, {report.bits} bits"
     recipe = f"{report.bits} bits, group size {report.group_size}, format {report.checkpoint_format}"
     body = [
@@ -177,7 +177,7 @@ def _memory(report: RunReport) -> str:
         if device in predicted:
             flat = (predicted[device] / 2**30,) * len(report.blocks)
             series.append(Series(name=f"{device} predicted", values=flat, mark="dashes", style=style))
-    about = "Highest allocated bytes of each device while a block was worked on, and what was predicted"
+    about = "Highest allocated bytes on each device while a block was quantized, and the prediction"
     return plot("Peak memory of each block", about, series, x_names=_block_names(report.blocks), unit=_gib)
 
 
