@@ -80,6 +80,7 @@ class TestCutting:
     ) -> None:
         whole = make_batches(tokenizer, config(corpus, samples=1, seq_len=3000))
         monkeypatch.setattr("gptq_cli.calibration.documents.PIECE_CHARACTERS", 200)
+        monkeypatch.setattr("gptq_cli.calibration.text.PIECE_CHARACTERS", 200)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 500)
         cut = make_batches(tokenizer, config(corpus, samples=1, seq_len=3000))
         assert tokenizer.eos_token_id not in cut.input_ids
@@ -110,6 +111,7 @@ class TestCutting:
         self, tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("gptq_cli.calibration.documents.PIECE_CHARACTERS", 1000)
+        monkeypatch.setattr("gptq_cli.calibration.text.PIECE_CHARACTERS", 1000)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
         found = make_batches(tokenizer, config(corpus, samples=2, seq_len=16))
         assert not found.read_to_end
@@ -200,7 +202,7 @@ class TestTokenizers:
     def test_a_tokenizer_of_another_model_is_caught(self, tokenizer: Any, corpus: str) -> None:
         largest = int(make_batches(tokenizer, config(corpus)).input_ids.max())
         assert make_batches(tokenizer, config(corpus), vocab_size=largest + 1).samples == 4
-        with pytest.raises(CalibrationError, match=f"makes token {largest}, and .* has {largest} rows"):
+        with pytest.raises(CalibrationError, match=f"makes token {largest}, but .* has {largest} rows"):
             make_batches(tokenizer, config(corpus), vocab_size=largest)
 
     def test_a_model_without_one(self, tiny_llama: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_data_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
-    with pytest.raises(CalibrationError, match=r"neither an existing file nor a data set.*HTTP 404"):
+    with pytest.raises(CalibrationError, match=r"neither an existing file nor a Hub data set.*HTTP 404"):
         list(read_hub("nosuch", None).pieces)
 
 

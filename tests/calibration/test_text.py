@@ -13,11 +13,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gptq_cli.calibration import documents, utf8
 from gptq_cli.calibration import text as module
-from gptq_cli.calibration import utf8
 from gptq_cli.calibration.text import find_file, read_documents
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import open_once
+
+
+def piece_characters(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Cut documents into pieces of `count` characters."""
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", count)
+    monkeypatch.setattr(module, "PIECE_CHARACTERS", count)
 
 
 def texts(source: object, **options: Any) -> list[str]:
@@ -56,7 +62,7 @@ class TestPlainText:
     def test_a_long_file_comes_in_pieces_cut_after_a_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        piece_characters(monkeypatch, 10)
         (tmp_path / "a.txt").write_text("12345\n67890\nabc\n")
         pieces = list(read_documents(str(tmp_path / "a.txt")).pieces)
         assert [(piece.text, piece.opens) for piece in pieces] == [("12345\n67890\n", True), ("abc\n", False)]
@@ -83,7 +89,7 @@ class TestPlainText:
     def test_one_long_line_is_cut_before_white_space(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        piece_characters(monkeypatch, 10)
         text = "one two three four five six seven " * 20
         (tmp_path / "a.txt").write_text(text)
         write(tmp_path / "a.jsonl", {"text": text})
@@ -97,12 +103,12 @@ class TestPlainText:
     def test_a_line_without_white_space_is_cut_anywhere(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        piece_characters(monkeypatch, 10)
         (tmp_path / "a.txt").write_text("語" * 95)
         assert [len(piece.text) for piece in read_documents(str(tmp_path / "a.txt")).pieces] == [10] * 9 + [5]
 
     def test_a_long_line_is_never_held_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
+        piece_characters(monkeypatch, 1000)
         monkeypatch.setattr(utf8, "CHUNK_BYTES", 100)
         stream = io.BytesIO(b"word " * 100_000)
         next(read_documents("-", stdin=stream).pieces)
@@ -292,7 +298,7 @@ class TestTables:
     def test_a_long_row_is_cut_but_stays_one_document(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
+        piece_characters(monkeypatch, 4)
         path = write(tmp_path / "a.jsonl", {"text": "ab\ncdefgh"}, {"text": "x"})
         assert [piece.text for piece in read_documents(str(path)).pieces] == ["ab\n", "cdef", "gh", "x"]
         assert texts(path) == ["ab\ncdefgh", "x"]

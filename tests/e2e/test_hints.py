@@ -12,6 +12,7 @@ import json
 import shlex
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import transformers
 
 from gptq_cli.cli.app import main
 from gptq_cli.findings import Finding, PreflightReport
-from gptq_cli.jobs import inspect_map as inspecting
 from gptq_cli.jobs import quantize as quantizing
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase
@@ -29,6 +29,8 @@ from gptq_cli.preflight.catalogue import RULES
 from gptq_cli.preflight.rules.quantization import bfloat16_support
 from tests.fabricated import fabricate
 from tests.preflight.shapes import SMALL_WORK, llama
+
+inspecting = import_module("gptq_cli.jobs.inspect_map")  # jobs exports functions of these names
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 512,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
 from gptq_cli.jobs import evaluate as proving
-from gptq_cli.jobs import inspect_map as inspecting
-from gptq_cli.jobs import load as loading
 from gptq_cli.jobs import quantize as quantizing
 from gptq_cli.jobs import steps
 from gptq_cli.model import skeleton, source, streamed, weights
 from tests.e2e.commands import FAST, gptq, write_text
+
+loading = import_module("gptq_cli.jobs.load")
+inspecting = import_module("gptq_cli.jobs.inspect_map")  # jobs exports functions of these names
 
 FACES: dict[str, Callable[[], BaseException]] = {
     "python": MemoryError,

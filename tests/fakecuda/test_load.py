@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from gptq_cli.inference.packed_linear import PackedLinear
-from gptq_cli.jobs import load as loading
 from tests.e2e.commands import Ran, gptq
 from tests.fakecuda import operators
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import quantize
+
+loading = import_module("gptq_cli.jobs.load")  # jobs exports functions of these names
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
 

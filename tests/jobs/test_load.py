@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from gptq_cli.evaluation import speed as benchmark
 from gptq_cli.evaluation.divergence import compare
 from gptq_cli.events import Event, PhaseAdvanced, PhaseFinished, PhaseStarted, TextGenerated, Warned
 from gptq_cli.jobs import evaluate as proving
-from gptq_cli.jobs import load as loading
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget
@@ -30,6 +30,8 @@ from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory,
 from tests.conftest import TinyFactory
 from tests.e2e.commands import gptq, write_text
 from tests.inference.test_load import Q, change_tensor, close_logits, logits
+
+loading = import_module("gptq_cli.jobs.load")  # jobs exports functions of these names
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from gptq_cli import jobs
 from gptq_cli.config import LoadJob
 from gptq_cli.errors import CheckpointError, ConfigError, ModelError, UsageError
 from gptq_cli.events import Event, Warned
-from gptq_cli.jobs import load as loading
 from gptq_cli.results.load import LoadReport
 from tests.checkpoint.checkpoints import Recipe, quantize_directory
 from tests.conftest import TinyFactory
 from tests.e2e.commands import write_text
+
+loading = import_module("gptq_cli.jobs.load")  # jobs exports functions of these names
 
 
 @pytest.fixture(scope="module")

@@ -69,12 +69,12 @@ def test_our_head_is_read_by_the_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "data", "says"),
     [
-        (b"not json", b"", "no JSON"),
+        (b"not json", b"", "not valid JSON"),
         (b"[1, 2]", b"", "not a JSON object"),
-        (b"\xff\xfe", b"", "no JSON"),
-        (b"[" * 100_000, b"", "no JSON"),
+        (b"\xff\xfe", b"", "not valid JSON"),
+        (b"[" * 100_000, b"", "not valid JSON"),
         (b'{"a": {}, "a": {}}', b"", "twice"),
-        ({"t": 3}, b"", "tensor t is described"),
+        ({"t": 3}, b"", "the description of tensor t"),
         ({"t": entry("Q4")}, bytes(4), "tensor t has dtype 'Q4'"),
         ({"t": entry(shape=[-1])}, bytes(4), "tensor t has shape [-1]"),
         ({"t": entry(shape=[True])}, bytes(4), "tensor t has shape"),

@@ -142,13 +142,13 @@ class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names 
     [
         (
             RepositoryNotFoundError("x", response=response(404)),
-            "no such model on the hub: org/name at v1",
+            "no such model on the Hub: org/name at v1",
             "HF_TOKEN",
         ),
         (GatedRepoError("x", response=response(403)), "gated", "accept its licence"),
         (RevisionNotFoundError("x", response=response(404)), "no revision v1", ""),
-        (LocalEntryNotFoundError("x"), "hub cannot be reached", "HF_HUB_OFFLINE"),
-        (ConnectionError("x"), "hub cannot be reached", "network"),
+        (LocalEntryNotFoundError("x"), "Hub cannot be reached", "HF_HUB_OFFLINE"),
+        (ConnectionError("x"), "Hub cannot be reached", "network"),
         (HfHubHTTPError("busy", response=response(503)), "the Hub answered", "later"),
         (ConnectTimeout("slow"), "cannot be fetched: slow", "network"),
     ],
