@@ -1,4 +1,4 @@
-"""Windows: cut, chosen, reproducible, and refused where there is too little text."""
+"""Windows: cut, drawn, reproducible, and refused where there is too little text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The destination: judged when a run begins and right before the end; nothing of a person's is ever lost."""
+"""The destination: checked when a run begins and right before its end; no file of the user's is ever lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def left(path: Path) -> list[str]:
 
 
 def run(out: Path, meanwhile: Callable[[], object] = lambda: None, *, overwrite: bool = False) -> Destination:
-    """A whole run: claim, work (and what happens meanwhile), put in place."""
+    """A complete run: claim, work (and what happens meanwhile), put in place."""
     with Destination(out, overwrite=overwrite) as destination:
         make(destination.result, "new")
         meanwhile()

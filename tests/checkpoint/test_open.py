@@ -605,7 +605,7 @@ def test_a_truncated_shard(damaged: Path) -> None:
     assert "truncated" in refused(damaged)
 
 
-def test_a_gigantic_head(damaged: Path) -> None:
+def test_a_gigantic_header(damaged: Path) -> None:
     (damaged / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
     assert "1099511627776" in refused(damaged)
 

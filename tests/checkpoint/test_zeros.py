@@ -1,4 +1,4 @@
-"""Zeros in every way that they were ever written, against writers that count in whole numbers."""
+"""Zeros in every form in which tools have written them, against writers in plain integers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The leak check speaks once, after growth in a row, and names it."""
+"""The leak check reports once per device, after several growths in a row."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_a_level_memory_is_no_leak() -> None:
     assert said([100 + 0.01 * i for i in range(30)]) == []
 
 
-def test_the_resident_set_is_not_judged() -> None:
+def test_the_resident_set_is_not_checked() -> None:
     assert said([100 + 8 * i for i in range(30)], device="cpu") == []
 
 
-def test_devices_are_judged_apart() -> None:
+def test_devices_are_checked_separately() -> None:
     watch = LeakWatch()
     texts = []
     for i in range(8):

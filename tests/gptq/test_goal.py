@@ -1,4 +1,4 @@
-"""The asymmetric target: what it minimises, and how far to trust it."""
+"""The asymmetric step: what it minimises, and how far it goes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_codes_of_the_target_answer_the_dense_model_better() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 4000])
 def test_the_held_out_alpha_is_the_best_of_a_scan(tokens: int) -> None:
-    """Few tokens: trust the step less. Many: fully."""
+    """Few tokens: a shorter step. Many: the full one."""
     W = weights(6, 32)
     dense, quant = streams(tokens + 3000, 32)
     H, D = moments(dense[:tokens], quant[:tokens])

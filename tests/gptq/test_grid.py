@@ -1,4 +1,4 @@
-"""Scales that fp16 can hold, one division, and the search of every group by itself."""
+"""Scales that fp16 can hold, one division, and a separate search for every group."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_groups_are_found_one_by_one(search: Any, sym: bool, monkeypatch: pytest
     assert torch.equal(scales[3:], lone[0])
 
 
-def test_a_group_without_energy_is_judged_on_its_weights() -> None:
+def test_a_group_without_energy_is_searched_on_its_weights() -> None:
     W = weights(16, 8, dtype=torch.float32)
     silent, _ = group_parameters(W, torch.zeros(16), 16, grid())
     even, _ = group_parameters(W, torch.ones(16), 16, grid())

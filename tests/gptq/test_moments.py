@@ -1,4 +1,4 @@
-"""The moments of a stage: who judges, how far the target goes, and that it pays on text nobody has seen."""
+"""The moments of a stage: held-out samples, the length of the step, and its gain on unseen text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_cut_into_micro_batches_does_not_matter() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
+def test_samples_without_a_dense_copy_count_for_the_hessian_alone() -> None:
     dense, quant = two_streams()
     W = [weights(5, K, 1).float(), weights(3, K, 2).float()]
     with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
@@ -73,7 +73,7 @@ def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
         assert moments.goal(W, moments.hessian(), 0.05) == (None, StepChoice())
 
 
-def test_the_last_quarter_judges() -> None:
+def test_the_last_quarter_decides() -> None:
     dense, quant = two_streams()
     _, _, alpha = collected(dense, quant, 2)
     assert alpha > 0.5, "the mixture is the same everywhere, so the step holds up"
@@ -96,7 +96,7 @@ def test_the_target_pays_on_samples_nobody_has_seen() -> None:
     assert after < 0.8 * before
 
 
-def test_too_few_samples_leave_nothing_to_judge() -> None:
+def test_too_few_samples_leave_nothing_to_decide_on() -> None:
     dense, quant = two_streams(samples=3)
     assert collected(dense, quant, 1)[1:] == (None, 0.0)
 
@@ -177,7 +177,7 @@ def test_the_pool_is_the_hessian_of_all_tokens() -> None:
         torch.testing.assert_close(H, (x.T @ x + K * pool) / (len(x) + K), rtol=1e-4, atol=1e-5)
 
 
-def test_alone_or_without_a_token_nothing_leans() -> None:
+def test_alone_or_without_a_token_nothing_shrinks() -> None:
     _, quant = two_streams()
     alone, empty = (StageMoments(K, CPU, samples=0, dense=False) for _ in range(2))
     alone.add(quant, None, 0)

@@ -168,10 +168,10 @@ def test_the_same_numbers(
 def test_zeros_of_0_in_asymmetric_codes(
     quantizer: str, kernels: list[type[nn.Module]], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The package adds to whole words, whoever wrote them: it is handed what it would have written."""
+    """The package adds to whole words in every checkpoint: it gets the words that it would have written."""
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, version="gptq_v2"))
-    twin = as_gptqmodel_writes_it(tmp_path / "q", 4, quantizer)
-    assert close_logits(logits(load(twin, kernel_choice="gptqmodel")), logits(load(twin)), 1e-4)
+    copied = as_gptqmodel_writes_it(tmp_path / "q", 4, quantizer)
+    assert close_logits(logits(load(copied, kernel_choice="gptqmodel")), logits(load(copied)), 1e-4)
 
 
 @pytest.mark.parametrize("said", ["gptq", "gptq_v2"])

@@ -109,7 +109,7 @@ def test_an_unexpected_layout_is_not_relied_on(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_on_cpus_with_other_instructions(capability: str) -> None:
-    """The same products, whatever layout torch chooses; a process of its own, because torch chooses once."""
+    """The same results in every layout of torch; in a process of its own, because torch chooses once."""
     code = (
         "import torch\n"
         "from tests.inference.test_packed_linear import both_paths, build\n"
@@ -245,7 +245,7 @@ def test_groups_that_a_kernel_takes(group: int, legal: bool) -> None:
 @pytest.mark.parametrize(
     ("columns", "group", "rows"), [(576, 64, 576), (4096, 256, 4096), (100, 32, 128), (4112, 128, 4224)]
 )
-def test_a_whole_row_is_cut_into_legal_groups(columns: int, group: int, rows: int) -> None:
+def test_one_group_per_row_is_cut_into_legal_groups(columns: int, group: int, rows: int) -> None:
     recipe = Recipe(group_size=-1)
     codes = read(quantize_slowly(random_weight(2, columns), recipe), recipe)
     layout = make_nibble_layout(codes, fused=True)

@@ -17,7 +17,7 @@ from tests.checkpoint.checkpoints import Packed, Recipe, quantize_slowly
 from tests.checkpoint.test_codes import random_weight, read
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest relative error (Frobenius norm): sums of hundreds of products, inputs and outputs rounded."""
+"""Largest relative error (Frobenius norm): sums of hundreds of terms, inputs and outputs rounded."""
 needs_int4 = pytest.mark.skipif(
     cpu_block() is None, reason="torch's CPU int4 layout is unknown on this machine"
 )

@@ -1,4 +1,4 @@
-"""An opened model saves the checkpoint that it was opened from, and counts what its codes stand for."""
+"""A loaded model saves the checkpoint it was loaded from, and counts the parameters of its packed linears."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetching from the hub, with the hub's client replaced: what is asked for, and what its errors become."""
+"""Fetching from the Hub, with its client replaced: what is requested, and what errors become."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_source_names_are_the_files_own(tiny: TinyFactory) -> None:
 
 
 def test_files_of_the_bare_base_model(tiny: TinyFactory, tmp_path: Path) -> None:
-    """GPT-2's files on the hub have neither the prefix `transformer.` nor an lm_head, but do hold masks."""
+    """GPT-2's files on the Hub have neither the prefix `transformer.` nor an lm_head, but do hold masks."""
     path = Path(shutil.copytree(tiny("gpt2"), tmp_path / "model"))
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(path / "model.safetensors").items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
