@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
 """The main job, done by `gptq quantize` and by its peers: time, memory and accuracy side by side, as ratios.
 
-Every run gets the same model, the same calibration token ids, bits and group size, is a process of its own
-and has the machine to itself, one after the other. What it wrote is then judged by one reader on text that no
-run has seen:
+Every run gets the same model, calibration token ids, bits and group size, and is a process of its own; one
+runs after the other. The checkpoints are then evaluated by one reader on text that no run has seen:
 
     KL     mean over tokens of KL(dense ‖ quantized), nats
     gap    perplexity of the quantized model over the dense one's, minus 1
 
-On a CPU without bf16 units the peers are given the model in float32, or they would take ten times as long.
+On a CPU without fast bf16 the peers get the model in float32, or they would take ten times as long.
 A peer is installed into a virtual environment of its own (`.venv-peer-NAME`, on its first run; minutes and
 some gigabytes) and uses its own defaults beyond what is listed. Ratios are to the first peer.
 
     python scripts/bench_peers.py                     the demo model, 128 x 512 tokens, 4 bits, group 64
-    python scripts/bench_peers.py --text wiki.txt     calibrate on its first two thirds, judge on the rest
+    python scripts/bench_peers.py --text wiki.txt     calibrate on its first two thirds, evaluate on the rest
     python scripts/bench_peers.py --peers gptqmodel,auto-round --repeats 3
     python scripts/bench_peers.py --recipes "fast,best,best --dense-share 0.5"
 
@@ -151,7 +150,7 @@ def with_auto_round(job: dict[str, Any]) -> None:
 
 
 def with_llm_compressor(job: dict[str, Any]) -> None:
-    """Its GPTQ modifier; writes compressed-tensors, so its own environment judges it too."""
+    """Its GPTQ modifier; writes compressed-tensors, so its own environment evaluates it too."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -208,7 +207,7 @@ def peer_dtype() -> str:
 
 
 def texts(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
-    """The calibration source and the source to judge on; they share no text."""
+    """The calibration source and the source to evaluate on; they share no text."""
     if options.text is None:
         return "pydoc", "pydoc-heldout"
     lines = options.text.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -219,7 +218,7 @@ def texts(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
 
 
 def token_ids(options: argparse.Namespace, model: Path, calibration: str, held_out: str) -> dict[str, Any]:
-    """What every run gets: exactly the windows that `gptq quantize` cuts by itself, and those to judge on."""
+    """What every run gets: exactly the windows that `gptq quantize` cuts itself, and those to evaluate on."""
     from gptq_cli.calibration import evaluation_windows, make_batches, open_tokenizer
     from gptq_cli.config import CalibrationConfig
 
@@ -251,7 +250,7 @@ def runs(options: argparse.Namespace, job: dict[str, Any], calibration: str) -> 
 
 
 def judged_apart(name: str, request: Path, out: Path) -> Quality:
-    """Judge in a process of its own: a peer that writes another format is read in its own environment."""
+    """Evaluate in a process of its own: a peer that writes another format is read in its own environment."""
     own_format = name == "llm-compressor"
     python = str(environment_of(name)) if own_format else sys.executable
     command = [python, str(Path(__file__).resolve()), "--judge", str(own_format), str(request), str(out)]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each option of the recipes is worth: distance to the dense model, perplexity and processor seconds.
 
-Every row quantizes the same model on the same samples and is judged on the same held-out text:
+Every row quantizes the same model on the same samples and is evaluated on the same held-out text:
 
     KL     mean over tokens of KL(dense ‖ quantized), nats
     ppl    perplexity, and how far it is above the dense model's
@@ -13,10 +13,10 @@ plain GPTQ with one option changed, or a recipe.
 
     python scripts/bench_quality.py                        every setting of SETTINGS; an hour on two cores
     python scripts/bench_quality.py --only smollm2-w4g64   one of them
-    python scripts/bench_quality.py --text wiki.txt        first two thirds to calibrate, the rest to judge
+    python scripts/bench_quality.py --text wiki.txt        first two thirds to calibrate, the rest to evaluate
     python scripts/bench_quality.py --architectures        plain GPTQ and recipes on tiny models of every kind
 
-Prints a Markdown table a setting (docs/quality.md holds them); the last line is JSON.
+Prints one Markdown table per setting (docs/quality.md holds them); the last line is JSON.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
 
 
 def split(text: Path | None, folder: Path) -> tuple[str, str]:
-    """(what to calibrate on, what to judge on); they share no text."""
+    """(source to calibrate on, source to evaluate on); they share no text."""
     if text is None:
         return "pydoc", "pydoc-heldout"
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)

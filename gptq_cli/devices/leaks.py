@@ -25,7 +25,7 @@ class LeakWatch:
         self._growths: dict[str, list[int]] = {}
         self._reported: set[str] = set()
 
-    def see(self, after: Iterable[DeviceMemory]) -> tuple[str, ...]:
+    def check(self, after: Iterable[DeviceMemory]) -> tuple[str, ...]:
         """Add the readings after a flush; returns one sentence for each device newly found to leak."""
         found = []
         for memory in after:

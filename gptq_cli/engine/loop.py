@@ -139,7 +139,7 @@ def quantize_blocks(
                 remaining_seconds=mean_seconds * (len(blocks) - len(reports)),
             )
         )
-        for leak in leaks.see(_flush("block", block.name, options, observer)):
+        for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
     return tuple(reports)
 

@@ -35,14 +35,14 @@ class Tally:
             case PhaseFinished():
                 self.phase_seconds[event.phase] = self.phase_seconds.get(event.phase, 0.0) + event.seconds
             case BlockFinished():
-                self.see(event.memory)
+                self.record(event.memory)
             case CacheFlushed():
-                self.see(event.before)
+                self.record(event.before)
             case _:
                 pass
         self.observer(event)
 
-    def see(self, readings: Iterable[DeviceMemory]) -> None:
+    def record(self, readings: Iterable[DeviceMemory]) -> None:
         """Record readings. A process peak that has not risen during this run may be an earlier run's."""
         for entry in readings:
             peak = entry.peak_bytes

@@ -19,7 +19,7 @@ def reading(mib: float, device: str = "cuda:0") -> tuple[DeviceMemory, ...]:
 
 def said(values: list[float], device: str = "cuda:0") -> list[str]:
     watch = LeakWatch()
-    return [text for value in values for text in watch.see(reading(value, device))]
+    return [text for value in values for text in watch.check(reading(value, device))]
 
 
 def test_steady_growth_is_named_once() -> None:
@@ -44,6 +44,6 @@ def test_devices_are_checked_separately() -> None:
     watch = LeakWatch()
     texts = []
     for i in range(8):
-        texts += watch.see((*reading(100 + 5 * i, "cuda:0"), *reading(100, "cuda:1")))
+        texts += watch.check((*reading(100 + 5 * i, "cuda:0"), *reading(100, "cuda:1")))
     assert len(texts) == 1
     assert "cuda:0" in texts[0]
