@@ -268,7 +268,7 @@ def compare(dense: Path, packed: Path, arguments: argparse.Namespace) -> dict[st
     return {"ratios": ratios, **found}
 
 
-def judged(label: str, ratios: dict[str, float]) -> dict[str, Any]:
+def checked(label: str, ratios: dict[str, float]) -> dict[str, Any]:
     """Every ratio that has a target, and whether it is met."""
     result: dict[str, Any] = {}
     for name, value in ratios.items():
@@ -332,7 +332,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             quantize_plainly(dense, packed, group_size)
         say(f"{label}: {dense}")
         document[label] = compare(dense, packed, arguments)
-        document["targets"] |= judged(label, document[label]["ratios"])
+        document["targets"] |= checked(label, document[label]["ratios"])
     return document
 
 

@@ -173,10 +173,10 @@ def with_llm_compressor(job: dict[str, Any]) -> None:
 CLIENTS = {"gptqmodel": with_gptqmodel, "auto-round": with_auto_round, "llm-compressor": with_llm_compressor}
 
 
-# -- judging
+# -- evaluating
 
 
-def judge(job: dict[str, Any], checkpoint: Path, *, transformers: bool) -> Quality:
+def evaluate(job: dict[str, Any], checkpoint: Path, *, transformers: bool) -> Quality:
     """Compare a checkpoint with the dense model; `transformers`: opened by Transformers, not by us."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -249,11 +249,11 @@ def runs(options: argparse.Namespace, job: dict[str, Any], calibration: str) -> 
     return commands
 
 
-def judged_apart(name: str, request: Path, out: Path) -> Quality:
+def evaluated_apart(name: str, request: Path, out: Path) -> Quality:
     """Evaluate in a process of its own: a peer that writes another format is read in its own environment."""
     own_format = name == "llm-compressor"
     python = str(environment_of(name)) if own_format else sys.executable
-    command = [python, str(Path(__file__).resolve()), "--judge", str(own_format), str(request), str(out)]
+    command = [python, str(Path(__file__).resolve()), "--evaluate", str(own_format), str(request), str(out)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | SETTINGS)
     return Quality(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -282,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="the median of so many is shown")
     parser.add_argument("--keep", type=Path, help="work here, leave checkpoints and logs")
     parser.add_argument("--client", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--judge", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = [peer for peer in options.peers if peer not in PEERS]
     if unknown:
@@ -296,11 +296,11 @@ def main(argv: list[str] | None = None) -> int:
         peer, request, out = options.client
         CLIENTS[peer](json.loads(Path(request).read_text()) | {"out": out})
         return 0
-    if options.judge:
-        own, request, out = options.judge
+    if options.evaluate:
+        own, request, out = options.evaluate
         print(
             json.dumps(
-                asdict(judge(json.loads(Path(request).read_text()), Path(out), transformers=own == "True"))
+                asdict(evaluate(json.loads(Path(request).read_text()), Path(out), transformers=own == "True"))
             )
         )
         return 0
@@ -343,7 +343,7 @@ def bench(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, A
                 shutil.rmtree(out, ignore_errors=True)
             costs[name].append(measured(filled, folder / f"{out.name}.log", os.environ | SETTINGS))
             print(f"{name}: {costs[name][-1].wall_seconds:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
-    quality = {name: judged_apart(name, request, folder / name.replace(" ", "-")) for name in commands}
+    quality = {name: evaluated_apart(name, request, folder / name.replace(" ", "-")) for name in commands}
     return report(options, model, costs, quality)
 
 
@@ -359,7 +359,8 @@ def report(
     print(
         f"\n{model.name}: {options.bits} bits, group {options.group_size},"
         f" {options.samples} x {options.seq_len} tokens;"
-        f" judged on {options.windows} x {options.eval_seq_len}; ratios to {base}; peers in {peer_dtype()}\n"
+        f" evaluated on {options.windows} x {options.eval_seq_len}; ratios to {base};"
+        f" peers in {peer_dtype()}\n"
     )
     heads = (("wall s", 8), ("cpu s", 8), ("GiB", 7), ("KL", 9), ("gap", 9))
     width = max(16, *(len(name) + 2 for name in middle))

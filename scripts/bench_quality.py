@@ -146,7 +146,7 @@ def train_neox(folder: Path, steps: int = 250) -> Path:
     return folder
 
 
-class Judge:
+class Evaluator:
     """Compares checkpoints of one model with it on held-out windows."""
 
     def __init__(self, model: Path, source: str, options: argparse.Namespace) -> None:
@@ -194,8 +194,8 @@ def bench(
     import gptq_cli
     from gptq_cli import jobs
 
-    judge = Judge(model, texts[1], options)
-    rows = [{"row": "round to nearest", "cpu_seconds": 0.0, **judge.nearest(setting)}]
+    evaluator = Evaluator(model, texts[1], options)
+    rows = [{"row": "round to nearest", "cpu_seconds": 0.0, **evaluator.nearest(setting)}]
     calibration = CalibrationConfig(source=texts[0], samples=options.samples, seq_len=options.seq_len)
     for row, changed in setting.rows.items():
         with tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
@@ -210,7 +210,7 @@ def bench(
             seconds = time.process_time() - started
             if report.fallbacks:
                 raise SystemExit(f"bench_quality: {name}, {row}: {report.fallbacks} fallbacks")
-            rows.append({"row": row, "cpu_seconds": seconds, **judge(gptq_cli.load(job.out))})
+            rows.append({"row": row, "cpu_seconds": seconds, **evaluator(gptq_cli.load(job.out))})
         print(f"  {name}: {row}: KL {rows[-1]['kl']:.4f}", file=sys.stderr, flush=True)
     return rows
 
@@ -240,7 +240,7 @@ def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
     lines = [
         f"### {name}",
         "",
-        f"{options.samples} x {options.seq_len} tokens; judged on {options.windows} x {options.seq_len};"
+        f"{options.samples} x {options.seq_len} tokens; evaluated on {options.windows} x {options.seq_len};"
         f" dense perplexity {dense:.3f}",
         "",
         "| | KL | of plain | ppl | gap | cpu s |",

@@ -59,7 +59,7 @@ class TokenBatches:
     sha256: str
     """Hex digest of `input_ids` as little-endian int64, row by row."""
     seed: int | None
-    """Seed of the choice; None for evaluation windows, which are not chosen."""
+    """Seed of the draw; None for evaluation windows, which are not drawn."""
     tokens_available: int
     """Tokens that were read."""
     windows_available: int

@@ -121,7 +121,7 @@ def _ask_the_hub(wanted: HubSource, source: str) -> None:
                 hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"the Hub cannot serve data set {wanted.id!r} now: {_first_line(error)}", hint=OFFLINE_HINT
+            f"the Hub cannot provide data set {wanted.id!r} now: {_first_line(error)}", hint=OFFLINE_HINT
         ) from error
     except Exception as error:  # no DNS, no route, a proxy that refuses: every transport has its own tree
         raise CalibrationError(

@@ -94,10 +94,10 @@ def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]
             hint="quantize the model first: gptq quantize MODEL --out DIR",
         )
     _agree(found)
-    (first, whole), *others = found
+    (first, merged), *others = found
     for _, other in others:
-        whole = _completed(whole, other)
-    return whole, parse_quantization(whole, first)
+        merged = _completed(merged, other)
+    return merged, parse_quantization(merged, first)
 
 
 def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
@@ -172,13 +172,13 @@ def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
 
 def _completed(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """`content`, completed with keys from `other`."""
-    whole = {key: value for key, value in other.items() if value is not None}
+    rest = {key: value for key, value in other.items() if value is not None}
     if any(content.get(key) is not None for key in _FORMAT_KEYS):
-        whole = {key: value for key, value in whole.items() if key not in _FORMAT_KEYS}
-    own = {key: value for key, value in content.items() if value is not None or key not in whole}
+        rest = {key: value for key, value in rest.items() if key not in _FORMAT_KEYS}
+    own = {key: value for key, value in content.items() if value is not None or key not in rest}
     if own.get("dynamic") == {}:
-        own["dynamic"] = whole.get("dynamic", {})
-    return {**whole, **own}
+        own["dynamic"] = rest.get("dynamic", {})
+    return {**rest, **own}
 
 
 def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ...]:

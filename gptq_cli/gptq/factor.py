@@ -47,7 +47,7 @@ def dead_columns(H: Tensor) -> Tensor:  # (K,) bool
 
 
 def damping_steps(damp_percent: float) -> tuple[float, ...]:
-    """The dampings tried in turn: doubled until the whole mean of the diagonal is added."""
+    """The dampings tried in turn: doubled until the full mean of the diagonal is added."""
     steps = [damp_percent]
     while steps[-1] < _MAX_DAMPING:
         steps.append(min(2 * steps[-1], _MAX_DAMPING))

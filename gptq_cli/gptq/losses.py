@@ -41,10 +41,10 @@ def relative_losses(
     totals = torch.stack(
         [torch.stack(parts) for parts in zip(_sums(error, rows), _sums(energy, rows), strict=True)]
     )
-    for wrong, whole in totals.tolist():
+    for lost, total in totals.tolist():
         # rounding can leave a tiny negative number where the exact sum is 0
-        wrong, whole = max(wrong, 0.0), max(whole, 0.0)
-        ratios.append(wrong / whole if whole else (math.inf if wrong else 0.0))
+        lost, total = max(lost, 0.0), max(total, 0.0)
+        ratios.append(lost / total if total else (math.inf if lost else 0.0))
     return ratios
 
 

@@ -5,7 +5,7 @@
     scales   fp16  [groups, N]
     g_idx    int32 [K]
 
-A column of codes is one stream of bits: code k lies at bit k·bits of the stream, bit b of the stream is bit
+A column of codes is one stream of bits: code k begins at bit k·bits of the stream, bit b of the stream is bit
 b % 32 of word b // 32. With 2, 4 and 8 bits no code crosses a word border. With 3 bits 32 codes fill 3 words,
 and codes 10 and 21 of every 32 cross a border. Where K or N does not fill the last word, the rest is 0.
 

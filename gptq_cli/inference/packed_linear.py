@@ -170,7 +170,7 @@ class PackedLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def _dequantize_and_multiply(self, rows: Tensor) -> Tensor:
-        """Multiply by one piece of the dense weight after another: the whole of it never exists.
+        """Multiply by one piece of the dense weight after another, so that it never exists as a whole.
 
         Where a CPU is slow in the dtype, the matmul runs in float32 and the result is rounded once.
         """

@@ -86,9 +86,9 @@ class Watcher:
 def watching(command: Literal["quantize", "load", "inspect-map"], observer: Observer) -> Iterator[Watcher]:
     """Yield the observer for the steps of `command`. Raises `OutOfDeviceMemory`, exit code 4."""
     watcher = Watcher(observer)
-    told = nullcontext() if observer is ignore else _python_warnings_told(watcher)
+    reported = nullcontext() if observer is ignore else _python_warnings_as_events(watcher)
     try:
-        with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), told:
+        with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), reported:
             yield watcher
     except OutOfDeviceMemory:
         from gptq_cli.devices.accelerators import flush
@@ -98,10 +98,10 @@ def watching(command: Literal["quantize", "load", "inspect-map"], observer: Obse
 
 
 @contextmanager
-def _python_warnings_told(observer: Observer) -> Iterator[None]:
+def _python_warnings_as_events(observer: Observer) -> Iterator[None]:
     """Turn the warnings of libraries into events, instead of text on stderr."""
 
-    def tell(
+    def report(
         message: Warning | str,
         category: type[Warning],
         filename: str,
@@ -112,5 +112,5 @@ def _python_warnings_told(observer: Observer) -> Iterator[None]:
         observer(Warned(f"{category.__name__}: {' '.join(str(message).split())}"))
 
     with warnings.catch_warnings():
-        warnings.showwarning = tell
+        warnings.showwarning = report
         yield

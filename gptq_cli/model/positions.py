@@ -20,7 +20,7 @@ number -> the config field that does."""
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """The most tokens that a text may have; `fixed`: with one more the forward fails."""
+    """The largest number of tokens in a text; `fixed`: with one more the forward fails."""
 
     tokens: int
     fixed: bool

@@ -134,16 +134,18 @@ def _loss_per_linear(report: RunReport) -> str:
         for _ in block.linears
     ]
 
-    def chosen(fallback: bool) -> tuple[float | None, ...]:
+    def losses_of(fallback: bool) -> tuple[float | None, ...]:
         return tuple(x.loss if (x.method != "gptq") is fallback else None for x in linears)
 
     nearest = tuple(x.rtn_loss for x in linears)
     series = [
         Series(name="round-to-nearest", values=nearest, mark="ring", style=1, labels=labels),
-        Series(name="GPTQ", values=chosen(False), mark="disc", style=0, labels=labels),
+        Series(name="GPTQ", values=losses_of(False), mark="disc", style=0, labels=labels),
     ]
     if report.fallbacks:
-        series.append(Series(name="fallback", values=chosen(True), mark="triangle", style=2, labels=labels))
+        series.append(
+            Series(name="fallback", values=losses_of(True), mark="triangle", style=2, labels=labels)
+        )
     better = sum(1 for x in linears if x.loss < x.rtn_loss)
     about = f"{better} of {len(linears)} linears have a lower loss than round-to-nearest; logarithmic axis"
     return plot("Relative loss of each linear", about, series, x_names=owners, unit=_number, log=True)

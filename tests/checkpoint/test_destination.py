@@ -164,7 +164,7 @@ def test_a_change_in_the_last_moment(
         replace(destination)
 
     monkeypatch.setattr(Destination, "_replace", late)
-    with pytest.raises(GptqError, match="left alone"):
+    with pytest.raises(GptqError, match="not touched"):
         run(out, overwrite=True)
     assert content(tmp_path / "q.finished") == NEW
     assert content(out) != NEW
@@ -251,12 +251,12 @@ def test_two_steps_say_where_both_are_when_nothing_works(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gptq_cli.model import destination
+from gptq_cli.checkpoint import destination
 from gptq_cli.model.destination import Destination
 
 out, at, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if way == "fixed":
-    from gptq_cli.model import place
+    from gptq_cli.checkpoint import place
     place.is_mount = lambda path: path == out
 if way != "exchange":
     destination.exchange = lambda a, b: False
