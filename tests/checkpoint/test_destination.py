@@ -252,7 +252,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gptq_cli.checkpoint import destination
-from gptq_cli.model.destination import Destination
+from gptq_cli.checkpoint.destination import Destination
 
 out, at, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if way == "fixed":
