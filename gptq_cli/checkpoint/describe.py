@@ -1,4 +1,4 @@
-"""A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+"""A quantized checkpoint described by numbers, packed linears with their size in the files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptq_cli.model.trace import trace
 
 
 def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
-    """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+    """A quantized checkpoint described by numbers, packed linears with their size in the files."""
     model, config = checkpoint.model, checkpoint.config.get_text_config()
     traced = trace(model, {})
     stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}

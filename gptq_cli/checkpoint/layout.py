@@ -1,8 +1,8 @@
-"""Which tensor goes to which place of which file, known before the first weight is read.
+"""Which tensor goes to which place of which file, decided before the first weight is read.
 
-The shapes of packed tensors follow from K, N and the format alone, so every shard's head, its size and the
-size of the whole checkpoint are known at the start. That is what lets the writer put each tensor in its
-place as it comes, in any order, without holding a shard in memory, and reserve the disk before the work.
+The shapes of packed tensors follow from K, N and the format, so every shard's header, its size and the size
+of the checkpoint are known at the start. So the writer can write each tensor to its place as soon as it is
+finished, in any order and without keeping a shard in memory, and can reserve disk space before the run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptq_cli.placement.names import fold
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the checkpoint to be."""
+    """One tensor of the planned checkpoint."""
 
     name: str
     dtype: str
@@ -45,7 +45,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """One file: its head, and every tensor's place."""
+    """One file: its header, and every tensor's place."""
 
     file: str
     tensors: tuple[PlannedTensor, ...]
@@ -71,12 +71,12 @@ class CheckpointPlan:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, without the heads."""
+        """Bytes of all tensors, without the headers."""
         return sum(tensor.size_bytes for shard in self.shards for tensor in shard.tensors)
 
 
 def packed_format(quantize: QuantizeConfig) -> PackedFormat:
-    """The stored form that a configuration leads to."""
+    """The format in which a configuration is stored."""
     return PackedFormat(
         bits=quantize.bits,
         group_size=quantize.group_columns,
@@ -126,8 +126,8 @@ def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[lis
 
 
 def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions of the modules inside blocks that stay dense though they hold matrices, in source
-    names."""
+    """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
+    dense."""
     quantized = {linear.name for linear in skeleton.linears}
     inside = tuple(f"{block}." for block in skeleton.blocks)
     patterns: dict[str, None] = {}

@@ -1,7 +1,7 @@
 """As many threads as this process has cores.
 
-OpenMP takes a thread a core of the affinity mask, and knows nothing of the quota that a container has. The
-surplus threads wait for each other in turns, and a product that takes 0.2 s takes 9.
+OpenMP starts one thread per core of the affinity mask and ignores a container's CPU quota. The surplus
+threads then wait for each other, and a matmul that should take 0.2 s takes 9 s.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def _quota(group: ControlGroup) -> float | None:
 
 
 def cap_openmp_threads(environ: MutableMapping[str, str]) -> None:
-    """Have OpenMP start a thread a usable core, where a quota leaves fewer than it would count by itself.
+    """Make OpenMP start one thread per usable core, where a quota allows fewer than it would count itself.
 
-    It reads the environment when torch is imported, so this must come before; what the environment says
-    already wins. Process-wide, so the command line asks for it and the library never does.
+    OpenMP reads the environment when torch is imported, so call this before; a value already set is kept. The
+    setting is process-wide, so only the command line makes it, never the library.
     """
     cores = usable_cores()
     if cores < _cores_in_mask():

@@ -33,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """`75.2` -> `0:01:15`; unknown -> `-:--:--`. Always as wide, so that its line stands still."""
+    """`75.2` -> `0:01:15`; unknown -> `-:--:--`. The width is constant, so that its line does not move."""
     if seconds is None:
         return "-:--:--"
     minutes, rest = divmod(int(seconds), 60)
@@ -56,7 +56,7 @@ def loss(value: float) -> str:
 
 
 def change(value: float, reference: float) -> str:
-    """How far `value` stands from `reference`: `-61 %`, `+4 %`; empty where that means nothing."""
+    """The relative difference of `value` from `reference`: `-61 %`, `+4 %`; empty where it is undefined."""
     if not (math.isfinite(value) and math.isfinite(reference)) or reference <= 0:
         return ""
     return f"{100 * (value / reference - 1):+.0f} %"
@@ -68,7 +68,7 @@ def share(fraction: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` in at most `width` characters, cut in the middle: the ends of a name say the most."""
+    """`text` in at most `width` characters, cut in the middle: the ends of a name tell the most."""
     if len(text) <= width:
         return text
     if width <= 1:
@@ -78,7 +78,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shorten_name(name: str, width: int) -> str:
-    """A dotted name in at most `width` characters; whole components go first, from the second on.
+    """A dotted name in at most `width` characters; components are removed first, from the second on.
 
     `model.layers.3.self_attn.q_proj` -> `model.….self_attn.q_proj` -> `….q_proj`.
     """
@@ -104,7 +104,7 @@ _TOKEN = re.compile(r"(?:[^\s\"']|\"[^\"]*\"|'[^']*')+")
 def wrap_command(command: str, width: int) -> list[str]:
     """A command line in lines of `width` characters that can still be pasted: all but the last end in `\\`.
 
-    A line breaks between words, never between an option and its value; one word is never broken.
+    Lines break between words, never between an option and its value, and never inside a word.
     """
     if len(command) <= width:
         return [command]

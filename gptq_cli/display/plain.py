@@ -1,7 +1,7 @@
-"""One line an event, for a CI log: elapsed time first, no colour, no cursor movement, nothing overwritten.
+"""One line per event, for a CI log: elapsed time first, no colour, no cursor movement, nothing overwritten.
 
-Samples are not lines. A stage is one line when its last sample went through, and a heartbeat comes in
-between where a stage takes long, because CI systems end jobs that are silent.
+Samples get no line of their own. A stage gets one after its last sample, and if it takes long, a heartbeat
+line in between, because CI systems end jobs that print nothing.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PlainDisplay:
 
 
 class WarningsDisplay:
-    """An observer that writes warnings alone, for whoever wants no progress: `--progress none`."""
+    """An observer that writes only warnings: `--progress none`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -82,7 +82,7 @@ class WarningsDisplay:
 
 
 def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
-    """The lines that `event` is worth; `heartbeat` asks for a line even where the event is a small step."""
+    """The lines for `event`; `heartbeat`: also a line for an event that is only a small step."""
     match event:
         case RunStarted():
             return _started(event)
@@ -153,7 +153,7 @@ def flush_title(event: CacheFlushed) -> str:
 
 
 def flush_text(event: CacheFlushed) -> str:
-    """What a flush gave back, and on which devices."""
+    """How much memory a flush freed, and on which devices."""
     given = f"gave back {fmt.size(event.freed_bytes)}"
     moved = [
         f"{before.device} {fmt.gib(before.reserved_bytes)} -> {fmt.gib(after.reserved_bytes)} GiB"

@@ -89,7 +89,7 @@ def quantize_blocks(
         )
         reports.append(report)
         observer(_finished(reports, len(blocks), memory))
-        for leak in leaks.see(_flush("block", block.name, options, observer)):
+        for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
     return tuple(reports)
 

@@ -1,8 +1,8 @@
 """Prompt and decode speed of a model, measured the same way for a packed and for a dense one.
 
-Token ids are drawn from a local generator: speed does not depend on what they are. One round is a prompt and
-then single tokens with its cache; the first round warms up and does not count. The figure is the median of
-the rounds, the spread is the distance between their quartiles.
+Token ids are drawn from a local generator: speed does not depend on their values. One round is a prompt and
+then single tokens with its cache; the first round is a warm-up and does not count. The result is the median
+of the rounds, its spread the distance between their quartiles.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
-        tally.see(read_memory(devices))
+        tally.record(read_memory(devices))
         report = summarize(
             job=job,
             skeleton=checked.skeleton,

@@ -1,4 +1,4 @@
-"""What a run leaves behind as data: the `RunReport` of report.json, the summary table and `--json`."""
+"""The result of a run as data: the `RunReport` for report.json, the summary table and `--json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 
 @dataclass(slots=True)
 class Tally:
-    """An observer between the engine and the display: passes every event on, keeps what the report needs."""
+    """An observer between the engine and the display that passes every event on and keeps data for the
+    report."""
 
     observer: Observer
     host_peak_bytes: int = 0
@@ -36,15 +37,15 @@ class Tally:
             case PhaseFinished():
                 self.phase_seconds[event.phase] = self.phase_seconds.get(event.phase, 0.0) + event.seconds
             case BlockFinished():
-                self.see(event.memory)
+                self.record(event.memory)
             case CacheFlushed():
-                self.see(event.before)
+                self.record(event.before)
             case _:
                 pass
         self.observer(event)
 
-    def see(self, readings: Iterable[DeviceMemory]) -> None:
-        """Take readings. A peak of the process that has not risen in this run may be an earlier run's."""
+    def record(self, readings: Iterable[DeviceMemory]) -> None:
+        """Record readings. A process peak that has not risen during this run may be an earlier run's."""
         for entry in readings:
             peak = entry.peak_bytes
             if entry.device == "cpu" and peak <= self.host_peak_bytes:
@@ -67,7 +68,8 @@ def summarize(
     warnings: Sequence[str],
     seconds: float,
 ) -> RunReport:
-    """The report of a finished run. `packed_bytes`: of qweight, qzeros, scales and g_idx of all linears."""
+    """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
+    g_idx."""
     config = job.quantize
     weights = sum(info.in_features * info.out_features for info in skeleton.linears)
     linears = [linear for block in blocks for linear in block.linears]

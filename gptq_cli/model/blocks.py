@@ -39,7 +39,7 @@ def _computes_linear(kind: type[nn.Module]) -> bool:
             x = torch.randn(2, 3, 8, generator=generator)
             y = probe(x)
             return bool(torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias), atol=1e-5))
-    except Exception as error:  # whatever a stranger's constructor or forward raises: it is no plain linear
+    except Exception as error:  # whatever foreign code raises: it is not a plain linear
         if is_out_of_memory(error):
             raise
         return False

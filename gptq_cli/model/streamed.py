@@ -1,8 +1,8 @@
-"""Reading tensors so that only the one in hand takes memory.
+"""Reading tensors one at a time, so that only the current one takes memory.
 
-A mapped file leaves every page that was ever touched in the process, so that after opening a checkpoint the
-file would be resident beside the model made from it. Here a tensor's bytes are read into a buffer of its own,
-which is the tensor; the kernel is told to read ahead meanwhile.
+With a mapped file every page that was touched stays in the process, so after loading, the whole file would be
+in memory beside the model. Here each tensor's bytes are read into a buffer of its own, which becomes the
+tensor; the kernel is told to read ahead meanwhile.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from gptq_cli.model.source_files import FileStamp, check_unchanged
 class StreamedReader:
     """Open shards of one directory; each is opened when its first tensor is wanted, and closed at the end.
 
-    With `stamps`, a shard that is not what they noted is refused (`SourceChanged`) before every read and once
-    more at the end of the `with`, so that all tensors are of one model.
+    With `stamps`, a shard that has changed is refused (`SourceChanged`) before every read and once more at
+    the end of the `with`, so that all tensors are of one model.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class StreamedReader:
         if found != tensor.size_bytes:
             self._check(shard)
             raise CheckpointError(
-                f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which {found} are there",
+                f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which the file holds {found}",
                 hint="the file is truncated: fetch it again",
             )
         dtype = getattr(torch, tensor.dtype, None)

@@ -1,4 +1,4 @@
-"""Windows: cut, chosen, reproducible, and refused where there is too little text."""
+"""Windows: cut, drawn, reproducible, and refused where there is too little text."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ class TestTooLittle:
         with pytest.raises(CalibrationError) as caught:
             make_batches(tokenizer, config(corpus, samples=64, seq_len=1024))
         holds = tokens // 1024
-        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are wanted" in str(
+        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are required" in str(
             caught.value
         )
         hint = str(caught.value.hint)
@@ -192,7 +192,9 @@ class TestTooLittle:
         tokens = len(plain_ids(tokenizer, text))
         found = evaluation_windows(tokenizer, "-", 16, 1000, stdin=io.BytesIO(text.encode()))
         assert found.samples == found.windows_available == tokens // 16
-        with pytest.raises(CalibrationError, match=f"holds {tokens} tokens; one window of 512 is the least"):
+        with pytest.raises(
+            CalibrationError, match=f"holds {tokens} tokens; at least one window of 512 is needed"
+        ):
             evaluation_windows(tokenizer, "-", 512, 1, stdin=io.BytesIO(text.encode()))
 
 
@@ -200,7 +202,7 @@ class TestTokenizers:
     def test_a_tokenizer_of_another_model_is_caught(self, tokenizer: Any, corpus: str) -> None:
         largest = int(make_batches(tokenizer, config(corpus)).input_ids.max())
         assert make_batches(tokenizer, config(corpus), vocab_size=largest + 1).samples == 4
-        with pytest.raises(CalibrationError, match=f"makes token {largest}, and .* has {largest} rows"):
+        with pytest.raises(CalibrationError, match=f"makes token {largest}, but .* has {largest} rows"):
             make_batches(tokenizer, config(corpus), vocab_size=largest)
 
     def test_a_model_without_one(self, tiny_llama: Path, tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ class TestBrokenTables:
     def test_a_line_that_is_no_json_is_numbered(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n{"text": oops}\n')
         error = refused(tmp_path / "a.jsonl")
-        assert "line 3 is no JSON" in error.message
+        assert "line 3 is not valid JSON" in error.message
         assert "oops" in error.message
 
     @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ class TestBrokenTables:
 
     def test_a_parquet_file_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
-        assert "is no readable Parquet file" in refused(tmp_path / "a.parquet").message
+        assert "is not a readable Parquet file" in refused(tmp_path / "a.parquet").message
 
     def test_a_parquet_column_that_is_missing(self, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")

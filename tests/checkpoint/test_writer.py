@@ -291,7 +291,7 @@ def test_overwrite_touches_no_stranger(tiny_llama: Path, tmp_path: Path) -> None
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="is no checkpoint"):
+    with pytest.raises(ConfigError, match="is not a checkpoint"):
         write_checkpoint(skeleton, tmp_path / "photos", overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
         write_checkpoint(skeleton, tmp_path / "file", overwrite=True)

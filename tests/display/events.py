@@ -190,7 +190,7 @@ def load_report() -> LoadReport:
         use_cuda_fp16=False,
         kernels=(
             KernelCount(kernel="int4pack", linears=180, reason="4 bits, group 64, cpu, bfloat16"),
-            KernelCount(kernel="dequantize", linears=30, reason="K is no multiple of 32"),
+            KernelCount(kernel="dequantize", linears=30, reason="group size 48 is not a multiple of 32"),
         ),
         load_seconds=0.84,
         weight_bytes=114_200_000,
@@ -303,7 +303,7 @@ def verify_report(*, sound: bool) -> VerifyReport:
 
 
 def sample_run(blocks: int = 3) -> Iterator[tuple[float, e.Event]]:
-    """The whole run: (seconds since its start, event)."""
+    """The complete run: (seconds since its start, event)."""
     now = 0.0
     yield (
         now,

@@ -75,7 +75,7 @@ def test_quantize(
 ) -> None:
     """A finding of preflight, a warning of the engine, one of a library, and a page that is not written."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(loop.LeakWatch, "see", lambda self, after: ("memory of xpu:0 grows",))
+    monkeypatch.setattr(loop.LeakWatch, "check", lambda self, after: ("memory of xpu:0 grows",))
     run = quantizing.quantize_model
 
     def warning(*words: Any) -> Any:

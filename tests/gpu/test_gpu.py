@@ -144,7 +144,7 @@ def test_nothing_is_left_on_the_card_after_the_hooks(tiny: Tiny) -> None:
         first = model(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, first)
         assert next(model.lm_head.parameters()).device.type == "cuda"
-        chain.send_home()
+        chain.return_to_cpu()
         homes = {p.device.type for name in chain.hooked for p in model.get_submodule(name).parameters()}
         assert homes == {"cpu"}
     for name in placement.offloaded:

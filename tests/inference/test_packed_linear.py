@@ -17,7 +17,7 @@ from tests.checkpoint.checkpoints import Packed, Recipe, quantize_slowly
 from tests.checkpoint.test_codes import random_weight, read
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest relative error (Frobenius norm): sums of hundreds of products, inputs and outputs rounded."""
+"""Largest relative error (Frobenius norm): sums of hundreds of terms, inputs and outputs rounded."""
 needs_int4 = pytest.mark.skipif(
     cpu_block() is None, reason="torch's CPU int4 layout is unknown on this machine"
 )
@@ -122,9 +122,9 @@ def test_a_dense_weight_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     pieces: list[tuple[int, int]] = []
     dense = linear.kernel.dense
 
-    def spy(held: Any, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
+    def spy(buffers: Any, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         pieces.append((start, stop))
-        return dense(held, start, stop, dtype, memory)
+        return dense(buffers, start, stop, dtype, memory)
 
     monkeypatch.setattr(linear.kernel, "dense", spy)
     linear.max_fused_tokens = 0
@@ -152,7 +152,7 @@ def test_the_fused_kernel_is_used_for_few_tokens_only(monkeypatch: pytest.Monkey
     linear, _, _ = build(Recipe(group_size=32))
     calls: list[int] = []
     fused = linear.kernel.fused
-    monkeypatch.setattr(linear.kernel, "fused", lambda x, held: calls.append(len(x)) or fused(x, held))
+    monkeypatch.setattr(linear.kernel, "fused", lambda x, buffers: calls.append(len(x)) or fused(x, buffers))
     linear.max_fused_tokens = 4
     for tokens in (1, 4, 5, 64):
         linear(torch.randn(tokens, 256).bfloat16())
@@ -164,7 +164,7 @@ def test_dequantize_on_request() -> None:
     codes = read(quantize_slowly(random_weight(16, 64), recipe), recipe)
     choice = choose(codes, torch.device("cpu"), torch.bfloat16, "dequantize")
     assert choice.kernel is Dequantize
-    assert choice.reason == "asked for"
+    assert choice.reason == "requested"
 
 
 @pytest.mark.parametrize(
@@ -207,5 +207,5 @@ def test_what_is_held_is_little_more_than_the_packed_tensors() -> None:
     recipe = Recipe(group_size=128)
     linear, packed, _ = build(recipe, rows=256, columns=1024)
     stored = sum(t.numel() * t.element_size() for t in packed.tensors("layer").values())
-    held = sum(t.numel() * t.element_size() for t in linear.buffers())
-    assert held <= 1.05 * stored
+    resident = sum(t.numel() * t.element_size() for t in linear.buffers())
+    assert resident <= 1.05 * stored

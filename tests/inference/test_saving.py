@@ -1,4 +1,4 @@
-"""An opened model saves the checkpoint that it was opened from, and counts what its codes stand for."""
+"""A loaded model saves the checkpoint it was loaded from, and counts the parameters of its packed linears."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_model_that_was_changed_is_not_saved(
 ) -> None:
     model = load(checkpoint)
     change(model)
-    with pytest.raises(CheckpointError, match="was changed after the model was opened") as caught:
+    with pytest.raises(CheckpointError, match="was changed after the model was loaded") as caught:
         model.save_pretrained(tmp_path / "copy")
     assert caught.value.message.startswith(named)
     assert not (tmp_path / "copy").exists()

@@ -1,4 +1,4 @@
-"""`jobs.load` on tiny checkpoints: what is opened, proved, and refused before a weight is read."""
+"""`jobs.load` on tiny checkpoints: what is opened, measured, and refused before a weight is read."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ def test_sampling_and_raw_reach_the_generation(
 
 
 def test_against_the_dense_model(made: tuple[Path, Any], tiny_llama: Path, text: str) -> None:
-    path, twin = made
+    path, saved = made
     events: list[Event] = []
     job = LoadJob(path=str(path), evaluate=text, seq_len=32, windows=3, against=str(tiny_llama))
     report = opened(job, events)
     windows = evaluation_windows(open_tokenizer(path), text, 32, 3)
     dense = dense_copy(tiny_llama, {}, torch.float32)
-    expected = compare(twin, dense, windows.input_ids)
+    expected = compare(saved, dense, windows.input_ids)
     assert report.agreement is not None
     assert report.agreement.kl == pytest.approx(expected.kl, rel=1e-3)
     assert report.agreement.kl > 0.001
@@ -212,13 +212,13 @@ def test_symmetric_zeros_are_read_as_what_they_are(
     events: list[Event] = []
     report = opened(LoadJob(path=str(tmp_path / "q")), events)
     (told,) = [event.message for event in events if isinstance(event, Warned)]
-    assert told.startswith(f"{1 if some else 21} of 21 linears hold their zeros as {found} has them")
+    assert told.startswith(f"{1 if some else 21} of 21 linears store their zeros as in {found}")
     assert f"though the config says {said}" in told
     assert report.warnings == (told,)
     assert document(report)["warnings"] == [told]
     ran = gptq("load", tmp_path / "q")
-    assert (ran.code, "hold their zeros as" in ran.stderr) == (0, True)
-    assert "hold their zeros as" in ran.stdout.replace("\n", " ")
+    assert (ran.code, "store their zeros as in" in ran.stderr) == (0, True)
+    assert "store their zeros as in" in ran.stdout.replace("\n", " ")
     assert gptq("load", tmp_path / "q", "--verify").code == 5
 
 
@@ -240,7 +240,7 @@ def test_zeros_that_are_not_symmetric_though_sym_is_said(tiny_llama: Path, tmp_p
     write_config(tmp_path / "q", Recipe(group_size=32, sym=True, version="gptq_v2"))
     report = opened(LoadJob(path=str(tmp_path / "q")))
     assert len(report.warnings) == 1
-    assert "of 21 linears hold zeros that symmetric codes do not have" in report.warnings[0]
+    assert "of 21 linears have zeros that do not fit symmetric codes" in report.warnings[0]
     expected = logits(dense_copy(tiny_llama, weights, torch.float32))
     assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
 
@@ -261,7 +261,7 @@ def test_tied_tensors_that_are_stored_twice(equal: bool, tiny: TinyFactory, tmp_
     assert equal or "lm_head.weight are one tensor by the config" in report.warnings[0]
 
 
-def test_a_map_that_covers_the_embedding_covers_its_head(tiny: TinyFactory, tmp_path: Path) -> None:
+def test_a_map_that_covers_the_embedding_covers_its_output_head(tiny: TinyFactory, tmp_path: Path) -> None:
     quantize_directory(tiny("llama_tied"), tmp_path / "q", Recipe(group_size=32))
     spec = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu"}
     model = gptq_cli.load(str(tmp_path / "q"), device_map=spec)
@@ -395,7 +395,7 @@ def test_compile_is_done_when_asked_for(made: tuple[Path, Any], monkeypatch: pyt
 def test_the_kernel_that_was_asked_for(made: tuple[Path, Any], kernel: Any) -> None:
     report = opened(LoadJob(path=str(made[0]), dtype="bfloat16", kernel=kernel))
     reasons = {count.reason for count in report.kernels}
-    assert ("asked for" in reasons) is (kernel == "dequantize")
+    assert ("requested" in reasons) is (kernel == "dequantize")
 
 
 def test_the_map_of_the_job_holds_for_the_dense_model(
