@@ -1,7 +1,7 @@
 """Quantize a Hugging Face causal language model to a GPTQ checkpoint that real servers load.
 
-The package has six floors, and imports only go down: docs/architecture.md has the floors, the road of the data
-and a list of all modules.
+The package has six floors, and imports only go down. docs/architecture.md has the floors, the road of the
+data and a list of all modules.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def comparison(
     windows: int,
     seq_len: int,
 ) -> str:
-    """What quantization cost: sizes of (dense, quantized) in bytes, perplexities of (dense, rounded, GPTQ)."""
+    """What it cost: sizes in bytes of dense and quantized, perplexities of dense, rounded and GPTQ."""
     before, after = (f"{size / 1e6:.0f} MB" for size in sizes)
     names = ("dense", f"round-to-nearest {recipe}", f"GPTQ {recipe}")
     rows = [("", "size", "perplexity", "loss")]

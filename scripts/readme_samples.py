@@ -5,9 +5,9 @@
     python scripts/readme_samples.py map memory      only these
     python scripts/readme_samples.py --from demo     where the demo has run already: reads, does not quantize
 
-`map` and `memory` are decided before a weight is read, from an 8B model whose weight files are hollow, and are
-the same everywhere: `make golden` writes them and tests/test_readme.py compares them whole. The others hold
-times and sizes that vary; the test compares their rows with those of a run on a tiny model (`structure`).
+`map` and `memory` are decided before a weight is read, from an 8B model with hollow weight files, and are the
+same everywhere: `make golden` writes them and tests/test_readme.py compares them whole. The others hold times
+and sizes that vary; the test compares their rows with those of a run on a tiny model (`structure`).
 
 The last line of stdout is JSON.
 """
@@ -37,7 +37,7 @@ DIR = "demo/SmolLM2-135M-Instruct-w4g64"
 LLAMA = "Llama-3.1-8B"
 WIDTH = 80
 """Columns of a sample."""
-PARTS = ("model", "cuda:0", "verdict")
+PARTS = ("cuda:0 ", "verdict:")
 """Paragraphs of a map that the sample keeps, by how they begin."""
 MACHINES = ("cuda:0=24GiB,cpu=64GiB", "cuda:0=80GiB,cpu=64GiB", "cpu=64GiB")
 TIMED = (("fast", 512), ("balanced", 512), ("balanced", 2048))
@@ -53,7 +53,7 @@ def replaced(text: str, name: str, block: str) -> str:
     )
     if not pattern.search(text):
         raise SystemExit(f"README.md has no markers for the sample {name!r}")
-    return pattern.sub(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
+    return pattern.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
 
 
 def sample_of(text: str, name: str) -> str:
@@ -67,13 +67,13 @@ def sample_of(text: str, name: str) -> str:
 
 
 def structure(text: str) -> list[str]:
-    """What must not drift in a table: the first cell of every row, module names and the first line made equal.
+    """What must not drift in a table: the first cell of every row, without module names and paths.
 
     Continuation lines (indented further) have no cell of their own; equal neighbours count once.
     """
     cells: list[str] = []
     for line in text.splitlines():
-        if re.match(r"^ ?\S", line) and not line.startswith(("```", "$")):
+        if re.match(r"^ {0,2}\S", line) and not line.startswith(("```", "$")):
             cell = re.split(r"\s{2,}", line.strip())[0]
             cell = re.sub(r"^\S+ (is ready after|is loaded,).*", r"PATH \1", cell)
             cell = re.sub(r"^(?:[\w-]+\.)+[\w-]+$", "MODULE", cell)
@@ -92,11 +92,11 @@ def shortened(text: str, starts: Iterable[str]) -> str:
     """The paragraphs that begin with one of `starts`; what is left out is an ellipsis."""
     kept: list[str] = []
     for part in text.strip("\n").split("\n\n"):
-        if any(re.match(rf"\s*{re.escape(start)}\b", part) for start in starts):
+        if any(part.strip().startswith(start) for start in starts):
             kept.append(part)
         elif kept[-1:] != [" …"]:
             kept.append(" …")
-    return "\n\n".join(kept).replace("\n\n …\n\n", "\n …\n").removeprefix(" …\n\n")
+    return "\n\n".join(kept).replace("\n\n …\n\n", "\n …\n").replace(" …\n\n", " …\n")
 
 
 def gptq_here(*words: str) -> str:
@@ -143,9 +143,12 @@ def memory_sample(folder: Path) -> str:
 
 def time_sample(folder: Path) -> str:
     """`--dry-run`'s own estimate of an 8B model on the CPU of this machine."""
-    from gptq_cli.display.format import duration
+    import torch
 
-    rows = ["| `--recipe` | `--samples` x `--seq-len` | estimate |", "|---|---|---:|"]
+    from gptq_cli.display.format import count, duration
+
+    threads = count(torch.get_num_threads(), "thread")
+    rows = [f"| `--recipe` | `--samples` x `--seq-len` | estimate, {threads} |", "|---|---|---:|"]
     for recipe, seq_len in TIMED:
         words = ("--device-map", "cpu", "--recipe", recipe, "--seq-len", str(seq_len), "--json")
         seconds = min(

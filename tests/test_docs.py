@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
+import gptq_cli
 from gptq_cli.cli.app import app
 from tests.test_architecture import FLOORS, PACKAGE
 
@@ -70,7 +72,7 @@ def _phrase(path: Path) -> str:
 
 
 def floors_block() -> str:
-    """A row per room, the highest floor first; within a floor, a room may import those that stand before it."""
+    """A row per room, the highest floor first, within a floor in the order of imports."""
     rows = ["| floor | room | |", "|---:|---|---|"]
     for number, rooms in reversed(list(enumerate(FLOORS))):
         for room in rooms:
@@ -109,3 +111,22 @@ def test_no_package_lists_its_modules_by_hand(path: Path) -> None:
     names = {other.name for other in path.parent.glob("*.py")}
     assert not names & set(re.findall(r"\b\w+\.py\b", text))
     assert text
+
+
+def test_the_changelog_has_this_version_first() -> None:
+    versions = re.findall(
+        r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    numbers = [tuple(map(int, version.split("."))) for version in versions]
+    assert gptq_cli.__version__ in versions
+    assert numbers == sorted(numbers, reverse=True)
+
+
+def test_hosted_ci_runs_what_make_check_runs_on_every_python() -> None:
+    job = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text(encoding="utf-8"))["jobs"]["check"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make check PYTHON=python"]
+    matrix = job["strategy"]["matrix"]
+    oldest = re.search(r'requires-python = ">=(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert oldest is not None
+    assert matrix["python"][0] == oldest[1]
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos"}
