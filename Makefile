@@ -56,7 +56,7 @@ fmt: $(STAMP)        ## let ruff put the format right, and what rules it can
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-golden: $(STAMP)     ## write the golden files and README's option lists anew; review the diff
+golden: $(STAMP)     ## write the golden files and the generated parts of the docs anew; review the diff
 	@UPDATE_GOLDEN=1 $(PYTEST) -q -m 'not slow and not gpu and not network' $(GOLDENS)
 	@git status --short tests/golden README.md docs
 

@@ -98,6 +98,24 @@ def table(rows: list[tuple[str, str, str, str]]) -> str:
     return "\n".join(lines)
 
 
+def comparison(
+    recipe: str,
+    sizes: tuple[float, float],
+    perplexities: tuple[float, float, float],
+    source: str,
+    windows: int,
+    seq_len: int,
+) -> str:
+    """What it cost: sizes in bytes of dense and quantized, perplexities of dense, rounded and GPTQ."""
+    before, after = (f"{size / 1e6:.0f} MB" for size in sizes)
+    names = ("dense", f"round-to-nearest {recipe}", f"GPTQ {recipe}")
+    rows = [("", "size", "perplexity", "loss")]
+    for name, size, value in zip(names, (before, after, after), perplexities, strict=True):
+        loss = "" if name == "dense" else f"{100 * (value / perplexities[0] - 1):+.1f} %"
+        rows.append((name, size, f"{value:.3f}", loss))
+    return f"perplexity on {source}, {windows} windows of {seq_len} tokens\n\n{table(rows)}"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a dense model directory (default: SmolLM2, fetched)")
@@ -141,26 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     print("\ncomparing with the dense model and with round-to-nearest …", flush=True)
     dense, nearest = compare(model, options)
 
-    def loss(perplexity: float) -> str:
-        return f"+{100 * (perplexity / dense.perplexity - 1):.1f} %"
-
-    sizes = [f"{run[key] / 1e6:.0f} MB" for key in ("size_before_bytes", "size_after_bytes")]
-    print(f"\nperplexity on {options.eval}, {loaded['windows']} windows of {loaded['seq_len']} tokens\n")
-    print(
-        table(
-            [
-                ("", "size", "perplexity", "loss"),
-                ("dense", sizes[0], f"{dense.perplexity:.3f}", ""),
-                (
-                    f"round-to-nearest {recipe}",
-                    sizes[1],
-                    f"{nearest.perplexity:.3f}",
-                    loss(nearest.perplexity),
-                ),
-                (f"GPTQ {recipe}", sizes[1], f"{loaded['perplexity']:.3f}", loss(loaded["perplexity"])),
-            ]
-        )
-    )
+    sizes = (run["size_before_bytes"], run["size_after_bytes"])
+    perplexities = (dense.perplexity, nearest.perplexity, loaded["perplexity"])
+    windows = (loaded["windows"], loaded["seq_len"])
+    print(f"\n{comparison(recipe, sizes, perplexities, options.eval, *windows)}")
     print(f"\nprompt: {PROMPT}")
     for name, text in (("dense", dense.text), ("GPTQ", loaded["text"])):
         print(f"\n{name}: {text.strip()}")

@@ -1,7 +1,6 @@
 """The maths of GPTQ: tensors in, tensors out, torch only.
 
-In the order of the data: `hessian`, `goal`, `moments`, `factor`, `grid`, `search`, `columns`, `refine`,
-`losses`, `solver` (`quantize_linears`, the entry point, applies all of them to a stage), `packing`.
+`solver.quantize_linears` is the way in: all the linears of a stage at once.
 
 Paper: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
 Pre-trained Transformers" (arXiv 2210.17323). W, H, Q, E, U and B are its letters. Inside the solver

@@ -53,6 +53,7 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
     """Probe `device` with numbers of `dtype`; about two seconds, a few megabytes, no global generator."""
     import torch
 
+    from gptq_cli.devices.fp32_matmul import matmul_scope
     from gptq_cli.gptq.hessian import Hessian
     from gptq_cli.gptq.solver import quantize_linears
 
@@ -63,7 +64,8 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
         return torch.randn(*shape, generator=generator).to(place)
 
     x, w = made(_TOKENS, _K).to(number), made(4 * _K, _K).to(number)
-    forward = _seconds(lambda: x @ w.T, place)
+    with matmul_scope(number, place):  # as the engine runs forwards
+        forward = _seconds(lambda: x @ w.T, place)
     x32, w32 = x.float(), w.float()
     matmul = _seconds(lambda: x32 @ w32.T, place)
     with Hessian(_K, place) as moment:
