@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ WORD_OR_NUMBER: dict[str, str] = {"group_size": "auto"}
 LARGEST_BYTES = 1 << 20
 DEEPEST = 8
 """Levels of tables and lists in a preset."""
+_LONG_KEY = re.compile(rb"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+"""A key of so many parts that `tomllib`, whose time grows with their square, would take minutes to say no."""
 NOT_IN_PRESETS = ("config", "explain")
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -101,6 +104,8 @@ def _table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{where} cannot be read: {reason(error)}") from error
     if len(raw) > LARGEST_BYTES:
         raise ConfigError(f"{where} has more than {LARGEST_BYTES} bytes; a preset holds a few options")
+    if _LONG_KEY.search(raw):
+        raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels")
     try:
         table = tomllib.loads(raw.decode("utf-8"))
     except RecursionError as error:
