@@ -36,6 +36,8 @@ KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 MIN_PAIRS = 16
 """Samples that both models run on, where there are so many; a quarter of them judges the target."""
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+"""The largest count (two of them multiplied are still a number that torch holds), and the largest seed."""
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
@@ -45,10 +47,12 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: st
         raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
 
 
-def check_int(name: str, value: object, least: int, hint: str | None = None) -> None:
-    """Raise `ConfigError` unless `value` is a whole number of at least `least`."""
+def check_int(name: str, value: object, least: int, hint: str | None = None, *, most: int = INT32) -> None:
+    """Raise `ConfigError` unless `value` is a whole number from `least` to `most`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {least}", hint=hint)
+    if value > most:  # it may have thousands of digits, which Python does not write out
+        raise ConfigError(f"{name} is above {most}; allowed: a whole number of at most {most}", hint=hint)
 
 
 def parse_group_size(value: object) -> GroupSize:
@@ -58,7 +62,7 @@ def parse_group_size(value: object) -> GroupSize:
     number = value
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip(), re.ASCII):
         number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and number < 1):
+    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and not 0 < number < INT32):
         raise ConfigError(
             f"group_size is {number!r}; allowed: -1 (one group a row), a positive whole number, or auto",
             hint="use --group-size auto, which finds one that divides",
@@ -207,9 +211,7 @@ class CalibrationConfig:
             raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a hub data set")
         check_int("samples", self.samples, 1)
         check_int("seq_len", self.seq_len, 2)
-        check_int("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}; allowed: a whole number from 0 to 2^63 - 1")
+        check_int("seed", self.seed, 0, most=INT64)
         if self.batch_size is not None:
             check_int("batch_size", self.batch_size, 1)
 
@@ -261,7 +263,7 @@ class QuantizeJob:
         parse_targets(self.targets)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
-        check_int("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB")
+        check_int("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB", most=INT64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,7 +304,7 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
         check_int("top_k", self.top_k, 0)
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, most=INT64)
         if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
             narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
             raise ConfigError(

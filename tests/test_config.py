@@ -8,6 +8,7 @@ import pytest
 
 from gptq_cli.config import (
     HELD_OUT,
+    CalibrationConfig,
     LoadJob,
     ModelRef,
     QuantizeConfig,
@@ -34,6 +35,25 @@ from gptq_cli.errors import ConfigError
 def test_sampling_options_are_judged(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (CalibrationConfig, "samples"),
+        (CalibrationConfig, "seq_len"),
+        (CalibrationConfig, "batch_size"),
+        (CalibrationConfig, "seed"),
+        (QuantizeConfig, "column_batch"),
+        (QuantizeConfig, "sweeps"),
+        (Sampling, "seed"),
+    ],
+)
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_a_number_beyond_all_use_is_named(kind: Any, field: str, digits: int) -> None:
+    """torch and floats overflow on such a number, and Python does not even write the last one out."""
+    with pytest.raises(ConfigError, match=f"^{field} is above [0-9]+; allowed: a whole number of at most"):
+        kind(**{field: 10**digits})
 
 
 @pytest.mark.parametrize(
