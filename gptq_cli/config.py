@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
-from gptq_cli.fields import check_choice, check_int, check_utf8, option
+from gptq_cli.fields import INT32, INT64, check_choice, check_int, check_utf8, option
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
@@ -51,7 +51,7 @@ def parse_group_size(value: object) -> GroupSize:
     number = value
     if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip(), re.ASCII):
         number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and number < 1):
+    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and not 0 < number < INT32):
         raise ConfigError(
             f"group_size is {number!r}; allowed: -1 (one group per row), a positive whole number, or auto",
             hint="use --group-size auto, which finds one that divides",
@@ -223,9 +223,7 @@ class CalibrationConfig:
             raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a Hub data set")
         check_int("samples", self.samples, 1)
         check_int("seq_len", self.seq_len, 2)
-        check_int("seed", self.seed, 0)
-        if self.seed >= 2**63:
-            raise ConfigError(f"seed is {self.seed}; allowed: a whole number from 0 to 2^63 - 1")
+        check_int("seed", self.seed, 0, maximum=INT64)
         if self.batch_size is not None:
             check_int("batch_size", self.batch_size, 1)
 
@@ -277,7 +275,9 @@ class QuantizeJob:
         parse_targets(self.targets)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
-        check_int("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB")
+        check_int(
+            "max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB", maximum=INT64
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,7 +318,7 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
         check_int("top_k", self.top_k, 0)
-        check_int("seed", self.seed, 0)
+        check_int("seed", self.seed, 0, maximum=INT64)
         if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
             narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
             raise ConfigError(

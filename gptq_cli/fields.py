@@ -27,10 +27,20 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: st
         raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
 
 
-def check_int(name: str, value: object, minimum: int, hint: str | None = None) -> None:
-    """Raise `ConfigError` unless `value` is a whole number of at least `minimum`."""
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+"""The largest count (two of them multiplied are still a number that torch holds), and the largest seed."""
+
+
+def check_int(
+    name: str, value: object, minimum: int, hint: str | None = None, *, maximum: int = INT32
+) -> None:
+    """Raise `ConfigError` unless `value` is a whole number from `minimum` to `maximum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {minimum}", hint=hint)
+    if value > maximum:  # it may have thousands of digits, which Python does not write out
+        raise ConfigError(
+            f"{name} is above {maximum}; allowed: a whole number of at most {maximum}", hint=hint
+        )
 
 
 def check_utf8(name: str, value: str) -> None:

@@ -42,6 +42,25 @@ def test_sampling_options_are_judged(wrong: dict[str, Any], message: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        (CalibrationConfig, "samples"),
+        (CalibrationConfig, "seq_len"),
+        (CalibrationConfig, "batch_size"),
+        (CalibrationConfig, "seed"),
+        (QuantizeConfig, "column_batch"),
+        (QuantizeConfig, "sweeps"),
+        (Sampling, "seed"),
+    ],
+)
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_a_number_beyond_all_use_is_named(kind: Any, field: str, digits: int) -> None:
+    """torch and floats overflow on such a number, and Python does not even write the last one out."""
+    with pytest.raises(ConfigError, match=f"^{field} is above [0-9]+; allowed: a whole number of at most"):
+        kind(**{field: 10**digits})
+
+
+@pytest.mark.parametrize(
     ("wrong", "message", "hint"),
     [
         ({"max_kl": 0.1}, "max_kl is 0.1, but nothing is measured for it", "--against DENSE"),

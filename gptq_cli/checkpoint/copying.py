@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import read_header
 from gptq_cli.model.source import INDEX, SINGLE, ModelFiles, read_json
+from gptq_cli.model.source_files import is_copied, is_needed, outside_target
 from gptq_cli.model.streamed import StreamedReader
 
 _BESIDE = ("README.md", "report.json")
@@ -79,6 +81,7 @@ class CheckpointFiles:
                 )
         if target.resolve() == self.directory:
             return
+        self._refuse_missing_links()
         names = {self.shards[0]: SINGLE} if len(self.shards) == 1 else {name: name for name in self.shards}
         _check_target(target, {*names.values(), *((INDEX,) if len(names) > 1 else ())})
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +93,17 @@ class CheckpointFiles:
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
+    def _refuse_missing_links(self) -> None:
+        """Raise `CheckpointError` for a link out of the directory that stands for a part of the model."""
+        for name in (stamp.name for stamp in self.files.stamps):
+            if is_copied(name) and is_needed(name) and (target := outside_target(self.directory, name)):
+                raise CheckpointError(
+                    f"{name} is a link that leads out of {self.directory}, to {target}, and such links are "
+                    "not followed into a copy",
+                    hint=f"put a copy in its place: cp --remove-destination {shlex.quote(target)} "
+                    f"{shlex.quote(str(self.directory / name))}",
+                )
+
     def _fill(self, work: Path, names: Mapping[str, str]) -> None:
         for name, copied in names.items():
             (work / copied).parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +114,8 @@ class CheckpointFiles:
         config = read_json(self.directory / "config.json")
         copy_sidecars(self.files, work, code=bool(config.get("auto_map")))
         for name in (*_BESIDE, *CONFIG_FILES):
-            if (self.directory / name).is_file():
+            # what a link brings in from elsewhere is not the model's, and not for upload
+            if (self.directory / name).is_file() and outside_target(self.directory, name) is None:
                 shutil.copyfile(self.directory / name, work / name)
         if '"quantization_config"' in json.dumps(config):
             shutil.copyfile(self.directory / "config.json", work / "config.json")

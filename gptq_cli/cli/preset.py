@@ -39,6 +39,8 @@ DEEPEST = 8
 SHIPPED = Path(__file__).parent.parent / "presets"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a name looks like; a path has a dot or a slash somewhere."""
+_LONG_KEY = re.compile(rb"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+"""A key of so many parts that `tomllib`, whose time grows with their square, would take minutes to say no."""
 NOT_IN_PRESETS = ("config", "explain")
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -128,6 +130,8 @@ def _table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{where} cannot be read: {reason(error)}", hint=hint) from error
     if len(raw) > LARGEST_BYTES:
         raise ConfigError(f"{where} has more than {LARGEST_BYTES} bytes; a preset holds a few options")
+    if _LONG_KEY.search(raw):
+        raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels")
     try:
         table = tomllib.loads(raw.decode("utf-8"))
     except RecursionError as error:

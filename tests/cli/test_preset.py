@@ -126,6 +126,12 @@ DEEP = [
     "device_map." + "a." * 20_000 + "b = 1",
     "device_map = " + "{a = " * 100 + "1" + "}" * 100,
     "max_memory." + "a." * 500 + "b = 1",
+    "[" + "'a' . " * 70 + "b]",
+]
+ENDLESS_KEYS = [
+    "a." * 500_000 + "b = 1",
+    "[" + '"a" . ' * 150_000 + "b]",
+    "x = {" + "a." * 500_000 + "b = 1}",
 ]
 
 
@@ -135,6 +141,24 @@ def test_a_deep_preset_is_refused(run: Run, preset: Path, text: str) -> None:
     outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
     assert (outcome.code, outcome.out) == (2, "")
     assert "is nested too deeply; allowed: 8 levels" in outcome.err
+
+
+@pytest.mark.parametrize("text", ENDLESS_KEYS, ids=range(len(ENDLESS_KEYS)))
+def test_a_key_of_endless_parts_is_refused_unparsed(
+    run: Run, preset: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parser takes a minute and more for such a key."""
+    monkeypatch.setattr("tomllib.loads", lambda text: pytest.fail("it was parsed"))
+    preset.write_text(text)
+    outcome = run("inspect-map", "M", "--config", str(preset))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "is nested too deeply; allowed: 8 levels" in outcome.err
+
+
+def test_a_long_map_in_a_preset_is_no_key(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in range(200)]
+    preset.write_text("device_map = '" + ",".join(f"{name}=0" for name in names) + "'\n")
+    assert run("inspect-map", "M", "--config", str(preset)).code == 0
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,32 @@ def test_names_and_configs_that_others_do_not_look_for(checkpoint: Path, tmp_pat
     assert torch.equal(logits(load(tmp_path / "copy")), logits(model))
 
 
+@pytest.mark.parametrize("name", ["README.md", "report.json", "quantize_config.json", "tokenizer_x"])
+def test_a_link_out_of_the_directory_is_not_followed_into_a_copy(
+    name: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes((checkpoint / "quantize_config.json").read_bytes())
+    (checkpoint / name).unlink(missing_ok=True)
+    (checkpoint / name).symlink_to(secret)
+    model = load(checkpoint)
+    model.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / name).exists()
+    assert torch.equal(logits(load(tmp_path / "copy")), logits(model))
+
+
+def test_a_tokenizer_that_is_such_a_link_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere.json"
+    (checkpoint / "tokenizer.json").rename(outside)
+    (checkpoint / "tokenizer.json").symlink_to(outside)
+    model = load(checkpoint)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link that leads out") as caught:
+        model.save_pretrained(tmp_path / "copy")
+    assert caught.value.hint is not None
+    assert "cp --remove-destination" in caught.value.hint
+    assert not (tmp_path / "copy").exists()
+
+
 def test_shards(checkpoint: Path, tmp_path: Path) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
