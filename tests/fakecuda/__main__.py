@@ -24,7 +24,7 @@ def main(options: Sequence[str]) -> int:
     build()
     folders = () if any(option.startswith("tests/") for option in options) else FOLDERS
     command = [sys.executable, "-m", "pytest", *PLUGIN, *folders, *options]
-    os.execv(command[0], command)
+    return os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,5 @@ def test_while_loaded(device_map: str, calls: Calls, tiny: Tiny, text: Path, tmp
     words = ("--prompt", "the model", "--max-new-tokens", 3, "--eval", text, "--windows", 2, "--seq-len", 32)
     ran = gptq("load", done.out, "--device-map", device_map, *words, "--progress", "none")
     assert ran.code == 0, ran.stderr
-    elsewhere = [call for call in calls if call[0] != call[1]]
-    norms = 2 * 3 + 1  # the last one lies outside the blocks, where the main device is current
-    assert len(elsewhere) == (len(calls) // norms if device_map.startswith("model.layers.0=0") else 0)
+    assert calls
+    assert [call for call in calls if call[0] != call[1]] == []
