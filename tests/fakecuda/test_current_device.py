@@ -72,6 +72,5 @@ def test_while_loaded(device_map: str, calls: Calls, tiny: Tiny, text: Path, tmp
     words = ("--prompt", "the model", "--max-new-tokens", 3, "--eval", text, "--windows", 2, "--seq-len", 32)
     ran = gptq("load", done.out, "--device-map", device_map, *words, "--progress", "none")
     assert ran.code == 0, ran.stderr
-    inside = [call for call in calls if call[0] != call[1]]
-    last = "model.norm runs outside the blocks, where the main device is current"
-    assert len(inside) <= (len(calls) // 7 if "," in device_map else 0), last
+    assert calls
+    assert [call for call in calls if call[0] != call[1]] == []

@@ -137,9 +137,13 @@ def allocated() -> list[int]:
     return [torch.cuda.memory_allocated(index) for index in range(2)]
 
 
-@pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize(
-    ("device_map", "index"), [("cuda:0", 0), ("model.layers.1=cpu,rest=1", 1), ("model.layers=1,rest=0", 1)]
+    ("device_map", "index", "point"),
+    [
+        *(("cuda:0", 0, point) for point in POINTS),
+        *(("model.layers.1=cpu,rest=1", 1, point) for point in POINTS),
+        *(("model.layers=1,rest=0", 1, point) for point in ("load", "collect", "solve")),
+    ],
 )
 def test_out_of_memory_is_exit_4_and_leaves_nothing(
     point: str,
@@ -152,8 +156,6 @@ def test_out_of_memory_is_exit_4_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     owner, name, skip = POINTS[point]
-    if point == "capture" and "rest=0" in device_map:
-        pytest.skip("capture works on the first device of this map, and squeezed is the other")
     Squeezed(devices, monkeypatch, index).at(owner, name, skip=skip)
     gc.disable()  # what lies in cycles is not to be found by luck
     try:

@@ -207,5 +207,48 @@ def test_what_is_held_is_little_more_than_the_packed_tensors() -> None:
     recipe = Recipe(group_size=128)
     linear, packed, _ = build(recipe, rows=256, columns=1024)
     stored = sum(t.numel() * t.element_size() for t in packed.tensors("layer").values())
-    resident = sum(t.numel() * t.element_size() for t in linear.buffers())
-    assert resident <= 1.05 * stored
+    held = sum(t.numel() * t.element_size() for t in linear.buffers())
+    assert held <= 1.05 * stored
+
+
+def fails(*args: Any) -> Tensor:
+    raise NotImplementedError("Could not run the operator with these arguments.\nmore")
+
+
+def starves(*args: Any) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB.")
+
+
+@needs_int4
+@pytest.mark.parametrize("method", ["make_buffers", "fused"])
+def test_an_operator_that_raises_at_load_is_done_without(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuInt4, method, fails)
+    linear, packed, bias = build(Recipe(group_size=32), bias=True)
+    assert isinstance(linear.kernel, Dequantize)
+    said = "Could not run the operator with these arguments."
+    assert linear.reason == f"torch's operator for cpu-int4 fails here: {said}"
+    both_paths(linear, packed.weight, torch.bfloat16, bias)
+
+
+@needs_int4
+def test_an_operator_that_raises_later_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, packed, bias = build(Recipe(group_size=32), bias=True)
+    linear.max_fused_tokens = 8
+    assert linear.kernel_name == "cpu-int4"
+    monkeypatch.setattr(CpuInt4, "fused", fails)
+    assert_equal_products(linear, packed.weight, torch.randn(2, 256).bfloat16(), bias)
+    assert (linear.kernel_name, linear.max_fused_tokens) == ("dequantize", 0)
+    assert linear.reason.startswith("torch's operator for cpu-int4 fails here: ")
+
+
+@needs_int4
+def test_a_lack_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, _, _ = build(Recipe(group_size=32))
+    linear.max_fused_tokens = 8
+    monkeypatch.setattr(CpuInt4, "fused", starves)
+    with pytest.raises(torch.OutOfMemoryError):
+        linear(torch.randn(2, 256).bfloat16())
+    with pytest.raises(torch.OutOfMemoryError):
+        build(Recipe(group_size=32))
