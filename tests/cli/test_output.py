@@ -87,7 +87,7 @@ def test_warnings_reach_stderr_on_every_display(progress: Progress, in_result: b
     assert "CPU offload is not recommended" in " ".join(text.split())
     assert OFFLOAD in seen
     assert re.search(r"warning +w|warning: w|\"message\": \"w\"", text)
-    assert ("stays-dense" in text) == (not in_result and progress != "none")
+    assert ("left-dense" in text) == (not in_result and progress != "none")
     assert ("disk-offload" in text) == (REFUSED in seen) == (not in_result and progress != "none")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from gptq_cli.preflight.catalogue import RULES
 
 from gptq_cli.findings import Finding
+from gptq_cli.preflight.registry import RULES
 from tests.display import events, map_reports
 
 FINDINGS = [

@@ -108,7 +108,7 @@ def test_a_page_that_cannot_be_written_is_in_the_result(
     monkeypatch.setattr(page, "report_html", full)
     words = ("--out", tmp_path / "q", "--calibration", text, *FAST, "--json")
     ran = gptq("quantize", tiny_llama, *words, "--report", tmp_path / "run.html")
-    told_everywhere(ran, f"the report {tmp_path / 'run.html'} was not written: No space left", quiet=False)
+    told_everywhere(ran, f"the report {tmp_path / 'run.html'} was not written: no space left", quiet=False)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
