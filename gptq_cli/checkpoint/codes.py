@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo
 from gptq_cli.errors import CheckpointError
-from gptq_cli.gptq.packing import PackedTensors, unpack_rows
+from gptq_cli.gptq.packing import PackedTensors, fields_to_zeros, unpack_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +63,8 @@ def unpack_zeros(
     checkpoint_format: str,
 ) -> Tensor:
     """Return (G, N) int16 zeros. v1 ("gptq") stores zero - 1 in `bits` bits: zero 0 wraps to the top code."""
-    stored = unpack_rows(words.t().contiguous(), bits, out_features).t().to(torch.int16)
-    if checkpoint_format == "gptq":
-        stored = (stored + 1) & ((1 << bits) - 1)
-    return stored.contiguous()
+    fields = unpack_rows(words.t().contiguous(), bits, out_features).t()
+    return fields_to_zeros(fields, bits, checkpoint_format).to(torch.int16).contiguous()
 
 
 def read_codes(

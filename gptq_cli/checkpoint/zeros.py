@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.format import WORDS, PackedFormat
-from gptq_cli.gptq.packing import V1, V2, pack_rows, unpack_rows
+from gptq_cli.gptq.packing import V1, V2, fields_to_zeros, pack_rows, unpack_rows, zeros_to_fields
 
 _ONES = {bits: sum(1 << place for place in range(0, 32, bits)) for bits in (2, 4, 8)}
 _THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
@@ -69,17 +69,14 @@ def _symmetric(values: Tensor, bits: int) -> bool:
 
 def _read(qzeros: Tensor, bits: int, out_features: int, stored: str) -> Tensor:
     words = shift_words(qzeros, bits, 1) if stored == WORDS else qzeros
-    values = unpack_rows(words.t().contiguous(), bits, out_features).t()
-    if stored == V1:
-        values = (values + 1).bitwise_and(2**bits - 1)  # 255 + 1 wraps, as it should
-    return values.contiguous()
+    fields = unpack_rows(words.t().contiguous(), bits, out_features).t()
+    return fields_to_zeros(fields, bits, V1 if stored == V1 else V2).contiguous()
 
 
 def store_zeros(values: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     """(G, N) uint8 zeros as `qzeros` of "gptq" (field by field) or "gptq_v2"."""
-    if checkpoint_format == V1:
-        values = (values - 1).bitwise_and(2**bits - 1)  # 0 - 1 wraps, as it should
-    return pack_rows(values.t().contiguous(), bits).t().contiguous()
+    fields = zeros_to_fields(values, bits, checkpoint_format)
+    return pack_rows(fields.t().contiguous(), bits).t().contiguous()
 
 
 def shift_words(qzeros: Tensor, bits: int, sign: int) -> Tensor:

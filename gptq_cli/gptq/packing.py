@@ -99,9 +99,7 @@ def unpack_rows(
 
 def pack(q: QuantizedLinear, bits: int, checkpoint_format: str) -> PackedTensors:
     """The tensors of the checkpoint for a quantized linear."""
-    zeros = q.zeros.T  # (groups, N)
-    if _is_v1(checkpoint_format):
-        zeros = (zeros.to(torch.int16) - 1).bitwise_and_(2**bits - 1).to(torch.uint8)
+    zeros = zeros_to_fields(q.zeros.T, bits, checkpoint_format)  # (groups, N)
     return PackedTensors(
         qweight=pack_rows(q.codes.T.contiguous(), bits),
         qzeros=pack_rows(zeros.T, bits).T.contiguous(),
@@ -116,9 +114,17 @@ def unpack(
     """The inverse of `pack`; v1 zeros are read modulo 2^bits. Raises `ValueError` when words are missing."""
     codes = unpack_rows(packed.qweight, bits, in_features).T.contiguous()
     zeros = unpack_rows(packed.qzeros.T.contiguous(), bits, out_features)
-    if _is_v1(checkpoint_format):
-        zeros = (zeros.to(torch.int16) + 1).bitwise_and_(2**bits - 1).to(torch.uint8)
-    return codes, zeros
+    return codes, fields_to_zeros(zeros, bits, checkpoint_format)
+
+
+def zeros_to_fields(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """What `qzeros` hold, uint8, for uint8 zeros: v1 ("gptq") zero - 1 modulo 2^bits, v2 the zero itself."""
+    return (zeros - 1).bitwise_and(2**bits - 1) if _is_v1(checkpoint_format) else zeros
+
+
+def fields_to_zeros(fields: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """The inverse of `zeros_to_fields`; uint8 wraps at 256, as 8 bits should."""
+    return (fields + 1).bitwise_and(2**bits - 1) if _is_v1(checkpoint_format) else fields
 
 
 def _is_v1(checkpoint_format: str) -> bool:
