@@ -24,7 +24,7 @@ def said(values: list[float], device: str = "cuda:0") -> list[str]:
 
 def test_steady_growth_is_named_once() -> None:
     (text,) = said([100 + 8 * i for i in range(BLOCKS_IN_A_ROW + 6)])
-    assert text == "memory of cuda:0 grows by 8.0 MiB per block, 4 blocks in a row; 132.0 MiB are in use now"
+    assert text == "memory of cuda:0 grows by 8.00 MiB per block, 4 blocks in a row; 132 MiB are in use now"
 
 
 def test_what_goes_up_and_down_is_no_leak() -> None:
