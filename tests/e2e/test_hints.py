@@ -7,6 +7,7 @@ option of a name wins, and the command is run again.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import shlex
@@ -21,8 +22,6 @@ import transformers
 
 from gptq_cli.cli.app import main
 from gptq_cli.findings import Finding, PreflightReport
-from gptq_cli.jobs import inspect_map as inspecting
-from gptq_cli.jobs import quantize as quantizing
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase
 from gptq_cli.preflight.catalogue import RULES
@@ -70,6 +69,9 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("device-absent", "plain", "--device-map 3 --max-memory 0=6GiB,3=1GiB"),
     ("device-not-listed", "plain", "--max-memory 0=6GiB,cpu=1GiB --device-map model.layers.0-3=1,rest=0"),
     ("device-not-listed", "plain", "--max-memory 0=6GiB --device-map model.layers.0-3=1,lm_head=cpu,rest=0"),
+    ("device-not-listed", "plain", "--max-memory 5=6GiB --device-map model.layers.0-3=1,rest=0"),
+    ("block-split", "plain", "--max-memory 5=6GiB --device-map model.layers.3.mlp=1,rest=0"),
+    ("unknown-module", "tied", "--max-memory 5=6GiB --device-map model.layer.3=1,rest=0"),
     ("max-memory-unlisted", "plain", "--max-memory 0=6GiB"),
     ("max-memory-unlisted", "plain", "--max-memory cpu=6GiB --device-map auto"),
     ("unknown-module", "plain", "--device-map model.layer.0-5=0,rest=1"),
@@ -166,7 +168,8 @@ def _once(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., An
 @pytest.fixture(scope="module", autouse=True)
 def _each_model_is_opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (inspecting, quantizing):
+        for name in ("inspect_map", "quantize"):  # the package has functions of these names
+            module = importlib.import_module(f"gptq_cli.jobs.{name}")
             patch.setattr(module, "open_skeleton", _once(module.open_skeleton, key=lambda files, ref: ref))
             patch.setattr(module, "model_facts", _once(module.model_facts, key=id))
         yield
@@ -295,6 +298,7 @@ def test_inspect_map_says_what_the_job_would(
     model: str,
     words: str,
 ) -> None:
+    quantizing = importlib.import_module("gptq_cli.jobs.quantize")
     monkeypatch.setattr(quantizing, "_tokens", lambda *_: (None, PreflightReport()))  # text is not compared
     options = [str(models(model)), "--devices", BIG, *shlex.split(words), "--json", "--progress", "none"]
     documents = []

@@ -10,7 +10,7 @@ from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.planning.cases import MapCase
-from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names
+from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names, usable
 
 _SHOWN = 6
 _FINDINGS = 20
@@ -120,13 +120,14 @@ def device_not_listed(case: MapCase) -> list[Finding]:
         return []
     listed = ", ".join(str(device) for device, _ in case.max_memory.limits)
     wider = f'--max-memory "{case.with_unlisted(missing)}"'
+    others = any(usable(case, budget.device) for budget in case.budgets)
     return [
         Finding(
             rule="device-not-listed",
             level="error",
             subject=str(device),
             message=f"the device map uses {device}, but --max-memory lists only {listed}",
-            hint=f"{wider}; or {instead(case)}",
+            hint=f"{wider}; or {instead(case)}" if others else wider,
             modules=tuple(rule.pattern for rule in case.spec.rules if rule.device == device),
         )
         for device in missing
