@@ -17,7 +17,7 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
 STAMP   := $(VENV)/.installed
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS := -n logical --maxprocesses 4
-GOLDENS  = tests/test_readme.py $(shell grep -rl check_golden tests --include='test_*.py')
+GOLDENS  = tests/test_readme.py $(shell grep -rlE 'check_golden|UPDATE_GOLDEN' tests --include='test_*.py')
 
 help:                ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -56,9 +56,9 @@ fmt: $(STAMP)        ## let ruff put the format right, and what rules it can
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-golden: $(STAMP)     ## write the golden files and README's option lists anew; review the diff
+golden: $(STAMP)     ## write the golden files and the generated parts of the docs anew; review the diff
 	@UPDATE_GOLDEN=1 $(PYTEST) -q -m 'not slow and not gpu and not network' $(GOLDENS)
-	@git status --short tests/golden README.md
+	@git status --short tests/golden README.md docs
 
 bench: $(STAMP)      ## time `gptq quantize` on the demo model; the last line is JSON
 	@$(BIN)/python scripts/bench_quantize.py

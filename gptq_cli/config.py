@@ -1,18 +1,24 @@
-"""What a person can ask for: frozen dataclasses in the checkpoint's own words, judged here and nowhere else.
+"""What a person can ask for: frozen dataclasses in the checkpoint's own words, validated here alone.
 
 A wrong field raises `ConfigError` with the field, the value and the values allowed. Facts of the
-world (does K divide, is there memory, does the directory exist) are judged by `gptq_cli.preflight`.
+world (does K divide, is there memory, does the directory exist) are checked by `gptq_cli.preflight`.
+
+Fields made by `option` are options of the command line as well: their name, type, default and help are
+written here, once, and `gptq_cli.cli.options` makes the options from them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, DeviceMapError
+from gptq_cli.fields import INT32, INT64, check_choice, check_int, check_utf8, option
+from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 
@@ -34,25 +40,8 @@ KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
 MIN_PAIRS = 16
-"""Samples that both models run on, where there are so many; a quarter of them judges the target."""
+"""Samples that both models run on, where there are so many; a quarter of them validates the goal."""
 ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
-INT32, INT64 = 2**31 - 1, 2**63 - 1
-"""The largest count (two of them multiplied are still a number that torch holds), and the largest seed."""
-
-
-def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
-    """Raise `ConfigError` unless `value` is in `allowed`."""
-    if value not in allowed:
-        listed = ", ".join(str(item) for item in allowed)
-        raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
-
-
-def check_int(name: str, value: object, least: int, hint: str | None = None, *, most: int = INT32) -> None:
-    """Raise `ConfigError` unless `value` is a whole number from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {least}", hint=hint)
-    if value > most:  # it may have thousands of digits, which Python does not write out
-        raise ConfigError(f"{name} is above {most}; allowed: a whole number of at most {most}", hint=hint)
 
 
 def parse_group_size(value: object) -> GroupSize:
@@ -64,7 +53,7 @@ def parse_group_size(value: object) -> GroupSize:
         number = int(value)
     if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and not 0 < number < INT32):
         raise ConfigError(
-            f"group_size is {number!r}; allowed: -1 (one group a row), a positive whole number, or auto",
+            f"group_size is {number!r}; allowed: -1 (one group per row), a positive whole number, or auto",
             hint="use --group-size auto, which finds one that divides",
         )
     return number
@@ -74,48 +63,76 @@ def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
     """The readers called `names`, each once. Raises `ConfigError`."""
     for name in names:
         check_choice("target", name, get_args(Target))
-    return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # judged above
+    return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # checked above
+
+
+def parse_shard_size(value: str | int) -> int:
+    """Bytes of a file size as a person writes it: "5GB", "200MiB", 5_000_000_000. Raises `ConfigError`."""
+    try:
+        return parse_capacity(value)
+    except DeviceMapError as error:
+        hint = error.hint or "use --max-shard-size 5GB"
+        raise ConfigError(f"max_shard_size: {error.message}", hint=hint) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeConfig:
     """How weights become codes. Field names are those of `quantize_config.json` where it has one."""
 
-    bits: int = 4
-    """Bits of a code: 2, 3, 4 or 8."""
-    group_size: GroupSize = "auto"
-    """Input columns that share a scale; -1: one group a row; "auto": the largest of 128, 64 and 32 that
-    divides the input columns of every linear; `for_columns` puts the number there."""
-    sym: bool = True
-    """Zero point fixed at the middle code."""
-    desc_act: bool = False
-    """Solve columns by falling activation energy, groups follow that order and `g_idx` records it.
-    Some servers refuse it; `act_order` gets the accuracy without."""
-    act_order: ActOrder = "static"
-    """Order of columns inside the solver when `desc_act` is off; "static" keeps groups in place."""
-    damp_percent: float = 0.05
-    """Fraction of the mean Hessian diagonal added to the diagonal."""
-    true_sequential: bool = True
-    """Later stages of a block see the quantized outputs of its earlier stages."""
-    scale_search: ScaleSearch = "hessian"
-    """How a group's scale is found: "minmax"; "mse": clip search on |error|^2.4 (as the original code);
-    "hessian": clip search weighted by the Hessian diagonal."""
-    positive_scales: bool = False
-    """Forbid negative scales (sym only: the signed full range uses them)."""
-    sweeps: int = 1
-    """Cyclic coordinate-descent sweeps over the codes after the solve; 0: none."""
-    refit: bool = True
-    """Refit each group's scale in closed form before its codes are swept, where the loss falls."""
-    solve_for: SolveFor = "dense"
-    """What a linear's output should equal: "own", W times what the quantized model feeds it; "dense", what
-    the dense model puts out there, as far as held-out samples bear that out."""
-    dense_share: float = 0.25
-    """Share of the calibration samples that the dense model runs on too, for `solve_for` "dense"; each costs
-    a second forward."""
-    column_batch: int = 128
-    """The paper's B: columns of one lazy update. For speed: in exact arithmetic codes do not depend on it. In
-    float32 sums are rounded in another order, and the error feedback amplifies that: in one measurement
-    14 % of the codes differed, and the mean loss by 0.13 %."""
+    bits: int = option(4, "Bits of a code: 2, 3, 4 or 8.")
+    group_size: GroupSize = option(
+        "auto",
+        "Input columns that share a scale; auto: 128, 64 or 32, the largest that divides every linear; "
+        "-1: one group per row.",
+        metavar="N",
+    )
+    """`for_columns` replaces "auto" with a number."""
+    sym: bool = option(True, "Zero point fixed at the middle code, or free.", off="asym")
+    desc_act: bool = option(False, "Groups follow the solving order (g_idx); some servers refuse it.")
+    """Columns are solved by falling activation energy; `act_order` gains the same accuracy without g_idx."""
+    act_order: ActOrder = option(
+        "static", "Order of columns inside the solver, groups staying in place: static or none."
+    )
+    """Used when `desc_act` is off."""
+    damp_percent: float = option(0.05, "Damping, a fraction of the mean Hessian diagonal.")
+    true_sequential: bool = option(True, "Later stages of a block see its earlier ones quantized.")
+    scale_search: ScaleSearch = option(
+        "hessian", "How the scale of a group is found: minmax, mse or hessian."
+    )
+    """"mse": clip search on |error|^2.4 (as the original code); "hessian": weighted by its diagonal."""
+    positive_scales: bool = option(
+        False, "Forbid negative scales, or allow them (sym only).", off="signed-scales"
+    )
+    """Negative scales are how symmetric codes use the full signed range."""
+    sweeps: int = option(1, "Coordinate-descent sweeps over the codes after the solve.")
+    refit: bool = option(True, "Refit the scales where the loss falls.")
+    """In closed form, each group's before its codes are swept."""
+    solve_for: SolveFor = option(
+        "dense", "Whose outputs a linear should match: own or dense (the dense model's)."
+    )
+    """"own": W times what the quantized model feeds it; "dense": what the dense model's linear gives, as far
+    as held-out samples bear that out."""
+    dense_share: float = option(
+        0.25, "Share of the samples that the dense model runs on too, 0 to 1.", metavar="FRACTION"
+    )
+    """For `solve_for` "dense"; each of these samples costs a second forward."""
+    column_batch: int = option(
+        128, "Columns of one lazy update, for speed; codes vary as sums are rounded in another order."
+    )
+    """The paper's B. In exact arithmetic codes do not depend on it. In float32 the error feedback amplifies
+    rounding: in one measurement 14 % of the codes differed, and the mean loss by 0.13 %."""
+
+    @classmethod
+    def of(cls, recipe: Recipe = "balanced", **given: Any) -> QuantizeConfig:
+        """The configuration that `recipe` stands for, with the fields in `given` instead of its own.
+
+        A value of None means "not given"; `group_size` may be text. Raises `ConfigError`.
+        """
+        check_choice("recipe", recipe, get_args(Recipe))
+        own = {name: value for name, value in given.items() if value is not None}
+        if "group_size" in own:
+            own["group_size"] = parse_group_size(own["group_size"])
+        return cls(**{**RECIPES[recipe], **own})
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, ALLOWED_BITS, "use --bits 4, which every server reads")
@@ -136,8 +153,8 @@ class QuantizeConfig:
         check_int("column_batch", self.column_batch, 1)
 
     def paired_samples(self, samples: int) -> int:
-        """How many of `samples` the dense model runs on too: `dense_share` of them, and not fewer than tell
-        how far to trust the target.
+        """How many of `samples` the dense model runs on too: `dense_share` of them, and at least `MIN_PAIRS`,
+        which it takes to find out how far the dense model's outputs are a good goal.
         """
         if self.solve_for == "own":
             return 0
@@ -172,46 +189,41 @@ class QuantizeConfig:
         return "gptq" if self.sym else "gptq_v2"
 
 
-@dataclass(frozen=True, slots=True)
-class RecipeOptions:
-    """The options that a recipe stands for; each can be set by itself."""
-
-    sweeps: int
-    refit: bool
-    solve_for: SolveFor
-    dense_share: float
-
-
-RECIPES: dict[Recipe, RecipeOptions] = {
-    "fast": RecipeOptions(sweeps=0, refit=False, solve_for="own", dense_share=0.25),
-    "balanced": RecipeOptions(sweeps=1, refit=True, solve_for="dense", dense_share=0.25),
-    "best": RecipeOptions(sweeps=4, refit=True, solve_for="dense", dense_share=0.5),
-}
-"""Same format, same bits: they differ in time and accuracy. The fields' defaults are those of "balanced"."""
+RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
+    {
+        "fast": {"sweeps": 0, "refit": False, "solve_for": "own"},
+        "balanced": {},
+        "best": {"sweeps": 4, "dense_share": 0.5},
+    }
+)
+"""Fields in which a recipe differs from `QuantizeConfig()`; format and bits are the same."""
+RECIPE_FIELDS = frozenset(name for overrides in RECIPES.values() for name in overrides)
+"""Fields whose default depends on the recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationConfig:
     """Which text the Hessians are made of."""
 
-    source: str = "pydoc"
-    """"pydoc"; a .txt, .jsonl, .json or .parquet file; "-" for standard input; "wikitext2", "c4", or a hub
-    data set `id[:config[:split[:column]]]`."""
-    samples: int = 128
-    """Windows of text."""
-    seq_len: int = 2048
-    """Tokens of a window."""
-    seed: int = 0
-    """Seed of the local generator that picks the windows."""
-    batch_size: int | None = None
-    """Samples of one micro-batch; None: as many as make 2048 tokens."""
+    source: str = option(
+        "pydoc",
+        "pydoc (offline), a text, JSONL or parquet file, - for stdin, wikitext2, c4, or a Hub data set "
+        "id:config:split:column.",
+        name="calibration",
+        metavar="SOURCE",
+    )
+    samples: int = option(128, "Windows of text.")
+    seq_len: int = option(2048, "Tokens per window.")
+    seed: int = option(0, "Seed that picks the windows.")
+    """Of a local generator; the global ones are left alone."""
+    batch_size: int | None = option(None, "Windows per forward; default: 2048 tokens' worth.")
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a hub data set")
+            raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a Hub data set")
         check_int("samples", self.samples, 1)
         check_int("seq_len", self.seq_len, 2)
-        check_int("seed", self.seed, 0, most=INT64)
+        check_int("seed", self.seed, 0, maximum=INT64)
         if self.batch_size is not None:
             check_int("batch_size", self.batch_size, 1)
 
@@ -221,7 +233,7 @@ class ModelRef:
     """Which model, and what may be done to open it."""
 
     model: str
-    """A directory or a hub id."""
+    """A directory or a Hub model id."""
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: DType = "auto"
@@ -229,7 +241,7 @@ class ModelRef:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise ConfigError("the model is empty; allowed: a directory or a hub id")
+            raise ConfigError("the model is empty; allowed: a directory or a Hub model id")
         if any("\ud800" <= letter <= "\udfff" for letter in self.model):
             raise ConfigError(
                 f"the model is {self.model!r}, which is not UTF-8 text; tokenizers cannot be opened there",
@@ -240,7 +252,7 @@ class ModelRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeJob:
-    """Everything that `gptq quantize` was asked."""
+    """Everything that `gptq quantize` needs to know."""
 
     model: ModelRef
     out: str
@@ -256,19 +268,21 @@ class QuantizeJob:
     strict: bool = False
     """A fallback to round-to-nearest ends the run with exit 5."""
     targets: tuple[Target, ...] = ()
-    """Readers that must take the result: where one will not, preflight refuses."""
+    """Readers that must take the result; where one will not, preflight refuses."""
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_targets(self.targets)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
-        check_int("max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB", most=INT64)
+        check_int(
+            "max_shard_bytes", self.max_shard_bytes, 1_000_000, "use --max-shard-size 5GB", maximum=INT64
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectJob:
-    """Everything that `gptq inspect-map` was asked."""
+    """Everything that `gptq inspect-map` needs to know."""
 
     model: ModelRef
     device_map: DeviceMap
@@ -280,8 +294,8 @@ class InspectJob:
     targets: tuple[Target, ...] = ()
     """Readers that must take the result."""
     asked: frozenset[str] = frozenset()
-    """Fields of `quantize` that the person named: what the checkpoint would hold is judged by these alone,
-    because where everything goes does not depend on it."""
+    """Fields of `quantize` that were given. Only these are checked against the model: where everything goes
+    does not depend on what the checkpoint would hold."""
 
     def __post_init__(self) -> None:
         parse_targets(self.targets)
@@ -304,7 +318,7 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
         check_int("top_k", self.top_k, 0)
-        check_int("seed", self.seed, 0, most=INT64)
+        check_int("seed", self.seed, 0, maximum=INT64)
         if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
             narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
             raise ConfigError(
@@ -320,7 +334,7 @@ HELD_OUT = "pydoc-heldout"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadJob:
-    """Everything that `gptq load` was asked."""
+    """Everything that `gptq load` needs to know."""
 
     path: str
     device_map: DeviceMap | None = None
@@ -340,7 +354,7 @@ class LoadJob:
     seq_len: int = 512
     windows: int = 64
     against: str | None = None
-    """The dense model to compare with: a directory or a hub id."""
+    """The dense model to compare with: a directory or a Hub model id."""
     max_kl: float | None = None
     """The job fails (exit 5) where KL(dense ‖ quantized) is above this."""
     max_perplexity: float | None = None
@@ -357,35 +371,22 @@ class LoadJob:
         check_int("windows", self.windows, 1)
         parse_targets(self.targets)
         if self.prompt is not None:
-            _text("prompt", self.prompt)
+            check_utf8("prompt", self.prompt)
         if self.against == "":
-            raise ConfigError("against is empty; allowed: a directory or a hub id")
+            raise ConfigError("against is empty; allowed: a directory or a Hub model id")
         _gate("max_kl", self.max_kl, self.against, "--against DENSE")
         _gate("max_perplexity", self.max_perplexity, self.text, "--eval SOURCE")
 
     @property
     def text(self) -> str | None:
-        """What is measured on: `evaluate`, and where only `against` is given, text held out by default."""
+        """The text to measure on: `evaluate`, or where only `against` is given, `HELD_OUT`."""
         return self.evaluate or (HELD_OUT if self.against is not None else None)
 
     @property
     def opens(self) -> bool:
-        """Whether the model itself is wanted; --verify and --target alone are judged on the files."""
-        proofs = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
-        return any(proofs) or not (self.verify or self.targets)
-
-
-def _text(name: str, value: str) -> None:
-    """Refuse what UTF-8 cannot hold: bytes of another encoding (Python keeps them as lone surrogates)."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        found = ord(value[error.start])
-        what = f"byte 0x{found - 0xDC00:02x}" if 0xDC80 <= found <= 0xDCFF else f"half a pair, U+{found:04X},"
-        raise ConfigError(
-            f"{name} is not UTF-8: {what} at character {error.start + 1}",
-            hint="convert the text first, for instance with iconv -f latin1 -t utf-8",
-        ) from error
+        """Whether the model itself is needed; --verify and --target alone read the files."""
+        uses = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
+        return any(uses) or not (self.verify or self.targets)
 
 
 def _gate(name: str, limit: float | None, measurement: str | None, needed: str) -> None:

@@ -4,7 +4,7 @@
      ├─ UsageError                 2   usage or configuration: nothing was started
      │   ├─ ConfigError                a field of a configuration, a flag or a preset
      │   ├─ DeviceMapError             a device-map or max-memory text that does not parse
-     │   ├─ ModelError                 a model that cannot be found or is no causal language model
+     │   ├─ ModelError                 a model that cannot be found, or is not a causal language model
      │   ├─ CalibrationError           a calibration source that cannot be read or is too short
      │   ├─ DestinationBusy            another run writes to the same destination
      │   └─ CheckpointError            a quantized checkpoint that is missing, truncated or inconsistent
@@ -16,7 +16,7 @@
          ├─ NonFinite
          └─ NotPositiveDefinite
 
-An interruption (SIGINT, SIGTERM) is exit 130 and is no GptqError.
+An interruption (SIGINT, SIGTERM) is exit 130; it is not a GptqError.
 
 A message says what is wrong with what, the value found and the values allowed; `hint` says what to
 do next. Only `gptq_cli.cli.app.main` turns an error into an exit code.
@@ -60,14 +60,14 @@ class DeviceMapError(UsageError):
 
 
 class ModelError(UsageError):
-    """The model cannot be found, or is nothing that this tool can quantize."""
+    """The model cannot be found, or this tool cannot quantize it."""
 
 
 class CalibrationError(UsageError):
     """The calibration source cannot be read or holds too little text."""
 
 
-class DestinationBusy(UsageError):  # noqa: N818 - nothing is wrong but the moment
+class DestinationBusy(UsageError):  # noqa: N818 - later it works
     """Another run writes to the same destination."""
 
 
@@ -80,7 +80,10 @@ class CheckpointError(UsageError):
 
 
 class PreflightRefused(GptqError):  # noqa: N818 - it is a decision, not a defect
-    """Preflight found at least one error; `report` holds all findings. Nothing was written."""
+    """Preflight found at least one error. Nothing was written.
+
+    `report` holds all findings; as text the error lists them with their hints.
+    """
 
     exit_code = 3
 
@@ -90,18 +93,27 @@ class PreflightRefused(GptqError):  # noqa: N818 - it is a decision, not a defec
         super().__init__(f"refused by preflight: {count} error{'s' if count != 1 else ''}")
         self.report = report
 
+    def __str__(self) -> str:
+        return "\n".join((self.message, *self.report.lines))
+
 
 class DiskOffloadRefused(PreflightRefused, ValueError):  # noqa: N818 - as its parent
-    """The device map sends something to disk, or would have to. The `ValueError` that GPTQ users know."""
+    """The device map sends something to disk, or would have to.
+
+    It is the `ValueError` that GPTQ users know, with exactly that text; `report.lines` lists the findings.
+    """
 
     def __init__(self, report: PreflightReport) -> None:
         super().__init__(report)
         self.args = ("disk offload is not supported with GPTQ quantization",)
         self.message = self.args[0]
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class SourceChanged(GptqError):  # noqa: N818 - it says what happened
-    """A file of the model is not what it was when the run began. Nothing was written."""
+    """A file of the model changed since the run began. Nothing was written."""
 
 
 class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
@@ -110,8 +122,8 @@ class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
     exit_code = 4
 
 
-class QualityGateFailed(GptqError):  # noqa: N818 - a gate that closed
-    """A result exists but is not good enough to be called one."""
+class QualityGateFailed(GptqError):  # noqa: N818 - a gate that failed
+    """There is a result, and it does not meet what was asked for."""
 
     exit_code = 5
 

@@ -30,7 +30,7 @@ class DeviceMemory:
     allocated_bytes: int
     reserved_bytes: int
     peak_bytes: int
-    """Highest `allocated_bytes` since the last reset (accelerators: each block; cpu: the job's begin)."""
+    """Highest `allocated_bytes` since the last reset (accelerators: each block; cpu: each job)."""
     total_bytes: int
 
 
@@ -50,7 +50,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class FindingRaised:
-    """A preflight finding (errors are raised as well)."""
+    """A preflight finding; one that is an error is raised as an exception too."""
 
     finding: Finding
 
@@ -74,7 +74,7 @@ class PhaseAdvanced:
 
 @dataclass(frozen=True, slots=True)
 class PhaseFinished:
-    """The phase took `seconds`; `detail` is what came of it, one short clause for a log line."""
+    """The phase took `seconds`; `detail` says the outcome in one short clause for a log line."""
 
     phase: Phase
     seconds: float
@@ -83,7 +83,7 @@ class PhaseFinished:
 
 @dataclass(frozen=True, slots=True)
 class TextGenerated:
-    """The next piece of the text; `tokens` are out so far. The pieces put together are the whole text."""
+    """The next piece of the text; `tokens` are out so far. The pieces put together are the text."""
 
     text: str
     tokens: int
@@ -114,7 +114,7 @@ class SamplesAdvanced:
 
 @dataclass(frozen=True, slots=True)
 class LinearQuantized:
-    """One linear is finished; never silent about a fallback: see `report.method`."""
+    """One linear is finished; `report.method` says whether it fell back to round-to-nearest."""
 
     block: str
     report: LinearReport
@@ -122,7 +122,7 @@ class LinearQuantized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheFlushed:
-    """The device caches were emptied; `before` and `after` hold one entry a device, in the same order."""
+    """The device caches were emptied; `before` and `after` hold one entry per device, in the same order."""
 
     where: FlushPoint
     subject: str
@@ -160,7 +160,7 @@ class ShardWritten:
 
 @dataclass(frozen=True, slots=True)
 class Warned:
-    """Something a person should know, that stops nothing."""
+    """Something a person should know; the work goes on."""
 
     message: str
     hint: str = ""
@@ -195,7 +195,7 @@ Observer = Callable[[Event], None]
 def warning_text(event: Event) -> str | None:
     """The text of an event that is a warning, as reports keep it; None for every other event.
 
-    This is the one place that says what a warning is: what the engine warns of, and a finding of that level.
+    A warning is a `Warned` event, or a finding of that level; this is the one place that decides.
     """
     match event:
         case Warned(message):
@@ -213,8 +213,9 @@ def ignore(event: Event) -> None:
 
 @contextmanager
 def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator[list[str]]:
-    """Announce the beginning and, when nothing was raised, the end of a phase; words added to the list that
-    it yields say what came of it.
+    """Announce the start of a phase and, unless something was raised, its end.
+
+    Words added to the list that it yields become the `detail` of the end.
     """
     observer(PhaseStarted(name, total))
     started = time.perf_counter()

@@ -29,6 +29,13 @@ class Finding:
     size_bytes: int = 0
     """The bytes concerned, 0 where bytes mean nothing."""
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """As text: the statement, and the hint below it."""
+        about = f" {self.subject}:" if self.subject else ""
+        first = f"{self.level} [{self.rule}]{about} {self.message}"
+        return (first, f"  hint: {self.hint}") if self.hint else (first,)
+
 
 @dataclass(frozen=True, slots=True)
 class PreflightReport:
@@ -44,6 +51,11 @@ class PreflightReport:
     def ordered(self) -> tuple[Finding, ...]:
         """Findings by level; within a level the order in which the rules ran."""
         return tuple(sorted(self.findings, key=lambda finding: _ORDER[finding.level]))
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """Every finding as text, in that order."""
+        return tuple(line for finding in self.ordered() for line in finding.lines)
 
     def __add__(self, other: PreflightReport) -> PreflightReport:
         return PreflightReport(self.findings + other.findings)

@@ -2,17 +2,17 @@
 """Where the time of a quantization goes, and how far each part is from what this machine can do.
 
 Runs `gptq quantize` in this process with a clock around the engine's parts, measures the speed of large
-matrix products in the same process just before and after, and sets one against the other:
+matmuls in the same process just before and after, and compares the two:
 
     forward   the block's linears for every stream, counted by their shapes (attention and the elementwise
               rest are in the seconds and not in the count)
     moments   the lower block triangle of x xᵀ, and where the recipe wants it the cross moments of the streams
-    target    the step towards the dense model's output
+    goal      the step towards the dense model's output
     factor    Cholesky factors, K³/3 operations each, for the solve and for the step
     solve     scale search, columns, sweeps, losses; thousands of small steps, not counted
     pack      codes to words;   write   words to the disk
 
-"limit" is the counted arithmetic at the measured speed, of bf16 or of fp32 products, whichever this machine
+"limit" is the counted arithmetic at the measured speed, of bf16 or of fp32 matmuls, whichever this machine
 does faster; "distance" is the time from forward to pack over it.
 
     python scripts/bench_engine.py                              the demo model, recipe fast, 64 x 512 tokens
@@ -37,7 +37,7 @@ from typing import Any
 from fetch_demo_model import NAME, ROOT, FetchError, fetch
 
 DEFAULTS = ["--bits", "4", "--group-size", "64", "--samples", "64", "--seq-len", "512", "--recipe", "fast"]
-PARTS = ("load", "capture", "forward", "moments", "target", "factor", "solve", "pack", "write")
+PARTS = ("load", "capture", "forward", "moments", "goal", "factor", "solve", "pack", "write")
 
 
 class Clock:
@@ -50,7 +50,7 @@ class Clock:
         self._open: list[list[float]] = []
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` with its time counted under `part`."""
+        """`function`, its time counted under `part`."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             started = self.now()
@@ -79,7 +79,7 @@ class Clock:
 
 
 def gemm_rate(now: Callable[[], float], seconds: float = 1.0) -> float:
-    """Multiply-adds x 2 a second of a large product, the best of several, in the faster of bf16 and fp32."""
+    """Multiply-adds x 2 per second of a large matmul, the best of several, in the faster of bf16 and fp32."""
     import torch
 
     best = float("inf")
@@ -98,7 +98,7 @@ def instrument(clock: Clock) -> None:
     from gptq_cli.checkpoint.writer import CheckpointWriter
     from gptq_cli.engine import forwards, loop
     from gptq_cli.engine import run as engine_run
-    from gptq_cli.gptq import solver, target
+    from gptq_cli.gptq import goal, solver
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
     from gptq_cli.model import block_stream
@@ -125,12 +125,12 @@ def instrument(clock: Clock) -> None:
     place.add = counted("moments", Hessian.add, half)
     place = CrossMoment
     place.add = counted("moments", CrossMoment.add, whole)
-    for module in (solver, target):
+    for module in (solver, goal):
         place = module
         place.factorize = counted("factor", module.factorize, cube)
     place = StageMoments
     place.add = clock.timed("moments", StageMoments.add)
-    place.target = clock.timed("target", StageMoments.goal)
+    place.goal = clock.timed("goal", StageMoments.goal)
     place.hessian = clock.timed("moments", StageMoments.hessian)
     for kind in (forwards.ParkedForwards, forwards.ReplayedForwards):
         place = kind
@@ -192,9 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     clock.operations["forward"] = 2.0 * weights * report["tokens"] * streams
     limit = sum(clock.operations.values()) / rate
-    engine = sum(clock.seconds[part] for part in ("forward", "moments", "target", "factor", "solve", "pack"))
+    engine = sum(clock.seconds[part] for part in ("forward", "moments", "goal", "factor", "solve", "pack"))
     print(f"\n{model.name}, {' '.join(words[4:])}, {torch.get_num_threads()} threads")
-    print(f"large product: {rate / 1e9:.0f} GFLOP/s\n")
+    print(f"large matmul: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'part':<10}{'seconds':>9}{'share':>7}{'GFLOP':>10}{'GFLOP/s':>9}{'of limit':>9}")
     parts = {}
     for part in (*PARTS, "rest"):

@@ -5,11 +5,11 @@
     python scripts/bench_load.py --small DIR        also a real small model: a dense directory (SmolLM2-135M)
     python scripts/bench_load.py --peer-python PY   also Transformers + GPTQModel, run by that interpreter
 
-Every figure is taken in a process of its own: dense, packed and peer take turns, `--turns` times. Of rates
-and sizes the median of the turns stands, of loading times the shortest. Load time runs from the start of the
-process until the model is ready; it is held against a process that imports torch and transformers and reads
-the same file. Memory is the resident set size after loading and running, less the one after the imports. The
-last line of stdout is one JSON document.
+Every figure is measured in a process of its own: dense, packed and peer take turns, `--turns` times. Reported
+are the median of rates and sizes over the turns, and the shortest loading time. Load time runs from the start
+of the process until the model is ready, and is compared with a process that imports torch and transformers
+and reads the same file. Memory is the resident set size after loading and running, less the one after the
+imports. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -268,7 +268,7 @@ def compare(dense: Path, packed: Path, arguments: argparse.Namespace) -> dict[st
     return {"ratios": ratios, **found}
 
 
-def judged(label: str, ratios: dict[str, float]) -> dict[str, Any]:
+def checked(label: str, ratios: dict[str, float]) -> dict[str, Any]:
     """Every ratio that has a target, and whether it is met."""
     result: dict[str, Any] = {}
     for name, value in ratios.items():
@@ -332,7 +332,7 @@ def run(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             quantize_plainly(dense, packed, group_size)
         say(f"{label}: {dense}")
         document[label] = compare(dense, packed, arguments)
-        document["targets"] |= judged(label, document[label]["ratios"])
+        document["targets"] |= checked(label, document[label]["ratios"])
     return document
 
 

@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
 """The main job, done by `gptq quantize` and by its peers: time, memory and accuracy side by side, as ratios.
 
-Every run gets the same model, the same calibration token ids, bits and group size, is a process of its own
-and has the machine to itself, one after the other. What it wrote is then judged by one reader on text that no
-run has seen:
+Every run gets the same model, calibration token ids, bits and group size, and is a process of its own; one
+runs after the other. The checkpoints are then evaluated by one reader on text that no run has seen:
 
     KL     mean over tokens of KL(dense ‖ quantized), nats
     gap    perplexity of the quantized model over the dense one's, minus 1
 
-On a CPU without bf16 units the peers are given the model in float32, or they would take ten times as long.
+On a CPU without fast bf16 the peers get the model in float32, or they would take ten times as long.
 A peer is installed into a virtual environment of its own (`.venv-peer-NAME`, on its first run; minutes and
 some gigabytes) and uses its own defaults beyond what is listed. Ratios are to the first peer.
 
     python scripts/bench_peers.py                     the demo model, 128 x 512 tokens, 4 bits, group 64
-    python scripts/bench_peers.py --text wiki.txt     calibrate on its first two thirds, judge on the rest
+    python scripts/bench_peers.py --text wiki.txt     calibrate on its first two thirds, evaluate on the rest
     python scripts/bench_peers.py --peers gptqmodel,auto-round --repeats 3
     python scripts/bench_peers.py --recipes "fast,best,best --dense-share 0.5"
 
@@ -151,7 +150,7 @@ def with_auto_round(job: dict[str, Any]) -> None:
 
 
 def with_llm_compressor(job: dict[str, Any]) -> None:
-    """Its GPTQ modifier; writes compressed-tensors, so its own environment judges it too."""
+    """Its GPTQ modifier; writes compressed-tensors, so its own environment evaluates it too."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -174,10 +173,10 @@ def with_llm_compressor(job: dict[str, Any]) -> None:
 CLIENTS = {"gptqmodel": with_gptqmodel, "auto-round": with_auto_round, "llm-compressor": with_llm_compressor}
 
 
-# -- judging
+# -- evaluating
 
 
-def judge(job: dict[str, Any], checkpoint: Path, *, transformers: bool) -> Quality:
+def evaluate(job: dict[str, Any], checkpoint: Path, *, transformers: bool) -> Quality:
     """Compare a checkpoint with the dense model; `transformers`: opened by Transformers, not by us."""
     sys.path.insert(0, str(ROOT))
     import torch
@@ -208,7 +207,7 @@ def peer_dtype() -> str:
 
 
 def texts(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
-    """The calibration source and the source to judge on; they share no text."""
+    """The calibration source and the source to evaluate on; they share no text."""
     if options.text is None:
         return "pydoc", "pydoc-heldout"
     lines = options.text.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -219,7 +218,7 @@ def texts(options: argparse.Namespace, folder: Path) -> tuple[str, str]:
 
 
 def token_ids(options: argparse.Namespace, model: Path, calibration: str, held_out: str) -> dict[str, Any]:
-    """What every run gets: exactly the windows that `gptq quantize` cuts by itself, and those to judge on."""
+    """What every run gets: exactly the windows that `gptq quantize` cuts itself, and those to evaluate on."""
     from gptq_cli.calibration import evaluation_windows, make_batches, open_tokenizer
     from gptq_cli.config import CalibrationConfig
 
@@ -250,11 +249,11 @@ def runs(options: argparse.Namespace, job: dict[str, Any], calibration: str) -> 
     return commands
 
 
-def judged_apart(name: str, request: Path, out: Path) -> Quality:
-    """Judge in a process of its own: a peer that writes another format is read in its own environment."""
+def evaluated_apart(name: str, request: Path, out: Path) -> Quality:
+    """Evaluate in a process of its own: a peer that writes another format is read in its own environment."""
     own_format = name == "llm-compressor"
     python = str(environment_of(name)) if own_format else sys.executable
-    command = [python, str(Path(__file__).resolve()), "--judge", str(own_format), str(request), str(out)]
+    command = [python, str(Path(__file__).resolve()), "--evaluate", str(own_format), str(request), str(out)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | SETTINGS)
     return Quality(**json.loads(done.stdout.splitlines()[-1]))
 
@@ -283,7 +282,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="the median of so many is shown")
     parser.add_argument("--keep", type=Path, help="work here, leave checkpoints and logs")
     parser.add_argument("--client", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--judge", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--evaluate", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = [peer for peer in options.peers if peer not in PEERS]
     if unknown:
@@ -297,11 +296,11 @@ def main(argv: list[str] | None = None) -> int:
         peer, request, out = options.client
         CLIENTS[peer](json.loads(Path(request).read_text()) | {"out": out})
         return 0
-    if options.judge:
-        own, request, out = options.judge
+    if options.evaluate:
+        own, request, out = options.evaluate
         print(
             json.dumps(
-                asdict(judge(json.loads(Path(request).read_text()), Path(out), transformers=own == "True"))
+                asdict(evaluate(json.loads(Path(request).read_text()), Path(out), transformers=own == "True"))
             )
         )
         return 0
@@ -344,7 +343,7 @@ def bench(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, A
                 shutil.rmtree(out, ignore_errors=True)
             costs[name].append(measured(filled, folder / f"{out.name}.log", os.environ | SETTINGS))
             print(f"{name}: {costs[name][-1].wall_seconds:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
-    quality = {name: judged_apart(name, request, folder / name.replace(" ", "-")) for name in commands}
+    quality = {name: evaluated_apart(name, request, folder / name.replace(" ", "-")) for name in commands}
     return report(options, model, costs, quality)
 
 
@@ -360,7 +359,8 @@ def report(
     print(
         f"\n{model.name}: {options.bits} bits, group {options.group_size},"
         f" {options.samples} x {options.seq_len} tokens;"
-        f" judged on {options.windows} x {options.eval_seq_len}; ratios to {base}; peers in {peer_dtype()}\n"
+        f" evaluated on {options.windows} x {options.eval_seq_len}; ratios to {base};"
+        f" peers in {peer_dtype()}\n"
     )
     heads = (("wall s", 8), ("cpu s", 8), ("GiB", 7), ("KL", 9), ("gap", 9))
     width = max(16, *(len(name) + 2 for name in middle))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What each option of the recipes is worth: distance to the dense model, perplexity and processor seconds.
 
-Every row quantizes the same model on the same samples and is judged on the same held-out text:
+Every row quantizes the same model on the same samples and is evaluated on the same held-out text:
 
     KL     mean over tokens of KL(dense ‖ quantized), nats
     ppl    perplexity, and how far it is above the dense model's
@@ -13,10 +13,10 @@ plain GPTQ with one option changed, or a recipe.
 
     python scripts/bench_quality.py                        every setting of SETTINGS; an hour on two cores
     python scripts/bench_quality.py --only smollm2-w4g64   one of them
-    python scripts/bench_quality.py --text wiki.txt        first two thirds to calibrate, the rest to judge
+    python scripts/bench_quality.py --text wiki.txt        first two thirds to calibrate, the rest to evaluate
     python scripts/bench_quality.py --architectures        plain GPTQ and recipes on tiny models of every kind
 
-Prints a Markdown table a setting (docs/quality.md holds them); the last line is JSON.
+Prints one Markdown table per setting (docs/quality.md holds them); the last line is JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import os
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,7 @@ PLAIN = {
 }
 """The original code's choices."""
 RECIPE_ROWS: dict[str, dict[str, Any]] = {
-    f"recipe {name}": {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    for name, recipe in RECIPES.items()
+    f"recipe {name}": dict(overrides) for name, overrides in RECIPES.items()
 }
 SHORT: dict[str, dict[str, Any]] = {"plain GPTQ": PLAIN, **RECIPE_ROWS}
 SINGLE: dict[str, dict[str, Any]] = {
@@ -146,7 +145,7 @@ def train_neox(folder: Path, steps: int = 250) -> Path:
     return folder
 
 
-class Judge:
+class Evaluator:
     """Compares checkpoints of one model with it on held-out windows."""
 
     def __init__(self, model: Path, source: str, options: argparse.Namespace) -> None:
@@ -194,8 +193,8 @@ def bench(
     import gptq_cli
     from gptq_cli import jobs
 
-    judge = Judge(model, texts[1], options)
-    rows = [{"row": "round to nearest", "cpu_seconds": 0.0, **judge.nearest(setting)}]
+    evaluator = Evaluator(model, texts[1], options)
+    rows = [{"row": "round to nearest", "cpu_seconds": 0.0, **evaluator.nearest(setting)}]
     calibration = CalibrationConfig(source=texts[0], samples=options.samples, seq_len=options.seq_len)
     for row, changed in setting.rows.items():
         with tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
@@ -210,7 +209,7 @@ def bench(
             seconds = time.process_time() - started
             if report.fallbacks:
                 raise SystemExit(f"bench_quality: {name}, {row}: {report.fallbacks} fallbacks")
-            rows.append({"row": row, "cpu_seconds": seconds, **judge(gptq_cli.load(job.out))})
+            rows.append({"row": row, "cpu_seconds": seconds, **evaluator(gptq_cli.load(job.out))})
         print(f"  {name}: {row}: KL {rows[-1]['kl']:.4f}", file=sys.stderr, flush=True)
     return rows
 
@@ -240,7 +239,7 @@ def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
     lines = [
         f"### {name}",
         "",
-        f"{options.samples} x {options.seq_len} tokens; judged on {options.windows} x {options.seq_len};"
+        f"{options.samples} x {options.seq_len} tokens; evaluated on {options.windows} x {options.seq_len};"
         f" dense perplexity {dense:.3f}",
         "",
         "| | KL | of plain | ppl | gap | cpu s |",
@@ -255,7 +254,7 @@ def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) ->
 
 
 def split(text: Path | None, folder: Path) -> tuple[str, str]:
-    """(what to calibrate on, what to judge on); they share no text."""
+    """(source to calibrate on, source to evaluate on); they share no text."""
     if text is None:
         return "pydoc", "pydoc-heldout"
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)

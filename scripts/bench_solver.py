@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Time the solver against the plain per-column loop, on the same matrices, in one run.
 
-The rival is `tests.reference.gptq_original`: three factorisations, one outer product a column, every later
-column rewritten after each block of 128 - the form of the original code, which most programs run. Both get
-the same weights and the same Hessian. Ours runs with three settings: `plain` (the rival's own: min/max
-scales, no order, no refinement), `fast` (static order, scale search) and `default` (one sweep and refit on
-top); ours also measures three losses, the rival none. Each time is the best of --repeat runs in CPU seconds
-of this process; losses are relative output errors, so the lines can be read side by side.
+The plain loop is `tests.reference.gptq_original`: three factorisations, one outer product per column, every
+later column rewritten after each block of 128 - the form of the original code, which most programs run. Both
+get the same weights and the same Hessian. Ours runs with three settings: `plain` (those of the plain loop:
+min/max scales, no order, no refinement), `fast` (static order, scale search) and `default` (with one sweep
+and refit); ours also measures three losses, the plain loop none. Each time is the best of --repeat runs in
+CPU seconds of this process; losses are relative output errors, so the lines can be compared.
 
     python scripts/bench_solver.py                       a sweep over N x K
     python scripts/bench_solver.py --shapes 4096x4096 --threads 2
@@ -50,7 +50,7 @@ def timed(work: Callable[[], Any], repeat: int) -> tuple[float, float, Any]:
 
 
 def gemm_peak(repeat: int) -> float:
-    """GFLOP/s of a plain fp32 product in this process: what the times can be judged against."""
+    """GFLOP/s of a plain fp32 matmul in this process, to compare the times with."""
     A = torch.randn(2048, 2048)
     _, wall, _ = timed(lambda: A @ A, repeat + 2)
     return 2 * 2048**3 / wall / 1e9

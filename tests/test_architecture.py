@@ -16,11 +16,23 @@ import gptq_cli
 
 PACKAGE = Path(gptq_cli.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("findings", "errors", "files", "placement", "config", "results", "events"),
+    (
+        "findings",
+        "rules",
+        "wording",
+        "timing",
+        "errors",
+        "files",
+        "fields",
+        "placement",
+        "config",
+        "results",
+        "events",
+    ),
     ("gptq",),
     ("devices", "model", "calibration", "targets", "checkpoint", "evaluation", "inference", "engine"),
     ("planning", "preflight"),
-    ("jobs",),
+    ("jobs", "api"),
     ("display", "report", "cli", "__main__"),
 )
 """From the ground up; within a floor, a room may import those that stand before it."""
@@ -123,6 +135,12 @@ def test_help_and_usage_errors_wake_nothing_heavy() -> None:
     assert not modules_after(code.format(argv=["quantize", "M", "--out", "O", "--bits", "5"], code=2)) & set(
         HEAVY
     )
+
+
+def test_explaining_a_rule_wakes_no_torch() -> None:
+    code = "from gptq_cli.cli.app import main\nassert main(['inspect-map', '--explain', {rule!r}]) == 0"
+    for rule in ("memory-budget", "four-bits-only", "scales-finite"):
+        assert not modules_after(code.format(rule=rule)) & {*HEAVY}
 
 
 def test_importing_the_package_wakes_nothing_at_all() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 
 from gptq_cli.config import (
     HELD_OUT,
+    RECIPE_FIELDS,
+    RECIPES,
     CalibrationConfig,
     LoadJob,
     ModelRef,
     QuantizeConfig,
+    Recipe,
     Sampling,
     parse_group_size,
     parse_targets,
@@ -163,7 +167,7 @@ def test_group_sizes(text: object, value: object) -> None:
 @pytest.mark.parametrize("text", ["0", "-2", "many", "", "6.4", True, None, 1.0, "AUTO"])
 def test_what_is_no_group_size(text: object) -> None:
     with pytest.raises(
-        ConfigError, match=r"allowed: -1 \(one group a row\), a positive whole number, or auto"
+        ConfigError, match=r"allowed: -1 \(one group per row\), a positive whole number, or auto"
     ):
         QuantizeConfig(group_size=parse_group_size(text))
 
@@ -173,3 +177,36 @@ def test_a_model_is_named_in_text(model: str) -> None:
     with pytest.raises(ConfigError, match="not UTF-8 text") as caught:
         ModelRef(model=model)
     assert caught.value.hint == "give the directory a name in UTF-8"
+
+
+def test_a_recipe_is_a_set_of_overrides() -> None:
+    assert set(RECIPES) == set(get_args(Recipe))
+    assert {field.name for field in fields(QuantizeConfig)} >= RECIPE_FIELDS
+    assert QuantizeConfig.of() == QuantizeConfig.of("balanced") == QuantizeConfig()
+    assert QuantizeConfig.of("fast") == QuantizeConfig(sweeps=0, refit=False, solve_for="own")
+    assert QuantizeConfig.of("best") == QuantizeConfig(sweeps=4, dense_share=0.5)
+
+
+def test_what_is_given_wins_over_the_recipe_and_none_is_not_given() -> None:
+    found = QuantizeConfig.of("best", sweeps=2, refit=False, dense_share=None, bits=3, group_size="64")
+    assert found == QuantizeConfig(sweeps=2, refit=False, dense_share=0.5, bits=3, group_size=64)
+    assert QuantizeConfig.of("best", sweeps=0).sweeps == 0
+    assert QuantizeConfig.of("fast", refit=None) == QuantizeConfig.of("fast")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "message"),
+    [
+        ("bset", {}, "recipe is 'bset'; allowed: fast, balanced, best"),
+        ("best", {"sweeps": -1}, "sweeps is -1"),
+        ("fast", {"group_size": "many"}, "group_size is 'many'"),
+    ],
+)
+def test_a_configuration_of_a_recipe_is_validated(recipe: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QuantizeConfig.of(recipe, **given)
+
+
+@pytest.mark.parametrize("config", [QuantizeConfig, CalibrationConfig])
+def test_every_field_has_its_help(config: type) -> None:
+    assert all(field.metadata["help"].endswith(".") for field in fields(config))

@@ -1,4 +1,4 @@
-"""Every preset in configs/ is one that `gptq quantize --config` takes, and means what its comment says."""
+"""Every preset, shipped or example, is taken by `gptq quantize --config` and means what its comment says."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 import typer.main
 
 from gptq_cli.cli.app import app
-from gptq_cli.cli.preset import options_of, read_preset
+from gptq_cli.cli.preset import options_of, read_preset, shipped_presets
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 
-FOLDER = Path(__file__).parent.parent / "configs"
-PRESETS = sorted(FOLDER.glob("*.toml"))
+EXAMPLES = Path(__file__).parent.parent / "configs"
+PRESETS = [*shipped_presets().values(), *sorted(EXAMPLES.glob("*.toml"))]
 
 
 def _values(path: Path) -> dict[str, object]:
@@ -40,11 +40,12 @@ def test_a_preset_makes_a_configuration(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_names_itself_in_the_command_of_its_comment(path: Path) -> None:
-    assert f"--config configs/{path.name}" in path.read_text()
+    spelled = f"configs/{path.name}" if path.parent == EXAMPLES else path.stem
+    assert f"--config {spelled} " in path.read_text()
 
 
 def test_the_standard_preset_is_the_default() -> None:
-    values = _values(FOLDER / "w4g128.toml")
+    values = _values(shipped_presets()["w4g128"])
     default = QuantizeConfig()
     wide = default.for_columns([4096, 14336])
     assert [values[key] for key in ("bits", "group_size", "sym", "desc_act")] == [
@@ -59,7 +60,7 @@ def test_the_standard_preset_is_the_default() -> None:
 
 
 def test_two_gpus_splits_after_block_15() -> None:
-    values = _values(FOLDER / "two-gpus.toml")
+    values = _values(EXAMPLES / "two-gpus.toml")
     device_map = DeviceMap.parse(values["device_map"])  # type: ignore[arg-type]
     devices = {
         name: str(rule.device)

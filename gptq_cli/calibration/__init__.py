@@ -1,4 +1,4 @@
-"""Text sources -> token batches, seeded: what the Hessians are made of, and what perplexity is read on."""
+"""Text sources -> token batches, seeded: for the Hessians and for perplexity."""
 
 from gptq_cli.calibration.batches import TokenBatches, evaluation_windows, make_batches, open_tokenizer
 from gptq_cli.calibration.documents import Documents

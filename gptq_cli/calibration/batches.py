@@ -1,15 +1,15 @@
-"""From documents to token windows: a run's calibration batch, and the windows perplexity is read on.
+"""From documents to token windows: a run's calibration samples, and the windows for perplexity.
 
 All documents become one row of tokens, with the tokenizer's end-of-text token between two documents. The row
-is cut into consecutive windows. Calibration divides the windows into as many equal stretches as samples are
-wanted and takes one window out of each, chosen by a local generator: the samples cover the whole text evenly,
-whatever the seed, and another seed takes other windows. Evaluation takes the first windows in order.
+is cut into consecutive windows. Calibration divides the windows into as many equal stretches as it needs
+samples and takes one window out of each, drawn by a local generator: the samples cover the text evenly for
+every seed, and different seeds take different windows. Evaluation takes the first windows in order.
 
-Where the tokenizer puts a begin-of-text token before every text, it stands before every window too, and
-counts as one of its tokens: models that are trained with one (Llama, Gemma) behave differently without it.
+Where the tokenizer puts a begin-of-text token before every text, every window begins with it too, as one of
+its tokens: models trained with one (Llama, Gemma) behave differently without it.
 
-A text is read only as far as needed: at most `POOL` times the tokens wanted. The end of the row then lies
-where a piece ended, which depends on nothing but the text, the tokenizer and the size of the request.
+A text is read only as far as needed: about `POOL` times the tokens required. The row then ends where a piece
+ended, which depends only on the text, the tokenizer and the size of the request.
 """
 
 from __future__ import annotations
@@ -30,42 +30,33 @@ from gptq_cli.calibration.text import read_documents
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
+from gptq_cli.model.source_files import has_tokenizer
+from gptq_cli.wording import first_line
 
 POOL = 8
-"""Tokens read for each token wanted, where the text has them."""
-SHORTEST_WINDOW = 32
-"""Tokens below which a window is not proposed to anybody."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-    "*.tiktoken",
-    "tokenization_*.py",
-)
+"""Tokens read for each token required, where the text has them."""
+MIN_WINDOW = 32
+"""The smallest window that a hint suggests, in tokens."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenBatches:
-    """Windows of tokens, and where they come from."""
+    """Windows of tokens, and their source."""
 
     input_ids: Tensor
     """(samples, seq_len) int64, on the CPU."""
     source: str
-    """The source as a person reads it: `pydoc (Python 3.11.7)`."""
+    """The source's name in reports: `pydoc (Python 3.11.7)`."""
     sha256: str
     """Hex digest of `input_ids` as little-endian int64, row by row."""
     seed: int | None
-    """Seed of the choice; None for evaluation windows, which are not chosen."""
+    """Seed of the draw; None for evaluation windows, which are not drawn."""
     tokens_available: int
     """Tokens that were read."""
     windows_available: int
-    """Windows that the tokens fill; `samples` were taken out of them."""
+    """Windows that the tokens fill; `samples` of them were taken."""
     read_to_end: bool
-    """True when the text ended before there was enough to stop reading."""
+    """True when the text was read to its end."""
 
     @property
     def samples(self) -> int:
@@ -74,7 +65,7 @@ class TokenBatches:
 
     @property
     def seq_len(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return self.input_ids.shape[1]
 
     @property
@@ -84,12 +75,12 @@ class TokenBatches:
 
 
 def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a local model directory. Raises `ModelError` where there is none that works."""
+    """The tokenizer of a local model directory. Raises `ModelError` where it is missing or does not work."""
     from transformers import AutoTokenizer
 
     folder = Path(directory)
     hint = "copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) beside it"
-    if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder} has no tokenizer (no tokenizer.json or tokenizer.model)", hint=hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -97,7 +88,7 @@ def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> An
         )
         words = tokenizer("one two three", verbose=False)["input_ids"]
     except Exception as error:  # the loaders raise anything: OSError, KeyError, json and Rust errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the tokenizer of {folder} is code of the model repository",
@@ -105,7 +96,7 @@ def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> An
             ) from error
         raise ModelError(f"the tokenizer of {folder} cannot be opened: {reason}", hint=hint) from error
     if not words:
-        raise ModelError(f"the tokenizer of {folder} is empty: it makes no token of a text", hint=hint)
+        raise ModelError(f"the tokenizer of {folder} is empty: it makes no tokens from a text", hint=hint)
     return tokenizer
 
 
@@ -118,7 +109,7 @@ def make_batches(
 ) -> TokenBatches:
     """Cut `config.source` into `config.samples` windows of `config.seq_len` tokens.
 
-    `vocab_size` is the number of rows of the model's embedding, to catch a tokenizer of another model.
+    `vocab_size` is the number of rows of the model's embedding, to detect another model's tokenizer.
     The same text, tokenizer and config give the same ids on every machine. Raises `CalibrationError`.
     """
     documents = read_documents(config.source, render=_renderer(tokenizer), stdin=stdin)
@@ -127,8 +118,8 @@ def make_batches(
     if windows.shape[0] < config.samples:
         raise _too_little(documents.label, row.ids.numel(), windows.shape[0], config)
     generator = torch.Generator().manual_seed(config.seed)
-    chosen = _one_of_each_stretch(windows.shape[0], config.samples, generator)
-    return _batches(windows[chosen], documents.label, row, windows.shape[0], config.seed, vocab_size)
+    drawn = _one_of_each_stretch(windows.shape[0], config.samples, generator)
+    return _batches(windows[drawn], documents.label, row, windows.shape[0], config.seed, vocab_size)
 
 
 def evaluation_windows(
@@ -149,9 +140,9 @@ def evaluation_windows(
     cut = _cut_windows(tokenizer, row.ids, seq_len)
     if cut.shape[0] == 0:
         raise CalibrationError(
-            f"{documents.label} holds {row.ids.numel()} tokens; one window of {seq_len} is the least",
+            f"{documents.label} holds {row.ids.numel()} tokens; at least one window of {seq_len} is needed",
             hint=f"give more text, or a shorter window: --seq-len {max(2, row.ids.numel())}"
-            if row.ids.numel() >= SHORTEST_WINDOW
+            if row.ids.numel() >= MIN_WINDOW
             else "give more text",
         )
     return _batches(cut[:windows].clone(), documents.label, row, cut.shape[0], None, vocab_size)
@@ -170,7 +161,7 @@ def _renderer(tokenizer: Any) -> Render | None:
 
 
 def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Pieces in lists of about `PIECE_CHARACTERS`, to hand many short documents to the tokenizer at once."""
+    """Pieces in lists of about `PIECE_CHARACTERS`, so that many short documents are tokenized at once."""
     group: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -187,7 +178,7 @@ def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
-    """Tokens of the documents, until there are `enough` or the text ends."""
+    """Tokens of the documents, until there are `enough` or the documents end."""
     between = tokenizer.eos_token_id
     parts: list[Tensor] = []
     count = 0
@@ -210,7 +201,7 @@ def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
 
 
 def _cut_windows(tokenizer: Any, ids: Tensor, seq_len: int) -> Tensor:
-    """(windows, seq_len): consecutive stretches, each behind the begin token where texts have one."""
+    """(windows, seq_len): consecutive stretches, each after a begin token where the tokenizer adds one."""
     begin = _begin_token(tokenizer)
     if begin is None:
         return ids[: ids.numel() // seq_len * seq_len].view(-1, seq_len)
@@ -227,7 +218,7 @@ def _begin_token(tokenizer: Any) -> int | None:
 
 
 def _one_of_each_stretch(windows: int, samples: int, generator: torch.Generator) -> Tensor:
-    """(samples,) rising window numbers: one out of each of `samples` stretches of equal length (± 1)."""
+    """(samples,) ascending window numbers: one out of each of `samples` stretches of equal length (± 1)."""
     borders = torch.arange(samples + 1, dtype=torch.int64) * windows // samples
     lengths = borders[1:] - borders[:-1]
     # 31 random bits modulo a length of at most millions: even to 1e-3, and the same on every machine
@@ -241,7 +232,7 @@ def _batches(
     largest = int(ids.max())
     if vocab_size is not None and largest >= vocab_size:
         raise CalibrationError(
-            f"the tokenizer makes token {largest}, and the model's embedding has {vocab_size} rows",
+            f"the tokenizer makes token {largest}, but the model's embedding has {vocab_size} rows",
             hint="the tokenizer belongs to another model; copy the model's own tokenizer files beside it",
         )
     digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
@@ -257,18 +248,18 @@ def _batches(
 
 
 def _too_little(label: str, tokens: int, windows: int, config: CalibrationConfig) -> CalibrationError:
-    """What the text holds, and what would work."""
+    """The error with the number of windows there are, and settings that would work."""
     ways = []
     if windows:
         ways.append(f"--samples {windows} --seq-len {config.seq_len}")
     shorter = 1 << (tokens // config.samples).bit_length() >> 1  # the power of two below
-    if shorter >= SHORTEST_WINDOW:
+    if shorter >= MIN_WINDOW:
         ways.append(f"--samples {config.samples} --seq-len {shorter}")
     ways.append(
         "a longer text" if config.source.startswith("pydoc") else "a longer text (--calibration pydoc)"
     )
     return CalibrationError(
         f"{label} holds {windows} windows of {config.seq_len} tokens ({tokens} tokens); "
-        f"{config.samples} windows are wanted",
+        f"{config.samples} windows are required",
         hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

@@ -1,16 +1,16 @@
 """A chat template turned into text, in bounded time and memory.
 
 A chat template is a program from the model's repository. Transformers runs it in Jinja's sandbox, which keeps
-it from files and from Python's insides, but not from looping for ever (`range` inside `range`) or from
+it from files and from Python's internals, but not from looping for ever (`range` inside `range`) or from
 filling the memory (`"x" * 10**9`). Here the same template runs with three bounds:
 
-    time      seconds of this thread's processor, read every few hundred lines of the template
-    memory    what the process grew by since the template began, read at the same places
-    sizes     of every value that an operator, a call, a filter or a display (`[a, a]`) makes; where one step
-              could make anything large, its size is known before it is made
+    time      CPU seconds of this thread, checked every few hundred lines of the template
+    memory    growth of the process since the template began, checked at the same places
+    sizes     of every value made by an operator, a call, a filter or a display (`[a, a]`); where one step
+              could make a very large value, its size is computed before the step runs
 
-The first two are read by a trace function, which works on every thread and system and ends a loop between two
-of its lines. The last is needed because a single step runs in C, between two lines.
+The first two are checked by a trace function, which works on every thread and system and can stop a loop
+between two of its lines. The third is needed because a single step runs in C, between two lines.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _HINT = "the template would not end, or would fill the memory: repair it, take i
 
 
 class _Stop(BaseException):
-    """Leaves a template that ran for too long; no `except Exception` on the way holds it."""
+    """Leaves a template that ran for too long; no `except Exception` on the way catches it."""
 
 
 class _TooLarge(Exception):  # noqa: N818 - private, turned into a ModelError here
@@ -51,7 +51,7 @@ class _TooLarge(Exception):  # noqa: N818 - private, turned into a ModelError he
 
 
 class _Watch:
-    """The bounds of one rendering, and the trace function that reads them."""
+    """The bounds of one rendering, and the trace function that checks them."""
 
     def __init__(self, size: int) -> None:
         import psutil
@@ -59,7 +59,7 @@ class _Watch:
         self.size = size
         self._process = psutil.Process()
         self._until = time.thread_time() + CPU_SECONDS
-        self._most = self._process.memory_info().rss + GROWTH_BYTES
+        self._max_bytes = self._process.memory_info().rss + GROWTH_BYTES
         self._lines = 0
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> _Watch | None:
@@ -69,14 +69,14 @@ class _Watch:
         return self if frame.f_code.co_filename == "<template>" else None
 
     def read(self) -> None:
-        """Raise `_Stop` where a bound is passed."""
+        """Raise `_Stop` where a bound is exceeded."""
         if time.thread_time() > self._until:
             raise _Stop(f"it runs for more than {CPU_SECONDS:g} s")
-        if self._process.memory_info().rss > self._most:
+        if self._process.memory_info().rss > self._max_bytes:
             raise _Stop(f"it takes more than {GROWTH_BYTES >> 20} MiB of memory")
 
-    def judge(self, size: int) -> None:
-        """Raise `_TooLarge` for a value of that size; read the bounds where it is worth it."""
+    def check(self, size: int) -> None:
+        """Raise `_TooLarge` for a value that is too large; check the other bounds after a large one."""
         if size > self.size:
             raise _TooLarge(f"it makes a value of {size} characters or items; allowed: {self.size}")
         if size > 100_000:
@@ -93,7 +93,7 @@ def chat_text(
     gives with `tokenize=False`.
 
     Raises `ModelError` where the template runs for too long or makes something too large; what the template
-    itself raises (Jinja's `TemplateError` and its kind) is passed on.
+    itself raises (Jinja's `TemplateError`, for one) is passed on.
     """
     from transformers import PreTrainedTokenizerBase
 
@@ -103,7 +103,7 @@ def chat_text(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
         if not isinstance(text, str):
-            raise TypeError(f"it makes a {type(text).__name__}, not a text")
+            raise TypeError(f"it returns a {type(text).__name__}, not a text")
         return text
     source = str(tokenizer.get_chat_template())
     if len(source) > TEMPLATE_CHARACTERS:
@@ -137,7 +137,7 @@ def _characters(value: object) -> int:
 
 @contextmanager
 def _bounded(size: int) -> Iterator[None]:
-    """Run what is inside with bounds on time, memory and sizes, on this thread."""
+    """Bound time, memory and sizes inside the `with`, on this thread."""
     watch = _Watch(size)
     token, before = _WATCH.set(watch), sys.gettrace()
     sys.settrace(watch)
@@ -154,19 +154,19 @@ def _bounded(size: int) -> Iterator[None]:
         _WATCH.reset(token)
 
 
-def _judged(value: Any) -> Any:
+def _checked(value: Any) -> Any:
     """`value`, if it is not too large."""
     if isinstance(value, (str, bytes)):
-        _WATCH.get().judge(len(value))
+        _WATCH.get().check(len(value))
     elif isinstance(value, (list, tuple, dict)):
         watch = _WATCH.get()
-        watch.judge(_weight(value, {}))
+        watch.check(_weight(value, {}))
     return value
 
 
 def _weight(value: object, known: dict[int, int]) -> int:
-    """Items and characters of a nested value as if it were written out; what stands in it twice counts
-    twice, and is looked at once."""
+    """Items and characters of a nested value as if it were written out. A part that occurs twice counts
+    twice, but is measured only once."""
     if isinstance(value, str):
         return 1 + len(value)
     if not isinstance(value, (list, tuple, dict)):
@@ -178,13 +178,13 @@ def _weight(value: object, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def _judge_operator(operator: str, left: Any, right: Any) -> None:
-    """Before the step: raise `_TooLarge` for `"x" * 10**9` and its kind."""
+def _check_operator(operator: str, left: Any, right: Any) -> None:
+    """Before an operator runs: raise `_TooLarge` for `"x" * 10**9` and the like."""
     watch = _WATCH.get()
     if operator == "*":
         for items, times in ((left, right), (right, left)):
             if isinstance(times, int) and isinstance(items, (str, bytes, list, tuple)):
-                watch.judge(max(0, times) * max(1, _weight(items, {})))
+                watch.check(max(0, times) * max(1, _weight(items, {})))
     if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
         bits = (
             left.bit_length() + right.bit_length() if operator == "*" else left.bit_length() * max(0, right)
@@ -195,39 +195,39 @@ def _judge_operator(operator: str, left: Any, right: Any) -> None:
         values = (
             right.values() if isinstance(right, dict) else right if isinstance(right, tuple) else (right,)
         )
-        _judge_format(str(left), "%", values)
+        _check_format(str(left), "%", values)
 
 
-def _judge_format(text: str, mark: str, values: Iterable[object]) -> None:
-    """A format string: no very wide field, and no value written out too often."""
+def _check_format(text: str, mark: str, values: Iterable[object]) -> None:
+    """Before a text is formatted: refuse very wide fields, and values repeated too often."""
     watch, values = _WATCH.get(), list(values)
     if _WIDE.search(text):
         raise _TooLarge("it pads a text to more than 9999 characters")
     if _GIVEN.search(text):
-        watch.judge(max((abs(value) for value in values if isinstance(value, int)), default=0))
-    watch.judge(len(text) + text.count(mark) * _weight(values, {}))
+        watch.check(max((abs(value) for value in values if isinstance(value, int)), default=0))
+    watch.check(len(text) + text.count(mark) * _weight(values, {}))
 
 
-def _judge_call(function: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-    """Before a method of a text, a number or a list runs."""
+def _check_call(function: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Before a method of a text, a number or a list runs: refuse results that are too large."""
     owner = getattr(function, "__self__", None)
     if not isinstance(owner, (str, bytes, int, list, tuple, dict)):
         return
     watch, name = _WATCH.get(), getattr(function, "__name__", "")
     values = (*arguments, *named.values())
     if name == "replace" and len(values) >= 2:
-        watch.judge(_replaced(owner, values[0], values[1]))
+        watch.check(_replaced(owner, values[0], values[1]))
     elif name == "join" and values and isinstance(values[0], (list, tuple, dict)):
-        watch.judge(_weight(values[0], {}) + len(values[0]) * len(owner))  # type: ignore[arg-type]
+        watch.check(_weight(values[0], {}) + len(values[0]) * len(owner))  # type: ignore[arg-type]
     elif name == "translate" and values and isinstance(values[0], dict):
         longest = max((len(v) for v in values[0].values() if isinstance(v, str)), default=1)
-        watch.judge(len(owner) * max(1, longest))  # type: ignore[arg-type]
+        watch.check(len(owner) * max(1, longest))  # type: ignore[arg-type]
     elif name == "expandtabs":
         width = values[0] if values and isinstance(values[0], int) else 8
-        watch.judge(len(owner) + owner.count("\t") * max(0, width))  # type: ignore[arg-type, union-attr]
+        watch.check(len(owner) + owner.count("\t") * max(0, width))  # type: ignore[arg-type, union-attr]
     for value in values:
         if isinstance(value, int) and name in ("ljust", "rjust", "center", "zfill", "to_bytes"):
-            watch.judge(value)
+            watch.check(value)
 
 
 def _replaced(text: Any, old: Any, new: Any) -> int:
@@ -236,43 +236,43 @@ def _replaced(text: Any, old: Any, new: Any) -> int:
     return len(text) + found * len(str(new))
 
 
-def _judge_filter(name: str, value: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-    """Before a filter runs that can make much of little."""
+def _check_filter(name: str, value: Any, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Before a filter runs: refuse arguments that make its result too large."""
     watch, values = _WATCH.get(), (*arguments, *named.values())
     numbers = [abs(item) for item in values if isinstance(item, int)]
     texts = [item for item in values if isinstance(item, str)]
     if name == "round" and any(number > 300 for number in numbers):
         raise _TooLarge("it rounds to more than 300 places")
     if name == "replace" and len(values) >= 2:
-        watch.judge(_replaced(str(value), values[0], values[1]))
+        watch.check(_replaced(str(value), values[0], values[1]))
     elif name == "format":
-        _judge_format(str(value), "%", values)
+        _check_format(str(value), "%", values)
     elif name in ("indent", "wordwrap", "tojson", "pprint", "join", "xmlattr"):
         width = max([*numbers, *(len(text) for text in texts), 1])
         lines = str(value).count("\n") + 1 if isinstance(value, str) else 1
         if name == "join" or not isinstance(value, str):
             lines = _weight(value, {})
-        watch.judge(width * lines)
+        watch.check(width * lines)
     elif name not in ("default", "d", "int", "float", "sum"):
-        watch.judge(max(numbers, default=0))
+        watch.check(max(numbers, default=0))
 
 
 def _guarded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that is judged before and after it runs. Jinja may hand it its context first."""
+    """A filter that is checked before and after it runs. Jinja may pass its context as the first argument."""
     skip = 1 if hasattr(run, "jinja_pass_arg") else 0
 
     @functools.wraps(run)
     def guarded(*arguments: Any, **named: Any) -> Any:
         if len(arguments) > skip:
-            _judge_filter(name, arguments[skip], arguments[skip + 1 :], named)
-        return _judged(run(*arguments, **named))
+            _check_filter(name, arguments[skip], arguments[skip + 1 :], named)
+        return _checked(run(*arguments, **named))
 
     return guarded
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled(source: str) -> Any:
-    """The template in Transformers' own environment, with the steps that make values judged."""
+    """The template in Transformers' own environment, with the steps that make values checked."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     known = _compile_jinja_template("").environment
@@ -287,12 +287,12 @@ def _compiled(source: str) -> Any:
 
 @functools.cache
 def _bounded_kind(base: Hashable) -> Any:
-    """A subclass of the sandbox whose operators, calls, displays and concatenations are judged."""
+    """A subclass of the sandbox whose operators, calls, displays and concatenations are checked."""
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator, Frame
 
     class Generator(CodeGenerator):
-        """Writes `environment.judged(…)` around what makes a list, a tuple or a dictionary."""
+        """Writes `environment.checked(…)` around the code for a list, a tuple or a dictionary."""
 
         def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802 - Jinja's name
             self.write("environment.concat([str(part) for part in ")
@@ -312,7 +312,7 @@ def _bounded_kind(base: Hashable) -> Any:
                 super().visit_Tuple(node, frame)
 
         def _wrapped(self, visit: Callable[[Any, Frame], None], node: Any, frame: Frame) -> None:
-            self.write("environment.judged(")
+            self.write("environment.checked(")
             visit(node, frame)
             self.write(")")
 
@@ -321,15 +321,15 @@ def _bounded_kind(base: Hashable) -> Any:
 
         code_generator_class = Generator
         intercepted_binops = frozenset({"*", "**", "%", "+"})
-        judged = staticmethod(_judged)
+        checked = staticmethod(_checked)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            _judge_operator(operator, left, right)
-            return _judged(super().call_binop(context, operator, left, right))
+            _check_operator(operator, left, right)
+            return _checked(super().call_binop(context, operator, left, right))
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-            _judge_call(__obj, args, kwargs)
-            return _judged(super().call(__context, __obj, *args, **kwargs))
+            _check_call(__obj, args, kwargs)
+            return _checked(super().call(__context, __obj, *args, **kwargs))
 
         def wrap_str_format(self, value: Any) -> Any:
             wrapped = super().wrap_str_format(value)
@@ -337,11 +337,11 @@ def _bounded_kind(base: Hashable) -> Any:
                 return None
 
             @functools.wraps(wrapped)
-            def judged(*args: Any, **kwargs: Any) -> str:
-                _judge_format(str(value.__self__), "{", (*args, *kwargs.values()))
+            def checked(*args: Any, **kwargs: Any) -> str:
+                _check_format(str(value.__self__), "{", (*args, *kwargs.values()))
                 return str(wrapped(*args, **kwargs))
 
-            return judged
+            return checked
 
         @staticmethod
         def concat(parts: Iterable[str]) -> str:
@@ -350,7 +350,7 @@ def _bounded_kind(base: Hashable) -> Any:
             for part in parts:
                 kept.append(part)
                 size += len(part)
-                watch.judge(size)
+                watch.check(size)
             return "".join(kept)
 
     return Bounded

@@ -17,7 +17,7 @@ from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.errors import CalibrationError
 
 PIECE_CHARACTERS = 1 << 21
-"""About the longest text that is tokenized at once; a longer document is cut, after a line if it has any."""
+"""About the longest text that is tokenized at once; a longer document is cut, if possible after a line."""
 
 
 _SPACES = " \t\r\f\v\u00a0\u3000"
@@ -25,7 +25,7 @@ _SPACES = " \t\r\f\v\u00a0\u3000"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text; `opens` says that it begins a new document rather than going on with the last one."""
+    """Some text; `opens`: it begins a new document, rather than continuing the last one."""
 
     text: str
     opens: bool = True
@@ -42,19 +42,20 @@ class Documents:
 def rows_to_pieces(
     rows: Iterable[Row], name: str, column: str | None, render: Render | None
 ) -> Iterator[Piece]:
-    """The documents of a table's rows. Null and blank ones are passed over; only such ones are an error."""
+    """The documents of a table's rows. Null and blank ones are skipped; a table with no other rows is an
+    error."""
     count = 0
     written = False
     for place, row in rows:
         count += 1
         value = row
         if isinstance(row, Mapping):
-            chosen = known_column(
+            key_of_text = known_column(
                 column or next((key for key in STANDARD_COLUMNS if key in row), None),
                 list(row),
                 f"{name} {place}",
             )
-            value = row[chosen]
+            value = row[key_of_text]
         elif column is not None:
             raise CalibrationError(f"{name} {place} is a JSON {kind(row)} and has no column {column!r}")
         text = row_text(value, f"{name} {place}", render)
@@ -78,7 +79,7 @@ def _cut(text: str) -> Iterator[Piece]:
 def _end_of_piece(text: str, start: int) -> int:
     """Where a piece that begins at `start` ends: after a line break, else before white space, else anywhere.
 
-    White space goes with the word behind it, as most tokenizers have it.
+    White space belongs to the word after it, as in most tokenizers.
     """
     end = start + PIECE_CHARACTERS
     if end >= len(text):

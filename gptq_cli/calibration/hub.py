@@ -1,7 +1,7 @@
-"""Data sets of the hub, read as a stream through `datasets`, so that only the head of a large one travels.
+"""Data sets on the Hub, streamed through `datasets`, so that only the beginning of a large one is downloaded.
 
-The hub is asked once, without retries, whether it can be reached and has the data set: `datasets` itself
-retries for half a minute before it says so. With `HF_HUB_OFFLINE=1` the local cache of `datasets` is read.
+First the Hub is asked, once and without retries, whether the data set exists: `datasets` itself retries for
+half a minute before it reports a failure. With `HF_HUB_OFFLINE=1` the local cache of `datasets` is read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gptq_cli.calibration.documents import Documents, Piece, rows_to_pieces
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.errors import CalibrationError
+from gptq_cli.wording import first_line
 
 OFFLINE_HINT = (
     "without a network: --calibration pydoc, or a .txt, .jsonl or .parquet file, or '-' (standard input)"
@@ -24,7 +25,7 @@ TIMEOUT_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class HubSource:
-    """A data set of the hub: `id[:config[:split[:column]]]`."""
+    """A data set on the Hub: `id[:config[:split[:column]]]`."""
 
     id: str
     config: str | None = None
@@ -49,7 +50,7 @@ def parse_hub_source(source: str) -> HubSource:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id_) or len(rest) > 3 or any("/" in part for part in rest):
         raise CalibrationError(
             f"calibration is {source!r}; allowed: pydoc, an existing file, '-', wikitext2, c4, "
-            "or a hub data set ID[:config[:split[:column]]]",
+            "or a Hub data set ID[:config[:split[:column]]]",
             hint=OFFLINE_HINT,
         )
     config, split, column = (part or None for part in (*rest, "", "", "")[:3])
@@ -57,7 +58,7 @@ def parse_hub_source(source: str) -> HubSource:
 
 
 def read_hub(source: str, render: Render | None) -> Documents:
-    """Open a data set of the hub; its rows are read while the pieces are iterated."""
+    """Open a data set on the Hub; its rows are read while the pieces are iterated."""
     wanted = parse_hub_source(source)
     rows = _rows(wanted, source)
     if wanted.id == SHORT_NAMES["wikitext2"].id:
@@ -97,16 +98,16 @@ def _rows(wanted: HubSource, source: str) -> Iterator[dict[str, Any]]:
     except Exception as error:  # datasets and its back ends raise everything from OSError to KeyError
         if offline:
             raise CalibrationError(
-                f"hub data set {wanted} is not in the local cache, and HF_HUB_OFFLINE is set",
+                f"Hub data set {wanted} is not in the local cache, and HF_HUB_OFFLINE is set",
                 hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"hub data set {wanted} cannot be read: {_first_line(error)}", hint=OFFLINE_HINT
+            f"Hub data set {wanted} cannot be read: {first_line(error)}", hint=OFFLINE_HINT
         ) from error
 
 
 def _ask_the_hub(wanted: HubSource, source: str) -> None:
-    """Raise unless the hub answers that the data set exists."""
+    """Raise `CalibrationError` unless the Hub has the data set."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -116,21 +117,16 @@ def _ask_the_hub(wanted: HubSource, source: str) -> None:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403, 404):
             raise CalibrationError(
-                f"{source!r} is neither an existing file nor a data set of the hub that you may read "
+                f"{source!r} is neither an existing file nor a Hub data set that you may read "
                 f"(asked for {wanted.id!r}, HTTP {status})",
                 hint=OFFLINE_HINT,
             ) from error
         raise CalibrationError(
-            f"the hub cannot serve data set {wanted.id!r} now: {_first_line(error)}", hint=OFFLINE_HINT
+            f"the Hub cannot serve data set {wanted.id!r} now: {first_line(error)}", hint=OFFLINE_HINT
         ) from error
     except Exception as error:  # no DNS, no route, a proxy that refuses: every transport has its own tree
         raise CalibrationError(
-            f"{source!r} is no existing file, and the hub cannot be reached to look for the data set "
-            f"{wanted.id!r}: {_first_line(error)}",
+            f"{source!r} is no existing file, and the Hub cannot be reached to look for the data set "
+            f"{wanted.id!r}: {first_line(error)}",
             hint=OFFLINE_HINT,
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

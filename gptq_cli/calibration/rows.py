@@ -1,8 +1,8 @@
 """Tables of text: the rows of JSON lines, JSON and Parquet files, and the text of one row.
 
 A row holds text, or a conversation: a list of messages with a role and a content. The content is text or a
-list of parts (`[{"type": "text", "text": …}]`), which are joined. What is no text (an image, a number) is
-refused with its row: the way Python spells it is nothing that a model should be calibrated on.
+list of parts (`[{"type": "text", "text": …}]`), which are joined. Anything that is not text (an image, a
+number) is refused, naming its row: a model should not be calibrated on Python's spelling of it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 
 from gptq_cli.calibration.utf8 import SOURCES_HINT, chunks, lines, opened, refuse_other_formats
 from gptq_cli.errors import CalibrationError
+from gptq_cli.wording import first_line
 
 STANDARD_COLUMNS = ("text", "messages")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
-"""`type` of a part of a content that is text."""
+"""Values of `type` for a part of a content that is text."""
 
-LARGEST_JSON_CHARACTERS = 1 << 30
+MAX_JSON_CHARACTERS = 1 << 30
 _PARQUET_ROWS = 16
 """Rows that are decoded at once: a row may hold a book."""
 _COLUMNS_NAMED = 20
@@ -31,7 +32,7 @@ Render = Callable[[Any], str]
 """A conversation (a list of messages) -> text. May raise anything: a template is the model author's code."""
 
 Row = tuple[str, Any]
-"""Where the row stands, for messages ("line 3"), and what it holds: an object, a string, anything."""
+"""The row's place, for messages ("line 3"), and its value: an object, a string, anything."""
 
 
 def json_lines(path: Path, column: str | None) -> Iterator[Row]:
@@ -51,16 +52,16 @@ def json_rows(path: Path, column: str | None) -> Iterator[Row]:
         for chunk in chunks(stream, str(path)):
             parts.append(chunk)
             size += len(chunk)
-            if size > LARGEST_JSON_CHARACTERS:
+            if size > MAX_JSON_CHARACTERS:
                 raise CalibrationError(
-                    f"{path} has more than {LARGEST_JSON_CHARACTERS} characters, and JSON is read as a whole",
-                    hint=f"write a row a line: jq -c '.[]' {path.name} > {path.stem}.jsonl",
+                    f"{path} has more than {MAX_JSON_CHARACTERS} characters, and JSON is read as a whole",
+                    hint=f"write one row per line: jq -c '.[]' {path.name} > {path.stem}.jsonl",
                 )
     value = _parsed("".join(parts), str(path), None)
     if not isinstance(value, list):
         raise CalibrationError(
             f"{path} holds a JSON {kind(value)}; allowed: a list of objects or of strings",
-            hint="one object a line is the .jsonl format",
+            hint="one object per line is the .jsonl format",
         )
     for number, row in enumerate(value, start=1):
         yield f"item {number}", row
@@ -97,8 +98,8 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
                         hint="write the column again from text that is decoded",
                     ) from error
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise CalibrationError(f"{path} is no readable Parquet file: {why}", hint=SOURCES_HINT) from error
+        why = first_line(error)
+        raise CalibrationError(f"{path} is not a readable Parquet file: {why}", hint=SOURCES_HINT) from error
 
 
 def known_column(column: str | None, names: list[Any], place: str) -> str:
@@ -183,13 +184,13 @@ def _part(part: Any, place: str) -> str:
         return _whole_characters(text, place)
     what = named if isinstance(named, str) else ", ".join(others) or "empty"
     raise CalibrationError(
-        f'{place} is no text ({what[:80]}); allowed: {{"type": "text", "text": …}}',
+        f'{place} is not text ({what[:80]}); allowed: {{"type": "text", "text": …}}',
         hint="leave such rows out, or name a column of plain text after a colon: FILE:COLUMN",
     )
 
 
 def _whole_characters(text: str, place: str) -> str:
-    """`text`, if it can be written as UTF-8. JSON can spell half a character, which no tokenizer reads."""
+    """`text`, if it can be encoded as UTF-8. JSON can hold half a character, which no tokenizer reads."""
     found = _SURROGATE.search(text)
     if found is not None:
         raise CalibrationError(
@@ -206,22 +207,22 @@ def _parsed(text: str, place: str, hint: str | None) -> Any:
         if "\n" in text.rstrip("\n"):
             where = f"at line {error.lineno}, column {error.colno}"
             if error.msg == "Extra data":
-                hint = "a JSON object a line is the .jsonl format: rename the file"
+                hint = "one JSON object per line is the .jsonl format: rename the file"
         else:
             where = f"at column {error.colno}: {text.strip()[:60]!r}"
-        raise CalibrationError(f"{place} is no JSON: {error.msg} {where}", hint=hint) from error
+        raise CalibrationError(f"{place} is not valid JSON: {error.msg} {where}", hint=hint) from error
     except RecursionError as error:
         raise CalibrationError(
-            f"{place} is nested too deeply to be read", hint="leave it out: it is no text"
+            f"{place} is nested too deeply to be read", hint="leave it out: it is not text"
         ) from error
-    except ValueError as error:  # a number of thousands of digits, a key that is there twice
+    except ValueError as error:  # a number of thousands of digits, a repeated key
         why = "it holds a number that is too long" if "digits" in str(error) else str(error)
-        raise CalibrationError(f"{place} cannot be read: {why}", hint="mend it or take it out") from error
+        raise CalibrationError(f"{place} cannot be read: {why}", hint="correct it or take it out") from error
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"key {twice[:80]!r} is there twice")
+        raise ValueError(f"key {twice[:80]!r} appears twice")
     return found

@@ -1,14 +1,14 @@
-"""English that every Python carries: the help topics of `pydoc` and the docstrings of the standard library.
+"""English text in every Python: the help topics of `pydoc` and the docstrings of the standard library.
 
-A calibration text has to be there without a network, be the same on every run, and be long enough for the
+A calibration text has to be available without a network, be the same on every run, and be long enough for the
 default 128 windows of 2048 tokens. The language reference that `help("if")` prints is about 350 kB of
 prose and code; the docstrings of the standard library's modules add about 1.2 MB. Modules that some
 distributions leave out (tkinter, idlelib, distutils, the tests) are left out everywhere, so two machines
-with the same Python release read the same text. Another release has another text; the label names it.
+with the same Python release read the same text. Other releases have other texts; the label names the release.
 
 One document in ten is held out for evaluation, chosen by a hash of its name. Topics quote each other
 ("specialnames" contains "customization"), so a paragraph that appears in a held-out document, or earlier in
-the same part, is dropped: no paragraph is both calibrated on and judged on.
+the same part, is dropped: no paragraph is used for both calibration and evaluation.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _OPTIONAL = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle"
 LEFT_OUT = _EXAMPLES | _OPTIONAL
 HELD_OUT_EVERY = 10
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-SHORTEST_DOCSTRING = 40
-"""Characters; shorter ones ("Return True.") teach nothing."""
+MIN_DOCSTRING = 40
+"""Characters; shorter ones ("Return True.") say too little to be useful."""
 
 _UNDERLINE = re.compile(r"^\s*([=*~^\"'#+.-])\1{2,}\s*$")
 _MARKUP = (
@@ -43,16 +43,16 @@ _MARKUP = (
     (re.compile(r"::[ \t]*$", re.MULTILINE), ":"),  # the mark of a code block
 )
 _WRAPPED_AT = 50
-"""A line this long that is followed by another at the same indentation was broken by a text width."""
+"""A line at least this long, followed by another with the same indentation, was wrapped at a text width."""
 
 
 def held_out(name: str) -> bool:
-    """True when the document `name` belongs to the evaluation part; the same on every machine."""
+    """True if the document `name` belongs to the evaluation part; the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % HELD_OUT_EVERY == 0
 
 
 def clean(text: str) -> str:
-    """Prose as a person would type it: no ReST marks, paragraphs on one line, code untouched."""
+    """Plain prose: no ReST markup, paragraphs on one line, code unchanged."""
     lines = (line.rstrip() for line in text.expandtabs().splitlines())
     kept = "\n".join(line for line in lines if not _UNDERLINE.match(line))
     for pattern, replacement in _MARKUP:
@@ -89,7 +89,7 @@ def _modules() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _docstrings(path: Path) -> str:
-    """The cleaned docstrings of a source file; "" where it has none, or is a template and no Python."""
+    """The cleaned docstrings of a source file; "" where it has none, or is a template and not Python."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
@@ -97,7 +97,7 @@ def _docstrings(path: Path) -> str:
             raise
         return ""
     texts = (ast.get_docstring(node) or "" for node in _definitions(tree))
-    return "\n\n".join(clean(text) for text in texts if len(text) >= SHORTEST_DOCSTRING)
+    return "\n\n".join(clean(text) for text in texts if len(text) >= MIN_DOCSTRING)
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:
@@ -111,11 +111,11 @@ def _definitions(node: ast.AST) -> Iterator[Definition]:
 def stdlib_documents(*, evaluation: bool) -> tuple[str, ...]:
     """The documents of one part, in a fixed order, without repeated paragraphs."""
     sources = [*_topics(), *_modules()]
-    judged = [text for name, read in sources if held_out(name) and (text := read())]
+    evaluated = [text for name, read in sources if held_out(name) and (text := read())]
     if evaluation:
-        return _without_repeats(judged, set())
-    taught = [text for name, read in sources if not held_out(name) and (text := read())]
-    return _without_repeats(taught, {key for text in judged for key in map(_key, text.split("\n\n"))})
+        return _without_repeats(evaluated, set())
+    calibrated = [text for name, read in sources if not held_out(name) and (text := read())]
+    return _without_repeats(calibrated, {key for text in evaluated for key in map(_key, text.split("\n\n"))})
 
 
 def _without_repeats(documents: list[str], seen: set[str]) -> tuple[str, ...]:
@@ -138,5 +138,5 @@ def _key(paragraph: str) -> str:
 
 
 def label(name: str) -> str:
-    """What a report calls the source `name` ("pydoc" or "pydoc-heldout")."""
+    """The name in reports of the source `name` ("pydoc" or "pydoc-heldout")."""
     return f"{name} (Python {platform.python_version()})"

@@ -1,19 +1,19 @@
-"""Where text comes from: one word or path in, a lazy stream of documents out.
+"""Where text comes from: a name or a path in, a lazy stream of documents out.
 
     pydoc, pydoc-heldout     English of the standard library (`stdlib_text`)
     -                        standard input: plain UTF-8 text, one document
     FILE.txt                 plain UTF-8 text, one document (any suffix that is not listed below)
-    FILE.jsonl[:column]      a JSON object (or string) a line, a document each
+    FILE.jsonl[:column]      one JSON object (or string) per line, each a document
     FILE.json[:column]       a list of objects or of strings
-    FILE.parquet[:column]    a table, a document a row
-    wikitext2, c4, ID[:config[:split[:column]]]     a data set of the hub (`hub`)
+    FILE.parquet[:column]    a table, one document per row
+    wikitext2, c4, ID[:config[:split[:column]]]     a data set on the Hub (`hub`)
 
-A path that exists is that path, whatever it looks like: hub names are tried last. Without a column, `text`
-is read, or `messages` (a conversation, rendered through the model's chat template). A document is handed
-out in pieces of bounded length, so that a file larger than memory can be read until there is enough. A file
-may be a pipe (`<(…)`, /dev/stdin), which is read once.
+An existing path is always taken as a path; names on the Hub are tried last. Without a column, `text` is read,
+or `messages` (a conversation, rendered through the model's chat template). Documents come in pieces of
+bounded length, so that a file larger than memory can be read until there is enough text. A file may be a pipe
+(`<(…)`, /dev/stdin), which is read once.
 
-Everything wrong with a source is a `CalibrationError` that names the place in the file and the way out.
+Every fault of a source is a `CalibrationError` that names the place in the file and says what to do.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ TABLES = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON", ".pa
 def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO | None = None) -> Documents:
     """Open `source`; see the module's table. Text is read while `pieces` is iterated.
 
-    `render` turns a conversation into text (None: contents joined by blank lines). `stdin` stands in for
+    `render` turns a conversation into text (None: contents joined by blank lines). `stdin` replaces
     the process's standard input. Raises `CalibrationError`, here or while iterating.
     """
     if source == "-":
@@ -81,8 +81,8 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
 def find_file(source: str) -> tuple[Path, str | None] | None:
     """`(file, column or None)` when `source` names an existing file, else None.
 
-    The whole text is tried first, so a colon may be part of a path (`C:\\data\\a.jsonl`); then what stands
-    before the last colon.
+    All of `source` is tried as a path first, so a colon may be part of it (`C:\\data\\a.jsonl`); then the
+    part before the last colon.
     """
     path, looked = expanded(source), _look(expanded(source))
     if looked in ("file", "pipe"):
@@ -110,12 +110,12 @@ def find_file(source: str) -> tuple[Path, str | None] | None:
 def _look(path: Path) -> Kind | OSError | None:
     try:
         return kind_of(path)
-    except OSError as error:  # nobody may look there, or no file system has such a name
+    except OSError as error:  # no permission to look there, or a name that no file system allows
         return error
 
 
 def _refuse_missing_path(source: str) -> None:
-    """Raise where `source` was plainly meant as a path; a hub is not asked for `./notes.txt`."""
+    """Raise where `source` is clearly a path: the Hub is not asked for `./notes.txt`."""
     head = re.split(r":(?![\\/])", source)[0] if not re.match(r"^[A-Za-z]:[\\/]", source) else source
     suffix = Path(head).suffix.lower()
     if (
@@ -144,7 +144,8 @@ def _text_file(path: Path) -> Iterator[Piece]:
 
 
 def _text_to_pieces(stream: BinaryIO, name: str) -> Iterator[Piece]:
-    """One document, in pieces of `PIECE_CHARACTERS` and the rest of a line, if it is not endless."""
+    """One document, in pieces of about `PIECE_CHARACTERS`, each ending with a line unless that is very
+    long."""
     text = ""
     opens = True
     for chunk in chain(chunks(stream, name), ("",)):

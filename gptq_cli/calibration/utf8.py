@@ -1,4 +1,4 @@
-"""UTF-8 text out of files and pipes, in bounded steps; what is no text is told apart by its first bytes.
+"""UTF-8 text from files and pipes, in bounded steps; other formats are recognised by their first bytes.
 
 Line ends become "\\n" and a byte order mark is dropped. Whatever cannot be read is a `CalibrationError` that
 names the line and the byte.
@@ -19,7 +19,7 @@ SOURCES_HINT = "use --calibration pydoc (needs no file), or a .txt, .jsonl, .jso
 
 STANDARD_INPUT = "standard input"
 CHUNK_BYTES = 1 << 20
-LONGEST_ROW_BYTES = 1 << 28
+MAX_ROW_BYTES = 1 << 28
 """Of one line of a .jsonl file, which can only be understood as a whole."""
 
 _UTF_16 = "convert it: iconv -f UTF-16 -t UTF-8 {name} > utf8.txt"
@@ -38,7 +38,7 @@ _FORMATS: tuple[tuple[bytes, str, str], ...] = (
 )
 """First bytes, the name of the format, what to do."""
 PACKED = (".gz", ".zst", ".xz", ".bz2", ".7z", ".zip", ".tar", ".tgz")
-"""Suffixes of archives, which no data set of the hub has."""
+"""Suffixes of archives; no data set on the Hub has one in its name."""
 _HEAD_BYTES = 4096
 
 
@@ -64,7 +64,7 @@ def refuse_other_formats(head: bytes, name: str) -> None:
 
 
 def chunks(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The text in steps of at most `CHUNK_BYTES` bytes, wherever lines end."""
+    """The text in steps of at most `CHUNK_BYTES` bytes, regardless of lines."""
     position = 0
     line = 1
     rest = b""
@@ -93,16 +93,16 @@ def chunks(stream: BinaryIO, name: str) -> Iterator[str]:
 
 
 def lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines (from 1) of at most `LONGEST_ROW_BYTES` bytes."""
+    """Numbered lines (from 1) of at most `MAX_ROW_BYTES` bytes."""
     position = 0
     number = 0
     while raw := _read(stream, name, line=True):
         number += 1
         if number == 1:
             refuse_other_formats(raw, name)
-        if len(raw) > LONGEST_ROW_BYTES:
+        if len(raw) > MAX_ROW_BYTES:
             raise CalibrationError(
-                f"{name} line {number} has more than {LONGEST_ROW_BYTES} bytes, which is no row of a table",
+                f"{name} line {number} has more than {MAX_ROW_BYTES} bytes, too many for a table's row",
                 hint="plain text belongs in a .txt file; a JSON list belongs in a .json file",
             )
         try:
@@ -117,7 +117,7 @@ def lines(stream: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
 
 def _read(stream: BinaryIO, name: str, *, line: bool = False) -> bytes:
     try:
-        return stream.readline(LONGEST_ROW_BYTES + 1) if line else stream.read(CHUNK_BYTES)
+        return stream.readline(MAX_ROW_BYTES + 1) if line else stream.read(CHUNK_BYTES)
     except (OSError, ValueError) as error:  # ValueError: the stream was closed
         raise CalibrationError(f"cannot read {name}: {reason(error)}", hint=SOURCES_HINT) from error
 

@@ -1,1 +1,1 @@
-"""Everything about a GPTQ directory: its format and layout, writing it, opening it, proving it sound."""
+"""Everything about a GPTQ directory: its format and layout, writing, opening and verifying it."""

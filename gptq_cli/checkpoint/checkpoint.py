@@ -1,4 +1,4 @@
-"""A quantized checkpoint as its reader found it, and its values, read and checked one linear at a time."""
+"""An opened quantized checkpoint; its values are read and checked one linear at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.model.tensors import TensorReader
-
-PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +54,7 @@ class QuantizedCheckpoint:
     config: Any
     """The model's config, without its quantization_config."""
     config_dict: Mapping[str, Any]
-    """The quantization dictionary as it stands in the file."""
+    """The quantization dictionary as it is in the file."""
     format: CheckpointFormat
     model: Any
     files: ModelFiles
@@ -69,7 +66,7 @@ class QuantizedCheckpoint:
     """Quantized experts that the model fuses into 3-D tensors."""
     conversion: Conversion
     keys: KeyMap
-    """Origins of the model's tensors; a quantized weight stands as `<source_name>.weight`."""
+    """Origins of the model's tensors; a quantized weight is listed as `<source_name>.weight`."""
     notes: tuple[str, ...]
 
     @property
@@ -79,7 +76,7 @@ class QuantizedCheckpoint:
 
     @property
     def group_size(self) -> int:
-        """Columns of a group, -1 for one group a row."""
+        """Columns per group, -1 for one group per row."""
         return self.format.base.group_size
 
     @property
@@ -89,7 +86,7 @@ class QuantizedCheckpoint:
 
     @property
     def desc_act(self) -> bool:
-        """Whether columns were solved by falling activation energy."""
+        """Whether columns were solved in order of descending activation energy."""
         return self.format.base.desc_act
 
     @property
@@ -99,7 +96,7 @@ class QuantizedCheckpoint:
 
     @property
     def quantizer(self) -> str:
-        """Who wrote it, "" when it does not say."""
+        """The tool that wrote it, "" when the files do not say."""
         return self.format.quantizer
 
     @property
@@ -112,27 +109,23 @@ class QuantizedCheckpoint:
         """Bytes of all tensors as they are stored."""
         return self.files.size_bytes
 
-    def reader(self) -> TensorReader:
-        """A context manager that reads single tensors by their name in the files."""
-        return TensorReader(self.directory, self.files.tensors)
-
-    def streamed(self) -> StreamedReader:
-        """The same, each tensor in memory of its own, all of them of the files that were judged."""
+    def reader(self) -> StreamedReader:
+        """A context manager that reads single tensors by their name in the files, and refuses other files."""
         return StreamedReader(self.directory, self.files.tensors, self.files.stamps)
 
 
 def read_packed(
-    reader: TensorReader,
+    reader: StreamedReader,
     info: PackedInfo,
     device: torch.device | str = "cpu",
     tally: ZerosTally | None = None,
 ) -> tuple[PackedTensors, Tensor | None]:
     """The packed tensors and the bias of one linear, with their values checked.
 
-    A missing g_idx, and one of zeros alone where there are several groups (ExLlama's way to say "none"),
-    becomes the trivial one. `qzeros` come field by field in the format that the config names, however the
-    file has them; `tally` counts what that was. Raises `CheckpointError` for a g_idx out of range and for
-    scales that are not finite.
+    A missing g_idx becomes the trivial one, and so does one that is all zero despite several groups
+    (ExLlama's way to say "none"). `qzeros` are returned field by field in the format that the config names,
+    however they are stored; `tally` counts how they were. Raises `CheckpointError` for a g_idx out of range
+    and for scales that are not finite.
     """
     name = info.source_name
     scales = reader.get(f"{name}.scales", device)
@@ -166,7 +159,7 @@ def trivial_g_idx(info: PackedInfo, device: torch.device | str = "cpu") -> Tenso
 
 
 def dense_origins(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, Literal["dense", "experts"]]]:
-    """Model tensors that are no packed linear: stored dense, or fused from (partly) quantized experts."""
+    """Model tensors that are not packed linears: stored dense, or fused from (partly) quantized experts."""
     packed = {f"{info.name}.weight" for info in checkpoint.linears}
     fused = {info.fused_into for info in checkpoint.experts}
     for target in checkpoint.keys.origins:

@@ -1,12 +1,12 @@
-"""What the packed tensors of one linear say, in a form that kernels can be built from.
+"""The packed tensors of one linear, in a form that kernels can be built from.
 
 A checkpoint stores codes in 32-bit words along K (`qweight`), zeros along N (`qzeros`), and in `g_idx` the
-group of every input column. A kernel wants the rows of a group next to each other, so the rows are put in
+group of every input column. A kernel needs the rows of a group next to each other, so the rows are put in
 *solved order* here, once: row i of `LinearCodes.codes` belongs to input column `order[i]`, and the caller
 gathers its input by the same order. With a trivial `g_idx` (i // group) nothing moves and `order` is None.
 
 The value of row k, column n is `scales[g, n] * (codes[k, n] - zeros[g, n])`, g the group of the row.
-Codes are kept (K, N), as the file has them: no transposition is paid for.
+Codes are kept (K, N), as in the file, which saves a transposition.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo
 from gptq_cli.errors import CheckpointError
-from gptq_cli.gptq.packing import PackedTensors, unpack_rows
+from gptq_cli.gptq.packing import PackedTensors, fields_to_zeros, unpack_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearCodes:
-    """One linear. `group` is a number of rows; a last group may hold fewer.
+    """One linear. `group` is a number of rows; the last group may have fewer.
 
-    The codes are kept as the words of the file until somebody asks for `rows()`: the commonest kernel never
-    does, it repacks the words.
+    The codes stay in the words of the file until `rows()` is called: the most common kernel repacks the words
+    and never calls it.
     """
 
     words: Tensor | None  # (ceil(K * bits / 32), N) int32, rows in input order; None: `codes` is given
@@ -39,17 +39,12 @@ class LinearCodes:
     out_features: int
     """N."""
     order: Tensor | None = None  # (K,) int64
-    row_group: Tensor | None = None  # (K,) int64, only where groups are no runs of `group` rows
+    row_group: Tensor | None = None  # (K,) int64, only where groups are not runs of `group` rows
     codes: Tensor | None = None  # (K, N) uint8, rows in solved order
 
     @property
-    def symmetric(self) -> bool:
-        """True when every zero is the middle code, so that no zero term is needed."""
-        return bool((self.zeros == 1 << (self.bits - 1)).all())
-
-    @property
     def device(self) -> torch.device:
-        """Where the linear lies."""
+        """The device of the linear."""
         return self.scales.device
 
     def rows(self) -> Tensor:
@@ -68,10 +63,8 @@ def unpack_zeros(
     checkpoint_format: str,
 ) -> Tensor:
     """Return (G, N) int16 zeros. v1 ("gptq") stores zero - 1 in `bits` bits: zero 0 wraps to the top code."""
-    stored = unpack_rows(words.t().contiguous(), bits, out_features).t().to(torch.int16)
-    if checkpoint_format == "gptq":
-        stored = (stored + 1) & ((1 << bits) - 1)
-    return stored.contiguous()
+    fields = unpack_rows(words.t().contiguous(), bits, out_features).t()
+    return fields_to_zeros(fields, bits, checkpoint_format).to(torch.int16).contiguous()
 
 
 def read_codes(
@@ -97,7 +90,7 @@ def read_codes(
     _expect(name, "qweight", tuple(qweight.shape), (-(-in_features * bits // 32), out_features))
     _expect(name, "qzeros", tuple(qzeros.shape), (groups, -(-out_features * bits // 32)))
     _expect(name, "scales", tuple(scales.shape), (groups, out_features))
-    whole = LinearCodes(
+    codes = LinearCodes(
         words=qweight,
         scales=scales,
         zeros=unpack_zeros(qzeros, bits, out_features, checkpoint_format),
@@ -107,23 +100,23 @@ def read_codes(
         out_features=out_features,
     )
     if g_idx is None:
-        return whole
+        return codes
     _expect(name, "g_idx", tuple(g_idx.shape), (in_features,))
     index = g_idx.long()
     trivial = torch.arange(in_features, device=index.device) // group
     if torch.equal(index, trivial) or (not desc_act and not index.any()):
-        return whole
+        return codes
     if int(index.min()) < 0 or int(index.max()) >= groups:
         raise CheckpointError(
             f"{name}.g_idx holds groups {int(index.min())} to {int(index.max())}; allowed: 0 to {groups - 1}"
         )
     order = torch.argsort(index, stable=True)
     ordered = index[order]
-    return replace(whole, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
+    return replace(codes, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
 
 
 def codes_of(info: PackedInfo, packed: PackedTensors) -> LinearCodes:
-    """The codes of a linear of a checkpoint, its tensors as `checkpoint.open` gives them."""
+    """The codes of a linear of a checkpoint, from its tensors as `read_packed` returns them."""
     form = info.format
     return read_codes(
         info.source_name,
@@ -149,7 +142,7 @@ def _expect(name: str, tensor: str, found: tuple[int, ...], wanted: tuple[int, .
 
 
 def as_four_bits(linear: LinearCodes) -> LinearCodes:
-    """2- and 3-bit codes as 4-bit codes with every zero at 8: exact, because q + 8 - z stays in 0..15."""
+    """2- and 3-bit codes as 4-bit codes with every zero at 8. Exact, because q + 8 - z stays in 0..15."""
     if linear.bits > 3:
         return linear
     shift = (8 - linear.zeros).to(torch.uint8)
@@ -158,14 +151,14 @@ def as_four_bits(linear: LinearCodes) -> LinearCodes:
 
 
 def spread(linear: LinearCodes, per_group: Tensor) -> Tensor:
-    """(G, N) -> (K, N): every row gets the entry of its group."""
+    """(G, N) -> (K, N): each row gets the entry of its group."""
     if linear.row_group is not None:
         return per_group.index_select(0, linear.row_group)
     return per_group.repeat_interleave(linear.group, 0)[: linear.in_features]
 
 
 def dequantize(linear: LinearCodes) -> Tensor:
-    """The (N, K) float32 weight, columns in *input* order: what every kernel must equal."""
+    """The (N, K) float32 weight, columns in *input* order: the reference for every kernel."""
     centred = linear.rows().to(torch.int16) - spread(linear, linear.zeros)
     weight = centred.float() * spread(linear, linear.scales.float())
     if linear.order is not None:

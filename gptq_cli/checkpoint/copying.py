@@ -1,9 +1,9 @@
-"""Copying a checkpoint's own files, so that the copy opens wherever one looks for it.
+"""Copying a checkpoint's own files, so that every reader can open the copy.
 
-Tensors are copied byte for byte and configs as they are, but for what keeps readers from finding or from
-understanding them: a lone file becomes model.safetensors, shards get an index of the usual name, config.json
-gets the quantization config that stands elsewhere only, and zeros that the config calls by a wrong name are
-stored as it says.
+Tensors are copied byte for byte and configs unchanged, except where readers could not find or would
+misunderstand them: a single file becomes model.safetensors, shards get an index with the usual name,
+config.json gets a quantization config that is only in another file, and zeros that are stored in another way
+than the config says are stored as it says.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointFiles:
-    """The files that a checkpoint was opened from, as they were then."""
+    """The files that a checkpoint was opened from, and their state at that time."""
 
     directory: Path
     files: ModelFiles
@@ -48,7 +48,7 @@ class CheckpointFiles:
 
     @classmethod
     def of(cls, checkpoint: QuantizedCheckpoint) -> Self:
-        """As they are now."""
+        """The files in their present state."""
         directory = checkpoint.directory
         shards = tuple(path.relative_to(directory).as_posix() for path in checkpoint.files.shards)
         configs = [name for name in ("config.json", *CONFIG_FILES) if (directory / name).is_file()]
@@ -70,8 +70,8 @@ class CheckpointFiles:
     def copy_to(self, target: Path) -> None:
         """Copy to `target`, complete or not at all; files of the same names there are replaced.
 
-        Raises `CheckpointError` where a file was changed since, `ConfigError` where `target` is no directory
-        or holds other weights.
+        Raises `CheckpointError` where a file was changed since, `ConfigError` where `target` is not a
+        directory or holds other weights.
         """
         for name, then in self.states.items():
             if not (self.directory / name).is_file() or _state(self.directory / name) != then:
@@ -128,7 +128,7 @@ class CheckpointFiles:
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
 
     def _store_zeros(self, name: str, copied: Path) -> None:
-        """Where symmetric zeros are not stored as the config says, store them so."""
+        """Store symmetric zeros as the config says, where they are not."""
         here = {tensor.name for tensor in self.tensors if tensor.shard == name}
         packed = [info for info in self.packed if info.format.sym and f"{info.source_name}.qzeros" in here]
         stored = {tensor.name: tensor for tensor in read_header(copied)}

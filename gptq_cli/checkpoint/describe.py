@@ -1,18 +1,19 @@
-"""A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+"""A quantized checkpoint described by numbers, packed linears with their size in the files."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from gptq_cli.checkpoint.checkpoint import PARTS, QuantizedCheckpoint
+from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
+from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.describe import _tensors
-from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.facts import ModelFacts, dtype_name
 from gptq_cli.model.trace import trace
 
 
 def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
-    """A quantized checkpoint in plain numbers: its packed linears with the bytes they have in the files."""
+    """A quantized checkpoint described by numbers, packed linears with their size in the files."""
     model, config = checkpoint.model, checkpoint.config.get_text_config()
     traced = trace(model, {})
     stored = {tensor.name: tensor.size_bytes for tensor in checkpoint.tensors}
@@ -23,7 +24,7 @@ def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
     return ModelFacts(
         model=str(checkpoint.directory),
         architecture=type(model).__name__,
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.dtype),
         hidden_size=int(config.hidden_size),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
         max_positions=getattr(config, "max_position_embeddings", None),

@@ -1,9 +1,10 @@
-"""Putting a finished checkpoint in its place, without endangering what a person has there.
+"""Moving a finished checkpoint to its destination, without endangering anything that is there.
 
-Nothing is removed that was not there, as it is, when the run began; a result that finds its place taken is
-kept beside it. Two runs with one destination meet in the working folder beside it (`working_folder.py`). A
-destination that cannot be renamed over, such as a container's volume, is filled file by file, config.json
-last, so that it looks like a checkpoint only once it is one.
+Only a checkpoint that was there, unchanged, since the run began is ever removed. If the destination is taken
+when the run ends, the result is kept beside it. Two runs with the same destination find each other through
+the working folder beside it (`working_folder.py`). A destination that cannot be renamed, such as a
+container's volume, is filled file by file, config.json last, so that it looks like a checkpoint only once it
+is complete.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ from gptq_cli.checkpoint.renames import exchange, fsync, rename_to_free
 from gptq_cli.checkpoint.working_folder import Owner, WorkingFolder, remove, stem
 from gptq_cli.errors import GptqError
 from gptq_cli.model.source import INDEX
+from gptq_cli.wording import names_text
 
 _LAST = ("quantize_config.json", INDEX, "config.json")
 _NAMED = 3
 
 
 class Destination:
-    """Use as a context manager: holds the place while a run works, and leaves nothing of the work there.
+    """A context manager that reserves the destination during a run, and removes the working files at its end.
 
-    `overwrite`: a checkpoint that stands there when the run begins is replaced, unless it changes meanwhile.
-    `warn` is told what does not stop the run. Entering raises `DestinationBusy`, `ConfigError` where
-    something that is not ours has the working folder's name, and `OSError`.
+    `overwrite`: a checkpoint that is there when the run begins is replaced, unless it changes meanwhile.
+    `warn` is called with problems that do not stop the run. Entering raises `DestinationBusy`, `ConfigError`
+    where something that is not ours has the working folder's name, and `OSError`.
     """
 
     def __init__(
@@ -41,14 +43,14 @@ class Destination:
         self.place = Place.of(out)
         self.out, self.overwrite = self.place.out, overwrite
         self.cleared: tuple[str, ...] = ()
-        """What was done about the leftovers of a run that ended."""
+        """What was done about the leftovers of an earlier run."""
         self._warn = warn
         self._folder = WorkingFolder(self.place.folder, self.out)
         self._made_parents: list[Path] = []
         self._begun = State("absent")
         self._held = self._given = False
         self._saved = self.result
-        """Where a result that could not be put in place is."""
+        """Where a result is that could not be put in place."""
 
     @property
     def folder(self) -> Path:
@@ -57,12 +59,12 @@ class Destination:
 
     @property
     def result(self) -> Path:
-        """Where the checkpoint is made."""
+        """The directory in which the checkpoint is written."""
         return self._folder.result
 
     @property
     def unlocked(self) -> str:
-        """Why the place has no kernel lock, where it has none."""
+        """Why the working folder has no kernel lock, where it has none."""
         return self._folder.unlocked
 
     def __enter__(self) -> Self:
@@ -93,10 +95,10 @@ class Destination:
         self._leave()
 
     def put_in_place(self) -> None:
-        """Move the finished result to the destination, as the last act; nothing of the work remains.
+        """Move the finished result to the destination, as the last step, and remove the working folder.
 
-        Raises `GptqError`, and says where the result is kept, where the destination is no longer what it was
-        or the system refuses.
+        Where the destination has changed, or the system refuses, raises a `GptqError` that says where the
+        result is kept.
         """
         try:
             now = self._look()
@@ -123,26 +125,25 @@ class Destination:
         return state_of(self.out, NOT_CONTENT if self.place.inside else ())
 
     def _check(self, same: bool, now: State) -> None:
-        """Raise, with the result kept, unless the place is the `same` as when the run began."""
+        """Unless the place is the `same` as when the run began, keep the result and raise."""
         if same:
             return
         begun = {"absent": "it did not exist, and now", "empty": "it was empty, and now"}
         was = begun.get(self._begun.kind, "it")
         names = self._begun.differences(now)
-        rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        listed = ", ".join(names[:_NAMED]) + rest
+        listed = names_text(names, _NAMED)
         if now.kind == "other" and not now.entries:
             what = f"{was} is not a directory"
         elif self._begun.kind != "checkpoint":
             what = f"{was} holds {listed}" if names else f"{was} is another directory"
         elif now.identity != self._begun.identity:
-            what = f"another {'checkpoint' if now.kind == 'checkpoint' else 'directory'} stands there"
+            what = f"another {'checkpoint' if now.kind == 'checkpoint' else 'directory'} is there"
         else:
             what = f"new, gone or changed in it: {listed}"
-        raise self._kept(f"{self.out} changed while the run worked, and was left alone: {what}")
+        raise self._kept(f"{self.out} changed during the run, and was not touched: {what}")
 
     def _replace(self) -> None:
-        """Let result and old checkpoint change places; whatever came there in the last moment goes back."""
+        """Exchange the result and the old checkpoint; whatever else is found there is put back."""
         if exchange(self.result, self.out):
             now = state_of(self.result)
             if now != self._begun:
@@ -167,18 +168,18 @@ class Destination:
             raise
 
     def _exchange_back(self) -> None:
-        """Undo an exchange; where even that fails, what came there is not lost."""
+        """Undo an exchange; where that fails, too, what was found there is kept."""
         try:
             exchange(self.result, self.out)
         except OSError as error:
             kept = self._keep(self.result, "found")
             raise GptqError(
-                f"the checkpoint is at {self.out}; what came there in the last moment could not be put back "
+                f"the checkpoint is at {self.out}; what was there at the last moment could not be put back "
                 f"({error.strerror}): it is {kept}"
             ) from error
 
     def _fill(self) -> None:
-        """Move the files one by one into the directory, those that make it a checkpoint last."""
+        """Move the files one by one into the directory; those that make it a checkpoint come last."""
         names = sorted(set(os.listdir(self.result)) - set(_LAST))
         names += [name for name in _LAST if os.path.lexists(self.result / name)]
         entries = {name: os.lstat(self.result / name) for name in names}
@@ -196,7 +197,7 @@ class Destination:
             raise
 
     def _kept(self, message: str) -> GptqError:
-        """The error for a result that could not be put in place, after it was brought to safety."""
+        """Keep a result that could not be put in place, and return the error that says where it is."""
         if self.result.is_dir():
             self._saved = self._keep(self.result, "finished")
         return GptqError(
@@ -206,7 +207,7 @@ class Destination:
         )
 
     def _keep(self, path: Path, word: str) -> Path:
-        """Give a directory of the working folder a name that no run will take for a leftover."""
+        """Move a directory out of the working folder, to a name that no later run will clean up."""
         for number in range(1, 1000):
             name = f"{stem(self.out.name) or 'gptq'}.{word}{f'-{number}' if number > 1 else ''}"
             kept = self.folder.parent / name
@@ -216,7 +217,7 @@ class Destination:
                 if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                     continue
                 break
-            with contextlib.suppress(OSError):  # it is there, if perhaps not yet on the disk
+            with contextlib.suppress(OSError):  # it was moved, though perhaps not yet on the disk
                 fsync(kept.parent)
             return kept
         self._folder.unmark()
@@ -224,7 +225,7 @@ class Destination:
         return path
 
     def _recover(self, before: Owner | None) -> None:
-        """Put in order what a run that ended left, then claim the folder."""
+        """Clean up after an earlier run, then claim the folder."""
         words, _ = self.place.left_over(done=True)
         old = self._folder.old
         said = [words] if words else []
@@ -244,7 +245,7 @@ class Destination:
         self.cleared = tuple(said)
 
     def _leave(self) -> None:
-        """Remove what is left of the work; what cannot be removed waits for the next run."""
+        """Remove the working files; the next run removes what cannot be removed now."""
         if not self._held:
             return
         self._held = False
@@ -260,5 +261,5 @@ class Destination:
 
     def _remove_parents(self) -> None:
         for parent in reversed(self._made_parents):
-            with contextlib.suppress(OSError):  # somebody uses it by now
+            with contextlib.suppress(OSError):  # something else uses it by now
                 parent.rmdir()

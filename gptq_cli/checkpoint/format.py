@@ -1,7 +1,7 @@
 """The dictionary that describes a GPTQ checkpoint, and the shapes that follow from it.
 
-It stands twice, in `config.json["quantization_config"]` and in `quantize_config.json`, and different tools
-have written it differently. Here is what we write, and how we read what others wrote.
+It is stored twice, in `config.json["quantization_config"]` and in `quantize_config.json`, and different tools
+write it differently. This module has what we write, and how we read what others wrote.
 """
 
 from __future__ import annotations
@@ -9,22 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from gptq_cli import __version__
 from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
 from gptq_cli.errors import CheckpointError
 
+PART_DTYPES = MappingProxyType({"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"})
+"""The tensors of a packed linear, `<linear>.qweight` and so on, in order, with the dtypes that we write."""
+PARTS = tuple(PART_DTYPES)
 FORMATS = ("gptq", "gptq_v2")
 WORDS = "words"
-"""Zeros of format gptq as GPTQModel computes them: see `checkpoint.zeros`."""
+"""Zeros of format gptq as GPTQModel computes them; see `checkpoint.zeros`."""
 _SUBTRACTS_WORDS = re.compile(r"(gptq[-_ ]?model|auto[-_ ]?gptq)\w*(?:\s*:\s*v?(\d+))?", re.IGNORECASE)
-"""In `meta`: GPTQModel, and AutoGPTQ from 0.8 on, which it began as; earlier ones write no `meta`."""
+"""In `meta`: GPTQModel, and its predecessor AutoGPTQ from 0.8 on; earlier versions write no `meta`."""
 _THREE_BITS_BY_FIELDS = 7
 """From this version on, GPTQModel subtracts field by field where codes have 3 bits (its PR 2763)."""
 _PATTERN_LIMIT = 1000
 _NESTED_REPEATS = re.compile(r"[+*}]\??\)+[+*{]")
-"""A repeat right inside a repeated group, `(a+)+`: such a pattern can run for longer than anyone waits."""
+"""A repeat inside a repeated group, `(a+)+`: matching such a pattern can take practically for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,7 @@ class PackedFormat:
 
     bits: int
     group_size: int
-    """-1: one group a row."""
+    """-1: one group per row."""
     sym: bool
     desc_act: bool
     checkpoint_format: str
@@ -48,18 +52,19 @@ class PackedFormat:
         return WORDS if by_words else self.checkpoint_format
 
     def groups(self, in_features: int) -> int:
-        """Groups in a row of `in_features` columns."""
+        """Groups per row of `in_features` columns."""
         return 1 if self.group_size == -1 else -(-in_features // self.group_size)
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the four tensors of a linear."""
         groups = self.groups(in_features)
-        return {
-            "qweight": (-(-in_features * self.bits // 32), out_features),
-            "qzeros": (groups, -(-out_features * self.bits // 32)),
-            "scales": (groups, out_features),
-            "g_idx": (in_features,),
-        }
+        sizes = (
+            (-(-in_features * self.bits // 32), out_features),
+            (groups, -(-out_features * self.bits // 32)),
+            (groups, out_features),
+            (in_features,),
+        )
+        return dict(zip(PARTS, sizes, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +79,7 @@ class CheckpointFormat:
     notes: tuple[str, ...]
 
     def of(self, module: str) -> PackedFormat | None:
-        """The format of one linear; None where `dynamic` says that it is dense."""
+        """The format of one linear; None where `dynamic` leaves it dense."""
         for pattern, fields in self.overrides:
             if pattern.match(module):
                 return (
@@ -86,7 +91,7 @@ class CheckpointFormat:
 def quantization_dict(
     quantize: QuantizeConfig, *, dense_patterns: tuple[str, ...] = (), modules_in_block: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """What we write. `dense_patterns`: regular expressions of modules inside blocks that stay dense."""
+    """The dictionary we write. `dense_patterns`: regular expressions of modules in blocks that stay dense."""
     result: dict[str, Any] = {
         "bits": quantize.bits,
         "group_size": quantize.group_columns,
@@ -108,7 +113,7 @@ def quantization_dict(
 
 
 def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
-    """Read the dictionary of file `where`, whoever wrote it. Raises `CheckpointError`."""
+    """Read the dictionary of the file `where`, written by any tool. Raises `CheckpointError`."""
     method = _or_default(raw.get("quant_method"), default="gptq")
     if method != "gptq":
         raise CheckpointError(
@@ -130,14 +135,14 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
     if len(set(map(str, formats))) > 1:
         raise CheckpointError(f"{where}: checkpoint_format is {formats[0]!r} but format is {formats[1]!r}")
     if not formats:
-        notes.append(f"{where} names no checkpoint_format: read as gptq (v1)")
+        notes.append(f"{where} has no checkpoint_format: read as gptq (v1)")
     sym = raw.get("sym")
     if sym is None:
         notes.append(f"{where} does not say whether codes are symmetric: read as sym = true")
         sym = True
     for key in ("bits", "group_size"):
         if key not in raw:
-            raise CheckpointError(f"{where} has no {key}", hint="it is no complete GPTQ checkpoint")
+            raise CheckpointError(f"{where} has no {key}", hint="it is not a complete GPTQ checkpoint")
     base = PackedFormat(
         bits=raw["bits"],
         group_size=raw["group_size"],
@@ -177,7 +182,7 @@ def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapp
     if dynamic is None:
         return ()
     if not isinstance(dynamic, Mapping):
-        raise CheckpointError(f"{where}: dynamic is no JSON object")
+        raise CheckpointError(f"{where}: dynamic is not a JSON object")
     result: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
     for key, fields in dynamic.items():
         text = key[2:] if key[:2] in ("-:", "+:") else key
@@ -185,7 +190,7 @@ def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapp
             if len(text) > _PATTERN_LIMIT:
                 raise re.error("it is too long")
             if _NESTED_REPEATS.search(text):
-                raise re.error("it repeats a repeat")
+                raise re.error("it repeats a group that repeats")
             pattern = re.compile(text)
         except re.error as error:
             raise CheckpointError(f"{where}: dynamic has the pattern {text[:80]!r}: {error}") from error
@@ -193,14 +198,14 @@ def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapp
             result.append((pattern, None))
             continue
         if not isinstance(fields, Mapping):
-            raise CheckpointError(f"{where}: dynamic[{key!r}] is no JSON object")
+            raise CheckpointError(f"{where}: dynamic[{key!r}] is not a JSON object")
         known = ("bits", "group_size", "sym", "desc_act")
         result.append((pattern, {name: fields[name] for name in known if fields.get(name) is not None}))
     return tuple(result)
 
 
 def _or_default(value: Any, *, default: Any) -> Any:
-    """null says what an absent key says."""
+    """null means the same as an absent key."""
     return default if value is None else value
 
 

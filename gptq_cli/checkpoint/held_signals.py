@@ -1,4 +1,4 @@
-"""Signals that wait: while a result is put in place, a signal that would end the run is kept for later."""
+"""Deferring signals: one that would end the run while a result is put in place is delivered afterwards."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
 
 @contextmanager
 def held_signals() -> Iterator[Callable[[], None]]:
-    """SIGINT, SIGTERM and SIGHUP wait for the end of the block, and are delivered then.
+    """Defer SIGINT, SIGTERM and SIGHUP to the end of the block.
 
-    Lends a function that raises `KeyboardInterrupt` if one is waiting: for the last moment at which the block
-    may still be left. Signals are the main thread's: in another thread nothing is held.
+    Yields a function that raises `KeyboardInterrupt` if one is waiting: call it at the last moment at which
+    the block may still be left. Signals go to the main thread, so in another thread nothing is deferred.
     """
     waiting: list[int] = []
 

@@ -1,8 +1,8 @@
-"""Which tensor goes to which place of which file, known before the first weight is read.
+"""Which tensor goes to which place of which file, decided before the first weight is read.
 
-The shapes of packed tensors follow from K, N and the format alone, so every shard's head, its size and the
-size of the whole checkpoint are known at the start. That is what lets the writer put each tensor in its
-place as it comes, in any order, without holding a shard in memory, and reserve the disk before the work.
+The shapes of packed tensors follow from K, N and the format, so every shard's header, its size and the size
+of the checkpoint are known at the start. So the writer can write each tensor to its place as soon as it is
+finished, in any order and without keeping a shard in memory, and can reserve disk space before the run.
 """
 
 from __future__ import annotations
@@ -12,20 +12,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gptq_cli.checkpoint.format import PackedFormat
+from gptq_cli.checkpoint.format import PART_DTYPES, PackedFormat
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.conversion import natural_key
-from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.facts import TensorInfo, dtype_name
 from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
-from gptq_cli.model.skeleton import LinearInfo, Skeleton, main_dtype
-
-PART_DTYPES = {"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"}
+from gptq_cli.model.skeleton import Skeleton, main_dtype
+from gptq_cli.placement.names import fold
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the checkpoint to be."""
+    """One tensor of the planned checkpoint."""
 
     name: str
     dtype: str
@@ -46,7 +45,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
-    """One file: its head, and every tensor's place."""
+    """One file: its header, and every tensor's place."""
 
     file: str
     tensors: tuple[PlannedTensor, ...]
@@ -72,12 +71,12 @@ class CheckpointPlan:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, without the heads."""
+        """Bytes of all tensors, without the headers."""
         return sum(tensor.size_bytes for shard in self.shards for tensor in shard.tensors)
 
 
 def packed_format(quantize: QuantizeConfig) -> PackedFormat:
-    """The stored form that a configuration leads to."""
+    """The format in which a configuration is stored."""
     return PackedFormat(
         bits=quantize.bits,
         group_size=quantize.group_columns,
@@ -87,14 +86,9 @@ def packed_format(quantize: QuantizeConfig) -> PackedFormat:
     )
 
 
-def plan_checkpoint(
-    skeleton: Skeleton,
-    quantize: QuantizeConfig,
-    max_shard_bytes: int,
-    linears: Sequence[LinearInfo] | None = None,
-) -> CheckpointPlan:
-    """Lay out the checkpoint; `linears` (default: all of the skeleton) are stored packed, the rest dense."""
-    groups = _tensor_groups(skeleton, quantize, skeleton.linears if linears is None else linears)
+def plan_checkpoint(skeleton: Skeleton, quantize: QuantizeConfig, max_shard_bytes: int) -> CheckpointPlan:
+    """Lay out the checkpoint: the linears of the skeleton are stored packed, the rest dense."""
+    groups = _tensor_groups(skeleton, quantize)
     filled: list[list[PlannedTensor]] = [[]]
     size = 0
     for group in groups:
@@ -113,13 +107,11 @@ def plan_checkpoint(
     return CheckpointPlan(tuple(shards))
 
 
-def _tensor_groups(
-    skeleton: Skeleton, quantize: QuantizeConfig, linears: Sequence[LinearInfo]
-) -> Iterator[list[PlannedTensor]]:
+def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[list[PlannedTensor]]:
     """Tensors in natural order of their names; the parts of one linear stay together in a file."""
-    packed = {linear.source_key: linear for linear in linears}
+    packed = {linear.source_key: linear for linear in skeleton.linears}
     form = packed_format(quantize)
-    stored, run = main_dtype(skeleton.files), str(skeleton.dtype).removeprefix("torch.")
+    stored, run = main_dtype(skeleton.files), dtype_name(skeleton.dtype)
     for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
         linear = packed.get(tensor.name)
         if linear is None:
@@ -134,8 +126,8 @@ def _tensor_groups(
 
 
 def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions of the modules inside blocks that stay dense though they hold matrices, in source
-    names."""
+    """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
+    dense."""
     quantized = {linear.name for linear in skeleton.linears}
     inside = tuple(f"{block}." for block in skeleton.blocks)
     patterns: dict[str, None] = {}
@@ -150,7 +142,7 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
             for source in origin.sources
         ]
         common = _common_parent(sources) if sources else name
-        folded = re.sub(r"(?<=\.)\d+(?=\\?\.|$)", r"\\d+", re.escape(common))
+        folded = re.escape(fold(common)).replace(r"\*", r"\d+")
         patterns[rf"{folded}(\..*)?$"] = None
     return tuple(patterns)
 

@@ -1,4 +1,4 @@
-"""Matching the tensors of a quantized checkpoint with the modules of its model, by heads alone."""
+"""Matching the tensors of a quantized checkpoint with the modules of its model, from headers alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from gptq_cli.checkpoint.checkpoint import PARTS, PackedInfo, QuantizedCheckpoint
-from gptq_cli.checkpoint.format import CheckpointFormat, PackedFormat
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
+from gptq_cli.checkpoint.format import PARTS, CheckpointFormat, PackedFormat
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.model.blocks import find_blocks, is_linear, shape
 from gptq_cli.model.conversion import Conversion, KeyMap
 from gptq_cli.model.source import ModelFiles
+from gptq_cli.wording import and_others
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class CheckpointMatcher:
-    """Matches the tensors of a checkpoint with the model's modules, and collects what does not fit."""
+    """Matches the tensors of a checkpoint with the model's modules, and collects what does not match."""
 
     def __init__(
         self,
@@ -40,7 +41,7 @@ class CheckpointMatcher:
         self.notes: list[str] = list(form.notes)
 
     def checkpoint(self) -> QuantizedCheckpoint:
-        """The checkpoint, or a `CheckpointError` that names the first thing that does not fit."""
+        """The checkpoint. Raises a `CheckpointError` that names the first thing that does not match."""
         sources = [name.removesuffix(".qweight") for name in self.by_name if name.endswith(".qweight")]
         self._leftovers(set(sources))
         packed = tuple(info for source in sources if (info := self._packed(source)) is not None)
@@ -50,11 +51,12 @@ class CheckpointMatcher:
         keys = self.conversion.map([*names, *(f"{source}.weight" for source in sources)])
         self._dense(keys, set(sources))
         if not sources and not self.errors:
-            self.errors.append(f"{self.directory} holds no quantized linear (no tensor ends in .qweight)")
+            self.errors.append(
+                f"{self.directory} holds no quantized linears (no tensor name ends in .qweight)"
+            )
         if self.errors:
-            more = f" (and {len(self.errors) - 1} more problems)" if len(self.errors) > 1 else ""
             raise CheckpointError(
-                self.errors[0] + more,
+                self.errors[0] + and_others(self.errors, "problems"),
                 hint="the checkpoint is incomplete or damaged: fetch it again",
                 problems=tuple(self.errors),
             )
@@ -62,11 +64,9 @@ class CheckpointMatcher:
         linears = sorted((i for i in packed if i.fused_into is None), key=lambda info: order[info.name])
         without = sum(not info.has_g_idx for info in packed)
         if without:
-            self.notes.append(f"{without} linears have no g_idx: groups are taken in place")
+            self.notes.append(f"{without} linears have no g_idx: column k is in group k // group_size")
         if keys.unexpected:
-            self.notes.append(
-                f"{len(keys.unexpected)} tensors that the model has no place for are left unread"
-            )
+            self.notes.append(f"{len(keys.unexpected)} tensors that do not belong to the model are not read")
         try:
             blocks = find_blocks(self.model)[1]
         except ModelError:
@@ -88,21 +88,22 @@ class CheckpointMatcher:
         )
 
     def _foreign_bias(self, name: str) -> bool:
-        """A bias that its packed linear adds though the model's class has none: AutoGPTQ writes them all."""
+        """A bias of a packed linear whose class in the model has none: AutoGPTQ writes one for every
+        linear."""
         return name in self.by_name and self.conversion.target_of(name)[0] is None
 
     def _leftovers(self, sources: set[str]) -> None:
-        """Parts of a quantized linear whose qweight is not there."""
+        """Report parts of quantized linears whose qweight is missing."""
         for name in self.by_name:
             owner, _, part = name.rpartition(".")
-            if part in ("qzeros", "scales", "g_idx") and owner not in sources:
+            if part in PARTS[1:] and owner not in sources:
                 self.errors.append(f"tensor {owner}.qweight is missing, but {name} is there")
 
     def _packed(self, source: str) -> PackedInfo | None:
         target, pattern = self.conversion.target_of(f"{source}.weight")
         form = self.form.of(source)
         if f"{source}.weight" in self.by_name:
-            self.errors.append(f"tensor {source}.weight stands beside {source}.qweight")
+            self.errors.append(f"there are both {source}.weight and {source}.qweight")
             return None
         if form is None:
             self.errors.append(f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense")
@@ -118,7 +119,7 @@ class CheckpointMatcher:
         else:
             module = self.model.get_submodule(module_name)
             if not is_linear(module):
-                self.errors.append(f"tensor {source}.qweight belongs to {module_name}, which is no linear")
+                self.errors.append(f"tensor {source}.qweight belongs to {module_name}, which is not a linear")
                 return None
             rows, columns = shape(module)
             sizes, name, fused = (columns, rows), module_name, None
@@ -142,7 +143,7 @@ class CheckpointMatcher:
         return info
 
     def _expert_sizes(self, source: str, form: PackedFormat) -> tuple[int, int] | None:
-        """(K, N) of an expert, which has no module to ask: from its own tensors."""
+        """(K, N) of an expert, which has no module of its own, from its tensors."""
         qweight = self.by_name[f"{source}.qweight"]
         g_idx = self.by_name.get(f"{source}.g_idx")
         if len(qweight.shape) != 2:

@@ -1,8 +1,8 @@
-"""Opening a GPTQ checkpoint, ours or anyone's: every name, dtype and shape is judged before a value is read.
+"""Opening a GPTQ checkpoint of any tool: every name, dtype and shape is checked before a value is read.
 
-The checkpoint's config builds the model on the meta device; Transformers' own key rules say which module each
-`qweight` belongs to; what does not fit is a `CheckpointError` that names the tensor. Nothing is executed, no
-pickle is opened and no shard outside the directory is read.
+The model is built from the checkpoint's config on the meta device, and Transformers' own key rules say which
+module each `qweight` belongs to. Whatever does not match is a `CheckpointError` that names the tensor. No
+code is executed, no pickle is opened and no shard outside the directory is read.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import torch
 from transformers import PretrainedConfig
 
 from gptq_cli.checkpoint.checkpoint import (
-    PARTS,
     PackedInfo,
     QuantizedCheckpoint,
     dense_origins,
     read_packed,
     trivial_g_idx,
 )
-from gptq_cli.checkpoint.format import CheckpointFormat, parse_quantization
+from gptq_cli.checkpoint.format import PARTS, CheckpointFormat, parse_quantization
 from gptq_cli.checkpoint.match import CheckpointMatcher
 from gptq_cli.config import DType, ModelRef
 from gptq_cli.errors import CheckpointError
@@ -33,6 +32,7 @@ from gptq_cli.model.architecture import load_config
 from gptq_cli.model.find import local_directory
 from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
+from gptq_cli.wording import and_others
 
 __all__ = [
     "PackedInfo",
@@ -49,17 +49,18 @@ _AGREE = (
     *("bits", "group_size", "sym", "desc_act", "checkpoint_format"),
     *("dynamic", "quant_method", "pack_dtype", "is_marlin_format"),
 )
-"""What must be the same wherever it is said: all that says how tensors are to be read."""
+"""Keys that must agree in all files: those that decide how tensors are read."""
 _INNER_CONFIGS = 2
-"""How deep configs are looked for inside config.json: thinker_config has a text_config."""
+"""How deep to look for configs inside config.json: thinker_config has a text_config."""
 _ANY = MappingProxyType({"bits": 4, "group_size": 128})
-"""Stands for what a dictionary leaves to another."""
+"""Replaces keys that a dictionary leaves to another one."""
 
 
 def open_checkpoint(
     path: str | Path, *, trust_remote_code: bool = False, dtype: DType = "auto"
 ) -> QuantizedCheckpoint:
-    """Open the directory `path`. Reads config and heads only. Raises `CheckpointError` and `ModelError`."""
+    """Open the directory `path`. Reads configs and headers only. Raises `CheckpointError` and
+    `ModelError`."""
     directory = local_directory(path, CheckpointError)
     if directory is None:
         raise CheckpointError(
@@ -77,7 +78,8 @@ def open_checkpoint(
 
 
 def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]:
-    """The quantization dictionary of all files that hold one; they must agree in what they both say."""
+    """The quantization dictionary, merged from all files that hold one; they must not contradict each
+    other."""
     found = _quantization_dicts(directory)
     if not found and any(holds_codes(path) for path in directory.glob("*.safetensors")):
         raise CheckpointError(
@@ -87,19 +89,19 @@ def _read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]
         )
     if not found:
         raise CheckpointError(
-            f"{directory} is no GPTQ checkpoint: there is neither a quantize_config.json nor a "
+            f"{directory} is not a GPTQ checkpoint: there is neither a quantize_config.json nor a "
             "quantization_config in config.json",
             hint="quantize the model first: gptq quantize MODEL --out DIR",
         )
     _agree(found)
-    (first, whole), *others = found
+    (first, merged), *others = found
     for _, other in others:
-        whole = _completed(whole, other)
-    return whole, parse_quantization(whole, first)
+        merged = _completed(merged, other)
+    return merged, parse_quantization(merged, first)
 
 
 def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """(where it stands, dictionary), the most telling first."""
+    """(where it was found, dictionary), the file that decides first."""
     found: list[tuple[str, Mapping[str, Any]]] = []
     for name in (*CONFIG_FILES, "config.json"):
         if not (directory / name).is_file():
@@ -114,11 +116,11 @@ def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
             found.append((name, content))
     for where, held in found:
         if not isinstance(held, Mapping):
-            raise CheckpointError(f"{directory}: the quantization config in {where} is no JSON object")
+            raise CheckpointError(f"{directory}: the quantization config in {where} is not a JSON object")
         if held and not any(key in held for key in (*_AGREE, *_FORMAT_KEYS)):
             raise CheckpointError(
                 f"{directory}: the quantization config in {where} has none of {', '.join(_AGREE[:5])}",
-                hint="it is no quantization config: take the file away, or put the right one there",
+                hint="it is not a quantization config: remove the file, or replace it by the right one",
             )
     return found
 
@@ -126,8 +128,8 @@ def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
 def _inside_config(
     config: Mapping[str, Any], where: str, depth: int = _INNER_CONFIGS
 ) -> Iterator[tuple[str, Any]]:
-    """The quantization_config of config.json and of the configs inside it: text-and-image models have one
-    for their text part (text_config), and some tools write it there."""
+    """The quantization_config of config.json and of the configs inside it: some tools write it into the text
+    part (text_config) of a text-and-image model."""
     if config.get("quantization_config") is not None:
         yield where, config["quantization_config"]
     for key, inner in config.items() if depth else ():
@@ -136,7 +138,8 @@ def _inside_config(
 
 
 def _forget_quantization(config: Any) -> None:
-    """The model is built dense; a part that is a bare dictionary is no config of its class, and misleads."""
+    """Remove quantization configs, because the model is built dense; so are parts left as plain
+    dictionaries."""
     for name, inner in list(vars(config).items()):
         if name == "quantization_config":
             delattr(config, name)
@@ -147,8 +150,8 @@ def _forget_quantization(config: Any) -> None:
 
 
 def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
-    """Raise `CheckpointError` where two dictionaries say different things; a key that one of them leaves out,
-    or has as null, is no contradiction."""
+    """Raise `CheckpointError` where two dictionaries contradict each other; a key that is missing or null in
+    one of them is not a contradiction."""
     said: dict[str, tuple[str, Any]] = {}
     for where, content in found:
         own = dict(content)
@@ -168,18 +171,19 @@ def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
 
 
 def _completed(content: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """`content`, and what `other` says beyond it."""
-    whole = {key: value for key, value in other.items() if value is not None}
+    """`content`, completed with keys from `other`."""
+    rest = {key: value for key, value in other.items() if value is not None}
     if any(content.get(key) is not None for key in _FORMAT_KEYS):
-        whole = {key: value for key, value in whole.items() if key not in _FORMAT_KEYS}
-    own = {key: value for key, value in content.items() if value is not None or key not in whole}
+        rest = {key: value for key, value in rest.items() if key not in _FORMAT_KEYS}
+    own = {key: value for key, value in content.items() if value is not None or key not in rest}
     if own.get("dynamic") == {}:
-        own["dynamic"] = whole.get("dynamic", {})
-    return {**whole, **own}
+        own["dynamic"] = rest.get("dynamic", {})
+    return {**rest, **own}
 
 
 def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ...]:
-    """What AutoGPTQ may have called the weights: the name in its config, else one made of the settings."""
+    """Names that AutoGPTQ may have given the weights: the one in its config, and one made from the
+    settings."""
     named = raw.get("model_file_base_name")
     made = f"gptq_model-{form.base.bits}bit-{form.base.group_size}g"
     return (named.removesuffix(".safetensors"), made) if isinstance(named, str) and named else (made,)
@@ -188,9 +192,8 @@ def _base_names(raw: Mapping[str, Any], form: CheckpointFormat) -> tuple[str, ..
 def _raise_for(problems: tuple[SourceProblem, ...]) -> None:
     serious = [problem for problem in problems if problem.kind not in READABLE]
     if serious:
-        more = f" (and {len(serious) - 1} more problems)" if len(serious) > 1 else ""
         raise CheckpointError(
-            serious[0].message + more,
+            serious[0].message + and_others(serious, "problems"),
             hint=serious[0].hint or None,
             problems=tuple(problem.message for problem in serious),
         )

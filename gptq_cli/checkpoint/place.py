@@ -1,7 +1,7 @@
-"""Where a checkpoint is to go, and what stands there now.
+"""Where a checkpoint will be written, and what is there now.
 
-A place has one name, whatever links and relative parts lead to it. What stands there is remembered as a
-`State`: enough to tell later whether it is the same thing, unchanged.
+A `Place` has one name, through whatever links and relative parts it was given. What is there is recorded as a
+`State`: enough to decide later whether it is still the same, unchanged.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.placement.device import format_size
 
 NOT_CONTENT = frozenset({INSIDE, "lost+found"})
-"""What an empty volume may hold."""
+"""Names that an empty volume may contain."""
 
 Kind = Literal["absent", "empty", "checkpoint", "other"]
 Entry = tuple[int, int, int]
-"""Inode, bytes and mtime in nanoseconds of a file; of a directory the inode alone."""
+"""Inode, bytes and mtime in nanoseconds of a file; for a directory only the inode."""
 
 
 def looks_like_checkpoint(directory: Path) -> bool:
-    """True for what `--overwrite` may replace: a directory with the two configs of a quantized model."""
+    """True for a directory that `--overwrite` may replace: it has both configs of a quantized model."""
     return all(os.path.isfile(directory / name) for name in ("config.json", "quantize_config.json"))
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A destination without links and relative parts, and where its working folder stands."""
+    """A destination without links and relative parts, and the place of its working folder."""
 
     out: Path
     inside: bool
-    """`out` is a directory that cannot be renamed over, so its content is put into it."""
+    """`out` is a directory that cannot be replaced by renaming, so files are moved into it."""
 
     @classmethod
     def of(cls, out: str | Path) -> Self:
-        """Where `out` really is; touches nothing."""
+        """The real path of `out`; nothing is changed."""
         real = Path(os.path.realpath(os.path.expanduser(out)))
         return cls(real, os.path.isdir(real) and (is_mount(real) or not may_be_renamed(real)))
 
@@ -64,7 +64,8 @@ class Place:
 
     @property
     def folders(self) -> tuple[Path, Path]:
-        """Where working folders may stand: this run's, and that of one that saw the place otherwise."""
+        """Both places of working folders: this run's, and the one used if `out` is renamable for another
+        run."""
         return (self._inside, self._beside) if self.inside else (self._beside, self._inside)
 
     @property
@@ -77,25 +78,26 @@ class Place:
 
     @property
     def standing(self) -> Path:
-        """What counts as the destination: an old checkpoint that an interrupted run moved aside, too."""
+        """The destination, or the old checkpoint that an interrupted run had moved aside from there."""
         old = self.folder / OLD
         return (
             old if not os.path.lexists(self.out) and os.path.isdir(old) and is_ours(self.folder) else self.out
         )
 
     def owner(self) -> Owner | None:
-        """Whose working folder is there."""
+        """The run that owns the working folder."""
         return read_owner(self.folder)
 
     def check_free(self) -> None:
-        """Raise `DestinationBusy` while another run works on the place. Writes nothing."""
+        """Raise `DestinationBusy` if another run is using the place. Writes nothing."""
         for folder in self.folders:
             owner = read_owner(folder)
             if not (owner and owner.is_this_process) and is_ours(folder) and is_held(folder):
                 raise busy(self.out, folder)
 
     def left_over(self, *, done: bool) -> tuple[str, int]:
-        """What a run does about what an ended one left, or has `done`, in words; and the bytes it frees."""
+        """A sentence about what the run does, or has `done`, with an earlier run's leftovers; and the bytes
+        it frees."""
         folder = self.folder
         if not is_ours(folder) or not {RESULT, OLD} & set(os.listdir(folder)):
             return "", 0
@@ -110,7 +112,7 @@ class Place:
 
 
 def may_be_renamed(directory: Path) -> bool:
-    """Whether this process may give the name of an existing directory to another one."""
+    """Whether this process may rename the directory."""
     parent = directory.parent
     if not may_write(parent):
         return False
@@ -123,7 +125,7 @@ def may_be_renamed(directory: Path) -> bool:
 
 
 def may_write(directory: Path) -> bool:
-    """Whether this process may make and remove names in a directory."""
+    """Whether this process may create and remove names in a directory."""
     effective = os.access in os.supports_effective_ids
     return directory.is_dir() and os.access(directory, os.W_OK | os.X_OK, effective_ids=effective)
 
@@ -135,7 +137,7 @@ def may_be_removed(directory: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What stands at a place: enough to tell whether it is the same, unchanged, later."""
+    """What is at a place: enough to decide later whether it is the same, unchanged."""
 
     kind: Kind
     identity: tuple[int, int] | None = None
@@ -148,7 +150,7 @@ class State:
 
 
 def state_of(path: Path, ignored: Iterable[str] = ()) -> State:
-    """Look at a place. Raises `OSError` where it cannot be looked at."""
+    """The state of a place. Raises `OSError` where it cannot be read."""
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -199,7 +201,7 @@ def check_destination(out: Path, source: Path | None, *, overwrite: bool) -> Non
         raise ConfigError(f"out {out} is a file; allowed: a directory", hint="choose another --out")
     if kind != "checkpoint":
         raise ConfigError(
-            f"out {out} is no checkpoint of a quantized model, so --overwrite does not touch it",
+            f"out {out} is not a checkpoint of a quantized model, so --overwrite does not touch it",
             hint="choose another --out, or remove the directory yourself",
         )
     if place.inside:
@@ -210,7 +212,7 @@ def check_destination(out: Path, source: Path | None, *, overwrite: bool) -> Non
 
 
 def is_empty(place: Place) -> bool:
-    """Whether nothing stands there but what an empty volume holds and an ended run of ours left."""
+    """Whether nothing is there except what an empty volume contains and leftovers of our own runs."""
     try:
         return set(os.listdir(place.standing)) <= ignored_names(place)
     except OSError:
@@ -218,7 +220,7 @@ def is_empty(place: Place) -> bool:
 
 
 def ignored_names(place: Place) -> frozenset[str]:
-    """Names that are no content of the place."""
+    """Names that do not count as content of the place."""
     if not place.inside:
         return frozenset()
     owner = place.owner()
@@ -226,8 +228,8 @@ def ignored_names(place: Place) -> frozenset[str]:
 
 
 def placed_files(out: Path, owner: Owner | None) -> list[tuple[str, Path]]:
-    """Files that the run of `owner` moved to `out` before it ended, and nothing that came there since; none
-    where it had moved all of them, for then the checkpoint is complete.
+    """Files that the run of `owner` moved to `out` before it ended, without files that are newer. Empty where
+    it had moved all of them, because then the checkpoint is complete.
     """
     planned = owner.placing if owner is not None else {}
     found = []

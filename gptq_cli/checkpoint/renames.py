@@ -1,7 +1,7 @@
-"""Renames beyond `os.rename`: two names exchanged at once, a name taken only where it is free; and mounts.
+"""Renames beyond `os.rename`: exchanging two names in one step, and taking a name only if it is free; mounts.
 
-Linux has both in `renameat2` (glibc 2.28), which Python does not offer. Elsewhere, and on file systems that
-do not know them, the caller is told so and takes a longer way.
+Linux has both in `renameat2` (glibc 2.28), which Python does not expose. On other systems, and on file
+systems without support, the functions say so and the caller does it in more steps.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two directories or files swap their names in one step.
+    """Exchange the names of two directories or files in one step.
 
-    Returns False, and nothing has happened, where the system or the file system cannot. Raises `OSError`.
+    Returns False, having done nothing, where the system or the file system cannot. Raises `OSError`.
     """
     return _renameat2(first, second, _RENAME_EXCHANGE)
 
 
 def rename_to_free(source: Path, target: Path) -> None:
-    """Rename, but never over something: raises `FileExistsError` where `target` exists."""
+    """Rename without replacing anything: raises `FileExistsError` where `target` exists."""
     if _renameat2(source, target, _RENAME_NOREPLACE):
         return
     if os.path.lexists(target):
@@ -56,7 +56,7 @@ def _unescaped(found: re.Match[str]) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
+    """Flush a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

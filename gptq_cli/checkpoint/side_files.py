@@ -1,4 +1,4 @@
-"""The small files of a checkpoint: its config, and what is copied from the source beside the weights."""
+"""The small files of a checkpoint: its config, and the files copied from the source beside the weights."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.source import ModelFiles, read_json
 from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
 
 
 def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The source's own config.json with the quantization and the dtype set: no other word is changed."""
+    """The source's config.json with the quantization and the dtype set, and nothing else changed."""
     config = dict(read_json(source / "config.json"))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     _set_dtype(config, name)
     text = config.get("text_config")
     if isinstance(text, dict):
@@ -28,7 +29,8 @@ def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torc
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:
-    """Both spellings are read in the wild; keep the one that is there, the old one where there is none."""
+    """Set the dtype under the key that is there, or else under torch_dtype, which old and new readers
+    know."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     config.update(dict.fromkeys(keys, name))
 
@@ -37,8 +39,8 @@ def copy_sidecars(files: ModelFiles, target: Path, *, code: bool) -> tuple[str, 
     """Copy tokenizer, generation config, templates and licences (and Python files with `code`); return
     their names.
 
-    Copied is what was there when the model was opened, and is still the same (else `SourceChanged`). A link
-    that leads out of the directory is left out: preflight has named it.
+    Only files that were there when the model was opened are copied; if one has changed since, `SourceChanged`
+    is raised. A link that leads out of the directory is left out: preflight has reported it.
     """
     copied: list[str] = []
     for stamp in files.stamps:

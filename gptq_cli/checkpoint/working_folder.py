@@ -1,15 +1,15 @@
-"""The working folder of a run: its name, the lock in it, whose it is, and what a run that ended left there.
+"""The working folder of a run: its name, its lock, its owner, and what an earlier run left in it.
 
-For the destination `models/q` it is `models/.q.gptq`, one for all spellings of that place:
+For the destination `models/q` it is `models/.q.gptq`, however the destination is spelled:
 
     .q.gptq/
-      lock        held by the kernel's flock as long as the run lives; kill -9 releases it
-      run.json    who works here: process, machine, since when. It makes the folder ours
-      result/     the checkpoint to be
-      old/        the checkpoint that --overwrite replaced, on its way out
+      lock        locked with flock while the run lives; kill -9 releases it
+      run.json    the owner: process, machine, start time. It marks the folder as ours
+      result/     the checkpoint being written
+      old/        the checkpoint that --overwrite replaced, about to be removed
 
-A folder of that name without our `run.json` belongs to somebody else and is never touched; of a folder of
-ours, only the names above are ever removed.
+A folder of that name without our `run.json` is not ours and is never touched; in a folder of ours, only the
+names above are ever removed.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ from gptq_cli.errors import ConfigError, DestinationBusy
 LOCK, SOFT_LOCK, MARKER, MARKER_NEW = "lock", "lock.soft", "run.json", "run.json.new"
 RESULT, OLD = "result", "old"
 INSIDE = ".gptq"
-"""The folder's name where it must stand inside of the destination."""
+"""The folder's name where it must be inside the destination."""
 _TOOL = "gptq-cli"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 _PATIENCE_SECONDS = 0.5
-"""A contender that only looks holds the lock for a moment, and so does a run that is about to end."""
+"""A run that only checks the lock holds it for a moment, and so does a run that is about to end."""
 _STEM_BYTES = 100
 _MARKER_LIMIT_BYTES = 1 << 20
 _TRIES = 20
 
 
 def stem(name: str) -> str:
-    """`name`, cut so that our additions still fit a file system's limit, but different for every name."""
+    """`name`, shortened so that our additions fit the file system's limit, but different for every name."""
     if len(os.fsencode(name)) <= _STEM_BYTES:
         return name
     short = name[:_STEM_BYTES]
@@ -58,7 +58,7 @@ def stem(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """The run that works, or worked, in a folder."""
+    """The run that uses, or used, a folder."""
 
     pid: int
     host: str
@@ -73,18 +73,18 @@ class Owner:
 
     @classmethod
     def of_this_process(cls, out: Path) -> Self:
-        """The process that asks, from now on."""
+        """This process, from now on."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         return cls(os.getpid(), socket.gethostname(), now, str(out))
 
     @property
     def is_this_process(self) -> bool:
-        """Whether it is the process that asks."""
+        """Whether it is this process."""
         return self.pid == os.getpid() and self.host == socket.gethostname()
 
 
 def read_owner(folder: Path) -> Owner | None:
-    """Whose the folder is; None where it is no working folder of ours."""
+    """The owner of the folder; None where it is not a working folder of ours."""
     path = folder / MARKER
     try:
         found = os.lstat(path)
@@ -98,11 +98,11 @@ def read_owner(folder: Path) -> Owner | None:
             int(content["pid"]), str(content["host"]), str(content["started"]), str(content["out"]), placing
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # whatever it is, we did not write it
+        return None  # we did not write this file
 
 
 def is_ours(folder: Path) -> bool:
-    """True for a working folder of this tool, and for one that a run had just made when it ended."""
+    """True for a working folder of this tool, also for one that a run had only just created when it ended."""
     if os.path.islink(folder) or not os.path.isdir(folder):
         return False
     try:
@@ -112,12 +112,12 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_taken(folder: Path) -> bool:
-    """Something that is not ours stands where the working folder is to be."""
+    """True where something that is not ours has the working folder's name."""
     return os.path.lexists(folder) and not is_ours(folder)
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a run lives in the folder. Writes nothing."""
+    """Whether a live run uses the folder. Writes nothing."""
     if (folder / SOFT_LOCK).exists():
         owner = read_owner(folder)
         return owner is None or owner.host != socket.gethostname() or psutil.pid_exists(owner.pid)
@@ -130,11 +130,11 @@ def is_held(folder: Path) -> bool:
     except Timeout:
         return True
     except OSError:
-        return False  # no locks here, or a file of somebody else: taking the folder will tell
+        return False  # no locks here, or not our file: `claim` will report it
 
 
 def busy(out: Path, folder: Path, reason: str = "") -> DestinationBusy:
-    """The error for a destination that another run works on."""
+    """The error for a destination that another run is using."""
     owner = read_owner(folder)
     why = f" ({reason})" if reason else ""
     return DestinationBusy(
@@ -152,27 +152,27 @@ class WorkingFolder:
         self.path, self.out = path, out
         self.result, self.old = path / RESULT, path / OLD
         self.unlocked = ""
-        """Why there is no kernel lock, where there is none."""
+        """Why there is no kernel lock; "" where there is one."""
         self._lock: BaseFileLock | None = None
         self._owner = Owner.of_this_process(out)
 
     def claim(self) -> Owner | None:
-        """Make the folder, or take over one whose run has ended; return whose it was.
+        """Create the folder, or take over one whose run has ended; return its earlier owner.
 
-        Raises `DestinationBusy` while another run lives in it, `ConfigError` where something else stands
-        there, `OSError`.
+        Raises `DestinationBusy` if a live run uses it, `ConfigError` where something else has its name, and
+        `OSError`.
         """
         for _ in range(_TRIES):
             with contextlib.suppress(FileExistsError):
                 self.path.mkdir()
             if is_taken(self.path):
                 raise ConfigError(
-                    f"{self.path} is in the way: a working folder would have that name, but no run made it",
+                    f"{self.path} is in the way: the working folder needs this name, but this is not one",
                     hint="rename it, or give another --out",
                 )
             try:
                 self._lock = self._acquired()
-            except FileNotFoundError:  # the run before us removed the folder as its last act: once more
+            except FileNotFoundError:  # the run before us removed the folder as its last step: try again
                 continue
             if os.path.lexists(self._lock.lock_file):
                 return read_owner(self.path)
@@ -180,7 +180,7 @@ class WorkingFolder:
         raise busy(self.out, self.path)
 
     def mark(self, placing: dict[str, tuple[int, int]] | None = None) -> None:
-        """Write who works here, and what is about to be moved to the destination."""
+        """Record the owner, and the files about to be moved to the destination."""
         owner = self._owner
         content = {
             "tool": _TOOL,
@@ -197,23 +197,25 @@ class WorkingFolder:
         fsync(self.path)
 
     def unmark(self) -> None:
-        """Give the folder and what is in it to the person: no later run will take it for ours."""
+        """Leave the folder and its content to the user: no later run will treat it as ours."""
         (self.path / MARKER).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what a run makes here, lock and marker apart. Raises `OSError`."""
+        """Remove what a run creates here, except lock and marker. Raises `OSError`."""
         for path in (self.result, self.old):
             remove(path)
 
     def release(self) -> None:
-        """Remove the folder and let go of the lock, in an order in which nobody can come in between."""
+        """Remove the folder and release the lock, in an order that leaves no moment for another run."""
         for name in (MARKER_NEW, MARKER, LOCK):
             (self.path / name).unlink(missing_ok=True)
         self.let_go()
 
     def let_go(self) -> None:
-        """End the lock; the folder goes where nothing is left in it."""
-        with contextlib.suppress(OSError):  # something of a person's is in it, or the next run already is
+        """Release the lock; an empty folder is removed."""
+        with contextlib.suppress(
+            OSError
+        ):  # it holds files that are not ours, or the next run uses it already
             self.path.rmdir()
         if self._lock is not None:
             self._lock.release(force=True)
@@ -244,7 +246,7 @@ class WorkingFolder:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole directory, never what a link points to; nothing where it is not there."""
+    """Remove a file or a directory tree, but never the target of a link. Does nothing if there is nothing."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:
@@ -252,7 +254,7 @@ def remove(path: Path) -> None:
 
 
 def tree_bytes(path: Path) -> int:
-    """Bytes that a directory's files take on the disk."""
+    """Bytes that the files of a directory take on the disk."""
     found = 0
     for folder, _, names in os.walk(path):
         for name in names:

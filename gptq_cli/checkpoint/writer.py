@@ -1,10 +1,10 @@
 """Writing a checkpoint so that it is either complete or not there.
 
-Everything is made in a working folder beside the destination (`destination.py`) and put in place as the last
-act. The plan (`plan.py`) gives each tensor its place in its file, so shards are reserved
-on the disk at once (a disk that is too small is found in the first second, not after an hour), tensors are
-written where they belong as they come, and memory holds one tensor at a time. Dense tensors are copied byte
-for byte from the source's shards. The same tensors give the same bytes.
+Everything is written in a working folder beside the destination (`destination.py`) and moved there as the
+last step. The plan (`layout.py`) gives each tensor its place in its file. So the shards are reserved on the
+disk at the start (a disk that is too small is found in the first second, not after an hour), each tensor is
+written to its place as soon as it is finished, and memory holds one tensor at a time. Dense tensors are
+copied byte for byte from the source's shards. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.checkpoint.format import quantization_dict
+from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.layout import (
     CheckpointPlan,
@@ -51,9 +51,9 @@ OnShard = Callable[[Path, int, int], None]
 
 
 class CheckpointWriter:
-    """Use as a context manager; without `finish` nothing remains.
+    """A context manager; without `finish` nothing remains.
 
-    `linears` are those that will come packed (default: all of the skeleton); every other tensor is copied.
+    The skeleton's linears will come packed; every other tensor is copied.
     `destination`: `out`, already entered by the caller, who leaves it as well.
     """
 
@@ -65,14 +65,13 @@ class CheckpointWriter:
         max_shard_bytes: int = 5_000_000_000,
         overwrite: bool = False,
         *,
-        linears: Sequence[LinearInfo] | None = None,
         on_shard: OnShard | None = None,
         destination: Destination | None = None,
     ) -> None:
-        self._lent = destination is not None
+        self._destination_given = destination is not None
         self._destination = destination or Destination(out, overwrite=overwrite)
         self.out = self._destination.out
-        self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes, linears)
+        self.plan: CheckpointPlan = plan_checkpoint(skeleton, quantize, max_shard_bytes)
         self._skeleton, self._quantize, self._overwrite = skeleton, quantize, overwrite
         self._on_shard = on_shard
         self._work = self._destination.result
@@ -84,12 +83,12 @@ class CheckpointWriter:
     def __enter__(self) -> Self:
         try:
             with self._disk():
-                if not self._lent:
+                if not self._destination_given:
                     self._destination.__enter__()
                 check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
                 for shard in self.plan.shards:
                     self._open_shard(shard)
-                # now rather than at the end: what cannot be read is known before the work
+                # now rather than at the end: unreadable files are found before the work
                 code = self._skeleton.ref.trust_remote_code
                 copy_sidecars(self._skeleton.files, self._work, code=code)
         except BaseException:
@@ -102,16 +101,14 @@ class CheckpointWriter:
     ) -> None:
         self._discard()
 
-    def add_packed(self, linear: LinearInfo, packed: PackedTensors, bias: Tensor | None = None) -> None:
-        """Write the four tensors of a linear; `bias` only where it differs from the source's."""
-        for part in ("qweight", "qzeros", "scales", "g_idx"):
+    def add_packed(self, linear: LinearInfo, packed: PackedTensors) -> None:
+        """Write the four tensors of a linear; its bias is copied like every dense tensor."""
+        for part in PARTS:
             self._put(f"{linear.source_name}.{part}", getattr(packed, part))
-        if bias is not None:
-            self._put(f"{linear.source_name}.bias", bias.to(self._skeleton.dtype))
 
     def copy_dense(self) -> None:
         """Copy every dense tensor from the source, cast where the run's dtype differs from the source's
-        main one.
+        main dtype.
 
         Raises `NonFinite` when a cast overflows.
         """
@@ -135,7 +132,7 @@ class CheckpointWriter:
             return self.put_in_place()
 
     def complete(self, report: Mapping[str, Any]) -> None:
-        """Write the remaining files, and bring everything to the disk."""
+        """Write the remaining files, and flush everything to the disk."""
         missing = sorted(name for names in self._waiting.values() for name in names)
         if missing:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
@@ -157,7 +154,7 @@ class CheckpointWriter:
             fsync(self._work)
 
     def put_in_place(self) -> int:
-        """The last act, after `complete`; return the checkpoint's bytes on the disk."""
+        """The last step, after `complete`; return the checkpoint's bytes on the disk."""
         with self._disk():
             size = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
         self._skeleton.files.check()
@@ -169,7 +166,9 @@ class CheckpointWriter:
         return {"metadata": {"total_size": self.plan.tensor_bytes}, "weight_map": weight_map}
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(content, indent=2) + "\n"  # ASCII: a name may hold what UTF-8 cannot
+        text = (
+            json.dumps(content, indent=2) + "\n"
+        )  # ASCII: a name may hold characters that UTF-8 cannot encode
         (self._work / name).write_text(text, encoding="utf-8")
 
     def _open_shard(self, shard: PlannedShard) -> None:
@@ -227,17 +226,17 @@ class CheckpointWriter:
             self._on_shard(self._work / shard.file, shard.size_bytes, len(shard.tensors))
 
     def _discard(self) -> None:
-        """Remove everything that was made and is not in place."""
+        """Remove everything that was written but not put in place."""
         for handle in self._files.values():
             with contextlib.suppress(OSError):
                 os.close(handle)
         self._files.clear()
-        if not self._lent:
+        if not self._destination_given:
             self._destination.__exit__(None, None, None)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
-        """Explain what a disk may answer."""
+        """Turn errors of the disk into a `GptqError`."""
         try:
             yield
         except OSError as error:
@@ -258,7 +257,7 @@ def _existing(path: Path) -> Path:
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Give the file its full size, with its blocks where the file system can do that."""
+    """Give the file its full size, and allocate its blocks where the file system can."""
     os.ftruncate(handle, size)
     if hasattr(os, "posix_fallocate") and size:
         try:

@@ -1,6 +1,6 @@
-"""The zeros of a packed linear, read as they were written, whatever the config calls them.
+"""The zeros of a packed linear, read as they were written, even where the config is wrong about them.
 
-`qzeros` holds them in one of three ways:
+`qzeros` stores them in one of three ways:
 
     gptq      zero - 1 in every field, modulo 2^bits (AutoGPTQ, and this tool)
     gptq_v2   the zero itself
@@ -8,12 +8,13 @@
               32-bit words, so that a zero of 0 borrows from its neighbour. Adding the constant to the words,
               modulo 2^32, undoes it exactly (convert_gptq_v2_to_v1_format_module in its utils/model.py).
 
-Without a zero of 0 the first and the third are the same. With 3 bits, fields lie across words: GPTQModel
-before 7.0 took constants there whose words are in the wrong order, so that not even symmetric zeros come out
-as gptq has them, and from 7.0 on it goes field by field.
+Unless a zero is 0, the first and the third are the same. With 3 bits, fields cross word borders: GPTQModel
+before 7.0 used constants whose words are in the wrong order, so that even symmetric zeros differ from gptq;
+from 7.0 on it subtracts field by field.
 
-Which of the three it is, the config says; but it may be wrong (saving with Transformers leaves gptq_v2 zeros
-under the name gptq). Where codes are symmetric it can be seen: every zero is the middle code, 2^(bits-1).
+The config says which of the three it is, but may be wrong (saving with Transformers leaves gptq_v2 zeros
+under the name gptq). For symmetric codes the right one can be recognised: every zero is the middle code,
+2^(bits-1).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.format import WORDS, PackedFormat
-from gptq_cli.gptq.packing import V1, V2, pack_rows, unpack_rows
+from gptq_cli.gptq.packing import V1, V2, fields_to_zeros, pack_rows, unpack_rows, zeros_to_fields
 
 _ONES = {bits: sum(1 << place for place in range(0, 32, bits)) for bits in (2, 4, 8)}
 _THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
-"""GPTQModel's constants for 3 bits before 7.0: of the third, second and first word of every three."""
+"""GPTQModel's constants for 3 bits before 7.0: those of the third, second and first word of every three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +39,10 @@ class Zeros:
 
     values: Tensor  # (G, N) uint8
     stored: str
-    """How they were found to be stored: "gptq", "gptq_v2" or "words"."""
+    """How they are stored: "gptq", "gptq_v2" or "words"."""
     known: bool
-    """False: the codes are symmetric, but no reading makes all zeros the middle code; they are read as the
-    config says."""
+    """False: the codes are symmetric, but in none of the three ways are all zeros the middle code; they are
+    read as the config says."""
 
 
 def read_zeros(
@@ -49,7 +50,7 @@ def read_zeros(
     form: PackedFormat,
     out_features: int,
 ) -> Zeros:
-    """Read the zeros in the way that `form` declares; symmetric ones in the way that makes them symmetric."""
+    """Read the zeros as `form` declares; symmetric ones in the way that makes them symmetric."""
     declared = form.zeros
     first = _read(qzeros, form.bits, out_features, declared)
     if not form.sym or _symmetric(first, form.bits):
@@ -68,17 +69,14 @@ def _symmetric(values: Tensor, bits: int) -> bool:
 
 def _read(qzeros: Tensor, bits: int, out_features: int, stored: str) -> Tensor:
     words = shift_words(qzeros, bits, 1) if stored == WORDS else qzeros
-    values = unpack_rows(words.t().contiguous(), bits, out_features).t()
-    if stored == V1:
-        values = (values + 1).bitwise_and(2**bits - 1)  # 255 + 1 wraps, as it should
-    return values.contiguous()
+    fields = unpack_rows(words.t().contiguous(), bits, out_features).t()
+    return fields_to_zeros(fields, bits, V1 if stored == V1 else V2).contiguous()
 
 
 def store_zeros(values: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     """(G, N) uint8 zeros as `qzeros` of "gptq" (field by field) or "gptq_v2"."""
-    if checkpoint_format == V1:
-        values = (values - 1).bitwise_and(2**bits - 1)  # 0 - 1 wraps, as it should
-    return pack_rows(values.t().contiguous(), bits).t().contiguous()
+    fields = zeros_to_fields(values, bits, checkpoint_format)
+    return pack_rows(fields.t().contiguous(), bits).t().contiguous()
 
 
 def shift_words(qzeros: Tensor, bits: int, sign: int) -> Tensor:
@@ -95,7 +93,7 @@ _NAMES = {V1: "gptq", V2: "gptq_v2", WORDS: "GPTQModel's gptq"}
 
 @dataclass(slots=True)
 class ZerosTally:
-    """Counts how the zeros of a checkpoint were read, for one sentence each."""
+    """Counts how the zeros of a checkpoint were read, to report each way in one sentence."""
 
     linears: int = 0
     others: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -111,16 +109,16 @@ class ZerosTally:
             self.others[key] = self.others.get(key, 0) + 1
 
     def sentences(self) -> Iterator[str]:
-        """What a person should know; nothing where all is as the config says."""
+        """Notes for the user; none where all zeros are as the config says."""
         for (declared, found), count in self.others.items():
             yield (
-                f"{count} of {self.linears} linears hold their zeros as {_NAMES[found]} has them, though the "
+                f"{count} of {self.linears} linears store their zeros as in {_NAMES[found]}, though the "
                 f"config says {_NAMES[declared]}: their codes are symmetric, so they are read as "
-                f"{_NAMES[found]}; other readers may be a step off in every weight"
+                f"{_NAMES[found]}; in other readers every weight may be off by one step"
             )
         if self.unknown:
             yield (
-                f"{self.unknown} of {self.linears} linears hold zeros that symmetric codes do not have, "
-                "though sym is true (or not said): they are read as the config says; other readers may "
-                "not look at them"
+                f"{self.unknown} of {self.linears} linears have zeros that do not fit symmetric codes, "
+                "though sym is true (or missing): they are read as the config says; other readers may "
+                "ignore them"
             )

@@ -4,7 +4,7 @@
     1  failed, the traceback stays  4  out of memory on a device
     2  usage or configuration       5  a quality gate failed              130  interrupted
 
-Typer brings its own copy of Click. Its errors are told apart by what they can do, never by importing
+Typer brings its own copy of Click. Its errors are recognised by their attributes, never by importing
 either: a usage error has `format_message` and an `exit_code`.
 """
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = tuple(sys.argv[1:] if argv is None else argv)
     session = Session(argv=words, as_json="--json" in words or _asks_for_json(os.environ))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # never die of a character that the terminal cannot show
+        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show is not an error
             stream.reconfigure(errors="replace")
     with ExitStack() as stack:
         output = Output(sys.stdout) if sys.stdout is not None else None
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ended(session: Session) -> int:
-    """Run the command; the exit code that its end means, with what is said about it."""
+    """Run the command; report how it ended and return the exit code for that."""
     try:
         with _signals_interrupt(session), out_of_memory_told(lambda: "outside of the work", _LESS):
             code = _run(session)
@@ -115,7 +115,7 @@ def _ended(session: Session) -> int:
         SystemExit
     ) as stop:  # Typer ends so when the reader of stdout went away, and after --show-completion
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception as error:  # noqa: BLE001  # the one place that may: what it is, is written below
+    except Exception as error:  # noqa: BLE001  # the one place that may: the error is written out below
         message = getattr(error, "format_message", None)
         if message is not None:
             code = int(getattr(error, "exit_code", 2))
@@ -127,7 +127,7 @@ def _ended(session: Session) -> int:
 
 
 def _asks_for_json(environ: Mapping[str, str]) -> bool:
-    """GPTQ_JSON as Typer reads a flag, for errors that come before it is parsed."""
+    """GPTQ_JSON as Typer reads a flag, for errors before it is parsed."""
     return environ.get("GPTQ_JSON", "").strip().lower() in ("1", "true", "t", "yes", "y", "on")
 
 
@@ -139,9 +139,9 @@ def _run(session: Session) -> int:
 
 @contextmanager
 def _signals_interrupt(session: Session) -> Iterator[None]:
-    """SIGTERM and SIGHUP end a run as Ctrl-C does: every `finally` is kept. nohup is respected.
+    """SIGTERM and SIGHUP end a run as Ctrl-C does, so that every `finally` runs. nohup is respected.
 
-    Once the result is in place the run is done, and what is left of it (a table, a page) is not interrupted.
+    Once the result is in place, what is left to do (a table, a page) is not interrupted.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:

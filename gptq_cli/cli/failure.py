@@ -42,13 +42,13 @@ def _message(error: BaseException) -> str:
 
 
 def _write_document(body: dict[str, Json]) -> None:
-    """The document of an error. Where stdout is lost, the error's own exit code says more; `main` tells."""
+    """The document of an error. A lost stdout is reported by `main`; the exit code stays the error's."""
     with suppress(OutputLostError):
         write_document(body)
 
 
 def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, quiet: bool = False) -> int:
-    """An error that we raise on purpose: message and hint. Returns its exit code. `quiet`: errors alone."""
+    """An error raised on purpose: message and hint. Returns its exit code. `quiet`: no warnings, no notes."""
     if isinstance(error, PreflightRefused):
         unseen = [finding for finding in error.report.ordered() if finding not in seen]
         _write_findings([finding for finding in unseen if finding.level == "error" or not quiet])
@@ -60,7 +60,7 @@ def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, 
 
 
 def report_unknown(error: Exception, *, as_json: bool) -> int:
-    """Anything else is a defect or the environment: the traceback stays."""
+    """Any other error is a defect or the environment: with its traceback."""
     if sys.stderr is not None:
         sys.stderr.write(many_lines("".join(traceback.format_exception(error))))
     _write_error(
@@ -104,7 +104,7 @@ def report_interrupted(*, as_json: bool) -> int:
 
 
 def report_lost_output(output: Output) -> None:
-    """Standard output took no more: one line, unless it was its reader that had enough."""
+    """Standard output could not be written: one line, unless its reader closed it."""
     if output.failure is not None and not output.reader_gone:
         why = reason(output.failure) if isinstance(output.failure, (OSError, ValueError)) else ""
         _write_error(
@@ -136,10 +136,9 @@ def _write(line: str) -> None:
 
 
 def _write_findings(findings: list[Finding]) -> None:
-    """A table at a terminal; elsewhere a line a statement, so that no path is broken at a column."""
+    """A table at a terminal; elsewhere one line per statement, so that no path is broken at a column."""
     if not findings or sys.stderr is None:
         return
-    from gptq_cli.display.plain import finding_lines
     from gptq_cli.display.tables import findings_table
 
     findings = escaped(findings)
@@ -147,5 +146,5 @@ def _write_findings(findings: list[Finding]) -> None:
     if console.is_terminal:
         console.print(findings_table(findings))
         return
-    for line in (line for finding in findings for line in finding_lines(finding)):
+    for line in (line for finding in findings for line in finding.lines):
         _write(line)

@@ -1,48 +1,37 @@
-"""`gptq inspect-map MODEL --device-map SPEC`: where would everything go, and is that allowed."""
+"""`gptq inspect-map MODEL --device-map SPEC`: where everything would go, and whether that is allowed."""
 
 from __future__ import annotations
 
 import typer
 
 from gptq_cli.cli import options as o
+from gptq_cli.cli.config_options import CODES, Codes, SolverMemory, TextSize, with_config_options
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
-    RECIPES,
     CalibrationConfig,
     InspectJob,
     ModelRef,
     QuantizeConfig,
-    parse_group_size,
     parse_targets,
 )
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 
-RECIPE = QuantizeConfig()
-TEXT = CalibrationConfig()
-ABOUT_CODES = ("bits", "group_size", "sym", "desc_act")
-"""Options about what a checkpoint would hold, which does not change where modules go."""
 
-
+@with_config_options
 def inspect_map(
     context: typer.Context,
     model: o.Model,
+    *,
     device_map: o.DeviceMapText = "auto",
     max_memory: o.MaxMemoryText = None,
     devices: o.Devices = None,
     target: o.QuantizeTargets = None,
     explain: o.Explain = None,
     recipe: o.Recipe = "balanced",
-    bits: o.Bits = RECIPE.bits,
-    group_size: o.GroupSize = str(RECIPE.group_size),
-    sym: o.Sym = RECIPE.sym,
-    desc_act: o.DescAct = RECIPE.desc_act,
-    true_sequential: o.TrueSequential = RECIPE.true_sequential,
-    solve_for: o.SolveFor = None,
-    dense_share: o.DenseShare = None,
-    samples: o.Samples = TEXT.samples,
-    seq_len: o.SeqLen = TEXT.seq_len,
-    batch_size: o.BatchSize = TEXT.batch_size,
+    codes: Codes,
+    solver: SolverMemory,
+    text: TextSize,
     dtype: o.DType = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -55,29 +44,18 @@ def inspect_map(
 
     Reads config.json and the headers of the safetensors files, no weight. Exit 0, or 3: refused by preflight.
 
-    The memory is that of gptq quantize with the same options. Bits and groups are judged where given.
+    The memory is that of gptq quantize with the same options. Bits and groups are checked where given.
     """
     session: Session = context.obj
-    chosen = RECIPES[recipe]
     job = InspectJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
-        quantize=QuantizeConfig(
-            bits=bits,
-            group_size=parse_group_size(group_size),
-            sym=sym,
-            desc_act=desc_act,
-            true_sequential=true_sequential,
-            sweeps=chosen.sweeps,
-            refit=chosen.refit,
-            solve_for=solve_for if solve_for is not None else chosen.solve_for,
-            dense_share=dense_share if dense_share is not None else chosen.dense_share,
-        ),
-        calibration=CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size),
+        quantize=QuantizeConfig.of(recipe, **codes, **solver),
+        calibration=CalibrationConfig(**text),
         targets=parse_targets(target or ()),
-        asked=frozenset(name for name in ABOUT_CODES if _given(context, name)),
+        asked=frozenset(name for name in CODES if _given(context, name)),
     )
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs

@@ -1,4 +1,4 @@
-"""`gptq load DIR`: open a quantized checkpoint and prove that it works."""
+"""`gptq load DIR`: open a quantized checkpoint and check that it works."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def load(
     progress: o.Progress = "auto",
     quiet: o.Quiet = False,
 ) -> None:
-    """Open the GPTQ checkpoint DIR, say where it stands and why, and prove it: text, closeness, speed.
+    """Open the GPTQ checkpoint DIR, show where it was placed and why, and check it: text, accuracy, speed.
 
     Reads checkpoints of gptq, GPTQModel and AutoGPTQ.
 
-    --verify and --target alone judge the files and open no model.
+    --verify and --target alone read the files and open no model.
     """
     session: Session = context.obj
     if prompt == evaluate == "-":
@@ -94,7 +94,7 @@ def load(
 
 
 def _from_stdin(*, raw: bool) -> str:
-    """What standard input holds, to the byte; without `raw` less one line end at its end, which echo adds."""
+    """What standard input holds, to the byte; without `raw` without the line end that echo adds."""
     if sys.stdin is None or sys.stdin.closed:
         raise ConfigError(
             "prompt is '-', but standard input is closed", hint="pipe a text in, or give --prompt TEXT"

@@ -1,12 +1,12 @@
-"""stdout is the result, stderr is the talk.
+"""stdout is the result; progress and messages go to stderr.
 
-`watch` lends an observer that draws on stderr for as long as a job runs; `show` writes the result to stdout.
-While a job runs, whatever libraries print goes to stderr, and with `--progress jsonl` into a `Log` event,
+`watch` gives an observer that draws on stderr while a job runs; `show` writes the result to stdout.
+While a job runs, whatever libraries print goes to stderr, and with `--progress jsonl` as a JSON line,
 so that both streams hold what they promise. A stderr that cannot be written does not end the work; a stdout
-that cannot be written does, in one line.
+that cannot be written does, with one line.
 
 Everything that came from outside passes `display.escapes` here, on its way to a terminal or a log: events
-and what libraries print in `watch`, the result in `show`, generated text in `Voice`.
+and what libraries print in `watch`, the result in `show`, generated text in `StdoutText`.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Session:
     quiet: bool = False
     """Errors alone reach stderr."""
     done: bool = False
-    """The result is in place: what comes after it is no interruption of the work."""
+    """The result is in place: a signal after that does not interrupt the work."""
     documented: bool = False
-    """The one JSON document is on stdout already: an error that follows from it is not another."""
+    """The one JSON document is on stdout already; an error after that does not write another."""
 
 
 class LineSink(io.TextIOBase):
@@ -88,7 +88,7 @@ class LineSink(io.TextIOBase):
 
 
 class Unbreakable(io.TextIOBase):
-    """`stream`, but what cannot be written is no error: from then on all of it is lost."""
+    """`stream`, but a failure to write is not an error: what follows is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -161,7 +161,7 @@ class Output(Unbreakable):
         raise OutputLostError(f"standard output cannot be written: {error}") from error
 
 
-class Voice:
+class StdoutText:
     """Text that is generated while a job runs: on stdout at once, and apart from all that follows it."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -170,16 +170,16 @@ class Voice:
 
     @property
     def at_terminal(self) -> bool:
-        """Whether what is said is seen on a terminal, where a display may be as well."""
+        """Whether the text goes to a terminal, where a display may be as well."""
         return self._stream.isatty()
 
-    def say(self, text: str) -> None:
+    def write(self, text: str) -> None:
         """Write a piece of text."""
         self._stream.write(many_lines(text) if self.at_terminal else text)
         self._stream.flush()
         self._last = text[-1:] or self._last
 
-    def rest(self) -> None:
+    def end(self) -> None:
         """End the text, if there was any, with an empty line."""
         if self._last:
             self._stream.write("\n" if self._last == "\n" else "\n\n")
@@ -191,7 +191,7 @@ class Voice:
 def watch(
     session: Session, progress: Progress, *, quiet: bool, findings_in_result: bool = False
 ) -> Iterator[Observer]:
-    """Lend an observer that draws on stderr; everything that libraries print meanwhile goes there, too.
+    """Give an observer that draws on stderr; everything that libraries print meanwhile goes there, too.
 
     Generated text goes to stdout as it comes, unless the result is a JSON document, which holds it. With
     `findings_in_result` notes and errors are left to the result, and so are warnings where a person sees both
@@ -203,15 +203,15 @@ def watch(
     limit_malloc_arenas()
     cap_openmp_threads(os.environ)
     session.quiet = quiet
-    talk = sys.stderr
-    silent = quiet or talk is None
-    stream = cast(TextIO, Unbreakable(talk)) if talk is not None else io.StringIO()
-    voice = Voice(sys.stdout) if sys.stdout is not None and not session.as_json else None
-    shared = voice is not None and voice.at_terminal
-    together = shared and talk is not None and talk.isatty()
+    stderr = sys.stderr
+    silent = quiet or stderr is None
+    stream = cast(TextIO, Unbreakable(stderr)) if stderr is not None else io.StringIO()
+    text = StdoutText(sys.stdout) if sys.stdout is not None and not session.as_json else None
+    shared = text is not None and text.at_terminal
+    together = shared and stderr is not None and stderr.isatty()
     with ExitStack() as stack:
-        if voice is not None:
-            stack.callback(voice.rest)
+        if text is not None:
+            stack.callback(text.end)
         display = choose(progress, quiet=silent, stream=stream, environ=os.environ, beside_text=shared)
         observer = stack.enter_context(display)
         as_json = isinstance(display, JsonlDisplay)
@@ -220,13 +220,13 @@ def watch(
             sink = LineSink(log)
             stack.callback(sink.finish)
             stack.enter_context(redirect_stderr(cast(TextIO, sink)))
-        elif quiet or talk is None:
+        elif quiet or stderr is None:
             stack.enter_context(redirect_stderr(io.StringIO()))
         else:
-            stack.enter_context(redirect_stderr(cast(TextIO, Escaping(talk))))
+            stack.enter_context(redirect_stderr(cast(TextIO, Escaping(stderr))))
         stack.enter_context(redirect_stdout(sys.stderr))
 
-        def tell(event: Event) -> None:
+        def observe(event: Event) -> None:
             if isinstance(event, FindingRaised):
                 warns = warning_text(event) is not None
                 if findings_in_result and (together or not warns):
@@ -235,13 +235,13 @@ def watch(
                     session.seen.append(event.finding)
             if isinstance(event, RunFinished):
                 session.done = True
-            if voice is not None and not isinstance(event, TextGenerated):
-                voice.rest()
+            if text is not None and not isinstance(event, TextGenerated):
+                text.end()
             observer(event if as_json else escaped(event))
-            if voice is not None and isinstance(event, TextGenerated):
-                voice.say(event.text)
+            if text is not None and isinstance(event, TextGenerated):
+                text.write(event.text)
 
-        yield tell
+        yield observe
 
 
 def _require_working_directory() -> None:
@@ -263,7 +263,7 @@ def show(session: Session, report: T, table: Callable[[T], RenderableType]) -> N
         write_document(document(report))
         session.documented = True
         return
-    if sys.stdout is None:  # closed by the caller: nobody wants the result
+    if sys.stdout is None:  # closed by the caller: the result is not wanted
         return
     console = console_for(sys.stdout)
     shown = table(escaped(report))
@@ -278,7 +278,7 @@ def show(session: Session, report: T, table: Callable[[T], RenderableType]) -> N
 
 def write_document(body: object) -> None:
     """One JSON document, one line, ASCII, so that it survives every encoding of stdout."""
-    if sys.stdout is None:  # closed by the caller: nobody wants the result
+    if sys.stdout is None:  # closed by the caller: the result is not wanted
         return
     sys.stdout.write(json_line(body) + "\n")
     sys.stdout.flush()

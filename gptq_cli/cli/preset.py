@@ -1,12 +1,13 @@
-"""`--config FILE.toml`: a preset holds options under their long names, with `_` or `-`.
+"""`--config w4g128` or `--config FILE.toml`: a preset holds options under their long names, with `_` or `-`.
 
     bits = 4
     group_size = 128                                         or "auto"
     device_map = { "model.embed_tokens" = 0, rest = 1 }      a table where the option takes NAME=VALUE,…
     max_memory = { 0 = "20GiB", cpu = "48GiB" }
 
-Flags and GPTQ_* variables override it. A preset may serve all commands: what another command knows is
-passed over; what none knows is an error. Paths are taken as they stand, from the working directory.
+Flags and GPTQ_* variables override it. A preset may serve all commands: options of another command are
+skipped, unknown ones are an error. Paths in it are relative to the working directory. Those in
+`gptq_cli/presets/` are found by name; a file of the same name is found as `./w4g128`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -34,6 +36,9 @@ WORD_OR_NUMBER: dict[str, str] = {"group_size": "auto"}
 LARGEST_BYTES = 1 << 20
 DEEPEST = 8
 """Levels of tables and lists in a preset."""
+SHIPPED = Path(__file__).parent.parent / "presets"
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What a name looks like; a path has a dot or a slash somewhere."""
 _LONG_KEY = re.compile(rb"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 """A key of so many parts that `tomllib`, whose time grows with their square, would take minutes to say no."""
 NOT_IN_PRESETS = ("config", "explain")
@@ -61,9 +66,28 @@ def use_preset(context: typer.Context, value: str | None) -> str | None:
         known = dict(own)
         for command in getattr(group, "commands", {}).values():
             known = options_of(command) | known
-        preset = read_preset(Path(value), known)
+        preset = read_preset(find_preset(value), known)
         context.default_map = {own[key].parameter: held for key, held in preset.items() if key in own}
     return value
+
+
+def shipped_presets() -> dict[str, Path]:
+    """The presets that come with the package, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
+
+
+def find_preset(value: str) -> Path:
+    """The shipped preset called `value`, or else `value` as a path. Raises `ConfigError` for neither."""
+    shipped = shipped_presets()
+    if value in shipped:
+        return shipped[value]
+    if _NAME.fullmatch(value) is None or os.path.exists(value):
+        return Path(value)
+    near = difflib.get_close_matches(value, shipped, n=1, cutoff=0.6)
+    raise ConfigError(
+        f"preset {shown(value)!r} is not found; available: {', '.join(shipped)}, or the path of a file",
+        hint=f"did you mean --config {near[0]}?" if near else None,
+    )
 
 
 def options_of(command: Any) -> dict[str, Option]:
@@ -79,7 +103,7 @@ def options_of(command: Any) -> dict[str, Option]:
 
 
 def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
-    """The values of the preset at `path`, judged against `options`. Raises `ConfigError`."""
+    """The values of the preset at `path`, checked against `options`. Raises `ConfigError`."""
     table = _table(path)
     values: dict[str, object] = {}
     for key, held in table.items():
@@ -101,7 +125,9 @@ def _table(path: Path) -> dict[str, Any]:
         with open_once(path) as stream:
             raw = stream.read(LARGEST_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{where} cannot be read: {reason(error)}") from error
+        shipped = path.stem in shipped_presets() and isinstance(error, FileNotFoundError)
+        hint = f"did you mean --config {path.stem}, which comes with gptq?" if shipped else None
+        raise ConfigError(f"{where} cannot be read: {reason(error)}", hint=hint) from error
     if len(raw) > LARGEST_BYTES:
         raise ConfigError(f"{where} has more than {LARGEST_BYTES} bytes; a preset holds a few options")
     if _LONG_KEY.search(raw):
@@ -110,8 +136,8 @@ def _table(path: Path) -> dict[str, Any]:
         table = tomllib.loads(raw.decode("utf-8"))
     except RecursionError as error:
         raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels") from error
-    except ValueError as error:  # no TOML, no UTF-8, a number of thousands of digits
-        raise ConfigError(f"{where} is no TOML: {error}") from error
+    except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
+        raise ConfigError(f"{where} is not valid TOML: {error}") from error
     level: list[Any] = [table]
     for _ in range(DEEPEST + 1):
         level = [item for held in level for item in _inside(held)]

@@ -9,63 +9,45 @@ from pathlib import Path
 import typer
 
 from gptq_cli.cli import options as o
+from gptq_cli.cli.config_options import Codes, Solver, Text, with_config_options
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
-    RECIPES,
     CalibrationConfig,
     ModelRef,
     QuantizeConfig,
     QuantizeJob,
-    parse_group_size,
+    parse_shard_size,
     parse_targets,
 )
 from gptq_cli.display.choose import Progress
-from gptq_cli.errors import ConfigError, DeviceMapError
+from gptq_cli.errors import ConfigError
 from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
-from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.results.run import RunReport
 
-RECIPE = QuantizeConfig()
-TEXT = CalibrationConfig()
 
-
+@with_config_options
 def quantize(
     context: typer.Context,
     model: o.Model,
+    *,
     out: o.Out = None,
     overwrite: o.Overwrite = False,
     max_shard_size: o.MaxShardSize = "5GB",
     target: o.QuantizeTargets = None,
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
-    bits: o.Bits = RECIPE.bits,
-    group_size: o.GroupSize = str(RECIPE.group_size),
-    sym: o.Sym = RECIPE.sym,
-    desc_act: o.DescAct = RECIPE.desc_act,
-    calibration: o.Calibration = TEXT.source,
-    samples: o.Samples = TEXT.samples,
-    seq_len: o.SeqLen = TEXT.seq_len,
-    seed: o.Seed = TEXT.seed,
-    batch_size: o.BatchSize = TEXT.batch_size,
+    codes: Codes,
+    text: Text,
     device_map: o.DeviceMapText = "auto",
     max_memory: o.MaxMemoryText = None,
     devices: o.Devices = None,
     dtype: o.DType = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    act_order: o.ActOrder = RECIPE.act_order,
-    damp_percent: o.DampPercent = RECIPE.damp_percent,
-    true_sequential: o.TrueSequential = RECIPE.true_sequential,
-    scale_search: o.ScaleSearch = RECIPE.scale_search,
-    positive_scales: o.PositiveScales = RECIPE.positive_scales,
-    sweeps: o.Sweeps = None,
-    refit: o.Refit = None,
-    solve_for: o.SolveFor = None,
-    dense_share: o.DenseShare = None,
-    column_batch: o.ColumnBatch = RECIPE.column_batch,
+    solver: Solver,
     dry_run: o.DryRun = False,
     strict: o.Strict = False,
     config: o.Config = None,
@@ -75,47 +57,31 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to --out.
 
-    Preflight judges the job before a weight is read and reports everything at once.
+    Preflight checks the job before a weight is read and reports everything at once.
 
-    The checkpoint appears as the last act: an interrupted run leaves nothing that looks like one.
+    The checkpoint appears at the very end: an interrupted run leaves nothing that looks like one.
     """
     session: Session = context.obj
-    chosen = RECIPES[recipe]
+    quantize_config = QuantizeConfig.of(recipe, **codes, **solver)
     if devices is not None and not dry_run:
         raise ConfigError(
-            "devices is given, but this is no dry run", hint="add --dry-run, or leave --devices out"
+            "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"
         )
     if out is None and dry_run:
-        group = "" if group_size == "auto" else f"g{group_size}"
-        out = f"{Path(model).name or 'model'}-w{bits}{group}"
+        size = quantize_config.group_size
+        group = "" if size == "auto" else f"g{size}"
+        out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
     if report is not None:
         _check_report_path(Path(report))
     job = QuantizeJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         out=out or "",
-        quantize=QuantizeConfig(
-            bits=bits,
-            group_size=parse_group_size(group_size),
-            sym=sym,
-            desc_act=desc_act,
-            act_order=act_order,
-            damp_percent=damp_percent,
-            true_sequential=true_sequential,
-            scale_search=scale_search,
-            positive_scales=positive_scales,
-            sweeps=sweeps if sweeps is not None else chosen.sweeps,
-            refit=refit if refit is not None else chosen.refit,
-            solve_for=solve_for if solve_for is not None else chosen.solve_for,
-            dense_share=dense_share if dense_share is not None else chosen.dense_share,
-            column_batch=column_batch,
-        ),
-        calibration=CalibrationConfig(
-            source=calibration, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size
-        ),
+        quantize=quantize_config,
+        calibration=CalibrationConfig(**text),
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
-        max_shard_bytes=shard_bytes(max_shard_size),
+        max_shard_bytes=parse_shard_size(max_shard_size),
         overwrite=overwrite,
         strict=strict,
         targets=parse_targets(target or ()),
@@ -143,7 +109,7 @@ def _check_report_path(path: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"report is {shown(path)!r}, which cannot be written: {reason(error)}",
-            hint="give --report a file in a directory of yours",
+            hint="give --report a file in a directory that you can write to",
         ) from error
     if kinds[0] == "directory":
         raise ConfigError(
@@ -152,7 +118,7 @@ def _check_report_path(path: Path) -> None:
     if kinds[1] != "directory" or not os.access(path if kinds[0] else path.parent, os.W_OK):
         raise ConfigError(
             f"report is {str(path)!r}, which cannot be written",
-            hint="give --report a file in a directory of yours",
+            hint="give --report a file in a directory that you can write to",
         )
 
 
@@ -182,13 +148,3 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
     show(session, plan, map_summary)
     if not plan.ok:
         raise typer.Exit(3)
-
-
-def shard_bytes(text: str) -> int:
-    """`--max-shard-size` in bytes. Raises `ConfigError`."""
-    try:
-        return parse_capacity(text)
-    except DeviceMapError as error:
-        raise ConfigError(
-            f"max_shard_size: {error.message}", hint=error.hint or "use --max-shard-size 5GB"
-        ) from error

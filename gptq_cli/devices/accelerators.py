@@ -21,7 +21,8 @@ from gptq_cli.placement.placement import DeviceBudget
 
 
 def accelerator_kind() -> str:
-    """Kind that a bare index means on this machine: that of its accelerators, "cuda" where there is none."""
+    """The kind that a bare index means on this machine: that of its accelerators, "cuda" where it has
+    none."""
     current = torch.accelerator.current_accelerator()
     return current.type if current is not None else "cuda"
 
@@ -42,14 +43,20 @@ def torch_device(device: Device) -> torch.device:
 
 
 def working_on(device: torch.device) -> AbstractContextManager[object]:
-    """Have `device` as the current one of its kind, in this thread, inside the scope.
+    """Make `device` the current one of its kind, in this thread, inside the scope.
 
-    PyTorch's own operators go to the device of their tensors. Triton kernels, which models bring along, are
-    launched on the current device, whatever their tensors' is; and a new thread starts on device 0.
+    PyTorch's own operators run on the device of their tensors. Triton kernels, which some models use, are
+    launched on the current device, wherever their tensors are; and a new thread starts on device 0.
     """
     if device.type not in INDEXED_KINDS or device.type != accelerator_kind():
         return nullcontext()
     return torch.accelerator.device_index(device.index)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until everything that was started on `device` is done; a CPU has nothing waiting."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def present_accelerators() -> tuple[Device, ...]:
@@ -81,12 +88,12 @@ def present_devices() -> tuple[DeviceBudget, ...]:
 
 
 def read_memory(devices: Iterable[Device]) -> tuple[DeviceMemory, ...]:
-    """One reading a device, in the order given."""
+    """One reading per device, in the order given."""
     return tuple(_read_accelerator(d) if d.is_accelerator else _read_host(d) for d in devices)
 
 
 def reset_peak(devices: Iterable[Device]) -> None:
-    """Start a new peak on each accelerator; the CPU's is reset once a job, by `reset_peak_resident`."""
+    """Start a new peak on each accelerator; the CPU's is reset once per job, by `reset_peak_resident`."""
     for device in devices:
         if device.is_accelerator and device.kind != "mps":
             torch.accelerator.reset_peak_memory_stats(device.index)
@@ -94,10 +101,10 @@ def reset_peak(devices: Iterable[Device]) -> None:
 
 @contextmanager
 def frozen_gc() -> Iterator[None]:
-    """Leave what is alive now out of Python's garbage collections inside this scope.
+    """Exclude the objects alive now from Python's garbage collections inside this scope.
 
-    A process with torch and transformers holds a million objects, and looking through them takes 0.3 s: as
-    long as the solve of a small block, at every flush. What comes into being inside is collected as ever.
+    A process with torch and transformers holds a million objects, and traversing them takes 0.3 s: as long as
+    the solve of a small block, at every flush. Objects created inside the scope are collected as usual.
     """
     gc.collect()
     gc.freeze()

@@ -1,10 +1,10 @@
-"""16-bit models on a processor that has no units for 16-bit products.
+"""16-bit models on a processor without 16-bit matmul instructions.
 
-Without AVX512_BF16 or AMX a CPU multiplies bf16 matrices at a tenth of its fp32 speed, and a model of that
-dtype crawls. Running it in fp32 instead would double the memory of weights and activations and change what
-lies between the products. `Fp32Matmul` changes the products alone: operands are widened to fp32, multiplied,
-and the result is rounded once to the dtype that it would have had. That is what the units do where they
-exist - exact products, fp32 sums, one rounding - so a model says the same on both machines, to within the
+Without AVX512_BF16 or AMX a CPU multiplies bf16 matrices at a tenth of its fp32 speed, and a model in that
+dtype is very slow. Running the model in fp32 would double the memory of weights and activations and change
+the operations between the matmuls. `Fp32Matmul` changes the matmuls only: operands are widened to fp32,
+multiplied, and the result is rounded once to the dtype it would have had. Processors with 16-bit instructions
+compute the same (exact products, fp32 sums, one rounding), so a model's outputs agree on both, up to the
 order of summation.
 
     with matmul_scope(hidden.dtype, hidden.device):
@@ -26,7 +26,7 @@ from gptq_cli.gptq.matmul import fast_matmul_supported
 
 _HALVES = (torch.bfloat16, torch.float16)
 _MIN_ROWS = 32
-"""With fewer rows a product is reading the other factor, which is quicker in 16 bits than widening it."""
+"""With fewer rows the time goes into reading the other factor, which is faster in 16 bits."""
 _ROWS_AT_ONCE = 512
 _LEFT: dict[Any, int] = {
     functional.linear: 0,
@@ -43,13 +43,13 @@ _LEFT: dict[Any, int] = {
     Tensor.matmul: 0,
     Tensor.mm: 0,
 }
-"""The functions that are products, and which of their tensors is the left factor."""
+"""The matmul functions -> the position of the left factor among their tensors."""
 
 
 class Fp32Matmul(TorchFunctionMode):
-    """Inside `with`, and in this thread, products of 16-bit CPU tensors are formed in fp32 and rounded.
+    """Inside `with`, in this thread, matmuls of 16-bit CPU tensors are computed in fp32 and rounded.
 
-    Attention kernels (scaled_dot_product_attention) do that by themselves.
+    Attention kernels (scaled_dot_product_attention) do so themselves.
     """
 
     def __torch_function__(
@@ -59,7 +59,7 @@ class Fp32Matmul(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Every torch function comes by here; all but products pass."""
+        """Called by torch for every function; only matmuls are changed."""
         kwargs = kwargs or {}
         if func in _LEFT and "out" not in kwargs:
             operands = list(_tensors((*args, *kwargs.values())))
@@ -81,7 +81,7 @@ def _worth_widening(operands: list[Tensor], left: int) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Some rows at a time: what is widened stays in the cache, and in memory that need not be asked for."""
+    """Some rows at a time, so that the widened rows stay in the cache and reuse the same memory."""
     rows = x.reshape(-1, x.shape[-1])
     wide, wide_bias = weight.float(), None if bias is None else bias.float()
     out = x.new_empty(rows.shape[0], weight.shape[0])
@@ -92,7 +92,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def matmul_scope(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The scope in which a model of `dtype` runs fastest on `device`: `Fp32Matmul` or nothing."""
+    """The scope in which a model in `dtype` runs fastest on `device`: `Fp32Matmul`, or one without effect."""
     return nullcontext() if fast_matmul_supported(dtype, device.type) else Fp32Matmul()
 
 

@@ -1,8 +1,8 @@
-"""Main memory as this process may use it.
+"""Main memory that this process may use.
 
-In a container the kernel's "available" belongs to the whole machine; the control group says what is really
-ours, so the smaller of the two counts. The peak is `VmHWM` of this very process image: `ru_maxrss` survives
-`exec` on Linux and would report the size of the parent that forked us, and cannot be reset for a second job.
+In a container the kernel's "available" is the machine's; the control group's limit is the container's, so the
+smaller of the two counts. The peak is `VmHWM`, which belongs to this process image: `ru_maxrss` survives
+`exec` on Linux, so it may report the size of the parent process, and it cannot be reset for a second job.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from pathlib import Path
 
 import psutil
 
+from gptq_cli.devices.cgroups import control_groups
+
 _UNLIMITED = 1 << 60
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """Bytes of main memory: what exists for us, and what of it nobody uses."""
+    """Bytes of main memory: what this process may use, and how much of it is free."""
 
     total_bytes: int
     free_bytes: int
@@ -41,26 +45,11 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
 def _cgroup_limits(root: Path) -> list[tuple[int, int]]:
     """(limit, used without reclaimable cache) of each limited control group above this process."""
     found: list[tuple[int, int]] = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers == "":
-            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            base = root / "sys/fs/cgroup/memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts), -1, -1):
-            group = base.joinpath(*parts[:depth])
-            limit, used = _read_number(group / names[0]), _read_number(group / names[1])
-            if limit is not None and used is not None and limit < _UNLIMITED:
-                found.append((limit, max(0, used - _read_stat(group / "memory.stat", names[2]))))
+    for group in control_groups("memory", root):
+        most, used_now, cache = _CGROUP_V2 if group.unified else _CGROUP_V1
+        limit, used = _read_number(group.folder / most), _read_number(group.folder / used_now)
+        if limit is not None and used is not None and limit < _UNLIMITED:
+            found.append((limit, max(0, used - _read_stat(group.folder / "memory.stat", cache))))
     return found
 
 
@@ -103,13 +92,13 @@ def peak_resident_bytes() -> int:
 
 
 def reset_peak_resident() -> int:
-    """Start a new peak where the system allows it (Linux), and return the one that stands afterwards.
+    """Start a new peak where the system allows it (Linux), and return the peak afterwards.
 
-    A peak that is read later and is not above that one need not be of what happened in between: no other
-    system than Linux resets it, and a container may forbid it. It is to be called once a job and not once a
-    block, because whoever measures this process from outside (`time`, a scheduler) reads the same mark.
+    A later peak that is not above the returned one may be older than this call: only Linux resets it, and a
+    container may forbid that. Call this once per job and not once per block, because tools that measure the
+    process from outside (`time`, a scheduler) read the same value.
     """
-    with suppress(OSError):  # what is returned says so
+    with suppress(OSError):  # the returned peak shows it
         _CLEAR_REFS.write_text("5")  # proc(5): the peak becomes the current size
     return peak_resident_bytes()
 
@@ -126,12 +115,12 @@ def _read_kib(path: Path, key: str) -> int | None:
 
 
 def limit_malloc_arenas() -> None:
-    """Keep the resident set near what is in use, where the C library can (glibc); else do nothing.
+    """Keep the resident set close to the memory in use, where the C library can (glibc); else do nothing.
 
-    Parked forwards allocate in one thread and free in another. glibc gives each thread its own arena and
-    keeps what is freed there, and its threshold for handing large blocks back grows with use: the same run
-    then holds half as much again. One arena and a fixed threshold end both. Process-wide, so the command line
-    asks for it and the library never does.
+    Parked forwards allocate in one thread and free in another. glibc gives each thread an arena of its own
+    and keeps freed memory there, and its threshold for returning large blocks grows with use: the same run
+    then holds half as much memory again. One arena and a fixed threshold prevent both. The setting is
+    process-wide, so only the command line makes it, never the library.
     """
     if sys.platform != "linux":
         return

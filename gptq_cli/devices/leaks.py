@@ -1,8 +1,8 @@
-"""Noticing memory that grows block after block.
+"""Detecting memory that grows from block to block.
 
-After a block's flush an accelerator should hold what it held after the block before: weights at home and
-the hidden states of the samples. Where it holds more every time, something keeps tensors alive, and a long
-run will die of it. The CPU is not judged: its resident set also grows as pages are first touched.
+After a block's flush an accelerator should hold as much as after the block before: its resident weights and
+the hidden states of the samples. If it holds more every time, something keeps tensors alive, and a long run
+will run out of memory. The CPU is not checked: its resident set also grows as pages are first touched.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from gptq_cli.placement.device import format_size
 
 MIN_GROWTH_BYTES = 1 << 20
 BLOCKS_IN_A_ROW = 4
-"""Growths in a row that are no accident."""
+"""Consecutive growths after which a leak is reported."""
 
 
 class LeakWatch:
-    """Reads memory after each block's flush; speaks once a device."""
+    """Checks the memory after each block's flush; reports once per device."""
 
     def __init__(self) -> None:
         self._last: dict[str, int] = {}
         self._growths: dict[str, list[int]] = {}
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
-    def see(self, after: Iterable[DeviceMemory]) -> tuple[str, ...]:
-        """Take the readings after a flush; one sentence for each device that has just been found to leak."""
+    def check(self, after: Iterable[DeviceMemory]) -> tuple[str, ...]:
+        """Add the readings after a flush; returns one sentence for each device newly found to leak."""
         found = []
         for memory in after:
             if memory.device == "cpu":
@@ -37,11 +37,11 @@ class LeakWatch:
             growths.append(growth)
             if growth < MIN_GROWTH_BYTES:
                 growths.clear()
-            if len(growths) >= BLOCKS_IN_A_ROW and memory.device not in self._said:
-                self._said.add(memory.device)
+            if len(growths) >= BLOCKS_IN_A_ROW and memory.device not in self._reported:
+                self._reported.add(memory.device)
                 mean = format_size(sum(growths) // len(growths))
                 found.append(
-                    f"memory of {memory.device} grows by {mean} a block, "
+                    f"memory of {memory.device} grows by {mean} per block, "
                     f"{len(growths)} blocks in a row; {format_size(memory.allocated_bytes)} are in use now"
                 )
         return tuple(found)

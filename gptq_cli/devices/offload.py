@@ -1,20 +1,19 @@
-"""Modules that live on the CPU and work on an accelerator, while a model is quantized.
+"""Modules that are stored on the CPU and run on an accelerator, while a model is quantized.
 
 accelerate dispatches a model by its map with an `AlignDevicesHook` on every module. For a cpu entry that hook
 keeps the weights on the meta device between forwards, so there is nothing to quantize. While the `with` below
 is open, each cpu entry instead
 
-    1  loses its dispatch hooks (`remove_hook_from_module(recurse=True)`); its weights are back on the cpu
-    2  becomes a link of a `cpu_offload_with_hook` chain in execution order: its forward brings it to the
-       execution device and sends the module before it (`prev_module_hook`) home
+    1  loses its dispatch hooks (`remove_hook_from_module(recurse=True)`); its weights are back on the CPU
+    2  becomes a link of a `cpu_offload_with_hook` chain in execution order: its forward moves it to the
+       execution device and the module before it (`prev_module_hook`) back to the CPU
 
-A module without parameters never becomes a link: `CpuOffload.pre_forward` asks for its first parameter and
-dies of StopIteration, and `model.rotary_emb` is such a module. Its buffers move to the execution device
-instead.
+A module without parameters, such as `model.rotary_emb`, never becomes a link: `CpuOffload.pre_forward` calls
+`next(module.parameters())`, which raises StopIteration. Its buffers move to the execution device instead.
 
-The execution device is said explicitly, as a `torch.device` with its index: accelerate compares it with a
-parameter's device, and an int or a string would never be equal. When the `with` ends, for whatever reason,
-every cpu entry is at home, without a hook, and its `forward` is its class's own again.
+The execution device is passed as a `torch.device` with its index: accelerate compares it with a parameter's
+device, and an int or a string would never be equal. When the `with` ends, normally or by an exception, every
+cpu entry is on the CPU, without a hook, and its `forward` is its class's own again.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from gptq_cli.devices.accelerators import accelerator_kind, torch_device
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
 
-_HOME = torch.device("cpu")
+_STORAGE_DEVICE = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class OffloadChain:
-    """The cpu entries of a model while they are on loan to `device`. Empty where nothing is offloaded."""
+    """The cpu entries of a model, which `device` runs. Empty where nothing is offloaded."""
 
     device: torch.device
     hooked: tuple[str, ...]
@@ -50,9 +49,9 @@ class OffloadChain:
 
     @contextmanager
     def on_device(self, name: str) -> Iterator[None]:
-        """Have the module `name` on the execution device inside the `with`, and at home afterwards.
+        """Keep the module `name` on the execution device inside the `with`, and on the CPU afterwards.
 
-        Nothing happens to a module that is not a link of the chain.
+        A module that is not a link of the chain is not moved.
         """
         module = self._modules.get(name)
         if module is None:
@@ -62,20 +61,21 @@ class OffloadChain:
             module.to(self.device)
             yield
         finally:
-            module.to(_HOME)
+            module.to(_STORAGE_DEVICE)
 
     @contextmanager
     def for_capture(self) -> Iterator[None]:
-        """Let the chain run inside the `with`; everything is at home afterwards."""
+        """Let the chain run inside the `with`; every link is on the CPU afterwards."""
         try:
             yield
         finally:
-            self.send_home()
+            self.return_to_cpu()
 
-    def send_home(self) -> None:
-        """Bring every link home: the chain itself leaves the last one that ran on the execution device."""
+    def return_to_cpu(self) -> None:
+        """Move every link to the CPU: the chain itself leaves the last one that ran on the execution
+        device."""
         for module in self._modules.values():
-            module.to(_HOME)
+            module.to(_STORAGE_DEVICE)
 
 
 @contextmanager
@@ -84,8 +84,8 @@ def replace_dispatch_hooks(
 ) -> Iterator[OffloadChain]:
     """Replace the dispatch hooks of the placement's cpu entries by an offload chain inside the `with`.
 
-    `execution_device`: a `Device`, `torch.device`, int or string; None: the placement's main device. With
-    everything on one device nothing is touched.
+    `execution_device`: a `Device`, `torch.device`, int or string; None: the placement's main device. Where
+    everything is on one device, nothing is changed.
     """
     wanted = placement.main_device if execution_device is None else execution_device
     device = torch_device(Device.parse(wanted, accelerator_kind()))
@@ -110,9 +110,9 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _restore(module: nn.Module) -> None:
-    """Take the hook off, bring the tensors home, leave no trace on the module."""
+    """Remove the hook, move the tensors to the CPU, and leave the module as it was."""
     remove_hook_from_module(module, recurse=True)
-    module.to(_HOME)
+    module.to(_STORAGE_DEVICE)
     for part in module.modules():
         forward = part.__dict__.get("forward")
         if isinstance(forward, MethodType) and forward.__func__ is type(part).forward:

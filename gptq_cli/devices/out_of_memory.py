@@ -1,10 +1,10 @@
-"""Telling a lack of memory from every other error.
+"""Recognising out-of-memory errors.
 
-It has many faces: each accelerator's allocator has an error of its own, torch's CPU allocator raises a
+There are many: each accelerator's allocator has an error of its own, torch's CPU allocator raises a
 `RuntimeError`, Python a `MemoryError`, the kernel an `OSError` with ENOMEM where it cannot map a file, a
-thread without room for its stack "can't start", and libraries in Rust and C++ say it in words. Whoever opens
-a file or a model then wraps it into an error of his own, so the chain of causes is looked through, too.
-Nothing here imports torch: this must still work when there is no memory left to import it.
+thread without memory for its stack "can't start", and libraries in Rust and C++ only say so in the message.
+Code that opens a file or a model may wrap any of these in an error of its own, so the chain of causes is
+searched, too. Nothing here imports torch: this must still work when there is no memory left to import it.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ _SAID = (
     "the global thread pool has not been initialized",
 )
 _NOT_LOADED = ("failed to map segment from shared object", "cannot allocate memory")
-"""How glibc ends what it says of a library that has no room; with another end it is not memory that lacks."""
+"""How glibc's message ends when there is no memory for a library; with another end the cause is another."""
 _RUST = ("SafetensorError", "PanicException", "Exception")
-"""Classes that libraries in Rust raise for everything."""
+"""Classes that Rust libraries raise for every error."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True where `error`, or an error that it was made from, is a lack of memory on any device."""
+    """True if `error`, or an error in its chain of causes, means that any device is out of memory."""
     return out_of_memory_cause(error) is not None
 
 
 def out_of_memory_cause(error: BaseException) -> BaseException | None:
-    """The error in the chain of `error` that is a lack of memory; None where there is none."""
+    """The out-of-memory error in the chain of `error`; None if there is none."""
     return next((link for link in _chain(error) if _is_one(link)), None)
 
 
 @contextmanager
 def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
-    """Turn a lack of memory inside the `with` into `OutOfDeviceMemory`: exit code 4.
+    """Turn an out-of-memory error inside the `with` into `OutOfDeviceMemory`: exit code 4.
 
-    `doing` says what was being done, "while opening the model"; `hint` what to change. The error's tracebacks
-    forget the variables of its functions: whoever keeps the error does not keep the model.
+    `doing` says what was being done, "while opening the model"; `hint` what to change. The local variables in
+    the error's tracebacks are cleared, so that keeping the error does not keep the model.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, OutOfDeviceMemory):
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic in a Rust library is not an Exception
         cause = out_of_memory_cause(error)
         if cause is None:
             raise
@@ -89,7 +89,7 @@ def _is_one(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno == errno.ENOMEM
     if not isinstance(error, RuntimeError | ImportError) and type(error).__name__ not in _RUST:
-        return False  # its words may be a person's: a path, a key, our own message
+        return False  # its message may quote a path, a key or a message of ours
     said = str(error).lower()
     if isinstance(error, ImportError):
         return said.endswith(_NOT_LOADED)

@@ -1,4 +1,4 @@
-"""Which display: the live one for a person at a terminal, one line an event everywhere else."""
+"""Which display: the live one for a person at a terminal, one line per event everywhere else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Progress = Literal["auto", "rich", "plain", "jsonl", "none"]
 
 
 def is_live(stream: TextIO, environ: Mapping[str, str]) -> bool:
-    """True when `stream` is a terminal that can move its cursor, and nobody records it as a log."""
+    """True when `stream` is a terminal that can move its cursor and is not recorded as a log."""
     ci = environ.get("CI", "").lower() not in ("", "0", "false", "no")
     dumb = environ.get("TERM", "").lower() in ("dumb", "unknown")
     return stream.isatty() and not ci and not dumb
@@ -31,9 +31,9 @@ def choose(
 ) -> AbstractContextManager[Observer]:
     """A context manager that gives the observer for `progress`, writing to `stream`.
 
-    Each of them shows warnings; `quiet` alone silences them, with everything else.
+    Each of them shows warnings; only `quiet` silences them, together with everything else.
 
-    `beside_text`: generated text is written to the same terminal, and a live display makes way for it.
+    `beside_text`: generated text is written to the same terminal; a live display is hidden meanwhile.
     """
     if quiet:
         return nullcontext(ignore)

@@ -1,9 +1,9 @@
-"""What comes from outside, as a terminal or a log may see it: the one place where it loses its teeth.
+"""Text from outside, made safe for a terminal or a log: the one place where this is done.
 
-A name in a checkpoint, a path, a message of a library may hold anything: escape sequences that write to the
-clipboard or hide a line, a newline that forges a line of the log, marks that turn text around so that it
+A name in a checkpoint, a path, a message of a library may contain anything: escape sequences that write to
+the clipboard or hide a line, a newline that forges a line of the log, marks that reverse text so that it
 reads as something else. Each such character is shown as Python spells it (`\\x1b`, `\\n`, `\\u202e`), and
-nothing is taken as markup or as the name of an emoji.
+nothing is interpreted as markup or as the name of an emoji.
 
 `escaped` does it for every text in an event or a report, before any display sees it; `one_line` for a single
 text; `many_lines` for text that has lines of its own (a traceback, what a library prints, generated text).
@@ -30,7 +30,7 @@ _CONTROLS_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1f{_OTHERS}]")
 
 
 def one_line(text: str) -> str:
-    """`text` without a character that a terminal acts upon; a line break is one."""
+    """`text` without characters that a terminal acts upon, line breaks included."""
     return _CONTROLS.sub(_spelled, text)
 
 
@@ -44,7 +44,8 @@ def _spelled(found: re.Match[str]) -> str:
 
 
 def escaped(value: T) -> T:
-    """`value` (an event, a report, a finding) with `one_line` of every text in it; itself if all is well."""
+    """`value` (an event, a report, a finding) with `one_line` of every text in it; itself if nothing
+    changed."""
     return _escaped(value)  # type: ignore[no-any-return]
 
 
@@ -71,7 +72,7 @@ def json_line(body: object) -> str:
 
 
 def console_for(stream: TextIO) -> Console:
-    """A console on which a text is nothing but text: no markup, no emoji names, no highlighting."""
+    """A console that prints text as it is: no markup, no emoji names, no highlighting."""
     from rich.console import Console
 
     return Console(file=stream, highlight=False, markup=False, emoji=False)

@@ -5,30 +5,18 @@ from __future__ import annotations
 import math
 import re
 
+from gptq_cli.placement.device import format_size, three_digits
+
 ELLIPSIS = "…"
 
 
-def size(size_bytes: float) -> str:
-    """`1536` -> `1.50 KiB`. Binary units, three significant digits, a sign where it is negative."""
-    sign, left = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
-    if left < 1000:
-        return f"{sign}{left:.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        left /= 1024
-        if left < 999.5:
-            return f"{sign}{_three(left)} {unit}"
-    return f"{sign}{_three(left / 1024)} TiB"
+size = format_size
+"""`1536` -> `1.50 KiB`, as every message says it."""
 
 
 def gib(size_bytes: float) -> str:
     """`2**30` -> `1.00`: gibibytes without the unit, for columns that name it once."""
-    return _three(size_bytes / 2**30)
-
-
-def _three(value: float) -> str:
-    if value < 9.995:
-        return f"{value:.2f}"
-    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+    return three_digits(size_bytes / 2**30)
 
 
 def duration(seconds: float) -> str:
@@ -45,7 +33,7 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float | None) -> str:
-    """`75.2` -> `0:01:15`; unknown -> `-:--:--`. Always as wide, so that its line stands still."""
+    """`75.2` -> `0:01:15`; unknown -> `-:--:--`. The width is constant, so that its line does not move."""
     if seconds is None:
         return "-:--:--"
     minutes, rest = divmod(int(seconds), 60)
@@ -68,7 +56,7 @@ def loss(value: float) -> str:
 
 
 def change(value: float, reference: float) -> str:
-    """How far `value` stands from `reference`: `-61 %`, `+4 %`; empty where that means nothing."""
+    """The relative difference of `value` from `reference`: `-61 %`, `+4 %`; empty where it is undefined."""
     if not (math.isfinite(value) and math.isfinite(reference)) or reference <= 0:
         return ""
     return f"{100 * (value / reference - 1):+.0f} %"
@@ -80,7 +68,7 @@ def share(fraction: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """`text` in at most `width` characters, cut in the middle: the ends of a name say the most."""
+    """`text` in at most `width` characters, cut in the middle: the ends of a name tell the most."""
     if len(text) <= width:
         return text
     if width <= 1:
@@ -90,7 +78,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def shorten_name(name: str, width: int) -> str:
-    """A dotted name in at most `width` characters; whole components go first, from the second on.
+    """A dotted name in at most `width` characters; components are removed first, from the second on.
 
     `model.layers.3.self_attn.q_proj` -> `model.….self_attn.q_proj` -> `….q_proj`.
     """
@@ -116,7 +104,7 @@ _TOKEN = re.compile(r"(?:[^\s\"']|\"[^\"]*\"|'[^']*')+")
 def wrap_command(command: str, width: int) -> list[str]:
     """A command line in lines of `width` characters that can still be pasted: all but the last end in `\\`.
 
-    A line breaks between words, never between an option and its value; one word is never broken.
+    Lines break between words, never between an option and its value, and never inside a word.
     """
     if len(command) <= width:
         return [command]

@@ -1,7 +1,7 @@
-"""One JSON object an event, for a program that watches: `{"event": "BlockStarted", "index": 0, …}`.
+"""One JSON object per event, for a program that reads along: `{"event": "BlockStarted", "index": 0, …}`.
 
 The fields are those of the event's dataclass in `gptq_cli.events`; (name, value) pairs become objects.
-Every line is flushed, so that a reader sees it when it happens.
+Every line is flushed, so that a reader sees it at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class JsonlDisplay:
         self._write(type(event).__name__, fields)
 
     def log(self, text: str) -> None:
-        """A line that some library wrote to standard error: `{"event": "Log", …}`, so that all stays JSON."""
+        """A line that a library wrote to standard error, as `{"event": "Log", …}`: all output stays JSON."""
         self._write("Log", {"text": text})
 
     def _write(self, name: str, fields: dict[str, Json]) -> None:

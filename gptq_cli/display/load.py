@@ -1,6 +1,6 @@
-"""What a checkpoint proved, as a person reads it: the summary of a load, and the files judged rule by rule.
+"""Tables of `gptq load`: the summary of a loaded model, and the result of verifying files, rule by rule.
 
-As in `tables.py`: no frame carries meaning, every colour has a word, and nothing is cut.
+As in `tables.py`, frames and colours carry no meaning that the text does not, and nothing is cut.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _STYLES: dict[Outcome, str] = {
 
 
 def load_summary(report: LoadReport) -> Group:
-    """What `gptq load` opened, where it stands and why, and what it proved. The text came before this."""
+    """What was loaded, on which device and why, and what was measured. Generated text comes before this."""
     title = Text(f" {report.path}", style="bold green")
     title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
     parts: list[RenderableType] = [title, "", facts_table([*_opened(report), *_proved(report)])]
@@ -65,7 +65,7 @@ def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     yield "dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}{compiled}"
     yield from listed("kernels", [kernel_text(kernel) for kernel in report.kernels])
     yield "weights", f"{fmt.size(report.weight_bytes)} in {fmt.duration(report.load_seconds)}{rate}"
-    yield from listed("memory", [f"{device} {fmt.size(held)}" for device, held in report.memory])
+    yield from listed("memory", [f"{device} {fmt.size(used)}" for device, used in report.memory])
     yield from listed("warnings", [Text(text) for text in report.warnings])
 
 
@@ -78,13 +78,13 @@ def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
         yield from _compared(report.against or "", report.agreement)
     if report.new_tokens:
         tokens = fmt.count(report.new_tokens, "token")
-        yield "generated", f"{tokens}, {report.tokens_per_second:.1f} a second"
+        yield "generated", f"{tokens}, {report.tokens_per_second:.1f} per second"
     yield from listed("gates", [gate_text(gate) for gate in report.gates])
     yield from warnings_rows(report.warnings, _findings(report.verification))
 
 
 def _findings(report: VerifyReport | None) -> Iterator[Finding]:
-    """All that a verification shows, rule by rule."""
+    """All findings of a verification, rule by rule."""
     if report is not None:
         yield from report.findings
         for target in report.targets:
@@ -94,30 +94,30 @@ def _findings(report: VerifyReport | None) -> Iterator[Finding]:
 def _compared(against: str, agreement: Agreement) -> Iterator[tuple[str, RenderableType]]:
     gap = 100 * agreement.perplexity_gap
     yield "against", f"{against}: perplexity {agreement.dense_perplexity:.3f} ({gap:+.2f} % here)"
-    yield "KL", Text(f"{fmt.loss(agreement.kl)}", style="bold").append(" nats a token", style="not bold")
-    yield "top-1", f"{fmt.share(agreement.top1)} of {agreement.tokens:,} tokens are predicted alike"
+    yield "KL", Text(f"{fmt.loss(agreement.kl)}", style="bold").append(" nats per token", style="not bold")
+    yield "top-1", f"{fmt.share(agreement.top1)} of {agreement.tokens:,} tokens have the same prediction"
 
 
 def kernel_text(kernel: KernelCount) -> str:
-    """`int4pack for 180 linears: 4 bits, group 64, cpu`."""
+    """`cpu-int4 for 180 linears: bfloat16 on a CPU`."""
     return f"{kernel.kernel} for {fmt.count(kernel.linears, 'linear')}: {kernel.reason}"
 
 
 def gate_text(gate: Gate) -> Text:
-    """`passed  max_kl 0.05: 0.0213 was found`."""
+    """`passed  max_kl 0.05, found 0.0213`."""
     word, style = ("passed", "green") if gate.passed else ("FAILED", "bold red")
     return Text(f"{word}  {gate.name} {gate.limit:g}, found {gate.found:.4g}", style=style)
 
 
 def bench_table(bench: Bench) -> Table:
-    """Tokens a second with their spread, weights, memory; the dense model beside it where it was timed."""
+    """Tokens per second with their spread, weights, memory; beside it the dense model, if it was timed."""
     dense = bench.dense_speed
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(overflow="fold")
     for _ in range(3 if dense else 1):
         table.add_column(justify="right", no_wrap=True)
     speed = bench.speed
-    heading = f" tokens a second, median of {speed.rounds}"
+    heading = f" tokens per second, median of {speed.rounds}"
     table.add_row(heading, "quantized", *(("dense", "ratio") if dense else ()), style="bold")
     for label, ours, theirs, ratio in (
         (f" prompt of {speed.prompt_tokens}", speed.prompt, dense and dense.prompt, bench.prompt_ratio),
@@ -126,8 +126,8 @@ def bench_table(bench: Bench) -> Table:
         table.add_row(label, rate_text(ours), *((rate_text(theirs), f"{ratio:.2f}") if theirs else ()))
     beside = (fmt.size(bench.dense_weight_bytes), f"{bench.weight_ratio:.2f}") if dense else ()
     table.add_row(" weights", fmt.size(bench.weight_bytes), *beside)
-    for device, held in bench.memory:
-        table.add_row(f" memory of {device}", fmt.size(held), *(("", "") if dense else ()))
+    for device, used in bench.memory:
+        table.add_row(f" memory of {device}", fmt.size(used), *(("", "") if dense else ()))
     return table
 
 
@@ -137,14 +137,14 @@ def rate_text(rate: Rate) -> str:
 
 
 def verify_summary(report: VerifyReport) -> Group:
-    """The files part by part, then every target rule by rule, each with its verdict."""
+    """The checks of the files, then the rules of every target, each with its result."""
     verdict, style = ("is sound", "bold green") if report.sound else ("is not sound", "bold red")
-    whole = len(report.checks) > 1
-    title = Text(f" {report.path}", style=style if whole or not report.sound else "bold green")
+    complete = len(report.checks) > 1
+    title = Text(f" {report.path}", style=style if complete or not report.sound else "bold green")
     counted = f"{fmt.count(report.tensors, 'tensor')}, {fmt.count(report.linears, 'quantized linear')}"
     share = f"{fmt.share(report.coverage)} of the weights in the blocks"
     facts = f": {counted}, {share}" if report.tensors else ""
-    shown = verdict if whole or not report.sound else "is readable"
+    shown = verdict if complete or not report.sound else "is readable"
     title.append(f" {shown}{facts}", style="default not bold")
     parts: list[RenderableType] = [title, "", rules_table(report.checks)]
     for target in report.targets:
@@ -158,7 +158,7 @@ def verify_summary(report: VerifyReport) -> Group:
 
 
 def rules_table(results: Iterable[RuleResult]) -> Table:
-    """One row a rule: its verdict and what it is about; below, what it found and what to do."""
+    """One row per rule: its outcome and its subject; below, its findings and what to do."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

@@ -1,4 +1,4 @@
-"""A `MapReport` as text: the placement as a folded tree, a bar a device, findings, the verdict.
+"""A `MapReport` as text: the placement as a folded tree, one bar per device, findings, the verdict.
 
      model                                 14.0 GiB  cuda:0, cuda:1
      ├─ embed_tokens                       1.00 GiB  cuda:0
@@ -6,9 +6,9 @@
      │  ├─ 0-15                            6.50 GiB  cuda:0
 
      cuda:0  ██████████████▓▒▒░░░░······  needs 10.2 of 24.0 GiB, 13.8 GiB to spare
-             █ weights 7.50  ▓ block copy 0.81  ▒ Hessians 0.77  ░ activations 1.00
+             █ weights 7.50  ▓ working memory 0.81  ▒ Hessians 0.77  ░ activations 1.00
 
-Each part of a bar has a glyph of its own, so that it reads without colour; it fits 80 columns.
+Each part of a bar has a glyph of its own, so that no colour is needed. It fits into 80 columns.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.tables import facts_table, findings_table, quantized_text, warnings_rows
 from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
 
-PARTS = (
-    ("weights_bytes", "█", "weights", "cyan"),
-    ("working_bytes", "▓", "block copy", "blue"),
-    ("hessian_bytes", "▒", "Hessians", "magenta"),
-    ("activation_bytes", "░", "activations", "yellow"),
-    ("packing_bytes", "%", "packing", "green"),
-    ("baseline_bytes", "+", "libraries", "default"),
+GLYPHS = (
+    ("█", "cyan"),
+    ("▓", "blue"),
+    ("▒", "magenta"),
+    ("░", "yellow"),
+    ("%", "green"),
+    ("+", "default"),
 )
-"""Field of `DevicePlan`, glyph, word and colour, from the left of a bar to its right."""
+"""Glyph and colour of each of `DevicePlan.parts`, from the left of a bar to its right."""
 FREE, OVER = "·", "!"
 VERDICT_STYLES = {"fits": "bold green", "fits with warnings": "bold yellow", "refused": "bold red"}
 
 
 def map_summary(report: MapReport) -> Group:
-    """The whole report, the verdict last."""
+    """The complete report, the verdict last."""
     title = Text(f" {report.model}", style="bold", overflow="fold")
     parts: list[RenderableType] = [title, "", facts_table(_rows(report))]
     if report.tree:
@@ -61,7 +61,7 @@ def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
         for budget in report.budgets
     )
     work = f"{fmt.count(report.parameters, 'parameter')}, {fmt.count(report.blocks, 'block')}"
-    given = " (given, not looked for)" if report.inventory == "given" else ""
+    given = " (given, not detected)" if report.inventory == "given" else ""
     rows: list[tuple[str, RenderableType]] = [
         ("model", f"{report.architecture}, {work}, {fmt.size(report.weights_bytes)} as {report.dtype}"),
         ("device map", f"{report.spec}{limits}"),
@@ -99,12 +99,12 @@ def tree_table(rows: Sequence[TreeRow]) -> Table:
 
 
 def guides(depths: Sequence[int]) -> list[str]:
-    """The lines of a tree before each name: `│  ├─ `. A name at the least depth has none."""
-    least = min(depths, default=0)
+    """The lines of a tree before each name: `│  ├─ `. Names at the smallest depth have none."""
+    top = min(depths, default=0)
     drawn = []
     for at, depth in enumerate(depths):
         guide = ""
-        for level in range(least + 1, depth + 1):
+        for level in range(top + 1, depth + 1):
             later = next((d for d in depths[at + 1 :] if d <= level), None)
             more = later == level
             if level == depth:
@@ -116,7 +116,7 @@ def guides(depths: Sequence[int]) -> list[str]:
 
 
 class DeviceBars:
-    """A renderable: what each device will hold, as a bar and in figures; all bars are equally long."""
+    """A renderable: the memory needed on each device, as a bar and in numbers; all bars are equally long."""
 
     def __init__(self, plans: Sequence[DevicePlan]) -> None:
         self._plans = plans
@@ -130,9 +130,11 @@ class DeviceBars:
             for glyphs, style in bar_segments(plan, cells):
                 bar.append(glyphs, style=f"{style} not bold")
             yield bar.append(f"  {text}", style="not bold" if plan.fits else "bold red")
-            held = [(glyph, word, getattr(plan, name)) for name, glyph, word, _ in PARTS]
+            held = zip(GLYPHS, plan.parts, strict=True)
             texts = [
-                f"{glyph} {word} {fmt.size(size_bytes)}" for glyph, word, size_bytes in held if size_bytes
+                f"{glyph} {word} {fmt.size(size_bytes)}"
+                for (glyph, _), (word, size_bytes) in held
+                if size_bytes
             ]
             legend = Table.grid()
             legend.add_column(width=names + 2)
@@ -161,12 +163,12 @@ def _joined(texts: Sequence[str], width: int) -> str:
 
 def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
     """Glyphs and colours of a bar of exactly `cells` characters; beyond the limit every glyph is `!`."""
-    whole = max(plan.limit_bytes, plan.needed_bytes, 1)
-    limit_at = round(cells * plan.limit_bytes / whole)
+    total = max(plan.limit_bytes, plan.needed_bytes, 1)
+    limit_at = round(cells * plan.limit_bytes / total)
     segments, end, drawn = [], 0, 0
-    for name, glyph, _, style in PARTS:
-        end += getattr(plan, name)
-        stop = min(cells, round(cells * end / whole))
+    for (glyph, style), (_, size_bytes) in zip(GLYPHS, plan.parts, strict=True):
+        end += size_bytes
+        stop = min(cells, round(cells * end / total))
         inside = max(0, min(stop, limit_at) - drawn)
         over = max(0, stop - max(drawn, limit_at))
         segments += [(glyph * inside, style), (OVER * over, "red")]
@@ -176,8 +178,8 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
 
 
 def _plan(plan: QuantizePlan) -> list[RenderableType]:
-    """What a dry run knows about the work."""
-    group = "one group a row" if plan.group_size == -1 else f"group {plan.group_size}"
+    """The facts of a dry run about the work."""
+    group = "one group per row" if plan.group_size == -1 else f"group {plan.group_size}"
     reason = f" ({plan.group_reason})" if plan.group_reason else ""
     work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
     smaller = plan.size_before_bytes / plan.size_after_bytes if plan.size_after_bytes else 0.0
@@ -186,7 +188,7 @@ def _plan(plan: QuantizePlan) -> list[RenderableType]:
         ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
         ("recipe", f"{plan.bits} bits, {group}{reason}"),
         ("quantized", quantized_text(plan)),
-        ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits a parameter"),
+        ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits per parameter"),
     ]
     if plan.seconds is not None:
         rows.append(("time", f"about {fmt.duration(plan.seconds)} (an estimate from a short probe)"))

@@ -1,7 +1,7 @@
 """The moving part of the live display, drawn from a `State`: bars, the last linears, memory, the last flush.
 
-Nothing wraps: names are cut in the middle, columns that do not fit at this width are left out, and
-every fact that has a colour has a word, too.
+Nothing wraps: names are cut in the middle, columns that do not fit the width are left out. Every fact that is
+shown by a colour is also shown in words.
 
      blocks   ━━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━  12/30   0:03:21, 0:05:02 left
      samples  ━━━━━━━━━━━━━━━━━━━━━╸━━━━━━━━  96/128  stage 2 of 4
@@ -12,7 +12,7 @@ every fact that has a colour has a word, too.
 
 from __future__ import annotations
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -23,19 +23,19 @@ from gptq_cli.display.state import BlockState, PhaseState, Recent, State
 from gptq_cli.events import DeviceMemory
 
 LABEL_WIDTH = 9
-"""A label with the blank before it."""
+"""A label with the space before it."""
 WIDE = 110
-"""Columns from which on the table of linears has room for shapes, damping and seconds."""
+"""The width from which on the table of linears has room for shapes, damping and seconds."""
 FIXED_LINES = 9
 """Lines of the picture beside the table of linears and the devices."""
 NAME_WIDTH = 56
-"""Room for the name of a linear, at most: figures far from their name are hard to read."""
+"""The largest width for the name of a linear: numbers far from the name are hard to read."""
 BAR_WIDTH = 16
 NEARLY_FULL = 0.95
 
 
 class Picture:
-    """A renderable: `state` as it looks at `now` seconds."""
+    """A renderable: `state` at `now` seconds."""
 
     def __init__(self, state: State, now: float) -> None:
         self._state = state
@@ -100,7 +100,7 @@ def _bars(state: State, now: float, width: int) -> Table | None:
 
 def _fraction(block: BlockState) -> float:
     if block.finished or not block.linears:
-        return 0.0  # a finished block is counted as a whole
+        return 0.0  # a finished block is in `blocks_done` already
     return min(1.0, block.linears_done / block.linears)
 
 
@@ -135,7 +135,7 @@ _PHASES = {
     "bench": "rounds",
     "evaluate": "windows",
 }
-"""Phases by what their bar counts, where the phase's own name would not fit the label."""
+"""What a phase's bar counts, used as the label where the phase's own name would not fit."""
 
 
 def _linears(recent: tuple[Recent, ...], width: int) -> Table:
@@ -169,7 +169,7 @@ def _linears(recent: tuple[Recent, ...], width: int) -> Table:
 
 
 def method_text(method: str, attempts: int) -> str:
-    """`gptq`, `gptq, 2 tries`, `FALLBACK rtn`: a fallback is a word, not only a colour."""
+    """`gptq`, `gptq, 2 tries`, `FALLBACK rtn`: a fallback is shown by a word, too."""
     if method != "gptq":
         return f"FALLBACK {method}"
     return method if attempts == 1 else f"{method}, {attempts} tries"
@@ -195,8 +195,3 @@ def memory_line(memory: DeviceMemory, width: int) -> Text:
     line.append("▓" * (reserved - allocated), style="blue not bold")
     line.append("░" * (cells - reserved), style="dim not bold")
     return line.append(f"  {figures}", style="bold red" if high else "not bold")
-
-
-def still(state: State, now: float) -> Group:
-    """The picture as something to print once."""
-    return Group(Picture(state, now))

@@ -1,7 +1,7 @@
-"""One line an event, for a CI log: elapsed time first, no colour, no cursor movement, nothing overwritten.
+"""One line per event, for a CI log: elapsed time first, no colour, no cursor movement, nothing overwritten.
 
-Samples are not lines. A stage is one line when its last sample went through, and a heartbeat comes in
-between where a stage takes long, because CI systems end jobs that are silent.
+Samples get no line of their own. A stage gets one after its last sample, and if it takes long, a heartbeat
+line in between, because CI systems end jobs that print nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from gptq_cli.events import (
     Warned,
     warning_text,
 )
-from gptq_cli.findings import Finding
 
 HEARTBEAT_SECONDS = 30.0
 
@@ -63,7 +62,7 @@ class PlainDisplay:
 
 
 class WarningsDisplay:
-    """An observer that writes warnings alone, for whoever wants no progress: `--progress none`."""
+    """An observer that writes only warnings: `--progress none`."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -83,12 +82,12 @@ class WarningsDisplay:
 
 
 def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
-    """The lines that `event` is worth; `heartbeat` asks for a line even where the event is a small step."""
+    """The lines for `event`; `heartbeat`: also a line for an event that is only a small step."""
     match event:
         case RunStarted():
             return _started(event)
         case FindingRaised(finding):
-            return finding_lines(finding)
+            return finding.lines
         case PhaseStarted(phase):
             return (f"{phase}: started",)
         case PhaseAdvanced(phase, done, total):
@@ -132,13 +131,6 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
             assert_never(event)
 
 
-def finding_lines(finding: Finding) -> tuple[str, ...]:
-    """A finding as text: the statement, and the hint below it."""
-    about = f" {finding.subject}:" if finding.subject else ""
-    first = f"{finding.level} [{finding.rule}]{about} {finding.message}"
-    return (first, f"  hint: {finding.hint}") if finding.hint else (first,)
-
-
 def memory_text(memory: DeviceMemory) -> str:
     """`cuda:0 allocated 1.25 reserved 1.90 peak 1.75 of 24.0 GiB`; `cpu resident …`."""
     used = f"allocated {fmt.gib(memory.allocated_bytes)} reserved {fmt.gib(memory.reserved_bytes)}"
@@ -161,7 +153,7 @@ def flush_title(event: CacheFlushed) -> str:
 
 
 def flush_text(event: CacheFlushed) -> str:
-    """What a flush gave back, and on which devices."""
+    """How much memory a flush freed, and on which devices."""
     given = f"gave back {fmt.size(event.freed_bytes)}"
     moved = [
         f"{before.device} {fmt.gib(before.reserved_bytes)} -> {fmt.gib(after.reserved_bytes)} GiB"

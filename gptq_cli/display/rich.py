@@ -1,7 +1,8 @@
-"""The live display for a terminal: what is settled scrolls up, what moves stays at the bottom.
+"""The live display for a terminal: finished things scroll up, the moving part stays at the bottom.
 
-Settled: the header with the plan, findings, finished phases, one line a block with what its flush gave
-back, fallbacks. Moving: `picture.py`. The console and the clock are arguments, so that tests pin both.
+Finished: the header with the plan, findings, finished phases, one line per block with the memory that its
+flush freed, fallbacks. Moving: `picture.py`. The console and the clock are arguments, so that tests can set
+both.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from gptq_cli.findings import Finding
 
 REFRESHES_PER_SECOND = 8.0
 LEADER_FROM = 40
-"""Blanks between a name and its facts from which on dots lead the eye."""
+"""From this many spaces on, dots fill the gap between a name and its facts."""
 
 
 class RichDisplay:
@@ -57,13 +58,13 @@ class RichDisplay:
         *,
         beside_text: bool = False,
     ) -> None:
-        """`beside_text`: generated text appears on the same terminal; what moves is taken away meanwhile."""
+        """`beside_text`: generated text appears on the same terminal; the moving part is hidden meanwhile."""
         self._console = console
         self._get_time = get_time
         self._state = State(since=get_time())
         self._findings: tuple[Finding, ...] = ()
         self._finished: BlockFinished | None = None
-        self._worked_on = ""
+        self._execution_device = ""
         self._beside_text = beside_text
         self._makes_way = False
         self._live = Live(
@@ -73,7 +74,7 @@ class RichDisplay:
             refresh_per_second=REFRESHES_PER_SECOND,
             vertical_overflow="crop",
             redirect_stdout=False,
-            redirect_stderr=False,  # what libraries write comes to `log`, without its escape sequences
+            redirect_stderr=False,  # output of libraries goes to `log`, without its escape sequences
         )
 
     def __enter__(self) -> RichDisplay:
@@ -100,11 +101,11 @@ class RichDisplay:
         self._state = advance(self._state, event, self._get_time())
 
     def log(self, text: str) -> None:
-        """A line that some library wrote to standard error, above what moves."""
+        """Print a line that a library wrote to standard error, above the moving part."""
         self._print(Text(one_line(text)))
 
     def _make_way(self, for_text: bool) -> None:
-        """Take the picture away while text is written, and put it below the text afterwards."""
+        """Hide the moving part while text is written, and show it below the text afterwards."""
         if not self._beside_text or for_text == self._makes_way:
             return
         self._makes_way = for_text
@@ -121,13 +122,13 @@ class RichDisplay:
             self._console.print(line, markup=False, highlight=False)
 
     def _print_findings(self) -> None:
-        """Findings come one by one and belong together: one table, when the next other event arrives."""
+        """Print the findings collected so far as one table, when an event of another kind arrives."""
         if self._findings:
             findings, self._findings = self._findings, ()
             self._print(findings_table(findings))
 
     def _settle(self, event: Event) -> None:
-        """Print what will not change any more."""
+        """Print what will no longer change."""
         width = self._console.width
         match event:
             case RunStarted():
@@ -140,7 +141,7 @@ class RichDisplay:
                 self._print(settled("flush", _after(event), flush_text(event), width, "dim"))
             case BlockFinished():
                 self._finished = event
-                self._worked_on = self._state.block.device if self._state.block else ""
+                self._execution_device = self._state.block.device if self._state.block else ""
             case ShardWritten(path, size_bytes, tensors):
                 facts = f"{fmt.count(tensors, 'tensor')}  {fmt.size(size_bytes)}"
                 self._print(settled("written", path, facts, width))
@@ -161,19 +162,22 @@ class RichDisplay:
                 assert_never(event)
 
     def _print_block(self, flush: CacheFlushed | None) -> None:
-        """The line of a finished block waits for its flush, which is the next event."""
+        """Print the line of a finished block, which waits for the next event, the block's flush."""
         if self._finished is not None:
             finished, self._finished = self._finished, None
             fallbacks = sum(report.method != "gptq" for report in finished.report.linears)
             label, style = ("FALLBACK", "bold red") if fallbacks else ("done", "")
-            facts = block_facts(finished, flush, self._worked_on, wide=self._console.width >= WIDE)
+            facts = block_facts(finished, flush, self._execution_device, wide=self._console.width >= WIDE)
             self._print(settled(label, finished.report.name, facts, self._console.width, style))
 
 
-def block_facts(event: BlockFinished, flush: CacheFlushed | None, worked_on: str, *, wide: bool) -> str:
-    """`loss 0.0203  peak 1.75 GiB  freed 307 MiB  6.6 s`, as far as known.
+def block_facts(
+    event: BlockFinished, flush: CacheFlushed | None, execution_device: str, *, wide: bool
+) -> str:
+    """`loss 0.0203  peak 1.75 GiB  freed 307 MiB  6.6 s`, without facts that are unknown.
 
-    `wide` adds the change against round-to-nearest, the count of fallbacks and the device (`worked_on`).
+    `wide` adds the change against round-to-nearest, the count of fallbacks and the device
+    (`execution_device`).
     """
     linears = event.report.linears
     facts = []
@@ -187,7 +191,7 @@ def block_facts(event: BlockFinished, flush: CacheFlushed | None, worked_on: str
         facts.append(f"loss {fmt.loss(mean):>7}{f' ({change})' if change and wide else ''}")
     peaks = event.report.peak_bytes
     if peaks:
-        device, peak = next((entry for entry in peaks if entry[0] == worked_on), peaks[0])
+        device, peak = next((entry for entry in peaks if entry[0] == execution_device), peaks[0])
         facts.append(f"{f'{device} ' if wide else ''}peak {fmt.size(peak):>8}")
     if flush is not None:
         facts.append(f"freed {fmt.size(flush.freed_bytes):>8}")

@@ -1,7 +1,7 @@
 """Events folded into what a display shows: one frozen `State`, and `advance(state, event, now)`.
 
-A live display redraws from a thread of its own while the engine reports from another. Every event
-makes a new state, and the display holds one reference to the newest: a redraw never sees half a change.
+A live display redraws in a thread of its own while the engine reports from another. Every event makes a new
+state, and the display keeps one reference to the newest, so a redraw never sees half a change.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from gptq_cli.events import (
 from gptq_cli.results.run import LinearReport
 
 REMEMBERED = 8
-"""Linears kept for the table of the last ones, and blocks that the remaining time is estimated from."""
+"""Linears kept for the table of the last ones, and blocks used to estimate the remaining time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseState:
-    """The phase in progress; `total` is None where nobody knows."""
+    """The phase in progress; `total` is None where it is unknown."""
 
     phase: Phase
     done: int
@@ -46,7 +46,7 @@ class PhaseState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockState:
-    """The block in work: its samples, its linears, and since when."""
+    """The block in progress: its samples, its linears, and when it started."""
 
     name: str
     index: int
@@ -60,7 +60,7 @@ class BlockState:
     samples_done: int = 0
     samples_total: int = 0
     finished: bool = False
-    """Kept until the next one starts, so that the picture does not jump."""
+    """A finished block is kept until the next one starts, so that the picture does not jump."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class State:
     blocks_done: int = 0
     blocks_total: int = 0
     block_seconds: tuple[float, ...] = ()
-    """Wall seconds of the last blocks, as seen from here (packing and writing included)."""
+    """Wall seconds of the last blocks, measured between events (packing and writing included)."""
     recent: tuple[Recent, ...] = ()
     linears_done: int = 0
     fallbacks: int = 0

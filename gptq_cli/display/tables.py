@@ -1,7 +1,7 @@
-"""Results as a person reads them: the summary of a run, and lists of findings.
+"""Tables of results: the summary of a run, and lists of findings.
 
-The same renderables serve a terminal and a file: no frame carries meaning, every colour has a word, and
-names and paths are never cut here, because this is the result.
+The same renderables are used for a terminal and a file: frames and colours carry no meaning that the text
+does not, and names and paths are never cut, because this is the result.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from gptq_cli.findings import Finding, Level, PreflightReport
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
 from gptq_cli.results.run import LinearReport, RunReport
+from gptq_cli.wording import names_text
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 LISTED = 5
@@ -28,7 +29,7 @@ MODULES_NAMED = 4
 
 
 class Hint:
-    """A remedy: a command line wraps so that it can still be pasted, other text wraps between words."""
+    """A hint: a command line wraps so that it can still be pasted, other text wraps between words."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -42,7 +43,7 @@ class Hint:
 
 
 def findings_table(findings: Iterable[Finding]) -> Table:
-    """One entry a finding: level, rule and subject; what is wrong; which modules; what to do."""
+    """One entry per finding: level, rule and subject; what is wrong; which modules; what to do."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -59,10 +60,8 @@ def findings_table(findings: Iterable[Finding]) -> Table:
 
 def modules_text(finding: Finding) -> str:
     """`832 MiB in 2 modules: model.layers.30, model.layers.31`; a long list is cut and says so."""
-    named = ", ".join(finding.modules[:MODULES_NAMED])
-    more = len(finding.modules) - MODULES_NAMED
+    listed = names_text(finding.modules, MODULES_NAMED)
     held = f"{fmt.size(finding.size_bytes)} in " if finding.size_bytes else ""
-    listed = f"{named} and {more} more" if more > 0 else named
     return f"{held}{fmt.count(len(finding.modules), 'module')}: {listed}"
 
 
@@ -77,20 +76,20 @@ def facts_table(rows: Sequence[tuple[str, RenderableType]]) -> Table:
 
 
 def yes(value: bool) -> str:
-    """A word for a truth."""
+    """`yes` or `no`."""
     return "yes" if value else "no"
 
 
 def recipe(report: RunReport | LoadReport) -> str:
     """`4 bits, group 64, symmetric, format gptq`."""
-    group = "one group a row" if report.group_size == -1 else f"group {report.group_size}"
+    group = "one group per row" if report.group_size == -1 else f"group {report.group_size}"
     kind = "symmetric" if report.sym else "asymmetric"
     order = ", desc_act" if report.desc_act else ""
     return f"{report.bits} bits, {group}, {kind}{order}, format {report.checkpoint_format}"
 
 
 def run_summary(report: RunReport) -> Group:
-    """What `gptq quantize` made: checkpoint, sizes, quality, time, memory, and the next command."""
+    """The result of `gptq quantize`: checkpoint, sizes, quality, time, memory, and the next command."""
     title = Text(f" {report.out}", style="bold green")
     title.append(f" is ready after {fmt.duration(report.seconds)}", style="default not bold")
     parts: list[RenderableType] = [title, "", facts_table(_run_rows(report))]
@@ -117,7 +116,10 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     rows: list[tuple[str, RenderableType]] = [
         ("model", f"{report.model}{revision}"),
         ("checkpoint", recipe(report)),
-        ("size", f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_parameter:.3f} bits a parameter"),
+        (
+            "size",
+            f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_parameter:.3f} bits per parameter",
+        ),
         ("quantized", f"{quantized_text(report)}{dense}"),
         ("calibration", f"{report.calibration_source}, {tokens}, seed {report.seed}"),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
@@ -137,9 +139,9 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
 
 
 def quantized_text(report: RunReport | QuantizePlan) -> str:
-    """`78.9 % of the parameters, at 4.358 bits a weight`."""
+    """`78.9 % of the parameters, at 4.358 bits per weight`."""
     share = fmt.share(report.quantized_share)
-    return f"{share} of the parameters, at {report.bits_per_weight:.3f} bits a weight"
+    return f"{share} of the parameters, at {report.bits_per_weight:.3f} bits per weight"
 
 
 def warnings_rows(warnings: Sequence[str], shown: Iterable[Finding] = ()) -> list[tuple[str, RenderableType]]:
@@ -158,15 +160,14 @@ def _fallbacks(report: RunReport) -> Text:
     if not report.fallbacks:
         return Text("none")
     names = [linear.name for linear in report.linears if linear.method != "gptq"]
-    more = len(names) - MODULES_NAMED
-    listed = ", ".join(names[:MODULES_NAMED]) + (f" and {more} more" if more > 0 else "")
+    listed = names_text(names, MODULES_NAMED)
     of = fmt.count(len(report.linears), "linear")
     text = f"{report.fallbacks} of {of} fell back to round-to-nearest"
     return Text(f"{text}: {listed}" if listed else text, style="bold red", overflow="fold")
 
 
 def peaks(report: RunReport) -> list[str]:
-    """`cuda:0  1.75 GiB, predicted 1.80 GiB (-3 %)`, one line a device."""
+    """`cuda:0 1.75 GiB, predicted 1.80 GiB (-3 %)`, one line per device."""
     predicted = dict(report.predicted_peak_bytes)
     lines = []
     for device, measured in report.measured_peak_bytes:
@@ -210,5 +211,5 @@ def _slowest(linears: Sequence[LinearReport]) -> Table:
 
 
 def quoted(path: str) -> str:
-    """`path` as a shell takes it."""
+    """`path` quoted for a shell."""
     return shlex.quote(path)

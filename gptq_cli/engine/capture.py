@@ -63,7 +63,7 @@ class Captured:
     """Everything that the block loop needs. `hidden` is consumed and replaced, block after block."""
 
     hidden: list[Tensor]
-    """One (batch, seq_len, hidden_size) tensor a micro-batch."""
+    """One (batch, seq_len, hidden_size) tensor per micro-batch."""
     calls: list[list[BlockCall]]
     """`calls[block][micro_batch]`."""
     probes: list[BlockCall]
@@ -188,9 +188,9 @@ def capture(
     works_on = block_device or input_device
     probe, recorder = _Recorder(blocks, works_on), _Recorder(blocks, works_on)
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
-    twins = spread(len(input_ids), paired_samples)
-    alone = [number for number in range(len(input_ids)) if number not in set(twins)]
-    paired = micro_batches(twins, batch_size)
+    pairs = spread(len(input_ids), paired_samples)
+    alone = [number for number in range(len(input_ids)) if number not in set(pairs)]
+    paired = micro_batches(pairs, batch_size)
     batches = [*paired, *micro_batches(alone, batch_size)]
     done = 0
     for batch in batches:

@@ -13,32 +13,29 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
+from gptq_cli.engine.block import Block, Store
 from gptq_cli.engine.capture import Captured, capture
-from gptq_cli.engine.loop import Block, LoopOptions, Store, quantize_blocks
-from gptq_cli.events import (
-    CacheFlushed,
-    Observer,
-    PhaseAdvanced,
-    phase,
-)
+from gptq_cli.engine.loop import LoopOptions, quantize_blocks
+from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.run import BlockReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRun:
-    """What the engine is lent for one run."""
+    """What one run of the engine is given."""
 
     skeleton: Skeleton
     placement: Placement
+    schedule: Schedule
+    """How the run is carried out; made for this placement."""
     config: QuantizeConfig
     options: LoopOptions
-    batch_size: int
-    """Samples of a micro-batch."""
 
 
 def quantize_model(
@@ -73,7 +70,7 @@ def quantize_model(
 
 
 class WeightProvider(Protocol):
-    """Has the weights of a model, and gives a block's where and when they are worked on."""
+    """Has the weights of a model, and gives those of a block where and when they are worked on."""
 
     def on_device(self, block: str) -> AbstractContextManager[None]:
         """A context inside which the block has its weights on the device that works on it."""
@@ -102,21 +99,15 @@ def _check_outside(model: Any, prefix: str) -> None:
 
 
 def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]:
-    main = run.placement.main_device
-    blocks = []
-    for name in run.skeleton.blocks:
-        home = run.placement.device_of(name)
-        at = main if home == CPU and main != CPU else home
-        blocks.append(
-            Block(
-                name,
-                model.get_submodule(name),
-                torch_device(at),
-                run.skeleton.linears_of(name),
-                on_device=partial(provider.on_device, name),
-            )
+    return [
+        Block(
+            schedule,
+            model.get_submodule(schedule.name),
+            run.skeleton.linears_of(schedule.name),
+            on_device=partial(provider.on_device, schedule.name),
         )
-    return blocks
+        for schedule in run.schedule.blocks
+    ]
 
 
 def _capture(
@@ -131,7 +122,7 @@ def _capture(
         model.base_model,
         [block.module for block in blocks],
         ids,
-        batch_size=run.batch_size,
+        batch_size=run.schedule.micro_batch_samples,
         paired_samples=run.config.paired_samples(len(ids)),
         input_device=torch_device(run.placement.main_device) if offloaded else embedding,
         block_device=blocks[0].device,

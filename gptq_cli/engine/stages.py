@@ -5,20 +5,19 @@ gate and up of an MLP, or, in a block that runs both side by side, all five. No 
 knows this; one sample run through the block does. Each linear notes the tensor it reads, and those
 that read the *same tensor* form a stage, in order of first use.
 
-A linear that runs more than once a forward, not at all for the traced sample, or on some of its tokens (an
-expert, which tokens choose) has no single moment at which its input is complete. It forms a stage of its
-own, marked `once=False`, whose Hessian is collected over whole forwards. So do linears whose names differ
-from its name in a number only: an expert that all tokens of the sample chose is an expert all the same.
+A linear that runs more than once per forward, not at all for the traced sample, or on some of its tokens (an
+expert, to which tokens are routed) has no single moment at which its input is complete. It forms a stage of
+its own, marked `once=False`, whose Hessian is collected over whole forwards. So do linears whose names differ
+from its name in a number only: an expert that got all tokens of the sample is an expert all the same.
 
 Such stages are worked on in *expert batches*: those that read the same number of columns are collected side
-by side, as many as EXPERT_BATCH_BYTES of Hessians allow. Experts see few tokens each, and together they say
+by side, as many as the schedule allows. Experts see few tokens each, and together they say
 what the block's tokens are like: see `gptq.moments.shrink_to_pooled`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from gptq_cli.engine.capture import BlockCall
 from gptq_cli.model.reads import Read
+from gptq_cli.placement.names import fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Stage:
 
     linears: tuple[str, ...]
     once: bool = True
-    """Each linear runs exactly once a forward."""
+    """Each linear runs exactly once per forward."""
 
     @property
     def leader(self) -> str:
@@ -43,19 +43,16 @@ class Stage:
         return self.linears[0]
 
 
-EXPERT_BATCH_BYTES = 512 << 20
-"""Hessians of a expert batch: one of 7168 columns has 196 MiB, one of 2048 has 16."""
-
-
 def collection_passes(
     stages: Sequence[Stage],
     columns: Mapping[str, int],  # K of each linear
     *,
     true_sequential: bool,
+    experts_per_batch: Callable[[int], int],  # K -> how many fit, at least one
 ) -> list[list[Stage]]:
-    """The stages that are collected side by side, round after round.
+    """The stages that are collected side by side, pass after pass.
 
-    Each stage that runs once has a round of its own, or with `true_sequential` off they share one. The others
+    Each stage that runs once has a pass of its own, or with `true_sequential` off they share one. The others
     follow in expert batches of one K each.
     """
     once = [stage for stage in stages if stage.once]
@@ -65,7 +62,7 @@ def collection_passes(
         if not stage.once:
             by_columns.setdefault(columns[stage.leader], []).append(stage)
     for width, multi_call in by_columns.items():
-        size = max(1, EXPERT_BATCH_BYTES // (4 * width**2))
+        size = experts_per_batch(width)
         passes += [multi_call[start : start + size] for start in range(0, len(multi_call), size)]
     return [collected for collected in passes if collected]
 
@@ -98,14 +95,14 @@ def find_stages(
 
     tokens = hidden.numel() // hidden.shape[-1]
     multi_call = {
-        _like(name)
+        fold(name)
         for name, seen in reads.items()
         if len(seen) != 1 or seen[0].tensor.numel() // seen[0].tensor.shape[-1] != tokens
     }
     shared: list[list[str]] = []
     alone: list[str] = []
     for name in order:
-        if _like(name) in multi_call:
+        if fold(name) in multi_call:
             alone.append(name)
             continue
         for group in shared:
@@ -116,8 +113,3 @@ def find_stages(
             shared.append([name])
     alone += [name for name in linears if name not in order]
     return (*(Stage(tuple(group)) for group in shared), *(Stage((name,), once=False) for name in alone))
-
-
-def _like(name: str) -> str:
-    """`mlp.experts.*.up_proj` for `mlp.experts.3.up_proj`."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}.")

@@ -1,1 +1,1 @@
-"""What an opened model is worth: text, perplexity, divergence from the dense model, speed."""
+"""Measuring a loaded model: its text, perplexity, divergence from the dense model, speed."""

@@ -1,9 +1,9 @@
-"""How far a quantized model is from the dense one it was made of: KL divergence and top-1 agreement.
+"""How far a quantized model is from the dense one it was made from: KL divergence and top-1 agreement.
 
-Perplexity compares both models with a text; these compare them with each other, token by token, and see
-differences that perplexity averages away. KL(dense ‖ quantized) is the mean over tokens, in nats.
+Perplexity compares each model with a text. These measures compare the models with each other, token by token,
+and show differences that perplexity averages out. KL(dense ‖ quantized) is the mean over tokens, in nats.
 
-Both models answer the same window; of the logits, only some rows are held as float32 log-probabilities.
+Both models run on the same windows; float32 log-probabilities are computed for some rows of logits at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gptq_cli.results.load import Agreement
 
 
 def check_comparable(quantized: Any, dense: Any) -> None:
-    """Raise `CheckpointError`, naming both values, unless one can be the other's quantized twin.
+    """Raise `CheckpointError`, naming both values, unless one can be a quantized copy of the other.
 
-    Compared are architecture, blocks, hidden size, vocabulary, and the shapes of what the blocks hold: models
-    that differ there give figures that say nothing. Both are skeletons with their linears still dense.
+    Compared are architecture, blocks, hidden size, vocabulary, and the shapes of the blocks' parameters:
+    figures of models that differ in these mean nothing. Both are skeletons with their linears still dense.
     """
     differences = list(_differences(quantized, dense))
     if differences:

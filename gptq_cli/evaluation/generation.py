@@ -1,4 +1,4 @@
-"""A prompt becomes text: Transformers' `generate`, with the pieces handed out as they come."""
+"""From a prompt to text: Transformers' `generate`, with the text reported piece by piece."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """What came out. `first_token_seconds` covers the prompt, `seconds` everything."""
+    """The generated text. `first_token_seconds` covers the prompt, `seconds` everything."""
 
     prompt: str
     text: str
@@ -48,12 +48,13 @@ class Generation:
 class TextPieces:
     """A Transformers streamer (`put`, `end`) that turns token ids into pieces of text as early as is safe.
 
-    The text is the decoding of all tokens at once, and a later token may change how earlier ones decode: one
-    ends in the middle of a character; a run of byte tokens (`<0xE9>`, of tokenizers that fall back to bytes)
-    stands or falls together; clean-up takes a space out in front of what comes next. What may still change is
-    held back, and what two decodings in a row do not agree on. Transformers' own `TextStreamer` hands such
-    text out and loses a part of it. Where a decoder changes what has been handed out all the same, nothing
-    follows until the end, and then everything from the first difference on: no text is lost.
+    The text is the decoding of all tokens at once, and a later token may change how earlier ones decode: a
+    token may end in the middle of a character; a run of byte tokens (`<0xE9>`, of tokenizers that fall back
+    to bytes) decodes only as a whole; clean-up removes a space before certain characters. Text that may still
+    change is held back, and so is text on which two successive decodings disagree. Transformers' own
+    `TextStreamer` prints such text early and loses part of it. Should a decoder change text that was already
+    reported, nothing more is reported until the end, and then everything from the first difference on: no
+    text is lost.
     """
 
     def __init__(self, tokenizer: Any, on_token: OnToken) -> None:
@@ -89,7 +90,7 @@ class TextPieces:
             self._show(settled[len(self._shown) :])
 
     def end(self) -> None:
-        """Called by `generate` once: hands out what was held back."""
+        """Called by `generate` once: reports the text that was held back."""
         text = self.text
         self._show(text[len(_common(self._shown, text)) :])
 
@@ -99,7 +100,8 @@ class TextPieces:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
 
     def _is_byte(self, token: int) -> bool:
-        """Whether a run of byte tokens is open after `token`; one that decodes to nothing changes nothing."""
+        """Whether a run of byte tokens is open after `token`; a token that decodes to nothing does not end
+        it."""
         piece = None if token in self._skipped else self._tokenizer.convert_ids_to_tokens(token)
         return self._in_bytes if piece is None else _BYTE_TOKEN.fullmatch(piece) is not None
 
@@ -110,7 +112,7 @@ class TextPieces:
 
 
 def _common(one: str, other: str) -> str:
-    """The text that both begin with."""
+    """The longest common prefix."""
     if other.startswith(one):
         return one
     pairs = zip(one, other, strict=False)
@@ -136,9 +138,9 @@ def generate(
 ) -> Generation:
     """Continue `prompt` by at most `max_new_tokens` tokens; `on_token` gets the text piece by piece.
 
-    The model's generation config is followed as `gptq_cli.evaluation.generation_config` says. A beam search
-    hands its text out at the end, as one piece. Raises `ConfigError` for a prompt that makes no tokens,
-    `CheckpointError` for a setting that cannot be followed, `NonFinite` where there is nothing to draw from.
+    The model's generation config is followed as described in `gptq_cli.evaluation.generation_config`. A beam
+    search reports its text at the end, as one piece. Raises `ConfigError` for a prompt that makes no tokens,
+    `CheckpointError` for an invalid setting, `NonFinite` where the probabilities to draw from are not finite.
     """
     ids = encode_prompt(tokenizer, prompt, raw=raw).to(input_device(model))
     settings = settings_of(model.generation_config, model.get_input_embeddings().num_embeddings)
@@ -189,7 +191,7 @@ def generate(
 
 @contextmanager
 def _guided(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
-    """Lend the model a generation config: what a passed one leaves out, `generate` takes from the model's."""
+    """Replace the model's generation config: `generate` takes from it whatever a passed config leaves out."""
     own = model.generation_config
     model.generation_config = GenerationConfig(**options)
     try:
@@ -200,7 +202,7 @@ def _guided(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _nothing_to_draw_explained() -> Iterator[None]:
-    """torch refuses to draw from probabilities that are not numbers; say what they are."""
+    """Explain torch's refusal to draw from probabilities that are not finite."""
     try:
         yield
     except RuntimeError as error:
@@ -213,7 +215,7 @@ def _nothing_to_draw_explained() -> Iterator[None]:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids go: the device of the embedding, or the one its hook executes on."""
+    """The device for token ids: that of the embedding, or the one its hook runs it on."""
     embedding = model.get_input_embeddings()
     hook = getattr(embedding, "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
@@ -222,7 +224,7 @@ def input_device(model: Any) -> torch.device:
 
 @contextmanager
 def matmul_scope_of(model: Any) -> Iterator[None]:
-    """The scope in which `model` runs fastest where it stands, its device being the current one."""
+    """The scope in which `model` runs fastest; its device is the current one inside."""
     device = input_device(model)
     with working_on(device), matmul_scope(model.get_input_embeddings().weight.dtype, device):
         yield
@@ -239,9 +241,9 @@ def _pad_token(tokenizer: Any, model: Any) -> int | None:
 
 @contextmanager
 def _seeded(sampling: Sampling) -> Iterator[None]:
-    """Seed the generators that sampling draws from, and put them back. Greedy decoding draws nothing.
+    """Seed the generators that sampling draws from, and restore them. Greedy decoding draws nothing.
 
-    `torch.manual_seed` seeds those of every device, so those of every device are kept.
+    `torch.manual_seed` seeds the generators of every device, so those of every device are saved.
     """
     if sampling.temperature == 0:
         yield

@@ -1,13 +1,12 @@
-"""Which settings of a model's generation_config.json its text is made with.
+"""Which settings of a model's generation_config.json are followed when text is generated.
 
-The file may ask for anything that Transformers' `generate` takes, and for things that it took once. Each
-setting is of one of four kinds:
+The file may hold any setting that Transformers' `generate` takes or once took. There are four kinds:
 
-    followed   penalties, banned and forced tokens, stop strings, beams, …: a value is checked before a weight
-               is read, because `generate` would find a wrong one only when the model is there
+    followed   penalties, banned and forced tokens, stop strings, beams, …; values are checked before a weight
+               is read, because `generate` would only find an invalid one once the model is loaded
     given      temperature, length, cache on or off: the command's own options decide
-    about      bookkeeping of the file, and what `generate` returns beside the text
-    the rest   several texts at once, other caches, other models and other loops: not followed, and said so
+    about      metadata of the file, and what `generate` returns beside the text
+    the rest   several texts at once, other caches, models and loops: not followed, with a note
 
 Unknown settings are of the last kind.
 """
@@ -25,10 +24,11 @@ from typing import Any
 from transformers import GenerationConfig, StopStringCriteria, WatermarkingConfig
 
 from gptq_cli.errors import CheckpointError
+from gptq_cli.wording import first_line
 
 FILE = "generation_config.json"
-MOST_BEAMS = 64
-LONGEST_STOP_STRING = 256
+MAX_BEAMS = 64
+MAX_STOP_STRING = 256
 _REMOVE = f"correct it in {FILE}, or take it out of there"
 
 _GIVEN = frozenset(
@@ -40,7 +40,7 @@ _ABOUT = frozenset(
     | {"output_scores", "output_logits"}
 )
 _SAMPLING = frozenset({"min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"})
-"""Followed where tokens are drawn; a greedy text has no use for them."""
+"""Followed where tokens are sampled; greedy decoding does not use them."""
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "num_return_sequences": (1,),
     "num_beam_groups": (1,),
@@ -48,24 +48,24 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "penalty_alpha": (0,),
     "cache_implementation": ("dynamic", "hybrid", "hybrid_chunked"),  # Transformers takes one for the other
 }
-"""Values of settings that are not followed, which ask for nothing."""
+"""Values without effect, of settings that are not followed."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """The settings to follow, by Transformers' names, and one sentence about those that are not."""
+    """The settings to follow, by Transformers' names, and a note about the others."""
 
     followed: Mapping[str, Any]
     note: str = ""
 
     @property
     def beams(self) -> int:
-        """Texts that are searched at once; more than 1: nothing can be shown before the end."""
+        """Number of beams; with more than 1, no text can be shown before the end."""
         return int(self.followed.get("num_beams", 1))
 
 
 def read_generation_config(directory: Path, model: Any) -> GenerationConfig:
-    """The file's settings, and where there is none those of the model. Raises `CheckpointError`."""
+    """The file's settings, or the model's where there is no file. Raises `CheckpointError`."""
     path = directory / FILE
     if not path.is_file():
         config: GenerationConfig = model.generation_config
@@ -92,7 +92,7 @@ def read_generation_config(directory: Path, model: Any) -> GenerationConfig:
 
 def _built(settings: Mapping[str, Any]) -> GenerationConfig:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations; what is not followed is said by `settings_of`
+        warnings.simplefilter("ignore")  # deprecations; `settings_of` notes what is not followed
         return GenerationConfig.from_dict(settings)
 
 
@@ -131,19 +131,22 @@ def settings_of(config: GenerationConfig, vocabulary: int, source: str = FILE) -
     if "eos_token_id" in followed:
         _without_ends(followed)
     else:
-        followed.pop("exponential_decay_length_penalty", None)  # leads to an end that the model has not
+        followed.pop(
+            "exponential_decay_length_penalty", None
+        )  # it leads to an end token that the model does not have
     note = f"{source} sets {', '.join(others)}: not followed here" if others else ""
     return GenerationSettings(followed, note)
 
 
 def stop_criterion(settings: GenerationSettings, tokenizer: Any) -> StopStringCriteria | None:
-    """What ends a text at one of the stop strings; None where there are none. Raises `CheckpointError`."""
+    """The criterion that ends a text at a stop string; None where there are none. Raises
+    `CheckpointError`."""
     strings = settings.followed.get("stop_strings")
     if strings is None:
         return None
     try:
         return StopStringCriteria(tokenizer, strings)
-    except Exception as error:  # it spells out the whole vocabulary, which not every tokenizer allows
+    except Exception as error:  # it decodes the whole vocabulary, which not every tokenizer allows
         raise CheckpointError(
             f"{FILE}: stop_strings {_short(strings)} cannot be matched with this tokenizer: {_reason(error)}",
             hint=_REMOVE,
@@ -156,14 +159,14 @@ def for_generate(
     """The followed settings as `generate` takes them for one prompt."""
     leave = {"stop_strings"} if sampled else {"stop_strings", *_SAMPLING}
     kept = {name: value for name, value in settings.followed.items() if name not in leave}
-    for name, most in (("min_length", prompt_tokens + max_new_tokens), ("min_new_tokens", max_new_tokens)):
+    for name, limit in (("min_length", prompt_tokens + max_new_tokens), ("min_new_tokens", max_new_tokens)):
         if name in kept:
-            kept[name] = min(kept[name], most)
+            kept[name] = min(kept[name], limit)
     return kept
 
 
 def _without_ends(followed: dict[str, Any]) -> None:
-    """Keep the end tokens that exist; banned words that are one are dropped by Transformers, too."""
+    """Keep the end tokens that exist, and drop banned words that are end tokens, as Transformers does."""
     ends = followed["eos_token_id"]
     ends = [end for end in (ends if isinstance(ends, list) else [ends]) if end >= 0]
     if not ends:
@@ -193,7 +196,7 @@ def _is_number(value: Any) -> bool:
     return (_is_int(value) or isinstance(value, float)) and abs(value) < 1e30 and math.isfinite(value)
 
 
-def _whole(low: int, high: int = 2**31 - 1) -> Accepts:
+def _integer(low: int, high: int = 2**31 - 1) -> Accepts:
     return lambda value, vocabulary: _is_int(value) and low <= value <= high
 
 
@@ -218,7 +221,7 @@ def _token_or_tokens(value: Any, vocabulary: int) -> bool:
 
 
 def _ids(value: Any, vocabulary: int) -> bool:
-    """Any whole numbers: -1 is a common way to say that there is none, and one past the end never comes."""
+    """Any integers: -1 commonly means "none", and an id past the vocabulary never occurs."""
     return isinstance(value, list) and all(_is_int(item) and abs(item) < 2**31 for item in value)
 
 
@@ -240,7 +243,7 @@ def _biases(value: Any, vocabulary: int) -> bool:
 def _strings(value: Any, vocabulary: int) -> bool:
     strings = [value] if isinstance(value, str) else value
     return isinstance(strings, list) and all(
-        isinstance(text, str) and 0 < len(text) <= LONGEST_STOP_STRING for text in strings
+        isinstance(text, str) and 0 < len(text) <= MAX_STOP_STRING for text in strings
     )
 
 
@@ -268,18 +271,18 @@ def _watermark(value: Any, vocabulary: int) -> bool:
 
 
 _FOLLOWED: dict[str, _Rule] = {
-    "num_beams": _Rule(f"1 to {MOST_BEAMS}", _whole(1, MOST_BEAMS)),
+    "num_beams": _Rule(f"1 to {MAX_BEAMS}", _integer(1, MAX_BEAMS)),
     "early_stopping": _Rule("true, false or 'never'", lambda value, _: value is True or value == "never"),
     "length_penalty": _Rule("a number from -1000 to 1000", _between(-1000, 1000), float),
     "eos_token_id": _Rule("a token id, or a list of them", _id_or_ids),
-    "stop_strings": _Rule(f"a text, or a list of them, of 1 to {LONGEST_STOP_STRING} characters", _strings),
+    "stop_strings": _Rule(f"a text, or a list of them, of 1 to {MAX_STOP_STRING} characters", _strings),
     "max_time": _Rule("seconds, above 0", _above(0), float),
-    "min_length": _Rule("a whole number of at least 0", _whole(0)),
-    "min_new_tokens": _Rule("a whole number of at least 0", _whole(0)),
+    "min_length": _Rule("a whole number of at least 0", _integer(0)),
+    "min_new_tokens": _Rule("a whole number of at least 0", _integer(0)),
     "repetition_penalty": _Rule("a number above 0", _above(0), float),
     "encoder_repetition_penalty": _Rule("a number above 0", _above(0), float),
-    "no_repeat_ngram_size": _Rule("a whole number of at least 0", _whole(0)),
-    "encoder_no_repeat_ngram_size": _Rule("a whole number of at least 0", _whole(0)),
+    "no_repeat_ngram_size": _Rule("a whole number of at least 0", _integer(0)),
+    "encoder_no_repeat_ngram_size": _Rule("a whole number of at least 0", _integer(0)),
     "bad_words_ids": _Rule("a list of lists of token ids below {vocabulary}", _words),
     "sequence_bias": _Rule(
         "a list of [token ids below {vocabulary}, number] pairs",
@@ -311,4 +314,4 @@ def _short(value: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)

@@ -1,7 +1,8 @@
 """How well a model predicts a text: exp of the mean negative log-likelihood over all predicted tokens.
 
-Every window is judged alone: its first token is context only, the others are predicted. Logits become
-log-probabilities in float32, some rows at a time: a window times a vocabulary of 150 000 is gigabytes.
+Every window is scored separately: its first token is context only, the others are predicted. Logits become
+log-probabilities in float32, some rows at a time: for a vocabulary of 150 000 a window of them takes
+gigabytes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 
 LOGIT_ELEMENTS = 1 << 24
-"""float32 logits that are held at once: 64 MiB."""
+"""float32 logits in memory at once: 64 MiB."""
 OnWindow = Callable[[int, int], None]
 """Called with (windows done, windows in all)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """The perplexity of a text, and over how many predicted tokens it was taken."""
+    """The perplexity of a text, and the number of predicted tokens it is the mean over."""
 
     value: float
     tokens: int

@@ -1,10 +1,10 @@
-"""A prompt becomes token ids, and ends where the text that is to be continued ends.
+"""From a prompt to token ids that end where the model should continue.
 
-Through the chat template where the tokenizer has one: a template is the model author's program, written for
-a text as a message's content, or for a list of parts. A probe text shows which of the two it prints, and
-whatever it raises is an error of the request, because `--raw` is a way around it. Without a template the text
-itself is encoded, with the tokens that the tokenizer puts before a text (begin of text) and none of those
-that it puts behind one (end of text, separator).
+Where the tokenizer has a chat template, the prompt goes through it. A template is the model author's program,
+written for a message whose content is a text, or for one whose content is a list of parts; a probe text shows
+which of the two it prints. Whatever the template raises is an error of the request, because `--raw` avoids
+it. Without a template the text itself is encoded, with the tokens that the tokenizer puts before a text
+(begin of text) and without those that it puts after one (end of text, separator).
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from torch import Tensor
 
 from gptq_cli.calibration.chat import chat_text
 from gptq_cli.errors import ConfigError, ModelError
+from gptq_cli.wording import first_line
 
 _PROBE = "qzjxkv"
-"""A text that no template holds by itself."""
+"""A text that does not occur in any template."""
 _WITHOUT = "continue the prompt as it stands, without the template: --raw"
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Tensor:
     """Token ids (1, T) int64: through the chat template where the tokenizer has one, unless `raw`.
 
-    Raises `ConfigError` where the template fails, leaves the prompt out or is none, and where no token comes
-    of the prompt.
+    Raises `ConfigError` where the template fails, is not a template or leaves the prompt out, and where the
+    prompt gives no token.
     """
     chat = not raw and bool(getattr(tokenizer, "chat_template", None))
     text = render_chat(tokenizer, prompt) if chat else prompt
     ids = _encode(tokenizer, text)
     if not chat:
         before = _tokens_before_a_text(tokenizer)
-        if ids[: len(before)] != before:  # a prompt may spell its begin token out; it is not doubled
+        if ids[: len(before)] != before:  # a prompt may already contain its begin token
             ids = before + ids
     if not ids:
         raise ConfigError("the prompt holds no tokens", hint="give --prompt some text")
@@ -41,7 +42,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool = False) -> Tensor:
 
 
 def render_chat(tokenizer: Any, prompt: str) -> str:
-    """The conversation of one message, up to where the answer begins. Raises `ConfigError`."""
+    """A conversation of one message, up to the start of the answer. Raises `ConfigError`."""
     _refuse_no_default(tokenizer)
     errors: list[Exception] = []
     printed: list[str] = []
@@ -51,14 +52,14 @@ def render_chat(tokenizer: Any, prompt: str) -> str:
             text = _apply(tokenizer, prompt, as_parts)
         except MemoryError:
             raise
-        except ModelError as error:  # it was stopped, and would be stopped again
+        except ModelError as error:  # it was stopped, and would be again with the other content
             raise ConfigError(error.message, hint=_WITHOUT) from error
         except Exception as error:  # noqa: BLE001  # a template is the model author's program
             errors.append(error)
             continue
         if _PROBE in probe:
             return text
-        if text != probe:  # the template prints something else for another text: in capitals, as JSON
+        if text != probe:  # the output depends on the text, but changes it: to capitals, to JSON
             printed.append(text)
     if printed:
         return printed[0]
@@ -78,13 +79,13 @@ def _refuse_no_default(tokenizer: Any) -> None:
     if isinstance(templates, dict) and "default" not in templates:
         names = ", ".join(sorted(str(name) for name in templates))
         raise ConfigError(
-            f"the tokenizer has several chat templates ({names}) and none that is called 'default'",
+            f"the tokenizer has several chat templates ({names}) and none of them is called 'default'",
             hint=f"{_WITHOUT}; or name one of them 'default' in the tokenizer's files",
         )
 
 
 def _refused(error: Exception) -> ConfigError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     line = getattr(error, "lineno", None)
     if line is not None:  # jinja2.TemplateSyntaxError
         return ConfigError(f"the chat template does not parse, line {line}: {reason}", hint=_WITHOUT)
@@ -97,7 +98,7 @@ def _encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
 
 
 def _tokens_before_a_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before every text by itself; what it puts behind one is left out."""
+    """The tokens that the tokenizer puts before every text, without those that it puts after one."""
     bare = _encode(tokenizer, "a")
     whole = _encode(tokenizer, "a", special=True)
     for start in range(len(whole) - len(bare) + 1):

@@ -1,8 +1,8 @@
 """Prompt and decode speed of a model, measured the same way for a packed and for a dense one.
 
-Token ids are drawn from a local generator: speed does not depend on what they are. One round is a prompt and
-then single tokens with its cache; the first round warms up and does not count. The figure is the median of
-the rounds, the spread is the distance between their quartiles.
+Token ids are drawn from a local generator: speed does not depend on their values. One round is a prompt and
+then single tokens with its cache; the first round is a warm-up and does not count. The result is the median
+of the rounds, its spread the distance between their quartiles.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from gptq_cli.config import check_int
+from gptq_cli.devices.accelerators import synchronize
 from gptq_cli.evaluation.generation import input_device, matmul_scope_of
+from gptq_cli.fields import check_int
 from gptq_cli.results.load import Rate, Speed
 
 OnRound = Callable[[int, int], None]
@@ -73,8 +74,7 @@ def _one_round(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.dev
 
 
 def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

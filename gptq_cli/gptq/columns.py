@@ -7,15 +7,16 @@
             E_j = (B_j - Q_j) / U_jj
             B_j+1: -= E_j U_j,j+1:
 
-That is Algorithm 1 of the paper, with two changes of form and none of result: columns that are not due yet
-are left alone and get all their feedback in one product when their batch begins (`factor.current`), and a
-batch goes through in sub-blocks of 16 columns, so that most of its updates are small products too.
+That is Algorithm 1 of the paper. Two things are computed differently, with the same result: columns that are
+not due yet are left alone and get all their feedback in one matmul when their batch begins
+(`factor.columns_with_feedback`), and a batch is processed in sub-blocks of 16 columns, so that most of its
+updates are small matmuls too.
 
-Group parameters are either *dynamic*, read from the current columns - feedback included - when the first
-column of the group comes up; or *static*, found on W before the loop, which leaves the solver free to take
-columns in any order while groups stay where they are. The original code reads columns that are stale when
-group_size is smaller than a column batch; here the column batch changes nothing but the order in which sums
-are rounded. That is not nothing: a code that falls the other way changes the feedback of all later columns.
+Group parameters are either *dynamic*, computed from the current columns, feedback included, when the first
+column of the group is due; or *static*, computed from W before the loop, which lets the solver take columns
+in any order while groups stay in place. The original code computes them from stale columns when group_size is
+smaller than a column batch. Here the column batch only changes the order in which sums are rounded; even that
+can change a code at a rounding tie, and with it the feedback of all later columns.
 
     config                      order of columns        groups                    g_idx
     act_order "static"          falling H_kk            in place, static          k // group_size
@@ -28,7 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.factor import current
+from gptq_cli.gptq.factor import columns_with_feedback
 from gptq_cli.gptq.grid import Grid
 from gptq_cli.gptq.search import group_parameters
 
@@ -50,15 +51,15 @@ def gptq(
 ) -> tuple[Tensor, Tensor]:  # codes uint8 (K, N) in solving order, Σ E² (N,)
     """The loop of the paper. No value is read back from the device.
 
-    Σ E² is the damped loss of every row, for nothing: D (H + λI) Dᵀ = E U (H + λI) Uᵀ Eᵀ = E Eᵀ. Where the
-    feedback is cut to bf16 it is off by about 1e-4 of itself, either way.
+    Σ E² is the damped loss of every row, at no extra cost: D (H + λI) Dᵀ = E U (H + λI) Uᵀ Eᵀ = E Eᵀ. Where
+    the feedback is rounded to bf16 it is off by about 1e-4 of itself, up or down.
     """
     K = W.shape[0]
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     damped = W.new_zeros(W.shape[1])
     for i1 in range(0, K, column_batch):
         i2 = min(i1 + column_batch, K)
-        B, UT = current(W, RT, i1, i2)
+        B, UT = columns_with_feedback(W, RT, i1, i2)
         U = UT / UT.diagonal()  # column j holds U_j,: / U_jj, so that E below stays in units of weights
         E, L = torch.empty_like(B), torch.empty_like(B)
         s1 = i1
@@ -69,7 +70,7 @@ def gptq(
                 end = min((group + 1) * group_size, K)
                 s2 = min(s2, end)
                 if s1 == group * group_size:
-                    X = B[s1 - i1 : end - i1] if end <= i2 else current(W, RT, s1, end)[0]
+                    X = B[s1 - i1 : end - i1] if end <= i2 else columns_with_feedback(W, RT, s1, end)[0]
                     found = group_parameters(X, diagonal[s1:end], end - s1, grid)
                     scales[group], zeros[group] = found[0][0], found[1][0]
             a, b = s1 - i1, s2 - i1

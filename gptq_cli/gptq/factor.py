@@ -8,9 +8,9 @@ included, are
 
     B = W_ab + (D R[:a, a:b]) U_bb
 
-which `current` computes. It equals W_ab - E U[:a, a:b] of the paper, because D = E U on finished columns and
-U[:a, a:b] = -U[:a, :a] R[:a, a:b] U_bb. A third of the factor's work, no inverse, and columns that are not
-due yet are never rewritten.
+which `columns_with_feedback` computes. It equals W_ab - E U[:a, a:b] of the paper, because D = E U on
+finished columns and U[:a, a:b] = -U[:a, :a] R[:a, a:b] U_bb. This takes a third of the factorisation work and
+no inverse, and columns that are not due yet are never rewritten.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from gptq_cli.gptq.matmul import fast_matmul
 
 _MAX_DAMPING = 1.0
 _GATHER_ROWS = 256
-"""Rows of H that are brought into order at a time: a copy of so many lies beside the factor."""
+"""Rows of H that are reordered at a time: the temporary copy has this many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Factor:
-    """R with H[order][:, order] + λI = R Rᵀ, and how it was come by."""
+    """R with H[order][:, order] + λI = R Rᵀ, and how it was obtained."""
 
     RT: Tensor | None
     """(K, K) lower triangular: Rᵀ. None: H is all zero, or no allowed damping made it positive definite."""
@@ -47,7 +47,7 @@ def dead_columns(H: Tensor) -> Tensor:  # (K,) bool
 
 
 def damping_steps(damp_percent: float) -> tuple[float, ...]:
-    """The dampings tried in turn: doubled until the whole mean of the diagonal is added."""
+    """The dampings tried in turn: doubled until the full mean of the diagonal is added."""
     steps = [damp_percent]
     while steps[-1] < _MAX_DAMPING:
         steps.append(min(2 * steps[-1], _MAX_DAMPING))
@@ -61,8 +61,9 @@ def factorize(
 ) -> Factor:
     """Factorise H with the smallest damping of `damping_steps` that works.
 
-    λ = damp_percent · mean of the live diagonal. A dead column stands apart from the others and gets the
-    mean as its own entry. One small read from the device an attempt, K³/3 multiply-adds, one K by K buffer.
+    λ = damp_percent · mean of the live diagonal. A dead column has no connection to the others and gets the
+    mean as its diagonal entry. Cost per attempt: K³/3 multiply-adds and one scalar read from the device; one
+    K by K buffer in all.
     """
     K = H.shape[0]
     diagonal = H.diagonal()
@@ -101,7 +102,7 @@ def reverse_in_place(A: Tensor) -> None:
         flat[flat.numel() - b : flat.numel() - a] = front
 
 
-def current(
+def columns_with_feedback(
     W: Tensor,  # (K, N): rows < a hold D = W - Q of finished columns, the others W
     RT: Tensor,  # (K, K)
     a: int,
@@ -109,8 +110,8 @@ def current(
 ) -> tuple[Tensor, Tensor]:  # B (b-a, N), U_bbᵀ (b-a, b-a)
     """Columns a..b with the feedback of all columns before a, and the block of U that belongs to them.
 
-    The long product runs on the fast units: a correction cut to bf16 is off by 2⁻⁹ of itself, about a
-    thousandth of a step, and the loss does not notice (tests/gptq/test_solver.py holds the bound).
+    The large matmul is a fast one: a correction rounded to bf16 is off by 2⁻⁹ of itself, about a thousandth
+    of a quantization step, which does not change the loss (tests/gptq/test_solver.py tests the bound).
     """
     eye = torch.eye(b - a, dtype=RT.dtype, device=RT.device)
     UT = torch.linalg.solve_triangular(RT[a:b, a:b], eye, upper=False)

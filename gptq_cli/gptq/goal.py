@@ -11,15 +11,15 @@ rounding this matrix, plus a constant. So the solver needs nothing new: it is gi
 instead of W. That is the target for linears whose output something reads. The output of the last linear of
 an attention or an MLP is added to the residual stream, and the sum is read: there the goal is
 r_dense + W x_dense where r + Q x will be. With B = E[(W (x_dense - x) + r_dense - r) xᵀ] in the place of W D
-the same formula holds, and the linear makes up for what earlier blocks did to the stream, as far as x
-foretells it.
+the same formula holds, and the linear corrects what earlier blocks did to the stream, as far as x predicts
+it.
 
-D and B may come from some of the tokens that H is made of: they are small, and held-out tokens say how far
-they can be trusted. With few tokens a column, or where most of the error has nothing to do with x (a residual
-that many blocks have disturbed), the step fits noise; α < 1 makes it shorter, a larger λ turns it towards the
-directions in which x has most energy and the noise least weight. Neither need be guessed: on tokens that were
-not used for the step the loss is a parabola in α, whose lowest point is known, and λ is raised from that of
-the solve as long as the lowest point falls (`choose_step`).
+D and B may be estimated from only some of the tokens in H. Their signal is small, and held-out tokens show
+how much of it is real. With few tokens per column, or where most of the error is unrelated to x (a residual
+changed by many blocks), the step fits noise. α < 1 shortens it; a larger λ turns it towards the directions in
+which x has the most energy and noise the least weight. Neither has to be guessed: on held-out tokens the loss
+is a parabola in α with a known minimum, and λ is raised from the solver's own value as long as that minimum
+falls (`choose_step`).
 
 Sources: Qronos (arXiv 2505.11695), GPTAQ (2504.02692), which apply the same correction column by column, and
 LoaQ (2509.06297), which also counts the residual.
@@ -36,12 +36,12 @@ from gptq_cli.gptq.factor import factorize
 from gptq_cli.gptq.matmul import fast_matmul
 
 _DAMP_FACTOR, _MAX_DAMP = 4.0, 4.0
-"""From one λ to the next that is tried, and where to end: the loss is flat, a factor of 2 costs 1 to 7 %."""
+"""Factor from one λ tried to the next, and the last λ: the loss is flat, a factor of 2 costs 1 to 7 %."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepChoice:
-    """How far the step may go, judged by tokens that it was not made from."""
+    """How far the step goes, as held-out tokens show."""
 
     alpha: float = 0.0
     """0: not at all."""
@@ -53,7 +53,7 @@ def asymmetric_step(
     B: Tensor,  # (N, K) = W D, or with the residual's error; see above
     H: Tensor,  # (K, K) mean of x xᵀ, undamped
     damp_percent: float,
-) -> tuple[Tensor | None, float]:  # V (N, K) = B (H + λI)⁻¹, in H's dtype, and the damping that worked
+) -> tuple[Tensor | None, float]:  # V (N, K) = B (H + λI)⁻¹, in H's dtype, and the damping used
     """The full step from W to the asymmetric target; None when no damping factorises H.
 
     Cost: one Cholesky and N·K² multiply-adds.
@@ -72,7 +72,7 @@ def held_out_alpha(
     V: Tensor,  # (N, K) a step made from other tokens
     H: Tensor,  # (K, K) of held-out tokens
 ) -> tuple[float, float]:
-    """The α in [0, 1] with the least E‖W x_dense - (W + αV) x‖² on held-out tokens, and how that changes it.
+    """The α in [0, 1] that minimises E‖W x_dense - (W + αV) x‖² on held-out tokens, and the change in loss.
 
     The loss is const - 2α·tr(B Vᵀ) + α²·tr(V H Vᵀ). For a stage, stack the rows of its linears.
     """
@@ -87,20 +87,20 @@ def choose_step(
     H: Tensor,  # (K, K) of these
     B_held: Tensor,  # (N, K) of held-out tokens
     H_held: Tensor,  # (K, K) of these
-    damp_percent: float,  # the least λ, that of the solve
+    damp_percent: float,  # the smallest λ, the solver's
 ) -> StepChoice:
-    """The λ and the α with which the step loses least on the held-out tokens.
+    """The λ and the α with the smallest loss on the held-out tokens.
 
-    λ rises until the loss does. Cost: two to four steps for a λ of 0.05.
+    λ is raised until the loss rises. Cost: two to four steps for a λ of 0.05.
     """
-    best, least = StepChoice(), 0.0
+    best, lowest = StepChoice(), 0.0
     while damp_percent <= _MAX_DAMP:
         V, used = asymmetric_step(B, H, damp_percent)
         if V is None:
             break
         alpha, change = held_out_alpha(B_held, V, H_held)
-        if change < least:
-            best, least = StepChoice(alpha, used), change
+        if change < lowest:
+            best, lowest = StepChoice(alpha, used), change
         elif best.alpha:
             break
         damp_percent = used * _DAMP_FACTOR

@@ -1,14 +1,15 @@
-"""What a code can say: the levels of a group, scales that survive float16, and round-to-nearest.
+"""What a code can express: the levels of a group, scales that survive float16, and round-to-nearest.
 
 A weight is stored as code · scale: w ≈ (code - zero) · scale, code in 0 … 2^bits - 1. Call code - zero its
 level. Symmetric groups have zero = 2^(bits-1), so 4 bits hold the levels -8 … 7: one more below than above.
 A negative scale turns that around, which is why signed scales use the full range (search.py).
 
-Two rules keep the numbers honest.
+Two rules make these the numbers that a reader will compute.
 
-- Scales are stored as fp16, so a scale is rounded to fp16 *before* anything is rounded with it (`stored`).
-- There is one division, w / scale. Multiplying by 1 / scale instead moves codes at rounding ties, and with
-  min/max scales the largest weight of every group is exactly at one.
+- Scales are stored as fp16, so a scale is rounded to fp16 *before* anything is rounded with it
+  (`round_scale_to_fp16`).
+- There is one division, w / scale. Multiplying by 1 / scale instead changes codes at rounding ties, and with
+  min/max scales the largest weight of every group is exactly at a tie.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig, ScaleSearch
 
 FP16_MAX = 65504.0
-FP16_LEAST = 2.0**-24
-"""The smallest fp16 above zero. It is subnormal: such scales are coarse, which `stored` makes visible."""
+FP16_MIN = 2.0**-24
+"""The smallest fp16 above zero. It is subnormal: scales this small are coarse, and `round_scale_to_fp16` has
+every later step work with the coarse value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Which levels there are, and how a group's scale is to be found."""
+    """Which levels there are, and how a group's scale is found."""
 
     bits: int
     sym: bool
@@ -73,7 +75,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
-    """Stacked linears as integers, with what is still wrong with them; all tensors transposed.
+    """Stacked linears as integers, with the remaining error; all tensors transposed.
 
     W = (codes - zeros) · scales + D. Columns are in their original order. `columns` says which of them make
     up group i: columns[i·group_size : (i+1)·group_size].
@@ -84,24 +86,24 @@ class Solution:
     D: Tensor
     """(K, N): W - Q."""
     scales: Tensor
-    """(G, N), fp16 values in the dtype of the work."""
+    """(G, N), fp16 values in the dtype of the solve."""
     zeros: Tensor
-    """(G, N), whole numbers in the dtype of the work."""
+    """(G, N), integers in the dtype of the solve."""
     columns: Tensor
     """(K,) int64."""
     group_size: int
     grid: Grid
 
 
-def stored(scale: Tensor) -> Tensor:
+def round_scale_to_fp16(scale: Tensor) -> Tensor:
     """`scale` as the checkpoint will hold it: rounded to fp16, never 0 and never infinite.
 
-    0 (a group of zeros) becomes 1. Anything too small becomes the smallest fp16, anything too large the
-    largest, with its sign; `quantize_linears` refuses weights so large that the latter could matter.
+    0 (a group of zeros) becomes 1. A scale that is too small becomes the smallest fp16, one that is too large
+    the largest, with its sign; `quantize_linears` refuses weights large enough for the latter to matter.
     """
-    least = torch.where(scale < 0, -FP16_LEAST, FP16_LEAST).to(scale.dtype)
+    smallest = torch.where(scale < 0, -FP16_MIN, FP16_MIN).to(scale.dtype)
     rounded = scale.clamp(-FP16_MAX, FP16_MAX).to(torch.float16).to(scale.dtype)
-    rounded = torch.where(rounded == 0, least, rounded)
+    rounded = torch.where(rounded == 0, smallest, rounded)
     return torch.where(scale == 0, torch.ones_like(scale), rounded)
 
 
@@ -109,17 +111,17 @@ def minmax_parameters(
     X: Tensor,  # (G, g, N) groups of columns
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:  # scale, zero (G, N)
-    """The scale and the zero that just cover a group, as the original code has them: no search."""
+    """The scale and the zero that just cover a group, as in the original code: no search."""
     low, high = X.amin(1).clamp(max=0), X.amax(1).clamp(min=0)
     if grid.sym:
-        scale = stored(torch.maximum(high, -low) * 2 / grid.top)
+        scale = round_scale_to_fp16(torch.maximum(high, -low) * 2 / grid.top)
         return scale, torch.full_like(scale, grid.half)
-    scale = stored((high - low) / grid.top)
-    return scale, zero_of(low, scale, grid)
+    scale = round_scale_to_fp16((high - low) / grid.top)
+    return scale, zero_point(low, scale, grid)
 
 
-def zero_of(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """The code for 0 when the smallest weight is to be code 0: round(-low / scale) within the codes."""
+def zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """The code for 0 when the smallest weight has code 0: round(-low / scale), clamped to the codes."""
     return torch.round(-low / scale).clamp_(0, grid.top)
 
 

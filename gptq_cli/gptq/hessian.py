@@ -4,11 +4,11 @@ A linear computes y = W x. Quantizing it to Q costs E‖W x - Q x‖² = tr((W-Q
 H is all that GPTQ needs to know about the calibration data. The original code scales H by 2 (the loss's
 second derivative); a common factor changes neither codes nor scales nor relative losses, and is left out.
 
-Sums are kept, not running means, and divided once: the result does not depend on how the tokens were cut
-into batches beyond fp32 rounding. H is symmetric, so only the lower block triangle is summed and it is
-mirrored once, in `matrix()`. A product of two bf16 numbers is exact in fp32, so bf16 activations go through
-the fast units (see precision.py) and lose nothing; fp16 does the same on TF32 units; anything else is
-multiplied in plain fp32.
+Sums are kept, not running means, and divided once: beyond fp32 rounding, the result does not depend on how
+the tokens were split into batches. H is symmetric, so only the lower block triangle is summed, and mirrored
+once, in `matrix()`. The product of two bf16 numbers is exact in fp32, so bf16 activations use the fast matmul
+(see matmul.py) and lose nothing; so do fp16 activations with TF32; everything else is multiplied in plain
+fp32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
 """Activations are widened to fp32 in chunks of about this many values (64 MiB)."""
 _CACHED_ROWS, _CACHED_VALUES = 512, 1 << 20
-"""On a CPU in smaller ones, which stay in the cache, but not in so few rows that H is what is moved."""
+"""Smaller chunks on a CPU, so that they stay in the cache, but with enough rows that moving H stays cheap."""
 
 
 def _chunk_rows(width: int, device: torch.device) -> int:
@@ -41,7 +41,7 @@ def _matmul_scope(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
 
 
 class _Moment:
-    """Sum of products over tokens and the number of tokens; frees its memory on leaving `with`."""
+    """A sum over tokens of outer products, and the number of tokens; frees its memory on leaving `with`."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class _Moment:
         self.free()
 
     def free(self) -> None:
-        """Give the memory back; what `matrix()` returned stays with whoever holds it."""
+        """Give the memory back; the tensor that `matrix()` returned stays valid."""
         self._sum = None
 
     @property
@@ -122,9 +122,9 @@ class Hessian(_Moment):
         return bool(torch.isfinite(self._open.diagonal().sum()).item())
 
     def matrix(self) -> Tensor:  # (K, K), fp32 unless made otherwise
-        """The mean, exactly symmetric; zeros when no token came by, which the solver answers with "rtn".
+        """The mean, exactly symmetric; zeros when no token was added (the solver then rounds to nearest).
 
-        It is this object's own memory: nothing can be added any more.
+        It is this object's own memory: afterwards `add` raises.
         """
         H = self._mean()
         if not self._finished:
@@ -139,10 +139,10 @@ class Hessian(_Moment):
 
 
 class CrossMoment(_Moment):
-    """Sum of e xᵀ / tokens: what an error e and the quantized model's input x share.
+    """Sum of e xᵀ / tokens: the cross moment of an error e and the quantized model's input x.
 
-    With e = x_dense - x it is the D of goal.py, with errors of the output it is the B. On a CPU with bf16
-    units the products of bf16 numbers are cut to bf16 once a chunk, 2⁻⁹ of a number that sampling knows to
+    With e = x_dense - x it is the D of goal.py, with errors of the output it is the B. On a CPU with fast
+    bf16 the sum of each chunk is rounded to bf16: a relative error of 2⁻⁹, small beside the sampling error of
     1/√tokens. `rows`: features of e; None: as many as x has.
     """
 
@@ -171,7 +171,7 @@ class CrossMoment(_Moment):
         return bool(torch.isfinite(self._open[:, 0].sum()).item())
 
     def matrix(self) -> Tensor:  # (N, K)
-        """The mean. It is this object's own memory: nothing can be added any more."""
+        """The mean. It is this object's own memory: afterwards `add` raises."""
         C = self._mean()
         self._finished = True
         return C
@@ -181,12 +181,10 @@ def shrink(
     H: Tensor,  # (K, K) mean over few tokens
     tokens: int,
     pooled: Tensor,  # (K, K) mean over many tokens of a wider population (all experts of a block, say)
-    prior_tokens: int | None = None,  # weight of the pool, in tokens; None: K
 ) -> Tensor:
-    """(n·H + m·pooled) / (n + m): what an undersampled linear uses instead of giving up on GPTQ.
+    """(n·H + m·pooled) / (n + m): the Hessian of a linear with too few tokens of its own.
 
-    n tokens span at most n of K directions. Counting the pool as m = K tokens keeps every direction known
-    and lets the linear's own data win once it has more than K tokens.
+    n tokens span at most n of K directions. Counting the pool as m = K tokens leaves no direction empty, and
+    the linear's own data outweigh it once there are more than K tokens.
     """
-    m = H.shape[0] if prior_tokens is None else prior_tokens
-    return torch.lerp(pooled, H, tokens / (tokens + m))
+    return torch.lerp(pooled, H, tokens / (tokens + H.shape[0]))

@@ -1,4 +1,4 @@
-"""The losses that are reported: what a linear's error does to its output."""
+"""The losses that are reported: how a linear's error changes its output."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def relative_losses(
     energy: Tensor,  # (N,) row losses of W
     rows: Sequence[int],  # output features of each linear, stacked
 ) -> list[float]:
-    """Σ error / Σ energy of every linear; 0/0 is 0: a linear that puts nothing out loses nothing."""
+    """Σ error / Σ energy of every linear; 0/0 is 0: a linear whose output is 0 loses nothing."""
     ratios: list[float] = []
     totals = torch.stack(
         [torch.stack(parts) for parts in zip(_sums(error, rows), _sums(energy, rows), strict=True)]
     )
-    for wrong, whole in totals.tolist():
+    for lost, total in totals.tolist():
         # rounding can leave a tiny negative number where the exact sum is 0
-        wrong, whole = max(wrong, 0.0), max(whole, 0.0)
-        ratios.append(wrong / whole if whole else (math.inf if wrong else 0.0))
+        lost, total = max(lost, 0.0), max(total, 0.0)
+        ratios.append(lost / total if total else (math.inf if lost else 0.0))
     return ratios
 
 

@@ -1,23 +1,22 @@
-"""How fast and how exactly matrices are multiplied, said for one product at a time.
+"""How fast and how exactly matrices are multiplied, set for one matmul at a time.
 
-An fp32 product may run at bf16 speed on a CPU (oneDNN) or on TF32 units (CUDA). The switch is process-wide
-in PyTorch, and another library may have turned it either way; so each product in `gptq_cli.gptq` that cares
-says what it needs and puts the switch back, also when it raises.
+An fp32 matmul may run at bf16 speed on a CPU (oneDNN) or with TF32 on CUDA. PyTorch's switch for this is
+process-wide, and another library may have set it either way. So each matmul in `gptq_cli.gptq` that depends
+on it sets what it needs and restores the switch, also when it raises.
 
-- `fast_matmul()`: inputs may be cut to bf16 on a CPU (8 bits of mantissa) and to TF32 on CUDA (11 bits,
-  as many as fp16 has); sums are fp32. Tensors that hold bf16 values lose nothing. Where a CPU has no such
-  units the result is a plain fp32 product.
-- `exact_matmul()`: fp32 inputs keep all their bits. A solve runs in this scope, but for its long products.
+- `fast_matmul()`: inputs may be rounded to bf16 on a CPU (8 bits of mantissa) and to TF32 on CUDA (11 bits,
+  as many as fp16 has); sums are fp32. Tensors that hold bf16 values lose nothing. A CPU without fast bf16
+  does a plain fp32 matmul.
+- `exact_matmul()`: fp32 inputs keep all their bits. A solve runs in this scope, except for its large matmuls.
 
-float64 products are the same under both.
+float64 is the same under both.
 
-Whether a CPU multiplies 16-bit matrices fast is measured once, by `fast_matmul_supported`. It is worth
-knowing: an x86 without AVX512_BF16 or AMX multiplies bf16 matrices at a tenth of its fp32 speed.
+Whether a CPU multiplies 16-bit matrices fast is measured once, by `fast_matmul_supported`: an x86 without
+AVX512_BF16 or AMX multiplies bf16 matrices at a tenth of its fp32 speed.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -25,17 +24,19 @@ from typing import Any
 
 import torch
 
+from gptq_cli.timing import fastest
+
 _PROBE_SIZE, _PROBE_TRIES = 384, 3
 _MARGIN = 2.0
-"""With units 16 bits take a half to a fifth of fp32's time, without them ten times it: no doubt is left."""
+"""Where 16 bits are supported they take a half to a fifth of fp32's time, elsewhere ten times as long."""
 
 
 @cache
 def fast_matmul_supported(dtype: torch.dtype, device_type: str) -> bool:
-    """True unless products of matrices of `dtype` take more than twice the time of fp32 ones.
+    """True unless a matmul in `dtype` takes more than twice the time of an fp32 one.
 
-    Only CPUs are asked, and only about 16-bit numbers: three small products of each kind, 10 to 100 ms. The
-    answer is a fact about the machine, so it is kept for the process.
+    Only CPUs and 16-bit dtypes are measured: three small matmuls of each kind, 10 to 100 ms. The result is a
+    fact about the machine, so it is kept for the process.
     """
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
@@ -43,15 +44,10 @@ def fast_matmul_supported(dtype: torch.dtype, device_type: str) -> bool:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """The shortest of some tries: whatever else the machine does only makes one longer."""
+    """The shortest of a few tries: other load can only make a try longer."""
     x = torch.ones(_PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
     torch.mm(x, x)
-    best = float("inf")
-    for _ in range(_PROBE_TRIES):
-        started = time.perf_counter()
-        torch.mm(x, x)
-        best = min(best, time.perf_counter() - started)
-    return best
+    return fastest(lambda: torch.mm(x, x), attempts=_PROBE_TRIES)
 
 
 @contextmanager
@@ -70,13 +66,13 @@ def _precision(cpu: str, cuda: str) -> Iterator[None]:
 
 @contextmanager
 def fast_matmul() -> Iterator[None]:
-    """fp32 products on the fast units inside this scope: exact for bf16 values, fp32 sums."""
+    """Inside this scope fp32 matmuls are fast: exact for bf16 values, fp32 sums."""
     with _precision("bf16" if fast_matmul_supported(torch.bfloat16, "cpu") else "ieee", "tf32"):
         yield
 
 
 @contextmanager
 def exact_matmul() -> Iterator[None]:
-    """fp32 products with all bits of their inputs inside this scope, whatever the process asked for."""
+    """Inside this scope fp32 matmuls use all bits of their inputs, whatever the process-wide setting."""
     with _precision("ieee", "ieee"):
         yield

@@ -1,12 +1,11 @@
-"""What the calibration samples say about one stage, and the target that follows from it.
+"""The statistics of one stage over the calibration samples, and the goal that follows from them.
 
-Without a dense stream this is the Hessian alone. With one, samples come twice, as the quantized model sees
-them (x) and as the dense model does (x_dense), and the linears are asked for the *dense* model's output: see
-goal.py. A sample that comes without its dense twin counts for the Hessian alone. How far to go, α, and how
-much to damp the step, λ, are not settings to be tuned: the step is made from the first three quarters of the
-paired samples (H from all that are not held out), and the last quarter, which it has not seen, says which α
-and λ lose least. The step that is taken in the end is made from all samples, with these. Fewer than four
-pairs leave nothing to ask: α is 0.
+Without a dense stream this is the Hessian alone. With one, each sample has two inputs, the quantized model's
+(x) and the dense model's (x_dense), and the linears should produce the *dense* model's output: see goal.py. A
+sample without a dense copy counts for the Hessian only. The length of the step, α, and its damping, λ, are
+not settings to be tuned: a step is made from the first three quarters of the paired samples (H from all that
+are not held out), and the last quarter decides which α and λ give the smallest loss. The final step uses
+these and all samples. With fewer than four pairs there is nothing to decide on, and α is 0.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
 
 HELD_OUT_SHARE = 4
-"""One pair of so many is held out: the last ones, which come from another part of the text."""
+"""One pair in so many is held out: the last ones, which come from another part of the text."""
 ROWS_ASKED = 256
-"""Every n-th row says how far to go, so that about as many do: they agree, and asking one costs 3·K² a λ."""
+"""About this many rows decide on α and λ, every n-th of the stage: rows agree, and each costs 3·K² per λ."""
 
 
 class StageMoments:
-    """Hessian of a stage, and with `dense` the cross moments for its target; freed on leaving `with`.
+    """Hessian of a stage, and with `dense` the cross moments for its goal; freed on leaving `with`.
 
-    `samples`: how many will come with a dense twin. `weight` (N, K), dense: the linear's output is added to a
-    residual, which `add` is told of; the target then makes up for the residual's error too.
+    `samples`: how many will have a dense copy. `weight` (N, K), dense: given where the linear's output is
+    added to a residual. The goal then also corrects the residual's error, which `add` takes as `gap`.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class StageMoments:
         self.free()
 
     def free(self) -> None:
-        """Give the memory back; what `hessian` and `target` returned stays with whoever holds it."""
+        """Give the memory back; the tensors that `hessian` and `goal` returned stay valid."""
         self._stack.close()
 
     @property
@@ -86,8 +85,8 @@ class StageMoments:
     def add(
         self,
         x: Tensor,  # (batch, seq_len, K); (tokens, K) where the model routes tokens, then without `dense`
-        dense: Tensor | None,  # the same of the dense stream; None: these samples have none
-        first_sample: int,  # index of x[0] among the samples with a twin; of no account without
+        dense: Tensor | None,  # the dense stream's input; None: these samples have none
+        first_sample: int,  # index of x[0] among the paired samples; ignored without `dense`
         gap: Tensor | None = None,  # (batch, seq_len, N) residual of the dense stream, less that of x
     ) -> None:
         """Add a micro-batch."""
@@ -122,9 +121,9 @@ class StageMoments:
         H: Tensor,  # (K, K), from `hessian`
         damp_percent: float,
     ) -> tuple[list[Tensor] | None, StepChoice]:
-        """(what to approximate, and the α and λ of the step); None where the samples support no correction.
+        """(the weights to approximate, the step's α and λ); None where the samples support no correction.
 
-        To be called once: it works in the memory of the cross moments.
+        Call it once: it overwrites the cross moments.
         """
         held, fit_error, held_error = self._held, self._fit_error, self._held_error
         if held is None or fit_error is None or held_error is None:
@@ -135,20 +134,20 @@ class StageMoments:
         M_fit, M_held = fit_error.matrix(), held_error.matrix()
         asked = slice(None, None, max(1, W.shape[0] // ROWS_ASKED))
         B_fit, B_held = self._wanted(W, M_fit, asked), self._wanted(W, M_held, asked)
-        trust = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
-        if trust.alpha == 0.0:
-            return None, trust
+        choice = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
+        if choice.alpha == 0.0:
+            return None, choice
         M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
-        step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, trust.damp_percent)
+        step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, choice.damp_percent)
         if step is None:
             return None, StepChoice()
-        target = W.add_(step, alpha=trust.alpha)
+        target = W.add_(step, alpha=choice.alpha)
         return list(torch.split(target, [weight.shape[0] for weight in weights])), replace(
-            trust, damp_percent=used
+            choice, damp_percent=used
         )
 
     def _wanted(self, W: Tensor, M: Tensor, rows: slice) -> Tensor:  # B (rows, K)
-        """What the step is made from: M is the B already, or the D of W D."""
+        """The B of the step: M is B itself, or the D in W D."""
         if self._weight is not None:
             return M[rows]
         with exact_matmul():
@@ -156,7 +155,7 @@ class StageMoments:
 
 
 def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
-    """x Wᵀ, in bf16 where the device is fast at it, else in fp32 and rounded once."""
+    """x Wᵀ, in bf16 where the device is fast in it, else in fp32 and rounded once."""
     if fast_matmul_supported(x.dtype, x.device.type):
         return functional.linear(x, W.to(x.dtype))
     with fast_matmul():
@@ -164,13 +163,13 @@ def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
 
 
 def shrink_to_pooled(
-    moments: Sequence[StageMoments],  # of linears with the same K that each see a part of the tokens
+    moments: Sequence[StageMoments],  # of linears with the same K, each seeing part of the tokens
 ) -> list[Tensor]:  # (K, K) each
-    """The Hessians of experts: each its own, shrunk towards that of all tokens which these linears saw.
+    """The Hessians of routed linears, each shrunk towards the Hessian of all their tokens together.
 
-    An expert that the calibration text seldom chose has too few tokens for K directions, and one that it
-    never chose has none; both are still quantized by GPTQ. One with many tokens keeps its own H, see
-    `hessian.shrink`. The moments are used up.
+    An expert that received few calibration tokens has too few for K directions, and one that received none
+    has no Hessian; both are still quantized by GPTQ. One with many tokens keeps its own H, see
+    `hessian.shrink`. The moments are freed.
     """
     own = [moment.hessian() for moment in moments]
     total = sum(moment.tokens for moment in moments)
@@ -179,8 +178,8 @@ def shrink_to_pooled(
     pool = torch.zeros_like(own[0])
     for moment, H in zip(moments, own, strict=True):
         pool.add_(H, alpha=moment.tokens / total)
-    leaning = []
+    shrunk = []
     for moment in moments:
-        leaning.append(shrink(own.pop(0), moment.tokens, pool))
+        shrunk.append(shrink(own.pop(0), moment.tokens, pool))
         moment.free()
-    return leaning
+    return shrunk

@@ -5,9 +5,9 @@
     scales   fp16  [groups, N]
     g_idx    int32 [K]
 
-A column of codes is one stream of bits: code k lies at bit k·bits of the stream, bit b of the stream is bit
-b % 32 of word b // 32. With 2, 4 and 8 bits no code crosses a word. With 3 bits 32 codes fill 3 words, and
-codes 10 and 21 of every 32 lie across a border. Where K or N does not fill the last word, the rest is 0.
+A column of codes is one stream of bits: code k begins at bit k·bits of the stream, bit b of the stream is bit
+b % 32 of word b // 32. With 2, 4 and 8 bits no code crosses a word border. With 3 bits 32 codes fill 3 words,
+and codes 10 and 21 of every 32 cross a border. Where K or N does not fill the last word, the rest is 0.
 
 Format "gptq" (v1) stores zero - 1 modulo 2^bits, as AutoGPTQ did; "gptq_v2" stores the zero itself. A v1
 reader that adds 1 without the modulo reads a zero of 0 as 2^bits, which is why asymmetric codes go out as v2.
@@ -25,7 +25,7 @@ from gptq_cli.gptq.quantized import QuantizedLinear
 V1, V2 = "gptq", "gptq_v2"
 _WORD = 32
 _CACHED_WORDS = 1 << 17
-"""Words worked on at once: half a MiB, so that the passes over them stay in a core's cache."""
+"""Words processed at once: half a MiB, so that repeated passes over them stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,7 +39,7 @@ class PackedTensors:
 
 
 def _block(bits: int) -> tuple[int, int]:
-    """The smallest run of codes that fills whole words: (codes, words)."""
+    """The smallest number of codes that exactly fills words: (codes, words)."""
     return (_WORD, bits) if _WORD % bits else (_WORD // bits, 1)
 
 
@@ -99,9 +99,7 @@ def unpack_rows(
 
 def pack(q: QuantizedLinear, bits: int, checkpoint_format: str) -> PackedTensors:
     """The tensors of the checkpoint for a quantized linear."""
-    zeros = q.zeros.T  # (groups, N)
-    if _is_v1(checkpoint_format):
-        zeros = (zeros.to(torch.int16) - 1).bitwise_and_(2**bits - 1).to(torch.uint8)
+    zeros = zeros_to_fields(q.zeros.T, bits, checkpoint_format)  # (groups, N)
     return PackedTensors(
         qweight=pack_rows(q.codes.T.contiguous(), bits),
         qzeros=pack_rows(zeros.T, bits).T.contiguous(),
@@ -116,9 +114,17 @@ def unpack(
     """The inverse of `pack`; v1 zeros are read modulo 2^bits. Raises `ValueError` when words are missing."""
     codes = unpack_rows(packed.qweight, bits, in_features).T.contiguous()
     zeros = unpack_rows(packed.qzeros.T.contiguous(), bits, out_features)
-    if _is_v1(checkpoint_format):
-        zeros = (zeros.to(torch.int16) + 1).bitwise_and_(2**bits - 1).to(torch.uint8)
-    return codes, zeros
+    return codes, fields_to_zeros(zeros, bits, checkpoint_format)
+
+
+def zeros_to_fields(zeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """What `qzeros` hold, uint8, for uint8 zeros: v1 ("gptq") zero - 1 modulo 2^bits, v2 the zero itself."""
+    return (zeros - 1).bitwise_and(2**bits - 1) if _is_v1(checkpoint_format) else zeros
+
+
+def fields_to_zeros(fields: Tensor, bits: int, checkpoint_format: str) -> Tensor:
+    """The inverse of `zeros_to_fields`; uint8 wraps at 256, as 8 bits should."""
+    return (fields + 1).bitwise_and(2**bits - 1) if _is_v1(checkpoint_format) else fields
 
 
 def _is_v1(checkpoint_format: str) -> bool:

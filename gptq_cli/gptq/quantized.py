@@ -1,4 +1,4 @@
-"""What the solver hands on: one linear as codes."""
+"""The solver's result: one linear as codes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class QuantizedLinear:
     codes: Tensor
     """uint8 (N, K), columns in their original order."""
     scales: Tensor
-    """fp16 (N, groups); negative ones are legal unless `positive_scales` was asked."""
+    """fp16 (N, groups); negative ones are legal unless `positive_scales` was set."""
     zeros: Tensor
     """uint8 (N, groups): the code that means 0."""
     g_idx: Tensor
     """int32 (K,): the group of each original column; k // group_size unless `desc_act`."""
     loss: float
-    """tr(E H Eᵀ) / tr(W H Wᵀ), H undamped: the relative error of the output. E = W - Q, or with a target
-    W' for W (goal.py) E = W' - Q."""
+    """tr(E H Eᵀ) / tr(W H Wᵀ), H undamped: the relative error of the output. E = W - Q, or E = W' - Q with a
+    goal W' (goal.py)."""
     rtn_loss: float
     """The same for plain round-to-nearest: min/max scales, trivial groups, the same bits."""
     damp_percent: float

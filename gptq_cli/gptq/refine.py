@@ -10,9 +10,9 @@ one pass over the groups, each in turn:
    and the nearest level to it is the best code. Column after column, cyclically.
    (QuantEase, arXiv 2309.01885; CDQuant, arXiv 2406.17542.)
 
-Both steps are exact minimisers along one direction, so f never rises but by rounding; whoever calls this
-compares whole rows before and after. A pass costs one product with H (K²·N multiply-adds) and as many
-column steps as the solve.
+Both steps minimise exactly along one direction, so f never rises except by rounding; the caller compares the
+losses of rows before and after. A pass costs one matmul with H (K²·N multiply-adds) and as many column steps
+as the solve.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _slope(
 def _block(
     solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, *, sweep: bool, refit: bool
 ) -> None:
-    """Columns a..b of the group order: whole groups, or a piece of one (then without refit)."""
+    """Columns a..b of the group order: complete groups, or a piece of one (then without refit)."""
     index = solution.columns[a:b]
     G, rows = _slope(solution, H, damping, index)
     Hb = rows.index_select(1, index)
@@ -123,7 +123,7 @@ def _scale_step(s: Tensor, along: Tensor, curve: Tensor) -> Tensor:  # (N,)
 def _refit_wide_group(
     solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, column_batch: int
 ) -> None:
-    """The refit of a group that is wider than a column batch: two products with H instead of one."""
+    """The refit of a group that is wider than a column batch: two matmuls with H instead of one."""
     index, group = solution.columns[a:b], a // solution.group_size
     s, z = solution.scales[group], solution.zeros[group]
     L = solution.codes.index_select(0, index).to(H.dtype).sub_(z)

@@ -2,19 +2,19 @@
 
 `minmax`   the range of the group, nothing clipped.
 `mse`      the original code's search: 80 shrunken ranges, error |w - q|^2.4.
-`hessian`  the default. Errors are weighted with √H_kk · |w - q|^2.5: an input column that carries more energy
-           counts for more, but less than its full share, because the solver will move much of its error to
-           later columns. Symmetric groups use the full signed range: the scale's sign is such that the
-           extreme weight becomes the level -2^(bits-1), which has no positive counterpart. A coarse grid of
-           clipped ranges is followed by two halvings around the best (asymmetric: three, each end by itself).
+`hessian`  the default. Minimises √H_kk · |w - q|^2.5: an input column with more energy counts for more, but
+           less than its full share, because the solver will move much of its error to later columns.
+           Symmetric groups use the full signed range: the scale's sign is such that the extreme weight
+           becomes the level -2^(bits-1), which has no positive counterpart. A coarse grid of clipped ranges
+           is followed by two halvings around the best (asymmetric: three, each end separately).
 
 Sources: the clip search is Frantar et al.'s `--mse`; the signed full range is auto-round's
 (docs/full_range_sym.md); weighting by input energy is llm-compressor's imatrix observer. Exponents and grids
 were chosen on SmolLM2-135M against held-out Hessians: 16 evaluations come within 0.1 % of the layer error of
 60 (symmetric), 18 within 0.1 % of 169 (asymmetric).
 
-A candidate is judged with the fp16 scale that would be stored. The first of equals wins, so that the result
-does not depend on the device.
+Errors are computed with the fp16 scale that would be stored. Of equal candidates the first wins, so that the
+result does not depend on the device.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.grid import Grid, minmax_parameters, stored, zero_of
+from gptq_cli.gptq.grid import Grid, minmax_parameters, round_scale_to_fp16, zero_point
 
 _CHUNK_VALUES = 1 << 18
-"""Weights judged at once: two fp32 buffers of this size stay in a core's cache."""
+"""Weights processed at once: two fp32 buffers of this size stay in a core's cache."""
 
 
 def group_parameters(
@@ -34,7 +34,7 @@ def group_parameters(
     group_size: int,  # columns of a group; the last may be short
     grid: Grid,
 ) -> tuple[Tensor, Tensor]:  # scales, zeros (G, N), in W's dtype: scales are fp16 values, zeros integers
-    """Scale and zero of every group of W. Neither depends on how many groups are asked for at once."""
+    """Scale and zero of every group of W, independent of how many groups are computed at once."""
     K, N = W.shape
     weight = diagonal.clamp(min=0).sqrt()
     full = K // group_size * group_size
@@ -60,14 +60,14 @@ def _find(X: Tensor, c: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return minmax_parameters(X, grid)
     if grid.search == "mse":
         return _shrunken_ranges(X, grid)
-    # a group whose inputs carry no energy at all is judged on its weights alone
+    # in a group whose inputs carry no energy at all, every weight counts the same
     mean = c.mean(2, keepdim=True)
     weight = torch.where(mean > 0, c / torch.where(mean > 0, mean, torch.ones_like(mean)), 1.0)
     return _signed_ranges(X, weight, grid) if grid.sym else _two_ended_ranges(X, weight, grid)
 
 
 class _Best:
-    """The best candidate of every group so far, and the clipping (of either end) that it came from."""
+    """The best candidate of every group so far, and its clipping factors (of either end)."""
 
     def __init__(self, X: Tensor, weight: Tensor | None, power: float, grid: Grid) -> None:
         self._X, self._weight, self._power, self._grid = X, weight, power, grid
@@ -113,16 +113,16 @@ def _signed_ranges(X: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     clips = [1.0 - i * spread for i in range(round((1.0 - narrow) / spread) + 1)]
     signs = [sign, -sign] if grid.bits <= 3 else [sign]
     if grid.positive_scales:
-        # the positive end has one level less: start where it just fits
+        # the positive end has one level fewer: start where it just fits
         clips, signs = [grid.half / (grid.half - 1), *clips], [torch.ones_like(sign)]
     for clip in clips:
         for side in signs:
-            best.offer(stored(reach * clip * side), zero, clip * side)
+            best.offer(round_scale_to_fp16(reach * clip * side), zero, clip * side)
     for step in (spread / 2, spread / 4):
         centre = best.low
         for factor in (1 + step, 1 - step):
             clip_here = centre * factor
-            best.offer(stored(reach * clip_here), zero, clip_here)
+            best.offer(round_scale_to_fp16(reach * clip_here), zero, clip_here)
     return best.scale, best.zero
 
 
@@ -132,8 +132,8 @@ def _two_ended_ranges(X: Tensor, weight: Tensor, grid: Grid) -> tuple[Tensor, Te
     best = _Best(X, weight, 2.5, grid)
 
     def offer(clip_low: Tensor, clip_high: Tensor) -> None:
-        scale = stored((high * clip_high - low * clip_low) / grid.top)
-        best.offer(scale, zero_of(low * clip_low, scale, grid), clip_low, clip_high)
+        scale = round_scale_to_fp16((high * clip_high - low * clip_low) / grid.top)
+        best.offer(scale, zero_point(low * clip_low, scale, grid), clip_low, clip_high)
 
     narrow = 0.6 if grid.bits >= 3 else 0.5
     for i in range(6):
@@ -154,7 +154,7 @@ def _shrunken_ranges(X: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     best = _Best(X, None, 2.4, grid)
     for i in range(80):
         clip = torch.full_like(span, 1.0 - i / 100)
-        scale = stored(span * clip / grid.top)
-        zero = best.zero if grid.sym else zero_of(low * clip, scale, grid)
+        scale = round_scale_to_fp16(span * clip / grid.top)
+        zero = best.zero if grid.sym else zero_point(low * clip, scale, grid)
         best.offer(scale, zero, clip)
     return best.scale, best.zero

@@ -1,17 +1,17 @@
-"""Weights and H in, codes out: the way into the maths.
+"""Weights and H in, codes out: the entry point of the maths.
 
-One call quantizes the linears of a stage. They read the same input, so they have one H, one factor, and
-their rows - which GPTQ never mixes - are stacked and solved together.
+One call quantizes the linears of a stage. They read the same input, so they share one H and one factor. GPTQ
+never mixes rows, so the rows of all of them are stacked and solved together.
 
     1  refuse NaN, infinity, and weights whose scales float16 cannot hold
-    2  measure round-to-nearest with min/max scales, the figure to beat
+    2  measure round-to-nearest with min/max scales, the baseline
     3  factorise H, in solving order, with as little damping as works        factor.py
     4  find the groups' scales where they are static                         search.py
-    5  the loop over columns                                                 loop.py
+    5  the loop over columns                                                 columns.py
     6  refine codes and scales; keep a row only if its damped loss fell      refine.py
 
-No damping works, or H is all zero: the codes are round-to-nearest with the same scale search as ever, and
-`method` says "rtn".
+Where no damping works, or H is all zero, the codes are round-to-nearest with the same scale search, and
+`method` is "rtn".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from gptq_cli.results.run import Method
 
 
 def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (K,) int64
-    """The original column that is solved i-th: by falling H_kk unless order is off; equals stay in place."""
+    """The original column that is solved i-th: by descending H_kk where an order is set; ties keep theirs."""
     if config.desc_act or config.act_order == "static":
         return torch.argsort(H.diagonal(), descending=True, stable=True)
     return torch.arange(H.shape[0], device=H.device)
@@ -48,16 +48,16 @@ def quantize_linears(
     H: Tensor,  # (K, K) mean of x xᵀ, undamped; float64 makes the whole solve run in float64
     config: QuantizeConfig,
     *,
-    goals: Sequence[Tensor] | None = None,  # (N_i, K) each: approximate these instead, see goal.py
+    goals: Sequence[Tensor] | None = None,  # (N_i, K) each: the weights to approximate, see goal.py
 ) -> list[QuantizedLinear]:
-    """Quantize the linears of a stage: rows stacked, one factorisation. Nothing given is changed.
+    """Quantize the linears of a stage: rows stacked, one factorisation. No argument is changed.
 
-    With `goals` the codes approximate those, and losses are measured against them. When no allowed damping
-    makes H positive definite, or H is all zero, the result is round-to-nearest with the configured scale
-    search and says so in `method`.
+    With `goals` the codes approximate these instead, and losses are measured against them. When no allowed
+    damping makes H positive definite, or H is all zero, the result is round-to-nearest with the configured
+    scale search, and `method` is "rtn".
 
     Raises `NonFinite` for NaN or infinity in H or in a weight, and for weights whose scales float16 cannot
-    hold; `ValueError` for shapes that do not belong together.
+    hold; `ValueError` for shapes that do not match.
     """
     grid = Grid.of(config)
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
@@ -78,7 +78,7 @@ def quantize_linears(
         error = row_losses(solution.D, H)
     else:
         solution, damped = _solve(_stack(aims, H), H, order, factor.RT, g, grid, config)
-        factor = replace(factor, RT=None)  # K² numbers, not needed any more
+        factor = replace(factor, RT=None)  # K² numbers, no longer needed
         error = _refined(solution, damped, H, factor.damping, config)
 
     g_idx = torch.empty(K, dtype=torch.int32, device=H.device)
@@ -110,7 +110,7 @@ def quantize_linears(
 def _solve(
     W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig
 ) -> tuple[Solution, Tensor]:  # and the damped loss of every row (N,)
-    """GPTQ with the order and the groups that the configuration asks for; back in original order."""
+    """GPTQ with the configured order and groups; the result is in the original order."""
     K, N = W.shape
     natural = torch.arange(K, device=W.device)
     diagonal = H.diagonal()
@@ -138,7 +138,8 @@ def _solve(
 def _refined(
     solution: Solution, damped: Tensor, H: Tensor, damping: Tensor, config: QuantizeConfig
 ) -> Tensor:  # (N,)
-    """Refine in place, take back the rows whose damped loss did not fall; the undamped loss of every row."""
+    """Refine in place and undo rows whose damped loss did not fall; returns the undamped loss of every
+    row."""
     before = damped - damping * solution.D.square().sum(0)
     passes = max(config.sweeps, int(config.refit))
     if passes == 0:
@@ -167,9 +168,9 @@ def _stack(weights: Sequence[Tensor], H: Tensor) -> Tensor:  # (K, ΣN) transpos
 def _baseline(
     W: Tensor, goal: Tensor | None, H: Tensor, g: int, grid: Grid
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Row losses of W itself, and of round-to-nearest with min/max scales: the figure to beat.
+    """Row losses of W itself, and of round-to-nearest with min/max scales.
 
-    Nearest is to W, which is all that round-to-nearest knows; its loss is to the goal like any other.
+    Round-to-nearest rounds W, because it does not know the goal; its loss is measured against the goal.
     """
     plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
     with fast_matmul():
@@ -189,11 +190,11 @@ def _refuse_nonfinite(weights: Sequence[Tensor], H: Tensor, grid: Grid) -> None:
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != H.shape[0]:
             raise ValueError(f"a weight has shape {tuple(weight.shape)}; H has {H.shape[0]} features")
-        most = float(torch.stack(torch.aminmax(weight)).abs().max().item())
-        if not most < torch.inf:
+        largest = float(torch.stack(torch.aminmax(weight)).abs().max().item())
+        if not largest < torch.inf:
             raise NonFinite("the weight holds NaN or infinity")
-        if most / grid.half > FP16_MAX:
+        if largest / grid.half > FP16_MAX:
             raise NonFinite(
-                f"the weight reaches {most:.3g}: its scales would be infinite in float16, "
+                f"the weight reaches {largest:.3g}: its scales would be infinite in float16, "
                 f"which ends at {FP16_MAX:.0f}"
             )

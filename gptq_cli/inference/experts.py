@@ -1,9 +1,9 @@
-"""Experts whose linears are packed, in the place of Transformers' fused 3-D tensors.
+"""Experts made of packed linears, in place of Transformers' fused 3-D tensors.
 
 Transformers 5 keeps the experts of a layer in two tensors, `gate_up_proj` (E, 2 I, H) and `down_proj`
-(E, H, I); a GPTQ checkpoint has three packed linears an expert. `PackedExperts` answers the same call as the
-fused module, expert by expert, over the tokens that the router sent there. The activation between the linears
-is the fused module's own `_apply_gate`, so that its variants keep working.
+(E, H, I); a GPTQ checkpoint has three packed linears per expert. `PackedExperts` is called like the fused
+module and computes one expert after another on the tokens routed to it. The activation between the linears is
+the fused module's own `_apply_gate`, so that its variants keep working.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _NEEDED = {
 
 
 def check_servable(name: str, fused: nn.Module) -> None:
-    """Raise `CheckpointError` when `PackedExperts` cannot stand for the experts module `name`."""
+    """Raise `CheckpointError` when `PackedExperts` cannot replace the experts module `name`."""
     for field, needed in _NEEDED.items():
         found = getattr(fused, field, needed)
         if found != needed or not hasattr(fused, "_apply_gate"):
             raise CheckpointError(
                 f"{name} ({type(fused).__name__}) holds quantized experts with {field} = {found}; "
                 f"allowed: {field} = {needed}",
-                hint="vLLM and GPTQModel read quantized experts of more kinds",
+                hint="vLLM and GPTQModel read more kinds of quantized experts",
             )
 
 
 class PackedExperts(nn.Module):
-    """Experts of packed linears: `gate`, `up` and `down` hold one module an expert."""
+    """Experts of packed linears: `gate`, `up` and `down` hold one module per expert."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class PackedExperts(nn.Module):
         up: Sequence[nn.Module],
         down: Sequence[nn.Module],
     ) -> None:
-        """`fused` is the module replaced: it lends its activation and loses its parameters."""
+        """`fused`: the module replaced; its activation is used, its parameters are removed."""
         super().__init__()
         for name in [name for name, _ in fused.named_parameters(recurse=False)]:
             delattr(fused, name)
@@ -75,7 +75,10 @@ class PackedExperts(nn.Module):
 
 
 def by_role(name: str, found: Mapping[tuple[str, int], nn.Module]) -> dict[str, list[nn.Module]]:
-    """(role, expert) -> module, as lists in the order of the experts; every expert must have every role."""
+    """The modules of each role in the order of the experts, from (role, expert) -> module.
+
+    Raises `CheckpointError` for an expert that lacks a role.
+    """
     count = 1 + max(expert for _, expert in found)
     result: dict[str, list[nn.Module]] = {}
     for role in ("gate", "up", "down"):
@@ -83,7 +86,7 @@ def by_role(name: str, found: Mapping[tuple[str, int], nn.Module]) -> dict[str, 
         if missing:
             raise CheckpointError(
                 f"{name}: expert {missing[0]} has no quantized {role} projection, though others have",
-                hint="GPTQModel reads experts that are quantized in part",
+                hint="GPTQModel reads partly quantized experts",
             )
         result[role] = [found[role, expert] for expert in range(count)]
     return result

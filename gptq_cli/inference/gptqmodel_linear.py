@@ -1,11 +1,12 @@
-"""Linears on the kernels of the gptqmodel package (Marlin, ExLlamaV2, Triton, …), where these are asked for.
+"""Linears on the kernels of the gptqmodel package (Marlin, ExLlamaV2, Triton, …), on request.
 
 The package is optional and heavy: importing it takes seconds, and some of its kernels compile on first use.
-It is imported when `--kernel gptqmodel` is asked for, and nowhere else. It chooses the kernel of every linear
-by its own rules; what it cannot serve is an error that names the linear, never a silent change of kernel.
+It is imported for `--kernel gptqmodel` only. It chooses the kernel of every linear by its own rules; a linear
+that none of its kernels takes is an error that names the linear, never a silent change of kernel.
 
-Its rules are not taken on trust: the first linear of every kernel and setting is tried on one token and must
-give what the checkpoint says. (gptqmodel 7.6 takes asymmetric codes in float32 on a CPU, and is 25 % off.)
+What a kernel computes is checked: the first linear of every kernel and setting runs on one token, and its
+result must match the checkpoint. (gptqmodel 7.6 accepts asymmetric codes in float32 on a CPU, and is 25 %
+off.)
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from gptq_cli.checkpoint.codes import codes_of, dequantize, unpack_zeros
 from gptq_cli.checkpoint.zeros import shift_words, store_zeros
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.wording import first_line
 
 _TOLERANCE = 0.05
 """Relative, on one token; kernels in bfloat16 are within about 0.01."""
-_INSTEAD = "use --kernel auto, which needs no other package"
+_AUTO_HINT = "use --kernel auto, which needs no other package"
 
 
 class GptqmodelLinear(nn.Module):
@@ -38,15 +40,15 @@ class GptqmodelLinear(nn.Module):
         super().__init__()
         self.inner = inner
         self.parameters_packed = parameters_packed
-        """Numbers of the dense linear that this one stands for."""
-        self.reason = f"asked for, {type(inner).__name__}"
+        """Parameters of the dense linear that this one replaces."""
+        self.reason = f"requested, {type(inner).__name__}"
         self._dtype = dtype
 
     @property
     def weight(self) -> Tensor:
-        """An empty stand-in with the right dtype and device, for architectures that ask for these."""
-        held = next(tensor for held in (self.inner.buffers(), self.inner.parameters()) for tensor in held)
-        stand_in = torch.empty(0, dtype=self._dtype, device=held.device)
+        """An empty tensor with the right dtype and device, for architectures that read these."""
+        tensor = next(tensor for found in (self.inner.buffers(), self.inner.parameters()) for tensor in found)
+        stand_in = torch.empty(0, dtype=self._dtype, device=tensor.device)
         stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
         return stand_in
 
@@ -58,7 +60,7 @@ class GptqmodelLinear(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class _Trial:
-    """One token for one linear, and what must come out."""
+    """One token for one linear, and the output it must give."""
 
     name: str
     module: GptqmodelLinear
@@ -85,21 +87,21 @@ class _Trial:
             with torch.inference_mode():
                 found = self.module(self.x).float()
         except RuntimeError as error:
-            raise _not_served(self.name, f"{kernel} fails: {str(error).splitlines()[0]}") from error
+            raise _not_served(self.name, f"{kernel} fails: {first_line(error)}") from error
         apart = float((found - self.expected).norm() / self.expected.norm())
         if not apart <= _TOLERANCE:
-            raise _not_served(self.name, f"what {kernel} gives is off by {apart:.0%}")
+            raise _not_served(self.name, f"the output of {kernel} is off by {apart:.0%}")
 
 
 class GptqmodelKernels:
-    """The package, opened once a load; `build` makes linears, `finish` prepares them for work."""
+    """The package, opened once per load; `build` makes linears, `finish` prepares them for use."""
 
     def __init__(self) -> None:
-        """Import the package. Raises `ConfigError` where it is not there, or is not as it is known here."""
+        """Import the package. Raises `ConfigError` where it is not installed or lacks the expected names."""
         if importlib.util.find_spec("gptqmodel") is None:
             raise ConfigError(
                 "kernel is 'gptqmodel', but the package gptqmodel is not installed",
-                hint=f"pip install gptqmodel, or {_INSTEAD}",
+                hint=f"pip install gptqmodel, or {_AUTO_HINT}",
             )
         try:
             from gptqmodel.quantization import FORMAT, METHOD
@@ -109,7 +111,7 @@ class GptqmodelKernels:
         except (ImportError, OSError) as error:
             raise ConfigError(
                 f"kernel is 'gptqmodel', but the installed package cannot be used: {error}",
-                hint=f"pip install 'gptqmodel>=7.6', or {_INSTEAD}",
+                hint=f"pip install 'gptqmodel>=7.6', or {_AUTO_HINT}",
             ) from error
         self._format, self._method, self._backend = FORMAT, METHOD.GPTQ, BACKEND.AUTO
         self._select, self._validate = select_quant_linear, validate_quant_linear
@@ -120,7 +122,7 @@ class GptqmodelKernels:
     def build(
         self, info: PackedInfo, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype
     ) -> GptqmodelLinear:
-        """One linear where its tensors lie. Raises `CheckpointError` where no kernel there takes it."""
+        """One linear on the device of its tensors. Raises `CheckpointError` where no kernel takes it."""
         form = info.format
         settings: dict[str, Any] = {
             "bits": form.bits,
@@ -159,10 +161,10 @@ class GptqmodelKernels:
             if key not in self._trials:
                 self._trials[key] = _Trial.of(info, packed, bias, module, dtype)
             return module
-        raise _not_served(info.source_name, refusals[0] if refusals else "no kernel is left")
+        raise _not_served(info.source_name, refusals[0] if refusals else "none of its kernels takes it")
 
     def finish(self, model: nn.Module, *, desc_act: bool) -> None:
-        """After all linears are in place: scratch space, repacking, whatever the kernels do before work.
+        """After all linears are in place: scratch space, repacking, whatever the kernels need before use.
 
         Raises `CheckpointError` where a kernel does not compute what the checkpoint says.
         """
@@ -212,7 +214,8 @@ class GptqmodelKernels:
 
     @staticmethod
     def _own_zeros(info: PackedInfo, packed: PackedTensors) -> Tensor:
-        """Zeros of format gptq as the package subtracts them: from whole words, with 3 bits from fields."""
+        """Zeros of format gptq as the package expects them: it adds 1 per whole word, with 3 bits per
+        field."""
         bits = info.format.bits
         if bits == 3:
             return packed.qzeros
@@ -221,4 +224,4 @@ class GptqmodelKernels:
 
 
 def _not_served(name: str, why: str) -> CheckpointError:
-    return CheckpointError(f"gptqmodel has no kernel for {name}: {why}", hint=_INSTEAD)
+    return CheckpointError(f"gptqmodel has no kernel for {name}: {why}", hint=_AUTO_HINT)

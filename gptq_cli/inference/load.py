@@ -1,11 +1,11 @@
 """From a checked checkpoint and a placement to a model that generates.
 
-The skeleton of the checkpoint stays on the meta device until its linears are replaced; then every tensor goes
-from its file to the device where it will be used, one linear at a time. No dense copy of the model is
-ever made: the peak is the packed model and the unpacked codes of one linear.
+The skeleton of the checkpoint stays on the meta device until its linears are replaced. Every tensor then goes
+from its file straight to the device where it will be used, one linear at a time. No dense copy of the model
+is ever made: the peak is the packed model plus the unpacked codes of one linear.
 
-A cpu entry beside other devices keeps its tensors on the CPU in the layout of the main device, and
-accelerate's hooks carry them there for each forward.
+A module that the map puts on the CPU beside other devices keeps its tensors on the CPU, in the layout of the
+main device; accelerate's hooks move them there for each forward.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.quiet import quiet_libraries
-from gptq_cli.model.tensors import TensorReader
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import fill_dense
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
@@ -44,7 +44,7 @@ from gptq_cli.results.load import KernelCount
 OnLinear = Callable[[int, int], None]
 """Called with (linears done, linears in all)."""
 OnNote = Callable[[str], None]
-"""Called with a sentence about what was read otherwise than the config says."""
+"""Called with a sentence wherever the files were read differently from what the config says."""
 
 QuantizedModule = PackedLinear | GptqmodelLinear
 _TRIM_BYTES = 1 << 25
@@ -69,13 +69,14 @@ def load_quantized(
     on_linear: OnLinear = lambda done, total: None,
     on_note: OnNote = lambda text: None,
 ) -> Any:
-    """The Transformers model, ready for `generate`: eval, no gradients, packed linears, everything in place.
+    """The Transformers model, ready for `generate`: eval, no gradients, packed linears, every tensor placed.
 
-    Takes over `checkpoint.model`. Raises `CheckpointError` naming the tensor that cannot be read or served,
-    `ConfigError` where `kernel_choice` is not installed or cannot do what the placement asks.
+    `checkpoint.model` becomes this model. Raises `CheckpointError` naming the tensor that cannot be read or
+    is not supported, and `ConfigError` where `kernel_choice` is not installed or does not support the
+    placement.
 
-    Repacking runs on one thread: it keeps up with most disks, and thousands of small operations that wait
-    for all threads each are a hundred times slower where other processes have the cores.
+    Repacking runs on one thread. That keeps up with most disks, and on a busy machine it is a hundred times
+    faster than thousands of small operations that each wait for all threads.
     """
     if any(device.kind in ("disk", "meta") for device in placement.devices):
         raise CheckpointError(
@@ -85,16 +86,18 @@ def load_quantized(
     model = checkpoint.model
     model.generation_config = read_generation_config(checkpoint.directory, model)
     crossovers = Crossovers(torch.get_num_threads())
-    foreign = GptqmodelKernels() if kernel_choice == "gptqmodel" else None
-    if foreign is not None and placement.offloaded:
+    gptqmodel = GptqmodelKernels() if kernel_choice == "gptqmodel" else None
+    if gptqmodel is not None and placement.offloaded:
         raise ConfigError(
-            "kernel is 'gptqmodel', whose modules cannot travel, but the map has cpu beside other devices",
+            "kernel is 'gptqmodel', whose modules cannot be moved, but the map has cpu beside other devices",
             hint="leave cpu out of the device map, or use --kernel auto",
         )
-    with checkpoint.streamed() as reader, intra_op_threads(1):
-        attacher = _Attacher(checkpoint, placement, reader, crossovers, kernel_choice, foreign, on_linear)
-        attacher.attach()
-        for sentence in attacher.zeros.sentences():
+    with checkpoint.reader() as reader, intra_op_threads(1):
+        replacer = _LinearReplacer(
+            checkpoint, placement, reader, crossovers, kernel_choice, gptqmodel, on_linear
+        )
+        replacer.replace_linears()
+        for sentence in replacer.zeros.sentences():
             on_note(sentence)
         fill_dense(
             model,
@@ -106,8 +109,8 @@ def load_quantized(
             on_untied=lambda names: on_note(untied(*names)),
         )
     model.eval().requires_grad_(False)
-    if foreign is not None:
-        foreign.finish(model, desc_act=checkpoint.desc_act)
+    if gptqmodel is not None:
+        gptqmodel.finish(model, desc_act=checkpoint.desc_act)
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_contiguous_input)
@@ -119,29 +122,29 @@ def load_quantized(
     return model
 
 
-class _Attacher:
+class _LinearReplacer:
     """Replaces the linears of one checkpoint's skeleton."""
 
     def __init__(
         self,
         checkpoint: QuantizedCheckpoint,
         placement: Placement,
-        reader: TensorReader,
+        reader: StreamedReader,
         crossovers: Crossovers,
         kernel_choice: KernelChoice,
-        foreign: GptqmodelKernels | None,
+        gptqmodel: GptqmodelKernels | None,
         on_linear: OnLinear,
     ) -> None:
         self.checkpoint, self.placement, self.reader = checkpoint, placement, reader
         self.crossovers, self.kernel_choice, self.on_linear = crossovers, kernel_choice, on_linear
-        self.foreign = foreign
+        self.gptqmodel = gptqmodel
         self.scratch = Scratch()
         self.zeros = ZerosTally()
         self.done = 0
         self.untrimmed_bytes = 0
 
-    def attach(self) -> None:
-        """Put a packed module in the place of every quantized linear and every fused experts module."""
+    def replace_linears(self) -> None:
+        """Replace every quantized linear, and every fused experts module, by a packed module."""
         model = self.checkpoint.model
         for info in self.checkpoint.linears:
             model.set_submodule(info.name, self._pack(info, info.name))
@@ -163,8 +166,8 @@ class _Attacher:
         fused = info.fused_into.rpartition(".")[2]
         if number is None or fused not in ("gate_up_proj", "down_proj"):
             raise CheckpointError(
-                f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not served",
-                hint="vLLM and GPTQModel read quantized experts of more kinds",
+                f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not supported",
+                hint="vLLM and GPTQModel read more kinds of quantized experts",
             )
         if fused == "down_proj":
             return "down", int(number[1])
@@ -172,19 +175,19 @@ class _Attacher:
         return ("gate", "up")[place], int(number[1])
 
     def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
-        home = self.placement.device_of(module_name)
-        on_device = self._execution_device(home)
-        packed, bias = read_packed(self.reader, info, torch_device(on_device), self.zeros)
+        storage_device = self.placement.device_of(module_name)
+        execution_device = self._execution_device(storage_device)
+        packed, bias = read_packed(self.reader, info, torch_device(execution_device), self.zeros)
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
-        if self.foreign is not None:
-            module: QuantizedModule = self.foreign.build(info, packed, bias, dtype)
+        if self.gptqmodel is not None:
+            module: QuantizedModule = self.gptqmodel.build(info, packed, bias, dtype)
         else:
             module = self._own(info, packed, bias)
-        self._give_back(packed.qweight.numel() * packed.qweight.element_size())
+        self._trim_sometimes(packed.qweight.numel() * packed.qweight.element_size())
         self.done += 1
         self.on_linear(self.done, len(self.checkpoint.linears) + len(self.checkpoint.experts))
-        return module if home == on_device else module.to(torch_device(home))
+        return module if storage_device == execution_device else module.to(torch_device(storage_device))
 
     def _own(self, info: PackedInfo, packed: PackedTensors, bias: Tensor | None) -> PackedLinear:
         return PackedLinear(
@@ -196,25 +199,25 @@ class _Attacher:
             kernel_choice=self.kernel_choice,
         )
 
-    def _give_back(self, read_bytes: int) -> None:
-        """From time to time, return what was freed to the system.
+    def _trim_sometimes(self, read_bytes: int) -> None:
+        """Return freed memory to the system after every 32 MiB read.
 
-        Aligned blocks do not fit into the holes that equal ones left: untrimmed, the heap would grow by the
-        file's size beside the model.
+        Aligned blocks do not fit into the gaps that blocks of the same size left. Without this the heap would
+        grow by the size of the files, in addition to the model.
         """
         self.untrimmed_bytes += read_bytes
         if self.untrimmed_bytes >= _TRIM_BYTES:
             self.untrimmed_bytes = 0
             trim_heap()
 
-    def _execution_device(self, home: Device) -> Device:
-        """Offloaded modules compute on the main device, and need its layout."""
-        offloaded = home.kind == "cpu" and bool(self.placement.offloaded)
-        return self.placement.main_device if offloaded else home
+    def _execution_device(self, storage_device: Device) -> Device:
+        """Where the module computes: offloaded modules on the main device, whose layout they need."""
+        offloaded = storage_device.kind == "cpu" and bool(self.placement.offloaded)
+        return self.placement.main_device if offloaded else storage_device
 
 
 def untied(first: str, second: str) -> str:
-    """What is said of two tensors that the config ties and the files hold apart."""
+    """The note about two tensors that are tied in the config and differ in the files."""
     return (
         f"{first} and {second} are one tensor by the config (tie_word_embeddings), but the files hold two "
         "that differ: both are used as they are, as in Transformers; readers that tie them compute "
@@ -223,10 +226,11 @@ def untied(first: str, second: str) -> str:
 
 
 def _contiguous_input(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Before the head: the last position of a prompt is a slice, with the strides of the whole prompt.
+    """Give the output head's input its own strides.
 
-    For such an input (which counts as contiguous, one row has no gaps) and a weight without gradients,
-    torch's matmul takes bmm instead of mm and copies the whole weight, which costs as much as all blocks.
+    The last position of a prompt is a slice with the strides of the whole prompt. For such an input (a single
+    row counts as contiguous) and a weight without gradients, torch's matmul uses bmm instead of mm and copies
+    the whole weight, which takes as long as all blocks.
     """
     if not inputs or inputs[0].dim() < 3:
         return inputs
@@ -247,11 +251,14 @@ def _dispatch(model: Any, placement: Placement) -> None:
 
 
 def _set_current_devices(model: nn.Module, blocks: Sequence[str], placement: Placement) -> None:
-    """Have each block run with its device as the current one: accelerate moves tensors, and no more."""
+    """Make each block's device the current one while it runs: accelerate only moves tensors."""
     main = placement.main_device
     for name in blocks:
-        home = placement.device_of(name)
-        block, device = model.get_submodule(name), torch_device(main if home == CPU else home)
+        storage_device = placement.device_of(name)
+        block, device = (
+            model.get_submodule(name),
+            torch_device(main if storage_device == CPU else storage_device),
+        )
         block.forward = _with_device(block.forward, device)
 
 
@@ -265,9 +272,9 @@ def _with_device(forward: Callable[..., Any], device: torch.device) -> Callable[
 
 
 def compile_forward(model: Any) -> None:
-    """Let torch.compile fuse what lies between the kernels; the first calls then take a minute.
+    """Let torch.compile fuse the operations between the kernels; the first calls then take a minute.
 
-    Never done by default. `dynamic`: one compilation serves prompts of every length.
+    Never done by default. `dynamic`: one compilation for prompts of every length.
     """
     model.forward = torch.compile(model.forward, dynamic=True)
 
@@ -279,20 +286,20 @@ def packed_linears(model: nn.Module) -> dict[str, QuantizedModule]:
 
 
 def kernel_counts(model: nn.Module) -> tuple[KernelCount, ...]:
-    """How many linears run on which kernel, and why; the commonest first."""
+    """How many linears run on which kernel and why, the most frequent first."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(list)
     for module in packed_linears(model).values():
         counts[module.kernel_name, module.reason].append(module.max_fused_tokens)
     return tuple(
-        KernelCount(kernel=kernel, linears=len(few), reason=_with_crossing(reason, few))
-        for (kernel, reason), few in sorted(counts.items(), key=lambda item: (-len(item[1]), item[0]))
+        KernelCount(kernel=kernel, linears=len(crossings), reason=_with_crossing(reason, crossings))
+        for (kernel, reason), crossings in sorted(counts.items(), key=lambda item: (-len(item[1]), item[0]))
     )
 
 
-def _with_crossing(reason: str, few: list[int]) -> str:
-    if not any(few):
+def _with_crossing(reason: str, crossings: list[int]) -> str:
+    if not any(crossings):
         return reason
-    low, high = min(few), max(few)
+    low, high = min(crossings), max(crossings)
     tokens = str(low) if low == high else f"{low} to {high}, by shape"
     return f"{reason}; above {tokens} tokens at once: dequantize (measured at load)"
 

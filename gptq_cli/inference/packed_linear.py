@@ -1,8 +1,8 @@
-"""The module that stands where a linear stood, and the choice of its kernel.
+"""The module that replaces a linear, and the choice of its kernel.
 
-`PackedLinear` multiplies its input by codes that stay packed. It holds one copy of them, in the layout of its
-kernel, and picks by the number of tokens between the fused kernel and dequantize-and-GEMM. Where torch's
-operator for a fused kernel raises, at load or later, dequantizing serves, and the reason says so.
+`PackedLinear` multiplies its input by codes that stay packed. It keeps one copy of them, in the layout of its
+kernel, and chooses by the number of tokens between the fused kernel and dequantize-and-GEMM. Where torch's
+operator for a fused kernel raises, at load or later, the linear dequantizes instead, and `reason` says so.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.inference.crossover import Crossovers
 from gptq_cli.inference.kernels import (
+    Buffers,
     CpuInt4,
     Dequantize,
-    Held,
     Kernel,
     Tinygemm,
     XpuInt4,
     cpu_block,
 )
-from gptq_cli.inference.planes import COLUMN_BLOCK, make_planes, why_not_fused
+from gptq_cli.inference.nibble_layout import COLUMN_BLOCK, make_nibble_layout, why_not_fused
 from gptq_cli.inference.scratch import Fresh, Scratch, usable
+from gptq_cli.model.facts import dtype_name
+from gptq_cli.wording import first_line
 
 _CPU_DENSE_ELEMENTS = 1 << 21
 _DEVICE_DENSE_ELEMENTS = 1 << 24
@@ -47,7 +49,7 @@ def choose(
 ) -> Choice:
     """The best kernel for `linear` on `device` with activations in `dtype`."""
     if kernel_choice == "dequantize":
-        return Choice(Dequantize, "asked for")
+        return Choice(Dequantize, "requested")
     obstacle = why_not_fused(linear)
     if obstacle is not None:
         return Choice(Dequantize, obstacle)
@@ -55,18 +57,18 @@ def choose(
 
 
 def _for_device(device: torch.device, dtype: torch.dtype) -> Choice:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     match device.type:
         case "cpu" if dtype != torch.bfloat16:
             return Choice(Dequantize, f"CPUs have a fast int4 kernel for bfloat16 only, not for {name}")
         case "cpu" if cpu_block() is None:
-            return Choice(Dequantize, "torch's int4 layout on this CPU is unknown here")
+            return Choice(Dequantize, "the layout of torch's int4 kernel on this CPU is unknown")
         case "cpu":
             return Choice(CpuInt4, "bfloat16 on a CPU")
         case "cuda" if dtype != torch.bfloat16:
             return Choice(Dequantize, f"CUDA has an int4 kernel for bfloat16 only, not for {name}")
         case "cuda" if torch.version.hip is not None:
-            return Choice(Dequantize, "torch's int4 kernel is not relied on under ROCm")
+            return Choice(Dequantize, "torch's int4 kernel is not used under ROCm")
         case "cuda" if torch.cuda.get_device_capability(device) < (8, 0):
             return Choice(Dequantize, "torch's int4 kernel needs compute capability 8.0")
         case "cuda":
@@ -94,21 +96,21 @@ class PackedLinear(nn.Module):
         scratch: Scratch,
         kernel_choice: KernelChoice = "auto",
     ) -> None:
-        """Build on the device where `linear` lies. `scratch` is shared by the linears of a model."""
+        """Build on the device of `linear`. `scratch` is shared by the linears of a model."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits, self.group_size = linear.bits, linear.group
         choice = choose(linear, linear.device, dtype, kernel_choice)
         try:
-            self.kernel, held, max_fused_tokens = _built(choice.kernel, linear, dtype, crossovers)
+            self.kernel, buffers, max_fused_tokens = _built(choice.kernel, linear, dtype, crossovers)
         except (RuntimeError, AttributeError) as error:  # AttributeError: torch does not have the operator
             if not choice.kernel.can_fuse or is_out_of_memory(error):
                 raise
             choice = Choice(Dequantize, _failing(choice.kernel, error))
-            self.kernel, held, max_fused_tokens = _built(choice.kernel, linear, dtype, crossovers)
+            self.kernel, buffers, max_fused_tokens = _built(choice.kernel, linear, dtype, crossovers)
         self.reason = choice.reason
-        self._held_names = tuple(held)
-        for name, tensor in held.items():
+        self._kernel_buffer_names = tuple(buffers)
+        for name, tensor in buffers.items():
             self.register_buffer(name, tensor)
         self.register_buffer("order", linear.order)
         self.register_buffer("bias", bias)
@@ -124,20 +126,22 @@ class PackedLinear(nn.Module):
 
     @property
     def parameters_packed(self) -> int:
-        """Numbers of the dense linear that this one stands for."""
+        """Parameters of the dense linear that this one replaces."""
         return self.in_features * self.out_features + (0 if self.bias is None else self.bias.numel())
 
     @property
-    def held(self) -> Held:
-        """The kernel's buffers; read anew each time, because hooks and `.to()` replace them."""
-        buffers = self._buffers
-        return {name: tensor for name in self._held_names if (tensor := buffers[name]) is not None}
+    def kernel_buffers(self) -> Buffers:
+        """The kernel's buffers, looked up each time because hooks and `.to()` replace them."""
+        registered = self._buffers
+        return {
+            name: tensor for name in self._kernel_buffer_names if (tensor := registered[name]) is not None
+        }
 
     @property
     def weight(self) -> Tensor:
-        """An empty stand-in with the right dtype and device, for architectures that ask for these.
+        """An empty tensor with the right dtype and device, for architectures that read these.
 
-        It counts as initialized, so that Transformers' initialization leaves it alone.
+        It is marked as initialized, so that Transformers' initialization leaves it alone.
         """
         stand_in = self.packed.new_empty(0, dtype=self.kernel.dtype)
         stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -151,9 +155,9 @@ class PackedLinear(nn.Module):
             rows = functional.pad(rows, (0, self._row_padding))
         kernel = self.kernel
         if 0 < rows.shape[0] <= self.max_fused_tokens and rows.dtype == kernel.dtype:
-            wide = rows.contiguous() if kernel.planes == 1 else torch.cat([rows, rows], 1)
+            wide = rows.contiguous() if kernel.nibbles_per_code == 1 else torch.cat([rows, rows], 1)
             try:
-                out = kernel.fused(wide, self.held)
+                out = kernel.fused(wide, self.kernel_buffers)
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
@@ -168,11 +172,11 @@ class PackedLinear(nn.Module):
         return out.reshape(*x.shape[:-1], self.out_features)
 
     def _dequantize_and_multiply(self, rows: Tensor) -> Tensor:
-        """A piece of the weight at a time, so that no whole dense weight is ever held.
+        """Multiply by one piece of the dense weight after another, so that it never exists as a whole.
 
-        Where a CPU has no units for the dtype, products are formed in float32 and rounded once.
+        Where a CPU is slow in the dtype, the matmul runs in float32 and the result is rounded once.
         """
-        kernel, held = self.kernel, self.held
+        kernel, buffers = self.kernel, self.kernel_buffers
         on_cpu = rows.device.type == "cpu"
         dtype = rows.dtype if fast_matmul_supported(rows.dtype, rows.device.type) else torch.float32
         memory = self._scratch if usable(rows) else Fresh()
@@ -182,7 +186,7 @@ class PackedLinear(nn.Module):
         pieces = []
         for start in range(0, kernel.columns, step):
             stop = min(start + step, kernel.columns)
-            piece = torch.mm(left, kernel.dense(held, start, stop, dtype, memory))
+            piece = torch.mm(left, kernel.dense(buffers, start, stop, dtype, memory))
             pieces.append(piece.to(rows.dtype))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
@@ -196,14 +200,13 @@ class PackedLinear(nn.Module):
 
 def _built(
     kind: type[Kernel], linear: LinearCodes, dtype: torch.dtype, crossovers: Crossovers
-) -> tuple[Kernel, Held, int]:
-    """A kernel, the buffers of `linear` for it, and up to how many tokens its fused form is used."""
-    planes = make_planes(linear, fused=kind.can_fuse)
-    kernel = kind(planes, dtype)
-    held = kernel.hold(planes)
-    return kernel, held, crossovers.max_fused_tokens(kernel, held)
+) -> tuple[Kernel, Buffers, int]:
+    """A kernel, its buffers for `linear`, and the number of tokens up to which its fused form is used."""
+    layout = make_nibble_layout(linear, fused=kind.can_fuse)
+    kernel = kind(layout, dtype)
+    buffers = kernel.make_buffers(layout)
+    return kernel, buffers, crossovers.max_fused_tokens(kernel, buffers)
 
 
 def _failing(kind: type[Kernel], error: Exception) -> str:
-    said = str(error).strip().partition("\n")[0]
-    return f"torch's operator for {kind.name} fails here: {said or type(error).__name__}"
+    return f"torch's operator for {kind.name} fails here: {first_line(error)}"

@@ -1,12 +1,12 @@
-"""What an opened model answers where Transformers' own methods would be wrong about packed linears.
+"""The methods of a loaded model that Transformers' own versions would get wrong for packed linears.
 
-An opened model is of its architecture's class, whose `save_pretrained` would write the private layout of our
-kernels without a quantization config: a checkpoint that opens as random weights. And `num_parameters` would
-count no packed weight. `Opened` stands between the model and its class and answers for both.
+A loaded model has its architecture's class. That class's `save_pretrained` would write the private layout of
+our kernels without a quantization config, a checkpoint that opens with random weights; its `num_parameters`
+would not count packed weights. `Opened` is a mixin placed before the class that overrides both.
 
-A model is saved by copying the files that it was opened from: they are its original tensors and configs, and
-no other form of it is open to every reader. What was changed since, in the files or in the model, cannot be
-saved so, and is an error.
+A model is saved by copying the files it was loaded from: they hold its original tensors and configs, and
+every reader can open them. Changes made since, in the files or in the model, cannot be saved this way, and
+raise.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from gptq_cli.errors import CheckpointError, ConfigError, DeviceMapError
 from gptq_cli.inference.gptqmodel_linear import GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.placement.device import format_size, parse_size
+from gptq_cli.wording import and_others
 
 _UNLIMITED = "50GB"
-"""Transformers' default of max_shard_size, which asks for nothing."""
-_AS_IT_IS = "a quantized model is saved as the files that it was opened from"
+"""Transformers' default of max_shard_size, which means: not given."""
+_AS_IT_IS = "a quantized model is saved as the files that it was loaded from"
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "state_dict": (None,),
     "push_to_hub": (False,),
@@ -38,11 +39,11 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "save_peft_format": (True, False),
     "token": (None,),
 }
-"""Option of `save_pretrained` -> values with which it asks for nothing but the checkpoint."""
+"""Option of `save_pretrained` -> values that ask for nothing beyond the checkpoint."""
 
 
 class Opened:
-    """Stands before the class of an opened model."""
+    """The mixin before the class of a loaded model."""
 
     _checkpoint_files: CheckpointFiles
     _checkpoint_writes: Mapping[str, tuple[int, int]]
@@ -55,12 +56,12 @@ class Opened:
         max_shard_size: int | str = _UNLIMITED,
         **options: Any,
     ) -> None:
-        """Write the checkpoint that the model was opened from: its tensors, configs and tokenizer.
+        """Write the checkpoint that the model was loaded from: its tensors, configs and tokenizer.
 
-        The directory is made where it is not there; files of the same names are replaced. What was set in
-        `model.config` or `model.generation_config` since is not saved. Raises `ConfigError` for an option
-        that cannot be kept and for a directory that holds other weights, and `CheckpointError` where the
-        model or its files were changed since it was opened.
+        The directory is created if it does not exist; files of the same names are replaced. Changes to
+        `model.config` or `model.generation_config` are not saved. Raises `ConfigError` for an option that is
+        not supported and for a directory that holds other weights, and `CheckpointError` where the model or
+        its files were changed since it was loaded.
         """
         directory = self._checkpoint_files.directory
         for name, value in options.items():
@@ -78,14 +79,14 @@ class Opened:
             self._checkpoint_files.copy_to(Path(save_directory).expanduser())
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Not done from here: raises `ConfigError` that names the command which uploads the files."""
+        """Not supported: raises a `ConfigError` that names the command which uploads the files."""
         raise ConfigError(
-            "a quantized model is not uploaded from memory: its files are ready as they are",
+            "a quantized model is not uploaded from memory: upload its files instead",
             hint=_uploaded(self._checkpoint_files.directory, repo_id),
         )
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As Transformers counts; a packed linear counts the weights that its codes stand for, and its bias.
+        """As in Transformers; a packed linear counts as the dense one that it replaces.
 
         Codes cannot be trained: `only_trainable` leaves them out.
         """
@@ -97,7 +98,7 @@ class Opened:
 
 
 def answer_for(model: Any, checkpoint: QuantizedCheckpoint) -> None:
-    """Put `Opened` before the class of `model`, which was filled from `checkpoint` and is in its place."""
+    """Put `Opened` before the class of `model`, which was filled from `checkpoint` and is on its devices."""
     kind = type(model)
     model._checkpoint_files = CheckpointFiles.of(checkpoint)
     model._checkpoint_writes = dict(_writes(model))
@@ -106,8 +107,8 @@ def answer_for(model: Any, checkpoint: QuantizedCheckpoint) -> None:
 
 
 def _writes(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(parameter, (its identity, how often it was written to)); those that hooks carry to and fro are left
-    out, they are new ones every time."""
+    """(parameter, (its identity, its write counter)); parameters that hooks move between devices are left
+    out, because each move makes a new one."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             yield name, (id(parameter), 0 if parameter.is_inference() else parameter._version)
@@ -119,10 +120,9 @@ def _check_unchanged(model: Any, before: Mapping[str, tuple[int, int]]) -> None:
     changed = [name for name, state in before.items() if name not in names or now.get(name, state) != state]
     changed += [name for name in now if name not in before]
     if changed:
-        more = f" (and {len(changed) - 1} more)" if changed[1:] else ""
         raise CheckpointError(
-            f"{changed[0]}{more} was changed after the model was opened, but {_AS_IT_IS}",
-            hint="quantize the changed model; save adapters by themselves",
+            f"{changed[0]}{and_others(changed)} was changed after the model was loaded, but {_AS_IT_IS}",
+            hint="quantize the changed model; save adapters separately",
         )
 
 
@@ -133,7 +133,7 @@ def _check_shards(files: CheckpointFiles, limit: int | str) -> None:
         raise ConfigError(f"max_shard_size: {error.message}", hint=error.hint) from error
     if limit != _UNLIMITED and files.largest_bytes > allowed:
         raise ConfigError(
-            f"max_shard_size is {limit}, but {_AS_IT_IS}, and the largest has "
+            f"max_shard_size is {limit}, but {_AS_IT_IS}, and the largest shard has "
             f"{format_size(files.largest_bytes)}",
             hint="leave max_shard_size out, or quantize again with --max-shard-size",
         )

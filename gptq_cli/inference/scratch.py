@@ -1,9 +1,9 @@
 """Working memory of the dequantize path.
 
-A piece of a dense weight is megabytes, made and dropped hundreds of times a forward. glibc hands such blocks
-back to the system and takes them again, and every page of them faults anew: that alone doubled the time of a
-prompt. On the CPU the pieces are therefore made in buffers that stay, one set a thread, shared by all linears
-of a model. Accelerators have caching allocators and need none of this.
+A piece of a dense weight takes megabytes and is made and dropped hundreds of times per forward. glibc returns
+such blocks to the system each time, and every page of a new one must be faulted in again, which alone doubled
+the time of a prompt. On the CPU the pieces are therefore made in buffers that stay allocated: one set per
+thread, shared by all linears of a model. Accelerators have caching allocators and need none of this.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class Fresh:
     """New memory for every request: on accelerators, under autograd, under torch.compile."""
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor of any content."""
+        """A tensor with arbitrary content."""
         return torch.empty(shape, dtype=dtype, device=device)
 
 
 class Scratch(Fresh):
-    """The same memory for every request of a name and dtype: what was taken before is overwritten."""
+    """The same memory for every request with one name and dtype: a new request overwrites the last."""
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -34,7 +34,7 @@ class Scratch(Fresh):
         return Scratch, ()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A view of this thread's buffer `name`, which grows where it has to."""
+        """A view of this thread's buffer `name`, which grows when needed."""
         key = f"{name} {dtype} {device}"
         size = math.prod(shape)
         buffer: Tensor | None = self._local.__dict__.get(key)
@@ -46,6 +46,6 @@ class Scratch(Fresh):
 
 
 def usable(rows: Tensor) -> bool:
-    """Whether results for the input `rows` may be made in memory that is used again."""
+    """Whether results for the input `rows` may be made in memory that is reused."""
     recorded = torch.is_grad_enabled() and rows.requires_grad
     return rows.device.type == "cpu" and not recorded and not torch.compiler.is_compiling()

@@ -3,8 +3,8 @@
 A job comes in as frozen data, events go out through the observer, a report comes back.
 """
 
-from gptq_cli.jobs.inspect_map import inspect_map
-from gptq_cli.jobs.load import load, open_model
-from gptq_cli.jobs.quantize import dry_run, quantize
+from gptq_cli.jobs.inspecting import inspect_map
+from gptq_cli.jobs.loading import load, open_model
+from gptq_cli.jobs.quantizing import dry_run, quantize
 
 __all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize"]

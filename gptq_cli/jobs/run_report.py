@@ -1,4 +1,4 @@
-"""What a run leaves behind as data: the `RunReport` of report.json, the summary table and `--json`."""
+"""The result of a run as data: the `RunReport` for report.json, the summary table and `--json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.config import QuantizeConfig, QuantizeJob
 from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.run import BlockReport, RunReport
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
@@ -20,7 +22,8 @@ _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 
 @dataclass(slots=True)
 class Tally:
-    """An observer between the engine and the display: passes every event on, keeps what the report needs."""
+    """An observer between the engine and the display that passes every event on and keeps data for the
+    report."""
 
     observer: Observer
     host_peak_bytes: int = 0
@@ -34,15 +37,15 @@ class Tally:
             case PhaseFinished():
                 self.phase_seconds[event.phase] = self.phase_seconds.get(event.phase, 0.0) + event.seconds
             case BlockFinished():
-                self.see(event.memory)
+                self.record(event.memory)
             case CacheFlushed():
-                self.see(event.before)
+                self.record(event.before)
             case _:
                 pass
         self.observer(event)
 
-    def see(self, readings: Iterable[DeviceMemory]) -> None:
-        """Take readings. A peak of the process that has not risen in this run may be an earlier run's."""
+    def record(self, readings: Iterable[DeviceMemory]) -> None:
+        """Record readings. A process peak that has not risen during this run may be an earlier run's."""
         for entry in readings:
             peak = entry.peak_bytes
             if entry.device == "cpu" and peak <= self.host_peak_bytes:
@@ -55,6 +58,7 @@ def summarize(
     job: QuantizeJob,
     skeleton: Skeleton,
     tokens: TokenBatches,
+    schedule: Schedule,
     devices: Sequence[str],
     predicted_peak_bytes: Sequence[tuple[str, int]],
     blocks: tuple[BlockReport, ...],
@@ -64,7 +68,8 @@ def summarize(
     warnings: Sequence[str],
     seconds: float,
 ) -> RunReport:
-    """The report of a finished run. `packed_bytes`: of qweight, qzeros, scales and g_idx of all linears."""
+    """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
+    g_idx."""
     config = job.quantize
     weights = sum(info.in_features * info.out_features for info in skeleton.linears)
     linears = [linear for block in blocks for linear in block.linears]
@@ -84,7 +89,7 @@ def summarize(
         dense_modules=tuple(item.name for item in skeleton.dense),
         size_before_bytes=skeleton.files.size_bytes,
         size_after_bytes=size_after_bytes,
-        dtype=str(skeleton.dtype).removeprefix("torch."),
+        dtype=dtype_name(skeleton.dtype),
         use_cuda_fp16=str(skeleton.dtype) == "torch.float16",
         devices=tuple(devices),
         predicted_peak_bytes=tuple(predicted_peak_bytes),
@@ -106,6 +111,7 @@ def summarize(
         ),
         command_line=job.command_line,
         settings=settings_of(config),
+        schedule=schedule,
         blocks=blocks,
     )
 

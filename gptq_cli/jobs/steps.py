@@ -1,4 +1,4 @@
-"""Steps that several commands take: place and judge, announce what was found."""
+"""Steps that several commands take: place and check, announce what was found."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
-from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
+from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
 
 
@@ -52,6 +52,7 @@ def placed(
 
 
 def announce(report: PreflightReport, observer: Observer) -> None:
+    """One event per finding, errors first."""
     for finding in report.ordered():
         observer(FindingRaised(finding))
 

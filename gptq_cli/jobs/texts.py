@@ -1,7 +1,7 @@
-"""Whether the texts of `gptq load` fit the model, known before a weight is read.
+"""Whether the texts of `gptq load` fit the model, checked before a weight is read.
 
-Past its positions a model either fails in the middle of the work, which is refused here, or goes on and is
-worse, which is a warning: see `gptq_cli.model.positions`.
+Past its positions a model either fails in the middle of the work, which is refused here, or continues with
+worse results, which is a warning: see `gptq_cli.model.positions`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def check_prompt(
     tokenizer: Any,
     positions: Positions | None,
 ) -> list[Warned]:
-    """What to know about --prompt, and which settings of the model it will not follow.
+    """Warnings about --prompt, and about settings of the model that will not be followed.
 
     Raises `ConfigError` for a prompt that makes no tokens, that the chat template refuses or that does not
     fit, `CheckpointError` for a generation config that cannot be followed, `ModelError` for a tokenizer of
@@ -38,20 +38,20 @@ def check_prompt(
     ids = encode_prompt(tokenizer, prompt, raw=job.raw)
     if int(ids.max()) >= vocabulary:
         raise ModelError(
-            f"the tokenizer makes token {int(ids.max())} of the prompt, and the model's embedding has "
+            f"the tokenizer makes token {int(ids.max())} of the prompt, but the model's embedding has "
             f"{vocabulary} rows",
             hint="the tokenizer belongs to another model; copy the model's own tokenizer files beside it",
         )
     found = [Warned(settings.note)] if settings.note else []
     if settings.beams > 1:
         found.append(
-            Warned(f"{source} sets num_beams = {settings.beams}: the text comes as one piece, at its end")
+            Warned(f"{source} sets num_beams = {settings.beams}: the text appears as one piece, at the end")
         )
     return found + _check_length(ids.shape[1], job.max_new_tokens, positions)
 
 
 def _check_length(prompt: int, new: int, positions: Positions | None) -> list[Warned]:
-    last = prompt + new - 1  # the last new token is not looked at
+    last = prompt + new - 1  # the last new token is not processed
     if positions is None or last <= positions.tokens:
         return []
     limit = positions.tokens
@@ -60,23 +60,23 @@ def _check_length(prompt: int, new: int, positions: Positions | None) -> list[Wa
             Warned(
                 f"the prompt of {prompt} tokens and up to {new} new ones go past the {limit} positions "
                 "that the model was made for",
-                "what comes past them tends to be poor; shorten the prompt, or lower --max-new-tokens",
+                "text past them tends to be poor; shorten the prompt, or lower --max-new-tokens",
             )
         ]
     if prompt > limit:
         raise ConfigError(
-            f"the prompt has {prompt} tokens, and the model has {limit} positions",
+            f"the prompt has {prompt} tokens, but the model has {limit} positions",
             hint=f"shorten the prompt to at most {limit} tokens",
         )
     raise ConfigError(
         f"the prompt of {prompt} tokens and max_new_tokens {new} need {last} positions, "
-        f"and the model has {limit}",
+        f"but the model has {limit}",
         hint=f"use --max-new-tokens {limit - prompt + 1}, or a shorter prompt",
     )
 
 
 def check_windows(seq_len: int, positions: Positions | None) -> list[Warned]:
-    """What to know about windows of `seq_len` tokens. Raises `ConfigError` where they do not fit."""
+    """Warnings about windows of `seq_len` tokens. Raises `ConfigError` where they do not fit."""
     if positions is None or seq_len <= positions.tokens:
         return []
     if positions.fixed:

@@ -1,12 +1,13 @@
-"""What surrounds the steps of a command: warnings are kept, a lack of memory says where it struck.
+"""What surrounds the steps of a command: warnings are kept, and an out-of-memory error says where it
+happened.
 
     with watching("quantize", observer) as watcher:
         …                                  # report to `watcher`; it passes every event on
     watcher.warnings                       # every warning that was given, for the report
 
-Every warning goes one way, whoever gives it (a preflight rule, the engine, a library through Python's
-`warnings`): it is an event, so each display shows it, and it is kept for the report. A lack of memory in
-whatever step becomes `OutOfDeviceMemory`, and says which step it was.
+Every warning takes the same way, whether from a preflight rule, the engine, or a library through Python's
+`warnings`: it is an event, so each display shows it, and it is kept for the report. An out-of-memory error in
+any step becomes an `OutOfDeviceMemory` that names the step.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from gptq_cli.events import (
 
 _LESS_MEMORY = {
     "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
-    "or see what needs how much: gptq quantize … --dry-run",
+    "or see what needs memory: gptq quantize … --dry-run",
     "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
     "inspect-map": "no weight is read here: free memory on this machine, or raise its limit (ulimit -v, the "
     "container's)",
@@ -55,7 +56,7 @@ _PHASES: dict[Phase, str] = {
 
 @dataclass(slots=True)
 class Watcher:
-    """An observer that passes every event on, keeps the warnings and knows what is being done."""
+    """An observer that passes every event on, keeps warnings and notes the current step."""
 
     observer: Observer
     doing: str = "while starting"
@@ -83,24 +84,24 @@ class Watcher:
 
 @contextmanager
 def watching(command: Literal["quantize", "load", "inspect-map"], observer: Observer) -> Iterator[Watcher]:
-    """Lend the observer that the steps of `command` report to. Raises `OutOfDeviceMemory`, exit code 4."""
+    """Yield the observer for the steps of `command`. Raises `OutOfDeviceMemory`, exit code 4."""
     watcher = Watcher(observer)
-    told = nullcontext() if observer is ignore else _python_warnings_told(watcher)
+    reported = nullcontext() if observer is ignore else _python_warnings_as_events(watcher)
     try:
-        with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), told:
+        with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), reported:
             yield watcher
     except OutOfDeviceMemory:
         from gptq_cli.devices.accelerators import flush
 
-        flush(())  # what the command held is free now; the devices are as before it
+        flush(())  # the command's memory is free now: leave the devices as they were before
         raise
 
 
 @contextmanager
-def _python_warnings_told(observer: Observer) -> Iterator[None]:
-    """Make events of the warnings that libraries give, in place of text on stderr."""
+def _python_warnings_as_events(observer: Observer) -> Iterator[None]:
+    """Turn the warnings of libraries into events, instead of text on stderr."""
 
-    def tell(
+    def report(
         message: Warning | str,
         category: type[Warning],
         filename: str,
@@ -111,5 +112,5 @@ def _python_warnings_told(observer: Observer) -> Iterator[None]:
         observer(Warned(f"{category.__name__}: {' '.join(str(message).split())}"))
 
     with warnings.catch_warnings():
-        warnings.showwarning = tell
+        warnings.showwarning = report
         yield

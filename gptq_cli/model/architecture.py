@@ -1,7 +1,7 @@
-"""Whether a config.json is a causal language model's, decided before anything is built.
+"""Whether a config.json describes a causal language model, decided before anything is built.
 
-Encoders, encoder-decoders and vision models are named as what they are. Python code from a model's repository
-is not run without leave.
+Errors say what else it is: an encoder, an encoder-decoder or a vision model. Python code from a model's
+repository is not run without permission.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ _COUNTS = re.compile(
     r"(?!em?bd|embed|channel|feature|pixel|patch|image|frame)"
     r"|layers?$|blocks?$|depths?$|labels|experts|heads?$|stages?$|groups?$|codebooks?$|quantizers?$"
 )
-"""Words of a config whose number becomes a number of objects."""
+"""Config fields whose value becomes a number of objects."""
 _ENDLESS = 1 << 63
 _KEY_SHOWN = 80
 _CONFIG_LIMIT_BYTES = 10_000_000
 
 
 def raw_config(files: ModelFiles) -> Mapping[str, Any]:
-    """config.json as it stands. Raises `ModelError`."""
+    """config.json, parsed. Raises `ModelError`."""
     try:
         raw = read_json(files.directory / "config.json", limit_bytes=_CONFIG_LIMIT_BYTES)
     except (OSError, ValueError) as error:
         raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
     if not isinstance(raw, Mapping):
-        raise ModelError(f"{files.source}: config.json is no JSON object")
+        raise ModelError(f"{files.source}: config.json is not a JSON object")
     check_types(files.source, raw)
     return raw
 
 
 def load_config(files: ModelFiles, ref: ModelRef) -> Any:
-    """The model's config object, judged to be a causal language model's. Raises `ModelError`."""
+    """The model's config object, checked to be a causal language model's. Raises `ModelError`."""
     raw = raw_config(files)
     if raw.get("auto_map") and not ref.trust_remote_code and raw.get("model_type") not in _known_types():
         raise ModelError(
@@ -62,12 +62,10 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
             hint="read that code, then add --trust-remote-code",
         )
     if "transformers_weights" in raw:
-        raise ModelError(
-            f"{files.source}: config.json sends the reader to other files (transformers_weights)"
-        )
+        raise ModelError(f"{files.source}: config.json refers to other weight files (transformers_weights)")
     if "model_type" not in raw:
-        raise ModelError(f"{files.source}: config.json names no model_type, so its architecture is unknown")
-    judge_counts(files, raw)
+        raise ModelError(f"{files.source}: config.json has no model_type, so its architecture is unknown")
+    check_counts(files, raw)
     try:
         config = AutoConfig.from_pretrained(
             files.directory, trust_remote_code=ref.trust_remote_code, local_files_only=True
@@ -76,7 +74,7 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
         raise_import_failure(error)
         unknown = "does not recognize this architecture" in str(error)
         raise ModelError(
-            f"{files.source}: config.json is not understood: {first_line(error)}",
+            f"{files.source}: config.json cannot be used: {first_line(error)}",
             hint="a newer transformers may know this architecture: pip install -U transformers"
             if unknown
             else "compare config.json with the one that the model was published with",
@@ -85,19 +83,21 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
     return config
 
 
-def judge_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
+def check_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
     """Refuse a config that asks for more layers, experts or labels than a model of these files can have.
 
-    A config class makes lists of such lengths, and a model makes as many modules: a thousand million of them
-    would fill the machine's memory before anything could be compared with the files. Raises `ModelError`.
+    A config class makes lists of such lengths, and a model as many modules: a billion of them would fill the
+    memory before anything could be compared with the files. Raises `ModelError`.
     """
     layers = min(len(files.tensors) or _LAYERS_LIMIT, _LAYERS_LIMIT)
     for name, count in _counts(raw):
         word = name.rpartition(".")[2]
         if word in _LAYERS and count > layers:
             known = 0 < len(files.tensors) <= _LAYERS_LIMIT
-            held = f"but the files hold {len(files.tensors)} tensors" if known else f"allowed: up to {layers}"
-            raise ModelError(f"{files.source}: config.json asks for {brief(count)} layers ({name}), {held}")
+            reason = (
+                f"but the files hold {len(files.tensors)} tensors" if known else f"allowed: up to {layers}"
+            )
+            raise ModelError(f"{files.source}: config.json asks for {brief(count)} layers ({name}), {reason}")
         if count > COUNT_LIMIT:
             raise ModelError(
                 f"{files.source}: config.json says {name} = {brief(count)}; allowed: up to {COUNT_LIMIT}",
@@ -106,8 +106,8 @@ def judge_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
 
 
 def _counts(raw: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(dotted name, number) of every whole number that counts things, and the length of every list or
-    dictionary, at any depth."""
+    """(dotted name, number) of every field that is a count, and the length of every list or dictionary, at
+    any depth."""
     waiting: list[tuple[str, object]] = [("", raw)]
     while waiting:
         path, value = waiting.pop()
@@ -128,16 +128,16 @@ def _counts(raw: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def raise_import_failure(error: BaseException) -> None:
-    """Raise `GptqError` where `error` comes of a package that cannot be imported; the model is not to
-    blame."""
+    """Raise `GptqError` where `error` is caused by a package that cannot be imported, and not by the
+    model."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ImportError):
         cause = cause.__cause__
     if cause is not None:
         raise GptqError(
             f"a package that the model needs cannot be imported: {first_line(cause)}",
-            hint="install what is named; if it is a part of torch or transformers, they do not fit together: "
-            "pip install -U torch transformers",
+            hint="install the named package; if it is part of torch or transformers, their versions do not "
+            "match: pip install -U torch transformers",
         ) from error
 
 
@@ -157,7 +157,7 @@ def _check_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
         return
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if causal is None:
-        raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
+        raise ModelError(f"{source} is not a causal language model ({what})", hint=hint)
     names = {causal} if isinstance(causal, str) else set(causal)
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         config, "is_decoder", True
@@ -165,7 +165,7 @@ def _check_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
     if encoder and not (set(declared) & names):
         raise ModelError(f"{source} is an encoder ({what}), not a causal language model", hint=hint)
     if declared and not any(_may_be_causal(name, names) for name in declared):
-        raise ModelError(f"{source} is no causal language model ({what})", hint=hint)
+        raise ModelError(f"{source} is not a causal language model ({what})", hint=hint)
 
 
 def _may_be_causal(declared: str, names: set[str]) -> bool:
@@ -178,7 +178,7 @@ def _may_be_causal(declared: str, names: set[str]) -> bool:
 
 
 def quant_method(raw: Mapping[str, Any]) -> str | None:
-    """The quantization that config.json names, None for a dense model."""
+    """The quantization method in config.json, None for a dense model."""
     quantization = raw.get("quantization_config")
     text_config = raw.get("text_config")
     if quantization is None and isinstance(text_config, Mapping):
@@ -190,7 +190,7 @@ def quant_method(raw: Mapping[str, Any]) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, and the next where it ends in a colon; else its class."""
+    """The first line of an exception's text, with the second where it ends in a colon; else its class."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -1,9 +1,9 @@
-"""A model whose blocks have their weights only while they are worked on.
+"""A model whose blocks have weights only while they are processed.
 
-Quantizing touches one decoder block at a time, and a block that is done is never needed again: its packed
-tensors are in their file. So where one device does all the work, the blocks stay on the meta device, each is
-filled from the shards when its turn comes, and emptied afterwards. Resident are the embedding, the head and
-one block, however deep the model is.
+Quantizing needs one decoder block at a time, and never a finished one: its packed tensors are in their file.
+So where one device does all the work, the blocks stay on the meta device; each is filled from the shards when
+its turn comes, and emptied afterwards. In memory are the embedding, the output head and one block, however
+many blocks the model has.
 
     with BlockStream(skeleton, device) as stream:
         with stream.on_device("model.layers.0"): ...  # stream.model.layers[0] has its weights
@@ -27,7 +27,7 @@ from gptq_cli.model.weights import empty_out, fill_dense, fill_stored
 
 
 class BlockStream:
-    """Use as a context manager; `model` is the skeleton's twin, eval, without gradients and cache."""
+    """A context manager; `model` is a copy of the skeleton's: eval, no gradients, no cache."""
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
         self.model: Any = copy.deepcopy(skeleton.model)
@@ -60,7 +60,7 @@ class BlockStream:
 
     @contextmanager
     def on_device(self, block: str) -> Iterator[None]:
-        """Have the weights of `block` inside the `with`; whatever was made of them there is dropped after."""
+        """Give `block` its weights inside the `with`; afterwards they are dropped, changed or not."""
         try:
             filled = fill_stored(
                 self.model, self._conversion, self._keys, self._reader.get, self._device_of, self._dtype,
@@ -75,7 +75,7 @@ class BlockStream:
 
     @contextmanager
     def for_capture(self) -> Iterator[None]:
-        """Have the first block's weights: capture runs it once to see what it returns."""
+        """Give the first block its weights: capture runs it once to see what it returns."""
         with self.on_device(self._first):
             yield
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
+from gptq_cli.placement.names import leaf
 
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate", "gate_network", "wg"})
 
@@ -38,7 +39,7 @@ def _computes_linear(kind: type[nn.Module]) -> bool:
             x = torch.randn(2, 3, 8, generator=generator)
             y = probe(x)
             return bool(torch.allclose(y, nn.functional.linear(x, probe.weight, probe.bias), atol=1e-5))
-    except Exception as error:  # whatever a stranger's constructor or forward raises: it is no plain linear
+    except Exception as error:  # whatever foreign code raises: it is not a plain linear
         if is_out_of_memory(error):
             raise
         return False
@@ -53,7 +54,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_router(name: str, module: nn.Module) -> bool:
     """True for a linear that picks experts: tiny, and every server reads it dense."""
-    return name.rpartition(".")[2] in ROUTER_NAMES or shape(module)[0] == 1
+    return leaf(name) in ROUTER_NAMES or shape(module)[0] == 1
 
 
 def shape(linear: nn.Module) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""The kinds of values that config.json may hold, checked before any of them is used.
+"""The types of values in config.json, checked before any of them is used.
 
-Transformers checks most numbers when it builds the config object. What is read before that, or by nobody but
-us, is checked here, so that `"architectures": 5` is an error that names the field.
+Transformers checks most numbers when it builds the config object. Fields that are read before that, or only
+by us, are checked here, so that `"architectures": 5` is an error that names the field.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ FIELDS: Mapping[str, tuple[Check, str]] = MappingProxyType(
         "vocab_size": (_count, "a whole number"),
     }
 )
-"""Field -> whether a value is of its kind, and the kind in words. null stands for "not given" everywhere."""
+"""Field -> whether a value has its type, and the type in words. null always means "not given"."""
 
 
 def check_types(source: str, raw: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for the first field of config.json, or of its text_config, that is no such thing."""
+    """Raise `ModelError` for the first field of config.json, or of its text_config, with a value of another
+    type."""
     parts = [("", raw)]
     if isinstance(raw.get("text_config"), Mapping):
         parts.append(("text_config.", raw["text_config"]))

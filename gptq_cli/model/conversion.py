@@ -1,10 +1,10 @@
 """From the names in a checkpoint to the names in a model, by Transformers' own rules.
 
-Since version 5, a model's parameters need not be called what its files call them: prefixes come and go, parts
-are renamed, experts of a list are merged into one 3-D tensor. Transformers keeps these rules with each model
-(`transformers.conversion_mapping`); they are used here as they are, so that a quantized checkpoint keeps the
-*source's own names* and every model that Transformers can load can be mapped. Only names are needed for that,
-and no weight is read.
+Since version 5, a model's parameters may have other names than in its files: prefixes are added or removed,
+parts are renamed, experts of a list are merged into one 3-D tensor. Transformers keeps these rules with each
+model (`transformers.conversion_mapping`). They are used here unchanged, so that a quantized checkpoint keeps
+the *source's own names* and every model that Transformers can load can be mapped. This needs only names; no
+weight is read.
 
 Two kinds of rule exist: a *renaming* keeps the tensor as it is, a *converter* computes (merges, splits,
 transposes). A linear whose weight passes through a converter has no tensor of its own in the files.
@@ -49,7 +49,7 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class KeyMap:
-    """All origins of a model's tensors, and what is left over on both sides."""
+    """All origins of a model's tensors, and what is unmatched on both sides."""
 
     origins: Mapping[str, Origin]
     """Model tensor -> origin. Results of one converter share one origin."""
@@ -76,8 +76,8 @@ class Conversion:
         self._state: dict[str, Tensor] = model.state_dict()
 
     def target_of(self, source: str) -> tuple[str | None, str | None]:
-        """(model tensor, converter's pattern or None) for one name in the files; (None, None) if it has no
-        place."""
+        """(model tensor, converter's pattern or None) for a name in the files; (None, None) if the model has
+        no such tensor."""
         prefix = self._model.base_model_prefix
         target, pattern = rename_source_key(source, self._renamings, self._converters, prefix, self._state)
         if target not in self._state and source in self._state:
@@ -85,7 +85,7 @@ class Conversion:
         return (target, pattern) if target in self._state else (None, None)
 
     def place_of(self, source: str) -> int:
-        """Place of a converted file tensor among the parts of its target: 0 for a gate, 1 for an up one."""
+        """The position of a converted file tensor among the parts of its target: 0 for gate, 1 for up."""
         pattern = self.target_of(source)[1]
         return 0 if pattern is None else list(self._by_pattern[pattern].source_patterns).index(pattern)
 

@@ -1,4 +1,4 @@
-"""A skeleton in plain numbers: `ModelFacts`."""
+"""A skeleton described by numbers: `ModelFacts`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact
+from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact, dtype_name
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
 
 def model_facts(skeleton: Skeleton) -> ModelFacts:
-    """The skeleton in plain numbers."""
+    """The skeleton described by numbers."""
     model, config = skeleton.model, skeleton.config.get_text_config()
     traced = skeleton.trace
     stages = stage_numbers(traced, skeleton.linears)
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
-        dtype=str(skeleton.dtype).removeprefix("torch."),
+        dtype=dtype_name(skeleton.dtype),
         hidden_size=int(config.hidden_size),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
         max_positions=getattr(config, "max_position_embeddings", None),
@@ -49,19 +49,19 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
 def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:
     """Number of the stage of each linear inside its block, in order of execution.
 
-    A linear that did not run is a stage of its own, after the others. Where the trace is not complete, the
-    linears with one parent and one K count as a stage, which overestimates memory if anything.
+    A linear that did not run is a stage of its own, after the others. Where the trace is not complete,
+    linears with the same parent and the same K count as a stage, which at worst overestimates memory.
     """
     owner = {info.name: info.block for info in linears}
     if traced.complete:
         known = [[name for name in stage if name in owner] for stage in traced.stages]
         known += [[name] for name in owner if name in traced.idle]
     else:
-        alike: dict[tuple[str, str, int], list[str]] = {}
+        by_parent: dict[tuple[str, str, int], list[str]] = {}
         for info in linears:
             key = (info.block, info.name.rpartition(".")[0], info.in_features)
-            alike.setdefault(key, []).append(info.name)
-        known = list(alike.values())
+            by_parent.setdefault(key, []).append(info.name)
+        known = list(by_parent.values())
     numbers: dict[str, int] = {}
     counts: dict[str, int] = {}
     for stage in filter(None, known):

@@ -1,4 +1,4 @@
-"""A model in plain numbers: what rules, budgets and plans need to know, and no torch."""
+"""A model described by numbers, for rules, budgets and plans; needs no torch."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ DTYPE_BYTES = MappingProxyType(
 )
 
 
+def dtype_name(dtype: object) -> str:
+    """`torch.bfloat16` -> `bfloat16`, as files and options call it."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint, as its shard's header describes it."""
@@ -30,7 +35,7 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """In torch's words: "bfloat16"."""
+    """torch's name: "bfloat16"."""
     size_bytes: int
     shard: str
     """File name of the shard."""
@@ -58,18 +63,18 @@ class LinearFact:
     stage: int = 0
     """Number of its stage inside the block, from 0."""
     routed: bool = False
-    """Tokens choose it (an expert); it is worked on in a wave of its like, see `engine.stages`."""
+    """It sees only some of the tokens (an expert); it is solved in an expert batch, see `engine.stages`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Everything that rules, budgets and plans need to know about a model; made from a meta skeleton."""
+    """What rules, budgets and plans need to know about a model; made from a meta skeleton."""
 
     model: str
     architecture: str
     """Class name: "LlamaForCausalLM"."""
     dtype: str
-    """What the weights will be in while it runs: "bfloat16"."""
+    """The dtype of the weights while the model runs: "bfloat16"."""
     hidden_size: int
     vocab_size: int = 0
     max_positions: int | None = None
@@ -79,7 +84,7 @@ class ModelFacts:
     order: tuple[str, ...] = ()
     """Modules in the order in which a forward first calls them; () where it could not be traced."""
     untraced: str = ""
-    """Where and why a forward without data stopped; "" where it came to its end."""
+    """Where and why a forward without data stopped; "" where it completed."""
     tensors: tuple[TensorFact, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""

@@ -1,4 +1,4 @@
-"""From what a person typed to the files of a model."""
+"""From the model argument, a path or a Hub model id, to the files of the model."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?\Z", re.ASCII)
 
 
 def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
-    """Open a local directory or a hub id. Reads heads only; `weights=False` does not even download the
-    weights.
+    """Open a local directory or a Hub model id. Reads only the headers of weight files; `weights=False` does
+    not even download them.
 
-    Raises `ModelError` when there is no such model, when the hub cannot be reached, or without a
-    config.json.
+    Raises `ModelError` when the model does not exist or has no config.json, and when the Hub cannot be
+    reached.
     """
     path = local_directory(ref.model, ModelError)
     if path is not None:
         return _with_config_checked(scan_directory(path, source=ref.model))
     if os.path.lexists(os.path.expanduser(ref.model.replace("\0", ""))):
         raise ModelError(
-            f"{ref.model} is a file; allowed: a directory or a hub id",
+            f"{ref.model} is a file; allowed: a directory or a Hub model id",
             hint="give the directory that holds config.json and the safetensors files",
         )
     if not _HUB_ID.match(ref.model) or ref.model.startswith((".", "~")) or ".." in ref.model:
         raise ModelError(
             f"no such directory: {shown(ref.model)}",
-            hint="give a directory with config.json and safetensors files, or a hub id such as org/name",
+            hint="give a directory with config.json and safetensors files, or a Hub model id (org/name)",
         )
     from gptq_cli.model.hub import fetch
 
@@ -48,7 +48,7 @@ def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None
 
 
 def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:
-    """The directory that `text` names, None where there is none. Raises `kind` if nobody may look there."""
+    """The directory that `text` names, None where there is none. Raises `kind` if it cannot be accessed."""
     path = expanded(str(text))
     try:
         if kind_of(path) != "directory":
@@ -58,7 +58,7 @@ def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:
     except OSError as error:
         raise kind(
             f"{shown(path)} cannot be opened: {reason(error)}",
-            hint="give a directory that you may read, or a hub id such as org/name",
+            hint="give a directory that you may read, or a Hub model id such as org/name",
         ) from error
     return path
 

@@ -1,13 +1,13 @@
-"""The head of a safetensors file, read without reading a weight and without trusting a byte.
+"""The header of a safetensors file, read without reading a weight and without trusting a byte.
 
     8 bytes   N, little endian
     N bytes   JSON: {"name": {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, …}
     the rest  the tensors' bytes; offsets count from here
 
-A file from a stranger may lie about every one of these numbers, so each is checked against the size of the
-file before it is used: the head's length against a limit, every range against the data, every range's
-length against dtype and shape, the ranges against each other. Nothing is allocated from a number in the
-file. (https://github.com/huggingface/safetensors#format)
+In an untrusted file each of these numbers may be wrong, so each is checked against the size of the file
+before it is used: the header's length against a limit, every range against the data, every range's length
+against dtype and shape, the ranges against each other. No number in the file decides how much memory is
+allocated. (https://github.com/huggingface/safetensors#format)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gptq_cli.model.source_files import open_regular
 HEADER_LIMIT_BYTES = 100_000_000
 """The library's own limit; 70B-parameter models need about a tenth of a megabyte."""
 VALUES_LIMIT = 2_000_000
-"""Values of a JSON text, of a head or an index: parsed they take a hundred bytes each and more. The heads of
-the largest models, with a hundred thousand experts, hold half of that all together."""
+"""Values in the JSON text of a header or an index: parsed, each takes a hundred bytes or more. The headers of
+the largest models, with a hundred thousand experts, hold half as many in all."""
 NAME_LIMIT = 1024
 """Characters of a tensor's name."""
 _DIMENSIONS_LIMIT = 64
@@ -57,13 +57,13 @@ DTYPES: Mapping[str, tuple[str, int]] = MappingProxyType(
         "C64": ("complex64", 64),
     }
 )
-"""safetensors' dtype -> torch's name and bits an element."""
+"""safetensors' dtype -> torch's name, bits per element."""
 
 TORCH_TO_SAFETENSORS: Mapping[str, str] = MappingProxyType({name: key for key, (name, _) in DTYPES.items()})
 
 
 class HeaderError(Exception):
-    """The file is no sound safetensors file; the message says where it is wrong. Never leaves
+    """The file is not a valid safetensors file; the message says where it is wrong. Caught inside
     `gptq_cli.model`."""
 
 
@@ -73,7 +73,7 @@ class StoredTensor:
 
     name: str
     dtype: str
-    """torch's word: "bfloat16"."""
+    """torch's name: "bfloat16"."""
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -93,39 +93,42 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
         length = int.from_bytes(file.read(8), "little")
         if length > HEADER_LIMIT_BYTES:
             raise HeaderError(
-                f"its head claims {length} bytes; allowed: {HEADER_LIMIT_BYTES}: it is no safetensors file"
+                f"its header claims {length} bytes; allowed: {HEADER_LIMIT_BYTES}: "
+                "it is not a safetensors file"
             )
         if 8 + length > size:
-            raise HeaderError(f"its head claims {length} bytes, the file has {size}: it is truncated")
+            raise HeaderError(f"its header claims {length} bytes, the file has {size}: it is truncated")
         text = file.read(length)
     return parse_header(text, data_start=8 + length, file_bytes=size)
 
 
 def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[StoredTensor, ...]:
-    """Judge the JSON head of a file of `file_bytes` whose tensors begin at `data_start`."""
+    """Parse and check the JSON header of a file of `file_bytes` whose tensors begin at `data_start`."""
     if (values := count_values(text)) > VALUES_LIMIT:
-        raise HeaderError(f"its head holds about {values} values; allowed: {VALUES_LIMIT}: it is corrupt")
+        raise HeaderError(f"its header holds about {values} values; allowed: {VALUES_LIMIT}: it is corrupt")
     try:
-        head = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise HeaderError(f"its head is no JSON ({error}): it is corrupt") from error
-    if not isinstance(head, dict):
-        raise HeaderError("its head is no JSON object: it is corrupt")
-    head.pop("__metadata__", None)
+        raise HeaderError(f"its header is not valid JSON ({error}): it is corrupt") from error
+    if not isinstance(header, dict):
+        raise HeaderError("its header is not a JSON object: it is corrupt")
+    header.pop("__metadata__", None)
     tensors = sorted(
-        (_parse_entry(name, entry, data_start) for name, entry in head.items()),
+        (_parse_entry(name, entry, data_start) for name, entry in header.items()),
         key=lambda t: (t.begin, t.end),
     )
     position = data_start
     for tensor in tensors:
         if tensor.end > file_bytes:
             missing = tensor.end - file_bytes
-            raise HeaderError(f"tensor {tensor.name} ends {missing} bytes behind the file: it is truncated")
+            raise HeaderError(
+                f"tensor {tensor.name} ends {missing} bytes after the end of the file: it is truncated"
+            )
         if tensor.begin < position:
             raise HeaderError(f"tensor {tensor.name} overlaps its neighbour: it is corrupt")
         if tensor.begin > position:
             raise HeaderError(
-                f"{tensor.begin - position} bytes before tensor {tensor.name} belong to nothing"
+                f"{tensor.begin - position} bytes before tensor {tensor.name} belong to no tensor"
             )
         position = tensor.end
     if position != file_bytes:
@@ -134,12 +137,12 @@ def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[Stor
 
 
 def count_values(text: bytes) -> int:
-    """At most so many values stand in a JSON text: what parsing it would make, without parsing it."""
+    """An upper bound on the values in a JSON text, found without parsing it."""
     return 1 + text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def brief(value: object) -> str:
-    """`value` in a message: a stranger's name or number may be as long as the file."""
+    """`value` for a message, shortened: in an untrusted file it may be as long as the file."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= _LARGEST:
         return "a number of more than 63 bits"
     if isinstance(value, list):
@@ -156,7 +159,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         counts = Counter(name for name, _ in pairs)
         twice = next(name for name, count in counts.items() if count > 1)
-        raise ValueError(f"{brief(twice)} is there twice")
+        raise ValueError(f"{brief(twice)} appears twice")
     return result
 
 
@@ -165,7 +168,7 @@ def _is_count(value: object) -> bool:
 
 
 def _elements(shape: list[int]) -> int:
-    """The product of the sizes, or something above any file where it is larger than that."""
+    """The product of the sizes; where it exceeds the size of any file, some number that does too."""
     if 0 in shape:
         return 0
     product = 1
@@ -180,7 +183,7 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
     if len(name) > NAME_LIMIT:
         raise HeaderError(f"tensor {brief(name)} has a name of {len(name)} characters; allowed: {NAME_LIMIT}")
     if not isinstance(entry, dict):
-        raise HeaderError(f"tensor {name} is described by no JSON object: it is corrupt")
+        raise HeaderError(f"the description of tensor {name} is not a JSON object: it is corrupt")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise HeaderError(f"tensor {name} has dtype {brief(dtype)}; allowed: {', '.join(DTYPES)}")
@@ -200,24 +203,24 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
 def build_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
 ) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The first bytes of a file with these tensors (name -> torch dtype, shape), and every tensor's place
+    """The first bytes of a file with these tensors (name -> torch dtype, shape), and every tensor's range
     in the file.
 
-    Wide dtypes come first, then names in order: every tensor is aligned to its own element, as the library
-    does it.
+    Tensors are sorted by descending width of their dtype, then by name, as in the library: each is aligned
+    to its element size.
     """
     order = sorted(tensors, key=lambda name: (-DTYPES[TORCH_TO_SAFETENSORS[tensors[name][0]]][1], name))
-    head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places: dict[str, tuple[int, int]] = {}
     position = 0
     for name in order:
         dtype, shape = tensors[name]
         key = TORCH_TO_SAFETENSORS[dtype]
         end = position + math.prod(shape) * DTYPES[key][1] // 8
-        head[name] = {"dtype": key, "shape": list(shape), "data_offsets": [position, end]}
+        header[name] = {"dtype": key, "shape": list(shape), "data_offsets": [position, end]}
         places[name] = (position, end)
         position = end
-    text = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     shifted = {name: (start + begin, start + end) for name, (begin, end) in places.items()}

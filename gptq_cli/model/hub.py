@@ -1,7 +1,6 @@
-"""Fetching a model from the Hugging Face hub: small files first, then exactly the shards that the index
-names.
+"""Fetching a model from the Hugging Face Hub: small files first, then exactly the shards in the index.
 
-Nothing is executed, pickles are never fetched, Python files only with `--trust-remote-code`. `HF_TOKEN`,
+Nothing is executed, pickles are never fetched, and Python files only with `--trust-remote-code`. `HF_TOKEN`,
 `HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are honoured by `huggingface_hub` itself; offline, its cache
 is used.
 """
@@ -48,13 +47,12 @@ from gptq_cli.model.source import (
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
-"""What `huggingface_hub` has talked through in one version or another; their errors are the network's."""
+"""HTTP clients of the various versions of `huggingface_hub`; their errors are network errors."""
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
 
 
 def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFiles:
-    """Download `ref` (or find it in the cache) and list its tensors. Raises `ModelError` naming the way
-    out."""
+    """Download `ref` (or find it in the cache) and list its tensors. Raises `ModelError` with a hint."""
     patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
     with _explained(ref):
         directory = _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
@@ -83,7 +81,7 @@ def _snapshot(
 
 
 def _shards(directory: Path) -> tuple[str, ...]:
-    """The weight files worth fetching: what the index names, or the single file."""
+    """The weight files to fetch: those in the index, or the single file."""
     if not (directory / INDEX).is_file():
         return (SINGLE,)
     try:
@@ -96,12 +94,12 @@ def _shards(directory: Path) -> tuple[str, ...]:
 
 
 def _commit(directory: Path) -> str | None:
-    """The hub's cache keeps a snapshot in a folder named after its commit."""
+    """The commit, after which the Hub's cache names the folder of a snapshot."""
     return directory.name if directory.parent.name == "snapshots" else None
 
 
 def _remote_tensors(ref: ModelRef, files: ModelFiles) -> ModelFiles:
-    """Heads read over the network, a few kilobytes a shard."""
+    """The tensors, from headers read over the network: a few kilobytes per shard."""
     try:
         with _explained(ref):
             remote = get_safetensors_metadata(ref.model, revision=ref.revision)
@@ -120,7 +118,7 @@ def _remote_tensors(ref: ModelRef, files: ModelFiles) -> ModelFiles:
 
 
 def _name_pickles(ref: ModelRef, files: ModelFiles) -> ModelFiles:
-    """Say what the repository has instead of safetensors, where the hub can be asked."""
+    """Replace the problem "no-weights" by the pickles that the repository has, where the Hub can be asked."""
     try:
         names = HfApi().list_repo_files(ref.model, revision=ref.revision)
     except (HfHubHTTPError, OSError) as error:
@@ -135,53 +133,53 @@ def _name_pickles(ref: ModelRef, files: ModelFiles) -> ModelFiles:
         pickles[0],
         f"{ref.model} has pickled weights only ({', '.join(pickles[:3])}); a pickle can run any program "
         "when it is opened, so only safetensors files are read",
-        "look for a conversion among the model's pull requests on the hub (--revision refs/pr/N), "
-        "or convert it where you trust it",
+        "look for a conversion among the model's pull requests on the Hub (--revision refs/pr/N), "
+        "or convert it in an environment where running its code is safe",
     )
     return replace(files, problems=(*(p for p in files.problems if p.kind != "no-weights"), problem))
 
 
 @contextlib.contextmanager
 def _explained(ref: ModelRef) -> Iterator[None]:
-    """Turn the hub's exceptions into a `ModelError` that says what to do."""
+    """Turn exceptions of `huggingface_hub` into a `ModelError` that says what to do."""
     what = ref.model if ref.revision is None else f"{ref.model} at {ref.revision}"
     try:
         yield
     except GatedRepoError as error:
         raise ModelError(
-            f"{what} is gated: the hub wants to know who asks",
-            hint="accept its licence on the hub, then set HF_TOKEN",
+            f"{what} is gated: the Hub requires a login",
+            hint="accept its licence on the Hub, then set HF_TOKEN",
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"no such directory, and no such model on the hub: {what}",
+            f"no such directory, and no such model on the Hub: {what}",
             hint="check the spelling; a private model needs HF_TOKEN, a local one the path of its directory",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"the hub's {ref.model} has no revision {ref.revision}") from error
+        raise ModelError(f"{ref.model} on the Hub has no revision {ref.revision}") from error
     except HFValidationError as error:
-        raise ModelError(f"no such directory, and no hub id: {ref.model}") from error
+        raise ModelError(f"no such directory, and not a valid Hub model id: {ref.model}") from error
     except NotASafetensorsRepoError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise ModelError(
-            f"no such directory: {ref.model}; as a hub id it is not in the cache, "
-            "and the hub cannot be reached",
+            f"no such directory: {ref.model}; as a Hub model id it is not in the cache, "
+            "and the Hub cannot be reached",
             hint="connect to the network, unset HF_HUB_OFFLINE, or give the path of a local model directory",
         ) from error
     except HfHubHTTPError as error:
-        raise ModelError(f"the hub answered for {what}: {error}", hint="try again later") from error
+        raise ModelError(f"the Hub answered for {what}: {error}", hint="try again later") from error
     except Exception as error:
         if not type(error).__module__.startswith(_HTTP_CLIENTS):
             raise
         raise ModelError(
-            f"no such directory: {ref.model}; as a hub id it cannot be fetched: {error}",
+            f"no such directory: {ref.model}; as a Hub model id it cannot be fetched: {error}",
             hint="check the network, or give the path of a local model directory",
         ) from error
 
 
 def _bar(progress: Progress) -> type:
-    """A silent bar for `snapshot_download` that reports the bytes it is told about."""
+    """A silent progress bar for `snapshot_download` that reports bytes to `progress`."""
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
     class Reporting(tqdm):  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""How many tokens a model can look at, and what happens past them.
+"""How many tokens a model can process at once, and what happens beyond that.
 
-Learned positions, and tables of sines that are made once, have a row for each position: there is none for
-the next one, and the forward fails. Rotary positions and ALiBi are computed for any place, so a model goes on
-past the length that it was trained for, and is worse there. Where the rows end is read off the table itself.
+Learned positions, and tables of sines that are made once, have one row per position: past the last row the
+forward fails. Rotary positions and ALiBi are computed for any position, so a model continues past the length
+it was trained for, with worse results. The number of rows is read from the table itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 _FULL_BIAS = {"mpt": "max_seq_len"}
-"""Model types that make the ALiBi bias of all positions anew, with no tensor that shows it -> the field."""
+"""Model types that compute the ALiBi bias of all positions in the forward, so that no tensor shows their
+number -> the config field that does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Tokens of the longest text; `fixed` where the model has no place at all for another one."""
+    """The largest number of tokens in a text; `fixed`: with one more the forward fails."""
 
     tokens: int
     fixed: bool
@@ -54,7 +55,7 @@ def _tables(model: nn.Module) -> Iterator[int]:
 
 
 def _stretched(rope: Any) -> Iterator[int]:
-    """Lengths that scaled rotary positions (YaRN, Llama 3) were made for; at least one number."""
+    """Lengths that scaled rotary positions (YaRN, Llama 3) are meant for, after a 0."""
     yield 0
     if not isinstance(rope, Mapping):
         return

@@ -1,4 +1,4 @@
-"""Keeping the libraries silent: what happens is told by our own events, on whatever display is chosen."""
+"""Silencing the libraries: our own events report progress, on the display that was chosen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence Transformers' progress bars and load reports, and what accelerate says of its dispatch."""
+    """Silence Transformers' progress bars and load reports, and accelerate's messages about its dispatch."""
     accelerates = logging.getLogger("accelerate")
     level = accelerates.level
     verbosity = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Whether the small files beside a model can be read: known before the work, not when they are copied."""
+"""Whether the small files beside a model can be read, found out before the run instead of at its end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptq_cli.model.source_files import COPIED, COPIED_FOLDERS
 
 
 def unreadable_files(source: Path, *, code: bool) -> tuple[SourceProblem, ...]:
-    """A problem for every side file that would be copied and cannot be opened; nothing is read."""
+    """A problem for every side file that would be copied but cannot be opened; contents are not read."""
     return tuple(_problems(source, code))
 
 

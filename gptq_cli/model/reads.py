@@ -1,9 +1,9 @@
-"""What a module read, told apart from everything else that was ever in memory.
+"""Whether two modules read the same tensor.
 
-An address and a shape do not name a tensor: as soon as it is gone, the allocator gives the address to the
-next one of its size. So a `Read` holds the tensor, and two reads are the same when they are one tensor, or
-views of one storage in the same order, that nobody wrote to in between. On the meta device every address
-is 0, and the same comparison holds there.
+An address and a shape do not identify a tensor: when it is freed, the allocator reuses its address for the
+next one of that size. So a `Read` keeps its tensor alive, and two reads are equal when they are of one
+tensor, or of equal views of one storage, that was not written to in between. On the meta device every address
+is 0; the comparison works there too.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Read:
-    """A tensor at the moment when it was read; alive, and so at its address, for as long as this is."""
+    """A tensor at the moment when it was read. Keeps it alive, and so at its address."""
 
     tensor: Tensor
     version: int
-    """How often it, or what it is a view of, had been written to in place."""
+    """How often the tensor, or the one it is a view of, had been written to in place."""
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
@@ -28,7 +28,7 @@ class Read:
         return cls(tensor, 0 if tensor.is_inference() else tensor._version)
 
     def same(self, other: Read) -> bool:
-        """True when both saw the same elements in the same order with the same values."""
+        """True if both read the same elements in the same order with the same values."""
         a, b = self.tensor, other.tensor
         return self.version == other.version and (
             a is b

@@ -1,13 +1,12 @@
-"""A model without its weights: everything that can be decided before one byte of a weight is read.
+"""A model without its weights: everything that can be decided before a weight is read.
 
 The model is built on the meta device (a 70B-parameter one takes well under a second and no memory), its
-blocks and linears are found, and every linear is tied to the tensor of the checkpoint that holds its
+blocks and linears are found, and every linear is matched with the tensor of the checkpoint that is its
 weight.
 """
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,11 +29,13 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
-from gptq_cli.model.blocks import find_blocks, find_linears, is_linear, is_router, shape
+from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
+from gptq_cli.placement.names import fold, leaf
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
@@ -61,7 +62,7 @@ class LinearInfo:
 
     @property
     def source_name(self) -> str:
-        """The linear's own name in the checkpoint, which `qweight` and its companions get."""
+        """The linear's own name in the checkpoint, used for its `qweight` and the other packed tensors."""
         return self.source_key.removesuffix(".weight")
 
 
@@ -76,7 +77,7 @@ class DenseInfo:
     """embedding | head | fused experts | router | tied | read, not called | converted at load |
     outside the blocks | vector | other"""
     modules: int
-    """How many modules the folded name stands for."""
+    """Number of modules under the folded name."""
     parameters: int
     """Of all of them together; a tied tensor counts once."""
     share: float
@@ -98,7 +99,7 @@ class Skeleton:
     """In model order."""
     dense: tuple[DenseInfo, ...]
     trace: Trace
-    """What a forward without data showed: stages, order, experts."""
+    """The result of a forward without data: stages, order, routed linears."""
     dtype: torch.dtype
     """What the model runs in and dense tensors are written in."""
     already_quantized: str | None
@@ -108,17 +109,12 @@ class Skeleton:
     parameters: int
     """Number of parameters; tied ones count once."""
     problems: tuple[SourceProblem, ...]
-    """Of the files, and of files and model together: weights that are missing or have another shape."""
+    """Of the files, and of files and model together: weights that are missing or have the wrong shape."""
 
     @property
     def quantized_share(self) -> float:
         """Part of the parameters that will be quantized, 0 to 1."""
         return sum(x.in_features * x.out_features for x in self.linears) / max(1, self.parameters)
-
-    @property
-    def fused_experts(self) -> tuple[DenseInfo, ...]:
-        """Experts in fused 3-D tensors, which stay dense."""
-        return tuple(item for item in self.dense if item.reason == "fused experts")
 
     def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
         """The linears of one block in module order."""
@@ -128,7 +124,7 @@ class Skeleton:
 def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     """Build the model of `files` on the meta device and find its blocks and linears.
 
-    Raises `ModelError`: remote code without leave, not a causal language model, no blocks.
+    Raises `ModelError`: remote code without permission, not a causal language model, no blocks.
     """
     raw = raw_config(files)
     config = load_config(files, ref)
@@ -163,7 +159,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
 
 
 def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
-    """What was asked for; else the config's; else the dtype of most float bytes in the files; else
+    """The dtype that was given; else the config's; else that of most float bytes in the files; else
     float32."""
     if ref.dtype != "auto":
         return as_torch_dtype(ref.dtype)
@@ -171,9 +167,9 @@ def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
-    """The float dtype that a config names, for itself or for its text part."""
+    """The float dtype in a config, or in its text part."""
     named = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    name = str(named).removeprefix("torch.")
+    name = dtype_name(named)
     return as_torch_dtype(name) if name in _FLOATS else None
 
 
@@ -194,11 +190,10 @@ def as_torch_dtype(name: str) -> torch.dtype:
 
 
 def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int = 0) -> Any:
-    """The model of `config` on the meta device, parameters in `dtype`; a quantization config is not acted
-    upon.
+    """The model of `config` on the meta device, parameters in `dtype`; a quantization config is ignored.
 
-    `tensors`: how many the files hold. A config that asks for many times more modules is refused before they
-    fill the memory: `ModelError`.
+    `tensors`: how many the files hold. A config that asks for many times more modules is refused
+    (`ModelError`) before they fill the memory.
     """
     try:
         with torch.device("meta"), meta_device_safe_creation_ops(), quiet_libraries(), _counted(ref, tensors):
@@ -223,7 +218,7 @@ def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
 
 @contextmanager
 def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
-    """End the making of a model that has far more modules than the files could fill."""
+    """Stop building a model that has far more modules than the files could fill."""
     limit = _MODULES_LIMIT + 3 * tensors
     maker = threading.get_ident()
     count = 0
@@ -248,7 +243,7 @@ def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
 def _kept_dense(
     traced: Trace, candidates: Iterable[str], tied: tuple[tuple[str, ...], ...]
 ) -> dict[str, str]:
-    """Linears that stay dense -> why: their weight is another module's, too, or is used without a call."""
+    """Linears that stay dense -> why: their weight is shared with another module, or used without a call."""
     shared = {name.removesuffix(".weight") for group in tied for name in group}
     kept = dict.fromkeys(traced.read_not_called, "read, not called")
     return kept | {name: "tied" for name in candidates if name in shared}
@@ -257,7 +252,7 @@ def _kept_dense(
 def _linears(
     model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, kept: Mapping[str, str], *, known: bool
 ) -> Iterator[LinearInfo]:
-    """Quantizable linears with a tensor of their own in the files; a module shared by two blocks comes
+    """Quantizable linears with a tensor of their own in the files; a module shared by two blocks is listed
     once."""
     seen: set[int] = set()
     for block in blocks:
@@ -282,10 +277,10 @@ def _linears(
 
 
 def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[SourceProblem]:
-    """Weights that the files lack, or hold in another shape."""
+    """Weights that are missing in the files, or have another shape there."""
     broken = {p.kind for p in files.problems} - READABLE
     if not files.tensors or broken:
-        return  # the files' own problems say it better
+        return  # the problems of the files come first
     for name in keys.missing:
         yield SourceProblem(
             "missing-weight", name, f"no tensor in the files is the model's {name}", "fetch the model again"
@@ -303,11 +298,6 @@ def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[S
             f"tensor {source} has shape {found}; config.json asks for {wanted}",
             "config.json and the weights belong to different models",
         )
-
-
-def fold(name: str) -> str:
-    """`model.layers.3.mlp` -> `model.layers.*.mlp`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _fold_dense(
@@ -352,7 +342,7 @@ def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool
         return "embedding"
     if in_block and 3 in dimensions and not isinstance(module, nn.Conv1d):
         return "fused experts"
-    if in_block and name.rpartition(".")[2] in {"router", "gate", "shared_expert_gate"}:
+    if in_block and leaf(name) in ROUTER_NAMES:
         return "router"
     if max(dimensions) < 2:
         return "vector"

@@ -1,9 +1,8 @@
-"""Finding a model and listing its tensors from file heads alone; what is wrong with the files comes back as
-facts.
+"""Listing a model's tensors from the headers of its files; what is wrong with the files is returned as facts.
 
-`find_model` raises only where there is no model to speak of: no such directory, an unreachable hub, no
-config.json. Everything that is wrong *inside* a model directory (a truncated shard, a pickle, a shard that
-the index forgot) is a `SourceProblem`, so that preflight can list all of them at once.
+`find_model` raises only where there is no model at all: no such directory, an unreachable Hub, no
+config.json. Everything wrong *inside* a model directory (a truncated shard, a pickle, a shard missing from
+the index) is a `SourceProblem`, so that preflight can list all of them at once.
 """
 
 from __future__ import annotations
@@ -27,9 +26,11 @@ from gptq_cli.model.headers import (
 )
 from gptq_cli.model.source_files import (
     CONFIGS,
+    TOKENIZER_FILES,
     FileStamp,
     NotRegularError,
     check_unchanged,
+    has_tokenizer,
     is_copied,
     is_needed,
     open_regular,
@@ -43,20 +44,10 @@ from gptq_cli.model.source_files import (
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tekken.json",
-)
 _INDEX_ENDING = ".safetensors.index.json"
 _JSON_LIMIT_BYTES = 100_000_000
 READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out"})
-"""Kinds of problems that matter where files are copied or text is cut, not where a model is only opened."""
+"""Problems that matter when files are copied or text is tokenized, but not when a model is only opened."""
 
 Progress = Callable[[int, int | None], None]
 """Called with (bytes done, bytes in all) while files are fetched."""
@@ -69,7 +60,7 @@ class SourceProblem:
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
     bad-index, unsafe-path, special-file, file-too-large, outside-link, link-left-out, pickled-weights,
-    no-weights, no-tokenizer, missing-weight, shape-mismatch, unsupported-dtype, unreadable-file."""
+    no-weights, no-tokenizer, missing-weight, shape-mismatch, unreadable-shard, unreadable-file."""
     subject: str
     """The file or tensor."""
     message: str
@@ -79,19 +70,19 @@ class SourceProblem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """A model's files, known by their heads only."""
+    """A model's files, known by their headers only."""
 
     directory: Path
     """Where config.json and the tokenizer are; the weights, too, unless they were not fetched."""
     source: str
-    """What was asked for: the directory or the hub id."""
+    """The directory or the Hub model id that was given."""
     revision: str | None = None
-    """The commit, for a hub model."""
+    """The commit, for a model on the Hub."""
     tensors: tuple[TensorInfo, ...] = ()
     shards: tuple[Path, ...] = ()
     problems: tuple[SourceProblem, ...] = ()
     stamps: tuple[FileStamp, ...] = ()
-    """What every file that is read or copied was when it was listed."""
+    """The state of every file that is read or copied, when it was listed."""
 
     @property
     def size_bytes(self) -> int:
@@ -99,7 +90,8 @@ class ModelFiles:
         return sum(tensor.size_bytes for tensor in self.tensors)
 
     def check(self, *names: str) -> None:
-        """Raise `SourceChanged` unless these files (without names: all) are what they were when listed."""
+        """Raise `SourceChanged` if one of these files (without names: any) has changed since it was
+        listed."""
         check_unchanged(self.directory, (s for s in self.stamps if not names or s.name in names))
 
 
@@ -108,8 +100,8 @@ def scan_directory(
 ) -> ModelFiles:
     """List the tensors of a local directory, and everything that is wrong with its files.
 
-    `bases`: names that the weights may have in place of `model` (AutoGPTQ: gptq_model-4bit-128g), the
-    likeliest first; with it, even an empty one, a lone file or index may be called anything.
+    `bases`: names that the weights may have in place of `model` (AutoGPTQ: gptq_model-4bit-128g), the most
+    likely first. Where it is given, even empty, a single file or index may have any name.
     """
     problems: list[SourceProblem] = []
     names, listed = _shard_names(directory, problems, bases)
@@ -147,7 +139,7 @@ def scan_directory(
                     "fetch the model again",
                 )
             )
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         problems.append(
             SourceProblem(
                 "no-tokenizer",
@@ -167,7 +159,7 @@ def scan_directory(
 
 
 def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]:
-    """What among `names` is no regular file, or is a link that leads out of the directory."""
+    """Problems for the names that are not regular files, or are links that lead out of the directory."""
     for name in names:
         kind, target = special_kind(directory / name), outside_target(directory, name)
         if kind is not None:
@@ -175,7 +167,7 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 "special-file",
                 name,
                 f"{name} is {kind}; allowed: a file",
-                f"take {name} out of {directory}; where it came with the model, do not trust the model",
+                f"remove {name} from {directory}; if it came with the model, do not trust the model",
             )
         elif (size := oversize(directory, name)) is not None:
             found, allowed = size
@@ -190,7 +182,7 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 "outside-link",
                 name,
                 f"{name} is a link that leads out of the model's directory, to {target}",
-                f"if that is meant, put a copy in the place of the link: cp --remove-destination {target} "
+                f"if that is intended, replace the link by a copy: cp --remove-destination {target} "
                 f"{directory / name}",
             )
         elif target is not None and is_copied(name):
@@ -199,12 +191,12 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 name,
                 f"{name} is a link that leads out of the model's directory, to {target}: it is left out of "
                 "the checkpoint",
-                "if it belongs to the model, put a copy in the place of the link",
+                "if it belongs to the model, replace the link by a copy",
             )
 
 
 def read_json(path: Path, *, limit_bytes: int = _JSON_LIMIT_BYTES) -> Any:
-    """Parse a JSON file of sane size. Raises `ValueError`, which names the file, and `OSError`."""
+    """Parse a JSON file of limited size. Raises `ValueError`, which names the file, and `OSError`."""
     try:
         with open_regular(path) as file:
             data = file.read(limit_bytes + 1)
@@ -217,7 +209,7 @@ def read_json(path: Path, *, limit_bytes: int = _JSON_LIMIT_BYTES) -> Any:
     try:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no JSON: {error}") from error
+        raise ValueError(f"{path.name} is not valid JSON: {error}") from error
 
 
 def unsafe_path(name: str) -> bool:
@@ -270,8 +262,8 @@ def _shard_names(
         else:
             safe.append(name)
     base = found.removesuffix(_INDEX_ENDING)
-    alike = {p.name for p in directory.iterdir() if _is_shard(p.name, base)}
-    unlisted = sorted(alike - set(names))
+    present = {p.name for p in directory.iterdir() if _is_shard(p.name, base)}
+    unlisted = sorted(present - set(names))
     problems.extend(
         SourceProblem(
             "unlisted-shard",
@@ -285,7 +277,7 @@ def _shard_names(
 
 
 def _weights_file(directory: Path, bases: Sequence[str] | None) -> str | None:
-    """The file that holds all tensors, or the index of those that do, as it is called in `directory`."""
+    """The name in `directory` of the file that holds all tensors, or of the index of its shards."""
     for base in (*(bases or ()), "model"):
         if unsafe_path(base):
             continue
@@ -303,7 +295,7 @@ def _weights_file(directory: Path, bases: Sequence[str] | None) -> str | None:
 
 
 def holds_codes(path: Path) -> bool:
-    """Whether a safetensors file has packed linears, which an adapter or a dense model beside it has not."""
+    """Whether a safetensors file has packed linears, unlike an adapter or a dense model beside it."""
     try:
         return any(tensor.name.endswith(".qweight") for tensor in read_header(path))
     except (HeaderError, OSError):
@@ -335,7 +327,7 @@ def _no_weights(directory: Path, *, named: bool) -> SourceProblem:
             pickles[0],
             f"the weights are pickled ({', '.join(pickles[:3])}{', …' if len(pickles) > 3 else ''}); "
             "a pickle can run any program when it is opened, so only safetensors files are read",
-            "convert them once, where you trust them: "
+            "convert them once, in an environment where running their code is safe: "
             'python -c "from transformers import AutoModelForCausalLM as A; '
             f"A.from_pretrained('{directory}', dtype='auto').save_pretrained('{directory}')\"",
         )
@@ -352,9 +344,9 @@ def _no_weights(directory: Path, *, named: bool) -> SourceProblem:
         return SourceProblem(
             "no-weights",
             str(directory),
-            f"there is neither {SINGLE} nor an index in {directory}, and which of {', '.join(several[:3])}"
-            f"{', …' if several[3:] else ''} holds the weights is not said",
-            "fetch the index of its shards, or name the file as model_file_base_name in quantize_config.json",
+            f"there is neither {SINGLE} nor an index in {directory}, and nothing says which of "
+            f"{', '.join(several[:3])}{', …' if several[3:] else ''} holds the weights",
+            "fetch the index of the shards, or name the file as model_file_base_name in quantize_config.json",
         )
     return SourceProblem(
         "no-weights",
@@ -387,6 +379,6 @@ def _read_shard(path: Path, name: str, problems: list[SourceProblem]) -> tuple[T
 
 
 def without_weight_files(files: ModelFiles, tensors: Iterable[TensorInfo]) -> ModelFiles:
-    """`files` with tensors that were listed remotely, and no shard on this disk."""
+    """`files` with tensors that were listed remotely, and no local shard."""
     problems = tuple(p for p in files.problems if p.kind not in ("no-weights", "missing-shard"))
     return replace(files, tensors=tuple(tensors), shards=(), problems=problems)

@@ -1,17 +1,18 @@
-"""The files of a model's directory, before one is opened: regular, inside, and still what they were.
+"""Checks of a model directory's files before they are opened: regular, inside the directory, unchanged.
 
-A directory from a stranger may hold more than files. Three questions are asked of every name that is read or
+An untrusted directory may hold more than files. Three questions are asked about every name that is read or
 copied:
 
     is it a regular file?    a pipe blocks its reader for ever, a device may have no end: neither is opened
-    does it lie inside?      a link is followed within the directory, or into the blobs of the same repository
-                             of a hub cache; anywhere else it would carry a stranger's choice of file along
-    is it what it was?       a run takes hours, and what it read first must belong to what it reads last
+    is it inside?            a link is followed within the directory, or into the blobs of the same repository
+                             in a Hub cache; elsewhere it could point to any file of the user's
+    is it unchanged?         a run takes hours, and all that it reads must belong to the same model
 
-For the last one, a `FileStamp` notes each file when the source is opened. Size and time of change must stay.
-Small files are noted with their content, which alone decides about them: a `touch` is no change. Of weights,
-too large to be read twice, a sample is noted, which decides where only the inode or the time of its status
-differs (a hard link was made, the mode was changed, a network drive numbered its files anew).
+For the last one, a `FileStamp` records each file when the source is opened. Size and modification time must
+stay the same. For small files the digest of the content is recorded and decides alone: a `touch` is not a
+change. For weights, which are too large to be read twice, the digest of a sample is recorded. It decides
+where only the inode or the status time differs (a hard link was made, the mode was changed, a network drive
+renumbered its files).
 """
 
 from __future__ import annotations
@@ -54,26 +55,31 @@ CODE = "*.py"
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
 _READ = (*COPIED, CODE, "*.json")
 """Names that this tool or Transformers may open, weights aside."""
-NEEDED = (
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "spiece.model",
     "sentencepiece.bpe.model",
     "tekken.json",
     "*.tiktoken",
 )
+"""Names of which one is enough for a tokenizer."""
+_TOKENIZER_CODE = "tokenization_*.py"
+NEEDED = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    *TOKENIZER_FILES,
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 """Names without which a model is another one; what else is copied may be left out."""
 COPIED_BYTES = 200_000_000
-"""No tokenizer is larger."""
+"""An upper bound on the files of tokenizers."""
 _SETTINGS_BYTES = 8_000_000
 _WHOLE_BYTES = 64 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 14
@@ -85,7 +91,7 @@ class NotRegularError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What a file was when the source was opened."""
+    """The state of a file when the source was opened."""
 
     name: str
     """Its path below the directory."""
@@ -96,7 +102,7 @@ class FileStamp:
     digest: bytes
     """Of the content, or of a sample of it."""
     whole: bool
-    """The digest is that of the whole content."""
+    """True: the digest is of the complete content."""
 
 
 def special_kind(path: Path) -> str | None:
@@ -132,7 +138,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def outside_target(directory: Path, name: str) -> str | None:
-    """Where `name` really lies, if a link leads it out of `directory`; None where it stays inside.
+    """The real path of `name` where a link leads out of `directory`; None where it stays inside.
 
     Inside is the directory's own real path and, for a snapshot of a hub cache (`models--org--name/snapshots/
     COMMIT`), the blobs of the same repository. Every link on the way counts, whatever its spelling.
@@ -158,7 +164,7 @@ def _blobs_of(root: Path) -> str | None:
 
 
 def small_files(directory: Path) -> Iterator[str]:
-    """Names of everything beside the weights that may be opened, in order; no directory is among them."""
+    """Names of all files beside the weights that may be opened, sorted; directories are not among them."""
     for path in sorted(directory.iterdir()):
         if _like(path.name, _READ) and not path.is_dir():
             yield path.name
@@ -168,10 +174,17 @@ def small_files(directory: Path) -> Iterator[str]:
                 yield f"{folder}/{path.name}"
 
 
-def oversize(directory: Path, name: str) -> tuple[int, int] | None:
-    """(bytes, bytes allowed) of a small file that is larger than any of its kind; None where it is not.
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a file is there that a tokenizer may be made of, its code included."""
+    return any(
+        path.is_file() for name in (*TOKENIZER_FILES, _TOKENIZER_CODE) for path in directory.glob(name)
+    )
 
-    Parsed, a JSON text takes up to twenty times its bytes, so what Transformers reads into Python is bounded.
+
+def oversize(directory: Path, name: str) -> tuple[int, int] | None:
+    """(bytes, bytes allowed) of a small file that is larger than any of its kind should be; else None.
+
+    Parsed, a JSON text takes up to twenty times its size, so files that Transformers will parse are limited.
     """
     kinds = {
         "tokenizer_config.json",
@@ -199,7 +212,7 @@ def is_copied(name: str, *, code: bool = True) -> bool:
 
 
 def is_needed(name: str) -> bool:
-    """True for a file whose content makes the model what it is."""
+    """True for a file that is part of the model itself."""
     return _like(name.rpartition("/")[2], NEEDED)
 
 
@@ -208,13 +221,13 @@ def _like(name: str, patterns: Iterable[str]) -> bool:
 
 
 def stamps_of(directory: Path, names: Iterable[str]) -> tuple[FileStamp, ...]:
-    """Note the regular files among `names`, as they are now."""
+    """Record the present state of the regular files among `names`."""
     found = []
     for name in dict.fromkeys(names):
         try:
             found.append(_stamp(directory, name))
         except (OSError, ValueError):
-            continue  # missing or not a file: whoever needs it says so
+            continue  # missing or not a file: reported where it is needed
     return tuple(found)
 
 
@@ -239,36 +252,36 @@ def _digest(file: BufferedReader, size: int, *, whole: bool) -> bytes:
 
 
 def check_unchanged(directory: Path, stamps: Iterable[FileStamp]) -> None:
-    """Raise `SourceChanged`, naming the file and what changed, unless every file is what it was."""
+    """Raise `SourceChanged`, naming the file and the change, if a file has changed."""
     for stamp in stamps:
         change = _change(directory, stamp)
         if change is not None:
             raise SourceChanged(
-                f"{stamp.name} in {directory} changed while the run worked: {change}",
-                hint="nothing was written; leave the model's files alone while a run works, and start again "
-                "(from a copy, or a hub id, if they keep changing)",
+                f"{stamp.name} in {directory} changed during the run: {change}",
+                hint="nothing was written; do not change the model's files during a run, and start again "
+                "(from a copy, or a Hub model id, if they keep changing)",
             )
 
 
 def _change(directory: Path, stamp: FileStamp) -> str | None:
-    """What is different now, as a clause; None where nothing is."""
+    """What has changed, as a clause; None where nothing has."""
     path = directory / stamp.name
     try:
         now = path.stat()
         if not stat.S_ISREG(now.st_mode):
-            return f"it is {_special(now.st_mode) or 'no file'} now"
+            return f"it is {_special(now.st_mode) or 'not a file'} now"
         if now.st_size != stamp.size_bytes:
-            return f"it had {stamp.size_bytes} bytes, it has {now.st_size}"
+            return f"it had {stamp.size_bytes} bytes and now has {now.st_size}"
         times = now.st_mtime_ns == stamp.mtime_ns
         weights = stamp.name.endswith(".safetensors")
         if times and (now.st_ctime_ns, now.st_ino) == (stamp.ctime_ns, stamp.inode):
             return None
         if weights and not times:
-            return "it was written to (its time of change differs)"
+            return "it was written to (its modification time differs)"
         if _stamp(directory, stamp.name).digest != stamp.digest:
             return "its content differs" if times else "it was written to"
     except FileNotFoundError:
         return "it is gone"
     except OSError as error:
-        return f"it cannot be read any more ({error.strerror})"
+        return f"it can no longer be read ({error.strerror})"
     return None

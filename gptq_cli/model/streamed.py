@@ -1,8 +1,8 @@
-"""Reading tensors so that only the one in hand takes memory.
+"""Reading tensors one at a time, so that only the current one takes memory.
 
-A mapped file leaves every page that was ever touched in the process, so that after opening a checkpoint the
-file would be resident beside the model made from it. Here a tensor's bytes are read into a buffer of its own,
-which is the tensor; the kernel is told to read ahead meanwhile.
+With a mapped file every page that was touched stays in the process, so after loading, the whole file would be
+in memory beside the model. Here each tensor's bytes are read into a buffer of its own, which becomes the
+tensor; the kernel is told to read ahead meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -21,25 +21,25 @@ from gptq_cli.errors import CheckpointError
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
 from gptq_cli.model.source_files import FileStamp, check_unchanged
-from gptq_cli.model.tensors import TensorReader
 
 
-class StreamedReader(TensorReader):
-    """A `TensorReader` whose tensors are their own memory.
+class StreamedReader:
+    """Open shards of one directory; each is opened when its first tensor is wanted, and closed at the end.
 
-    With `stamps`, a shard that is not what they noted is refused (`SourceChanged`) before every read and once
-    more at the end of the `with`, so that all tensors are of one model.
+    With `stamps`, a shard that has changed is refused (`SourceChanged`) before every read and once more at
+    the end of the `with`, so that all tensors are of one model.
     """
 
     def __init__(
         self, directory: Path, tensors: Iterable[TensorInfo], stamps: Iterable[FileStamp] = ()
     ) -> None:
-        tensors = tuple(tensors)
-        super().__init__(directory, tensors)
         self._where = directory
         self._stamps = {stamp.name: stamp for stamp in stamps}
         self._shard_of = {tensor.name: tensor.shard for tensor in tensors}
         self._files: dict[str, tuple[FileIO, dict[str, StoredTensor]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
@@ -48,9 +48,11 @@ class StreamedReader(TensorReader):
             file.close()
         read = tuple(self._files)
         self._files.clear()
-        super().__exit__(kind, value, traceback)
         if kind is None:
             self._check(*read)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
 
     def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         """The tensor `name` on `device`. Raises `CheckpointError` when it cannot be read."""
@@ -69,7 +71,7 @@ class StreamedReader(TensorReader):
         if found != tensor.size_bytes:
             self._check(shard)
             raise CheckpointError(
-                f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which {found} are there",
+                f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which the file holds {found}",
                 hint="the file is truncated: fetch it again",
             )
         dtype = getattr(torch, tensor.dtype, None)

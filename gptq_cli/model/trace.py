@@ -1,17 +1,17 @@
-"""One forward of a model without data: what can be known of it before a weight is read.
+"""One forward of a model without data: what it shows before a weight is read.
 
-A few tokens go through the model on the meta device. Shapes are computed and values are not, so a 70B model
-is traced in a second and in no memory. It shows
+A few tokens go through the model on the meta device. Shapes are computed but values are not, so a 70B model
+is traced in a second, without memory. The trace shows
 
 * in which order modules run, and which linears read the same tensor (they will be one stage);
-* which linears did not run: tokens choose them, and nobody chose here (experts);
+* which linears did not run: those that only routed tokens reach, because nothing is routed here (experts);
 * which linears are *read rather than called*: some architectures take the weight of a linear and multiply
-  with it themselves (Mamba's `dt_proj`, absorbed latent attention). Such a linear never sees an input that a
-  Hessian could be made of, and a server's packed linear, which has no weight, could not take its place.
+  with it themselves (Mamba's `dt_proj`, absorbed latent attention). Such a linear never sees an input for a
+  Hessian, and a reader's packed linear, which has no weight, could not replace it.
 
-Where code asks for a value (is there padding, which expert was chosen) it gets the plainest answer: zero,
-False, none. `ANSWERS` holds all of them, and stands in for every operator that cannot run without data. A
-model that still does not come to its end has an incomplete trace, which says where it stopped and why.
+Where code asks for a value (is there padding, which expert does a token go to) it gets the simplest one:
+zero, False, none. `ANSWERS` holds all of these, and replaces every operator that cannot run without data. A
+model whose forward still fails has an incomplete trace, which says where it stopped and why.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ _FEW = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """What one forward without data showed."""
+    """The result of one forward without data."""
 
     order: tuple[str, ...]
     """Modules in the order of their first call."""
     stages: tuple[tuple[str, ...], ...]
     """Linears of a block that read the same tensor, in the order of their first call."""
     idle: frozenset[str]
-    """Linears that did not run. In a complete trace: experts, which tokens choose."""
+    """Linears that did not run. In a complete trace: routed ones (experts)."""
     read_not_called: frozenset[str]
     """Linears whose weight was used outside their own forward."""
     problem: str = ""
-    """Where the forward stopped and why; "" when it came to its end. What is above holds up to there."""
+    """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
     @property
     def complete(self) -> bool:
-        """True when the forward came to its end."""
+        """True when the forward completed."""
         return not self.problem
 
 
 def trace(model: Any, linears: Mapping[str, str]) -> Trace:
     """Run `model`, which is on the meta device, once. `linears`: name of each linear -> its block.
 
-    Never raises for what the model does; a lack of memory is raised on.
+    Errors of the model end up in `problem`; only an out-of-memory error is raised.
     """
     watch = _Watch({name: model.get_submodule(name).weight for name in linears})
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
@@ -122,7 +122,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._weights = weights  # held, so that no other tensor can get the id of one that is gone
+        self._weights = weights  # kept alive, so that no other tensor can get one's id
         self._owners: dict[int, list[str]] = {}
         for name, weight in weights.items():
             self._owners.setdefault(id(weight), []).append(name)
@@ -157,7 +157,7 @@ def _selected(func: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _indexed(func: Any, x: Tensor, indices: Any, *args: Any, **kwargs: Any) -> Any:
-    """A mask as an index chooses nothing: an empty list of places for each of its dimensions."""
+    """A mask as an index selects nothing: no indices for each of its dimensions."""
     places: list[Tensor | None] = []
     for index in indices:
         if index is not None and index.dtype in (torch.bool, torch.uint8):
@@ -168,7 +168,7 @@ def _indexed(func: Any, x: Tensor, indices: Any, *args: Any, **kwargs: Any) -> A
 
 
 def _copied(func: Any, x: Tensor, **kwargs: Any) -> Tensor:
-    """The few values that are taken to a device that has some are zeros; what is large stays without."""
+    """A small tensor copied from the meta device to a real one becomes zeros; a large one stays on meta."""
     device = kwargs.get("device")
     if device is None or torch.device(device).type == "meta" or x.numel() > _FEW:
         copy = func(x, **kwargs | {"device": "meta"})
@@ -182,13 +182,13 @@ def _equal(func: Any, *args: Any, **kwargs: Any) -> bool:
 
 
 def _split(func: Any, x: Tensor, sizes: Any, dim: int = 0) -> Any:
-    """Sizes that were asked of a tensor are zeros: the last piece gets what is left."""
+    """Sizes read from a tensor are zeros here: the last piece gets the rest."""
     *before, last = sizes
     return func(x, [*before, max(last, x.shape[dim] - sum(before))], dim)
 
 
 def _unique(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """One value, and all are it."""
+    """One unique value, which all elements have."""
     inverse = x.new_zeros(x.shape, dtype=torch.long)
     return x.new_empty((min(1, x.numel()),)), inverse, x.new_empty((min(1, x.numel()),), dtype=torch.long)
 
@@ -210,7 +210,7 @@ def _histogram(func: Any, x: Tensor, bins: int = 100, *args: Any, **kwargs: Any)
 
 
 def _repeated(func: Any, repeats: Tensor, *, output_size: int | None = None) -> Tensor:
-    """Places for `repeat_interleave`: every one once, where nobody says how many there are."""
+    """Indices for `repeat_interleave`: each element once, unless `output_size` says how many there are."""
     size = repeats.numel() if output_size is None else output_size
     return repeats.new_empty((size,), dtype=torch.long)
 
@@ -218,7 +218,7 @@ def _repeated(func: Any, repeats: Tensor, *, output_size: int | None = None) -> 
 def _grouped_mm(
     func: Any, a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Any = None, out_dtype: Any = None
 ) -> Tensor:
-    """Shapes of a product by groups; torch's own check wants bfloat16 and aligned sizes."""
+    """The shape of a grouped matmul; torch's own check requires bfloat16 and aligned sizes."""
     rows = (offs.numel() if offs is not None else 0,) if a.dim() == b.dim() == 2 else ()
     batch = (a.shape[0],) if a.dim() == b.dim() == 3 else ()
     return a.new_empty((*rows, *batch, a.shape[-2], b.shape[-1]), dtype=out_dtype or a.dtype)
@@ -255,4 +255,4 @@ ANSWERS: Mapping[str, Callable[..., Any]] = {
     "aten._assert_async.default": _nothing,
     "aten._assert_async.msg": _nothing,
 }
-"""Operators that ask for values, or whose shapes torch does not know without them -> what they get here."""
+"""Operators that need values, also for the shape of their result -> what they return here."""

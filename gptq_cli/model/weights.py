@@ -1,8 +1,8 @@
-"""Where weights come from: a whole model through Transformers, or a skeleton filled tensor by tensor.
+"""Where weights come from: a complete model through Transformers, or a skeleton filled tensor by tensor.
 
-`load_resident` is what quantizing uses: Transformers reads the shards, accelerate dispatches by the
-placement. `fill_dense` is what `gptq load` uses: its linears are packed, so only the rest is read, straight
-to its device. Quantizing on the CPU alone fills a skeleton too, block after block: see block_stream.py.
+Quantizing uses `load_resident`: Transformers reads the shards, accelerate dispatches by the placement. `gptq
+load` uses `fill_dense`: its linears are packed, so only the rest is read, straight to its device. Quantizing
+on the CPU alone fills a skeleton too, one block after another: see block_stream.py.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.placement.placement import Placement
+from gptq_cli.wording import and_others, names_text
 
 if TYPE_CHECKING:
     from gptq_cli.model.skeleton import Skeleton
@@ -31,11 +32,11 @@ OnUntied = Callable[[tuple[str, str]], None]
 _CHUNK_ELEMENTS = 1 << 24
 
 
-def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype | None = None) -> Any:
+def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
 
     Raises `ModelError` when a weight is missing or has another shape than the config asks for, and
-    `SourceChanged` when a file is not what it was when the skeleton was made.
+    `SourceChanged` when a file has changed since the skeleton was made.
     """
     skeleton.files.check()
     device_map = _device_map(skeleton, placement)
@@ -44,7 +45,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 skeleton.files.directory,
-                dtype=dtype or skeleton.dtype,
+                dtype=skeleton.dtype,
                 trust_remote_code=skeleton.ref.trust_remote_code,
                 local_files_only=True,
                 use_safetensors=True,
@@ -60,8 +61,7 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
         if info.get(kind):
             found = sorted(str(item) for item in info[kind])
             raise ModelError(
-                f"{skeleton.files.source}: {kind.replace('_', ' ')}: {', '.join(found[:5])}"
-                + (f" and {len(found) - 5} more" if len(found) > 5 else ""),
+                f"{skeleton.files.source}: {kind.replace('_', ' ')}: {names_text(found, 5)}",
                 hint="fetch the model again",
             )
     model.requires_grad_(False)
@@ -72,19 +72,19 @@ def load_resident(skeleton: Skeleton, placement: Placement, dtype: torch.dtype |
 
 
 def _unmap(model: nn.Module) -> None:
-    """Give tensors on the CPU memory of their own: Transformers leaves them mapped, and a file that is then
-    written to changes the model, or ends the process (SIGBUS) where it became shorter."""
+    """Copy tensors on the CPU into memory of their own: Transformers leaves them mapped, so writing to a file
+    would change the model, and truncating one would end the process (SIGBUS)."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
 
 
 def _device_map(skeleton: Skeleton, placement: Placement) -> dict[str, int | str] | None:
-    """The placement as Transformers takes it; None for a plain CPU run.
+    """The placement in Transformers' form; None for a plain CPU run.
 
-    Transformers finds the entry of a parameter with a regular expression that knows no component borders:
+    Transformers finds the entry of a parameter with a regular expression that ignores component borders:
     "model.layers.1" also matches "model.layers.10". Where that would misplace a tensor, the entry that should
-    own it is split into its children until both readings agree.
+    match is split into its children until both interpretations agree.
     """
     entries = placement.accelerate_map()
     if set(entries.values()) == {"cpu"}:
@@ -99,7 +99,7 @@ def _device_map(skeleton: Skeleton, placement: Placement) -> dict[str, int | str
             return entries
         owner = _owner(wrong[0], entries)
         entries = _split(skeleton.model, entries, owner)
-    raise ModelError("the device map cannot be given to transformers: its names contain each other")
+    raise ModelError("the device map cannot be expressed for transformers: some names contain others")
 
 
 def _owner(name: str, entries: Mapping[str, int | str]) -> str:
@@ -127,7 +127,7 @@ def _split(model: nn.Module, entries: Mapping[str, int | str], owner: str) -> di
 
 @contextlib.contextmanager
 def _no_random_traces() -> Iterator[None]:
-    """Keep the global generator of the CPU as it was: Transformers draws for tensors that it re-creates."""
+    """Restore the CPU's global generator: Transformers draws from it for tensors that it re-creates."""
     state = torch.random.get_rng_state()
     try:
         yield
@@ -139,7 +139,7 @@ def check_finite(module: nn.Module, prefix: str = "") -> None:
     """Raise `NonFinite`, naming the tensor, if a floating parameter or buffer under `module` holds NaN or
     infinity.
 
-    Reads every element once, in chunks; tensors on the meta device (offloaded ones) are left out.
+    Reads every element once, in chunks; tensors on the meta device (offloaded ones) are skipped.
     """
     seen: set[int] = set()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -151,8 +151,7 @@ def check_finite(module: nn.Module, prefix: str = "") -> None:
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise `NonFinite` if `tensor` holds NaN or infinity. Causal masks filled with -inf are buffers: left
-    alone."""
+    """Raise `NonFinite`, with the first such value and its position, if `tensor` holds NaN or infinity."""
     if tensor.numel() == 0 or tensor.element_size() == 1:
         return
     flat = tensor.detach().reshape(-1)
@@ -167,7 +166,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise NonFinite(
             f"tensor {name} holds {count} values that are not finite, the first ({flat[index].item()}) "
             f"at {position}",
-            hint="the model is damaged, or overflowed in float16: fetch it again, or use --dtype bfloat16",
+            hint="the files are damaged, or values overflowed in float16: fetch the model again, or use "
+            "--dtype bfloat16",
         )
 
 
@@ -186,17 +186,15 @@ def fill_dense(
     packed linears).
 
     `read(source name, device)` returns a tensor of the files. Ties are kept, also where the files hold equal
-    copies; copies that differ stay two tensors, as in Transformers, and `on_untied` hears their names.
-    Buffers that no file stores (rotary frequencies) are computed again, wanted or not. Afterwards nothing
-    that was wanted is on the meta device. Raises `CheckpointError` naming the first tensor without a value.
+    copies; copies that differ stay two tensors, as in Transformers, and `on_untied` is called with their
+    names. Buffers that no file stores (rotary frequencies) are computed again, wanted or not. Afterwards no
+    `wanted` tensor is on the meta device. Raises `CheckpointError` naming the first tensor without a value.
     """
     fill_stored(model, conversion, origins, read, device_of, dtype, wanted=wanted, on_untied=on_untied)
     _compute_buffers(model, device_of)
     left = [name for name, tensor in _tensors(model) if tensor.is_meta and wanted(name)]
     if left:
-        raise CheckpointError(
-            f"tensor {left[0]} is missing" + (f", and {len(left) - 1} more" if left[1:] else "")
-        )
+        raise CheckpointError(f"tensor {left[0]}{and_others(left)} is missing")
 
 
 def fill_stored(
@@ -252,7 +250,7 @@ def fill_stored(
 
 
 def empty_out(model: nn.Module, names: Iterable[str]) -> None:
-    """Put tensors back on the meta device: their memory is free when nobody else holds them."""
+    """Put tensors back on the meta device: their memory is freed unless something else refers to them."""
     for name in names:
         _place(model, name, torch.empty_like(_get(model, name), device="meta"))
 

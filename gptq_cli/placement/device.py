@@ -1,6 +1,6 @@
 """One type for a device, one for its spelling, and sizes in bytes.
 
-Everything that a person, a JSON file or torch may call a device becomes a `Device` before anything is judged,
+Everything that a person, a JSON file or torch may call a device becomes a `Device` before it is checked,
 because torch does not help here: `torch.device("cpu") == "cpu"` is False, and `0`, `"0"`, `"cuda:0"` and
 `torch.device("cuda:0")` are one device. `disk` and `meta` are devices, too: rules refuse them, with a better
 explanation than a grammar can give.
@@ -73,7 +73,7 @@ class Device:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise DeviceMapError(f"{self.kind!r} is no kind of device; allowed: {', '.join(KINDS)}")
+            raise DeviceMapError(f"{self.kind!r} is not a kind of device; allowed: {', '.join(KINDS)}")
         if self.kind in INDEXED_KINDS:
             object.__setattr__(self, "index", self.index or 0)
         elif self.index not in (None, 0):
@@ -117,7 +117,7 @@ class Device:
 
     @property
     def is_accelerator(self) -> bool:
-        """True for everything that computes and is no CPU."""
+        """True for everything that computes and is not a CPU."""
         return self.kind not in ("cpu", "disk", "meta")
 
     @property
@@ -132,7 +132,7 @@ CPU = Device("cpu")
 def _no_device(value: object) -> DeviceMapError:
     shown = repr(value)
     return DeviceMapError(
-        f"{shown[:60]} is no device; allowed: {ALLOWED_DEVICE}", hint="write for example cuda:0 or cpu"
+        f"{shown[:60]} is not a device; allowed: {ALLOWED_DEVICE}", hint="write for example cuda:0 or cpu"
     )
 
 
@@ -151,7 +151,7 @@ def _parse_device_text(text: str, accelerator: str) -> Device:
         if lower in ("gpu", "cuda", "rocm", "hip"):
             spelled = f"cuda:{index}" if index else "cuda"
             raise DeviceMapError(
-                f"{text[:60]!r} is no device; allowed: {ALLOWED_DEVICE}",
+                f"{text[:60]!r} is not a device; allowed: {ALLOWED_DEVICE}",
                 hint=f"write {spelled} (AMD cards are called cuda, too)",
             )
         if lower in KINDS:
@@ -183,7 +183,7 @@ def parse_size(text: object) -> int:
     match = _SIZE.match(text.strip()) if isinstance(text, str) else None
     unit = match.group(2) if match else ""
     if match is None or unit.lower() not in _UNITS:
-        raise DeviceMapError(f"{repr(text)[:60]} is no size; {allowed}", hint=hint)
+        raise DeviceMapError(f"{repr(text)[:60]} is not a size; {allowed}", hint=hint)
     written = match.string
     if unit[-1:] == "b" and not unit.islower():
         raise DeviceMapError(f"{written!r} reads as bits; sizes are bytes", hint=f"write {written[:-1]}B")
@@ -208,15 +208,23 @@ def parse_capacity(text: object) -> int:
     return size
 
 
-def format_size(size_bytes: int) -> str:
-    """Bytes for people: `21.4 GiB`, `512 B`. One decimal, powers of 1024."""
-    value = float(abs(size_bytes))
-    sign = "-" if size_bytes < 0 else ""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1023.95 or unit == "TiB":
-            return f"{sign}{value:.0f} {unit}" if unit == "B" else f"{sign}{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError("unreachable")
+def format_size(size_bytes: float) -> str:
+    """Bytes for people: `21.4 GiB`, `1.50 KiB`, `512 B`. Powers of 1024, three significant digits."""
+    sign, left = ("-", -size_bytes) if size_bytes < 0 else ("", size_bytes)
+    if left < 1000:
+        return f"{sign}{left:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        left /= 1024
+        if left < 999.5:
+            return f"{sign}{three_digits(left)} {unit}"
+    return f"{sign}{three_digits(left / 1024)} TiB"
+
+
+def three_digits(value: float) -> str:
+    """`1.50`, `21.4`, `832`."""
+    if value < 9.995:
+        return f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def exact_size(size_bytes: int) -> str:

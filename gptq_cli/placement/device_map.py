@@ -117,7 +117,7 @@ class DeviceMap:
             raise DeviceMapError("a device map is a strategy or a list of rules, and exactly one of them")
         if self.strategy is not None and self.strategy not in STRATEGIES:
             raise DeviceMapError(
-                f"{self.strategy!r} is no strategy; allowed: {', '.join(STRATEGIES)}", hint="write auto"
+                f"{self.strategy!r} is not a strategy; allowed: {', '.join(STRATEGIES)}", hint="write auto"
             )
         for number, rule in enumerate(self.rules):
             self._tree.add(rule.pattern, number)
@@ -186,7 +186,7 @@ class MaxMemory:
         elif isinstance(value, Mapping):
             pairs = [Pair(str(key), item, None, None) for key, item in value.items()]
         else:
-            raise DeviceMapError(f"{what}: {repr(value)[:60]} is no text; allowed: DEVICE=SIZE,…", hint=hint)
+            raise DeviceMapError(f"{what}: {repr(value)[:60]} is not text; allowed: DEVICE=SIZE,…", hint=hint)
 
         def located(error: DeviceMapError, at: int | None) -> DeviceMapError:
             if at is None:
@@ -254,7 +254,10 @@ def _from_pairs(pairs: list[Pair], text: str, accelerator: str) -> DeviceMap:
         if not isinstance(pair.value, (int, str, Device)) and not isinstance(pair.value, DeviceLike):
             shown = json.dumps(pair.value, default=repr)[:60]
             raise _located(
-                text, pair.value_at, f"{shown} is no device for {pair.key!r}; allowed: {ALLOWED_DEVICE}", None
+                text,
+                pair.value_at,
+                f"{shown} is not a device for {pair.key!r}; allowed: {ALLOWED_DEVICE}",
+                None,
             )
         try:
             device = Device.parse(pair.value, accelerator)
@@ -301,7 +304,7 @@ def _checked_pattern(pair: Pair, text: str) -> str:
             raise _located(text, where, f"empty component in the module name {key[:60]!r}; {allowed}", None)
         if "**" in component:
             hint = "leave ** out: a rule covers everything below what it names"
-            raise _located(text, where, f"'**' is no glob here, in {key[:60]!r}; {allowed}", hint)
+            raise _located(text, where, f"'**' is not a glob here, in {key[:60]!r}; {allowed}", hint)
         ends = RANGE.match(component)
         if ends and int(ends[1]) > int(ends[2]):
             hint = f"write {ends[2]}-{ends[1]}"
@@ -330,7 +333,7 @@ def _parse_map_text(text: str, accelerator: str) -> DeviceMap:
     try:
         device = Device.parse(stripped, accelerator)
     except DeviceMapError as error:
-        message = error.message.replace("is no device;", "is no device map;").replace(
+        message = error.message.replace("is not a device;", "is not a device map;").replace(
             ALLOWED_DEVICE, ALLOWED_MAP
         )
         raise syntax_error("device map", text, start, message, hint=error.hint) from None

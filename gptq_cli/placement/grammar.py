@@ -133,7 +133,7 @@ def read_map_file(spec: str) -> MapFile:
         raise refuse("file name missing after '@'; allowed: @FILE.json or @FILE.toml")
     path = Path(name)
     if path.suffix not in (".json", ".toml"):
-        raise refuse(f"{name[-60:]!r} is no device-map file; allowed: a name that ends in .json or .toml")
+        raise refuse(f"{name[-60:]!r} is not a device-map file; allowed: a name that ends in .json or .toml")
     try:
         if not path.is_file():
             raise refuse(f"no such file: {name[-200:]!r}", "give a path from the current directory")

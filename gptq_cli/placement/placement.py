@@ -2,7 +2,7 @@
 
 A `Placement` is a list of *entries*: disjoint dotted names, matched by whole components, that together cover
 every parameter and buffer. One-device placements have the single entry "". Nothing here knows torch, so rules
-can judge a plan for hardware that is not there.
+can check a plan for hardware that is not there.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the rules look at: plain facts, gathered once, frozen.
 
 A rule is a function from one of these cases to findings. It opens no file, asks no device and needs no
-torch, so the same rule judges this machine and one that `--devices` describes.
+torch, so the same rule serves for this machine and for one that `--devices` describes.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
                  on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
                  C heap, and what is freed between them stays resident
-    and the dearest of these moments, over all stages of the block:
+    and the largest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
                  working   t · (IN_FLIGHT_HIDDEN · h + IN_FLIGHT_ROWS · max R) · b: a micro-batch on its way,
                            and CHUNK_BYTES: activations widened to fp32
@@ -18,47 +18,39 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
         pack     Hessian   4 · K²
                  packing   PACK_BYTES · R · K: codes, what is left of the solve, words
-    experts that tokens choose are collected a wave at a time: EXPERT_BATCH_BYTES more at most
+    experts, which see the tokens routed to them, are collected in batches: `expert_batch_bytes` more at most
     without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
     solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
-    twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more point
-    in time:
-        target   Hessian   24 · K²: four moments, H and a factor
-                 working   TARGET_BYTES · R · K; and 4 · R · K for the targets while solving
-    working also counts what is visiting to the device: the largest block from elsewhere; or, if that is more
-    than all of the above, an embedding or head
+    twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more moment:
+        goal     Hessian   GOAL_SQUARES · 4 · K²: four moments, H and a factor
+                 working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
+    working also counts what is moved in from the cpu: the largest offloaded block; or, if that is more than
+    all of the above, an embedding or head
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-The constants were measured (docs/preflight-rules.md says how); each run's report sets prediction beside
-measurement.
+Micro-batch, parked or replayed, and where a block is worked on are read from the `Schedule`. The constants
+were measured (docs/rules.md says how); each run's report sets prediction beside measurement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.engine.stages import EXPERT_BATCH_BYTES
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import MapCase, Work
-from gptq_cli.planning.schedule import (
-    StageShape,
-    block_linears,
-    can_park,
-    micro_batch_tokens,
-    stages_of,
-    storage_device,
-)
+from gptq_cli.planning.schedule import StageShape, block_stages
 from gptq_cli.results.map import DevicePlan
 
 MIB = 1 << 20
 SOLVE_BYTES = 14
 PACK_BYTES = 10
-TARGET_BYTES = 16
-TARGET_SQUARES = 6
+GOAL_BYTES = 16
+GOAL_SQUARES = 6
 IN_FLIGHT_HIDDEN = 6
 IN_FLIGHT_ROWS = 2
 CHUNK_BYTES = 128 * MIB
@@ -72,7 +64,7 @@ ACCELERATOR_BASELINE_BYTES = 768 * MIB
 
 @dataclass(frozen=True, slots=True)
 class WorkSet:
-    """What working on one block needs beside the weights at home on the device, at the dearest moment."""
+    """What working on one block needs beside the weights that rest on the device, at the largest moment."""
 
     working_bytes: int = 0
     hessian_bytes: int = 0
@@ -86,34 +78,35 @@ class WorkSet:
 
 
 def work_set(
-    facts: ModelFacts, stages: tuple[StageShape, ...], work: Work | None, *, parked: bool
+    facts: ModelFacts,
+    stages: tuple[StageShape, ...],
+    work: Work,
+    block: BlockSchedule,
+    micro_batch_tokens: int,
 ) -> WorkSet:
-    """The bytes that quantizing one block of these stages needs; nothing where no work is planned."""
-    if work is None or not stages:
+    """The bytes that quantizing one block of these stages needs."""
+    if not stages:
         return WorkSet()
-    t, b = micro_batch_tokens(work), facts.dtype_bytes
+    t, b = micro_batch_tokens, facts.dtype_bytes
     tokens = work.calibration.samples * work.calibration.seq_len
     dense = work.quantize.solve_for == "dense"
     samples = work.calibration.samples
     streams = 1 + work.quantize.paired_samples(samples) / samples
-    activations = int(
-        streams
-        * tokens
-        * b
-        * (facts.hidden_size + (_waiting(facts, stages) if can_park(stages, work, parked=parked) else 0))
-    )
+    held = facts.hidden_size + (_parked_numbers(facts, stages) if block.parked else 0)
+    activations = int(streams * tokens * b * held)
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = (
         t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + IN_FLIGHT_ROWS * max(stage.rows for stage in stages))
     )
     kept = 4 if dense else 1
     squares = sum(4 * stage.in_features**2 for stage in stages)
-    wave = min(EXPERT_BATCH_BYTES, sum(4 * stage.in_features**2 for stage in stages if stage.routed))
+    experts = sum(4 * stage.in_features**2 for stage in stages if stage.routed)
+    expert_batch = min(block.expert_batch_bytes, experts)
     moments = []
     for stage in stages:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         others = 0 if work.quantize.true_sequential else kept * (squares - square)
-        others += wave if stage.routed else 0
+        others += expert_batch if stage.routed else 0
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [
@@ -123,27 +116,28 @@ def work_set(
         ]
         if dense:
             moments.append(
-                WorkSet(copy + TARGET_BYTES * weights, others + TARGET_SQUARES * square, 0, activations)
+                WorkSet(copy + GOAL_BYTES * weights, others + GOAL_SQUARES * square, 0, activations)
             )
     return max(moments, key=lambda moment: moment.total_bytes)
 
 
-def _waiting(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
-    """Numbers a token that the frames of parked forwards hold beside the residual, at the widest stage."""
+def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
+    """Numbers per token that the frames of parked forwards hold beside the residual, at the widest stage."""
     widest = max(stage.in_features for stage in stages)
     attention = stages[1].in_features + stages[0].rows if len(stages) > 1 else 0
     return facts.hidden_size + max(widest, attention)
 
 
-def work_sets(facts: ModelFacts, work: Work | None, *, parked: bool) -> dict[str, WorkSet]:
+def work_sets(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str, WorkSet]:
     """The work set of every block."""
-    known: dict[tuple[StageShape, ...], WorkSet] = {}
+    known: dict[tuple[tuple[StageShape, ...], bool, int], WorkSet] = {}
     found = {}
-    for block, linears in block_linears(facts).items():
-        stages = stages_of(linears)
-        if stages not in known:
-            known[stages] = work_set(facts, stages, work, parked=parked)
-        found[block] = known[stages]
+    for name, stages in block_stages(facts).items():
+        block = schedule.block(name)
+        key = (stages, block.parked, block.expert_batch_bytes)
+        if key not in known:
+            known[key] = work_set(facts, stages, work, block, schedule.micro_batch_tokens)
+        found[name] = known[key]
     return found
 
 
@@ -166,27 +160,25 @@ def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
     )
 
 
-def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[DevicePlan, ...]:
-    """One plan a device of the placement (and the CPU, which always does something), accelerators first."""
+def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None) -> tuple[DevicePlan, ...]:
+    """One plan per device of the placement (and the CPU, which always does something), accelerators first.
+
+    `schedule` None: no work is planned, only the weights count.
+    """
     facts = case.facts
-    sets = work_sets(facts, case.work, parked=parked)
     weights = dict(placement.size_bytes)
-    if case.work is not None and placement.streams_blocks:
+    if schedule is not None and placement.streams_blocks:
         weights[CPU] = _streamed_bytes(facts)
-    busy: dict[Device, WorkSet] = {}
     main = placement.main_device
     moved_block, moved_other = _moved_in(placement, facts)
-    for block, needed in sets.items():
-        home = storage_device(placement, block)
-        at = main if home == CPU and main != CPU else home
-        busy[at] = max(busy.get(at, needed), needed, key=lambda one: one.total_bytes)
+    busy = _busiest(facts, case.work, schedule)
     plans = []
     for device in sorted({*weights, CPU}):
         budget = next((item for item in case.budgets if item.device == device), None)
         if device.kind in ("disk", "meta") or (budget is None and device not in weights):
             continue
         need = busy.get(device, WorkSet())
-        scattered = device == CPU and parked and _scattered(case)
+        scattered = device == CPU and schedule is not None and _scattered(schedule, facts)
         working = need.working_bytes
         if device == main:
             working += max(moved_block, moved_other - need.total_bytes)
@@ -207,12 +199,23 @@ def device_plans(placement: Placement, case: MapCase, *, parked: bool) -> tuple[
     return tuple(plans)
 
 
+def _busiest(facts: ModelFacts, work: Work | None, schedule: Schedule | None) -> dict[Device, WorkSet]:
+    """The largest work set on each device that works on blocks."""
+    busy: dict[Device, WorkSet] = {}
+    if work is None or schedule is None:
+        return busy
+    for name, needed in work_sets(facts, work, schedule).items():
+        device = schedule.block(name).execution_device
+        busy[device] = max(busy.get(device, needed), needed, key=lambda one: one.total_bytes)
+    return busy
+
+
 def _streamed_bytes(facts: ModelFacts) -> int:
     """Weights that are there at once where blocks come one by one: the largest, and what lies outside."""
     blocks = dict.fromkeys(facts.blocks, 0)
     outside = 0
     for tensor in facts.tensors:
-        block = next((name for name in _parents(tensor.name) if name in blocks), None)
+        block = next((name for name in parents(tensor.name) if name in blocks), None)
         if block is None:
             outside += tensor.size_bytes
         else:
@@ -220,21 +223,15 @@ def _streamed_bytes(facts: ModelFacts) -> int:
     return outside + max(blocks.values(), default=0)
 
 
-def _parents(name: str) -> Iterator[str]:
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
-
-
-def _scattered(case: MapCase) -> bool:
-    """True where the hidden states of a micro-batch are a piece small enough for the C heap."""
-    if case.work is None:
-        return False
-    return micro_batch_tokens(case.work) * case.facts.hidden_size * case.facts.dtype_bytes < HEAP_PIECE_BYTES
+def _scattered(schedule: Schedule, facts: ModelFacts) -> bool:
+    """True where hidden states come in pieces small enough for the C heap, and memory is not so short that
+    forwards are replayed: then the holes between pieces are filled again."""
+    piece = schedule.micro_batch_tokens * facts.hidden_size * facts.dtype_bytes
+    return piece < HEAP_PIECE_BYTES and any(block.replayed != "memory" for block in schedule.blocks)
 
 
 def _moved_in(placement: Placement, facts: ModelFacts) -> tuple[int, int]:
-    """Bytes of the largest block, and of the largest other entry, that are visiting to the main device."""
+    """Bytes of the largest block, and of the largest other entry, that are moved in to the main device."""
     blocks, offloaded = frozenset(facts.blocks), frozenset(placement.offloaded)
     sizes = [
         (entry.name in blocks, entry.size_bytes) for entry in placement.entries if entry.name in offloaded

@@ -2,29 +2,31 @@
 
 Transformers' `auto` fills the cards with weights and leaves nothing for Hessians and activations, which is
 the most reported way to run out of memory with a device map. Here each device that works on blocks keeps
-its work set (see budget.py) free, and `auto` takes the first of these steps that fits:
+its work set (see memory.py) free, and `auto` takes the first of these steps that fits:
 
     1  everything on one accelerator, the one with most room
     2  everything on several accelerators, as few as possible, evenly filled
     3  the blocks on accelerators, embeddings or head on cpu
     4  the last blocks on cpu as well, as few as possible
-    5  refusal; rules_memory.py names the cheapest remedies
+    5  refusal; preflight names the cheapest remedies
 
 A step is a function from a problem to placements, so that another one (weights streamed block by block from
 the checkpoint) is another line in `STEPS`. Each step is tried with parked forwards first, which are faster,
 then with replayed ones, which hold less, and only then without the last 5 % of every device kept free. What
-decides whether a plan fits is `device_plans`, never the search itself.
+decides whether a plan fits is `device_plans`, never the search itself. The search plans for the smallest
+micro-batch; `with_wide_micro_batch` makes it larger afterwards, where the plan leaves room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device, format_size
-from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.placement import Placement, PlacementEntry
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.memory import (
     ACCELERATOR_BASELINE_BYTES,
@@ -33,6 +35,7 @@ from gptq_cli.planning.memory import (
     device_plans,
     work_sets,
 )
+from gptq_cli.planning.schedule import make_schedule, wider_micro_batches
 from gptq_cli.planning.units import Unit, place, together, units_of
 from gptq_cli.results.map import DevicePlan
 
@@ -48,7 +51,8 @@ class Plan:
 
     placement: Placement | None
     plans: tuple[DevicePlan, ...]
-    parked: bool
+    schedule: Schedule | None
+    """None where there is no placement, or no work is planned."""
     tried: tuple[str, ...] = ()
     spill_bytes: int = 0
     """Weights that fit nowhere: what others would spill to disk."""
@@ -64,11 +68,20 @@ class Problem:
         self.facts: ModelFacts = case.facts
         self.units = units_of(case.facts)
         self.follows = together(case.facts, self.units)
-        sets = work_sets(case.facts, case.work, parked=parked).values()
-        self.work = max(sets, key=lambda one: one.total_bytes, default=WorkSet())
+        self.work = self._largest_work_set()
         self.largest_block = max((unit.size_bytes for unit in self.units if unit.block), default=0)
         cpu = case.cpu_room
         self.cpu_room = max(0, int(share * cpu) - CPU_BASELINE_BYTES) if cpu is not None else 0
+
+    def _largest_work_set(self) -> WorkSet:
+        """What any accelerator needs that works on blocks; where they will be placed does not matter."""
+        work, devices = self.case.work, self.case.accelerators
+        if work is None or not devices:
+            return WorkSet()
+        entry = PlacementEntry("", devices[0], self.facts.size_bytes, parameters=True)
+        schedule = make_schedule(Placement((entry,), devices[0], ""), self.facts, work, parked=self.parked)
+        sets = work_sets(self.facts, work, schedule).values()
+        return max(sets, key=lambda one: one.total_bytes, default=WorkSet())
 
     def room(self, device: Device) -> int:
         """Bytes for weights on an accelerator that works on blocks."""
@@ -77,11 +90,7 @@ class Problem:
 
     def accepts(self, plans: tuple[DevicePlan, ...]) -> bool:
         """True when every device whose size is known holds its plan within the share that may be used."""
-        return all(
-            plan.needed_bytes <= self.share * plan.limit_bytes
-            for plan in plans
-            if self.case.limit(Device.parse(plan.device)) is not None
-        )
+        return fits(self.case, plans, self.share)
 
     def outer(self) -> tuple[Unit, ...]:
         """Units outside the blocks that are worth moving: with parameters of their own, largest first."""
@@ -180,7 +189,7 @@ def some_blocks_on_cpu(problem: Problem) -> Iterator[Placement]:
                 f"{len(blocks) - count} of {len(blocks)} blocks on {{devices}}, {count}{also} on cpu: "
                 "the accelerators cannot hold all of them"
                 if count < len(blocks)
-                else f"all {count} blocks{also} on cpu, each visiting to an accelerator in its turn: "
+                else f"all {count} blocks{also} on cpu, each moved to an accelerator in its turn: "
                 "the work on one needs all the room there is"
             )
             found = list(_spread(problem, rest, moved, reason, all_devices=True))
@@ -204,12 +213,12 @@ def _spread(
     """`units` over as few accelerators as possible (or all), evenly; `assigned` are settled already."""
     case = problem.case
     settled = sum(unit.size_bytes for unit in problem.units if unit.block and unit.name in assigned)
-    visiting = problem.largest_block if settled else 0
+    moved_in = problem.largest_block if settled else 0
     largest_first = sorted(case.accelerators, key=lambda d: (-(case.limit(d) or 0), d))
     counts = [len(largest_first)] if all_devices else range(1, len(largest_first) + 1)
     for count in counts:
         devices = sorted(largest_first[:count])
-        room = [(device, max(0, problem.room(device) - visiting)) for device in devices]
+        room = [(device, max(0, problem.room(device) - moved_in)) for device in devices]
         found = fill_evenly([unit for unit in units if unit.name not in problem.follows], room)
         if found is not None:
             used = sorted(set(found.values()))
@@ -263,8 +272,8 @@ def _sequential(problem: Problem) -> Iterator[Placement]:
     room = [(device, problem.room(device)) for device in devices]
     found = fill(units, room)
     if found is None and devices:
-        visiting = [(device, max(0, size - problem.largest_block)) for device, size in room]
-        found = fill(units, [*visiting, (CPU, problem.cpu_room)])
+        moved_in = [(device, max(0, size - problem.largest_block)) for device, size in room]
+        found = fill(units, [*moved_in, (CPU, problem.cpu_room)])
     if found is not None:
         main = next((found[unit.name] for unit in units if unit.block), devices[0])
         main = main if main.is_accelerator else devices[0]
@@ -291,30 +300,60 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
         closest: tuple[DevicePlan, ...] = ()
         for problem in problems:
             for placement in step(problem):
-                plans = device_plans(placement, case, parked=problem.parked)
-                if problem.accepts(plans):
-                    return Plan(placement, plans, problem.parked)
-                closest = closest or plans
+                plan = planned(placement, case, parked=problem.parked)
+                if problem.accepts(plan.plans):
+                    return plan
+                closest = closest or plan.plans
         why = _lacking(closest) if closest else _no_room(problems[-1])
         if not tried or not tried[-1].endswith(why):
             tried.append(f"{title}: {why}")
-    return Plan(None, (), parked=False, tried=tuple(tried), spill_bytes=_spill(problems[-1]))
+    return Plan(None, (), None, tried=tuple(tried), spill_bytes=_spill(problems[-1]))
 
 
 def _cpu_plan(case: MapCase) -> Plan:
-    """No accelerator: a plain CPU run, judged by the memory rules like any other."""
+    """No accelerator: a plain CPU run, which the memory rules check like any other."""
     if not case.listed(CPU):
-        return Plan(None, (), parked=False, tried=("--max-memory lists no device that can hold the model",))
+        return Plan(None, (), None, tried=("--max-memory lists no device that can hold the model",))
     there = any(budget.device.is_accelerator for budget in case.budgets)
     why = "--max-memory leaves no accelerator" if there else "there is no accelerator"
-    for parked in (True, False):
-        made = place(case.facts, lambda name: CPU, f"everything on cpu: {why}", CPU)
-        if made is None:
-            raise ValueError("cpu covers every tensor")
-        plans = device_plans(made, case, parked=parked)
-        if all(plan.fits for plan in plans):
-            return Plan(made, plans, parked)
-    return Plan(made, plans, parked=False)
+    made = place(case.facts, lambda name: CPU, f"everything on cpu: {why}", CPU)
+    if made is None:
+        raise ValueError("cpu covers every tensor")
+    plan = planned(made, case, parked=True)
+    return plan if all(one.fits for one in plan.plans) else planned(made, case, parked=False)
+
+
+def planned(placement: Placement, case: MapCase, *, parked: bool) -> Plan:
+    """A plan for this placement with the smallest micro-batch. `parked`: keep forwards parked."""
+    schedule = None
+    if case.work is not None:
+        schedule = make_schedule(placement, case.facts, case.work, parked=parked)
+    return Plan(placement, device_plans(placement, case, schedule), schedule)
+
+
+def fits(case: MapCase, plans: Sequence[DevicePlan], share: float = 1.0) -> bool:
+    """True when every device whose size is known holds its plan within `share` of what may be used."""
+    return all(
+        plan.needed_bytes <= share * plan.limit_bytes
+        for plan in plans
+        if case.limit(Device.parse(plan.device)) is not None
+    )
+
+
+def with_wide_micro_batch(plan: Plan, case: MapCase) -> Plan:
+    """The same placement with the widest micro-batch for which every device keeps its last 5 % free.
+
+    On a CPU, or with `batch_size` given, the plan is returned as it is.
+    """
+    if plan.placement is None or plan.schedule is None or case.work is None:
+        return plan
+    samples = plan.schedule.micro_batch_samples
+    for wider in wider_micro_batches(plan.placement, case.work):
+        schedule = replace(plan.schedule, micro_batch_samples=wider)
+        plans = device_plans(plan.placement, case, schedule)
+        if wider > samples and fits(case, plans, _ROOMY):
+            return replace(plan, plans=plans, schedule=schedule)
+    return plan
 
 
 def _lacking(plans: tuple[DevicePlan, ...]) -> str:

@@ -17,23 +17,24 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
 from gptq_cli.placement.device_rules import NameTree
+from gptq_cli.placement.names import owner
 from gptq_cli.planning.cases import MapCase
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 """A component of a name that is a number."""
 _VARIABLE = re.compile(r"(?<![^.])(?:[0-9]+(?:-[0-9]+)?|[^.]*[*?\[][^.]*)(?![^.])")
 """A component of a pattern that is a number, a range or a glob."""
-_MOST_RULES = 500
+_MAX_RULES = 500
 """A longer map is a program's, which is mended where it was made; `auto` stands in for it here."""
-_GUESSES = 20
-"""Misspelled names that are looked for; a map with more is not a slip of the pen."""
+_MAX_GUESSES = 20
+"""Misspelled names that are looked for; a map with more was not mistyped."""
 
 
 def repaired(case: MapCase) -> DeviceMap:
     """The map of `case` without what rules about maps would refuse. A strategy is returned as it is."""
     if case.spec.strategy is not None:
         return case.spec
-    if len(case.spec.rules) > _MOST_RULES:
+    if len(case.spec.rules) > _MAX_RULES:
         return DeviceMap(strategy="auto")
     rules = _on_usable_devices(case, _with_known_names(case, case.spec.rules))
     if not rules:
@@ -116,7 +117,7 @@ def _with_known_names(case: MapCase, rules: tuple[DeviceRule, ...]) -> tuple[Dev
             kept.append(rule)
             continue
         guesses += 1
-        guess = next(iter(nearest_names(rule.pattern, known)), None) if guesses <= _GUESSES else None
+        guess = next(iter(nearest_names(rule.pattern, known)), None) if guesses <= _MAX_GUESSES else None
         if guess is not None and guess not in patterns:
             patterns.add(guess)
             kept.append(replace(rule, pattern=guess))
@@ -213,10 +214,8 @@ def _with_ties(facts: ModelFacts, rules: tuple[DeviceRule, ...]) -> tuple[Device
             rule = spec.rule_for(name)
             if first is None or rule is None or rule.device == first.device:
                 continue
-            owner = name.rpartition(".")[0] or name
-            if rule.pattern == name:
-                owner = name
-            rules = (*(r for r in rules if r.pattern != owner), DeviceRule(owner, first.device))
+            pattern = name if rule.pattern == name else owner(name)
+            rules = (*(r for r in rules if r.pattern != pattern), DeviceRule(pattern, first.device))
             spec = DeviceMap(rules=rules)
     return rules
 

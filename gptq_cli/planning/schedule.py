@@ -1,4 +1,8 @@
-"""The schedule of a run: micro-batches, stages, which forwards are parked, where a block is worked on."""
+"""Making the schedule of a run: micro-batches, which forwards are parked, where a block is worked on.
+
+This is the only place that decides these things. `planning.memory` and `planning.time` read the schedule to
+say what it costs, the planner tries several and keeps the first that fits, and the engine obeys it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gptq_cli.model.facts import LinearFact, ModelFacts
-from gptq_cli.placement.device import Device
+from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.schedule import BlockSchedule, ReplayReason, Schedule
 from gptq_cli.planning.cases import Work
 
 MICRO_BATCH_TOKENS = 2048
-"""Tokens of a micro-batch where no batch size was asked for."""
+"""Tokens of a micro-batch on a CPU, where more are no faster, and the fewest that a plan takes elsewhere."""
+KNEE_TOKENS = 16384
+"""Tokens beyond which a micro-batch on an accelerator is taken to gain nothing: its matmuls are long enough
+to fill the device. To be measured on a card; until then an assumption."""
+EXPERT_BATCH_BYTES = 512 << 20
+"""Hessians of an expert batch: one of 7168 columns has 196 MiB, one of 2048 has 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +31,7 @@ class StageShape:
     in_features: int
     rows: int
     routed: bool = False
-    """Experts, whose Hessians are collected a wave at a time."""
+    """Experts, whose Hessians are collected in batches."""
 
 
 def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
@@ -36,27 +46,71 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
     return tuple(stages[number] for number in sorted(stages))
 
 
-def can_park(stages: Iterable[StageShape], work: Work, *, parked: bool) -> bool:
-    """Whether a block of these stages keeps its forwards parked: where there is room (`parked`), stages come
-    one after the other, and no linear waits for tokens to choose it."""
-    return parked and work.quantize.true_sequential and not any(stage.routed for stage in stages)
-
-
-def micro_batch_tokens(work: Work) -> int:
-    """Tokens of one micro-batch."""
-    calibration = work.calibration
-    if calibration.batch_size is not None:
-        return min(calibration.batch_size, calibration.samples) * calibration.seq_len
-    fitting = max(1, MICRO_BATCH_TOKENS // calibration.seq_len)
-    return min(fitting, calibration.samples) * calibration.seq_len
-
-
 def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
     """Linears by block, in order."""
     by_block: dict[str, list[LinearFact]] = {block: [] for block in facts.blocks}
     for linear in facts.linears:
         by_block.setdefault(linear.block, []).append(linear)
     return by_block
+
+
+def block_stages(facts: ModelFacts) -> dict[str, tuple[StageShape, ...]]:
+    """The stages of every block, in order."""
+    return {block: stages_of(linears) for block, linears in block_linears(facts).items()}
+
+
+def make_schedule(placement: Placement, facts: ModelFacts, work: Work, *, parked: bool) -> Schedule:
+    """The schedule for a placement, with the smallest micro-batch that a plan chooses by itself.
+
+    `parked`: there is room to keep forwards parked, in blocks that allow it.
+    """
+    routed = {linear.block for linear in facts.linears if linear.routed}
+
+    def replayed(block: str) -> ReplayReason | None:
+        if not work.quantize.true_sequential:
+            return "not-sequential"
+        if block in routed:
+            return "experts"
+        return None if parked else "memory"
+
+    storage = {block: storage_device(placement, block) for block in facts.blocks}
+    return Schedule(
+        micro_batch_samples=micro_batch_samples(work),
+        seq_len=work.calibration.seq_len,
+        blocks=tuple(
+            BlockSchedule(
+                name=block,
+                storage_device=device,
+                execution_device=execution_device(placement, device),
+                replayed=replayed(block),
+                expert_batch_bytes=EXPERT_BATCH_BYTES,
+            )
+            for block, device in storage.items()
+        ),
+    )
+
+
+def wider_micro_batches(placement: Placement, work: Work) -> tuple[int, ...]:
+    """Samples of the micro-batches to try instead of the smallest, widest first; () where that is settled."""
+    if work.calibration.batch_size is not None or not placement.main_device.is_accelerator:
+        return ()
+    halvings = (KNEE_TOKENS // MICRO_BATCH_TOKENS).bit_length() - 1
+    tried = dict.fromkeys(micro_batch_samples(work, KNEE_TOKENS >> step) for step in range(halvings))
+    return tuple(tried)
+
+
+def micro_batch_samples(work: Work, tokens: int = MICRO_BATCH_TOKENS) -> int:
+    """As many whole samples as make `tokens`, at least one; or as `CalibrationConfig.batch_size` says."""
+    calibration = work.calibration
+    wanted = calibration.batch_size
+    if wanted is None:
+        wanted = max(1, tokens // calibration.seq_len)
+    return min(wanted, calibration.samples)
+
+
+def execution_device(placement: Placement, storage: Device) -> Device:
+    """Where a block that rests on `storage` is worked on: offloaded blocks visit the main device."""
+    return placement.main_device if storage == CPU else storage
 
 
 def storage_device(placement: Placement, block: str) -> Device:

@@ -1,9 +1,9 @@
 """How long a job will take, estimated from about two seconds of work on this machine.
 
-The probe runs the real things on made-up numbers: a product as in a forward, a Hessian, and two solves of
+The probe runs the real things on made-up numbers: a matmul as in a forward, a Hessian, and two solves of
 different height, from which the price of a column and the price of a weight follow. The rest is counting:
 
-    forward   2 · weights of the block · tokens, for each time a block runs (once parked, more when replayed)
+    forward   weights of the block · tokens, for each time a block runs (once parked, more when replayed)
     Hessian   K² · tokens for each stage
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
 
@@ -12,23 +12,25 @@ It is an estimate: other processes, clocks and caches may move it by a factor of
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device
+from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.schedule import StageShape, block_linears, can_park, stages_of
+from gptq_cli.planning.schedule import StageShape, block_stages
+from gptq_cli.timing import fastest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 MULTIPLY_ADDS = 8
-"""Multiply-adds a weight and column, over the solve: feedback, sweeps, losses."""
+"""Multiply-adds per weight and column, over the solve: feedback, sweeps, losses."""
 DISK_BYTES_PER_SECOND = 500e6
 START_SECONDS = 4.0
 """Opening, tokenizing, writing what is small."""
@@ -38,11 +40,11 @@ _ATTEMPTS, _MIN_SECONDS = 5, 0.3
 
 @dataclass(frozen=True, slots=True)
 class MachineRates:
-    """What the probe found. Rates in multiply-adds a second."""
+    """What the probe found. Rates in multiply-adds per second."""
 
     forward_rate: float
     hessian_rate: float
-    product_rate: float
+    matmul_rate: float
     column_seconds: float
     weight_seconds: float
 
@@ -51,6 +53,7 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
     """Probe `device` with numbers of `dtype`; about two seconds, a few megabytes, no global generator."""
     import torch
 
+    from gptq_cli.devices.fp32_matmul import matmul_scope
     from gptq_cli.gptq.hessian import Hessian
     from gptq_cli.gptq.solver import quantize_linears
 
@@ -61,29 +64,23 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
         return torch.randn(*shape, generator=generator).to(place)
 
     x, w = made(_TOKENS, _K).to(number), made(4 * _K, _K).to(number)
-    forward = _seconds(lambda: x @ w.T, place)
+    with matmul_scope(number, place):  # as the engine runs forwards
+        forward = _seconds(lambda: x @ w.T, place)
     x32, w32 = x.float(), w.float()
-    product = _seconds(lambda: x32 @ w32.T, place)
+    matmul = _seconds(lambda: x32 @ w32.T, place)
     with Hessian(_K, place) as moment:
         collect = _seconds(lambda: moment.add(x), place)
         hessian = moment.matrix()
-    plain = QuantizeConfig(
-        bits=config.bits,
-        group_size=128,
-        sym=config.sym,
-        scale_search=config.scale_search,
-        sweeps=config.sweeps,
-        refit=config.refit,
-    )
+    plain = replace(config, group_size=128)
     few, many = made(_LOW_ROWS, _K), made(_HIGH_ROWS, _K)
     low = _seconds(lambda: quantize_linears([few], hessian, plain), place)
     high = _seconds(lambda: quantize_linears([many], hessian, plain), place)
-    products = _TOKENS * _K * 4 * _K
+    multiply_adds = _TOKENS * _K * 4 * _K
     weight_seconds = max(0.0, high - low) / ((_HIGH_ROWS - _LOW_ROWS) * _K)
     return MachineRates(
-        forward_rate=products / forward,
+        forward_rate=multiply_adds / forward,
         hessian_rate=_TOKENS * _K * _K / collect,
-        product_rate=products / product,
+        matmul_rate=multiply_adds / matmul,
         column_seconds=max(0.0, low - weight_seconds * _LOW_ROWS * _K) / _K,
         weight_seconds=weight_seconds,
     )
@@ -91,57 +88,61 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call: the fastest of several, since whatever disturbs a call makes it slower."""
-    import torch
+    from gptq_cli.devices.accelerators import synchronize
 
-    best, begun, attempts = float("inf"), time.perf_counter(), 0
-    while attempts < _ATTEMPTS or time.perf_counter() - begun < _MIN_SECONDS:
-        started = time.perf_counter()
-        work()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        best, attempts = min(best, time.perf_counter() - started), attempts + 1
-    return max(best, 1e-9)
+    seconds = fastest(work, attempts=_ATTEMPTS, min_seconds=_MIN_SECONDS, settle=lambda: synchronize(device))
+    return max(seconds, 1e-9)
 
 
-def job_seconds(facts: ModelFacts, work: Work, speed: MachineRates, *, parked: bool) -> float:
+def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> float:
     """The counting part: seconds of the whole job at `speed`."""
     tokens = work.calibration.samples * work.calibration.seq_len
     streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
     total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
-    known: dict[tuple[StageShape, ...], float] = {}
-    for linears in block_linears(facts).values():
-        stages = stages_of(linears)
-        if stages not in known:
-            known[stages] = _block_seconds(stages, tokens, speed, streams, _runs(stages, work, parked=parked))
-        total += known[stages]
+    known: dict[tuple[tuple[StageShape, ...], BlockSchedule], float] = {}
+    for name, stages in block_stages(facts).items():
+        block = replace(schedule.block(name), name="")
+        if (stages, block) not in known:
+            weights = _weights_run(stages, block)
+            known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights)
+        total += known[stages, block]
     return total
 
 
 def _block_seconds(
-    stages: Sequence[StageShape], tokens: int, speed: MachineRates, streams: float, runs: int
+    stages: Sequence[StageShape], tokens: int, speed: MachineRates, streams: float, weights_run: int
 ) -> float:
     weights = [stage.rows * stage.in_features for stage in stages]
-    forward = streams * tokens * runs / speed.forward_rate
+    forward = streams * tokens * weights_run / speed.forward_rate
     collect = streams * tokens * sum(stage.in_features**2 for stage in stages) / speed.hessian_rate
     solve = 0.0
     for stage, size in zip(stages, weights, strict=True):
         k = stage.in_features
         solve += speed.column_seconds * k + speed.weight_seconds * size
-        solve += (MULTIPLY_ADDS * size * max(0, k - _K) + k**3) / speed.product_rate
+        solve += (MULTIPLY_ADDS * size * max(0, k - _K) + k**3) / speed.matmul_rate
     return forward + collect + solve
 
 
-def _runs(stages: Sequence[StageShape], work: Work, *, parked: bool) -> int:
-    """Weights that a token meets in a block, as often as its forwards come by: parked ones once, replayed
-    ones in every pass that ends at a stage, and in the last that goes to the end."""
+def _weights_run(stages: Sequence[StageShape], block: BlockSchedule) -> int:
+    """Weights that a token is multiplied with in a block, counted for each time its forward runs.
+
+    Parked forwards run once. Replayed ones run up to each stage, and at last to the end; where stages are
+    collected together, in one pass; and for each batch of experts, to the end. All experts count, although a
+    token is routed to some of them.
+    """
     weights = [stage.rows * stage.in_features for stage in stages]
-    if can_park(stages, work, parked=parked):
+    if block.parked:
         return sum(weights)
-    if not work.quantize.true_sequential:
-        return 2 * sum(weights)
-    return sum(sum(weights[:index]) for index in range(len(weights) + 1))
+    once = [weight for stage, weight in zip(stages, weights, strict=True) if not stage.routed]
+    if block.replayed == "not-sequential":
+        run = sum(weights) if once else 0
+    else:
+        run = sum(sum(once[:index]) for index in range(len(once)))
+    experts = Counter(stage.in_features for stage in stages if stage.routed)
+    batches = sum(-(-count // block.experts_per_batch(k)) for k, count in experts.items())
+    return run + (batches + 1) * sum(weights)
 
 
-def estimate_seconds(facts: ModelFacts, work: Work, device: Device, *, parked: bool) -> float:
+def estimate_seconds(facts: ModelFacts, work: Work, schedule: Schedule, device: Device) -> float:
     """Probe `device`, then count: seconds that quantizing the model of `facts` there will take."""
-    return job_seconds(facts, work, measure(device, facts.dtype, work.quantize), parked=parked)
+    return job_seconds(facts, work, schedule, measure(device, facts.dtype, work.quantize))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement, PlacementEntry
 
 DeviceOf = Callable[[str], Device | None]
@@ -20,7 +21,7 @@ DeviceOf = Callable[[str], Device | None]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor name inside a unit; a tied name that is no tensor of its own has size 0."""
+    """A tensor name inside a unit; a tied name without a tensor of its own has size 0."""
 
     name: str
     size_bytes: int
@@ -49,7 +50,7 @@ class Unit:
 def units_of(facts: ModelFacts) -> tuple[Unit, ...]:
     """Every unit of the model, in execution order where that is known."""
     blocks = frozenset(facts.blocks)
-    above = {prefix for block in blocks for prefix in _prefixes(block)}
+    above = {prefix for block in blocks for prefix in parents(block)}
     parts: dict[str, list[Part]] = {}
     named = [Part(t.name, t.size_bytes, t.buffer) for t in facts.tensors]
     known = {part.name for part in named}
@@ -59,13 +60,6 @@ def units_of(facts: ModelFacts) -> tuple[Unit, ...]:
     rank = {name: index for index, name in enumerate(facts.order)}
     names = sorted(parts, key=lambda name: rank.get(name, len(rank)))
     return tuple(Unit(name, tuple(parts[name]), name in blocks) for name in names)
-
-
-def _prefixes(name: str) -> Iterable[str]:
-    """Everything above `name`, without the root."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def _unit_name(tensor: str, blocks: frozenset[str], above: set[str]) -> str:

@@ -1,8 +1,9 @@
-"""From a device map to a placement, and everything that is to be said about it."""
+"""From a device map to a placement, with the findings about both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 from gptq_cli.errors import DiskOffloadRefused, PreflightRefused
 from gptq_cli.findings import Finding, PreflightReport
@@ -10,9 +11,9 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
-from gptq_cli.planning.memory import device_plans
-from gptq_cli.planning.planner import Plan, make_plan
+from gptq_cli.planning.planner import Plan, fits, make_plan, planned, with_wide_micro_batch
 from gptq_cli.planning.remedies import Remedy, alternatives, less_work
 from gptq_cli.planning.repair import repaired, usable
 from gptq_cli.planning.units import place
@@ -20,6 +21,7 @@ from gptq_cli.preflight.rules import device_map as rules_map
 from gptq_cli.preflight.rules import memory as rules_memory
 from gptq_cli.preflight.rules import placement as rules_placement
 from gptq_cli.results.map import DevicePlan
+from gptq_cli.rules import rules_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,8 @@ class Resolution:
     placement: Placement | None
     devices: tuple[DevicePlan, ...]
     """What each device will have to hold."""
-    parked: bool
-    """There is room for parked forwards (each linear runs once); else replay them."""
+    schedule: Schedule | None
+    """How the work is carried out; None where there is no placement, or no work is planned."""
     offload: tuple[str, ...]
     """Modules that get a cpu-offload hook, in execution order."""
     offload_skipped: tuple[str, ...]
@@ -63,44 +65,48 @@ def resolve(
         environment=environment or Environment(),
         given=given,
     )
-    findings = _about_the_map(case)
+    findings = _answers(rules_map, case)
     if any(finding.rule in _REPAIRED for finding in findings):
         case = replace(case, repair=_repair(case))
-        findings = _about_the_map(case)
+        findings = _answers(rules_map, case)
     plan = _planned(case)
-    findings += rules_memory.disk_offload(case, plan, _fits)
-    findings += rules_memory.no_plan_fits(case, plan if case.spec.strategy else None, _fits)
+    if plan is not None and plan.placement is not None:
+        plan = with_wide_micro_batch(plan, case)
+    about_memory = _answers(
+        rules_memory, rules_memory.PlannedCase(case=case, plan=plan, fits=_fits, roomy=_roomy)
+    )
     if plan is None or plan.placement is None:
-        return Resolution(None, (), parked=False, offload=(), offload_skipped=(), report=_report(findings))
+        findings += about_memory
+        return Resolution(None, (), None, offload=(), offload_skipped=(), report=_report(findings))
     placed = PlacedCase(case=case, placement=plan.placement, plans=plan.plans)
     found = _about_the_placement(placed)
     if any(finding.rule in _REPAIRED for finding in found) and not case.repair:
         placed = replace(placed, case=replace(case, repair=_repair(case)))
         found = _about_the_placement(placed)
-    findings += found
-    findings += rules_memory.memory_budget(placed, _fits)
-    findings += rules_memory.memory_tight(placed, _roomy)
+    findings += found + about_memory
     return Resolution(
-        plan.placement, plan.plans, plan.parked, placed.offload, placed.offload_skipped, _report(findings)
+        plan.placement, plan.plans, plan.schedule, placed.offload, placed.offload_skipped, _report(findings)
     )
 
 
 _REPAIRED = frozenset(
-    {
-        "meta-device",
-        "device-absent",
-        "device-not-listed",
-        "unknown-module",
-        "uncovered-parameters",
-        "block-split",
-        "tied-split",
-    }
+    rule.id
+    for rule in (
+        rules_map.meta_device,
+        rules_map.device_absent,
+        rules_map.device_not_listed,
+        rules_map.unknown_module,
+        rules_map.uncovered_parameters,
+        rules_placement.block_split,
+        rules_placement.tied_split,
+    )
 )
 """Rules that offer another map."""
 
 
-def _about_the_map(case: MapCase) -> list[Finding]:
-    return [finding for rule in rules_map.RULES for finding in rule(case)]
+def _answers(rules: ModuleType, case: object) -> list[Finding]:
+    """What the rules of a module say about a case."""
+    return [finding for rule in rules_in(rules) for finding in rule(case)]
 
 
 def _about_the_placement(placed: PlacedCase) -> list[Finding]:
@@ -109,7 +115,7 @@ def _about_the_placement(placed: PlacedCase) -> list[Finding]:
         placed = replace(placed, without_offload=_without_offload(case))
     elif everywhere == (CPU,) and case.accelerators:
         placed = replace(placed, on_accelerators=alternatives(_on_accelerators(case)))
-    return [finding for rule in rules_placement.RULES for finding in rule(placed)]
+    return _answers(rules_placement, placed)
 
 
 def _without_offload(case: MapCase) -> str:
@@ -160,25 +166,18 @@ def _report(findings: list[Finding]) -> PreflightReport:
 
 
 def _from_rules(case: MapCase) -> Plan | None:
-    """What the rules say, to the letter; None where they leave a parameter without a device."""
+    """The map as it is written; None where it leaves a parameter without a device."""
 
     def device_of(name: str) -> Device | None:
-        rule = case.rule_for(name)
-        return rule.device if rule else None
+        entry = case.rule_for(name)
+        return entry.device if entry else None
 
     reason = "as the device map says"
     placement = place(case.facts, device_of, reason)
     if placement is None or any(device.kind == "meta" for device in placement.devices):
         return None
-    for parked in (True, False):
-        plans = device_plans(placement, case, parked=parked)
-        if _all_fit(case, plans):
-            return Plan(placement, plans, parked)
-    return Plan(placement, device_plans(placement, case, parked=False), parked=False)
-
-
-def _all_fit(case: MapCase, plans: tuple[DevicePlan, ...]) -> bool:
-    return all(plan.fits for plan in plans if case.limit(Device.parse(plan.device)) is not None)
+    plan = planned(placement, case, parked=True)
+    return plan if fits(case, plan.plans) else planned(placement, case, parked=False)
 
 
 def _roomy(case: MapCase) -> bool:
@@ -201,7 +200,7 @@ def _fits(case: MapCase) -> bool:
     placed = PlacedCase(case=replace(case), placement=plan.placement, plans=plan.plans)
     refused = rules_placement.block_split(placed) or rules_placement.tied_split(placed)
     rules = (rules_map.device_absent, rules_map.meta_device, rules_map.device_not_listed)
-    return _all_fit(case, plan.plans) and not refused and not any(rule(case) for rule in rules)
+    return fits(case, plan.plans) and not refused and not any(rule(case) for rule in rules)
 
 
 def _fits_without_cpu(case: MapCase) -> bool:
@@ -212,11 +211,5 @@ def _fits_without_cpu(case: MapCase) -> bool:
 
 def refusal(report: PreflightReport) -> PreflightRefused:
     """The error for a report with errors; a `ValueError` as well where disk offload is among them."""
-    disk = any(f.rule == "disk-offload" and f.level == "error" for f in report.findings)
+    disk = any(f.rule == rules_memory.disk_offload.id and f.level == "error" for f in report.findings)
     return DiskOffloadRefused(report) if disk else PreflightRefused(report)
-
-
-def refuse_disk(placement: Placement | DeviceMap) -> None:
-    """Raise `ValueError` when anything would be quantized from disk; for callers that skip the report."""
-    if any(device.kind == "disk" for device in placement.devices):
-        raise ValueError("disk offload is not supported with GPTQ quantization")

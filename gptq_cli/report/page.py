@@ -1,6 +1,6 @@
 """`report_html(report)`: a run as one HTML page that can be mailed. No script, font or image from elsewhere.
 
-It follows the reader's light or dark setting, has headings, and says in a table what it shows in plots.
+It follows the reader's light or dark setting, has headings, and repeats the data of its plots in a table.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } svg text.legen
 
 
 def report_html(report: RunReport) -> str:
-    """The whole page. The same report gives the same bytes."""
-    report = escaped(report)  # in a page, too, no mark may turn the text around
+    """The complete page. The same report gives the same bytes."""
+    report = escaped(report)  # in a page, too, no character may reverse the text
     title = f"GPTQ run: {report.model}, {report.bits} bits"
+    command = " ".join(report.command_line)  # "" for a run from Python
     recipe = f"{report.bits} bits, group size {report.group_size}, format {report.checkpoint_format}"
     body = [
         f"<h1>{escape(title)}</h1>",
@@ -66,7 +67,7 @@ def report_html(report: RunReport) -> str:
     body += [
         *_section("Settings", _facts([(name, _plain(value)) for name, value in report.settings])),
         *_section("Versions", _facts(report.versions)),
-        *_section("Command", f"<p><code>{escape(' '.join(report.command_line))}</code></p>"),
+        *(_section("Command", f"<p><code>{escape(command)}</code></p>") if command else ()),
     ]
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -134,16 +135,18 @@ def _loss_per_linear(report: RunReport) -> str:
         for _ in block.linears
     ]
 
-    def chosen(fallback: bool) -> tuple[float | None, ...]:
+    def losses_of(fallback: bool) -> tuple[float | None, ...]:
         return tuple(x.loss if (x.method != "gptq") is fallback else None for x in linears)
 
     nearest = tuple(x.rtn_loss for x in linears)
     series = [
         Series(name="round-to-nearest", values=nearest, mark="ring", style=1, labels=labels),
-        Series(name="GPTQ", values=chosen(False), mark="disc", style=0, labels=labels),
+        Series(name="GPTQ", values=losses_of(False), mark="disc", style=0, labels=labels),
     ]
     if report.fallbacks:
-        series.append(Series(name="fallback", values=chosen(True), mark="triangle", style=2, labels=labels))
+        series.append(
+            Series(name="fallback", values=losses_of(True), mark="triangle", style=2, labels=labels)
+        )
     better = sum(1 for x in linears if x.loss < x.rtn_loss)
     about = f"{better} of {len(linears)} linears have a lower loss than round-to-nearest; logarithmic axis"
     return plot("Relative loss of each linear", about, series, x_names=owners, unit=_number, log=True)
@@ -177,7 +180,7 @@ def _memory(report: RunReport) -> str:
         if device in predicted:
             flat = (predicted[device] / 2**30,) * len(report.blocks)
             series.append(Series(name=f"{device} predicted", values=flat, mark="dashes", style=style))
-    about = "Highest allocated bytes of each device while a block was worked on, and what was predicted"
+    about = "Highest allocated bytes on each device while a block was quantized, and the prediction"
     return plot("Peak memory of each block", about, series, x_names=_block_names(report.blocks), unit=_gib)
 
 

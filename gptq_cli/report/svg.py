@@ -1,7 +1,7 @@
-"""Plots as inline SVG: series of points over a counted axis, linear or logarithmic, without a library.
+"""Plots as inline SVG: series of points over an axis of indices, linear or logarithmic, without a library.
 
-Colours come from the page's CSS classes `s0`, `s1`, …, so that one drawing serves light and dark; every
-series has a mark of its own (disc, ring, triangle, bar), so that it reads without colour. A plot has a
+Colours come from the page's CSS classes `s0`, `s1`, …, so that one drawing works in light and dark mode.
+Every series has a mark of its own (disc, ring, triangle, bar), so that no colour is needed. A plot has a
 title and a description for screen readers, and every point a tooltip.
 """
 
@@ -22,7 +22,7 @@ Mark = Literal["disc", "ring", "triangle", "bar", "line", "dashes"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Values over x = 0, 1, 2, …; None leaves a gap. `labels` are tooltips, one a value."""
+    """Values over x = 0, 1, 2, …; None leaves a gap. `labels` are tooltips, one per value."""
 
     name: str
     values: tuple[float | None, ...]
@@ -55,12 +55,12 @@ class _Scale:
         return [width * index for index in range(int(self.high / width + 1e-9) + 1)]
 
 
-def nice_step(least: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `least`."""
-    if least <= 0:
+def nice_step(minimum: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is at least `minimum`."""
+    if minimum <= 0:
         return 1.0
-    power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= least * (1 - 1e-12))
+    power = 10.0 ** math.floor(math.log10(minimum))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= minimum * (1 - 1e-12))
 
 
 def plot(
@@ -72,7 +72,7 @@ def plot(
     unit: Callable[[float], str],
     log: bool = False,
 ) -> str:
-    """An `<svg>` of `series`. `x_names`: the block at each place of x; `unit` writes a value of y."""
+    """An `<svg>` of `series`. `x_names`: the block at each x; `unit` formats a value of y."""
     shown = [
         value
         for one in series

@@ -1,1 +1,1 @@
-"""What a finished command knows: frozen reports, written to report.json and printed by `--json`."""
+"""What a finished command reports: frozen reports, written to report.json and printed by `--json`."""

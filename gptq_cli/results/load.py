@@ -1,7 +1,4 @@
-"""What a quantized checkpoint proved: close to the dense model, fast, sound, taken by its readers.
-
-Parts of the reports in `gptq_cli.results.map`; `gptq_cli.inference` makes them.
-"""
+"""The report of `gptq load`: where the model runs, how close to the dense one, how fast, how sound."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import ClassVar, Literal
 
 from gptq_cli.config import Target
 from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.wording import and_others
 
 Outcome = Literal["ok", "note", "warning", "error"]
 
@@ -21,7 +19,7 @@ class Agreement:
     json_properties: ClassVar[tuple[str, ...]] = ("perplexity_gap",)
 
     kl: float
-    """KL(dense ‖ quantized), nats a token."""
+    """KL(dense ‖ quantized), nats per token."""
     top1: float
     """Share of tokens for which both models predict the same next token, 0 to 1."""
     perplexity: float
@@ -46,7 +44,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """What one model did."""
+    """The speed of one model."""
 
     prompt: Rate
     decode: Rate
@@ -111,13 +109,13 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class RuleResult:
-    """One rule, or one part of a checkpoint, judged."""
+    """The result of one rule, or of the check of one part of a checkpoint."""
 
     json_properties: ClassVar[tuple[str, ...]] = ("outcome",)
 
     rule: str
     about: str
-    """What was looked at, one clause."""
+    """What was checked, one clause."""
     findings: tuple[Finding, ...]
 
     @property
@@ -139,7 +137,7 @@ class TargetReport:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What its rules say, in their order."""
+        """The findings of its rules, in their order."""
         return tuple(finding for result in self.rules for finding in result.findings)
 
     @property
@@ -156,7 +154,7 @@ class VerifyReport:
 
     path: str
     checks: tuple[RuleResult, ...]
-    """Part by part; those that could not be reached are missing. Only "files" where nothing but targets was
+    """Part by part; parts that could not be checked are missing. Only "files" where nothing but targets was
     asked for."""
     targets: tuple[TargetReport, ...] = ()
     tensors: int = 0
@@ -165,7 +163,7 @@ class VerifyReport:
     coverage: float = 0.0
     """Share of the weights of all linears in the blocks that is packed, 0 to 1."""
     warnings: tuple[str, ...] = ()
-    """All that were given: the findings of that level, and what else came up while this was made."""
+    """All that were given: the findings of that level, and what else came up on the way."""
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -180,10 +178,9 @@ class VerifyReport:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is not as it should be, one clause each; empty: exit 0, else 5."""
+        """What is wrong, one clause each; empty: exit 0, else 5."""
         errors = [finding for finding in self.findings if finding.level == "error"]
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        unsound = (f"the files are not sound: {errors[0].message}{more}",) if errors else ()
+        unsound = (f"the files are not sound: {errors[0].message}{and_others(errors)}",) if errors else ()
         return unsound + tuple(
             f"{target.target} will not take it" for target in self.targets if not target.ok
         )
@@ -205,7 +202,7 @@ class KernelCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """The result of `gptq load`: what was opened, where, and what it proved."""
+    """The result of `gptq load`: what was opened, where, and what was measured."""
 
     json_properties: ClassVar[tuple[str, ...]] = ("ok",)
 
@@ -245,11 +242,11 @@ class LoadReport:
     verification: VerifyReport | None = None
     compiled: bool = False
     warnings: tuple[str, ...] = ()
-    """All that were given, by preflight, while opening, and by what was measured."""
+    """All that were given: by preflight, while opening, and while measuring."""
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Closed gates, and what verification found wrong, one clause each; empty: exit 0, else 5."""
+        """Failed gates, and what verification found wrong, one clause each; empty: exit 0, else 5."""
         verified = self.verification.failures if self.verification else ()
         return verified + tuple(gate.failure for gate in self.gates if not gate.passed)
 

@@ -1,4 +1,4 @@
-"""What a finished command knows: frozen reports, written to report.json and printed by `--json`."""
+"""The report of `gptq inspect-map` and of a dry run: what goes where, and whether it fits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 Verdict = Literal["fits", "fits with warnings", "refused"]
 
 
+DEVICE_PARTS = (
+    ("weights_bytes", "weights"),
+    ("working_bytes", "working memory"),
+    ("hessian_bytes", "Hessians"),
+    ("activation_bytes", "activations"),
+    ("packing_bytes", "packing"),
+    ("baseline_bytes", "libraries"),
+)
+"""Field of `DevicePlan` and the word for it, in messages as in tables."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan:
-    """What one device will have to hold at its highest moment, part by part. All in bytes."""
+    """What one device will have to hold at its peak, part by part. All in bytes."""
 
     json_properties: ClassVar[tuple[str, ...]] = ("needed_bytes", "fits", "spare_bytes")
 
@@ -36,16 +47,14 @@ class DevicePlan:
     """Interpreter, libraries, device context."""
 
     @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """Every part with its word, as `DEVICE_PARTS` orders them."""
+        return tuple((word, getattr(self, name)) for name, word in DEVICE_PARTS)
+
+    @property
     def needed_bytes(self) -> int:
         """The predicted peak: the sum of all parts."""
-        return (
-            self.weights_bytes
-            + self.working_bytes
-            + self.hessian_bytes
-            + self.activation_bytes
-            + self.packing_bytes
-            + self.baseline_bytes
-        )
+        return sum(size_bytes for _, size_bytes in self.parts)
 
     @property
     def predicted_peak_bytes(self) -> int:
@@ -141,7 +150,7 @@ class MapReport:
     placement: Placement | None
     """None when no placement could be made; the findings say why."""
     reason: str
-    """Which plan was chosen and why, one sentence."""
+    """Which plan was taken and why, one sentence."""
     tree: tuple[TreeRow, ...]
     devices: tuple[DevicePlan, ...]
     offload: tuple[str, ...]
@@ -154,7 +163,7 @@ class MapReport:
     plan: QuantizePlan | None = None
     """Present for --dry-run."""
     warnings: tuple[str, ...] = ()
-    """All that were given: the findings of that level, and what else came up while this was made."""
+    """All that were given: the findings of that level, and what else came up on the way."""
 
     @property
     def ok(self) -> bool:

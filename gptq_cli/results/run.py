@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from gptq_cli.placement.schedule import Schedule
+
 Method = Literal["gptq", "rtn"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearReport:
-    """How one linear fared.
+    """The result for one linear.
 
-    Losses are tr(E H Eᵀ) / tr(W H Wᵀ) with H undamped: a relative output error. E = W - Q, or W' - Q where
-    the linear was asked for the dense model's output (`alpha` above 0): W' are the weights that give it.
+    Losses are tr(E H Eᵀ) / tr(W H Wᵀ) with H undamped: a relative output error. E = W - Q; where the
+    goal is the dense model's output (`alpha` above 0), E = W' - Q with the weights W' that give that output.
     """
 
     name: str
@@ -30,7 +32,7 @@ class LinearReport:
     method: Method
     """"rtn" is a fallback, and is announced as one."""
     alpha: float = 0.0
-    """How far the target went from the layer's own output (0) towards the dense model's (1)."""
+    """How far the goal moved from the layer's own output (0) towards the dense model's (1)."""
     target_damp_percent: float = 0.0
     """The damping of that step (a fraction of the mean diagonal); 0 where there was none."""
     tokens: int
@@ -63,8 +65,8 @@ class RunReport:
     bits_per_weight: float
     """Stored bits of the quantized linears (codes, scales, zeros, g_idx) over their weights."""
     bits_per_parameter: float
-    """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once: what the whole
-    checkpoint takes, dense tensors and headers included."""
+    """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once; dense
+    tensors and headers are included."""
     quantized_share: float
     """Share of the model's parameters that is quantized, 0 to 1."""
     dense_modules: tuple[str, ...]
@@ -94,6 +96,8 @@ class RunReport:
     settings: tuple[tuple[str, str | int | float | bool | None], ...]
     """Every field of the QuantizeConfig in force, recipe resolved."""
     blocks: tuple[BlockReport, ...]
+    schedule: Schedule
+    """How the run was planned: micro-batch, and per block its devices and whether forwards were parked."""
 
     @property
     def linears(self) -> tuple[LinearReport, ...]:

@@ -1,4 +1,4 @@
-"""Windows: cut, chosen, reproducible, and refused where there is too little text."""
+"""Windows: cut, drawn, reproducible, and refused where there is too little text."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ class TestCutting:
         self, tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         whole = make_batches(tokenizer, config(corpus, samples=1, seq_len=3000))
-        monkeypatch.setattr("gptq_cli.calibration.documents.PIECE_CHARACTERS", 200)
+        for place in ("documents", "text"):
+            monkeypatch.setattr(f"gptq_cli.calibration.{place}.PIECE_CHARACTERS", 200)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 500)
         cut = make_batches(tokenizer, config(corpus, samples=1, seq_len=3000))
         assert tokenizer.eos_token_id not in cut.input_ids
@@ -109,7 +110,8 @@ class TestCutting:
     def test_reading_stops_when_there_is_enough(
         self, tokenizer: Any, corpus: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("gptq_cli.calibration.documents.PIECE_CHARACTERS", 1000)
+        for reads in ("documents", "text"):
+            monkeypatch.setattr(f"gptq_cli.calibration.{reads}.PIECE_CHARACTERS", 1000)
         monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
         found = make_batches(tokenizer, config(corpus, samples=2, seq_len=16))
         assert not found.read_to_end
@@ -168,7 +170,7 @@ class TestTooLittle:
         with pytest.raises(CalibrationError) as caught:
             make_batches(tokenizer, config(corpus, samples=64, seq_len=1024))
         holds = tokens // 1024
-        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are wanted" in str(
+        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are required" in str(
             caught.value
         )
         hint = str(caught.value.hint)
@@ -190,7 +192,9 @@ class TestTooLittle:
         tokens = len(plain_ids(tokenizer, text))
         found = evaluation_windows(tokenizer, "-", 16, 1000, stdin=io.BytesIO(text.encode()))
         assert found.samples == found.windows_available == tokens // 16
-        with pytest.raises(CalibrationError, match=f"holds {tokens} tokens; one window of 512 is the least"):
+        with pytest.raises(
+            CalibrationError, match=f"holds {tokens} tokens; at least one window of 512 is needed"
+        ):
             evaluation_windows(tokenizer, "-", 512, 1, stdin=io.BytesIO(text.encode()))
 
 
@@ -198,7 +202,7 @@ class TestTokenizers:
     def test_a_tokenizer_of_another_model_is_caught(self, tokenizer: Any, corpus: str) -> None:
         largest = int(make_batches(tokenizer, config(corpus)).input_ids.max())
         assert make_batches(tokenizer, config(corpus), vocab_size=largest + 1).samples == 4
-        with pytest.raises(CalibrationError, match=f"makes token {largest}, and .* has {largest} rows"):
+        with pytest.raises(CalibrationError, match=f"makes token {largest}, but .* has {largest} rows"):
             make_batches(tokenizer, config(corpus), vocab_size=largest)
 
     def test_a_model_without_one(self, tiny_llama: Path, tmp_path: Path) -> None:

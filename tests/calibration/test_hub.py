@@ -90,7 +90,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", nobody)
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("the hub was asked again"))
-    with pytest.raises(CalibrationError, match="the hub cannot be reached") as caught:
+    with pytest.raises(CalibrationError, match="the Hub cannot be reached") as caught:
         list(read_hub("wikitext2", None).pieces)
     assert "name or service not known" in caught.value.message
     assert "--calibration pydoc" in str(caught.value.hint)
@@ -105,7 +105,7 @@ def test_a_data_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unknown)
-    with pytest.raises(CalibrationError, match=r"neither an existing file nor a data set.*HTTP 404"):
+    with pytest.raises(CalibrationError, match=r"neither an existing file nor a Hub data set.*HTTP 404"):
         list(read_hub("nosuch", None).pieces)
 
 

@@ -45,7 +45,7 @@ class TestContents:
         assert texts(tmp_path / "a.parquet") == ["Hi"]
         pyarrow.parquet.write_table(pyarrow.table({"messages": table}), tmp_path / "a.parquet")
         assert (
-            "row 2: message 1, part 1 of its content is no text (image_url)"
+            "row 2: message 1, part 1 of its content is not text (image_url)"
             in refused(tmp_path / "a.parquet").message
         )
 
@@ -54,14 +54,14 @@ class TestContents:
         [
             (
                 [{"type": "image_url", "image_url": {"url": "x"}}],
-                "part 1 of its content is no text (image_url)",
+                "part 1 of its content is not text (image_url)",
             ),
             ([{"type": "text", "text": "a"}, {"type": "input_audio", "data": "x"}], "part 2 of its content"),
-            ([{"type": "image", "text": "a caption"}], "is no text (image)"),
-            ([{"type": "text", "text": None}], "is no text (text)"),
-            ([{"type": "text", "text": ["a"]}], "is no text (text)"),
-            ([{"image": "x.png"}], "is no text (image)"),
-            ([{}], "is no text (empty)"),
+            ([{"type": "image", "text": "a caption"}], "is not text (image)"),
+            ([{"type": "text", "text": None}], "is not text (text)"),
+            ([{"type": "text", "text": ["a"]}], "is not text (text)"),
+            ([{"image": "x.png"}], "is not text (image)"),
+            ([{}], "is not text (empty)"),
             ([5], "is a JSON number"),
             ([["a"]], "is a JSON list"),
             (5, "has a JSON number as content"),
@@ -113,13 +113,13 @@ BAD_LINES = [
     ('{"a":' * 100_000 + "1" + "}" * 100_000, "line 2 is nested too deeply"),
     ('{"text":' + "9" * 5000 + "}", "line 2 cannot be read: it holds a number that is too long"),
     ('{"text": "a", "n": -' + "9" * 5000 + "}", "line 2 cannot be read: it holds a number that is too long"),
-    ('{"text": "a", "text": "b"}', "line 2 cannot be read: key 'text' is there twice"),
+    ('{"text": "a", "text": "b"}', "line 2 cannot be read: key 'text' appears twice"),
     ('{"text": NaN}', "line 2 is a JSON number"),
     ('{"text": {"a": 1}}', "line 2 is a JSON object"),
     ('{"body": "a"}', "line 2 has no column 'text' or 'messages'; columns: body"),
     ("[1, 2]", "line 2 is a JSON list"),
     ("5", "line 2 is a JSON number"),
-    ('{"text": "a"', "line 2 is no JSON"),
+    ('{"text": "a"', "line 2 is not valid JSON"),
 ]
 
 
@@ -127,7 +127,11 @@ BAD_LINES = [
 def test_a_bad_row_is_named(line: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
     assert says in refused(tmp_path / "a.jsonl").message
-    if not says.startswith("line 2 is no JSON") and "nested" not in says and "cannot be read" not in says:
+    if (
+        not says.startswith("line 2 is not valid JSON")
+        and "nested" not in says
+        and "cannot be read" not in says
+    ):
         (tmp_path / "a.json").write_text(f'[{{"text": "fine"}}, {line}]', encoding="utf-8")
         assert says.replace("line 2", "item 2") in refused(tmp_path / "a.json").message
 
@@ -163,8 +167,8 @@ def test_long_lists_of_columns_are_cut(tmp_path: Path) -> None:
 
 
 def test_rows_and_files_without_an_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptq_cli.calibration.utf8.LONGEST_ROW_BYTES", 1000)
-    monkeypatch.setattr(rows, "LARGEST_JSON_CHARACTERS", 1000)
+    monkeypatch.setattr("gptq_cli.calibration.utf8.MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(rows, "MAX_JSON_CHARACTERS", 1000)
     write(tmp_path / "a.jsonl", {"text": "x"}, {"text": "x" * 1000})
     assert "line 2 has more than 1000 bytes" in refused(tmp_path / "a.jsonl").message
     (tmp_path / "a.json").write_text(json.dumps(["x" * 1000]))
@@ -186,7 +190,7 @@ class TestParquet:
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": ["plain words"] * 100}), path)
         path.write_bytes(path.read_bytes()[:cut])
-        assert "is no readable Parquet file" in refused(path).message
+        assert "is not a readable Parquet file" in refused(path).message
 
     def test_a_column_of_numbers(self, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
@@ -196,4 +200,4 @@ class TestParquet:
         (tmp_path / "a.parquet").write_bytes(b"\x1f\x8b\x08rest of it")
         assert "is gzip" in refused(tmp_path / "a.parquet").message
         (tmp_path / "a.parquet").write_bytes(b"")
-        assert "is no readable Parquet file" in refused(tmp_path / "a.parquet").message
+        assert "is not a readable Parquet file" in refused(tmp_path / "a.parquet").message

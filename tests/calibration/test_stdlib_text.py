@@ -10,12 +10,12 @@ from gptq_cli.calibration.stdlib_text import clean, held_out, label, stdlib_docu
 
 
 @pytest.fixture(scope="module")
-def taught() -> tuple[str, ...]:
+def calibrated() -> tuple[str, ...]:
     return stdlib_documents(evaluation=False)
 
 
 @pytest.fixture(scope="module")
-def judged() -> tuple[str, ...]:
+def evaluated() -> tuple[str, ...]:
     return stdlib_documents(evaluation=True)
 
 
@@ -23,28 +23,26 @@ def _paragraphs(texts: tuple[str, ...]) -> list[str]:
     return [" ".join(part.split()) for text in texts for part in text.split("\n\n")]
 
 
-def test_no_paragraph_is_both_calibrated_on_and_judged_on(
-    taught: tuple[str, ...], judged: tuple[str, ...]
-) -> None:
-    assert not set(_paragraphs(taught)) & set(_paragraphs(judged))
+def test_no_paragraph_is_in_both_parts(calibrated: tuple[str, ...], evaluated: tuple[str, ...]) -> None:
+    assert not set(_paragraphs(calibrated)) & set(_paragraphs(evaluated))
 
 
-def test_no_paragraph_comes_twice(taught: tuple[str, ...], judged: tuple[str, ...]) -> None:
-    for texts in (taught, judged):
+def test_no_paragraph_comes_twice(calibrated: tuple[str, ...], evaluated: tuple[str, ...]) -> None:
+    for texts in (calibrated, evaluated):
         paragraphs = _paragraphs(texts)
         assert len(paragraphs) == len(set(paragraphs))
 
 
 def test_the_text_is_long_enough_for_the_default_calibration(
-    taught: tuple[str, ...], judged: tuple[str, ...]
+    calibrated: tuple[str, ...], evaluated: tuple[str, ...]
 ) -> None:
     # 128 windows of 2048 tokens at four characters a token, and 64 windows of 512 to judge on
-    assert sum(map(len, taught)) > 128 * 2048 * 4
-    assert sum(map(len, judged)) > 64 * 512 * 4
+    assert sum(map(len, calibrated)) > 128 * 2048 * 4
+    assert sum(map(len, evaluated)) > 64 * 512 * 4
 
 
-def test_it_is_the_same_text_every_time(judged: tuple[str, ...]) -> None:
-    assert stdlib_documents(evaluation=True) == judged
+def test_it_is_the_same_text_every_time(evaluated: tuple[str, ...]) -> None:
+    assert stdlib_documents(evaluation=True) == evaluated
 
 
 def test_the_split_is_by_name_and_the_same_on_every_machine() -> None:
@@ -52,8 +50,8 @@ def test_the_split_is_by_name_and_the_same_on_every_machine() -> None:
     assert [held_out(name) for name in names] == [True, True, True, False, False, False]
 
 
-def test_help_topics_and_docstrings_are_both_in_it(taught: tuple[str, ...]) -> None:
-    text = "\n".join(taught)
+def test_help_topics_and_docstrings_are_both_in_it(calibrated: tuple[str, ...]) -> None:
+    text = "\n".join(calibrated)
     assert "statement is used for conditional execution" in text  # help("if")
     assert "Return the most frequently occurring values" in text or "mode assumes discrete data" in text
 

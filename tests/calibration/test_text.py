@@ -6,6 +6,7 @@ import io
 import json
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gptq_cli.calibration import documents, utf8
 from gptq_cli.calibration import text as module
-from gptq_cli.calibration import utf8
 from gptq_cli.calibration.text import find_file, read_documents
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import open_once
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, characters: int) -> None:
+    for place in (documents, module):
+        monkeypatch.setattr(place, "PIECE_CHARACTERS", characters)
 
 
 def texts(source: object, **options: Any) -> list[str]:
@@ -56,7 +62,7 @@ class TestPlainText:
     def test_a_long_file_comes_in_pieces_cut_after_a_line(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        cut_at(monkeypatch, 10)
         (tmp_path / "a.txt").write_text("12345\n67890\nabc\n")
         pieces = list(read_documents(str(tmp_path / "a.txt")).pieces)
         assert [(piece.text, piece.opens) for piece in pieces] == [("12345\n67890\n", True), ("abc\n", False)]
@@ -83,7 +89,7 @@ class TestPlainText:
     def test_one_long_line_is_cut_before_white_space(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        cut_at(monkeypatch, 10)
         text = "one two three four five six seven " * 20
         (tmp_path / "a.txt").write_text(text)
         write(tmp_path / "a.jsonl", {"text": text})
@@ -97,12 +103,12 @@ class TestPlainText:
     def test_a_line_without_white_space_is_cut_anywhere(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 10)
+        cut_at(monkeypatch, 10)
         (tmp_path / "a.txt").write_text("語" * 95)
         assert [len(piece.text) for piece in read_documents(str(tmp_path / "a.txt")).pieces] == [10] * 9 + [5]
 
     def test_a_long_line_is_never_held_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 1000)
+        cut_at(monkeypatch, 1000)
         monkeypatch.setattr(utf8, "CHUNK_BYTES", 100)
         stream = io.BytesIO(b"word " * 100_000)
         next(read_documents("-", stdin=stream).pieces)
@@ -216,7 +222,12 @@ class TestFindingTheFile:
 
     def test_parquet_out_of_a_pipe_is_refused(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "p.parquet")
-        writer = threading.Thread(target=lambda: (tmp_path / "p.parquet").write_bytes(b"PAR1"))
+
+        def write() -> None:
+            with suppress(BrokenPipeError):  # who refuses it may close it first
+                (tmp_path / "p.parquet").write_bytes(b"PAR1")
+
+        writer = threading.Thread(target=write)
         writer.start()
         assert "is a pipe, and Parquet is read from its end" in refused(tmp_path / "p.parquet").message
         writer.join()
@@ -292,7 +303,7 @@ class TestTables:
     def test_a_long_row_is_cut_but_stays_one_document(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(module, "PIECE_CHARACTERS", 4)
+        cut_at(monkeypatch, 4)
         path = write(tmp_path / "a.jsonl", {"text": "ab\ncdefgh"}, {"text": "x"})
         assert [piece.text for piece in read_documents(str(path)).pieces] == ["ab\n", "cdef", "gh", "x"]
         assert texts(path) == ["ab\ncdefgh", "x"]
@@ -302,7 +313,7 @@ class TestBrokenTables:
     def test_a_line_that_is_no_json_is_numbered(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n{"text": oops}\n')
         error = refused(tmp_path / "a.jsonl")
-        assert "line 3 is no JSON" in error.message
+        assert "line 3 is not valid JSON" in error.message
         assert "oops" in error.message
 
     @pytest.mark.parametrize(
@@ -333,7 +344,7 @@ class TestBrokenTables:
 
     def test_a_parquet_file_that_is_none(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1 but not really")
-        assert "is no readable Parquet file" in refused(tmp_path / "a.parquet").message
+        assert "is not a readable Parquet file" in refused(tmp_path / "a.parquet").message
 
     def test_a_parquet_column_that_is_missing(self, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")

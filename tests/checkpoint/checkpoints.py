@@ -1,7 +1,7 @@
 """GPTQ checkpoints made without the package: round-to-nearest codes, packed bit by bit in numpy.
 
-The slow twin of everything that `gptq_cli.inference` reads. A test can ask for any bit width, group size,
-zero point, format version and column order, and knows the dense weight that the checkpoint stands for.
+The reference implementation for everything that `gptq_cli.inference` reads. A test can ask for any bit width,
+group size, zero point, format version and column order, and knows the dense weight that the codes represent.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def dense_copy(
         tensors |= load_file(shard)
     for name, weight in weights.items():
         tensors[f"{name}.weight"] = (weight.t() if transposed else weight).to(torch.float32).contiguous()
-    copy = Path(tempfile.mkdtemp(dir=source.parent)) / "twin"
+    copy = Path(tempfile.mkdtemp(dir=source.parent)) / "dense_copy"
     shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
     save_file(tensors, copy / "model.safetensors")
     model = transformers.AutoModelForCausalLM.from_pretrained(copy, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The destination: judged when a run begins and right before the end; nothing of a person's is ever lost."""
+"""The destination: checked when a run begins and right before its end; no file of the user's is ever lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def left(path: Path) -> list[str]:
 
 
 def run(out: Path, meanwhile: Callable[[], object] = lambda: None, *, overwrite: bool = False) -> Destination:
-    """A whole run: claim, work (and what happens meanwhile), put in place."""
+    """A complete run: claim, work (and what happens meanwhile), put in place."""
     with Destination(out, overwrite=overwrite) as destination:
         make(destination.result, "new")
         meanwhile()
@@ -142,7 +142,7 @@ CHANGED: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_checkpoint_that_changes_during_the_run_is_not_replaced(what: str, tmp_path: Path) -> None:
     out = make(tmp_path / "q")
     change, said = CHANGED[what]
-    with pytest.raises(GptqError, match=f"changed while the run worked, and was left alone: .*{said}"):
+    with pytest.raises(GptqError, match=f"changed during the run, and was not touched: .*{said}"):
         run(out, lambda: change(out), overwrite=True)
     assert content(tmp_path / "q.finished") == NEW
     assert os.path.lexists(out)
@@ -164,7 +164,7 @@ def test_a_change_in_the_last_moment(
         replace(destination)
 
     monkeypatch.setattr(Destination, "_replace", late)
-    with pytest.raises(GptqError, match="left alone"):
+    with pytest.raises(GptqError, match="not touched"):
         run(out, overwrite=True)
     assert content(tmp_path / "q.finished") == NEW
     assert content(out) != NEW
@@ -251,12 +251,12 @@ def test_two_steps_say_where_both_are_when_nothing_works(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gptq_cli.model import destination
-from gptq_cli.model.destination import Destination
+from gptq_cli.checkpoint import destination
+from gptq_cli.checkpoint.destination import Destination
 
 out, at, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if way == "fixed":
-    from gptq_cli.model import place
+    from gptq_cli.checkpoint import place
     place.is_mount = lambda path: path == out
 if way != "exchange":
     destination.exchange = lambda a, b: False

@@ -1,4 +1,4 @@
-"""Signals wait for the end of a block, and are delivered then."""
+"""Signals are deferred to the end of a block."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ def test_no_such_directory(tmp_path: Path) -> None:
     assert "no such directory" in found(report, "unreadable").message
 
 
-def judged(report: VerifyReport, rule: str) -> dict[str, str]:
+def outcomes_of(report: VerifyReport, rule: str) -> dict[str, str]:
     """Target -> what its rule of that name came to."""
     return {
         target.target: result.outcome
@@ -231,18 +231,18 @@ def judged(report: VerifyReport, rule: str) -> dict[str, str]:
     }
 
 
-def test_targets_are_judged_rule_by_rule(checkpoint: Path) -> None:
+def test_targets_are_checked_rule_by_rule(checkpoint: Path) -> None:
     readers: tuple[Target, ...] = ("vllm", "gptqmodel", "sglang")
     report = verify_checkpoint(checkpoint, targets=readers)
     assert report.ok
-    assert judged(report, "half-precision") == {"vllm": "warning", "sglang": "warning"}
-    assert judged(report, "whole-words") == {"vllm": "ok", "gptqmodel": "ok", "sglang": "ok"}
+    assert outcomes_of(report, "half-precision") == {"vllm": "warning", "sglang": "warning"}
+    assert outcomes_of(report, "whole-words") == {"vllm": "ok", "gptqmodel": "ok", "sglang": "ok"}
     change_tensor(f"{Q}.g_idx", ordered)(checkpoint)
     report = verify_checkpoint(checkpoint, targets=readers)
     assert report.sound
     assert [target.target for target in report.targets if not target.ok] == ["vllm"]
     assert report.failures == ("vllm will not take it",)
-    assert judged(report, "activation-order")["vllm"] == "error"
+    assert outcomes_of(report, "activation-order")["vllm"] == "error"
 
 
 def test_targets_alone_read_g_idx_and_nothing_else(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from gptq_cli.errors import ConfigError, DestinationBusy
 HOLD = """
 import sys
 from pathlib import Path
-from gptq_cli.model.working_folder import WorkingFolder
+from gptq_cli.checkpoint.working_folder import WorkingFolder
 folder = WorkingFolder(Path(sys.argv[1]), Path(sys.argv[1]).parent / "q")
 folder.claim(); folder.mark(); print("held", flush=True); sys.stdin.read()
 """

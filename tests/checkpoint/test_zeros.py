@@ -1,4 +1,4 @@
-"""Zeros in every way that they were ever written, against writers that count in whole numbers."""
+"""Zeros in every form in which tools have written them, against writers in plain integers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,5 @@ def test_the_tally_tells_only_what_is_not_as_the_config_says() -> None:
     tally.add("gptq", Zeros(values, "gptq_v2", known=True))
     tally.add("gptq", Zeros(values, "gptq", known=False))
     first, second = tally.sentences()
-    assert first.startswith(
-        "1 of 3 linears hold their zeros as gptq_v2 has them, though the config says gptq"
-    )
-    assert second.startswith("1 of 3 linears hold zeros that symmetric codes do not have")
+    assert first.startswith("1 of 3 linears store their zeros as in gptq_v2, though the config says gptq")
+    assert second.startswith("1 of 3 linears have zeros that do not fit symmetric codes")

@@ -43,7 +43,7 @@ def random_packed(linear: LinearInfo, quantize: QuantizeConfig, seed: int = 0) -
 def write_checkpoint(
     skeleton: Skeleton, out: Path, quantize: QuantizeConfig | None = None, **fields: Any
 ) -> dict[str, PackedTensors]:
-    """Write a whole checkpoint; return what was packed, by the linear's name in the model."""
+    """Write a complete checkpoint; return the packed tensors, by the linear's name in the model."""
     quantize = quantize or QuantizeConfig(group_size=32)
     packed = {linear.name: random_packed(linear, quantize) for linear in skeleton.linears}
     with CheckpointWriter(out, skeleton, quantize, **fields) as writer:

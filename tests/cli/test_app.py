@@ -78,9 +78,7 @@ def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
     for finding in REFUSAL.findings:
         assert finding.rule in outcome.err
     assert (
-        outcome.err.index("disk-offload")
-        < outcome.err.index("cpu-offload")
-        < outcome.err.index("stays-dense")
+        outcome.err.index("disk-offload") < outcome.err.index("cpu-offload") < outcome.err.index("left-dense")
     )
     assert outcome.err.endswith("error: refused by preflight: 1 error\n")
 
@@ -115,7 +113,7 @@ def test_a_refusal_as_json_holds_the_findings(jobs: FakeJobs, run: Run) -> None:
     assert [finding["rule"] for finding in error["findings"]] == [
         "disk-offload",
         "cpu-offload",
-        "stays-dense",
+        "left-dense",
     ]
 
 

@@ -113,10 +113,10 @@ def test_findings_are_part_of_the_result_and_warnings_reach_stderr_too(jobs: Fak
 
 
 def test_explain_needs_no_model(run: Run) -> None:
-    pytest.importorskip("gptq_cli.preflight.catalogue")
-    outcome = run("inspect-map", "--explain", "disk-offload")
-    assert outcome.code == 0
-    assert "disk" in outcome.out
+    for rule, word in (("disk-offload", "disk"), ("four-bits-only", "4-bit"), ("scales-finite", "NaN")):
+        outcome = run("inspect-map", "--explain", rule)
+        assert outcome.code == 0
+        assert word in outcome.out
     outcome = run("inspect-map", "--explain", "disk-offlaod")
     assert outcome.code == 2
     assert "did you mean disk-offload" in outcome.err

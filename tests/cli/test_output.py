@@ -16,8 +16,8 @@ from gptq_cli.cli.output import (
     Output,
     OutputLostError,
     Session,
+    StdoutText,
     Unbreakable,
-    Voice,
     watch,
 )
 from gptq_cli.display.choose import Progress
@@ -87,7 +87,7 @@ def test_warnings_reach_stderr_on_every_display(progress: Progress, in_result: b
     assert "CPU offload is not recommended" in " ".join(text.split())
     assert OFFLOAD in seen
     assert re.search(r"warning +w|warning: w|\"message\": \"w\"", text)
-    assert ("stays-dense" in text) == (not in_result and progress != "none")
+    assert ("left-dense" in text) == (not in_result and progress != "none")
     assert ("disk-offload" in text) == (REFUSED in seen) == (not in_result and progress != "none")
 
 
@@ -147,7 +147,7 @@ def test_generated_text_is_escaped_at_a_terminal_alone(terminal: bool, shown: st
             return terminal
 
     stream = Stream()
-    voice = Voice(cast(TextIO, stream))
+    text = StdoutText(cast(TextIO, stream))
     for piece in ("a\tb\n\x1b", "[2J\r"):
-        voice.say(piece)
+        text.write(piece)
     assert stream.getvalue() == shown

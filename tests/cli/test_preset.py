@@ -7,15 +7,14 @@ import threading
 from pathlib import Path
 
 import pytest
-import typer
 
-from gptq_cli.cli.app import app
-from gptq_cli.cli.preset import options_of, read_preset
+import gptq_cli
+from gptq_cli.cli.preset import shipped_presets
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from tests.cli.conftest import FakeJobs, Run
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_the_items_of_a_list_are_judged(jobs: FakeJobs, run: Run, preset: Path) 
         ("device_map = 0", "device_map is 0; allowed: a text in quotes, a table of names and values", ""),
         ("calibration = { a = 1 }", 'calibration is {"a": 1}; allowed: a text in quotes', ""),
         ("seed = 1979-05-27", 'seed is "1979-05-27"; allowed: a whole number', ""),
-        ("bits = ", "is no TOML", ""),
+        ("bits = ", "is not valid TOML", ""),
         ("group_size = 1\ngroup-size = 2", "has 'group_size' twice", ""),
     ],
 )
@@ -166,8 +165,8 @@ def test_a_long_map_in_a_preset_is_no_key(jobs: FakeJobs, run: Run, preset: Path
     ("data", "says"),
     [
         (b"# x\n" * 300_000, "has more than 1048576 bytes"),
-        (b"bits = " + b"9" * 5000, "is no TOML"),
-        (b"\x1f\x8b\x08\x00", "is no TOML"),
+        (b"bits = " + b"9" * 5000, "is not valid TOML"),
+        (b"\x1f\x8b\x08\x00", "is not valid TOML"),
         (b"x" * 100_000 + b" = 1", "has the unknown key"),
         (b'bits = "' + b"x" * 100_000 + b'"', "allowed: a whole number"),
     ],
@@ -208,7 +207,7 @@ def test_a_preset_that_is_not_there(jobs: FakeJobs, run: Run, tmp_path: Path) ->
     outcome = run("quantize", "M", "--config", str(tmp_path))
     assert (outcome.code, "is a directory" in outcome.err) == (2, True)
     (tmp_path / "latin.toml").write_bytes(b"out = '\xe9'")
-    assert "is no TOML" in run("quantize", "M", "--config", str(tmp_path / "latin.toml")).err
+    assert "is not valid TOML" in run("quantize", "M", "--config", str(tmp_path / "latin.toml")).err
 
 
 def test_the_preset_may_come_from_the_environment(
@@ -221,16 +220,62 @@ def test_the_preset_may_come_from_the_environment(
     assert jobs.job.quantize.bits == 8
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
-def test_every_shipped_preset_loads(jobs: FakeJobs, run: Run, path: Path) -> None:
-    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
-    assert read_preset(path, options_of(command))
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads(jobs: FakeJobs, run: Run, path: Path) -> None:
     outcome = run("quantize", "M", "--out", "O", "--config", str(path))
     assert outcome.code == 0, outcome.err
 
 
-def test_presets_are_shipped() -> None:
-    assert {path.name for path in CONFIGS.glob("*.toml")} >= {"w4g128.toml", "w8.toml", "two-gpus.toml"}
+@pytest.mark.parametrize("name", shipped_presets())
+def test_a_shipped_preset_is_found_by_name(
+    jobs: FakeJobs, run: Run, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()  # where a checkpoint may well be called so
+    monkeypatch.chdir(tmp_path)
+    outcome = run("quantize", "M", "--out", "O", "--config", name, "--seed", "3")
+    assert outcome.code == 0, outcome.err
+    config = jobs.job.quantize
+    assert name == f"w{config.bits}" or name == f"w{config.bits}g{config.group_size}"
+    assert jobs.job.calibration.seed == 3
+
+
+def test_presets_are_shipped_with_the_package() -> None:
+    assert set(shipped_presets()) >= {"w4g128", "w4g32", "w8"}
+    package = Path(gptq_cli.__file__).parent
+    assert all(path.is_relative_to(package) for path in shipped_presets().values())
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("w4g12", "did you mean --config w4g128?"),
+        ("w8g", "did you mean --config w8?"),
+        ("fastest", ""),
+    ],
+)
+def test_an_unknown_name_lists_what_is_available(jobs: FakeJobs, run: Run, name: str, hint: str) -> None:
+    outcome = run("quantize", "M", "--out", "O", "--config", name)
+    assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
+    available = ", ".join(shipped_presets())
+    expected = f"error: preset '{name}' is not found; available: {available}, or the path of a file\n"
+    assert outcome.err == expected + (f"  hint: {hint}\n" if hint else "")
+
+
+def test_a_path_still_works_even_without_a_suffix(
+    jobs: FakeJobs, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").write_text("bits = 8\n")
+    (tmp_path / "w4g128").write_text("bits = 3\n")
+    monkeypatch.chdir(tmp_path)
+    for value, bits in (("mine", 8), ("./w4g128", 3), ("w4g128", 4)):
+        assert run("quantize", "M", "--out", "O", "--config", value).code == 0
+        assert jobs.job.quantize.bits == bits
+
+
+def test_the_old_path_of_a_shipped_preset_says_its_name(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("quantize", "M", "--out", "O", "--config", "nowhere/w8.toml")
+    assert outcome.code == 2
+    assert "hint: did you mean --config w8, which comes with gptq?" in outcome.err
 
 
 @pytest.mark.parametrize(("written", "found"), [("64", 64), ("-1", -1), ('"auto"', "auto"), ("128", 128)])

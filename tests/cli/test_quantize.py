@@ -89,9 +89,9 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
         ("--device-map cuda:-1", "device map"),
         ("--device-map [1]", "JSON that is not an object"),
         ("--max-memory lots", "max memory"),
-        ("--max-shard-size huge", "max_shard_size: 'huge' is no size"),
+        ("--max-shard-size huge", "max_shard_size: 'huge' is not a size"),
         ("--max-shard-size 5Gb", "max_shard_size: '5Gb' reads as bits"),
-        ("--devices cuda:0=24GiB", "devices is given, but this is no dry run"),
+        ("--devices cuda:0=24GiB", "devices is given, but this is not a dry run"),
         ("--report nowhere/at/all/r.html", "which cannot be written"),
     ],
 )

@@ -1,4 +1,4 @@
-"""16-bit products in fp32: which are, which are not, and that one rounding is all that happens to them."""
+"""16-bit matmuls in fp32: which are, which are not, and that the result is rounded once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MULTIPLY_ADDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MULTIPLY_ADDS)
-def test_a_product_is_the_fp32_product_rounded_once(name: str, dtype: torch.dtype) -> None:
+def test_a_matmul_is_the_fp32_one_rounded_once(name: str, dtype: torch.dtype) -> None:
     x, w = normal(40, 64, dtype=dtype), normal(64, 24, dtype=dtype)
     product = MULTIPLY_ADDS[name]
     with Fp32Matmul():

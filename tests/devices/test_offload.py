@@ -202,7 +202,9 @@ def moves(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[tuple[str, 
     return seen
 
 
-def test_a_block_at_work_moves_there_and_home_again(model: nn.Module, moves: list[tuple[str, str]]) -> None:
+def test_a_block_moves_to_the_execution_device_and_back(
+    model: nn.Module, moves: list[tuple[str, str]]
+) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)) as chain:
         moves.clear()
         with chain.on_device("model.layers.2"):
@@ -214,7 +216,9 @@ def test_a_block_at_work_moves_there_and_home_again(model: nn.Module, moves: lis
         assert moves == []
 
 
-def test_a_block_goes_home_after_an_exception(model: nn.Module, moves: list[tuple[str, str]]) -> None:
+def test_a_block_returns_to_the_cpu_after_an_exception(
+    model: nn.Module, moves: list[tuple[str, str]]
+) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)) as chain:
         moves.clear()
         with pytest.raises(ValueError, match="x"), chain.on_device("model.layers.1"):
@@ -222,17 +226,17 @@ def test_a_block_goes_home_after_an_exception(model: nn.Module, moves: list[tupl
         assert moves[-1] == ("model.layers.1", "cpu")
 
 
-def test_the_last_link_goes_home_too(model: nn.Module, moves: list[tuple[str, str]]) -> None:
+def test_the_last_link_returns_to_the_cpu_too(model: nn.Module, moves: list[tuple[str, str]]) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)) as chain:
         moves.clear()
-        chain.send_home()
+        chain.return_to_cpu()
         assert moves == [(name, "cpu") for name in chain.hooked]
         moves.clear()
     homes = [name for name, device in moves if device == "cpu"]
     assert set(OFFLOADED) <= set(homes)
 
 
-def test_buffers_of_a_skipped_entry_go_to_the_execution_device_and_home(
+def test_buffers_of_a_skipped_entry_go_to_the_execution_device_and_back(
     model: nn.Module, moves: list[tuple[str, str]]
 ) -> None:
     with replace_dispatch_hooks(model, placement(*OFFLOADED)):
@@ -263,5 +267,5 @@ def test_one_device_touches_nothing(model: nn.Module, calls: list[tuple[str, ...
     ) as chain:
         assert chain.hooked == chain.skipped == ()
         with chain.on_device("model.layers.0"):
-            chain.send_home()
+            chain.return_to_cpu()
     assert calls == []

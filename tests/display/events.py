@@ -8,6 +8,8 @@ from dataclasses import replace
 
 from gptq_cli import events as e
 from gptq_cli.findings import Finding
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.results.load import (
     Agreement,
     Bench,
@@ -49,7 +51,7 @@ OFFLOAD = Finding(
     size_bytes=14_155_776,
 )
 DENSE = Finding(
-    rule="stays-dense",
+    rule="left-dense",
     level="note",
     subject="lm_head",
     message="stays dense: 28,311,552 of 134,515,008 parameters (21.0 %)",
@@ -154,6 +156,20 @@ def report(blocks: int = 3) -> RunReport:
         command_line=("gptq", "quantize", "HuggingFaceTB/SmolLM2-135M", "--out", "smol-w4g64"),
         settings=(("bits", 4), ("group_size", 64), ("sym", True), ("damp_percent", 0.05)),
         blocks=tuple(block_report(index) for index in range(blocks)),
+        schedule=Schedule(
+            micro_batch_samples=32,
+            seq_len=512,
+            blocks=tuple(
+                BlockSchedule(
+                    name=f"model.layers.{index}",
+                    storage_device=Device("cuda", 0),
+                    execution_device=Device("cuda", 0),
+                    replayed=None,
+                    expert_batch_bytes=512 * MIB,
+                )
+                for index in range(blocks)
+            ),
+        ),
     )
 
 
@@ -174,7 +190,7 @@ def load_report() -> LoadReport:
         use_cuda_fp16=False,
         kernels=(
             KernelCount(kernel="int4pack", linears=180, reason="4 bits, group 64, cpu, bfloat16"),
-            KernelCount(kernel="dequantize", linears=30, reason="K is no multiple of 32"),
+            KernelCount(kernel="dequantize", linears=30, reason="group size 48 is not a multiple of 32"),
         ),
         load_seconds=0.84,
         weight_bytes=114_200_000,
@@ -237,14 +253,14 @@ def verify_report(*, sound: bool) -> VerifyReport:
         modules=names,
     )
     dtype = Finding(
-        rule="target-dtype",
+        rule="half-precision",
         level="warning",
         subject="vllm",
         message="the model's dtype is float32; its kernels run in float16 or bfloat16",
         hint="start the server with --dtype float16",
     )
     bits = Finding(
-        rule="target-bits",
+        rule="four-bits-only",
         level="error",
         subject="exllamav2",
         message="3-bit codes; allowed: 4",
@@ -253,20 +269,30 @@ def verify_report(*, sound: bool) -> VerifyReport:
     return VerifyReport(
         path="smol-w4g64",
         checks=(
-            RuleResult("files", "heads, sizes and config agree", ()),
+            RuleResult("files", "headers, sizes and config agree", ()),
             RuleResult("scales", "scales are finite", () if sound else (scales,)),
         ),
         targets=(
             TargetReport(
                 target="vllm",
                 rules=(
-                    RuleResult("config-json", "All readers but GPTQModel read config.json alone.", ()),
+                    RuleResult(
+                        "config-json",
+                        "All readers but GPTQModel read config.json alone.",
+                        (),
+                    ),
                     RuleResult("half-precision", "The kernels run in half precision.", (dtype,)),
                 ),
             ),
             TargetReport(
                 target="exllamav2",
-                rules=(RuleResult("four-bits-only", "ExLlamaV2's GPTQ kernel.", () if sound else (bits,)),),
+                rules=(
+                    RuleResult(
+                        "four-bits-only",
+                        "ExLlamaV2's GPTQ kernel reads 4-bit codes only.",
+                        () if sound else (bits,),
+                    ),
+                ),
             ),
         ),
         tensors=903,
@@ -277,7 +303,7 @@ def verify_report(*, sound: bool) -> VerifyReport:
 
 
 def sample_run(blocks: int = 3) -> Iterator[tuple[float, e.Event]]:
-    """The whole run: (seconds since its start, event)."""
+    """The complete run: (seconds since its start, event)."""
     now = 0.0
     yield (
         now,

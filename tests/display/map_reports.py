@@ -90,7 +90,7 @@ PLAN = QuantizePlan(
 
 
 def fits() -> MapReport:
-    """Two cards and a CPU for the head."""
+    """Two cards, and a CPU for the output head."""
     return MapReport(
         model="meta-llama/Llama-3.1-8B",
         architecture="LlamaForCausalLM",

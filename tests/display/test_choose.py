@@ -70,7 +70,7 @@ def test_none_shows_warnings_alone() -> None:
     warned = [line for line in stream.getvalue().splitlines() if not line.startswith("  hint: ")]
     assert len(warned) == len(told) + 1
     assert all(line.startswith("warning") for line in warned)
-    assert "stays-dense" not in stream.getvalue()
+    assert "left-dense" not in stream.getvalue()
 
 
 def test_quiet_is_quiet() -> None:

@@ -7,27 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptq_cli.display import format as fmt
+from gptq_cli.placement.device import format_size
 
 NAMES = st.lists(st.text("abcdefgh_0123", min_size=1, max_size=12), min_size=1, max_size=8).map(".".join)
 
 
-@pytest.mark.parametrize(
-    ("size_bytes", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "0.98 KiB"),
-        (1536, "1.50 KiB"),
-        (10 * 2**20, "10.0 MiB"),
-        (999 * 2**20, "999 MiB"),
-        (1000 * 2**20, "0.98 GiB"),
-        (24 * 2**30, "24.0 GiB"),
-        (3 * 2**40, "3.00 TiB"),
-        (-1536, "-1.50 KiB"),
-    ],
-)
-def test_size(size_bytes: int, text: str) -> None:
-    assert fmt.size(size_bytes) == text
+def test_tables_and_messages_write_sizes_alike() -> None:
+    assert fmt.size is format_size
 
 
 @pytest.mark.parametrize(

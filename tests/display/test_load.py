@@ -37,7 +37,7 @@ def test_targets_alone_claim_nothing_about_the_values() -> None:
 
 def test_a_load_that_proved_nothing_claims_nothing() -> None:
     text = rendered(load_summary(replace(load_report(), perplexity=None, new_tokens=0)))
-    for word in ("perplexity", "generated", "KL", "gates", "tokens a second", "sound"):
+    for word in ("perplexity", "generated", "KL", "gates", "tokens per second", "sound"):
         assert word not in text
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptq_cli.display.maps import PARTS, bar_segments, guides, map_summary
-from gptq_cli.results.map import DevicePlan
+from gptq_cli.display.maps import bar_segments, guides, map_summary
+from gptq_cli.results.map import DEVICE_PARTS, DevicePlan
 from tests.display.map_reports import CARD, fits, planned, refused
 from tests.display.test_tables import rendered
 from tests.golden import check_golden
@@ -38,7 +38,7 @@ def test_the_lines_of_a_tree() -> None:
 
 @given(st.lists(SIZES, min_size=6, max_size=6), st.integers(1, 2**40), st.integers(1, 200))
 def test_a_bar_is_always_as_long_as_asked(parts: list[int], limit: int, cells: int) -> None:
-    held = dict(zip((name for name, *_ in PARTS), parts, strict=True))
+    held = dict(zip((name for name, _ in DEVICE_PARTS), parts, strict=True))
     plan = DevicePlan(device="cpu", total_bytes=limit, free_bytes=limit, limit_bytes=limit, **held)
     glyphs = "".join(glyphs for glyphs, _ in bar_segments(plan, cells))
     assert len(glyphs) == cells

@@ -29,7 +29,7 @@ def test_the_log_of_a_whole_run() -> None:
     check_golden("plain_run.txt", text)
 
 
-def test_samples_are_no_lines_but_a_long_stage_is_not_silent() -> None:
+def test_samples_get_no_lines_but_a_long_stage_is_not_silent() -> None:
     clock, stream = Clock(), io.StringIO()
     display = PlainDisplay(stream, clock)
     for done in range(1, 100):

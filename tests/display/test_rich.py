@@ -140,7 +140,7 @@ def test_findings_in_a_row_are_one_table() -> None:
     terminal.display(e.FindingRaised(OFFLOAD))
     assert terminal.settled == ""
     terminal.display(e.PhaseStarted("load"))
-    assert terminal.settled.index("cpu-offload") < terminal.settled.index("stays-dense")
+    assert terminal.settled.index("cpu-offload") < terminal.settled.index("left-dense")
 
 
 def test_findings_are_not_lost_when_the_run_is_refused() -> None:

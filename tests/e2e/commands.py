@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gptq_cli.cli.app import main
+from gptq_cli.cli.failure import INTERRUPTED
 
 FAST = ("--samples", "8", "--seq-len", "48", "--group-size", "32", "--progress", "none")
 
@@ -28,11 +30,22 @@ class Ran:
         return json.loads(self.stdout)
 
 
-def gptq(*words: object) -> Ran:
-    """`gptq words…`, in this process."""
+def gptq(*words: object, interrupted: bool = False) -> Ran:
+    """`gptq words…`, in this process; `interrupted`: the test itself sends a signal."""
+    return in_process(main, [str(word) for word in words], interrupted=interrupted)
+
+
+def in_process(command: Callable[[list[str]], int], words: list[str], *, interrupted: bool = False) -> Ran:
+    """`command(words)` with its streams kept.
+
+    `main` turns Ctrl-C into exit code 130. Where the test did not interrupt the command itself
+    (`interrupted`), it was the person at the terminal, who wants the test run to end.
+    """
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = main([str(word) for word in words])
+        code = command(words)
+    if code == INTERRUPTED and not interrupted:
+        raise KeyboardInterrupt
     return Ran(code, out.getvalue(), err.getvalue())
 
 

@@ -305,7 +305,7 @@ def test_directories_that_nobody_may_enter(tiny_llama: Path, tmp_path: Path) -> 
         ("a.jsonl", b'{"text":' + b"[" * 200_000, "line 1 is nested too deeply"),
         ("a.jsonl", b'{"text":' + b"9" * 5000 + b"}", "line 1 cannot be read"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 1: message 1"),
-        ("a.parquet", b"PAR1" + b"\0" * 100, "is no readable Parquet file"),
+        ("a.parquet", b"PAR1" + b"\0" * 100, "is not a readable Parquet file"),
         ("a.txt", b"\x1f\x8b\x08\x00", "is gzip"),
         ("a.txt", b"na\xefve", "is not UTF-8"),
     ],

@@ -15,7 +15,7 @@ import pytest
 
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.jobs import quantizing
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 
@@ -24,8 +24,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def quantized(model: Path, out: Path, text: Path, *more: str) -> Ran:
-    return gptq("quantize", model, "--out", out, "--calibration", text, "--recipe", "fast", *FAST, *more)
+def quantized(model: Path, out: Path, text: Path, *more: str, interrupted: bool = False) -> Ran:
+    words = ("quantize", model, "--out", out, "--calibration", text, "--recipe", "fast", *FAST, *more)
+    return gptq(*words, interrupted=interrupted)
 
 
 def while_it_works(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
@@ -104,7 +105,7 @@ def test_a_signal_before_the_last_rename_interrupts(
     assert quantized(tiny_llama, out, text).code == 0
     before = os.stat(out).st_ino
     while_it_works(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert quantized(tiny_llama, out, text, "--overwrite").code == 130
+    assert quantized(tiny_llama, out, text, "--overwrite", interrupted=True).code == 130
     assert os.stat(out).st_ino == before
     assert names(tmp_path) == ["q"]
 

@@ -7,7 +7,6 @@ option of a name wins, and the command is run again.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import shlex
@@ -22,9 +21,10 @@ import transformers
 
 from gptq_cli.cli.app import main
 from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.jobs import inspecting, quantizing
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase
-from gptq_cli.preflight.catalogue import RULES
+from gptq_cli.preflight.registry import RULES
 from gptq_cli.preflight.rules.quantization import bfloat16_support
 from tests.fabricated import fabricate
 from tests.preflight.shapes import SMALL_WORK, llama
@@ -168,8 +168,7 @@ def _once(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., An
 @pytest.fixture(scope="module", autouse=True)
 def _each_model_is_opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("inspect_map", "quantize"):  # the package has functions of these names
-            module = importlib.import_module(f"gptq_cli.jobs.{name}")
+        for module in (inspecting, quantizing):
             patch.setattr(module, "open_skeleton", _once(module.open_skeleton, key=lambda files, ref: ref))
             patch.setattr(module, "model_facts", _once(module.model_facts, key=id))
         yield
@@ -233,7 +232,7 @@ NOTHING_TO_PASTE = {
 
 def test_every_rule_with_options_in_its_hint_is_tried() -> None:
     for rule in PROSE:
-        source = inspect.getsource(RULES[rule])
+        source = inspect.getsource(RULES[rule].check)
         hints = [line for line in source.splitlines() if "hint" in line]
         assert not [line for line in hints if '"--' in line or "instead(" in line or "elsewhere" in line], (
             rule
@@ -298,7 +297,6 @@ def test_inspect_map_says_what_the_job_would(
     model: str,
     words: str,
 ) -> None:
-    quantizing = importlib.import_module("gptq_cli.jobs.quantize")
     monkeypatch.setattr(quantizing, "_tokens", lambda *_: (None, PreflightReport()))  # text is not compared
     options = [str(models(model)), "--devices", BIG, *shlex.split(words), "--json", "--progress", "none"]
     documents = []

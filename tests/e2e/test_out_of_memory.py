@@ -23,11 +23,7 @@ from gptq_cli.engine import capture, forwards, loop
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
-from gptq_cli.jobs import evaluate as proving
-from gptq_cli.jobs import inspect_map as inspecting
-from gptq_cli.jobs import load as loading
-from gptq_cli.jobs import quantize as quantizing
-from gptq_cli.jobs import steps
+from gptq_cli.jobs import evaluating, inspecting, loading, quantizing, steps
 from gptq_cli.model import skeleton, source, streamed, weights
 from tests.e2e.commands import FAST, gptq, write_text
 
@@ -64,7 +60,7 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "flush": (engine_run, "flush", "after quantizing block model.layers.2"),
     "dense": (writer.CheckpointWriter, "copy_dense", "while writing the tensors that stay dense"),
     "report": (quantizing, "summarize", "after writing the tensors that stay dense"),
-    "finish": (writer.CheckpointWriter, "finish", "after writing the tensors that stay dense"),
+    "complete": (writer.CheckpointWriter, "complete", "after writing the tensors that stay dense"),
 }
 INSPECT: dict[str, tuple[Any, str, str]] = {
     "find": (inspecting, "find_model", OPENING),
@@ -77,13 +73,13 @@ LOAD: dict[str, tuple[Any, str, str]] = {
     "verify": (verify, "open_checkpoint", "while verifying the files"),
     "open": (loading, "open_checkpoint", OPENING),
     "windows": (loading, "evaluation_windows", OPENING),
-    "against": (proving, "open_skeleton", OPENING),
+    "against": (evaluating, "open_skeleton", OPENING),
     "load": (loading, "load_quantized", "while loading the weights"),
     "pack": (opening, "read_packed", "while loading the weights"),
-    "generate": (proving, "generate", "while generating text"),
-    "bench": (proving, "measure_speed", "while measuring speed"),
+    "generate": (evaluating, "generate", "while generating text"),
+    "bench": (evaluating, "measure_speed", "while measuring speed"),
     "dense": (weights.AutoModelForCausalLM, "from_pretrained", "while loading the dense model"),
-    "evaluate": (proving, "compare", "while evaluating"),
+    "evaluate": (evaluating, "compare", "while evaluating"),
 }
 
 
@@ -145,7 +141,6 @@ def test_quantize(
 @pytest.mark.parametrize(("step", "face"), with_faces(INSPECT))
 def test_inspect_map(step: str, face: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if step == "table":
-        monkeypatch.setattr(output.json, "dumps", lambda *_, **__: "{}")
         monkeypatch.setattr(output, "document", lambda report: (_ for _ in ()).throw(FACES[face]()))
         assert gptq("inspect-map", tiny_llama, "--json").code == 4
         return
@@ -165,8 +160,8 @@ def test_load(
     fails(monkeypatch, LOAD[step], face)
     words: tuple[object, ...] = ("--prompt", "a", "--max-new-tokens", "2", "--bench", "--eval", text)
     words = (*words, "--seq-len", "48", "--windows", "2", "--against", tiny_llama, "--progress", "none")
-    monkeypatch.setattr(proving, "PROMPT_TOKENS", 8)
-    monkeypatch.setattr(proving, "ROUNDS", 1)
+    monkeypatch.setattr(evaluating, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(evaluating, "ROUNDS", 1)
     told(("load", checkpoint, *(("--verify",) if step == "verify" else ()), *words), LOAD[step][2])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gptq_cli.checkpoint.writer as writer_module
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.devices import fp32_matmul as products
-from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.engine.run import EngineRun
 from gptq_cli.gptq import hessian, moments
 from gptq_cli.gptq import matmul as precision
-from gptq_cli.gptq.packing import unpack
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.gptq.packing import PackedTensors, unpack
+from gptq_cli.jobs import quantizing
 from gptq_cli.model.blocks import assign
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
@@ -79,7 +80,7 @@ def dense_perplexity(model: Path, out: Path, text: Path) -> float:
             part: tensors[f"{info.source_name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
         }
         codes, zeros = unpack(
-            writer_module.PackedLinear(**packed),
+            PackedTensors(**packed),
             4,
             checkpoint.checkpoint_format,
             info.in_features,
@@ -162,7 +163,13 @@ def test_parked_and_replayed_forwards_write_the_same_bytes(
     name: str, tiny: TinyFactory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linears_of(tiny(name), text, tmp_path / "parked")
-    monkeypatch.setattr(quantizing, "LoopOptions", lambda **o: LoopOptions(**o | {"parked": False}))
+    run = quantizing.quantize_model
+
+    def replayed(engine_run: EngineRun, *others: Any) -> Any:
+        blocks = tuple(replace(block, replayed="memory") for block in engine_run.schedule.blocks)
+        return run(replace(engine_run, schedule=replace(engine_run.schedule, blocks=blocks)), *others)
+
+    monkeypatch.setattr(quantizing, "quantize_model", replayed)
     linears_of(tiny(name), text, tmp_path / "replayed")
     parked, replayed = ((tmp_path / way / "model.safetensors").read_bytes() for way in ("parked", "replayed"))
     assert parked == replayed
@@ -194,9 +201,13 @@ def test_bfloat16_costs_little_with_and_without_units(
 
 def test_what_is_said_of_the_forwards_is_what_happens(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     words = ("quantize", tiny_llama, "--calibration", text, *FAST[:-1], "plain")
-    assert "parked, each linear runs once" in gptq(*words, "--out", tmp_path / "a").stderr
-    said = gptq(*words, "--out", tmp_path / "b", "--no-true-sequential").stderr
-    assert "replayed in 3 of 3 blocks (--no-true-sequential)" in said
+    assert "passes one per block, 8 samples at a time" in gptq(*words, "--out", tmp_path / "a").stderr
+    planned = json.loads((tmp_path / "a" / "report.json").read_text())["schedule"]
+    assert planned["micro_batch_samples"] == 8
+    assert [block["replayed"] for block in planned["blocks"]] == [None] * 3
+    options = ("--no-true-sequential", "--batch-size", "1")
+    said = gptq(*words, "--out", tmp_path / "b", *options).stderr
+    assert "passes several per block because of --no-true-sequential, 1 sample at a time" in said
 
 
 def damaged(model: Path, tmp_path: Path, name: str, value: float) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gptq_cli.engine import loop
-from gptq_cli.jobs import quantize as quantizing
+from gptq_cli.jobs import quantizing
 from gptq_cli.report import page
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
@@ -18,7 +18,7 @@ DISPLAYS = ("auto", "rich", "plain", "jsonl", "none")
 SMALL = FAST[:-2]
 SPILLED = ("--devices", "cuda:0=24GiB,cpu=64GiB", "--device-map", "model.layers.0=cpu,rest=0")
 OFFLOAD = "[cpu-offload] device map: CPU offload is not recommended"
-LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does it all"
+LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does all the work"
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_quantize(
 ) -> None:
     """A finding of preflight, a warning of the engine, one of a library, and a page that is not written."""
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(loop.LeakWatch, "see", lambda self, after: ("memory of xpu:0 grows",))
+    monkeypatch.setattr(loop.LeakWatch, "check", lambda self, after: ("memory of xpu:0 grows",))
     run = quantizing.quantize_model
 
     def warning(*words: Any) -> Any:
@@ -108,7 +108,7 @@ def test_a_page_that_cannot_be_written_is_in_the_result(
     monkeypatch.setattr(page, "report_html", full)
     words = ("--out", tmp_path / "q", "--calibration", text, *FAST, "--json")
     ran = gptq("quantize", tiny_llama, *words, "--report", tmp_path / "run.html")
-    told_everywhere(ran, f"the report {tmp_path / 'run.html'} was not written: No space left", quiet=False)
+    told_everywhere(ran, f"the report {tmp_path / 'run.html'} was not written: no space left", quiet=False)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
@@ -120,7 +120,7 @@ def test_load(display: str, quiet: bool, checkpoint: Path, monkeypatch: pytest.M
     words = (*words, "--max-new-tokens", "2")
     ran = gptq(*words, "--json")
     told_everywhere(ran, LAUNCHED, quiet=quiet)
-    told_everywhere(ran, "[target-dtype] vllm: the model's dtype is float32", quiet=quiet)
+    told_everywhere(ran, "[half-precision] vllm: the model's dtype is float32", quiet=quiet)
     assert LAUNCHED in flat(gptq(*words).stdout)
 
 
@@ -128,7 +128,7 @@ def test_load(display: str, quiet: bool, checkpoint: Path, monkeypatch: pytest.M
 def test_load_that_judges_files_alone(quiet: bool, checkpoint: Path) -> None:
     words = ("load", checkpoint, "--target", "vllm", "--progress", "none", *(("--quiet",) if quiet else ()))
     ran = gptq(*words, "--json")
-    told_everywhere(ran, "[target-dtype] vllm: the model's dtype is float32", quiet=quiet)
+    told_everywhere(ran, "[half-precision] vllm: the model's dtype is float32", quiet=quiet)
 
 
 def test_load_against_a_dense_model_tells_of_it(

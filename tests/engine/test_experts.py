@@ -1,4 +1,4 @@
-"""Experts that tokens choose: each gets a Hessian, however few tokens chose it."""
+"""Experts: each gets a Hessian, however few tokens were routed to it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.engine import loop
+from gptq_cli.engine import block as block_module
+from gptq_cli.engine.block import Block
 from gptq_cli.engine.capture import BlockCall, Captured
-from gptq_cli.engine.loop import Block, LoopOptions, quantize_blocks
+from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.engine.stages import Stage, collection_passes
+from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Event, Warned
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.placement.device import CPU
+from gptq_cli.placement.schedule import BlockSchedule, ReplayReason
 from gptq_cli.results.run import LinearReport
 from tests.gptq.cases import activations, weights
 
@@ -34,7 +37,7 @@ class Expert(nn.Module):
 
 
 class Routed(nn.Module):
-    """Expert 3 is never chosen, expert 2 by one token in a hundred, the others share the rest."""
+    """Expert 3 gets no token, expert 2 one in a hundred, the others share the rest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +55,19 @@ class Routed(nn.Module):
         return out.view(x.shape)
 
 
-def quantized(config: QuantizeConfig, events: list[Event]) -> dict[str, LinearReport]:
+def block_schedule(replayed: ReplayReason | None, expert_batch_bytes: int = 1 << 30) -> BlockSchedule:
+    return BlockSchedule(
+        name="layers.0",
+        storage_device=CPU,
+        execution_device=CPU,
+        replayed=replayed,
+        expert_batch_bytes=expert_batch_bytes,
+    )
+
+
+def quantized(
+    config: QuantizeConfig, events: list[Event], schedule: BlockSchedule | None = None
+) -> dict[str, LinearReport]:
     module = Routed()
     infos = tuple(
         LinearInfo(
@@ -74,10 +89,10 @@ def quantized(config: QuantizeConfig, events: list[Event]) -> dict[str, LinearRe
     )
     handed: list[tuple[LinearInfo, PackedTensors]] = []
     (report,) = quantize_blocks(
-        [Block("layers.0", module, torch.device("cpu"), infos)],
+        [Block(schedule or block_schedule("experts"), module, infos)],
         captured,
         config,
-        LoopOptions(parked=True, strict=True, devices=(CPU,)),
+        LoopOptions(strict=True, devices=(CPU,)),
         lambda info, packed: handed.append((info, packed)),
         events.append,
     )
@@ -86,7 +101,7 @@ def quantized(config: QuantizeConfig, events: list[Event]) -> dict[str, LinearRe
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
-def test_an_expert_that_nobody_chose_is_quantized_by_gptq(true_sequential: bool) -> None:
+def test_an_expert_without_a_token_is_quantized_by_gptq(true_sequential: bool) -> None:
     events: list[Event] = []
     config = QuantizeConfig(group_size=32, solve_for="own", true_sequential=true_sequential)
     reports = quantized(config, events)
@@ -100,18 +115,49 @@ def test_an_expert_that_nobody_chose_is_quantized_by_gptq(true_sequential: bool)
 
 
 def test_without_the_pool_it_would_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "shrink_to_pooled", lambda moments: [moment.hessian() for moment in moments])
-    with pytest.raises(loop.NotPositiveDefinite, match="no calibration token"):
+    monkeypatch.setattr(
+        block_module, "shrink_to_pooled", lambda moments: [moment.hessian() for moment in moments]
+    )
+    with pytest.raises(NotPositiveDefinite, match="no calibration token"):
         quantized(QuantizeConfig(group_size=32, solve_for="own"), [])
 
 
-def test_waves_hold_one_width_and_no_more_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_experts_that_the_plan_did_not_know_are_replayed_and_warned_of(true_sequential: bool) -> None:
+    """A plan that has the block parked is corrected: same result, and one warning more."""
+    config = QuantizeConfig(group_size=32, solve_for="own", true_sequential=true_sequential)
+    planned: list[Event] = []
+    corrected: list[Event] = []
+    ours = quantized(config, corrected, block_schedule(None))
+    theirs = quantized(config, planned, block_schedule("experts"))
+    assert [r.loss for r in ours.values()] == [r.loss for r in theirs.values()]
+    more, usual = ([e.message for e in events if isinstance(e, Warned)] for events in (corrected, planned))
+    assert more[1:] == usual
+    assert "'experts.0.up' and 7 more linears see a part of the tokens" in more[0]
+    assert "replayed" in more[0]
+
+
+def test_expert_batches_change_nothing_but_the_pool_they_share() -> None:
+    """Small batches: each expert is alone with its Hessian, so that one without a token cannot be solved."""
+    alone = block_schedule("experts", expert_batch_bytes=1)
+    with pytest.raises(NotPositiveDefinite, match="no calibration token"):
+        quantized(QuantizeConfig(group_size=32, solve_for="own"), [], alone)
+
+
+def test_expert_batches_hold_one_width_and_no_more_than_fits() -> None:
     once = Stage(("q",))
     wide, narrow = ([Stage((f"{i}.{kind}",), once=False) for i in range(3)] for kind in ("up", "down"))
     mixed = [stage for pair in zip(wide, narrow, strict=True) for stage in pair]
     columns = {"q": 8, **{s.leader: 64 for s in wide}, **{s.leader: 16 for s in narrow}}
-    rounds = collection_passes([once, *mixed], columns, true_sequential=True)
-    assert rounds == [[once], wide, narrow]
-    monkeypatch.setattr("gptq_cli.engine.stages.EXPERT_BATCH_BYTES", 2 * 4 * 64 * 64)
-    rounds = collection_passes([once, *mixed], columns, true_sequential=False)
-    assert rounds == [[once], wide[:2], wide[2:], narrow]
+
+    def passes(schedule: BlockSchedule, *, true_sequential: bool) -> list[list[Stage]]:
+        return collection_passes(
+            [once, *mixed],
+            columns,
+            true_sequential=true_sequential,
+            experts_per_batch=schedule.experts_per_batch,
+        )
+
+    assert passes(block_schedule("experts"), true_sequential=True) == [[once], wide, narrow]
+    two = block_schedule("experts", expert_batch_bytes=2 * 4 * 64 * 64)
+    assert passes(two, true_sequential=False) == [[once], wide[:2], wide[2:], narrow]

@@ -24,14 +24,14 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def opened(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    """(packed model, its dense twin, tokenizer), float32."""
+    """(packed model, its dense copy, tokenizer), float32."""
     target = tmp_path_factory.mktemp("generation") / "q"
     weights = quantize_directory(tiny_llama, target, Recipe(group_size=32))
     return load(target), dense_copy(tiny_llama, weights, torch.float32), open_tokenizer(target)
 
 
-def test_greedy_text_is_the_dense_twins(opened: tuple[Any, Any, Any]) -> None:
-    model, twin, tokenizer = opened
+def test_greedy_text_is_that_of_the_dense_copy(opened: tuple[Any, Any, Any]) -> None:
+    model, dense_copy, tokenizer = opened
     pieces: list[str] = []
     counts: list[int] = []
 
@@ -41,7 +41,7 @@ def test_greedy_text_is_the_dense_twins(opened: tuple[Any, Any, Any]) -> None:
 
     made = generate(model, tokenizer, "The import statement", 24, take)
     ids = tokenizer("The import statement", return_tensors="pt")["input_ids"]
-    out = twin.generate(
+    out = dense_copy.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=1
     )
     assert made.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
@@ -125,7 +125,7 @@ SPACED = ["\u2581", "\u2581then", "\u2581more", "\u2581'", "\u2581m", "\u2581x",
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """Llama 2's, Mistral's and Gemma's kind: what is no word is spelt in bytes, `<0xE9>`."""
+    """As in Llama 2, Mistral and Gemma: what is not a word is spelt in bytes, `<0xE9>`."""
     vocabulary = {"<unk>": 0, "</s>": 1} | {f"<0x{byte:02X}>": byte + 2 for byte in range(256)}
     vocabulary |= {word: 258 + number for number, word in enumerate(SPACED)}
     made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
@@ -243,11 +243,11 @@ def guided(opened: tuple[Any, Any, Any]) -> Any:
 
 
 def test_settings_that_are_followed(guided: Any, opened: tuple[Any, Any, Any]) -> None:
-    _, twin, tokenizer = opened
+    _, dense_copy, tokenizer = opened
     plain = guided()
     ids = tokenizer("The import", return_tensors="pt")["input_ids"]
     for settings in ({"num_beams": 3}, {"repetition_penalty": 3.0}, {"suppress_tokens": list(range(200))}):
-        out = twin.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1, **settings)
+        out = dense_copy.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1, **settings)
         made = guided(**settings)
         assert made.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert made.text != plain.text

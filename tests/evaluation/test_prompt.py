@@ -120,7 +120,7 @@ def test_a_template_of_several_is_the_default_one(tokenizer: Any) -> None:
 def test_a_tokenizer_whose_template_makes_no_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer.chat_template = "x"
     monkeypatch.setattr(type(tokenizer), "apply_chat_template", lambda self, messages, **options: [1, 2])
-    with pytest.raises(ConfigError, match="makes a list, not a text"):
+    with pytest.raises(ConfigError, match="returns a list, not a text"):
         encode_prompt(tokenizer, "hi")
 
 

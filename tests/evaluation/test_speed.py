@@ -41,6 +41,6 @@ def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path,
 
 
 @pytest.mark.parametrize("field", ["prompt_tokens", "new_tokens", "rounds"])
-def test_numbers_are_judged(field: str) -> None:
+def test_numbers_are_checked(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         measure_speed(None, **{field: 0})

@@ -5,7 +5,7 @@ What `make test-fake` does. Where there can be no make-believe CUDA it says why,
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ FOLDERS = ("tests/gpu", "tests/fakecuda")
 
 
 def main(options: Sequence[str]) -> int:
-    """The exit code: pytest's, or 0 where nothing can be run."""
+    """0 where nothing can be run; else this process becomes pytest, so that a signal reaches it."""
     reason = why_not()
     if reason is not None:
         print(f"make-believe CUDA: skipped, {reason}")
@@ -24,7 +24,7 @@ def main(options: Sequence[str]) -> int:
     build()
     folders = () if any(option.startswith("tests/") for option in options) else FOLDERS
     command = [sys.executable, "-m", "pytest", *PLUGIN, *folders, *options]
-    return subprocess.run(command, check=False).returncode
+    return os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine import loop
+from gptq_cli.engine import block
 from tests.e2e.commands import gptq
 from tests.fakecuda.runs import quantize
 
@@ -54,13 +54,13 @@ def test_while_quantizing(
 
 def test_while_solving(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, text: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    solve = loop.quantize_linears
+    solve = block.quantize_linears
 
     def noted(weights: list[Tensor], *args: Any, **options: Any) -> Any:
         seen.append((weights[0].device.index, torch.accelerator.current_device_index()))
         return solve(weights, *args, **options)
 
-    monkeypatch.setattr(loop, "quantize_linears", noted)
+    monkeypatch.setattr(block, "quantize_linears", noted)
     quantize(tiny("llama"), tmp_path / "out", text, "--device-map", "model.layers.1=1,rest=0")
     assert {here for here, _ in seen} == {0, 1}
     assert all(here == current for here, current in seen)
@@ -72,6 +72,5 @@ def test_while_loaded(device_map: str, calls: Calls, tiny: Tiny, text: Path, tmp
     words = ("--prompt", "the model", "--max-new-tokens", 3, "--eval", text, "--windows", 2, "--seq-len", 32)
     ran = gptq("load", done.out, "--device-map", device_map, *words, "--progress", "none")
     assert ran.code == 0, ran.stderr
-    inside = [call for call in calls if call[0] != call[1]]
-    last = "model.norm runs outside the blocks, where the main device is current"
-    assert len(inside) <= (len(calls) // 7 if "," in device_map else 0), last
+    assert calls
+    assert [call for call in calls if call[0] != call[1]] == []

@@ -13,7 +13,7 @@ import torch
 from accelerate.hooks import CpuOffload
 from torch import nn
 
-from gptq_cli.engine import loop, run
+from gptq_cli.engine import block, run
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import quantize, words_for
@@ -66,7 +66,7 @@ def assert_at_home_without_hooks(watch: Watch) -> None:
 
 def at_block(number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do `act` when the first linear of the block of this number is packed."""
-    pack = loop.pack
+    pack = block.pack
     count = iter(range(10_000))
 
     def acting(*args: Any) -> Any:
@@ -74,7 +74,7 @@ def at_block(number: int, act: Callable[[], object], monkeypatch: pytest.MonkeyP
             act()
         return pack(*args)
 
-    monkeypatch.setattr(loop, "pack", acting)
+    monkeypatch.setattr(block, "pack", acting)
 
 
 def test_after_success(watch: Watch, tiny: Tiny, text: Path, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_after_an_interruption(
     tmp_path: Path,
 ) -> None:
     at_block(block, lambda: os.kill(os.getpid(), number), monkeypatch)
-    ran = gptq(*words_for(tiny("llama"), tmp_path / "out", text, "--device-map", MAP))
+    ran = gptq(*words_for(tiny("llama"), tmp_path / "out", text, "--device-map", MAP), interrupted=True)
     assert ran.code == 130, ran.stderr
     assert_at_home_without_hooks(watch)
     assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptq_cli.gptq.factor import current, damping_steps, dead_columns, factorize, reverse_in_place
+from gptq_cli.gptq.factor import (
+    columns_with_feedback,
+    damping_steps,
+    dead_columns,
+    factorize,
+    reverse_in_place,
+)
 from tests import reference
 from tests.gptq.cases import activations, weights
 
@@ -36,7 +42,7 @@ def test_current_columns_are_those_of_the_paper() -> None:
     work = W.clone()
     work[:24] = (E.T @ U).T[:24]  # D = W - Q on the columns that are done
     for a, b in ((24, 32), (24, 40), (0, 8)):
-        B, UT = current(work, factor.RT, a, b)
+        B, UT = columns_with_feedback(work, factor.RT, a, b)
         torch.testing.assert_close(UT.T, U[a:b, a:b], rtol=1e-9, atol=1e-12)
         want = work[a:b] - (E[:a].T @ U[:a, a:b]).T if a else work[:b]
         torch.testing.assert_close(B, want, rtol=1e-9, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The asymmetric target: what it minimises, and how far to trust it."""
+"""The asymmetric step: what it minimises, and how far it goes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_codes_of_the_target_answer_the_dense_model_better() -> None:
 
 @pytest.mark.parametrize("tokens", [40, 4000])
 def test_the_held_out_alpha_is_the_best_of_a_scan(tokens: int) -> None:
-    """Few tokens: trust the step less. Many: fully."""
+    """Few tokens: a shorter step. Many: the full one."""
     W = weights(6, 32)
     dense, quant = streams(tokens + 3000, 32)
     H, D = moments(dense[:tokens], quant[:tokens])
@@ -108,8 +108,8 @@ def test_held_out_tokens_choose_the_damping_too(cut: int, noise: float, damps: t
         (e.T @ x / len(x), x.T @ x / len(x))
         for e, x in ((errors[:cut], quant[:cut]), (errors[cut:], quant[cut:]))
     )
-    trust = choose_step(B, H, B_held, H_held, 0.0005)
-    assert damps[0] <= trust.damp_percent <= damps[1]
+    choice = choose_step(B, H, B_held, H_held, 0.0005)
+    assert damps[0] <= choice.damp_percent <= damps[1]
 
     def change(damp: float) -> float:
         V, _ = asymmetric_step(B, H, damp)
@@ -117,7 +117,7 @@ def test_held_out_tokens_choose_the_damping_too(cut: int, noise: float, damps: t
         return held_out_alpha(B_held, V, H_held)[1]
 
     scan = min(change(0.0005 * 2**i) for i in range(10))
-    assert scan <= change(trust.damp_percent) < 0.9 * scan < 0
+    assert scan <= change(choice.damp_percent) < 0.9 * scan < 0
 
 
 def test_a_step_that_held_out_tokens_speak_against_is_not_taken() -> None:

@@ -1,4 +1,4 @@
-"""Scales that fp16 can hold, one division, and the search of every group by itself."""
+"""Scales that fp16 can hold, one division, and a separate search for every group."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.grid import Grid, minmax_parameters, round_to_nearest, stored
+from gptq_cli.gptq.grid import Grid, minmax_parameters, round_scale_to_fp16, round_to_nearest
 from gptq_cli.gptq.search import group_parameters
 from tests.gptq.cases import weights
 
@@ -22,7 +22,7 @@ def grid(**options: Any) -> Grid:
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.floats(allow_nan=False, allow_infinity=False, width=32))
 def test_a_stored_scale_is_an_fp16_number_that_can_divide(scale: float) -> None:
-    got = stored(torch.tensor([scale]))
+    got = round_scale_to_fp16(torch.tensor([scale]))
     assert torch.equal(got, got.half().float())
     assert bool(torch.isfinite(got).all())
     assert float(got) != 0
@@ -95,7 +95,7 @@ def test_groups_are_found_one_by_one(search: Any, sym: bool, monkeypatch: pytest
     assert torch.equal(scales[3:], lone[0])
 
 
-def test_a_group_without_energy_is_judged_on_its_weights() -> None:
+def test_a_group_without_energy_is_searched_on_its_weights() -> None:
     W = weights(16, 8, dtype=torch.float32)
     silent, _ = group_parameters(W, torch.zeros(16), 16, grid())
     even, _ = group_parameters(W, torch.ones(16), 16, grid())

@@ -1,4 +1,4 @@
-"""The moments of a stage: who judges, how far the target goes, and that it pays on text nobody has seen."""
+"""The moments of a stage: held-out samples, the length of the step, and its gain on unseen text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def collected(dense: Tensor, quant: Tensor, batch: int) -> tuple[Tensor, list[Te
             moments.add(quant[start : start + batch], dense[start : start + batch], start)
         assert moments.tokens == quant.shape[0] * LENGTH
         H = moments.hessian()
-        goals, trust = moments.goal(W, H, 0.05)
-        return H, goals, trust.alpha
+        goals, choice = moments.goal(W, H, 0.05)
+        return H, goals, choice.alpha
 
 
 def test_without_a_dense_stream_it_is_the_hessian() -> None:
@@ -56,24 +56,24 @@ def test_the_cut_into_micro_batches_does_not_matter() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_samples_without_a_twin_count_for_the_hessian_alone() -> None:
+def test_samples_without_a_dense_copy_count_for_the_hessian_alone() -> None:
     dense, quant = two_streams()
     W = [weights(5, K, 1).float(), weights(3, K, 2).float()]
     with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
         for i in range(SAMPLES):
             moments.add(quant[i : i + 1], dense[i : i + 1] if i % 2 else None, i)
         H = moments.hessian()
-        goals, trust = moments.goal(W, H, 0.05)
+        goals, choice = moments.goal(W, H, 0.05)
     everything, _, full = collected(dense, quant, 1)
     torch.testing.assert_close(H, everything, rtol=1e-4, atol=1e-5)
     assert goals is not None
-    assert 0.3 < trust.alpha <= full + 0.2
+    assert 0.3 < choice.alpha <= full + 0.2
     with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
         moments.add(quant, None, 0)
         assert moments.goal(W, moments.hessian(), 0.05) == (None, StepChoice())
 
 
-def test_the_last_quarter_judges() -> None:
+def test_the_last_quarter_decides() -> None:
     dense, quant = two_streams()
     _, _, alpha = collected(dense, quant, 2)
     assert alpha > 0.5, "the mixture is the same everywhere, so the step holds up"
@@ -96,7 +96,7 @@ def test_the_target_pays_on_samples_nobody_has_seen() -> None:
     assert after < 0.8 * before
 
 
-def test_too_few_samples_leave_nothing_to_judge() -> None:
+def test_too_few_samples_leave_nothing_to_decide_on() -> None:
     dense, quant = two_streams(samples=3)
     assert collected(dense, quant, 1)[1:] == (None, 0.0)
 
@@ -144,9 +144,9 @@ def test_the_residual_is_made_up_for() -> None:
             for i in range(0, SAMPLES, 2):
                 part = slice(i, i + 2)
                 moments.add(quant[part], dense[part], i, None if told is None else told[part])
-            goals, trust = moments.goal([W], moments.hessian(), 0.05)
+            goals, choice = moments.goal([W], moments.hessian(), 0.05)
         assert goals is not None
-        assert trust.alpha > 0.5
+        assert choice.alpha > 0.5
         unseen = slice(SAMPLES, None)
         goal = dense[unseen] @ W.T + gap[unseen]
         found.append(float((goal - quant[unseen] @ goals[0].T).square().sum()))
@@ -177,7 +177,7 @@ def test_the_pool_is_the_hessian_of_all_tokens() -> None:
         torch.testing.assert_close(H, (x.T @ x + K * pool) / (len(x) + K), rtol=1e-4, atol=1e-5)
 
 
-def test_alone_or_without_a_token_nothing_leans() -> None:
+def test_alone_or_without_a_token_nothing_shrinks() -> None:
     _, quant = two_streams()
     alone, empty = (StageMoments(K, CPU, samples=0, dense=False) for _ in range(2))
     alone.add(quant, None, 0)

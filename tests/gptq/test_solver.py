@@ -1,4 +1,5 @@
-"""The solver equals the slow twin; its options do what they say; nothing it is given is changed."""
+"""The solver equals the reference implementation; its options do what they say; its arguments are
+unchanged."""
 
 from __future__ import annotations
 
@@ -70,7 +71,8 @@ def test_codes_and_scales_equal_the_textbook(case: dict[str, Any], K: int) -> No
 
 
 def test_the_original_loop_is_the_same_algorithm() -> None:
-    """Optimal Brain Quantization and the original code's Cholesky form agree: the twin has a twin."""
+    """Optimal Brain Quantization and the original code's Cholesky form agree: the reference itself is
+    checked."""
     H, W = reference.hessian(activations(300, 48)), weights(6, 48)
     config = QuantizeConfig(**{**PLAIN, "group_size": 16, "damp_percent": 0.01})
     (got,) = quantize_linears([W], H, config)
@@ -114,7 +116,7 @@ def test_codes_do_not_depend_on_the_column_batch(
 def test_a_diagonal_hessian_gives_exactly_round_to_nearest(
     K: int, seed: int, bits: int, sym: bool, order: str, search: Any
 ) -> None:
-    """No column can make up for another, so there is no feedback and no sweep moves a code."""
+    """No column can correct another's error, so there is no feedback and no sweep changes a code."""
     options: dict[str, Any] = {"desc_act": True} if order == "desc_act" else {"act_order": order}
     config = QuantizeConfig(
         bits=bits, sym=sym, group_size=8, scale_search=search, sweeps=2, refit=False, **options
@@ -134,7 +136,7 @@ def test_a_diagonal_hessian_gives_exactly_round_to_nearest(
 
 @pytest.mark.parametrize("desc_act", [True, False])
 def test_permuted_columns_give_permuted_codes(desc_act: bool) -> None:
-    """With one group a row the order of columns in the checkpoint means nothing to the solver."""
+    """With one group per row the order of columns in the checkpoint means nothing to the solver."""
     H, W = reference.hessian(activations(200, 40)), weights(5, 40)
     config = QuantizeConfig(group_size=-1, desc_act=desc_act, sweeps=0, refit=False)
     shuffle = torch.randperm(40, generator=torch.Generator().manual_seed(3))
@@ -195,13 +197,13 @@ def test_fp32_loses_as_little_as_float64(bits: int, sym: bool, dtype: torch.dtyp
 
 
 def test_feedback_cut_to_bf16_does_not_change_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What AMX and TF32 units do to the long product, done here on any machine: 1 % at the most."""
+    """The effect of AMX and TF32 on the large matmul, imitated on any machine: at most 1 %."""
     K = 384
     X = activations(1500, K, dtype=torch.float32)
     H, W = X.T @ X / 1500, weights(64, K, dtype=torch.float32)
     config = QuantizeConfig(group_size=64, sweeps=0, refit=False, column_batch=64)
     (exact,) = quantize_linears([W], H, config)
-    plain = factor.current
+    plain = factor.columns_with_feedback
 
     def cut(W: torch.Tensor, RT: torch.Tensor, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         short = W.clone()
@@ -210,7 +212,7 @@ def test_feedback_cut_to_bf16_does_not_change_the_loss(monkeypatch: pytest.Monke
         rows[a:b, :a] = rows[a:b, :a].bfloat16().float()
         return plain(short, rows, a, b)
 
-    monkeypatch.setattr("gptq_cli.gptq.columns.current", cut)
+    monkeypatch.setattr("gptq_cli.gptq.columns.columns_with_feedback", cut)
     (rounded,) = quantize_linears([W], H, config)
     assert not torch.equal(rounded.codes, exact.codes)
     assert rounded.loss == pytest.approx(exact.loss, rel=1e-2)

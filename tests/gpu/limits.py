@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
@@ -12,6 +13,7 @@ from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.schedule import micro_batch_samples
 from gptq_cli.preflight.resolve import resolve
 
 
@@ -36,16 +38,18 @@ def largest_limit(
     """The most that each of the first `count` accelerators may have for `strategy` to come to `wanted`.
 
     Looked for where plans change: at what the whole model needs with the share that plans keep free, with
-    forwards replayed, and with neither.
+    forwards replayed, and with neither, all with the smallest micro-batch: a wider one never changes a place.
     """
     ref = ModelRef(model=str(model))
     facts = model_facts(open_skeleton(find_model(ref), ref))
     work, budgets = Work(quantize, calibration), present_devices()
     step = max(1, facts.size_bytes // 32)
     first = DeviceMap.parse(str(present_accelerators()[0]))
-    parked = resolve(first, facts, budgets, work=work).devices[0].needed_bytes
+    batch_size = calibration.batch_size or micro_batch_samples(work)
+    smallest = Work(quantize, replace(calibration, batch_size=batch_size))
+    parked = resolve(first, facts, budgets, work=smallest).devices[0].needed_bytes
     less = limits(parked - 1, count)
-    replayed = resolve(first, facts, budgets, max_memory=less, work=work).devices[0].needed_bytes
+    replayed = resolve(first, facts, budgets, max_memory=less, work=smallest).devices[0].needed_bytes
     for top in (int(parked / 0.95), int(replayed / 0.95), replayed):
         for size in range(top + 2 * step, top - 128 * step, -step):
             given = limits(size, count)

@@ -144,7 +144,7 @@ def test_nothing_is_left_on_the_card_after_the_hooks(tiny: Tiny) -> None:
         first = model(input_ids=ids).logits
         assert torch.equal(model(input_ids=ids).logits, first)
         assert next(model.lm_head.parameters()).device.type == "cuda"
-        chain.send_home()
+        chain.return_to_cpu()
         homes = {p.device.type for name in chain.hooked for p in model.get_submodule(name).parameters()}
         assert homes == {"cpu"}
     for name in placement.offloaded:
@@ -196,10 +196,12 @@ def test_replayed_forwards_need_less_and_give_the_same(
 ) -> None:
     data = CalibrationConfig(samples=24, seq_len=256, batch_size=2)
     parked = jobs.quantize(job_for(small, tmp_path / "parked", "cuda:0", text, calibration=data))
-    judged = steps.resolve
+    resolve = steps.resolve
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
-        return replace(judged(*args, **kwargs), parked=False)
+        made = resolve(*args, **kwargs)
+        blocks = tuple(replace(block, replayed="memory") for block in made.schedule.blocks)
+        return replace(made, schedule=replace(made.schedule, blocks=blocks))
 
     monkeypatch.setattr(steps, "resolve", replayed)
     again = jobs.quantize(job_for(small, tmp_path / "replayed", "cuda:0", text, calibration=data))

@@ -30,7 +30,7 @@ def test_crossing_of_two_lines(fused: list[float], dense: list[float], tokens: i
 def test_each_shape_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     probed: list[int] = []
 
-    def count(kernel: object, held: object, columns: int) -> int:
+    def count(kernel: object, buffers: object, columns: int) -> int:
         probed.append(columns)
         return 7
 
@@ -40,11 +40,11 @@ def test_each_shape_class_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     probed.clear()
     if not first.kernel.can_fuse:
         pytest.skip("no fused kernel on this machine")
-    assert [known.max_fused_tokens(first.kernel, first.held) for _ in range(3)] == [7, 7, 7]
+    assert [known.max_fused_tokens(first.kernel, first.kernel_buffers) for _ in range(3)] == [7, 7, 7]
     assert probed == [64]
     other, _, _ = build(Recipe(group_size=64), rows=64)
     probed.clear()
-    known.max_fused_tokens(other.kernel, other.held)
+    known.max_fused_tokens(other.kernel, other.kernel_buffers)
     assert probed == [64]
 
 
@@ -60,7 +60,7 @@ def test_the_probe_runs_both_ways(bits: int) -> None:
 def test_no_probe_without_a_fused_kernel() -> None:
     linear, _, _ = build(Recipe(group_size=32), dtype=torch.float32)
     assert isinstance(linear.kernel, Dequantize)
-    assert Crossovers().max_fused_tokens(linear.kernel, linear.held) == 0
+    assert Crossovers().max_fused_tokens(linear.kernel, linear.kernel_buffers) == 0
 
 
 def test_the_probe_runs_with_the_threads_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_the_probe_runs_with_the_threads_of_the_model(monkeypatch: pytest.Monkey
         pytest.skip("no fused kernel on this machine")
     seen.clear()
     with crossover.intra_op_threads(1):
-        assert Crossovers(threads=2).max_fused_tokens(linear.kernel, linear.held) == 5
+        assert Crossovers(threads=2).max_fused_tokens(linear.kernel, linear.kernel_buffers) == 5
         assert torch.get_num_threads() == 1
     assert seen == [2]
     assert torch.get_num_threads() == before

@@ -161,17 +161,17 @@ def test_the_same_numbers(
     model = load(tmp_path / "q", kernel_choice="gptqmodel")
     assert close_logits(logits(model), logits(dense_copy(tiny_llama, weights, torch.float32)), 1e-4)
     (count,) = kernel_counts(model)
-    assert (count.kernel, count.linears, count.reason) == ("gptqmodel", 21, "asked for, ExactLinear")
+    assert (count.kernel, count.linears, count.reason) == ("gptqmodel", 21, "requested, ExactLinear")
 
 
 @pytest.mark.parametrize("quantizer", ["gptqmodel:7.6.0", "tests:1.0"])
 def test_zeros_of_0_in_asymmetric_codes(
     quantizer: str, kernels: list[type[nn.Module]], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The package adds to whole words, whoever wrote them: it is handed what it would have written."""
+    """The package adds to whole words in every checkpoint: it gets the words that it would have written."""
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32, sym=False, version="gptq_v2"))
-    twin = as_gptqmodel_writes_it(tmp_path / "q", 4, quantizer)
-    assert close_logits(logits(load(twin, kernel_choice="gptqmodel")), logits(load(twin)), 1e-4)
+    copied = as_gptqmodel_writes_it(tmp_path / "q", 4, quantizer)
+    assert close_logits(logits(load(copied, kernel_choice="gptqmodel")), logits(load(copied)), 1e-4)
 
 
 @pytest.mark.parametrize("said", ["gptq", "gptq_v2"])
@@ -240,7 +240,7 @@ def floor_groups(self: Any, **fields: Any) -> None:
 
 @pytest.mark.parametrize(
     ("kernel", "message"),
-    [(WrongLinear, "what WrongLinear gives is off by 50%"), (BrokenLinear, "fails: expect qGroupSize")],
+    [(WrongLinear, "the output of WrongLinear is off by 50%"), (BrokenLinear, "fails: expect qGroupSize")],
 )
 def test_a_kernel_that_computes_something_else_is_refused(
     kernel: type[nn.Module],
@@ -261,7 +261,7 @@ def test_the_next_best_kernel_is_taken(
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     kernels.insert(0, Picky)
     assert (
-        kernel_counts(load(tmp_path / "q", kernel_choice="gptqmodel"))[0].reason == "asked for, ExactLinear"
+        kernel_counts(load(tmp_path / "q", kernel_choice="gptqmodel"))[0].reason == "requested, ExactLinear"
     )
 
 
@@ -272,5 +272,5 @@ def test_modules_that_travel_cannot_have_it(
     checkpoint = open_checkpoint(tmp_path / "q")
     other = Device.parse("cuda:0")
     entries = (PlacementEntry("model", other, 1, True), PlacementEntry("lm_head", CPU, 1, True))
-    with pytest.raises(ConfigError, match="cannot travel"):
+    with pytest.raises(ConfigError, match="cannot be moved"):
         load_quantized(checkpoint, Placement(entries, other, "test"), kernel_choice="gptqmodel")

@@ -26,7 +26,7 @@ from gptq_cli.inference.kernels import (
     to_nibbles,
     words_to_nibbles,
 )
-from gptq_cli.inference.planes import make_planes, why_not_fused
+from gptq_cli.inference.nibble_layout import make_nibble_layout, why_not_fused
 from gptq_cli.inference.scratch import Fresh, Scratch
 from tests.checkpoint.checkpoints import Recipe, quantize_slowly
 from tests.checkpoint.test_codes import random_weight, read
@@ -65,7 +65,7 @@ def test_words_are_repacked_without_unpacking(block: int, step: int, monkeypatch
 def test_the_short_way_is_taken_only_where_it_is_right() -> None:
     recipe = Recipe(group_size=32)
     codes = read(quantize_slowly(random_weight(64, 64), recipe), recipe)
-    assert make_planes(codes, fused=True).words() is not None
+    assert make_nibble_layout(codes, fused=True).words() is not None
     ordered = Recipe(group_size=32, desc_act=True)
     for other, rows, columns in (
         (ordered, 64, 64),
@@ -74,11 +74,11 @@ def test_the_short_way_is_taken_only_where_it_is_right() -> None:
         (Recipe(bits=8, group_size=32), 64, 64),
     ):
         codes = read(quantize_slowly(random_weight(rows, columns), other), other)
-        assert make_planes(codes, fused=True).words() is None
+        assert make_nibble_layout(codes, fused=True).words() is None
 
 
 @pytest.mark.parametrize("block", [64, 32])
-def test_two_planes_are_one_byte(block: int) -> None:
+def test_two_nibbles_are_one_byte(block: int) -> None:
     codes = torch.randint(0, 256, (5, 64), dtype=torch.uint8)
     codes[0, :3] = torch.tensor([0, 128, 255], dtype=torch.uint8)
     packed = to_nibbles(torch.cat([codes >> 4, codes & 15]), block)
@@ -109,7 +109,7 @@ def test_an_unexpected_layout_is_not_relied_on(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_on_cpus_with_other_instructions(capability: str) -> None:
-    """The same products, whatever layout torch chooses; a process of its own, because torch chooses once."""
+    """The same results in every layout of torch; in a process of its own, because torch chooses once."""
     code = (
         "import torch\n"
         "from tests.inference.test_packed_linear import both_paths, build\n"
@@ -201,22 +201,22 @@ def test_fused_and_dense_agree_with_the_codes(
     recipe = Recipe(bits=bits, group_size=group, sym=sym, version="gptq_v2")
     codes = read(quantize_slowly(random_weight(40, columns), recipe), recipe)
     weight = dequantize(codes).double()
-    planes = make_planes(codes, fused=kernel_class.can_fuse)
-    kernel = kernel_class(planes, torch.bfloat16)
-    held = kernel.hold(planes)
-    dense = kernel.dense(held, 0, kernel.columns, torch.bfloat16, Fresh())[:columns, :40]
+    layout = make_nibble_layout(codes, fused=kernel_class.can_fuse)
+    kernel = kernel_class(layout, torch.bfloat16)
+    buffers = kernel.make_buffers(layout)
+    dense = kernel.dense(buffers, 0, kernel.columns, torch.bfloat16, Fresh())[:columns, :40]
     assert relative(dense.double().T, weight) < 6e-3
-    half = kernel.dense(held, 0, 64, torch.float32, Fresh())[:columns, :40]
+    half = kernel.dense(buffers, 0, 64, torch.float32, Fresh())[:columns, :40]
     assert relative(half.double().T, weight) < 6e-3
     if not kernel_class.can_fuse:
         return
     x = torch.randn(3, columns).bfloat16()
     wide = torch.nn.functional.pad(x, (0, kernel.rows - columns))
-    if kernel.planes == 2:
+    if kernel.nibbles_per_code == 2:
         wide = torch.cat([wide, wide], 1)
-    assert relative(kernel.fused(wide, held)[:, :40].double(), x.double() @ weight.T) < 1e-2
-    part = kernel.restrict(held, 64)
-    assert torch.equal(kernel.fused(wide, part), kernel.fused(wide, held)[:, :64])
+    assert relative(kernel.fused(wide, buffers)[:, :40].double(), x.double() @ weight.T) < 1e-2
+    part = kernel.restrict(buffers, 64)
+    assert torch.equal(kernel.fused(wide, part), kernel.fused(wide, buffers)[:, :64])
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -227,8 +227,10 @@ def test_dequantize_keeps_the_scales_of_the_file() -> None:
     """float16 scales in a float32 model: exact, no rounding to the kernel's own dtype."""
     recipe = Recipe(group_size=16, sym=False, version="gptq_v2")
     codes = read(quantize_slowly(random_weight(64, 64), recipe), recipe)
-    kernel = Dequantize(planes := make_planes(codes, fused=False), torch.float32)
-    assert torch.equal(kernel.dense(kernel.hold(planes), 0, 64, torch.float32, Fresh()).T, dequantize(codes))
+    kernel = Dequantize(layout := make_nibble_layout(codes, fused=False), torch.float32)
+    assert torch.equal(
+        kernel.dense(kernel.make_buffers(layout), 0, 64, torch.float32, Fresh()).T, dequantize(codes)
+    )
 
 
 @pytest.mark.parametrize(("group", "legal"), [(32, True), (96, True), (384, True), (16, False), (48, False)])
@@ -237,17 +239,17 @@ def test_groups_that_a_kernel_takes(group: int, legal: bool) -> None:
     codes = read(quantize_slowly(random_weight(8, 768), recipe), recipe)
     assert (why_not_fused(codes) is None) is legal
     if legal:
-        assert make_planes(codes, fused=True).group in (32, 128)
+        assert make_nibble_layout(codes, fused=True).group in (32, 128)
 
 
 @pytest.mark.parametrize(
     ("columns", "group", "rows"), [(576, 64, 576), (4096, 256, 4096), (100, 32, 128), (4112, 128, 4224)]
 )
-def test_a_whole_row_is_cut_into_legal_groups(columns: int, group: int, rows: int) -> None:
+def test_one_group_per_row_is_cut_into_legal_groups(columns: int, group: int, rows: int) -> None:
     recipe = Recipe(group_size=-1)
     codes = read(quantize_slowly(random_weight(2, columns), recipe), recipe)
-    planes = make_planes(codes, fused=True)
-    assert (planes.group, planes.rows) == (group, rows)
+    layout = make_nibble_layout(codes, fused=True)
+    assert (layout.group, layout.rows) == (group, rows)
 
 
 @pytest.mark.gpu

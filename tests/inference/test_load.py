@@ -61,10 +61,10 @@ def test_every_architecture(name: str, tiny: TinyFactory, tmp_path: Path) -> Non
     assert len(packed_linears(model)) == len(weights)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     assert not model.training
-    twin = dense_copy(source, weights, torch.float32, transposed=conv1d)
-    assert close_logits(logits(model), logits(twin), 1e-5)
+    dense = dense_copy(source, weights, torch.float32, transposed=conv1d)
+    assert close_logits(logits(model), logits(dense), 1e-5)
     half = load(tmp_path / "q", "bfloat16")
-    assert close_logits(logits(half), logits(twin), 0.1)
+    assert close_logits(logits(half), logits(dense), 0.1)
     assert half.config.use_cache is True
 
 
@@ -98,13 +98,13 @@ def test_every_architecture(name: str, tiny: TinyFactory, tmp_path: Path) -> Non
 def test_every_kind_of_checkpoint(recipe: Recipe, tiny_llama: Path, tmp_path: Path) -> None:
     weights = quantize_directory(tiny_llama, tmp_path / "q", recipe)
     assert ("lm_head" in weights) is (recipe.skip == ())
-    twin = logits(dense_copy(tiny_llama, weights, torch.float32))
-    assert close_logits(logits(load(tmp_path / "q")), twin, 1e-5)
-    assert close_logits(logits(load(tmp_path / "q", "bfloat16")), twin, 0.1)
+    dense = logits(dense_copy(tiny_llama, weights, torch.float32))
+    assert close_logits(logits(load(tmp_path / "q")), dense, 1e-5)
+    assert close_logits(logits(load(tmp_path / "q", "bfloat16")), dense, 0.1)
 
 
 def as_gptqmodel_writes_it(path: Path, bits: int, quantizer: str) -> Path:
-    """Give a gptq_v2 checkpoint some zeros of 0; return its twin in format gptq, as GPTQModel makes it."""
+    """Give a gptq_v2 checkpoint some zeros of 0; return its copy in format gptq, as GPTQModel writes it."""
     generator = torch.Generator().manual_seed(bits)
 
     def with_zeros(tensors: dict[str, Tensor]) -> None:
@@ -121,10 +121,12 @@ def as_gptqmodel_writes_it(path: Path, bits: int, quantizer: str) -> Path:
                 tensors[name] -= sum(1 << place for place in range(0, 32, bits))
 
     rewrite(path, with_zeros)
-    twin = Path(shutil.copytree(path, path.parent / "gptq"))
-    rewrite(twin, subtracted)
-    write_config(twin, Recipe(bits=bits, group_size=32, sym=False, extra={"meta": {"quantizer": quantizer}}))
-    return twin
+    copied = Path(shutil.copytree(path, path.parent / "gptq"))
+    rewrite(copied, subtracted)
+    write_config(
+        copied, Recipe(bits=bits, group_size=32, sym=False, extra={"meta": {"quantizer": quantizer}})
+    )
+    return copied
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -134,14 +136,14 @@ def test_zeros_of_0_in_asymmetric_codes_of_gptqmodel(
 ) -> None:
     recipe = Recipe(bits=bits, group_size=32, sym=False, version="gptq_v2")
     quantize_directory(tiny_llama, tmp_path / "q", recipe)
-    twin = as_gptqmodel_writes_it(tmp_path / "q", bits, quantizer)
-    assert torch.equal(logits(load(twin)), logits(load(tmp_path / "q")))
-    write_config(twin, Recipe(bits=bits, group_size=32, sym=False))
-    assert not torch.equal(logits(load(twin)), logits(load(tmp_path / "q"))), "field by field"
+    copied = as_gptqmodel_writes_it(tmp_path / "q", bits, quantizer)
+    assert torch.equal(logits(load(copied)), logits(load(tmp_path / "q")))
+    write_config(copied, Recipe(bits=bits, group_size=32, sym=False))
+    assert not torch.equal(logits(load(copied)), logits(load(tmp_path / "q"))), "field by field"
 
 
 def test_quantized_head_of_a_model_with_tied_config(tiny: TinyFactory, tmp_path: Path) -> None:
-    """Tied embeddings, quantized head: the embedding stays dense, the head has its own codes."""
+    """Tied embeddings, quantized output head: the embedding stays dense, the head has its own codes."""
     source = tiny("llama_tied")
     weights = quantize_directory(source, tmp_path / "q", Recipe(group_size=32))
     tensors = load_file(tmp_path / "q" / "model.safetensors")
@@ -178,8 +180,8 @@ def test_dynamic_overrides(tiny_llama: Path, tmp_path: Path) -> None:
     write_config(tmp_path / "q", Recipe(group_size=32, extra={"dynamic": dynamic}))
     model = load(tmp_path / "q")
     assert {module.bits for module in packed_linears(model).values()} == {4, 8}
-    twin = dense_copy(tiny_llama, weights, torch.float32)
-    assert close_logits(logits(model), logits(twin), 1e-5)
+    dense = dense_copy(tiny_llama, weights, torch.float32)
+    assert close_logits(logits(model), logits(dense), 1e-5)
 
 
 def test_shards_and_a_single_config_file(tiny: TinyFactory, tmp_path: Path) -> None:
@@ -199,11 +201,11 @@ def test_shards_and_a_single_config_file(tiny: TinyFactory, tmp_path: Path) -> N
     assert close_logits(logits(model), logits(dense_copy(source, weights, torch.float32)), 1e-5)
 
 
-def test_the_kernel_can_be_wished_for(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_kernel_can_be_requested(tiny_llama: Path, tmp_path: Path) -> None:
     quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
     model = load(tmp_path / "q", "bfloat16", kernel_choice="dequantize")
     (count,) = kernel_counts(model)
-    assert (count.kernel, count.linears, count.reason) == ("dequantize", 21, "asked for")
+    assert (count.kernel, count.linears, count.reason) == ("dequantize", 21, "requested")
 
 
 def test_progress_and_size(tiny_llama: Path, tmp_path: Path) -> None:
@@ -329,8 +331,8 @@ def test_cpu_entries_beside_an_accelerator(
     assert built[:7] == [Device("cuda", 0)] * 7  # block 0: built where it stays
     assert built[7:21] == [Device("cuda", 0), CPU] * 7  # block 1: built for the main device, then taken away
     assert model.model.layers[1].mlp.up_proj.packed.is_meta
-    twin = dense_copy(tiny_llama, weights, torch.float32)
-    assert close_logits(logits(model), logits(twin), 0.1)
+    dense = dense_copy(tiny_llama, weights, torch.float32)
+    assert close_logits(logits(model), logits(dense), 0.1)
 
 
 @pytest.mark.slow
@@ -354,7 +356,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
 
 
 def set_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the JSON head of the file and leave its data alone."""
+    """Change the JSON header of the file and leave its data alone."""
     data = (path / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     head = json.loads(data[8 : 8 + length])

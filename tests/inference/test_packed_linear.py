@@ -17,7 +17,7 @@ from tests.checkpoint.checkpoints import Packed, Recipe, quantize_slowly
 from tests.checkpoint.test_codes import random_weight, read
 
 ROUNDING = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest relative error (Frobenius norm): sums of hundreds of products, inputs and outputs rounded."""
+"""Largest relative error (Frobenius norm): sums of hundreds of terms, inputs and outputs rounded."""
 needs_int4 = pytest.mark.skipif(
     cpu_block() is None, reason="torch's CPU int4 layout is unknown on this machine"
 )
@@ -122,9 +122,9 @@ def test_a_dense_weight_is_made_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
     pieces: list[tuple[int, int]] = []
     dense = linear.kernel.dense
 
-    def spy(held: Any, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
+    def spy(buffers: Any, start: int, stop: int, dtype: torch.dtype, memory: Fresh) -> Tensor:
         pieces.append((start, stop))
-        return dense(held, start, stop, dtype, memory)
+        return dense(buffers, start, stop, dtype, memory)
 
     monkeypatch.setattr(linear.kernel, "dense", spy)
     linear.max_fused_tokens = 0
@@ -152,7 +152,7 @@ def test_the_fused_kernel_is_used_for_few_tokens_only(monkeypatch: pytest.Monkey
     linear, _, _ = build(Recipe(group_size=32))
     calls: list[int] = []
     fused = linear.kernel.fused
-    monkeypatch.setattr(linear.kernel, "fused", lambda x, held: calls.append(len(x)) or fused(x, held))
+    monkeypatch.setattr(linear.kernel, "fused", lambda x, buffers: calls.append(len(x)) or fused(x, buffers))
     linear.max_fused_tokens = 4
     for tokens in (1, 4, 5, 64):
         linear(torch.randn(tokens, 256).bfloat16())
@@ -164,7 +164,7 @@ def test_dequantize_on_request() -> None:
     codes = read(quantize_slowly(random_weight(16, 64), recipe), recipe)
     choice = choose(codes, torch.device("cpu"), torch.bfloat16, "dequantize")
     assert choice.kernel is Dequantize
-    assert choice.reason == "asked for"
+    assert choice.reason == "requested"
 
 
 @pytest.mark.parametrize(
@@ -209,3 +209,46 @@ def test_what_is_held_is_little_more_than_the_packed_tensors() -> None:
     stored = sum(t.numel() * t.element_size() for t in packed.tensors("layer").values())
     held = sum(t.numel() * t.element_size() for t in linear.buffers())
     assert held <= 1.05 * stored
+
+
+def fails(*args: Any) -> Tensor:
+    raise NotImplementedError("Could not run the operator with these arguments.\nmore")
+
+
+def starves(*args: Any) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB.")
+
+
+@needs_int4
+@pytest.mark.parametrize("method", ["make_buffers", "fused"])
+def test_an_operator_that_raises_at_load_is_done_without(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuInt4, method, fails)
+    linear, packed, bias = build(Recipe(group_size=32), bias=True)
+    assert isinstance(linear.kernel, Dequantize)
+    said = "Could not run the operator with these arguments."
+    assert linear.reason == f"torch's operator for cpu-int4 fails here: {said}"
+    both_paths(linear, packed.weight, torch.bfloat16, bias)
+
+
+@needs_int4
+def test_an_operator_that_raises_later_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, packed, bias = build(Recipe(group_size=32), bias=True)
+    linear.max_fused_tokens = 8
+    assert linear.kernel_name == "cpu-int4"
+    monkeypatch.setattr(CpuInt4, "fused", fails)
+    assert_equal_products(linear, packed.weight, torch.randn(2, 256).bfloat16(), bias)
+    assert (linear.kernel_name, linear.max_fused_tokens) == ("dequantize", 0)
+    assert linear.reason.startswith("torch's operator for cpu-int4 fails here: ")
+
+
+@needs_int4
+def test_a_lack_of_memory_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, _, _ = build(Recipe(group_size=32))
+    linear.max_fused_tokens = 8
+    monkeypatch.setattr(CpuInt4, "fused", starves)
+    with pytest.raises(torch.OutOfMemoryError):
+        linear(torch.randn(2, 256).bfloat16())
+    with pytest.raises(torch.OutOfMemoryError):
+        build(Recipe(group_size=32))

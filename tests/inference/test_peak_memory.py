@@ -18,8 +18,8 @@ SIZE, LAYERS = 4096, 3
 MEASURE = """
 import json, sys
 from transformers import LlamaForCausalLM
-from gptq_cli.inference.opening import default_placement, load_quantized, resident_bytes
-from gptq_cli.model.reader import open_checkpoint
+from gptq_cli.inference.load import default_placement, load_quantized, resident_bytes
+from gptq_cli.checkpoint.open import open_checkpoint
 
 def status(key):
     text = open("/proc/self/status").read()

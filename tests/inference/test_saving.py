@@ -1,4 +1,4 @@
-"""An opened model saves the checkpoint that it was opened from, and counts what its codes stand for."""
+"""A loaded model saves the checkpoint it was loaded from, and counts the parameters of its packed linears."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_zeros_under_a_wrong_name_are_set_right(bits: int, tiny_llama: Path, tmp
         ({"save_original_format": False}, "save_original_format is False"),
         ({"distributed_checkpoint": True}, "distributed_checkpoint is True"),
         ({"max_shard_size": "1KB"}, "max_shard_size is 1KB"),
-        ({"max_shard_size": "much"}, "max_shard_size: 'much' is no size"),
+        ({"max_shard_size": "much"}, "max_shard_size: 'much' is not a size"),
         ({"save_function": print}, "save_function is builtin_function_or_method"),
     ],
 )
@@ -204,7 +204,7 @@ def test_a_model_that_was_changed_is_not_saved(
 ) -> None:
     model = load(checkpoint)
     change(model)
-    with pytest.raises(CheckpointError, match="was changed after the model was opened") as caught:
+    with pytest.raises(CheckpointError, match="was changed after the model was loaded") as caught:
         model.save_pretrained(tmp_path / "copy")
     assert caught.value.message.startswith(named)
     assert not (tmp_path / "copy").exists()

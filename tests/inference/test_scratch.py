@@ -42,10 +42,10 @@ def test_every_thread_has_its_own() -> None:
 
 def test_copies_of_a_module_have_their_own() -> None:
     linear, packed, _ = build(Recipe(group_size=32))
-    twin = copy.deepcopy(linear)
+    copied = copy.deepcopy(linear)
     x = torch.randn(40, 256).bfloat16()
-    assert torch.equal(twin(x), linear(x))
-    assert twin._scratch is not linear._scratch
+    assert torch.equal(copied(x), linear(x))
+    assert copied._scratch is not linear._scratch
     assert packed.weight.shape == (96, 256)
 
 

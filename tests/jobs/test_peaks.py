@@ -107,10 +107,10 @@ def reading(device: str, allocated: int, peak: int) -> DeviceMemory:
 
 def test_a_mark_that_has_not_risen_is_not_this_runs_peak() -> None:
     tally = Tally(ignore, host_peak_bytes=500)
-    tally.see([reading("cpu", 200, 500), reading("cuda:0", 20, 50)])
-    tally.see([reading("cpu", 300, 500), reading("cuda:0", 30, 40)])
+    tally.record([reading("cpu", 200, 500), reading("cuda:0", 20, 50)])
+    tally.record([reading("cpu", 300, 500), reading("cuda:0", 30, 40)])
     assert tally.peak_bytes == {"cpu": 300, "cuda:0": 50}
-    tally.see([reading("cpu", 250, 600)])
+    tally.record([reading("cpu", 250, 600)])
     assert tally.peak_bytes["cpu"] == 600
 
 

@@ -12,7 +12,7 @@ from gptq_cli import jobs
 from gptq_cli.config import LoadJob
 from gptq_cli.errors import CheckpointError, ConfigError, ModelError, UsageError
 from gptq_cli.events import Event, Warned
-from gptq_cli.jobs import load as loading
+from gptq_cli.jobs import loading
 from gptq_cli.results.load import LoadReport
 from tests.checkpoint.checkpoints import Recipe, quantize_directory
 from tests.conftest import TinyFactory
@@ -72,11 +72,11 @@ def test_learned_positions_end(checkpoints: Any, monkeypatch: pytest.MonkeyPatch
         path = str(checkpoints(name))
         long = LoadJob(path=path, prompt=WORD * 600, max_new_tokens=1)
         hint = refused(
-            long, monkeypatch, ConfigError, r"the prompt has \d+ tokens, and the model has 512 pos"
+            long, monkeypatch, ConfigError, r"the prompt has \d+ tokens, but the model has 512 pos"
         )
         assert "shorten" in hint
         much = LoadJob(path=path, prompt="a", max_new_tokens=600)
-        message = r"1 tokens and max_new_tokens 600 need 600 positions, and the model has 512"
+        message = r"1 tokens and max_new_tokens 600 need 600 positions, but the model has 512"
         assert "--max-new-tokens 512" in refused(much, monkeypatch, ConfigError, message)
         wide = LoadJob(path=path, evaluate="pydoc-heldout", seq_len=513)
         message = "seq_len is 513; allowed: at most the 512 positions"
@@ -114,7 +114,7 @@ def test_settings_that_are_not_followed_are_a_warning(llama: Path) -> None:
     report, warned = warnings_of(LoadJob(path=str(llama), prompt="a", max_new_tokens=4))
     assert report.text
     assert "generation_config.json sets cache_implementation = 'quantized': not followed here" in warned
-    assert "generation_config.json sets num_beams = 2: the text comes as one piece, at its end" in warned
+    assert "generation_config.json sets num_beams = 2: the text appears as one piece, at the end" in warned
 
 
 def test_settings_that_cannot_be_followed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,4 +146,4 @@ def test_a_tokenizer_of_another_model(llama: Path, monkeypatch: pytest.MonkeyPat
     content["added_tokens"].append(content["added_tokens"][-1] | {"id": 900, "content": "<|far|>"})
     path.write_text(json.dumps(content))
     job = LoadJob(path=str(llama), prompt="a <|far|>")
-    refused(job, monkeypatch, ModelError, r"token \d+ of the prompt, and the model's embedding has 512 rows")
+    refused(job, monkeypatch, ModelError, r"token \d+ of the prompt, but the model's embedding has 512 rows")

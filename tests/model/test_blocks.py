@@ -13,7 +13,7 @@ from gptq_cli.model.blocks import assign, find_blocks, find_linears, is_linear, 
 
 
 class Twice(nn.Linear):
-    """A subclass that is no plain linear."""
+    """A subclass that is not a plain linear."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * super().forward(x)

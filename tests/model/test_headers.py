@@ -1,4 +1,4 @@
-"""The safetensors head reader: it agrees with the library, and believes nothing that a hostile file says."""
+"""The reader of safetensors headers: it agrees with the library, and checks every claim of a hostile file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from gptq_cli.model.headers import HEADER_LIMIT_BYTES, HeaderError, build_header, read_header
 
 
-def write(path: Path, head: Any, data: bytes = b"", *, length: int | None = None) -> Path:
-    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+def write(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
     return path
 
@@ -52,11 +52,11 @@ def test_our_head_is_read_by_the_library(tmp_path: Path) -> None:
         "e": ("float32", (0,)),
         "n\u00e9": ("float32", (1,)),
     }
-    head, places = build_header(wanted)
+    header, places = build_header(wanted)
     size = max(end for _, end in places.values())
     path = tmp_path / "x.safetensors"
-    path.write_bytes(head + bytes(range(size - len(head))))
-    assert len(head) % 8 == 0
+    path.write_bytes(header + bytes(range(size - len(header))))
+    assert len(header) % 8 == 0
     with safe_open(path, framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
         for name, (dtype, shape) in wanted.items():
@@ -67,14 +67,14 @@ def test_our_head_is_read_by_the_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head", "data", "says"),
+    ("header", "data", "says"),
     [
-        (b"not json", b"", "no JSON"),
-        (b"[1, 2]", b"", "no JSON object"),
-        (b"\xff\xfe", b"", "no JSON"),
-        (b"[" * 100_000, b"", "no JSON"),
+        (b"not json", b"", "not valid JSON"),
+        (b"[1, 2]", b"", "not a JSON object"),
+        (b"\xff\xfe", b"", "not valid JSON"),
+        (b"[" * 100_000, b"", "not valid JSON"),
         (b'{"a": {}, "a": {}}', b"", "twice"),
-        ({"t": 3}, b"", "tensor t is described"),
+        ({"t": 3}, b"", "the description of tensor t"),
         ({"t": entry("Q4")}, bytes(4), "tensor t has dtype 'Q4'"),
         ({"t": entry(shape=[-1])}, bytes(4), "tensor t has shape [-1]"),
         ({"t": entry(shape=[True])}, bytes(4), "tensor t has shape"),
@@ -84,15 +84,15 @@ def test_our_head_is_read_by_the_library(tmp_path: Path) -> None:
         ({"t": entry(offsets=[4, 0])}, bytes(4), "tensor t is F32"),
         ({"t": entry(shape=[2**40], offsets=[0, 2**42])}, bytes(4), "truncated"),
         ({"t": entry(shape=[2])}, bytes(4), "tensor t is F32 [2] but has 4 bytes"),
-        ({"t": entry()}, bytes(3), "tensor t ends 1 bytes behind the file: it is truncated"),
+        ({"t": entry()}, bytes(3), "tensor t ends 1 bytes after the end of the file: it is truncated"),
         ({"t": entry()}, bytes(9), "belong to no tensor"),
         ({"t": entry(), "u": entry(offsets=[2, 6])}, bytes(6), "overlaps"),
-        ({"t": entry(), "u": entry(offsets=[8, 12])}, bytes(12), "belong to nothing"),
+        ({"t": entry(), "u": entry(offsets=[8, 12])}, bytes(12), "belong to no tensor"),
     ],
 )
-def test_lies_are_named(tmp_path: Path, head: Any, data: bytes, says: str) -> None:
+def test_lies_are_named(tmp_path: Path, header: Any, data: bytes, says: str) -> None:
     with pytest.raises(HeaderError) as caught:
-        read_header(write(tmp_path / "x.safetensors", head, data))
+        read_header(write(tmp_path / "x.safetensors", header, data))
     assert says in str(caught.value)
 
 

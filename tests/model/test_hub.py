@@ -1,4 +1,4 @@
-"""Fetching from the hub, with the hub's client replaced: what is asked for, and what its errors become."""
+"""Fetching from the Hub, with its client replaced: what is requested, and what errors become."""
 
 from __future__ import annotations
 
@@ -142,14 +142,14 @@ class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names 
     [
         (
             RepositoryNotFoundError("x", response=response(404)),
-            "no such model on the hub: org/name at v1",
+            "no such model on the Hub: org/name at v1",
             "HF_TOKEN",
         ),
         (GatedRepoError("x", response=response(403)), "gated", "accept its licence"),
         (RevisionNotFoundError("x", response=response(404)), "no revision v1", ""),
-        (LocalEntryNotFoundError("x"), "hub cannot be reached", "HF_HUB_OFFLINE"),
-        (ConnectionError("x"), "hub cannot be reached", "network"),
-        (HfHubHTTPError("busy", response=response(503)), "the hub answered", "later"),
+        (LocalEntryNotFoundError("x"), "Hub cannot be reached", "HF_HUB_OFFLINE"),
+        (ConnectionError("x"), "Hub cannot be reached", "network"),
+        (HfHubHTTPError("busy", response=response(503)), "the Hub answered", "later"),
         (ConnectTimeout("slow"), "cannot be fetched: slow", "network"),
     ],
 )

@@ -104,7 +104,7 @@ def test_source_names_are_the_files_own(tiny: TinyFactory) -> None:
 
 
 def test_files_of_the_bare_base_model(tiny: TinyFactory, tmp_path: Path) -> None:
-    """GPT-2's files on the hub have neither the prefix `transformer.` nor an lm_head, but do hold masks."""
+    """GPT-2's files on the Hub have neither the prefix `transformer.` nor an lm_head, but do hold masks."""
     path = Path(shutil.copytree(tiny("gpt2"), tmp_path / "model"))
     tensors = {k.removeprefix("transformer."): v for k, v in load_file(path / "model.safetensors").items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
@@ -118,7 +118,7 @@ def test_files_of_the_bare_base_model(tiny: TinyFactory, tmp_path: Path) -> None
 
 def test_fused_experts_are_named(tiny_moe: Path) -> None:
     skeleton = opened(tiny_moe)
-    (experts,) = skeleton.fused_experts
+    (experts,) = [item for item in skeleton.dense if item.reason == "fused experts"]
     assert (experts.name, experts.modules) == ("model.layers.*.mlp.experts", 1)
     assert experts.share == pytest.approx(4 * 3 * 64 * 32 / skeleton.parameters)
     reasons = {item.name: item.reason for item in skeleton.dense}
@@ -188,15 +188,18 @@ def test_already_quantized(model: Path) -> None:
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "encoder-decoder"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is an encoder"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "is an encoder"),
-        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, "no causal language model"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
-        ({"model_type": ..., "architectures": ...}, "names no model_type"),
-        ({"model_type": "never_heard_of"}, "not understood"),
+        (
+            {"model_type": "vit", "architectures": ["ViTForImageClassification"]},
+            "not a causal language model",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "not a causal language model"),
+        ({"model_type": ..., "architectures": ...}, "has no model_type"),
+        ({"model_type": "never_heard_of"}, "cannot be used"),
         (
             {"model_type": "mine", "auto_map": {"AutoConfig": "c.C", "AutoModelForCausalLM": "m.M"}},
             "Python code",
         ),
-        ({"num_hidden_layers": "many"}, "not understood"),
+        ({"num_hidden_layers": "many"}, "cannot be used"),
         ({"hidden_act": "nope"}, "cannot be built"),
         ({"num_hidden_layers": 10**9}, "asks for 1000000000 layers"),
         ({"model_type": "qwen2", "num_hidden_layers": 10**9}, "asks for 1000000000 layers"),

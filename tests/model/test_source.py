@@ -52,7 +52,7 @@ def test_no_such_directory(missing: str) -> None:
 
 
 def test_a_hub_id_without_network() -> None:
-    with pytest.raises(ModelError, match="hub cannot be reached") as caught:
+    with pytest.raises(ModelError, match="Hub cannot be reached") as caught:
         find_model(ModelRef(model="no-such-org/no-such-model"))
     assert "HF_HUB_OFFLINE" in str(caught.value.hint)
 

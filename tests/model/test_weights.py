@@ -22,7 +22,7 @@ from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, natural_key
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
-from gptq_cli.model.tensors import TensorReader
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import check_finite, check_tensor, fill_dense, load_resident
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
@@ -50,7 +50,7 @@ ON_CPU = placed({"": "cpu"})
 
 
 def fill(skeleton: Skeleton) -> None:
-    with TensorReader(skeleton.files.directory, skeleton.files.tensors) as reader:
+    with StreamedReader(skeleton.files.directory, skeleton.files.tensors) as reader:
         fill_dense(
             skeleton.model,
             Conversion(skeleton.model),
@@ -210,7 +210,7 @@ def test_one_device_needs_no_dispatch() -> None:
 
 def test_reader_names_what_it_cannot_find(tiny_llama: Path) -> None:
     files = find_model(ModelRef(model=str(tiny_llama)))
-    with TensorReader(tiny_llama, files.tensors) as reader:
+    with StreamedReader(tiny_llama, files.tensors) as reader:
         assert "lm_head.weight" in reader
         with pytest.raises(CheckpointError, match="no tensor nothing"):
             reader.get("nothing")
@@ -244,7 +244,9 @@ def test_a_stream_names_what_it_cannot_read(model: Path) -> None:
     skeleton = opened(model)
     with (model / "model.safetensors").open("rb+") as file:
         file.truncate((model / "model.safetensors").stat().st_size - 64)
-    with pytest.raises(SourceChanged, match=r"model\.safetensors in .* changed .*: it had \d+ bytes, it has"):
+    with pytest.raises(
+        SourceChanged, match=r"model\.safetensors in .* changed .*: it had \d+ bytes and now has"
+    ):
         BlockStream(skeleton, CPU).__enter__()
     unnoted = replace(skeleton, files=replace(skeleton.files, stamps=()))
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*truncated"):

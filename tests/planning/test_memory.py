@@ -19,7 +19,7 @@ from gptq_cli.planning.memory import (
     quantized_bytes,
     work_sets,
 )
-from gptq_cli.planning.schedule import MICRO_BATCH_TOKENS, micro_batch_tokens
+from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama, resolved
 
 H, INNER = 1024, 4096
@@ -27,10 +27,10 @@ FACTS = llama(hidden=H, inner=INNER)
 
 
 def one(work: Work, *, parked: bool = False) -> budget.WorkSet:
-    return work_sets(FACTS, work, parked=parked)["model.layers.3"]
+    return work_sets(FACTS, work, schedule(FACTS, work, parked=parked))["model.layers.3"]
 
 
-def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
+def test_solve_is_the_largest_moment_of_a_short_calibration() -> None:
     found = one(Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=8, seq_len=128)))
     assert found.working_bytes + found.hessian_bytes == max(
         SOLVE_BYTES * INNER * H + 8 * INNER**2, SOLVE_BYTES * 2 * INNER * H + 8 * H**2
@@ -38,7 +38,7 @@ def test_solve_is_the_dearest_moment_of_a_short_calibration() -> None:
     assert found.activation_bytes == 8 * 128 * H * 2
 
 
-def test_collecting_is_the_dearest_moment_of_a_large_micro_batch() -> None:
+def test_collecting_is_the_largest_moment_of_a_large_micro_batch() -> None:
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
     t = 32 * 2048
     found = one(work)
@@ -55,7 +55,8 @@ def test_parked_forwards_hold_the_normed_and_the_widest_input() -> None:
 def test_parked_forwards_hold_the_outputs_of_attention_where_they_are_wider() -> None:
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
     narrow = llama(hidden=H, inner=H)
-    parked = work_sets(narrow, work, parked=True)["model.layers.0"].activation_bytes
+    sets = work_sets(narrow, work, schedule(narrow, work, parked=True))
+    parked = sets["model.layers.0"].activation_bytes
     assert parked == 64 * 512 * 2 * (2 * H + 3 * H + H)
 
 
@@ -64,8 +65,9 @@ def test_small_pieces_on_the_c_heap_cost_twice(seq_len: int, factor: int) -> Non
     facts = llama(hidden=576, inner=1536)
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=32, seq_len=seq_len))
     made = resolved("cpu", facts, "cpu=64GiB", work=work)
-    needed = work_sets(facts, work, parked=True)["model.layers.0"].activation_bytes
-    assert made.parked
+    needed = work_sets(facts, work, schedule(facts, work, parked=True))["model.layers.0"].activation_bytes
+    assert made.schedule is not None
+    assert all(block.parked for block in made.schedule.blocks)
     assert made.devices[0].activation_bytes == factor * needed
 
 
@@ -85,38 +87,23 @@ def test_solving_for_the_dense_output_holds_a_second_stream(share: float) -> Non
     assert dense.activation_bytes == (1 + share) * own.activation_bytes
     assert dense.hessian_bytes == 24 * INNER**2
     linears = 2 * (4 * H**2 + 3 * H * INNER)
-    assert dense.working_bytes == linears + budget.TARGET_BYTES * H * INNER
+    assert dense.working_bytes == linears + budget.GOAL_BYTES * H * INNER
 
 
-@pytest.mark.parametrize(
-    ("samples", "seq_len", "batch_size", "tokens"),
-    [
-        (128, MICRO_BATCH_TOKENS, None, MICRO_BATCH_TOKENS),
-        (128, MICRO_BATCH_TOKENS // 4, None, MICRO_BATCH_TOKENS),
-        (2, MICRO_BATCH_TOKENS // 4, None, MICRO_BATCH_TOKENS // 2),
-        (128, MICRO_BATCH_TOKENS * 2, None, MICRO_BATCH_TOKENS * 2),
-        (8, 512, 2, 1024),
-    ],
-)
-def test_micro_batch(samples: int, seq_len: int, batch_size: int | None, tokens: int) -> None:
-    data = CalibrationConfig(samples=samples, seq_len=seq_len, batch_size=batch_size)
-    assert micro_batch_tokens(Work(QuantizeConfig(solve_for="own"), data)) == tokens
-
-
-def test_an_offloaded_block_is_lent_to_the_main_device() -> None:
-    home = {p.device: p for p in resolved("0", FACTS).devices}
-    lent = {p.device: p for p in resolved("model.layers.11=cpu,rest=0", FACTS).devices}
+def test_an_offloaded_block_is_moved_to_the_main_device() -> None:
+    resident = {p.device: p for p in resolved("0", FACTS).devices}
+    moved = {p.device: p for p in resolved("model.layers.11=cpu,rest=0", FACTS).devices}
     block = sum(t.size_bytes for t in FACTS.tensors if t.name.startswith("model.layers.11."))
-    assert home["cuda:0"].weights_bytes - lent["cuda:0"].weights_bytes == block
-    assert lent["cuda:0"].working_bytes - home["cuda:0"].working_bytes == block
-    assert lent["cpu"].weights_bytes == block
-    assert lent["cpu"].hessian_bytes == 0
+    assert resident["cuda:0"].weights_bytes - moved["cuda:0"].weights_bytes == block
+    assert moved["cuda:0"].working_bytes - resident["cuda:0"].working_bytes == block
+    assert moved["cpu"].weights_bytes == block
+    assert moved["cpu"].hessian_bytes == 0
 
 
-def test_a_lent_embedding_counts_only_beyond_the_work() -> None:
-    home = {p.device: p for p in resolved("0", FACTS).devices}
-    lent = {p.device: p for p in resolved("model.embed_tokens=cpu,rest=0", FACTS).devices}
-    assert lent["cuda:0"].working_bytes == home["cuda:0"].working_bytes
+def test_an_offloaded_embedding_counts_only_beyond_the_work() -> None:
+    resident = {p.device: p for p in resolved("0", FACTS).devices}
+    moved = {p.device: p for p in resolved("model.embed_tokens=cpu,rest=0", FACTS).devices}
+    assert moved["cuda:0"].working_bytes == resident["cuda:0"].working_bytes
 
 
 def test_a_device_without_blocks_needs_no_work_set() -> None:
@@ -163,9 +150,5 @@ def test_size_of_the_result() -> None:
 
 def test_more_positions_than_linears() -> None:
     bare = replace(FACTS, linears=())
-    assert (
-        work_sets(bare, Work(QuantizeConfig(solve_for="own"), CalibrationConfig()), parked=True)[
-            "model.layers.0"
-        ].total_bytes
-        == 0
-    )
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig())
+    assert work_sets(bare, work, schedule(bare, work, parked=True))["model.layers.0"].total_bytes == 0

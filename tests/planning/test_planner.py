@@ -18,6 +18,7 @@ from gptq_cli.planning.memory import work_sets
 from gptq_cli.planning.planner import fill, fill_evenly
 from gptq_cli.planning.units import units_of
 from gptq_cli.preflight.resolve import Resolution
+from tests.planning.schedules import schedule
 from tests.preflight.shapes import GIB, SMALL_WORK, llama, resolved, rules_of
 
 MODEL = llama(blocks=32, hidden=4096, inner=11008)  # 12.6 GiB of weights
@@ -54,7 +55,8 @@ def test_no_more_accelerators_than_needed() -> None:
 
 def test_blocks_stay_on_the_accelerator_while_embeddings_or_head_can_go() -> None:
     facts = llama(blocks=8, hidden=2048, inner=5632, vocab=256_000)  # a GiB each for embedding and head
-    needed = max(s.total_bytes for s in work_sets(facts, SMALL_WORK, parked=False).values())
+    replayed = schedule(facts, SMALL_WORK, parked=False)
+    needed = max(s.total_bytes for s in work_sets(facts, SMALL_WORK, replayed).values())
     head = next(t.size_bytes for t in facts.tensors if t.name == "lm_head.weight")
     limit = int((facts.size_bytes + needed + 0.8 * GIB - head // 2) / 0.95)
     made = resolved("auto", facts, f"cuda:0={limit},cpu=64GiB")
@@ -130,8 +132,10 @@ def test_max_memory_is_obeyed() -> None:
 
 def test_parked_forwards_only_where_they_fit() -> None:
     long = Work(QuantizeConfig(), CalibrationConfig(samples=128, seq_len=2048))
-    assert resolved("auto", MODEL, "cuda:0=80GiB,cpu=64GiB", work=long).parked
-    assert not resolved("auto", MODEL, "cuda:0=20GiB,cpu=64GiB", work=long).parked
+    for size, replayed in (("80GiB", None), ("20GiB", "memory")):
+        made = resolved("auto", MODEL, f"cuda:0={size},cpu=64GiB", work=long).schedule
+        assert made is not None
+        assert {block.replayed for block in made.blocks} == {replayed}
 
 
 def test_tied_head_follows_its_embedding() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.time import (
@@ -18,6 +19,7 @@ from gptq_cli.planning.time import (
     job_seconds,
     measure,
 )
+from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama
 
 FACTS = replace(llama(blocks=2, hidden=1024, inner=4096), tensor_files_bytes=5 * 10**8)
@@ -27,35 +29,62 @@ FIXED = START_SECONDS + 5e8 / DISK_BYTES_PER_SECOND
 BLOCK = 4 * 1024**2 + 3 * 1024 * 4096
 
 
+def seconds(facts: ModelFacts, work: Work, speed: MachineRates, *, parked: bool) -> float:
+    return job_seconds(facts, work, schedule(facts, work, parked=parked), speed)
+
+
 def test_forward_counts_each_run() -> None:
     speed = replace(IDLE, forward_rate=1e9)
-    parked = job_seconds(FACTS, WORK, speed, parked=True) - FIXED
+    parked = seconds(FACTS, WORK, speed, parked=True) - FIXED
     assert abs(parked - 2 * BLOCK * 10_000 / 1e9) < 1e-6
     qkv, o, gate_up = 3 * 1024**2, 1024**2, 2 * 1024 * 4096
     prefixes = qkv + (qkv + o) + (qkv + o + gate_up) + BLOCK
-    replayed = job_seconds(FACTS, WORK, speed, parked=False) - FIXED
+    replayed = seconds(FACTS, WORK, speed, parked=False) - FIXED
     assert abs(replayed - 2 * prefixes * 10_000 / 1e9) < 1e-6
 
 
-def test_experts_and_sharing_keep_forwards_from_parking() -> None:
-    speed = replace(IDLE, forward_rate=1e9)
+def test_stages_that_are_collected_together_take_one_pass_and_one_to_the_end() -> None:
     together = Work(replace(WORK.quantize, true_sequential=False), WORK.calibration)
-    twice = job_seconds(FACTS, together, speed, parked=True) - FIXED
+    twice = seconds(FACTS, together, replace(IDLE, forward_rate=1e9), parked=True) - FIXED
     assert abs(twice - 2 * 2 * BLOCK * 10_000 / 1e9) < 1e-6
-    experts = replace(FACTS, linears=tuple(replace(linear, routed=True) for linear in FACTS.linears))
-    replayed = job_seconds(experts, WORK, speed, parked=True)
-    assert replayed == job_seconds(FACTS, WORK, speed, parked=False)
+
+
+def test_experts_take_a_pass_per_batch() -> None:
+    """Eight experts of 16384 columns, 1 GiB of Hessian each: a batch each; the others come in one pass."""
+    speed = replace(IDLE, forward_rate=1e9)
+    wide, narrow = (
+        tuple(
+            LinearFact(
+                name=f"model.layers.{block}.experts.{index}.{name}",
+                block=f"model.layers.{block}",
+                in_features=k,
+                out_features=64,
+                stage=4 + index + offset,
+                routed=True,
+            )
+            for block in range(2)
+            for index in range(8)
+        )
+        for name, k, offset in (("down", 16384, 0), ("up", 1024, 8))
+    )
+    facts = replace(FACTS, linears=(*FACTS.linears, *wide, *narrow))
+    qkv, o, gate_up = 3 * 1024**2, 1024**2, 2 * 1024 * 4096
+    block = BLOCK + 8 * 64 * (16384 + 1024)
+    run = qkv + (qkv + o) + (qkv + o + gate_up) + (8 + 1 + 1) * block
+    for parked in (True, False):
+        found = seconds(facts, WORK, speed, parked=parked) - FIXED
+        assert abs(found - 2 * run * 10_000 / 1e9) < 1e-6
 
 
 def test_hessians_and_solves() -> None:
     squares = 3 * 1024**2 + 4096**2
-    found = job_seconds(FACTS, WORK, replace(IDLE, hessian_rate=1e9), parked=True) - FIXED
+    found = seconds(FACTS, WORK, replace(IDLE, hessian_rate=1e9), parked=True) - FIXED
     assert abs(found - 2 * squares * 10_000 / 1e9) < 1e-6
-    found = job_seconds(FACTS, WORK, replace(IDLE, column_seconds=1e-3), parked=True) - FIXED
+    found = seconds(FACTS, WORK, replace(IDLE, column_seconds=1e-3), parked=True) - FIXED
     assert abs(found - 2 * (3 * 1024 + 4096) * 1e-3) < 1e-6
-    found = job_seconds(FACTS, WORK, replace(IDLE, weight_seconds=1e-9), parked=True) - FIXED
+    found = seconds(FACTS, WORK, replace(IDLE, weight_seconds=1e-9), parked=True) - FIXED
     assert abs(found - 2 * BLOCK * 1e-9) < 1e-6
-    found = job_seconds(FACTS, WORK, replace(IDLE, product_rate=1e9), parked=True) - FIXED
+    found = seconds(FACTS, WORK, replace(IDLE, matmul_rate=1e9), parked=True) - FIXED
     assert found > 2 * (MULTIPLY_ADDS * BLOCK * 500 + 4096**3) / 1e9
 
 
@@ -64,15 +93,15 @@ def test_the_dense_target_runs_its_share_twice(share: float) -> None:
     speed = replace(IDLE, forward_rate=1e9)
     text = CalibrationConfig(samples=100, seq_len=100)
     dense = Work(replace(WORK.quantize, solve_for="dense", dense_share=share), text)
-    one = job_seconds(FACTS, Work(WORK.quantize, text), speed, parked=True) - FIXED
-    assert abs(job_seconds(FACTS, dense, speed, parked=True) - FIXED - (1 + share) * one) < 1e-6
+    one = seconds(FACTS, Work(WORK.quantize, text), speed, parked=True) - FIXED
+    assert abs(seconds(FACTS, dense, speed, parked=True) - FIXED - (1 + share) * one) < 1e-6
 
 
 def test_the_probe_measures_without_touching_the_global_generator() -> None:
     state = torch.random.get_rng_state()
     speed = measure(CPU, "bfloat16", QuantizeConfig())
     assert torch.equal(torch.random.get_rng_state(), state)
-    for rate in (speed.forward_rate, speed.hessian_rate, speed.product_rate):
+    for rate in (speed.forward_rate, speed.hessian_rate, speed.matmul_rate):
         assert 1e6 < rate < 1e15
     assert 0 <= speed.column_seconds < 1
     assert 0 <= speed.weight_seconds < 1e-3

@@ -17,7 +17,6 @@ from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.trace import trace
 from gptq_cli.planning.units import units_of
-from gptq_cli.preflight import facts as facts_module
 from gptq_cli.preflight.facts import environment_facts
 from tests.fabricated import apparent_bytes, config_70b, fabricate
 from tests.tiny import TINY
@@ -107,7 +106,6 @@ def test_the_model_is_traced_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -
     runs: list[object] = []
     monkeypatch.setattr(skeleton_module, "trace", lambda *words: runs.append(words) or trace(*words))
     skeleton = skeleton_of(tiny("llama"))
-    monkeypatch.setattr(facts_module, "trace", lambda *words: runs.append(words) or trace(*words))
     model_facts(skeleton)
     assert len(runs) == 1
 
@@ -131,15 +129,13 @@ SCRIPT = """
 import sys, time
 import torch, transformers
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
-from gptq_cli.device_map import DeviceMap
 from gptq_cli.devices.host_memory import peak_resident_bytes
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.model.source import find_model
-from gptq_cli.model.trace import trace
-from gptq_cli.preflight import facts as facts_module
-from gptq_cli.placement import parse_inventory
-from gptq_cli.preflight.cases import Work
-from gptq_cli.preflight.facts import model_facts
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.resolve import resolve
 
 ref = ModelRef(model=sys.argv[1])

@@ -17,8 +17,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.planning.cases import Work
-from gptq_cli.preflight.report import map_report, quantize_plan
-from gptq_cli.preflight.tree import placement_tree
+from gptq_cli.preflight.report import map_report, placement_tree, quantize_plan
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from tests.fabricated import config_8b, config_70b, config_moe, fabricate

@@ -9,7 +9,6 @@ import pytest
 
 from gptq_cli.errors import ConfigError
 from gptq_cli.findings import Level
-from gptq_cli.targets import rules as target_rules
 from gptq_cli.targets.check import TARGETS, Target, TargetFacts, TargetLinear, check_target
 
 
@@ -45,11 +44,7 @@ PORTABLE = TargetFacts(
 
 
 def levels(target: Target, facts: TargetFacts) -> dict[str, Level]:
-    return {
-        finding.rule.removeprefix("target-"): finding.level
-        for finding in check_target(target, facts)
-        if finding.level != "note"
-    }
+    return {finding.rule: finding.level for finding in check_target(target, facts) if finding.level != "note"}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -71,36 +66,44 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     (
         "8 bits",
         every(bits=8),
-        {"exllamav2": {"bits": "error"}},
+        {"exllamav2": {"four-bits-only": "error"}},
     ),
     (
         "3 bits",
         every(bits=3),
-        {"vllm": {"bits": "error"}, "sglang": {"bits": "warning"}, "exllamav2": {"bits": "error"}},
+        {
+            "vllm": {"marlin-refuses": "error"},
+            "sglang": {"marlin-is-left": "warning"},
+            "exllamav2": {"four-bits-only": "error"},
+        },
     ),
     (
         "asymmetric v2",
         replace(PORTABLE, sym=False, checkpoint_format="gptq_v2"),
-        {"vllm": {"asymmetric": "error"}, "sglang": {"asymmetric": "warning"}},
+        {"vllm": {"marlin-refuses": "error"}, "sglang": {"marlin-is-left": "warning"}},
     ),
     (
         "asymmetric v1",
         replace(PORTABLE, sym=False),
         {
-            "vllm": {"asymmetric": "error"},
-            "sglang": {"asymmetric": "warning"},
-            "gptqmodel": {"zeros": "warning"},
+            "vllm": {"marlin-refuses": "error"},
+            "sglang": {"marlin-is-left": "warning"},
+            "gptqmodel": {"wrapped-zeros": "warning"},
         },
     ),
-    ("group 16", every(group_size=16), {"vllm": {"group": "error"}, "sglang": {"group": "warning"}}),
+    (
+        "group 16",
+        every(group_size=16),
+        {"vllm": {"marlin-refuses": "error"}, "sglang": {"marlin-is-left": "warning"}},
+    ),
     (
         "group 96",
         replace(every(group_size=96), linears=(linear(in_features=4032, group_size=96),)),
         {
-            "vllm": {"group": "error"},
-            "sglang": {"group": "warning"},
-            "exllamav2": {"group": "error"},
-            "gptqmodel": {"group": "error"},
+            "vllm": {"marlin-refuses": "error"},
+            "sglang": {"marlin-is-left": "warning"},
+            "exllamav2": {"power-of-two-groups": "error"},
+            "gptqmodel": {"gptqmodel-groups": "error"},
         },
     ),
     ("activation order", replace(PORTABLE, desc_act=True), {"vllm": {"activation-order": "error"}}),
@@ -113,76 +116,80 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     (
         "ragged group",
         replace(PORTABLE, linears=(linear(in_features=4000),)),
-        {target: {"group-divides": "error"} for target in TARGETS},
+        {target: {"whole-groups": "error"} for target in TARGETS},
     ),
     (
         "half a word",
         replace(every(group_size=-1), linears=(linear(out_features=1022, group_size=-1),)),
-        {target: {"shape": "error"} for target in TARGETS},
+        {target: {"whole-words": "error"} for target in TARGETS},
     ),
-    ("bfloat16", replace(PORTABLE, dtype="bfloat16"), {"exllamav2": {"dtype": "warning"}}),
+    ("bfloat16", replace(PORTABLE, dtype="bfloat16"), {"exllamav2": {"float16-only": "warning"}}),
     (
         "float32",
         replace(PORTABLE, dtype="float32"),
-        {"vllm": {"dtype": "warning"}, "sglang": {"dtype": "warning"}, "exllamav2": {"dtype": "warning"}},
+        {
+            "vllm": {"half-precision": "warning"},
+            "sglang": {"half-precision": "warning"},
+            "exllamav2": {"float16-only": "warning"},
+        },
     ),
     (
         "bf16 scales",
         replace(PORTABLE, scale_dtype="bfloat16"),
-        {"exllamav2": {"scales": "warning"}, "gptqmodel": {"scales": "warning"}},
+        {"exllamav2": {"half-scales": "warning"}, "gptqmodel": {"half-scales": "warning"}},
     ),
     (
         "siblings differ",
         MIXED,
         {
-            "vllm": {"fused-siblings": "error", "dynamic": "warning"},
+            "vllm": {"fused-siblings": "error", "fused-patterns": "warning"},
             "sglang": {"fused-siblings": "error"},
-            "transformers": {"dynamic": "error"},
-            "exllamav2": {"bits": "error"},
+            "transformers": {"no-overrides": "error"},
+            "exllamav2": {"four-bits-only": "error"},
         },
     ),
     (
         "a sibling is dense",
         replace(PORTABLE, linears=PORTABLE.linears[1:], left_dense=True, modules_listed=True),
         {
-            "vllm": {"fused-siblings": "error", "dynamic": "warning"},
+            "vllm": {"fused-siblings": "error", "fused-patterns": "warning"},
             "sglang": {"fused-siblings": "error"},
         },
     ),
     (
         "dense and not listed",
         replace(PORTABLE, left_dense=True),
-        {"vllm": {"dynamic": "warning"}, "transformers": {"dynamic": "error"}},
+        {"vllm": {"fused-patterns": "warning"}, "transformers": {"no-overrides": "error"}},
     ),
     (
         "two group sizes",
         replace(PORTABLE, linears=(linear(group_size=64), linear(name="a.o_proj")), changed=True),
         {
-            "vllm": {"dynamic": "warning"},
-            "transformers": {"dynamic": "error"},
-            "exllamav2": {"dynamic": "error"},
+            "vllm": {"fused-patterns": "warning"},
+            "transformers": {"no-overrides": "error"},
+            "exllamav2": {"one-setting": "error"},
         },
     ),
-    ("quantized head", replace(PORTABLE, lm_head=True), {"transformers": {"lm-head": "error"}}),
-    ("experts", EXPERTS, {"transformers": {"experts": "error"}}),
+    ("quantized head", replace(PORTABLE, lm_head=True), {"transformers": {"no-quantized-head": "error"}}),
+    ("experts", EXPERTS, {"transformers": {"no-experts": "error"}}),
     (
         "odd experts",
         replace(EXPERTS, linears=(linear("x.experts.0.down_proj", in_features=4096, out_features=1056),)),
-        {"vllm": {"experts": "warning"}, "transformers": {"experts": "error"}},
+        {"vllm": {"expert-sizes": "warning"}, "transformers": {"no-experts": "error"}},
     ),
     (
         "asymmetric experts",
         replace(EXPERTS, sym=False, checkpoint_format="gptq_v2"),
         {
-            "vllm": {"asymmetric": "error"},
-            "sglang": {"asymmetric": "warning", "experts": "error"},
-            "transformers": {"experts": "error"},
+            "vllm": {"marlin-refuses": "error"},
+            "sglang": {"marlin-is-left": "warning", "experts-by-marlin-only": "error"},
+            "transformers": {"no-experts": "error"},
         },
     ),
     (
         "only quantize_config.json",
         replace(PORTABLE, in_config_json=False),
-        {target: {"config": "error"} for target in TARGETS if target != "gptqmodel"},
+        {target: {"config-json": "error"} for target in TARGETS if target != "gptqmodel"},
     ),
 ]
 
@@ -195,14 +202,14 @@ def test_departures(facts: TargetFacts, expected: dict[str, dict[str, Level]]) -
 
 
 def test_notes() -> None:
-    assert [f.rule for f in check_target("transformers", PORTABLE)] == ["target-packages"]
+    assert [f.rule for f in check_target("transformers", PORTABLE)] == ["packages"]
     narrow = replace(PORTABLE, linears=(linear(out_features=1040),))
-    assert [f.rule for f in check_target("vllm", narrow) if f.level == "note"] == ["target-cpu-kernel"]
+    assert [f.rule for f in check_target("vllm", narrow) if f.level == "note"] == ["cpu-kernel"]
 
 
 def test_findings_name_their_linears() -> None:
     facts = replace(PORTABLE, linears=(linear(in_features=4000), linear("b", in_features=100)))
-    finding = next(f for f in check_target("vllm", facts) if f.rule == "target-group-divides")
+    finding = next(f for f in check_target("vllm", facts) if f.rule == "whole-groups")
     assert finding.modules == ("model.layers.0.mlp.down_proj", "b")
     assert finding.message.startswith("model.layers.0.mlp.down_proj (4000 x 1024) and 1 more: ")
     assert finding.hint
@@ -211,12 +218,3 @@ def test_findings_name_their_linears() -> None:
 def test_an_unknown_target() -> None:
     with pytest.raises(ConfigError, match="allowed: vllm, sglang"):
         check_target("llama.cpp", PORTABLE)  # type: ignore[arg-type]
-
-
-def test_every_rule_says_why() -> None:
-    public = [
-        value
-        for name, value in vars(target_rules).items()
-        if callable(value) and not name.startswith("_") and value.__module__ == target_rules.__name__
-    ]
-    assert all(value.__doc__ for value in public)

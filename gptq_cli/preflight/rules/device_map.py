@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
 
-from gptq_cli.findings import Finding
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.placement.device_rules import NameTree
+from gptq_cli.placement.names import owner
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names, usable
+from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
-_SHOWN = 6
 _FINDINGS = 20
 """Findings of one rule about single entries of a map; what is beyond stands in one more."""
 _GUESSED = 3
 
 
-def names_text(names: Iterable[str]) -> str:
-    """`a, b, c and 12 more`."""
-    listed = list(names)
-    text = ", ".join(listed[:_SHOWN])
-    return f"{text} and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else text
-
-
 def instead(case: MapCase) -> str:
-    """The option with a map that no rule refuses, for every hint about the map of `case`."""
+    """The option with a map that no rule refuses, for the hints about the map of `case`."""
     return case.repair or f'--device-map "{repaired(case)}"'
 
 
-def meta_device(case: MapCase) -> list[Finding]:
+@rule("error")
+def meta_device(case: MapCase) -> list[Remark]:
     """The device map sends something to `meta`.
 
     `meta` is torch's device for tensors without data. Transformers accepts it as a device map and loads
     nothing there; quantizing such a module fails much later. It is refused here.
     """
-    patterns = [rule.pattern for rule in case.spec.rules if rule.device.kind == "meta"]
+    patterns = [entry.pattern for entry in case.spec.rules if entry.device.kind == "meta"]
     if not patterns:
         return []
     return [
-        Finding(
-            rule="meta-device",
-            level="error",
+        Remark(
             subject=_patterns_text(patterns),
             message="'meta' holds no data, so nothing can be quantized there; allowed: an accelerator or cpu",
             hint=instead(case),
@@ -51,23 +43,22 @@ def meta_device(case: MapCase) -> list[Finding]:
     ]
 
 
-def _bounded(found: list[Finding]) -> list[Finding]:
-    """The first findings, and one for the rest: a map may have 100,000 entries that are all wrong."""
+def _bounded(found: list[Remark]) -> list[Remark]:
+    """The first remarks, and one for the rest: a map may have 100,000 entries that are all wrong."""
     rest = found[_FINDINGS:]
     if len(rest) < 2:
         return found
-    more = Finding(
-        rule=rest[0].rule,
-        level=rest[0].level,
-        subject=names_text(finding.subject for finding in rest),
-        message=f"the same of {len(rest)} more entries of the device map",
+    more = Remark(
+        subject=names_text(remark.subject for remark in rest),
+        message=f"the same holds for {len(rest)} more entries of the device map",
         hint="repair the first ones, then look again",
-        modules=tuple(name for finding in rest[:_FINDINGS] for name in finding.modules[:_FINDINGS]),
+        modules=tuple(name for remark in rest[:_FINDINGS] for name in remark.modules[:_FINDINGS]),
     )
     return [*found[:_FINDINGS], more]
 
 
-def device_absent(case: MapCase) -> list[Finding]:
+@rule("error")
+def device_absent(case: MapCase) -> list[Remark]:
     """The device map or --max-memory names a device that this machine (or --devices) does not have.
 
     Transformers does not check indexes; the first transfer to the device dies, after the weights were read.
@@ -76,16 +67,14 @@ def device_absent(case: MapCase) -> list[Finding]:
     listed = ", ".join(str(device) for device in there)
     where = "in --devices" if case.given else "on this machine"
     patterns_on: dict[Device, list[str]] = {}
-    for rule in case.spec.rules:
-        patterns_on.setdefault(rule.device, []).append(rule.pattern)
+    for entry in case.spec.rules:
+        patterns_on.setdefault(entry.device, []).append(entry.pattern)
     absent = [d for d in case.spec.devices if d.kind not in ("disk", "meta") and d not in there]
     hint = instead(case) if absent else ""
     found = [
-        Finding(
-            rule="device-absent",
-            level="error",
+        Remark(
             subject=str(device),
-            message=f"{device} is not {where}; there: {listed}",
+            message=f"{device} is not {where}; available: {listed}",
             hint=hint,
             modules=tuple(patterns_on[device]) if device in patterns_on else (),
         )
@@ -94,11 +83,9 @@ def device_absent(case: MapCase) -> list[Finding]:
     limits = case.max_memory.limits if case.max_memory else ()
     present = MaxMemory(tuple((device, limit) for device, limit in limits if device in there))
     return _bounded(found) + [
-        Finding(
-            rule="device-absent",
-            level="error",
+        Remark(
             subject="--max-memory",
-            message=f"--max-memory names {device}, which is not {where}; there: {listed}",
+            message=f"--max-memory names {device}, which is not {where}; available: {listed}",
             hint=f'--max-memory "{present}"' if present.limits else "leave --max-memory out",
         )
         for device, _ in limits
@@ -106,7 +93,8 @@ def device_absent(case: MapCase) -> list[Finding]:
     ]
 
 
-def device_not_listed(case: MapCase) -> list[Finding]:
+@rule("error")
+def device_not_listed(case: MapCase) -> list[Remark]:
     """The device map sends something to a device that --max-memory does not list.
 
     As in accelerate, --max-memory says which devices may be used at all, not only how much of each.
@@ -122,36 +110,18 @@ def device_not_listed(case: MapCase) -> list[Finding]:
     wider = f'--max-memory "{case.with_unlisted(missing)}"'
     others = any(usable(case, budget.device) for budget in case.budgets)
     return [
-        Finding(
-            rule="device-not-listed",
-            level="error",
+        Remark(
             subject=str(device),
             message=f"the device map uses {device}, but --max-memory lists only {listed}",
             hint=f"{wider}; or {instead(case)}" if others else wider,
-            modules=tuple(rule.pattern for rule in case.spec.rules if rule.device == device),
+            modules=tuple(entry.pattern for entry in case.spec.rules if entry.device == device),
         )
         for device in missing
     ]
 
 
-def max_memory_unlisted(case: MapCase) -> list[Finding]:
-    """Devices are there that --max-memory does not list, so nothing is placed on them, as in accelerate."""
-    left = [b.device for b in case.unlisted if b.free_bytes and b.device not in case.spec.devices]
-    if not left:
-        return []
-    names = " and ".join(str(device) for device in left)
-    return [
-        Finding(
-            rule="max-memory-unlisted",
-            level="note",
-            subject=", ".join(str(device) for device in left),
-            message=f"--max-memory does not list {names}, so nothing is placed there",
-            hint=f'--max-memory "{case.with_unlisted(left)}" (uses {names}, too)',
-        )
-    ]
-
-
-def unknown_module(case: MapCase) -> list[Finding]:
+@rule("error")
+def unknown_module(case: MapCase) -> list[Remark]:
     """A rule of the device map covers no module and no tensor of this model.
 
     accelerate only warns about such a key, and the modules that were meant go wherever the rest goes.
@@ -159,14 +129,12 @@ def unknown_module(case: MapCase) -> list[Finding]:
     known = known_names(case.facts)
     names = NameTree(known)
     unknown = [
-        rule.pattern for rule in case.spec.rules if rule.pattern and not names.covered_by(rule.pattern)
+        entry.pattern for entry in case.spec.rules if entry.pattern and not names.covered_by(entry.pattern)
     ]
     offer = instead(case) if unknown else ""
     return _bounded(
         [
-            Finding(
-                rule="unknown-module",
-                level="error",
+            Remark(
                 subject=pattern,
                 message=f"no module or tensor of {case.facts.architecture} is called {pattern!r}",
                 hint=f"{offer} ({_meant(pattern, known)})" if number < _GUESSED else offer,
@@ -178,7 +146,7 @@ def unknown_module(case: MapCase) -> list[Finding]:
 
 
 def _meant(pattern: str, known: list[str]) -> str:
-    """What stands in the place of a name that does not exist."""
+    """What may have been meant by a name that does not exist."""
     there = beyond_last(pattern, known)
     if there is not None:
         return f"there is {there}"
@@ -194,7 +162,8 @@ def _top_names(known: list[str]) -> str:
     )
 
 
-def uncovered_parameters(case: MapCase) -> list[Finding]:
+@rule("error")
+def uncovered_parameters(case: MapCase) -> list[Remark]:
     """Parameters of the model that no rule of the device map covers.
 
     accelerate notices this only after all weights were read ("The device_map provided does not give any
@@ -210,9 +179,7 @@ def uncovered_parameters(case: MapCase) -> list[Finding]:
     owners = list(dict.fromkeys(_owner(name, case.facts.blocks) for name in uncovered))
     size = sum(tensors[name].size_bytes for name in uncovered if name in tensors)
     return [
-        Finding(
-            rule="uncovered-parameters",
-            level="error",
+        Remark(
             subject=names_text(owners),
             message=f"{len(uncovered)} parameters ({format_size(size)}) have no device in the device map",
             hint=instead(case),
@@ -226,10 +193,11 @@ def _owner(tensor: str, blocks: tuple[str, ...]) -> str:
     for block in blocks:
         if tensor.startswith(block + "."):
             return block
-    return tensor.rpartition(".")[0] or tensor
+    return owner(tensor)
 
 
-def prefix_collision(case: MapCase) -> list[Finding]:
+@rule("note")
+def prefix_collision(case: MapCase) -> list[Remark]:
     """A name in the device map is the beginning of other names, so other tools read the map differently.
 
     Transformers matches the keys of a map by an unanchored regular expression: `model.layers.1` also moves
@@ -241,25 +209,23 @@ def prefix_collision(case: MapCase) -> list[Finding]:
     siblings: dict[str, list[str]] = {}
     for name in sorted(known):
         siblings.setdefault(name.rpartition(".")[0], []).append(name)
-    for rule in case.spec.rules:
-        if not rule.pattern or rule.pattern not in known:
+    for entry in case.spec.rules:
+        if not entry.pattern or entry.pattern not in known:
             continue
-        beside = siblings[rule.pattern.rpartition(".")[0]]
+        beside = siblings[entry.pattern.rpartition(".")[0]]
         alike = []
-        for name in beside[bisect_left(beside, rule.pattern) + 1 :]:
-            if not name.startswith(rule.pattern):
+        for name in beside[bisect_left(beside, entry.pattern) + 1 :]:
+            if not name.startswith(entry.pattern):
                 break
             alike.append(name)
-        moved = [name for name in alike if _device(case.spec, name) != rule.device]
+        moved = [name for name in alike if _device(case.spec, name) != entry.device]
         if moved:
             found.append(
-                Finding(
-                    rule="prefix-collision",
-                    level="note",
-                    subject=rule.pattern,
+                Remark(
+                    subject=entry.pattern,
                     message=(
-                        f"covers only {rule.pattern} here; Transformers would send {names_text(moved)} "
-                        f"to {rule.device} as well"
+                        f"covers only {entry.pattern} here; Transformers would send {names_text(moved)} "
+                        f"to {entry.device} as well"
                     ),
                     hint="nothing to do here; write every name out where Transformers reads the map",
                     modules=tuple(moved),
@@ -269,37 +235,37 @@ def prefix_collision(case: MapCase) -> list[Finding]:
 
 
 def _device(spec: DeviceMap, name: str) -> Device | None:
-    rule = spec.rule_for(name)
-    return rule.device if rule else None
+    decisive = spec.rule_for(name)
+    return decisive.device if decisive else None
 
 
-def rule_without_effect(case: MapCase) -> list[Finding]:
+@rule("warning")
+def rule_without_effect(case: MapCase) -> list[Remark]:
     """A rule of the device map decides nothing, because more specific rules cover all that it covers."""
     names = tensor_names(case.facts)
     deciding: set[DeviceRule] = set()
     covering: set[int] = set()
     for name in names:
-        rule = case.spec.rule_for(name)
-        if rule is not None:
-            deciding.add(rule)
+        decisive = case.spec.rule_for(name)
+        if decisive is not None:
+            deciding.add(decisive)
             covering.update(place for place, _ in case.spec.rules_over(name))
-    rules = enumerate(case.spec.rules)
-    idle = [rule for place, rule in rules if rule not in deciding and place in covering]
+    entries = enumerate(case.spec.rules)
+    idle = [entry for place, entry in entries if entry not in deciding and place in covering]
     found, offer = [], instead(case) if idle else ""
-    for rule in idle:
+    for entry in idle:
         found.append(
-            Finding(
-                rule="rule-without-effect",
-                level="warning",
-                subject=rule.pattern or "rest",
-                message=f"{str(rule)!r} decides nothing: more specific or later rules cover all of it",
+            Remark(
+                subject=entry.pattern or "rest",
+                message=f"{str(entry)!r} decides nothing: more specific or later rules cover all of it",
                 hint=f"{offer} (without it)",
             )
         )
     return _bounded(found)
 
 
-def max_memory_above_free(case: MapCase) -> list[Finding]:
+@rule("warning")
+def max_memory_above_free(case: MapCase) -> list[Remark]:
     """--max-memory allows more of a device than is free, so the free bytes are the limit."""
     found = []
     free = {budget.device: budget.free_bytes for budget in case.budgets}
@@ -307,9 +273,7 @@ def max_memory_above_free(case: MapCase) -> list[Finding]:
         if device in free and limit > free[device]:
             size = format_size(free[device])
             found.append(
-                Finding(
-                    rule="max-memory-above-free",
-                    level="warning",
+                Remark(
                     subject=str(device),
                     message=f"--max-memory allows {format_size(limit)} but {size} are free",
                     hint=f"the plan uses {size}; end other processes on {device} to use more",
@@ -318,7 +282,24 @@ def max_memory_above_free(case: MapCase) -> list[Finding]:
     return found
 
 
-def environment(case: MapCase) -> list[Finding]:
+@rule("note")
+def max_memory_unlisted(case: MapCase) -> list[Remark]:
+    """The machine has devices that --max-memory does not list, so they stay unused, as in accelerate."""
+    left = [b.device for b in case.unlisted if b.free_bytes and b.device not in case.spec.devices]
+    if not left:
+        return []
+    names = " and ".join(str(device) for device in left)
+    return [
+        Remark(
+            subject=", ".join(str(device) for device in left),
+            message=f"--max-memory does not list {names}, so nothing is placed there",
+            hint=f'--max-memory "{case.with_unlisted(left)}" (uses {names}, too)',
+        )
+    ]
+
+
+@rule("warning", "note")
+def environment(case: MapCase) -> list[Remark]:
     """LOCAL_RANK or a variable such as CUDA_VISIBLE_DEVICES is set: an index may not mean what it seems to.
 
     Transformers turns the map `cuda` into `cuda:$LOCAL_RANK`; this tool always means index 0. A
@@ -329,18 +310,16 @@ def environment(case: MapCase) -> list[Finding]:
         return []
     if case.environment.local_rank is not None:
         found.append(
-            Finding(
-                rule="environment",
+            Remark(
                 level="warning",
                 subject="LOCAL_RANK",
-                message=f"LOCAL_RANK={case.environment.local_rank} is set, but one process does it all",
+                message=f"LOCAL_RANK={case.environment.local_rank} is set, but one process does all the work",
                 hint="start it without a launcher such as torchrun, or unset LOCAL_RANK",
             )
         )
     for name, value in case.environment.visible:
         found.append(
-            Finding(
-                rule="environment",
+            Remark(
                 level="note",
                 subject=name,
                 message=f"{name}={value!r} is in force: indexes count the visible devices only, from 0",
@@ -349,24 +328,22 @@ def environment(case: MapCase) -> list[Finding]:
     return found
 
 
-def untraced_forward(case: MapCase) -> list[Finding]:
-    """A forward of the model without data did not come to its end.
+@rule("warning")
+def untraced_forward(case: MapCase) -> list[Remark]:
+    """A forward of the model without data stopped before its end: order and memory are estimates.
 
     Before a weight is read, a few tokens go through the model on torch's `meta` device, where shapes are
     computed and values are not. That shows in which order modules run, which linears read the same input,
     which are experts, and which have their weight read by other code and so must stay dense. A model whose
-    code needs values that nobody can answer stops on the way. Then the order of modules is that of their
-    registration, memory is planned by the shapes of linears, and what lies behind the stop is not known to
-    be called at all.
+    code needs values stops on the way. Then modules are taken in the order of their registration, memory is
+    planned by the shapes of linears, and whether the modules behind the stop are called at all is not known.
     """
     if not case.facts.untraced:
         return []
     return [
-        Finding(
-            rule="untraced-forward",
-            level="warning",
+        Remark(
             subject=case.facts.model,
-            message="a forward without data did not come to its end; order, memory and the choice of linears "
+            message="a forward without data did not reach its end; order, memory and the choice of linears "
             f"are estimated from shapes: it stopped {case.facts.untraced}",
             hint="prove the result with gptq load --verify and --against, and report this with config.json",
         )
@@ -375,18 +352,3 @@ def untraced_forward(case: MapCase) -> list[Finding]:
 
 def _patterns_text(patterns: list[str]) -> str:
     return names_text(pattern or "rest" for pattern in patterns)
-
-
-RULES = (
-    meta_device,
-    device_absent,
-    device_not_listed,
-    unknown_module,
-    uncovered_parameters,
-    prefix_collision,
-    rule_without_effect,
-    max_memory_above_free,
-    max_memory_unlisted,
-    environment,
-    untraced_forward,
-)

@@ -1,36 +1,103 @@
-"""Rules about bytes: does the plan fit, and if not, what is the cheapest thing that would."""
+"""Rules about memory: does the plan fit, and if not, what is the cheapest change that would make it fit?"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from gptq_cli.findings import Finding
 from gptq_cli.placement.device import CPU, Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
-from gptq_cli.planning.cases import MapCase, PlacedCase
+from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.planner import Plan
 from gptq_cli.planning.remedies import Fits, Remedy, alternatives, cheapest, less_work
 from gptq_cli.planning.repair import repaired
 from gptq_cli.results.map import DevicePlan
+from gptq_cli.rules import Remark, rule
 
 _TIGHT = 0.05
 
 
-def memory_budget(placed: PlacedCase, fits: Fits) -> list[Finding]:
-    """A device cannot hold what the plan needs there at its highest moment.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedCase:
+    """A device map, what was planned for it, and how another one would be planned."""
 
-    The sum is weights, the working copy of the largest block, Hessians and the factorisation of its widest
-    stage, calibration activations, and packing; the limit is the free memory, or --max-memory where that is
-    less.
+    case: MapCase
+    plan: Plan | None
+    """None where the map leaves a parameter without a device."""
+    fits: Fits
+    """Whether another case would be accepted: remedies are tried before they are named."""
+    roomy: Fits
+    """The same, with room left on every device."""
+
+    @property
+    def device_plans(self) -> tuple[DevicePlan, ...]:
+        """What each device will have to hold; none without a placement."""
+        return self.plan.plans if self.plan is not None and self.plan.placement is not None else ()
+
+
+@rule("error")
+def disk_offload(planned: PlannedCase) -> list[Remark]:
+    """Something would have to go to disk: because the device map says so, or because nothing else has room.
+
+    Disk offload is not supported with GPTQ quantization: a module that accelerate loads from disk is a tensor
+    without data as soon as its hook is removed, and the quantized one would have nowhere to be put back.
     """
-    short = [plan for plan in placed.plans if not plan.fits and _known(placed.case, plan)]
+    case, plan, fits = planned.case, planned.plan, planned.fits
+    patterns = [entry.pattern for entry in case.spec.rules if entry.device.kind == "disk"]
+    if patterns:
+        return [
+            Remark(
+                subject=", ".join(pattern or "rest" for pattern in patterns),
+                message="disk offload is not supported with GPTQ quantization",
+                hint=_without_disk(case, fits),
+                modules=tuple(patterns),
+                size_bytes=_bytes_of(case, patterns),
+            )
+        ]
+    if plan is None or plan.placement is not None or not plan.spill_bytes:
+        return []
+    return [
+        Remark(
+            subject=str(case.spec),
+            message=(
+                f"{case.spec} would have to spill {format_size(plan.spill_bytes)} to disk; disk offload "
+                f"is not supported with GPTQ quantization ({'; '.join(plan.tried)})"
+            ),
+            hint=remedies_text(cheapest(case, fits)),
+            size_bytes=plan.spill_bytes,
+        )
+    ]
+
+
+@rule("error")
+def no_plan_fits(planned: PlannedCase) -> list[Remark]:
+    """The weights would fit, but no step of the strategy leaves room for the work on a block."""
+    case, plan = planned.case, planned.plan
+    if case.spec.strategy is None or plan is None or plan.placement is not None or plan.spill_bytes:
+        return []
+    return [
+        Remark(
+            subject=str(case.spec),
+            message=f"no plan fits: {'; '.join(plan.tried)}",
+            hint=remedies_text(cheapest(case, planned.fits)),
+            size_bytes=case.facts.size_bytes,
+        )
+    ]
+
+
+@rule("error")
+def memory_budget(planned: PlannedCase) -> list[Remark]:
+    """A device cannot hold what the plan needs there at its peak.
+
+    The peak is the sum of weights, the working copy of the largest block, Hessians and the factorisation of
+    its widest stage, calibration activations, and packing; the limit is the free memory, or --max-memory
+    where that is less.
+    """
+    short = [plan for plan in planned.device_plans if not plan.fits and _known(planned.case, plan)]
     if not short:
         return []
-    remedies = cheapest(placed.case, fits)
+    remedies = cheapest(planned.case, planned.fits)
     return [
-        Finding(
-            rule="memory-budget",
-            level="error",
+        Remark(
             subject=plan.device,
             message=(
                 f"{plan.device} needs {format_size(plan.needed_bytes)} but may use "
@@ -48,14 +115,13 @@ def tight(case: MapCase, plans: tuple[DevicePlan, ...]) -> list[DevicePlan]:
     return [p for p in plans if _known(case, p) and p.fits and p.spare_bytes < _TIGHT * p.limit_bytes]
 
 
-def memory_tight(placed: PlacedCase, roomy: Fits) -> list[Finding]:
+@rule("warning")
+def memory_tight(planned: PlannedCase) -> list[Remark]:
     """The plan fits, but leaves less than 5 % of a device: other processes or fragmentation may take that."""
-    plans = tight(placed.case, placed.plans)
-    remedy = less_work(placed.case, roomy) if plans else None
+    plans = tight(planned.case, planned.device_plans)
+    remedy = less_work(planned.case, planned.roomy) if plans else None
     return [
-        Finding(
-            rule="memory-tight",
-            level="warning",
+        Remark(
             subject=plan.device,
             message=(
                 f"{plan.device} needs {format_size(plan.needed_bytes)} of {format_size(plan.limit_bytes)}; "
@@ -68,69 +134,9 @@ def memory_tight(placed: PlacedCase, roomy: Fits) -> list[Finding]:
     ]
 
 
-def disk_offload(case: MapCase, plan: Plan | None, fits: Fits) -> list[Finding]:
-    """Something would have to go to disk: because the device map says so, or because nothing else has room.
-
-    Disk offload is not supported with GPTQ quantization: a module that accelerate loads from disk is a tensor
-    without data as soon as its hook is removed, and the quantized one would have nowhere to be put back.
-    """
-    patterns = [rule.pattern for rule in case.spec.rules if rule.device.kind == "disk"]
-    if patterns:
-        return [
-            Finding(
-                rule="disk-offload",
-                level="error",
-                subject=", ".join(pattern or "rest" for pattern in patterns),
-                message="disk offload is not supported with GPTQ quantization",
-                hint=_without_disk(case, fits),
-                modules=tuple(patterns),
-                size_bytes=_bytes_of(case, patterns),
-            )
-        ]
-    if plan is None or plan.placement is not None or not plan.spill_bytes:
-        return []
-    return [
-        Finding(
-            rule="disk-offload",
-            level="error",
-            subject=str(case.spec),
-            message=(
-                f"{case.spec} would have to spill {format_size(plan.spill_bytes)} to disk; disk offload "
-                f"is not supported with GPTQ quantization ({'; '.join(plan.tried)})"
-            ),
-            hint=remedies_text(cheapest(case, fits)),
-            size_bytes=plan.spill_bytes,
-        )
-    ]
-
-
-def no_plan_fits(case: MapCase, plan: Plan | None, fits: Fits) -> list[Finding]:
-    """The weights would fit, but no step of the strategy leaves room for the work on a block."""
-    if plan is None or plan.placement is not None or plan.spill_bytes:
-        return []
-    return [
-        Finding(
-            rule="no-plan-fits",
-            level="error",
-            subject=str(case.spec),
-            message=f"no plan fits: {'; '.join(plan.tried)}",
-            hint=remedies_text(cheapest(case, fits)),
-            size_bytes=case.facts.size_bytes,
-        )
-    ]
-
-
 def parts_text(plan: DevicePlan) -> str:
     """`weights 14.9 GiB, Hessians 0.3 GiB, …`: the parts that are not zero."""
-    parts = (
-        ("weights", plan.weights_bytes),
-        ("working copy", plan.working_bytes),
-        ("Hessians", plan.hessian_bytes),
-        ("activations", plan.activation_bytes),
-        ("packing", plan.packing_bytes),
-        ("runtime", plan.baseline_bytes),
-    )
-    return ", ".join(f"{name} {format_size(size)}" for name, size in parts if size)
+    return ", ".join(f"{word} {format_size(size)}" for word, size in plan.parts if size)
 
 
 def remedies_text(remedies: tuple[Remedy, ...]) -> str:
@@ -143,9 +149,9 @@ def _known(case: MapCase, plan: DevicePlan) -> bool:
 
 
 def _bytes_of(case: MapCase, patterns: list[str]) -> int:
-    chosen = set(patterns)
+    named = set(patterns)
     found = ((tensor, case.spec.rule_for(tensor.name)) for tensor in case.facts.tensors)
-    return sum(tensor.size_bytes for tensor, rule in found if rule is not None and rule.pattern in chosen)
+    return sum(tensor.size_bytes for tensor, entry in found if entry is not None and entry.pattern in named)
 
 
 def _without_disk(case: MapCase, fits: Fits) -> str:

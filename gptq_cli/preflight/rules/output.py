@@ -1,4 +1,4 @@
-"""Rules about the place that the checkpoint goes to."""
+"""Rules about the output: may the checkpoint be written there, and is there room?"""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from gptq_cli.findings import Finding
 from gptq_cli.placement.device import format_size
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.planning.memory import quantized_bytes
+from gptq_cli.rules import Remark, rule
 
 _OTHER_FILES_BYTES = 64_000_000
 """Tokenizer, reports, headers."""
 
 
-def output_is_model(case: JobCase) -> list[Finding]:
+@rule("error")
+def output_is_model(case: JobCase) -> list[Remark]:
     """The output is the model's own directory, or holds it: the original would be replaced by the result."""
     out = case.output
     if out is None or not out.is_model_directory:
         return []
     return [
-        Finding(
-            rule="output-is-model",
-            level="error",
+        Remark(
             subject="--out",
             message=f"{out.out} is or holds the directory of the model itself",
             hint=out.elsewhere,
@@ -30,9 +30,10 @@ def output_is_model(case: JobCase) -> list[Finding]:
     ]
 
 
-def output_exists(case: JobCase) -> list[Finding]:
-    """The output exists already. Nothing is overwritten unasked, and `--overwrite` replaces a quantized model
-    only, never a directory of something else. An empty directory is fine.
+@rule("error")
+def output_exists(case: JobCase) -> list[Remark]:
+    """The output exists already. Nothing is overwritten without `--overwrite`, which replaces a quantized
+    model only, never a directory of something else. An empty directory is fine.
 
     A directory that cannot be renamed over (a mount point such as a container's volume, or one in a directory
     of somebody else) is filled where it is empty; `--overwrite` cannot replace a checkpoint in it, because
@@ -45,9 +46,9 @@ def output_exists(case: JobCase) -> list[Finding]:
         return []
     hint = out.elsewhere
     if not out.is_directory:
-        what = "exists and is no directory"
+        what = "exists and is not a directory"
     elif not out.is_checkpoint:
-        what = "holds something else than a quantized model, which --overwrite does not touch"
+        what = "holds something other than a quantized model, which --overwrite does not touch"
         hint = f"{out.elsewhere}; or remove the directory yourself"
     elif case.overwrite:
         what = "is a mount point or not yours, so it cannot be exchanged as --overwrite does"
@@ -56,20 +57,17 @@ def output_exists(case: JobCase) -> list[Finding]:
     if out.is_fixed and out.is_directory:
         inner = shlex.quote(os.path.join(out.out, "gptq"))
         hint = f"--out {inner} (a directory in it); or empty it yourself"
-    return [
-        Finding(rule="output-exists", level="error", subject="--out", message=f"{out.out} {what}", hint=hint)
-    ]
+    return [Remark(subject="--out", message=f"{out.out} {what}", hint=hint)]
 
 
-def output_name_too_long(case: JobCase) -> list[Finding]:
+@rule("error")
+def output_name_too_long(case: JobCase) -> list[Remark]:
     """A name in the output's path is longer than its file system allows; the last rename would fail."""
     out = case.output
     if out is None or out.name_bytes <= out.longest_name_bytes:
         return []
     return [
-        Finding(
-            rule="output-name-too-long",
-            level="error",
+        Remark(
             subject="--out",
             message=f"the name has {out.name_bytes} bytes; the file system allows {out.longest_name_bytes}",
             hint="give --out a shorter name",
@@ -77,15 +75,14 @@ def output_name_too_long(case: JobCase) -> list[Finding]:
     ]
 
 
-def output_name_not_text(case: JobCase) -> list[Finding]:
+@rule("error")
+def output_name_not_text(case: JobCase) -> list[Remark]:
     """The path of the output is not UTF-8, or holds a NUL: most readers of models could not open it."""
     out = case.output
     if out is None or out.is_text:
         return []
     return [
-        Finding(
-            rule="output-name-not-text",
-            level="error",
+        Remark(
             subject="--out",
             message=f"the path {out.out!r} is not UTF-8 text; most readers could not open a model there",
             hint="give --out a path in UTF-8",
@@ -93,7 +90,8 @@ def output_name_not_text(case: JobCase) -> list[Finding]:
     ]
 
 
-def output_unwritable(case: JobCase) -> list[Finding]:
+@rule("error")
+def output_unwritable(case: JobCase) -> list[Remark]:
     """The directory that the output is to be made in cannot be written to, or an old checkpoint that
     `--overwrite` is to replace cannot be removed.
     """
@@ -110,9 +108,7 @@ def output_unwritable(case: JobCase) -> list[Finding]:
     else:
         return []
     return [
-        Finding(
-            rule="output-unwritable",
-            level="error",
+        Remark(
             subject="--out",
             message=message,
             hint=hint,
@@ -120,15 +116,14 @@ def output_unwritable(case: JobCase) -> list[Finding]:
     ]
 
 
-def output_folder_taken(case: JobCase) -> list[Finding]:
-    """Something that no run made has the name of the working folder, which stands beside the output."""
+@rule("error")
+def output_folder_taken(case: JobCase) -> list[Remark]:
+    """Something that this tool did not make has the name of the working folder, beside the output."""
     out = case.output
     if out is None or not out.folder_taken:
         return []
     return [
-        Finding(
-            rule="output-folder-taken",
-            level="error",
+        Remark(
             subject="--out",
             message=f"{out.folder_taken} is in the way: a working folder would have that name, "
             "but no run made it",
@@ -137,46 +132,49 @@ def output_folder_taken(case: JobCase) -> list[Finding]:
     ]
 
 
-def output_busy(case: JobCase) -> list[Finding]:
+@rule("error")
+def output_busy(case: JobCase) -> list[Remark]:
     """Another run writes to the same output. Two runs, whatever links lead them there, do not share one."""
     out = case.output
     if out is None or not out.busy:
         return []
-    return busy_finding(out.busy, out.busy_hint)
+    return [_busy(out.busy, out.busy_hint)]
 
 
-def busy_finding(message: str, hint: str) -> list[Finding]:
-    """The finding of a run that could not claim its output."""
-    return [Finding(rule="output-busy", level="error", subject="--out", message=message, hint=hint)]
+def busy_finding(message: str, hint: str) -> Finding:
+    """The finding about a run that could not claim its output, before there is a case."""
+    return output_busy.finding(_busy(message, hint))
 
 
-def output_leftovers(case: JobCase) -> list[Finding]:
+def _busy(message: str, hint: str) -> Remark:
+    return Remark(subject="--out", message=message, hint=hint)
+
+
+@rule("warning")
+def output_leftovers(case: JobCase) -> list[Remark]:
     """A run with the same output ended without cleaning up, as after kill -9. What it left is removed, and an
     old checkpoint that it had moved aside is put back.
     """
     out = case.output
-    return [
-        Finding(rule="output-leftovers", level="warning", subject="--out", message=words)
-        for words in (out.leftovers if out is not None else ())
-    ]
+    return [Remark(subject="--out", message=words) for words in (out.leftovers if out is not None else ())]
 
 
-def output_unlocked(case: JobCase) -> list[Finding]:
-    """The file system of the output has no locks, so that a file with the run's process number stands in."""
+@rule("note")
+def output_unlocked(case: JobCase) -> list[Remark]:
+    """The file system of the output has no locks, so a file with the process number takes their place."""
     out = case.output
     if out is None or not out.unlocked:
         return []
     return [
-        Finding(
-            rule="output-unlocked",
-            level="note",
+        Remark(
             subject="--out",
             message=f"{out.unlocked}; a file with the process number keeps other runs of this machine out",
         )
     ]
 
 
-def output_disk_full(case: JobCase) -> list[Finding]:
+@rule("error")
+def output_disk_full(case: JobCase) -> list[Remark]:
     """The disk of the output has less free space than the checkpoint will take.
 
     The checkpoint is written to a working folder beside its destination, so an old one that is to be
@@ -189,9 +187,7 @@ def output_disk_full(case: JobCase) -> list[Finding]:
     if needed <= out.free_bytes:
         return []
     return [
-        Finding(
-            rule="output-disk-full",
-            level="error",
+        Remark(
             subject="--out",
             message=f"the checkpoint takes about {format_size(needed)}, but {out.parent} has "
             f"{format_size(out.free_bytes)} free",
@@ -199,17 +195,3 @@ def output_disk_full(case: JobCase) -> list[Finding]:
             size_bytes=needed,
         )
     ]
-
-
-RULES = (
-    output_is_model,
-    output_exists,
-    output_name_too_long,
-    output_name_not_text,
-    output_unwritable,
-    output_folder_taken,
-    output_busy,
-    output_leftovers,
-    output_unlocked,
-    output_disk_full,
-)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from gptq_cli.findings import Finding
 from gptq_cli.placement.device import CPU, Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
+from gptq_cli.placement.names import owner
 from gptq_cli.placement.placement import PlacementEntry
 from gptq_cli.planning.cases import PlacedCase
-from gptq_cli.preflight.rules.device_map import instead, names_text
+from gptq_cli.preflight.rules.device_map import instead
+from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
 
-def block_split(placed: PlacedCase) -> list[Finding]:
+@rule("error")
+def block_split(placed: PlacedCase) -> list[Remark]:
     """Parts of one decoder block lie on different devices.
 
     A block is quantized as a whole: its residual connections add tensors of both ends, and its calibration
-    inputs are on one device. accelerate would move activations to and fro inside every forward, where it can.
+    inputs are on one device. accelerate would move activations back and forth inside every forward.
     """
     found = []
     entries, offer = placed.placement.entries, ""
@@ -29,9 +32,7 @@ def block_split(placed: PlacedCase) -> list[Finding]:
         fewer = [entry.name for entry in parts if entry.device != best]
         offer = offer or instead(placed.case)
         found.append(
-            Finding(
-                rule="block-split",
-                level="error",
+            Remark(
                 subject=block,
                 message=f"the block is split over {' and '.join(map(str, devices))}; it works on one device",
                 hint=f"{offer} (all of {block} on {best})",
@@ -46,10 +47,11 @@ def _bytes_on(parts: list[PlacementEntry], device: Device) -> int:
     return sum(entry.size_bytes for entry in parts if entry.device == device)
 
 
-def tied_split(placed: PlacedCase) -> list[Finding]:
+@rule("error")
+def tied_split(placed: PlacedCase) -> list[Remark]:
     """Tensors that are one (tied weights) are sent to different devices.
 
-    One tensor cannot lie on two devices: accelerate makes a copy, which costs the memory twice and ends the
+    One tensor cannot lie on two devices: accelerate makes a copy, which costs the memory twice and breaks the
     tie.
     """
     found = []
@@ -58,12 +60,12 @@ def tied_split(placed: PlacedCase) -> list[Finding]:
         if len(set(devices.values())) < 2:
             continue
         first = devices[group[0]]
-        owners = [name.rpartition(".")[0] or name for name in group]
-        said = " and ".join(f"{owner} on {devices[name]}" for owner, name in zip(owners, group, strict=True))
+        owners = [owner(name) for name in group]
+        said = " and ".join(
+            f"{module} on {devices[name]}" for module, name in zip(owners, group, strict=True)
+        )
         found.append(
-            Finding(
-                rule="tied-split",
-                level="error",
+            Remark(
                 subject=owners[-1],
                 message=f"{' and '.join(owners)} share one tensor, but the device map has {said}",
                 hint=f"{instead(placed.case)} (all of them on {first})",
@@ -73,8 +75,9 @@ def tied_split(placed: PlacedCase) -> list[Finding]:
     return found
 
 
-def block_order(placed: PlacedCase) -> list[Finding]:
-    """Blocks change devices more often than they have devices, so hidden states travel to and fro."""
+@rule("warning")
+def block_order(placed: PlacedCase) -> list[Remark]:
+    """Blocks change devices more often than they have devices, so hidden states travel back and forth."""
     assigned = [
         (block, placed.placement.device_of(block))
         for block in placed.case.facts.blocks
@@ -85,9 +88,7 @@ def block_order(placed: PlacedCase) -> list[Finding]:
     if len(changes) <= max(0, needed):
         return []
     return [
-        Finding(
-            rule="block-order",
-            level="warning",
+        Remark(
             subject="device map",
             message=f"blocks change devices {len(changes)} times; {needed} would do",
             hint=f'--device-map "{_contiguous(placed, assigned)}" (each device has one run of blocks)',
@@ -101,11 +102,11 @@ def _whole(placed: PlacedCase, block: str) -> bool:
 
 
 def _contiguous(placed: PlacedCase, assigned: list[tuple[str, Device]]) -> DeviceMap:
-    """The same number of blocks a device, each device one run; rules for what is no block stay."""
+    """The same number of blocks per device, each device one run; rules for what is not a block stay."""
     prefix = assigned[0][0].rpartition(".")[0]
     rules, start = [], 0
     for device in dict.fromkeys(device for _, device in assigned):
-        count = sum(1 for _, home in assigned if home == device)
+        count = sum(1 for _, other in assigned if other == device)
         end = start + count - 1
         rules.append(DeviceRule(f"{prefix}.{start}-{end}" if count > 1 else f"{prefix}.{start}", device))
         start = end + 1
@@ -116,12 +117,13 @@ def _contiguous(placed: PlacedCase, assigned: list[tuple[str, Device]]) -> Devic
     return DeviceMap(rules=(*rules, *kept, rest))
 
 
-def cpu_offload(placed: PlacedCase) -> list[Finding]:
+@rule("warning")
+def cpu_offload(placed: PlacedCase) -> list[Remark]:
     """Modules lie on cpu while others lie on an accelerator.
 
     They still execute on the accelerator: their dispatch hooks are removed and replaced by a chain of
-    cpu-offload hooks, each of which brings its module in and sends the one before it home. It works, costs a
-    transfer a forward, and needs main memory for the weights.
+    cpu-offload hooks, each of which brings its module in and sends the one before it back to main memory. It
+    costs one transfer per forward, and main memory for the weights.
     """
     names = placed.placement.offloaded
     if not names or placed.placement.main_device == CPU:
@@ -131,9 +133,7 @@ def cpu_offload(placed: PlacedCase) -> list[Finding]:
     chain = f"hook chain in execution order: {names_text(hooked)}" if hooked else "nothing to hook"
     without = f"; no hook for {names_text(skipped)} (no parameters)" if skipped else ""
     return [
-        Finding(
-            rule="cpu-offload",
-            level="warning",
+        Remark(
             subject="device map",
             message=(
                 f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and "
@@ -146,7 +146,8 @@ def cpu_offload(placed: PlacedCase) -> list[Finding]:
     ]
 
 
-def cpu_only(placed: PlacedCase) -> list[Finding]:
+@rule("note")
+def cpu_only(placed: PlacedCase) -> list[Remark]:
     """Everything lies on cpu: a plain CPU run, without hooks and without a warning about offload."""
     if placed.placement.devices != (CPU,):
         return []
@@ -154,9 +155,7 @@ def cpu_only(placed: PlacedCase) -> list[Finding]:
     if not unused:
         return []
     return [
-        Finding(
-            rule="cpu-only",
-            level="note",
+        Remark(
             subject="device map",
             message=f"everything runs on cpu, without offload hooks; {unused[0]} stays unused",
             hint=placed.on_accelerators,
@@ -164,7 +163,8 @@ def cpu_only(placed: PlacedCase) -> list[Finding]:
     ]
 
 
-def uncovered_buffers(placed: PlacedCase) -> list[Finding]:
+@rule("note")
+def uncovered_buffers(placed: PlacedCase) -> list[Remark]:
     """Modules without parameters that no rule covers (`model.rotary_emb`) go to the main device."""
     spec: DeviceMap = placed.case.spec
     if spec.strategy is not None:
@@ -172,17 +172,12 @@ def uncovered_buffers(placed: PlacedCase) -> list[Finding]:
     uncovered = [t for t in placed.case.facts.tensors if t.buffer and spec.rule_for(t.name) is None]
     if not uncovered:
         return []
-    owners = tuple(dict.fromkeys(t.name.rpartition(".")[0] or t.name for t in uncovered))
+    owners = tuple(dict.fromkeys(owner(t.name) for t in uncovered))
     return [
-        Finding(
-            rule="uncovered-buffers",
-            level="note",
+        Remark(
             subject=names_text(owners),
             message=f"not in the device map, without parameters: goes to {placed.placement.main_device}",
             modules=owners,
             size_bytes=sum(t.size_bytes for t in uncovered),
         )
     ]
-
-
-RULES = (block_split, tied_split, block_order, cpu_offload, cpu_only, uncovered_buffers)

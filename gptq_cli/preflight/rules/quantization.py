@@ -1,29 +1,28 @@
-"""Rules about bits, groups, calibration and dtype: does what was asked for fit this model."""
+"""Rules about bits, groups, calibration and dtype: does what was asked for fit this model?"""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable
 
 from gptq_cli.config import AUTO_GROUPS
-from gptq_cli.findings import Finding
 from gptq_cli.model.facts import LinearFact
+from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
-from gptq_cli.preflight.rules.device_map import names_text
+from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
 
 _SIZES = (*AUTO_GROUPS, 16, 8)
 _LOW_SHARE = 0.5
 
 
-def no_linears(case: JobCase) -> list[Finding]:
+@rule("error")
+def no_linears(case: JobCase) -> list[Remark]:
     """No linear in the decoder blocks can be quantized, so the result would be a copy of the model."""
     if case.facts.linears:
         return []
     return [
-        Finding(
-            rule="no-linears",
-            level="error",
+        Remark(
             subject=case.facts.model,
             message=f"{case.facts.architecture} has no linear in its decoder blocks that could be quantized",
             hint="only linears inside decoder blocks are quantized; experts fused into one tensor are not",
@@ -31,7 +30,8 @@ def no_linears(case: JobCase) -> list[Finding]:
     ]
 
 
-def group_divides(case: JobCase) -> list[Finding]:
+@rule("error", topics=("group_size",))
+def group_divides(case: JobCase) -> list[Remark]:
     """The group size does not divide the input columns (K) of every linear.
 
     A ragged last group has no place in the checkpoint format: readers compute the number of groups as
@@ -44,9 +44,7 @@ def group_divides(case: JobCase) -> list[Finding]:
     if not wrong:
         return []
     return [
-        Finding(
-            rule="group-divides",
-            level="error",
+        Remark(
             subject=f"--group-size {group}",
             message=f"group size {group} does not divide the input columns "
             f"{_values(x.in_features for x in wrong)} of {len(wrong)} linears",
@@ -56,16 +54,15 @@ def group_divides(case: JobCase) -> list[Finding]:
     ]
 
 
-def group_too_large(case: JobCase) -> list[Finding]:
+@rule("error", topics=("group_size",))
+def group_too_large(case: JobCase) -> list[Remark]:
     """The group size is larger than the input columns (K) of a linear."""
     group = case.work.quantize.group_columns
     wrong = [x for x in case.facts.linears if group > x.in_features]
     if not wrong:
         return []
     return [
-        Finding(
-            rule="group-too-large",
-            level="error",
+        Remark(
             subject=f"--group-size {group}",
             message=f"group size {group} is larger than the input columns "
             f"{_values(x.in_features for x in wrong)} of {len(wrong)} linears",
@@ -79,28 +76,28 @@ def _group_hint(case: JobCase) -> str:
     common = math.gcd(*(x.in_features for x in case.facts.linears))
     fitting = [size for size in _SIZES if size <= common and common % size == 0]
     if not fitting:
-        return "--group-size -1 (one group a row; no usual size divides all)"
+        return "--group-size -1 (one group per row; no usual size divides all)"
     listed = ", ".join(str(size) for size in fitting)
-    return f"--group-size {fitting[0]} ({listed} divide all; -1: one group a row)"
+    return f"--group-size {fitting[0]} ({listed} divide all; -1: one group per row)"
 
 
-def packing_rows(case: JobCase) -> list[Finding]:
-    """The codes of a column do not fill 32-bit words: K · bits is no multiple of 32."""
+@rule("error", topics=("bits",))
+def packing_rows(case: JobCase) -> list[Remark]:
+    """The codes of a column do not fill 32-bit words: K · bits is not a multiple of 32."""
     bits = case.work.quantize.bits
     wrong = [x for x in case.facts.linears if x.in_features * bits % 32]
-    return _packing(case, "packing-rows", wrong, "input columns", (x.in_features for x in wrong))
+    return _packing(case, wrong, "input columns", (x.in_features for x in wrong))
 
 
-def packing_columns(case: JobCase) -> list[Finding]:
-    """The zero points of a group do not fill 32-bit words: N · bits is no multiple of 32."""
+@rule("error", topics=("bits",))
+def packing_columns(case: JobCase) -> list[Remark]:
+    """The zero points of a group do not fill 32-bit words: N · bits is not a multiple of 32."""
     bits = case.work.quantize.bits
     wrong = [x for x in case.facts.linears if x.out_features * bits % 32]
-    return _packing(case, "packing-columns", wrong, "output rows", (x.out_features for x in wrong))
+    return _packing(case, wrong, "output rows", (x.out_features for x in wrong))
 
 
-def _packing(
-    case: JobCase, rule: str, wrong: list[LinearFact], what: str, values: Iterable[int]
-) -> list[Finding]:
+def _packing(case: JobCase, wrong: list[LinearFact], what: str, values: Iterable[int]) -> list[Remark]:
     if not wrong:
         return []
     bits = case.work.quantize.bits
@@ -109,9 +106,7 @@ def _packing(
     others = [b for b in (8, 4, 2) if b != bits and all(size * b % 32 == 0 for size in dims)]
     hint = f"--bits {others[0]}" if others else "no bit width packs these sizes; leave this model dense"
     return [
-        Finding(
-            rule=rule,
-            level="error",
+        Remark(
             subject=f"--bits {bits}",
             message=f"{bits}-bit codes fill 32-bit words only where the {what} are a multiple of {step}; "
             f"found {_values(values)} in {len(wrong)} linears",
@@ -125,15 +120,14 @@ def _values(numbers: Iterable[int]) -> str:
     return names_text(str(number) for number in sorted(set(numbers)))
 
 
-def seq_len_positions(case: JobCase) -> list[Finding]:
+@rule("error")
+def seq_len_positions(case: JobCase) -> list[Remark]:
     """The calibration windows are longer than the positions that the model knows."""
     known, asked = case.facts.max_positions, case.work.calibration.seq_len
     if known is None or asked <= known:
         return []
     return [
-        Finding(
-            rule="seq-len-positions",
-            level="error",
+        Remark(
             subject=f"--seq-len {asked}",
             message=f"windows of {asked} tokens do not fit a model of {known} positions",
             hint=f"--seq-len {known}",
@@ -141,10 +135,12 @@ def seq_len_positions(case: JobCase) -> list[Finding]:
     ]
 
 
-def calibration_rank(case: JobCase) -> list[Finding]:
+@rule("warning")
+def calibration_rank(case: JobCase) -> list[Remark]:
     """There are fewer calibration tokens than input columns in the widest linear.
 
-    A Hessian made of T tokens has at most rank T; with fewer tokens than columns only damping holds it up.
+    A Hessian made of T tokens has at most rank T; with fewer tokens than columns only damping
+    makes it invertible.
     """
     if not case.facts.linears:
         return []
@@ -155,9 +151,7 @@ def calibration_rank(case: JobCase) -> list[Finding]:
         return []
     needed = -(-widest.in_features // data.seq_len)
     return [
-        Finding(
-            rule="calibration-rank",
-            level="warning",
+        Remark(
             subject=f"--samples {data.samples}",
             message=f"{tokens} calibration tokens are fewer than the {widest.in_features} input columns of "
             f"{widest.name}: its Hessian is singular without damping",
@@ -167,11 +161,12 @@ def calibration_rank(case: JobCase) -> list[Finding]:
     ]
 
 
-def fused_experts(case: JobCase) -> list[Finding]:
+@rule("warning")
+def fused_experts(case: JobCase) -> list[Remark]:
     """Experts are fused into three-dimensional parameters, which stay dense.
 
-    Transformers 5 keeps all experts of a block in one tensor; they are no linears, and other tools skip them
-    without a word.
+    Transformers 5 keeps all experts of a block in one tensor. They are not linears, and other tools skip them
+    silently.
     """
     if not case.facts.fused:
         return []
@@ -179,9 +174,7 @@ def fused_experts(case: JobCase) -> list[Finding]:
     elements = sum(sizes[name].elements for name in case.facts.fused if name in sizes)
     share = elements / max(1, case.facts.parameters)
     return [
-        Finding(
-            rule="fused-experts",
-            level="warning",
+        Remark(
             subject=names_text(dict.fromkeys(name.rpartition(".")[2] for name in case.facts.fused)),
             message=f"fused experts stay dense: {len(case.facts.fused)} tensors, {share:.0%} of parameters",
             hint="the result is larger than the bit width suggests; a model without experts shrinks fully",
@@ -191,30 +184,30 @@ def fused_experts(case: JobCase) -> list[Finding]:
     ]
 
 
-def experts_own_target(case: JobCase) -> list[Finding]:
-    """Linears that tokens choose (experts) are solved for their own output, whatever `--solve-for` says.
+@rule("note")
+def experts_own_target(case: JobCase) -> list[Remark]:
+    """Routed linears (experts) are solved for their own output, whatever `--solve-for` says.
 
-    The dense target compares what the dense and the quantized model put into a linear, token by token. The
-    two models may send a token to different experts, and then there is nothing to compare. Such linears also
-    make their block run its forwards again for every wave of them, instead of keeping forwards parked.
+    Solving for the dense model compares what both models put into a linear, token by token. The two models
+    may send a token to different experts, and then there is nothing to compare. A block with routed linears
+    also runs its forwards again for every batch of experts, instead of keeping them parked.
     """
-    chosen = [x.name for x in case.facts.linears if x.routed]
-    if not chosen or case.work.quantize.solve_for != "dense":
+    routed = [x.name for x in case.facts.linears if x.routed]
+    if not routed or case.work.quantize.solve_for != "dense":
         return []
     return [
-        Finding(
-            rule="experts-own-target",
-            level="note",
+        Remark(
             subject=f"--solve-for {case.work.quantize.solve_for}",
-            message=f"{len(chosen)} linears that tokens choose are solved for their own output, the other "
-            f"{len(case.facts.linears) - len(chosen)} for the dense model's",
-            modules=tuple(chosen),
+            message=f"{len(routed)} routed linears (experts) are solved for their own output, the other "
+            f"{len(case.facts.linears) - len(routed)} for the dense model's",
+            modules=tuple(routed),
         )
     ]
 
 
-def left_dense(case: JobCase) -> list[Finding]:
-    """What stays dense: embeddings, head, norms, routers: all that is no linear in a block."""
+@rule("warning", "note")
+def left_dense(case: JobCase) -> list[Remark]:
+    """What stays dense: embeddings, head, norms, routers, and all else that is not a linear in a block."""
     total = case.facts.parameters
     if not total or not case.facts.linears:
         return []
@@ -224,14 +217,13 @@ def left_dense(case: JobCase) -> list[Finding]:
     dense = [t for t in case.facts.tensors if not t.buffer and t.name.rpartition(".")[0] not in names]
     folded: dict[str, int] = {}
     for tensor in dense:
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name)
+        name = fold(tensor.name)
         folded[name] = folded.get(name, 0) + tensor.elements
     largest = [name for name in sorted(folded, key=lambda n: -folded[n])[:3] if folded[name] >= total / 100]
     listed = ", ".join(f"{name} {folded[name] / total:.0%}" for name in largest)
     low = 1 - share < _LOW_SHARE and not case.facts.fused
     return [
-        Finding(
-            rule="left-dense",
+        Remark(
             level="warning" if low else "note",
             subject=case.facts.model,
             message=f"{share:.0%} of the parameters stay dense{': ' if listed else ''}{listed}",
@@ -241,7 +233,8 @@ def left_dense(case: JobCase) -> list[Finding]:
     ]
 
 
-def half_on_cpu(case: JobCase) -> list[Finding]:
+@rule("warning")
+def half_on_cpu(case: JobCase) -> list[Remark]:
     """The model runs in float16 on the CPU, where half precision is emulated and overflows more easily."""
     if (
         case.facts.dtype != "float16"
@@ -250,9 +243,7 @@ def half_on_cpu(case: JobCase) -> list[Finding]:
     ):
         return []
     return [
-        Finding(
-            rule="half-on-cpu",
-            level="warning",
+        Remark(
             subject="--dtype float16",
             message="float16 on the cpu is slow and overflows above 65504",
             hint="--dtype bfloat16; or --dtype float32 (where memory allows)",
@@ -260,14 +251,13 @@ def half_on_cpu(case: JobCase) -> list[Finding]:
     ]
 
 
-def bfloat16_support(case: JobCase) -> list[Finding]:
+@rule("warning")
+def bfloat16_support(case: JobCase) -> list[Remark]:
     """The model runs in bfloat16 on a card that does not compute it (below compute capability 8)."""
     if case.facts.dtype != "bfloat16":
         return []
     return [
-        Finding(
-            rule="bfloat16-support",
-            level="warning",
+        Remark(
             subject=str(one.device),
             message=f"{one.device} ({one.name}) has no bfloat16 arithmetic; it is emulated, slowly",
             hint="--dtype float16",
@@ -275,19 +265,3 @@ def bfloat16_support(case: JobCase) -> list[Finding]:
         for one in case.capabilities
         if not one.bfloat16
     ]
-
-
-RULES = (
-    no_linears,
-    group_divides,
-    group_too_large,
-    packing_rows,
-    packing_columns,
-    seq_len_positions,
-    calibration_rank,
-    fused_experts,
-    experts_own_target,
-    left_dense,
-    half_on_cpu,
-    bfloat16_support,
-)

@@ -1,6 +1,6 @@
-"""Rules about who will read the result: the readers of GPTQ checkpoints, asked before it is made.
+"""Rules about the targets, the readers of GPTQ checkpoints: will they take the result?
 
-The rules of each reader are those of `gptq_cli.targets.rules`; they need shapes and settings only.
+What each target accepts is in `gptq_cli.targets.rules`; those rules need shapes and settings only.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from itertools import combinations
 from typing import Any
 
 from gptq_cli.config import QuantizeConfig, Target
-from gptq_cli.findings import Finding
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.planning.cases import JobCase
+from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
+from gptq_cli.targets.rules import whole_groups, whole_words
 
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--no-desc-act", {"desc_act": False}),
@@ -29,11 +30,12 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 """Option and fields, the change that costs least accuracy or size first."""
 
 
-def target(case: JobCase) -> list[Finding]:
+@rule("error", "warning")
+def target(case: JobCase) -> list[Remark]:
     """A reader that --target names refuses what would be written, or serves it in a slower or narrower way.
 
-    A checkpoint that its reader refuses is one that nobody wanted: better refused before the work than after
-    it. The hint is the smallest change of the settings with which every named reader takes the result.
+    Better refused before the work than after it. The hint is the smallest change of the settings with which
+    every named target takes the result.
     """
     facts = _facts(case.facts, case.work.quantize)
     found = []
@@ -44,8 +46,7 @@ def target(case: JobCase) -> list[Finding]:
             if not findings:
                 continue
             found.append(
-                Finding(
-                    rule="target",
+                Remark(
                     level="error" if findings is errors else "warning",
                     subject=f"--target {reader}",
                     message="; ".join(finding.message for finding in findings),
@@ -58,22 +59,25 @@ def target(case: JobCase) -> list[Finding]:
     return found
 
 
-def readers_lost(case: JobCase) -> list[Finding]:
+@rule("warning", topics=("bits", "group_size", "sym", "desc_act"))
+def readers_lost(case: JobCase) -> list[Remark]:
     """The settings are outside what some readers of GPTQ checkpoints serve.
 
-    4 bits, symmetric, group 128, 64 or 32 and no `desc_act` are read by all of them. Name the readers that
-    matter with --target, and what loses one is an error.
+    All of them read 4 bits, symmetric, with groups of 128, 64 or 32 and no `desc_act`. Name the readers that
+    you need with --target: then losing one is an error.
     """
     facts = _facts(case.facts, case.work.quantize)
     lost: dict[str, list[Target]] = {}
+    everyone = (
+        whole_words.id,
+        whole_groups.id,
+    )  # what no target takes: rules about bits and groups refuse it
     for reader in TARGETS:
-        errors = [f for f in check_target(reader, facts) if f.level == "error" and f.rule not in _REFUSED]
+        errors = [f for f in check_target(reader, facts) if f.level == "error" and f.rule not in everyone]
         if errors and reader not in case.targets:
             lost.setdefault(errors[0].message, []).append(reader)
     return [
-        Finding(
-            rule="readers-lost",
-            level="warning",
+        Remark(
             subject=", ".join(readers),
             message=f"will not serve this checkpoint: {reason}",
             hint=_smallest_change(case, tuple(readers), (TARGETS, (*case.targets, *readers), tuple(readers))),
@@ -82,15 +86,11 @@ def readers_lost(case: JobCase) -> list[Finding]:
     ]
 
 
-_REFUSED = ("target-group-divides", "target-shape")
-"""What rules about bits and groups refuse for every reader."""
-
-
 def _smallest_change(
-    case: JobCase, readers: tuple[Target, ...], wishes: tuple[tuple[Target, ...], ...]
+    case: JobCase, readers: tuple[Target, ...], choices: tuple[tuple[Target, ...], ...]
 ) -> str:
-    """The fewest options that make all of the first of `wishes` take the result, or all of the next."""
-    for wanted in wishes:
+    """The fewest options that make all of the first of `choices` take the result, or all of the next."""
+    for wanted in choices:
         change = _change(case, wanted, ("error",))
         if change is not None:
             return change
@@ -101,7 +101,7 @@ def _smallest_change(
 
 
 def _without_warnings(case: JobCase, reader: Target) -> str:
-    """The fewest options with which the reader has nothing to warn of; "" where no option does that."""
+    """The fewest options with which the reader warns of nothing; "" where no option does that."""
     levels = ("error", "warning")
     change = _change(case, (reader,), levels)
     if change is None:
@@ -122,7 +122,7 @@ def _change(case: JobCase, readers: tuple[Target, ...], levels: tuple[str, ...])
 
 
 def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
-    """One change, two, three or four, each of another field."""
+    """One change, then two, three and four together, each of another field."""
     for count in range(1, 5):
         for change in combinations(_CHANGES, count):
             if len({name for _, held in change for name in held}) == count:
@@ -150,6 +150,3 @@ def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
         ),
         trivial_g_idx=not config.desc_act,
     )
-
-
-RULES = (target, readers_lost)

@@ -11,7 +11,8 @@ from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.remedies import cheapest
-from gptq_cli.preflight.resolve import refuse_disk, resolve
+from gptq_cli.planning.schedule import micro_batch_samples
+from gptq_cli.preflight.resolve import refusal, resolve
 from tests.preflight.shapes import GIB, SMALL_WORK, case, llama, resolved, rules_of
 
 MODEL = llama(blocks=32, hidden=4096, inner=11008)  # 12.6 GiB of weights
@@ -43,7 +44,9 @@ def test_without_work_only_weights_count() -> None:
 
 
 def test_tight() -> None:
-    needed = resolved("0", MODEL).devices[0].needed_bytes
+    """With the smallest micro-batch; a wider one is never what makes it tight."""
+    data = replace(SMALL_WORK.calibration, batch_size=micro_batch_samples(SMALL_WORK))
+    needed = resolved("0", MODEL, work=replace(SMALL_WORK, calibration=data)).devices[0].needed_bytes
     made = resolved("0", MODEL, f"cuda:0={needed * 101 // 100},cpu=64GiB", work=SMALL_WORK)
     assert rules_of(made) == ["memory-tight"]
     assert made.report.ok
@@ -73,15 +76,13 @@ def test_disk_as_the_whole_map() -> None:
     assert "disk-offload" in rules_of(made, "error")
     assert made.placement is not None
     with pytest.raises(ValueError, match=r"^disk offload is not supported with GPTQ quantization$"):
-        refuse_disk(made.placement)
-    with pytest.raises(ValueError, match="disk offload"):
-        refuse_disk(DeviceMap.parse("disk"))
+        raise refusal(made.report)
 
 
-def test_no_disk_no_refusal() -> None:
-    made = resolved("0", MODEL)
-    assert made.placement is not None
-    refuse_disk(made.placement)
+def test_other_errors_are_no_value_error() -> None:
+    made = resolved("cuda:7", MODEL)
+    assert not made.report.ok
+    assert not isinstance(refusal(made.report), ValueError)
 
 
 def test_a_strategy_that_would_spill_names_the_bytes() -> None:

@@ -10,7 +10,7 @@ from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.planning.cases import Work
-from gptq_cli.preflight.check import check_quantize
+from gptq_cli.preflight.registry import check_quantize
 from tests.preflight.shapes import llama
 
 FACTS = llama(blocks=2, hidden=576, inner=1536, vocab=1000)

@@ -1,4 +1,4 @@
-"""The story of `gptq inspect-map`: open the heads of the files, place, report."""
+"""The steps of `gptq inspect-map`: read the headers of the files, place, report."""
 
 from __future__ import annotations
 

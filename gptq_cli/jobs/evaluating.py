@@ -1,7 +1,7 @@
-"""What `gptq load` proves of an opened model: it generates, it is fast, it is close to the dense model.
+"""What `gptq load` measures of a loaded model: generated text, speed, distance from the dense model.
 
-Each step takes a report and gives back one that knows more. The dense model is planned on heads before any
-weight is read, opened last, and lives for the comparison alone: no figure of the quantized model includes it.
+Each step takes a report and returns a more complete one. The dense model is planned from headers before any
+weight is read, opened last, and kept only for the comparison: no figure of the quantized model includes it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import JobCase, Work
 from gptq_cli.preflight.facts import environment_facts
 from gptq_cli.preflight.resolve import refusal, resolve
-from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import model_files
 from gptq_cli.results.load import Bench, Gate, LoadReport, Speed
+from gptq_cli.rules import rules_in
 
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 5
-"""Of --bench; both are fewer where the model has fewer positions."""
+"""For --bench; the tokens are fewer where the model has fewer positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class DensePlan:
 def plan_dense(
     job: LoadJob, checkpoint: QuantizedCheckpoint, placement: Placement, observer: Observer
 ) -> DensePlan | None:
-    """Judge on heads whether --against can be compared with, and fits beside the quantized model.
+    """Check from headers whether --against is comparable with the quantized model and fits beside it.
 
     It goes where the device map says, and without one to the quantized model's device. Raises `ModelError`,
     `CheckpointError` and `PreflightRefused`.
@@ -66,7 +67,7 @@ def plan_dense(
         work=Work(QuantizeConfig(), CalibrationConfig()),
         problems=tuple(problem for problem in skeleton.problems if problem.kind not in READABLE),
     )
-    files = PreflightReport(tuple(finding for rule in rules_source.RULES for finding in rule(case)))
+    files = PreflightReport(tuple(finding for rule in rules_in(model_files) for finding in rule(case)))
     resolution = resolve(
         job.device_map or DeviceMap.parse(str(placement.main_device)),
         facts,
@@ -81,7 +82,7 @@ def plan_dense(
 
 
 def _left_by(placement: Placement) -> tuple[DeviceBudget, ...]:
-    """The devices that are present, less what the quantized model will take of them."""
+    """The devices that are present, less the memory that the quantized model will take."""
     taken = dict(placement.size_bytes)
     return tuple(
         replace(budget, free_bytes=max(0, budget.free_bytes - taken.get(budget.device, 0)))
@@ -116,7 +117,7 @@ def generated(job: LoadJob, model: Any, tokenizer: Any, report: LoadReport, obse
 def timed(
     model: Any, placement: Placement, report: LoadReport, positions: Positions | None, observer: Observer
 ) -> LoadReport:
-    """Prompt and decode speed, and the memory that they took."""
+    """Prompt and decode speed, and the memory in use afterwards."""
     speed = _speed(model, positions, observer)
     memory = tuple((entry.device, entry.allocated_bytes) for entry in read_memory(watched(placement)))
     return replace(report, bench=Bench(speed=speed, weight_bytes=report.weight_bytes, memory=memory))
@@ -143,7 +144,8 @@ def measured(
     positions: Positions | None,
     observer: Observer,
 ) -> LoadReport:
-    """Perplexity, and against a dense model also KL, top-1 agreement, and its speed where ours was timed."""
+    """Perplexity, and against a dense model also KL, top-1 agreement, and its speed where that of the
+    quantized model was measured."""
 
     def advanced(done: int, total: int) -> None:
         observer(PhaseAdvanced("evaluate", done, total))
@@ -173,7 +175,7 @@ def measured(
 
 
 def apply_gates(job: LoadJob, report: LoadReport) -> LoadReport:
-    """The report with --max-kl and --max-perplexity held against what was measured."""
+    """The report with --max-kl and --max-perplexity checked against the measured values."""
     gates = []
     if job.max_kl is not None and report.agreement is not None:
         gates.append(Gate("max_kl", job.max_kl, report.agreement.kl))

@@ -1,4 +1,4 @@
-"""`jobs.load` on tiny checkpoints: what is opened, proved, and refused before a weight is read."""
+"""`jobs.load` on tiny checkpoints: what is opened, measured, and refused before a weight is read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
 from gptq_cli.evaluation import speed as benchmark
 from gptq_cli.evaluation.divergence import compare
 from gptq_cli.events import Event, PhaseAdvanced, PhaseFinished, PhaseStarted, TextGenerated, Warned
-from gptq_cli.jobs import evaluate as proving
-from gptq_cli.jobs import load as loading
+from gptq_cli.jobs import evaluating, loading
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget
@@ -72,13 +71,13 @@ def test_sampling_and_raw_reach_the_generation(
     made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    real = proving.generate
+    real = evaluating.generate
 
     def spy(*args: Any, **options: Any) -> Any:
         asked.update(options)
         return real(*args, **options)
 
-    monkeypatch.setattr(proving, "generate", spy)
+    monkeypatch.setattr(evaluating, "generate", spy)
     warm = Sampling(temperature=1.5, top_p=0.9, top_k=40, seed=3)
     job = LoadJob(path=str(made[0]), prompt="x", max_new_tokens=4, raw=True, sampling=warm)
     first = opened(job).text
@@ -88,13 +87,13 @@ def test_sampling_and_raw_reach_the_generation(
 
 
 def test_against_the_dense_model(made: tuple[Path, Any], tiny_llama: Path, text: str) -> None:
-    path, twin = made
+    path, saved = made
     events: list[Event] = []
     job = LoadJob(path=str(path), evaluate=text, seq_len=32, windows=3, against=str(tiny_llama))
     report = opened(job, events)
     windows = evaluation_windows(open_tokenizer(path), text, 32, 3)
     dense = dense_copy(tiny_llama, {}, torch.float32)
-    expected = compare(twin, dense, windows.input_ids)
+    expected = compare(saved, dense, windows.input_ids)
     assert report.agreement is not None
     assert report.agreement.kl == pytest.approx(expected.kl, rel=1e-3)
     assert report.agreement.kl > 0.001
@@ -213,13 +212,13 @@ def test_symmetric_zeros_are_read_as_what_they_are(
     events: list[Event] = []
     report = opened(LoadJob(path=str(tmp_path / "q")), events)
     (told,) = [event.message for event in events if isinstance(event, Warned)]
-    assert told.startswith(f"{1 if some else 21} of 21 linears hold their zeros as {found} has them")
+    assert told.startswith(f"{1 if some else 21} of 21 linears store their zeros as in {found}")
     assert f"though the config says {said}" in told
     assert report.warnings == (told,)
     assert document(report)["warnings"] == [told]
     ran = gptq("load", tmp_path / "q")
-    assert (ran.code, "hold their zeros as" in ran.stderr) == (0, True)
-    assert "hold their zeros as" in ran.stdout.replace("\n", " ")
+    assert (ran.code, "store their zeros as in" in ran.stderr) == (0, True)
+    assert "store their zeros as in" in ran.stdout.replace("\n", " ")
     assert gptq("load", tmp_path / "q", "--verify").code == 5
 
 
@@ -241,7 +240,7 @@ def test_zeros_that_are_not_symmetric_though_sym_is_said(tiny_llama: Path, tmp_p
     write_config(tmp_path / "q", Recipe(group_size=32, sym=True, version="gptq_v2"))
     report = opened(LoadJob(path=str(tmp_path / "q")))
     assert len(report.warnings) == 1
-    assert "of 21 linears hold zeros that symmetric codes do not have" in report.warnings[0]
+    assert "of 21 linears have zeros that do not fit symmetric codes" in report.warnings[0]
     expected = logits(dense_copy(tiny_llama, weights, torch.float32))
     assert close_logits(logits(gptq_cli.load(str(tmp_path / "q"))), expected, 1e-5)
 
@@ -262,7 +261,7 @@ def test_tied_tensors_that_are_stored_twice(equal: bool, tiny: TinyFactory, tmp_
     assert equal or "lm_head.weight are one tensor by the config" in report.warnings[0]
 
 
-def test_a_map_that_covers_the_embedding_covers_its_head(tiny: TinyFactory, tmp_path: Path) -> None:
+def test_a_map_that_covers_the_embedding_covers_its_output_head(tiny: TinyFactory, tmp_path: Path) -> None:
     quantize_directory(tiny("llama_tied"), tmp_path / "q", Recipe(group_size=32))
     spec = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "cpu"}
     model = gptq_cli.load(str(tmp_path / "q"), device_map=spec)
@@ -278,7 +277,7 @@ def test_a_dense_model_that_does_not_fit_beside_is_refused_before_a_weight_is_re
     job = LoadJob(path=str(made[0]), against=str(tiny_llama), evaluate=text, seq_len=16, windows=1)
     for room, fits in ((checkpoint_bytes + 2 * dense_bytes, True), (dense_bytes + 1000, False)):
         budget = DeviceBudget(CPU, baseline + room, baseline + room)
-        monkeypatch.setattr(proving, "present_devices", lambda budget=budget: (budget,))
+        monkeypatch.setattr(evaluating, "present_devices", lambda budget=budget: (budget,))
         if fits:
             assert opened(job).agreement is not None
             continue
@@ -301,9 +300,9 @@ def test_a_quantized_model_is_no_dense_one(
 def test_bench_times_both(
     made: tuple[Path, Any], tiny_llama: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proving, "ROUNDS", 2)
-    monkeypatch.setattr(proving, "NEW_TOKENS", 2)
-    monkeypatch.setattr(proving, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(evaluating, "ROUNDS", 2)
+    monkeypatch.setattr(evaluating, "NEW_TOKENS", 2)
+    monkeypatch.setattr(evaluating, "PROMPT_TOKENS", 8)
     events: list[Event] = []
     alone = opened(LoadJob(path=str(made[0]), bench=True), events)
     assert alone.bench is not None
@@ -337,9 +336,9 @@ def test_bench_keeps_within_the_positions_of_the_model(
         asked.append(options["prompt_tokens"])
         return benchmark.measure_speed(model, prompt_tokens=1, new_tokens=1, rounds=1)
 
-    monkeypatch.setattr(proving, "measure_speed", instead)
+    monkeypatch.setattr(evaluating, "measure_speed", instead)
     opened(LoadJob(path=str(made[0]), bench=True))
-    assert asked == [512 - proving.NEW_TOKENS]
+    assert asked == [512 - evaluating.NEW_TOKENS]
 
 
 def test_verify_and_targets_open_no_model(made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +395,7 @@ def test_compile_is_done_when_asked_for(made: tuple[Path, Any], monkeypatch: pyt
 def test_the_kernel_that_was_asked_for(made: tuple[Path, Any], kernel: Any) -> None:
     report = opened(LoadJob(path=str(made[0]), dtype="bfloat16", kernel=kernel))
     reasons = {count.reason for count in report.kernels}
-    assert ("asked for" in reasons) is (kernel == "dequantize")
+    assert ("requested" in reasons) is (kernel == "dequantize")
 
 
 def test_the_map_of_the_job_holds_for_the_dense_model(

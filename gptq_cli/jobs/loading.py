@@ -1,7 +1,7 @@
-"""The story of `gptq load`: judge the files, open, put in place, prove.
+"""The steps of `gptq load`: check the files, open, place, measure.
 
-Everything that can be known from heads, configs and texts is judged before a weight is read: the map, the
-text to measure on, whether the dense model fits beside the quantized one and can be compared with it at all.
+Everything that follows from headers, configs and texts is checked before a weight is read: the map, the text
+to measure on, whether the dense model fits beside the quantized one and can be compared with it at all.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from gptq_cli.inference.load import (
     load_quantized,
     resident_bytes,
 )
-from gptq_cli.jobs.evaluate import DensePlan, apply_gates, generated, measured, plan_dense, timed
+from gptq_cli.jobs.evaluating import DensePlan, apply_gates, generated, measured, plan_dense, timed
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.positions import Positions, positions_of
 from gptq_cli.placement.placement import Placement
 from gptq_cli.preflight.facts import environment_facts
@@ -37,10 +38,10 @@ from gptq_cli.results.load import LoadReport, VerifyReport
 
 
 def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport:
-    """Open a quantized checkpoint, put it where it belongs, and prove that it works.
+    """Open a quantized checkpoint, place it on its devices, and show that it works.
 
-    Where --verify and --target are all that is asked, or verification finds the files unsound, nothing is
-    opened and the `VerifyReport` comes back. A closed gate is data: see `ok`.
+    Where only --verify and --target are given, or verification finds the files unsound, nothing is opened and
+    the `VerifyReport` is returned. A failed gate is data: see `ok`.
 
     Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
     `PreflightRefused` when the device map is not legal or a model does not fit.
@@ -69,14 +70,14 @@ def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
     accelerated = plan.placement.main_device.is_accelerator
     del model, plan
     if accelerated:
-        flush(())  # hooks make cycles of a model, and those wait for a collection
+        flush(())  # hooks make reference cycles, which only a collection frees
     return apply_gates(job, report)
 
 
 def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
     """The Transformers model of a quantized checkpoint, ready for `generate`; raises what `load` raises.
 
-    What a person should know of how it was read is a `Warned` event.
+    What the user should know about how it was read is a `Warned` event.
     """
     with watching("load", observer) as watcher:
         with phase(watcher, "open"):
@@ -92,14 +93,14 @@ def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """All that is known before a weight is read."""
+    """Everything that is decided before a weight is read."""
 
     checkpoint: QuantizedCheckpoint
     placement: Placement
     positions: Positions | None
-    """Tokens that the model can look at; None where nothing limits them."""
+    """Tokens that the model can process at once; None where nothing limits them."""
     tokenizer: Any
-    """None where no text is asked for."""
+    """None where no text is needed."""
     windows: TokenBatches | None
     dense: DensePlan | None
     warnings: tuple[Warned, ...]
@@ -107,7 +108,7 @@ class _Plan:
 
 
 def _verified(job: LoadJob, observer: Observer) -> VerifyReport | None:
-    """What --verify and --target found; their warnings are told like any other."""
+    """The result of --verify and --target; their warnings are reported like any other."""
     report = _verification(job, observer)
     if report is not None:
         found = (*report.findings, *(finding for target in report.targets for finding in target.findings))
@@ -171,7 +172,7 @@ def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Obs
 def _opened(
     job: LoadJob, plan: _Plan, verification: VerifyReport | None, observer: Observer
 ) -> tuple[Any, LoadReport]:
-    """The model in its place, and a report of how it got there."""
+    """The model on its devices, and a report of how it was loaded."""
     checkpoint, placement = plan.checkpoint, plan.placement
     started = time.perf_counter()
     with phase(observer, "load", len(checkpoint.linears) + len(checkpoint.experts)):
@@ -197,7 +198,7 @@ def _opened(
         linears=len(checkpoint.linears) + len(checkpoint.experts),
         device_map=", ".join(str(device) for device in placement.devices),
         device_reason=placement.reason,
-        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        dtype=dtype_name(checkpoint.dtype),
         use_cuda_fp16=str(checkpoint.dtype) == "torch.float16",
         kernels=kernel_counts(model),
         load_seconds=load_seconds,

@@ -1,26 +1,36 @@
-"""Rules about files, sizes, calibration, dtype and the output."""
+"""The registry knows every rule, and asks those about files, sizes, calibration, dtype and the output."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import gptq_cli
 from gptq_cli.checkpoint import place, working_folder
+from gptq_cli.checkpoint import rules as verify_rules
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.errors import ConfigError
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import ModelFacts, TensorFact
-from gptq_cli.model.source import SourceProblem
+from gptq_cli.model.source import READABLE, SourceProblem
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.planning.cases import Capability, OutputFacts, Work
-from gptq_cli.preflight.catalogue import rule_id
-from gptq_cli.preflight.check import check_quantize
 from gptq_cli.preflight.facts import output_facts
-from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.registry import MODULES, RULES, check_quantize, explain
+from gptq_cli.preflight.rules import model_files
+from gptq_cli.rules import Rule, rules_in
+from gptq_cli.targets import rules as target_rules
+from gptq_cli.targets.rules import TARGETS
 from tests.preflight.shapes import llama
 
+DOCS = Path(__file__).parents[2] / "docs/rules.md"
 FACTS = llama(blocks=2, hidden=576, inner=1536, vocab=1000)
 CUDA = Device("cuda", 0)
 
@@ -46,7 +56,7 @@ def test_group_divides_names_the_columns_and_the_sizes_that_do() -> None:
     (finding,) = found(rule="group-divides", group_size=128)
     assert finding.level == "error"
     assert "group size 128 does not divide the input columns 576 of 12 linears" in finding.message
-    assert finding.hint == "--group-size 64 (64, 32, 16, 8 divide all; -1: one group a row)"
+    assert finding.hint == "--group-size 64 (64, 32, 16, 8 divide all; -1: one group per row)"
     assert len(finding.modules) == 12
     assert found(rule="group-divides", group_size=-1) == []
 
@@ -110,7 +120,7 @@ def test_experts_are_told_that_the_dense_target_is_not_theirs() -> None:
     facts = replace(FACTS, linears=linears)
     (finding,) = found(facts, "experts-own-target")
     assert finding.level == "note"
-    assert "3 linears that tokens choose" in finding.message
+    assert "3 routed linears" in finding.message
     assert found(facts, "experts-own-target", solve_for="own") == []
     assert found(FACTS, "experts-own-target") == []
 
@@ -140,11 +150,7 @@ def test_already_quantized() -> None:
     assert "'awq'" in finding.message
 
 
-KINDS = [
-    rule_id(rule)
-    for rule in rules_source.RULES
-    if rule_id(rule) not in ("already-quantized", "weights-unsound")
-]
+KINDS = [rule.id for rule in rules_in(model_files) if rule.id not in ("already-quantized", "weights-unsound")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -336,4 +342,103 @@ def test_auto_that_finds_nothing_names_the_linears_that_no_size_divides() -> Non
     odd = llama(blocks=2, hidden=512, inner=720)
     (finding,) = found(odd, "group-divides", group_size="auto")
     assert finding.message == "group size 32 does not divide the input columns 720 of 2 linears"
-    assert finding.hint == "--group-size 16 (16, 8 divide all; -1: one group a row)"
+    assert finding.hint == "--group-size 16 (16, 8 divide all; -1: one group per row)"
+
+
+def test_every_rule_has_one_id_an_explanation_and_levels() -> None:
+    ids = [rule.id for module in MODULES for rule in rules_in(module)]
+    assert sorted(ids) == sorted(RULES)
+    for name, rule in RULES.items():
+        assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
+        assert len(explain(name)) > 30
+        assert rule.summary.endswith(".")
+        assert rule.levels
+        assert set(rule.levels) <= {"error", "warning", "note"}
+
+
+def test_every_module_of_rules_is_registered() -> None:
+    """A rule that is defined anywhere in the package is one that --explain knows."""
+    package = Path(gptq_cli.__file__).parent
+    made = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if re.search(r"^@rule\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert made == {str(Path(str(module.__file__)).relative_to(package)) for module in MODULES}
+
+
+def test_topics_are_words_of_those_who_ask() -> None:
+    fields = {field.name for field in dataclasses.fields(QuantizeConfig)}
+    parts = {part for part, _ in verify_rules.PARTS}
+    for module in MODULES:
+        known = {target_rules: set(TARGETS), verify_rules: parts}.get(module, fields)
+        for rule in rules_in(module):
+            assert set(rule.topics) <= known, rule.id
+            assert rule.topics or module not in (target_rules, verify_rules), f"nobody asks {rule.id}"
+
+
+def test_findings_of_readable_problems_can_be_explained() -> None:
+    """`load --verify` says them under the kind of the problem."""
+    assert set(READABLE) <= set(RULES)
+
+
+@pytest.mark.parametrize("rule", ["disk-offload", "four-bits-only", "scales-finite", "target"])
+def test_explain(rule: str) -> None:
+    assert explain(rule) == inspect.getdoc(RULES[rule].check)
+
+
+def test_explain_an_unknown_rule() -> None:
+    with pytest.raises(ConfigError, match=r"^'disk-ofload' is not a rule$") as caught:
+        explain("disk-ofload")
+    assert caught.value.hint == "did you mean disk-offload or cpu-offload?"
+    with pytest.raises(ConfigError, match="available: tokenizer, calibration-text, "):
+        explain("")
+
+
+def rules_block() -> str:
+    """One table per module of rules."""
+    parts = []
+    for module in MODULES:
+        about = str(module.__doc__).splitlines()[0].removeprefix("Rules about ")
+        heading = re.split(r"[:.]", about)[0]
+        rows = [
+            f"### {heading[0].upper()}{heading[1:]}",
+            "",
+            "| rule | level | says | asked by |",
+            "|---|---|---|---|",
+        ]
+        for rule in rules_in(module):
+            cells = (
+                f"`{rule.id}`",
+                ", ".join(rule.levels),
+                first_sentence(rule.summary),
+                asked_by(module, rule),
+            )
+            rows.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop after a word; `(.bin, .pt)` and `-9.` count as words."""
+    return re.split(r"(?<=[\w`)])\.(?:\s|$)", text)[0].replace("|", "\\|")
+
+
+def asked_by(module: object, rule: Rule[Any]) -> str:
+    if module is target_rules:
+        return "all targets" if set(rule.topics) == set(TARGETS) else ", ".join(rule.topics)
+    if module is verify_rules:
+        return "verify"
+    return "preflight, verify (a warning)" if rule.id in READABLE else "preflight"
+
+
+def test_the_documentation_lists_every_rule() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    begin, end = "<!-- rules: begin, written by `make golden` -->\n", "<!-- rules: end -->"
+    before, rest = text.split(begin)
+    found, after = rest.split(end)
+    expected = f"\n{rules_block()}\n\n"
+    if os.environ.get("UPDATE_GOLDEN"):
+        DOCS.write_text(before + begin + expected + end + after, encoding="utf-8")
+        return
+    assert found == expected, "if this is meant: make golden"

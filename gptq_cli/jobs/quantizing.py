@@ -1,6 +1,6 @@
-"""The story of `gptq quantize` on one screen: open, judge, work, report.
+"""The steps of `gptq quantize` on one screen: open, check, work, report.
 
-Everything that can be known from config.json, the heads of the files and the calibration text is checked
+Everything that can be known from config.json, the headers of the files and the calibration text is checked
 before a weight is read; `dry_run` stops there.
 """
 
@@ -36,14 +36,14 @@ from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.schedule import ReplayReason, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
-from gptq_cli.planning.schedule import block_linears, can_park, micro_batch_tokens, stages_of
 from gptq_cli.planning.time import estimate_seconds
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
-from gptq_cli.preflight.rules import model_files as rules_source
+from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.preflight.rules import output as rules_output
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
@@ -67,28 +67,29 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
 def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
     checked = _check(job, tally, claim)
     announce(checked.findings, tally)
-    placement, tokens = checked.resolution.placement, checked.tokens
-    if not checked.findings.ok or placement is None or tokens is None:
+    placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
+    if not checked.findings.ok or placement is None or schedule is None or tokens is None:
         raise refusal(checked.findings)
-    tally(_header(job, checked, placement, tokens))
+    tally(_header(job, checked, placement, schedule, tokens))
     job = replace(job, quantize=checked.work.quantize)
     devices = watched(placement)
     run = EngineRun(
         skeleton=checked.skeleton,
         placement=placement,
+        schedule=schedule,
         config=job.quantize,
-        options=LoopOptions(parked=checked.resolution.parked, strict=job.strict, devices=devices),
-        batch_size=micro_batch_tokens(checked.work) // tokens.seq_len,
+        options=LoopOptions(strict=job.strict, devices=devices),
     )
     with _writer(job, checked.skeleton, claim, tally) as writer:
         blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
-        tally.see(read_memory(devices))
+        tally.record(read_memory(devices))
         report = summarize(
             job=job,
             skeleton=checked.skeleton,
             tokens=tokens,
+            schedule=schedule,
             devices=[str(device) for device in placement.devices],
             predicted_peak_bytes=[
                 (plan.device, plan.predicted_peak_bytes) for plan in checked.resolution.devices
@@ -127,10 +128,10 @@ def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
             _check_unless_left_over(out, overwrite=job.overwrite)
             destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
         except DestinationBusy as error:
-            findings = rules_output.busy_finding(error.message, error.hint or "")
-            raise refusal(PreflightReport(tuple(findings))) from error
+            busy = rules_output.busy_finding(error.message, error.hint or "")
+            raise refusal(PreflightReport((busy,))) from error
         except (ConfigError, ValueError):
-            pass  # a rule of preflight finds the same, and tells it with all else that is to be said
+            pass  # a rule of preflight finds the same, and reports it with all other findings
         except OSError as error:
             failure = f"{error.filename or out}: {error.strerror}"
         yield Claim(destination, failure)
@@ -167,11 +168,10 @@ def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
 
 def _seconds(job: QuantizeJob, checked: _Checked) -> float | None:
     """An estimate from a short probe of this machine; None where refused or planned for another."""
-    resolution = checked.resolution
-    if job.devices is not None or not checked.findings.ok or resolution.placement is None:
+    placement, schedule = checked.resolution.placement, checked.resolution.schedule
+    if job.devices is not None or not checked.findings.ok or placement is None or schedule is None:
         return None
-    main = resolution.placement.main_device
-    return estimate_seconds(checked.facts, checked.work, main, parked=resolution.parked)
+    return estimate_seconds(checked.facts, checked.work, schedule, placement.main_device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +188,7 @@ class _Checked:
 
 
 def _check(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Checked:
-    """Open the heads of the files, cut the calibration text, resolve the map, and collect every finding."""
+    """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding."""
     with phase(observer, "open"):
         skeleton = open_skeleton(find_model(job.model), job.model)
         facts = model_facts(skeleton)
@@ -221,18 +221,16 @@ def _tokens(
     except (CalibrationError, ModelError) as error:
         if is_out_of_memory(error):
             raise
-        hint = error.hint or ""
-        if isinstance(error, CalibrationError):
-            found = rules_source.calibration_text(job.calibration.source, error.message, hint)
-        else:
-            found = rules_source.tokenizer(job.model.model, error.message, hint)
-        return None, PreflightReport(tuple(found))
+        case = rules_text.TextCase(model=job.model.model, source=job.calibration.source, failure=error)
+        return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
 
 
-def _header(job: QuantizeJob, checked: _Checked, placement: Placement, tokens: TokenBatches) -> RunStarted:
+def _header(
+    job: QuantizeJob, checked: _Checked, placement: Placement, schedule: Schedule, tokens: TokenBatches
+) -> RunStarted:
     config = checked.work.quantize
-    chosen = group_reason(job.quantize.group_size)
-    group = f"group {config.group_columns}{f' ({chosen})' if chosen else ''}"
+    reason = group_reason(job.quantize.group_size)
+    group = f"group {config.group_columns}{f' ({reason})' if reason else ''}"
     zeros = "symmetric" if config.sym else "asymmetric"
     return RunStarted(
         command="quantize",
@@ -244,7 +242,7 @@ def _header(job: QuantizeJob, checked: _Checked, placement: Placement, tokens: T
             ("dtype", _dtype_words(checked, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
-            ("forwards", _forwards_words(checked)),
+            ("passes", _passes_words(schedule)),
         ),
         devices=tuple(str(device) for device in placement.devices),
         blocks=len(checked.skeleton.blocks),
@@ -252,24 +250,33 @@ def _header(job: QuantizeJob, checked: _Checked, placement: Placement, tokens: T
     )
 
 
-def _forwards_words(checked: _Checked) -> str:
-    """How calibration text comes to a linear: what the memory plan and the block loop make of it."""
-    if not checked.resolution.parked:
-        return "replayed, to save memory"
-    blocks = [stages_of(linears) for linears in block_linears(checked.facts).values()]
-    parked = sum(can_park(stages, checked.work, parked=True) for stages in blocks)
-    if parked == len(blocks):
-        return "parked, each linear runs once"
-    why = "experts" if checked.work.quantize.true_sequential else "--no-true-sequential"
-    others = ", parked in the others" if parked else ""
-    return f"replayed in {len(blocks) - parked} of {len(blocks)} blocks ({why}){others}"
+_WHY_SEVERAL: dict[ReplayReason, str] = {
+    "memory": "to save memory",
+    "experts": "because of experts",
+    "not-sequential": "because of --no-true-sequential",
+}
+
+
+def _passes_words(schedule: Schedule) -> str:
+    """How often the calibration text goes through a block, and how much of it at a time."""
+    several: dict[ReplayReason, int] = {}
+    for block in schedule.blocks:
+        if block.replayed is not None:
+            several[block.replayed] = several.get(block.replayed, 0) + 1
+    total, count = len(schedule.blocks), schedule.micro_batch_samples
+    if sum(several.values()) == total and len(several) == 1:
+        words = f"several per block {_WHY_SEVERAL[next(iter(several))]}"
+    else:
+        parts = [f"several in {n} of {total} {_WHY_SEVERAL[why]}" for why, n in several.items()]
+        words = ", ".join(["one per block", *parts])
+    return f"{words}, {count} sample{'s' if count > 1 else ''} at a time"
 
 
 def _dtype_words(checked: _Checked, placement: Placement) -> str:
-    """The dtype of the model, and what its products are formed in where the processor has no units for it."""
+    """The dtype of the model, and that of its matmuls where the processor is slow at them in the model's."""
     dtype = checked.facts.dtype
     if placement.main_device == CPU and not fast_matmul_supported(checked.skeleton.dtype, "cpu"):
-        return f"{dtype}, products in float32: this cpu has no units for {dtype}"
+        return f"{dtype}, multiplied in float32: this cpu does not multiply {dtype} natively"
     return dtype
 
 

@@ -1,0 +1,137 @@
+"""The package as a library: `quantize` and `load`, with the options and the errors of the command line.
+
+Nothing is printed. Warnings go to the logger `gptq_cli`; everything else that happens is an event, which an
+`observer` can follow. Torch is imported by the first call, not by `import gptq_cli`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from gptq_cli.config import (
+    CalibrationConfig,
+    DType,
+    LoadJob,
+    ModelRef,
+    QuantizeConfig,
+    QuantizeJob,
+    Recipe,
+    Target,
+    parse_shard_size,
+    parse_targets,
+)
+from gptq_cli.events import Event, Observer, ignore, warning_text
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+
+if TYPE_CHECKING:
+    from gptq_cli.results.run import RunReport
+
+AnyPath = str | os.PathLike[str]
+_LOGGER = logging.getLogger("gptq_cli")
+
+
+def quantize(
+    model: AnyPath,
+    out: AnyPath,
+    *,
+    recipe: Recipe = "balanced",
+    device_map: object = "auto",
+    max_memory: object = None,
+    targets: Collection[Target] | Target = (),
+    dtype: DType = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    max_shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    strict: bool = False,
+    observer: Observer = ignore,
+    **options: Any,
+) -> RunReport:
+    """Quantize `model` (a directory or a Hub model id) and write a GPTQ checkpoint to the directory `out`.
+
+        report = gptq_cli.quantize("MODEL", out="DIR", bits=4, samples=256, device_map={"": "cpu"})
+
+    `options`: the fields of `QuantizeConfig` (`bits`, `group_size`, `sym`, `desc_act`, …), which win over
+    `recipe`, and of `CalibrationConfig` with `calibration` for its `source` (`samples`, `seq_len`, `seed`,
+    `batch_size`); None means "not given". `device_map`: every form of `--device-map`, a mapping of names to
+    devices, or one device, as text, number or `torch.device`. `max_memory`: text, or a mapping of devices to
+    sizes. `targets`: readers that must take the result. `observer` gets every `gptq_cli.events.Event`.
+
+    Returns the report that is also in `out/report.json`. Raises what the command line exits with:
+    `UsageError` (2, nothing was started), `PreflightRefused` (3, nothing was written; its text lists the
+    findings; where something would lie on disk it is a `ValueError` as well), `OutOfDeviceMemory` (4),
+    `QualityGateFailed` (5); and `TypeError` for an option that does not exist.
+    """
+    config, calibration = _sorted_options(options)
+    job = QuantizeJob(
+        model=ModelRef(
+            model=os.fspath(model), revision=revision, trust_remote_code=trust_remote_code, dtype=dtype
+        ),
+        out=os.fspath(out),
+        quantize=QuantizeConfig.of(recipe, **config),
+        calibration=CalibrationConfig(**calibration),
+        device_map=DeviceMap.parse(device_map),
+        max_memory=None if max_memory is None else MaxMemory.parse(max_memory),
+        max_shard_bytes=parse_shard_size(max_shard_size),
+        overwrite=overwrite,
+        strict=strict,
+        targets=parse_targets((targets,) if isinstance(targets, str) else targets),
+    )
+    from gptq_cli import jobs
+
+    return jobs.quantize(job, _logged(observer))
+
+
+def load(path: AnyPath, device_map: object = None, dtype: DType = "auto") -> Any:
+    """Open the GPTQ checkpoint `path`: a Transformers model on packed weights, ready for `generate`.
+
+    `device_map` takes every form that `quantize` takes; None: the current accelerator, or the CPU. Its
+    `save_pretrained` copies the checkpoint. What was read otherwise than the config says is logged as a
+    warning of the logger `gptq_cli`. Raises `CheckpointError` naming the tensor that is wrong,
+    `PreflightRefused` when the map is not legal.
+    """
+    job = LoadJob(
+        path=os.fspath(path),
+        device_map=None if device_map is None else DeviceMap.parse(device_map),
+        dtype=dtype,
+    )
+    from gptq_cli import jobs
+
+    return jobs.open_model(job, _logged(ignore))
+
+
+def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of `QuantizeConfig` and of `CalibrationConfig` in `options`. Raises `TypeError`."""
+    codes = {item.name for item in fields(QuantizeConfig)}
+    text = {item.metadata.get("name", item.name): item.name for item in fields(CalibrationConfig)}
+    for name in options:
+        if name not in codes and name not in text:
+            near = difflib.get_close_matches(name, [*codes, *text], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise TypeError(f"quantize() got an unexpected keyword argument {name!r}{hint}")
+    given = {name: value for name, value in options.items() if value is not None}
+    return (
+        {name: value for name, value in given.items() if name in codes},
+        {
+            text[name]: os.fspath(value) if text[name] == "source" else value
+            for name, value in given.items()
+            if name in text
+        },
+    )
+
+
+def _logged(observer: Observer) -> Observer:
+    """`observer`, with every warning logged besides."""
+
+    def log(event: Event) -> None:
+        warning = warning_text(event)
+        if warning is not None:
+            _LOGGER.warning(warning)
+        observer(event)
+
+    return log

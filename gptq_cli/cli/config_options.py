@@ -1,0 +1,128 @@
+"""Options made from the fields of a configuration: name, type, default and help stand in `gptq_cli.config`.
+
+    @with_config_options
+    def command(context: typer.Context, *, codes: Codes) -> None:
+        config = QuantizeConfig.of(**codes)
+
+A parameter of such a type stands for several options; the command gets their values by the names of the
+fields. An option whose default depends on the recipe has the value None where it is not given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, option
+from gptq_cli.config import RECIPE_FIELDS, CalibrationConfig, QuantizeConfig
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigFields:
+    """Fields of a configuration that are options of a command, and their panel on the help page."""
+
+    config: type
+    panel: str
+    names: tuple[str, ...]
+
+    def parameters(self) -> Iterator[tuple[str, inspect.Parameter]]:
+        """Each field's name, and the parameter that Typer makes its option of."""
+        kinds = get_type_hints(self.config)
+        for item in fields(self.config):
+            if item.name not in self.names:
+                continue
+            kind, default, text = _typed(kinds[item.name]), item.default, item.metadata["help"]
+            if self.config is QuantizeConfig and item.name in RECIPE_FIELDS:
+                kind, default = kind | None, None
+                text = text.removesuffix(".") + "; default: --recipe's."
+            name = item.metadata.get("name", item.name)
+            typer_option = option(
+                _spelling(name, kind, item.metadata.get("off")),
+                text,
+                self.panel,
+                item.metadata.get("metavar", _metavar(kind)),
+            )
+            yield (
+                item.name,
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=Annotated[kind, typer_option],
+                ),
+            )
+
+
+CODES = ("bits", "group_size", "sym", "desc_act")
+"""Fields that say what a checkpoint holds; the others say how it is found."""
+_SOLVER = tuple(item.name for item in fields(QuantizeConfig) if item.name not in CODES)
+
+Codes = Annotated[Mapping[str, Any], ConfigFields(QuantizeConfig, RECIPE, CODES)]
+Solver = Annotated[Mapping[str, Any], ConfigFields(QuantizeConfig, SOLVER, _SOLVER)]
+Text = Annotated[
+    Mapping[str, Any],
+    ConfigFields(CalibrationConfig, CALIBRATION, tuple(item.name for item in fields(CalibrationConfig))),
+]
+SolverMemory = Annotated[
+    Mapping[str, Any],
+    ConfigFields(QuantizeConfig, SOLVER, ("true_sequential", "solve_for", "dense_share")),
+]
+"""What of the solver changes how much memory a job needs."""
+TextSize = Annotated[
+    Mapping[str, Any], ConfigFields(CalibrationConfig, CALIBRATION, ("samples", "seq_len", "batch_size"))
+]
+
+
+def with_config_options(command: Command) -> Command:
+    """`command` as Typer reads it: each parameter of `ConfigFields` replaced by the options of its fields."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters: list[inspect.Parameter] = []
+    sources: dict[str, dict[str, str]] = {}
+    for parameter in signature.parameters.values():
+        group = next(
+            (item for item in get_args(parameter.annotation) if isinstance(item, ConfigFields)), None
+        )
+        if group is None:
+            parameters.append(parameter)
+            continue
+        made = dict(group.parameters())
+        parameters.extend(made.values())
+        sources[parameter.name] = {field: one.name for field, one in made.items()}
+
+    def run(**given: Any) -> Any:
+        groups = {
+            group: {field: given.pop(name) for field, name in names.items()}
+            for group, names in sources.items()
+        }
+        return command(**given, **groups)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run  # type: ignore[return-value]  # it takes the options in place of their groups
+
+
+def _typed(kind: Any) -> Any:
+    """The type that the command line reads: a number or a word is text, which the configuration reads."""
+    if get_origin(kind) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(kind)):
+        return str
+    return kind
+
+
+def _spelling(name: str, kind: Any, off: str | None) -> str:
+    """`--group-size`; `--refit/--no-refit`; `--sym/--asym`."""
+    option = "--" + name.replace("_", "-")
+    if bool not in (kind, *get_args(kind)):
+        return option
+    return f"{option}/--{off or 'no-' + name.replace('_', '-')}"
+
+
+def _metavar(kind: Any) -> str:
+    alternatives = get_args(kind) if NoneType in get_args(kind) else (kind,)
+    return next((_METAVARS[part] for part in alternatives if part in _METAVARS), "KIND")

@@ -1,0 +1,56 @@
+"""What the fields of a configuration are made of: defaults with their help, and checks."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import TypeVar
+
+from gptq_cli.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def option(default: T, help_text: str, **spelling: str) -> T:
+    """A field of a frozen dataclass that is an option of the command line too.
+
+    `help_text`: one sentence. `spelling`, where it does not follow from name and type: `name`, `metavar`, and
+    for a flag `off`, the name that turns it off. Typed as its value, as `dataclasses.field` is.
+    """
+    made: T = field(default=default, metadata={"help": help_text, **spelling})
+    return made
+
+
+def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
+    """Raise `ConfigError` unless `value` is in `allowed`."""
+    if value not in allowed:
+        listed = ", ".join(str(item) for item in allowed)
+        raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
+
+
+INT32, INT64 = 2**31 - 1, 2**63 - 1
+"""The largest count (two of them multiplied are still a number that torch holds), and the largest seed."""
+
+
+def check_int(
+    name: str, value: object, minimum: int, hint: str | None = None, *, maximum: int = INT32
+) -> None:
+    """Raise `ConfigError` unless `value` is a whole number from `minimum` to `maximum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {minimum}", hint=hint)
+    if value > maximum:  # it may have thousands of digits, which Python does not write out
+        raise ConfigError(
+            f"{name} is above {maximum}; allowed: a whole number of at most {maximum}", hint=hint
+        )
+
+
+def check_utf8(name: str, value: str) -> None:
+    """Refuse what UTF-8 cannot hold: bytes of another encoding (Python keeps them as lone surrogates)."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ord(value[error.start])
+        what = f"byte 0x{found - 0xDC00:02x}" if 0xDC80 <= found <= 0xDCFF else f"half a pair, U+{found:04X},"
+        raise ConfigError(
+            f"{name} is not UTF-8: {what} at character {error.start + 1}",
+            hint="convert the text first, for instance with iconv -f latin1 -t utf-8",
+        ) from error

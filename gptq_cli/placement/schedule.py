@@ -1,0 +1,75 @@
+"""How a run is carried out: decided once, with the plan, and obeyed by the engine.
+
+A `Schedule` changes how fast a run is and how much memory it takes, not what is computed (up to the order in
+which sums are rounded). It is made by `planning.schedule` and read by everything that needs to know: the
+memory budget, the time estimate, the job's header, report.json, and the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, Literal
+
+from gptq_cli.placement.device import Device
+
+ReplayReason = Literal["memory", "experts", "not-sequential"]
+"""Why the forwards of a block are replayed: no room to keep them parked, linears that see a part of the
+tokens, or stages that are all collected in one pass (`true_sequential` off)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSchedule:
+    """One decoder block."""
+
+    name: str
+    storage_device: Device
+    """Where its weights rest; on "cpu" in a plain CPU run they are read from the files in its turn."""
+    execution_device: Device
+    """Where it is worked on."""
+    replayed: ReplayReason | None
+    """None: forwards are parked between stages, so that each linear runs once per token. Else they are run
+    again for each stage, and this is why."""
+    expert_batch_bytes: int
+    """Hessians of experts that are collected side by side, in bytes."""
+
+    @property
+    def parked(self) -> bool:
+        """True when forwards are parked between stages."""
+        return self.replayed is None
+
+    @property
+    def activation_device(self) -> Device:
+        """Where the hidden states of all samples rest while it is worked on."""
+        return self.execution_device
+
+    def experts_per_batch(self, in_features: int) -> int:
+        """How many linears of K = `in_features` are collected side by side: at least one."""
+        return max(1, self.expert_batch_bytes // (4 * in_features**2))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The whole run."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("micro_batch_tokens",)
+
+    micro_batch_samples: int
+    """Samples of one forward."""
+    seq_len: int
+    """Tokens of a sample."""
+    blocks: tuple[BlockSchedule, ...]
+    """In model order."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one forward."""
+        return self.micro_batch_samples * self.seq_len
+
+    @cached_property
+    def _by_name(self) -> dict[str, BlockSchedule]:
+        return {block.name: block for block in self.blocks}
+
+    def block(self, name: str) -> BlockSchedule:
+        """The schedule of one block. Raises `KeyError` for a name that is not among them."""
+        return self._by_name[name]

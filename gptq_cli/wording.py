@@ -1,0 +1,27 @@
+"""Lists and reasons inside a sentence: what is long is cut, and says how much was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+
+
+def names_text(items: Iterable[object], shown: int = 6) -> str:
+    """`a, b, c and 12 more`."""
+    words = [str(item) for item in items]
+    text = ", ".join(words[:shown])
+    return f"{text} and {len(words) - shown} more" if len(words) > shown else text
+
+
+def and_others(items: Sized, noun: str = "") -> str:
+    """What follows the first of `items` in a sentence: ` (and 3 more problems)`, "" where it is the only one.
+
+    `noun` is in the plural.
+    """
+    left = len(items) - 1
+    return f" (and {left} more{f' {noun}' if noun else ''})" if left > 0 else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in one line; its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
