@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gptq_cli.calibration.chat import chat_text
+from gptq_cli.calibration.conversations import Conversations
 from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.text import read_documents
@@ -157,7 +157,7 @@ class _TokenRow:
 def _renderer(tokenizer: Any) -> Render | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
-    return lambda messages: chat_text(tokenizer, messages)
+    return Conversations(tokenizer)
 
 
 def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

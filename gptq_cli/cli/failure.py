@@ -59,6 +59,13 @@ def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, 
     return error.exit_code
 
 
+def report_refused(findings: Sequence[Finding]) -> None:
+    """Why a plan is refused, which its result says as well: on stderr for whoever does not see that."""
+    streams = (sys.stdout, sys.stderr)
+    if not all(stream is not None and stream.isatty() for stream in streams):
+        _write_findings([finding for finding in findings if finding.level == "error"])
+
+
 def report_unknown(error: Exception, *, as_json: bool) -> int:
     """Any other error is a defect or the environment: with its traceback."""
     if sys.stderr is not None:

@@ -6,6 +6,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.config_options import CODES, Codes, SolverMemory, TextSize, with_config_options
+from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
     CalibrationConfig,
@@ -66,6 +67,7 @@ def inspect_map(
 
     show(session, report, map_summary)
     if not report.ok:
+        report_refused(report.findings)
         raise typer.Exit(3)
 
 

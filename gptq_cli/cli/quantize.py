@@ -10,6 +10,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.config_options import Codes, Solver, Text, with_config_options
+from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.config import (
     CalibrationConfig,
@@ -147,4 +148,5 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
 
     show(session, plan, map_summary)
     if not plan.ok:
+        report_refused(plan.findings)
         raise typer.Exit(3)

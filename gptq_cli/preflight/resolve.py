@@ -15,7 +15,7 @@ from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
 from gptq_cli.planning.planner import Plan, fits, make_plan, planned, with_wide_micro_batch
 from gptq_cli.planning.remedies import Remedy, alternatives, less_work
-from gptq_cli.planning.repair import repaired
+from gptq_cli.planning.repair import repaired, usable
 from gptq_cli.planning.units import place
 from gptq_cli.preflight.rules import device_map as rules_map
 from gptq_cli.preflight.rules import memory as rules_memory
@@ -146,6 +146,8 @@ def _on_accelerators(case: MapCase) -> tuple[Remedy, ...]:
 def _repair(case: MapCase) -> str:
     """Options in place of a faulty map: the repaired one where it fits, or `auto`, then both with less work,
     then no accelerator. Where nothing fits, the repaired map: the rules about memory say the rest."""
+    if not any(usable(case, budget.device) for budget in case.budgets):
+        case = replace(case, max_memory=None)  # it lists nothing that is there, and is mended by its own hint
     changed = repaired(case)
     cases = [replace(case, spec=spec) for spec in (changed, DeviceMap(strategy="auto"))]
     for one in cases:

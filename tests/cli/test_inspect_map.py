@@ -73,7 +73,8 @@ def test_exit_0_or_3(jobs: FakeJobs, run: Run) -> None:
     outcome = run("inspect-map", "M")
     assert outcome.code == 3
     assert outcome.out.endswith(" verdict: refused\n")
-    assert outcome.err == ""
+    assert outcome.err.startswith("error [disk-offload] ")
+    assert run("inspect-map", "M", "--quiet").err == outcome.err
 
 
 def test_json_has_the_sums_and_the_verdict(jobs: FakeJobs, run: Run) -> None:

@@ -150,7 +150,7 @@ def test_a_dry_run_that_would_be_refused_exits_3(jobs: FakeJobs, run: Run) -> No
     outcome = run("quantize", "M", "--out", "O", "--dry-run", "--json")
     assert outcome.code == 3
     assert json.loads(outcome.out)["verdict"] == "refused"
-    assert outcome.err == ""
+    assert outcome.err.startswith("error [disk-offload] ")  # stdout may be a file that nobody looks into
 
 
 def test_a_fallback_is_said_on_stdout_too(jobs: FakeJobs, run: Run) -> None:

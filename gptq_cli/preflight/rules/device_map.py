@@ -9,7 +9,7 @@ from gptq_cli.placement.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.placement.names import owner
 from gptq_cli.planning.cases import MapCase
-from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names
+from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names, usable
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import names_text
 
@@ -108,11 +108,12 @@ def device_not_listed(case: MapCase) -> list[Remark]:
         return []
     listed = ", ".join(str(device) for device, _ in case.max_memory.limits)
     wider = f'--max-memory "{case.with_unlisted(missing)}"'
+    others = any(usable(case, budget.device) for budget in case.budgets)
     return [
         Remark(
             subject=str(device),
             message=f"the device map uses {device}, but --max-memory lists only {listed}",
-            hint=f"{wider}; or {instead(case)}",
+            hint=f"{wider}; or {instead(case)}" if others else wider,
             modules=tuple(entry.pattern for entry in case.spec.rules if entry.device == device),
         )
         for device in missing
