@@ -37,9 +37,10 @@ def check_int(
     """Raise `ConfigError` unless `value` is a whole number from `minimum` to `maximum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ConfigError(f"{name} is {value!r}; allowed: a whole number of at least {minimum}", hint=hint)
-    if value > maximum:  # it may have thousands of digits, which Python does not write out
+    if value > maximum:  # Python refuses to write out a number of thousands of digits
+        found = str(value) if value < 10**40 else f"a number of {value.bit_length()} bits"
         raise ConfigError(
-            f"{name} is above {maximum}; allowed: a whole number of at most {maximum}", hint=hint
+            f"{name} is {found}; allowed: a whole number from {minimum} to {maximum}", hint=hint
         )
 
 

@@ -52,7 +52,11 @@ FLAGS = [
     (("--samples", "100000"), 3, "100000"),
     (("--calibration", "no-such-file.txt"), 3, "no-such-file.txt"),
     (("--max-shard-size", "huge"), 2, "huge"),
-    (("--seed", "99999999999999999999"), 2, "seed is above 9223372036854775807"),
+    (
+        ("--seed", "99999999999999999999"),
+        2,
+        "seed is 99999999999999999999; allowed: a whole number from 0 to",
+    ),
     (("--report", "/"), 2, "which is a directory"),
     (("--report", "no/such/folder/run.html"), 2, "cannot be written"),
 ]

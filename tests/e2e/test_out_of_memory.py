@@ -19,7 +19,7 @@ from gptq_cli.calibration import stdlib_text
 from gptq_cli.calibration import text as calibration_text
 from gptq_cli.checkpoint import verify, writer
 from gptq_cli.cli import output
-from gptq_cli.engine import capture, forwards, loop
+from gptq_cli.engine import block, capture, forwards
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
@@ -51,11 +51,11 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "load": (engine_run, "_open", "while loading the weights"),
     "read": (streamed.StreamedReader, "_open_shard", "while loading the weights"),
     "capture": (capture, "_record", "while capturing what enters the blocks"),
-    "collect": (loop.StageMoments, "add", BLOCK),
+    "collect": (block.StageMoments, "add", BLOCK),
     "thread": (threading.Thread, "start", BLOCK),
     "frame": (forwards.BlockCall, "__call__", "after capturing what enters the blocks"),
-    "solve": (loop, "quantize_linears", BLOCK),
-    "pack": (loop, "pack", BLOCK),
+    "solve": (block, "quantize_linears", BLOCK),
+    "pack": (block, "pack", BLOCK),
     "write": (writer.CheckpointWriter, "add_packed", BLOCK),
     "flush": (engine_run, "flush", "after quantizing block model.layers.2"),
     "dense": (writer.CheckpointWriter, "copy_dense", "while writing the tensors that stay dense"),

@@ -40,4 +40,4 @@ def test_growth_is_told(
     quantize(job, events.append)
     told = [e.message for e in events if isinstance(e, Warned) and "grows by" in e.message]
     assert len(told) == warned
-    assert all("xpu:0 grows by 8.0 MiB per block" in text for text in told)
+    assert all("xpu:0 grows by 8.00 MiB per block" in text for text in told)
