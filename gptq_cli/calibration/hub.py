@@ -126,7 +126,7 @@ def _ask_the_hub(wanted: HubSource, source: str) -> None:
         ) from error
     except Exception as error:  # no DNS, no route, a proxy that refuses: every transport has its own tree
         raise CalibrationError(
-            f"{source!r} is no existing file, and the Hub cannot be reached to look for the data set "
+            f"{source!r} is not an existing file, and the Hub cannot be reached to look for the data set "
             f"{wanted.id!r}: {first_line(error)}",
             hint=OFFLINE_HINT,
         ) from error
