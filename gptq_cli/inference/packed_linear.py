@@ -209,4 +209,4 @@ def _built(
 
 
 def _failing(kind: type[Kernel], error: Exception) -> str:
-    return f"torch's operator for {kind.name} fails here: {first_line(error)}"
+    return f"torch's operator for {kind.name} fails: {first_line(error)}"

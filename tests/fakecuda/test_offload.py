@@ -158,7 +158,6 @@ def test_cpu_beside_a_device_is_warned_of_on_stderr(tiny: Tiny, text: Path, tmp_
     assert "not recommended" not in plain.ran.stderr
 
 
-@pytest.mark.xfail(reason="findings do not reach report.json yet, nor stderr without a display", strict=False)
 def test_cpu_beside_a_device_is_warned_of_wherever_warnings_go(
     tiny: Tiny, text: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from gptq_cli.devices.accelerators import present_accelerators, present_devices
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.placement.device import Device
+from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import micro_batch_samples
@@ -18,12 +18,12 @@ from gptq_cli.preflight.resolve import resolve
 
 
 def limits(size_bytes: int, count: int) -> MaxMemory:
-    """So many bytes for each of the first `count` accelerators, none for the others."""
+    """So many bytes for each of the first `count` accelerators, none for the others; half of what the cpu has
+    free, which would not be used at all if it were not listed."""
+    accelerators = enumerate(present_accelerators())
+    free = next(budget.free_bytes for budget in present_devices() if budget.device == CPU)
     return MaxMemory(
-        tuple(
-            (device, size_bytes if index < count else 0)
-            for index, device in enumerate(present_accelerators())
-        )
+        (*((device, size_bytes if index < count else 0) for index, device in accelerators), (CPU, free // 2))
     )
 
 

@@ -228,7 +228,7 @@ def test_an_operator_that_raises_at_load_is_done_without(
     linear, packed, bias = build(Recipe(group_size=32), bias=True)
     assert isinstance(linear.kernel, Dequantize)
     said = "Could not run the operator with these arguments."
-    assert linear.reason == f"torch's operator for cpu-int4 fails here: {said}"
+    assert linear.reason == f"torch's operator for cpu-int4 fails: {said}"
     both_paths(linear, packed.weight, torch.bfloat16, bias)
 
 
@@ -240,7 +240,7 @@ def test_an_operator_that_raises_later_is_done_without(monkeypatch: pytest.Monke
     monkeypatch.setattr(CpuInt4, "fused", fails)
     assert_equal_products(linear, packed.weight, torch.randn(2, 256).bfloat16(), bias)
     assert (linear.kernel_name, linear.max_fused_tokens) == ("dequantize", 0)
-    assert linear.reason.startswith("torch's operator for cpu-int4 fails here: ")
+    assert linear.reason.startswith("torch's operator for cpu-int4 fails: ")
 
 
 @needs_int4
