@@ -1,18 +1,36 @@
-"""Silencing the libraries: our own events report progress, on the display that was chosen."""
+"""Calling the libraries that make models: silently, and from one thread at a time.
+
+Our own events report progress, on the display that was chosen. And while Transformers makes or loads a model
+it swaps functions of torch and of its own classes (`no_tie_weights`, `no_init_weights`) and puts them back: two
+threads that do so at once can leave them swapped, so that every later model of the process is made without
+its ties.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 
 from transformers.utils import logging as transformers_logging
 
+_ONE_AT_A_TIME = threading.RLock()
+
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Silence Transformers' progress bars and load reports, and accelerate's messages about its dispatch."""
+    """Silence Transformers' progress bars and load reports, and accelerate's messages about its dispatch.
+
+    Other threads wait here until the scope ends. Enter it before every other scope that swaps functions.
+    """
+    with _ONE_AT_A_TIME, _silence():
+        yield
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
     accelerates = logging.getLogger("accelerate")
     level = accelerates.level
     verbosity = transformers_logging.get_verbosity()

@@ -196,7 +196,7 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int =
     (`ModelError`) before they fill the memory.
     """
     try:
-        with torch.device("meta"), meta_device_safe_creation_ops(), quiet_libraries(), _counted(ref, tensors):
+        with quiet_libraries(), torch.device("meta"), meta_device_safe_creation_ops(), _counted(ref, tensors):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, trust_remote_code=ref.trust_remote_code
             )

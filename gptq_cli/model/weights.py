@@ -291,5 +291,5 @@ def _compute_buffers(model: Any, device_of: Callable[[str], torch.device]) -> No
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if buffer.is_meta and name not in stored:
             _place(model, name, torch.empty_like(buffer, device=device_of(name)))
-    with _no_random_traces():
+    with quiet_libraries(), _no_random_traces():
         model.initialize_weights()
