@@ -1,9 +1,9 @@
 """Calling the libraries that make models: silently, and from one thread at a time.
 
-Our own events report progress, on the display that was chosen. And while Transformers makes or loads a model
-it swaps functions of torch and of its own classes (`no_tie_weights`, `no_init_weights`) and puts them back: two
-threads that do so at once can leave them swapped, so that every later model of the process is made without
-its ties.
+Our own events report progress, on the display that was chosen. And while Transformers makes or loads a
+model it swaps functions of torch and of its own classes (`no_tie_weights`, `no_init_weights`) and puts
+them back: if two threads do so at once, they may stay swapped, and every later model of the process is
+made without its ties.
 """
 
 from __future__ import annotations
