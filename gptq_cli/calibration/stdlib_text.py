@@ -13,7 +13,6 @@ the same part, is dropped: no paragraph is used for both calibration and evaluat
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import platform
 import re
@@ -22,15 +21,16 @@ import sysconfig
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.util import decode_source
 from pathlib import Path
 
+from gptq_cli.calibration.docstrings import docstrings
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 
 _EXAMPLES = {"__hello__", "__phello__", "pydoc_data", "test", "tests", "turtledemo"}
 _OPTIONAL = {"distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtle"}
 LEFT_OUT = _EXAMPLES | _OPTIONAL
 HELD_OUT_EVERY = 10
-Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 MIN_DOCSTRING = 40
 """Characters; shorter ones ("Return True.") say too little to be useful."""
 
@@ -89,23 +89,14 @@ def _modules() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def _docstrings(path: Path) -> str:
-    """The cleaned docstrings of a source file; "" where it has none, or is a template and not Python."""
+    """The cleaned docstrings of a source file; "" where it cannot be read as text."""
     try:
-        tree = ast.parse(path.read_bytes())
+        source = decode_source(path.read_bytes())
     except (OSError, SyntaxError, ValueError) as error:
         if is_out_of_memory(error):
             raise
         return ""
-    texts = (ast.get_docstring(node) or "" for node in _definitions(tree))
-    return "\n\n".join(clean(text) for text in texts if len(text) >= MIN_DOCSTRING)
-
-
-def _definitions(node: ast.AST) -> Iterator[Definition]:
-    """The node's definitions in the order of the source; expressions are not entered, they hold none."""
-    if isinstance(node, Definition):
-        yield node
-    for statement in getattr(node, "body", ()):
-        yield from _definitions(statement)
+    return "\n\n".join(clean(text) for text in docstrings(source) if len(text) >= MIN_DOCSTRING)
 
 
 def stdlib_documents(*, evaluation: bool) -> tuple[str, ...]:

@@ -166,7 +166,7 @@ def test_load(
 
 
 def test_a_dry_run_and_the_default_text(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fails(monkeypatch, (stdlib_text.ast, "parse", ""), "python")
+    fails(monkeypatch, (stdlib_text, "decode_source", ""), "python")
     words = ("--samples", "512", "--seq-len", "512", "--group-size", "32", "--progress", "none")
     told(("quantize", tiny_llama, "--dry-run", *words), TEXT)
 
