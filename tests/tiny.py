@@ -139,10 +139,10 @@ def randomize(model: transformers.PreTrainedModel, seed: int) -> None:
             if id(parameter) in done:
                 continue
             done.add(id(parameter))
-            if parameter.ndim < 2:
+            if not 2 <= parameter.ndim <= 3:  # norms and biases; kernels of convolutions
                 parameter.add_(0.1 * normal(*parameter.shape))
                 continue
-            if "embed" in name or "wte" in name or "wpe" in name:
+            if parameter.ndim == 2 and ("embed" in name or "wte" in name or "wpe" in name):
                 rank = max(4, parameter.shape[1] // 8)
                 low_rank = (
                     normal(parameter.shape[0], rank) @ normal(rank, parameter.shape[1]) / math.sqrt(rank)

@@ -1,11 +1,11 @@
 """The docstrings of Python source, found by scanning it.
 
 `ast.parse` builds a tree of every expression to find them: five seconds for the standard library, most of a
-short run. A docstring is the first thing below a `def` or a `class`, so it is enough to find those lines, walk
-over what is in their brackets, and look at what follows. On the standard library the result equals that of
-`ast.get_docstring` (`tests/calibration/test_docstrings.py`); on other sources it may differ in two cases, which
-do no harm to a text: a docstring that is glued from several literals is left out, and one in a string that
-itself holds Python code is taken for real.
+short run. A docstring is the first thing below a `def` or a `class`, so it is enough to find those lines,
+walk over what is in their brackets, and look at what follows. On the standard library the result equals that
+of `ast.get_docstring` (`tests/calibration/test_docstrings.py`); on other sources it may differ in two cases,
+which do no harm to a text: a docstring that is glued from several literals is left out, and one in a string
+that itself holds Python code is taken for real.
 
 As with `ast`, definitions below `else`, `elif`, `except` and `finally` are left out: they are the second
 version of something.
