@@ -165,7 +165,8 @@ def _page(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Every causal and image-text type of Transformers {transformers.__version__}, as a tiny random model,",
+        f"Every causal and image-text type of Transformers {transformers.__version__} as a tiny random",
+        "model:",
         f"quantized, verified, loaded, and compared with a second reading. {len(by_kind)} types: {totals}.",
         "Made by `python scripts/architectures.py --write`, whose docstring explains the columns.",
         "",

@@ -36,7 +36,8 @@ _SIZES: Mapping[str, int] = {
     """intermediate_size intermediate_size_mlp dense_intermediate_size ffn_dim ffn_hidden_size n_inner dff
     dim_ff d_ff d_inner encoder_ffn_dim decoder_ffn_dim feed_forward_size mlp_dim""": 128,
     """hidden_size d_model n_embd embedding_size emb_dim embedding_dim word_embed_proj_dim lru_width
-    hidden_dim text_hidden_size attention_hidden_size input_embedding_size output_embedding_size backbone_hidden_size
+    hidden_dim text_hidden_size attention_hidden_size input_embedding_size
+    output_embedding_size backbone_hidden_size
     embed_dim moe_intermediate_size expert_intermediate_size shared_expert_intermediate_size
     shared_experts_intermediate_size moe_shared_expert_intermediate_size shared_intermediate_size
     expert_ffn_hidden_size""": 64,
@@ -64,8 +65,10 @@ _SIZES: Mapping[str, int] = {
 """Names of fields -> the most that a tiny model has of it."""
 _LIMITS = {name: size for names, size in _SIZES.items() for name in names.split()}
 _DROPPED = frozenset(
-    ("model_type", "transformers_version", "architectures", "rope_parameters", "dtype")
-    + ("id2label", "label2id", "per_layer_config")
+    {
+        *("model_type", "transformers_version", "architectures", "dtype", "id2label", "label2id"),
+        *("rope_parameters", "per_layer_config"),
+    }
 )
 """Fields that the class works out from the others."""
 _SPECIAL = re.compile(r"(eos|pad|cls|sep|mask|decoder_start|forced_eos|forced_bos)_token_id")
