@@ -143,7 +143,7 @@ def randomize(model: transformers.PreTrainedModel, seed: int) -> None:
                 parameter.add_(0.1 * normal(*parameter.shape))
                 continue
             if parameter.ndim == 2 and ("embed" in name or "wte" in name or "wpe" in name):
-                rank = max(4, parameter.shape[1] // 8)
+                rank = min(64, max(4, parameter.shape[1] // 8))
                 low_rank = (
                     normal(parameter.shape[0], rank) @ normal(rank, parameter.shape[1]) / math.sqrt(rank)
                 )

@@ -22,7 +22,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from gptq_cli import __version__
-from gptq_cli.cli import failure
+from gptq_cli.cli import about, failure
 from gptq_cli.cli.inspect_map import inspect_map
 from gptq_cli.cli.load import load
 from gptq_cli.cli.output import Output, OutputLostError, Session, Unbreakable
@@ -75,6 +75,8 @@ def root(
 app.command("quantize", epilog=EPILOG)(quantize)
 app.command("load", epilog=EPILOG)(load)
 app.command("inspect-map", epilog=EPILOG)(inspect_map)
+for asked in (about.doctor, about.rules, about.targets, about.recipes):
+    app.command(asked.__name__, epilog=EPILOG)(asked)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
