@@ -116,14 +116,16 @@ def test_a_strategy_changes_nothing(
 
 def test_so_with_weights_in_few_bits(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     """Where devices have a part each, the weights are decoded here, not by Transformers."""
-    coded, _ = store_in_few_bits(tiny("llama", dtype=torch.bfloat16), tmp_path, STYLES["fp8-blocks"])
-    alone = quantize(coded, tmp_path / "alone", text, "--device-map", "cpu")
-    for case in ("one device", "two devices and cpu", "outer modules on cpu"):
+    sources = store_in_few_bits(tiny("llama", dtype=torch.bfloat16), tmp_path, STYLES["fp8-blocks"])
+    for number, case in enumerate(("one device", "two devices and cpu", "outer modules on cpu")):
         spec, expected = MAPS[case]
         device_map = spec.format(blocks=BLOCKS["llama"], outer="model.embed_tokens=cpu")
-        run = quantize(coded, tmp_path / case.replace(" ", "-"), text, "--device-map", device_map)
-        assert run.devices == expected
-        assert different(run, alone) == []
+        coded, decoded = (
+            quantize(source, tmp_path / f"{source.name}-{number}", text, "--device-map", device_map)
+            for source in sources
+        )
+        assert coded.devices == decoded.devices == expected
+        assert different(coded, decoded) == []
 
 
 @pytest.mark.parametrize(
