@@ -98,6 +98,7 @@ _DROPPED = (
     "input_global_scale",
     "activation_scale",
     "activation_scale_inv",
+    "qscale_act",
     "output_scale",
     "q_scale",
     "k_scale",

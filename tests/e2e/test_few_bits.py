@@ -195,6 +195,25 @@ def test_layers_that_the_model_does_not_run_are_decoded_too(
     assert not [name for name in kept if name.endswith("_scale_inv")]
 
 
+def test_codes_and_scales_may_lie_in_different_files(
+    plain: Callable[[str], Path], text: Path, tmp_path: Path
+) -> None:
+    coded, _ = store_in_few_bits(plain("llama"), tmp_path, STYLES["compressed-nvfp4"])
+    assert quantized(coded, tmp_path / "one", text).code == 0
+    tensors = load_file(coded / "model.safetensors")
+    (coded / "model.safetensors").unlink()
+    shards = {f"model-0000{i}-of-00003.safetensors": dict[str, torch.Tensor]() for i in (1, 2, 3)}
+    for number, name in enumerate(sorted(tensors)):
+        list(shards.values())[number % 3][name] = tensors[name]
+    for file, held in shards.items():
+        save_file(held, coded / file, {"format": "pt"})
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (coded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert quantized(coded, tmp_path / "three", text).code == 0
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("three", "one"))
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
 def damaged(coded: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
     tensors = load_file(coded / "model.safetensors")
     change(tensors)
