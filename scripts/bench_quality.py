@@ -27,6 +27,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,22 @@ SETTINGS = {
 }
 
 
-def train_neox(folder: Path, steps: int = 250) -> Path:
-    """A GPT-NeoX of 6 blocks and 256 columns, trained on the calibration half of `pydoc`; made once."""
+def neox(vocab_size: int) -> Any:
+    """A GPT-NeoX of 6 blocks and 256 columns, with random weights."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=vocab_size, hidden_size=256, num_hidden_layers=6, num_attention_heads=4,
+        intermediate_size=1024, max_position_embeddings=1024, rotary_pct=0.25, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return GPTNeoXForCausalLM(config)
+
+
+def train(folder: Path, make: Callable[[int], Any], steps: int = 250, batch: int = 12) -> Path:
+    """The model that `make` makes for a vocabulary, trained on the calibration half of `pydoc`; made once."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from gptq_cli.calibration.text import read_documents
     from gptq_cli.gptq.matmul import fast_matmul_supported
@@ -120,14 +132,10 @@ def train_neox(folder: Path, steps: int = 250) -> Path:
     ids = torch.tensor([i for encoding in tokenizer.encode_batch(text) for i in encoding.ids])
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=4096, hidden_size=256, num_hidden_layers=6, num_attention_heads=4, intermediate_size=1024,
-        max_position_embeddings=1024, rotary_pct=0.25, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model = GPTNeoXForCausalLM(config)
+    model = make(4096)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    length, batch = 256, 12
+    length = 256
     for step in range(steps):
         starts = torch.randint(len(ids) - length, (batch,), generator=generator)
         window = torch.stack([ids[start : start + length] for start in starts.tolist()])
@@ -288,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
                     setting = replace(setting, rows={"plain GPTQ": PLAIN, **kept})
                 if setting.model not in models:
                     models[setting.model] = (
-                        train_neox(ROOT / "demo" / "tiny-neox")
+                        train(ROOT / "demo" / "tiny-neox", neox)
                         if setting.model == "neox"
                         else fetch(ROOT / "demo" / NAME, ROOT / "demo" / "cache")
                     )

@@ -15,13 +15,18 @@ from gptq_cli.model.source_files import check_unchanged, is_copied, outside_targ
 
 
 def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config.json with the quantization and the dtype set, and nothing else changed."""
+    """The source's config.json with the quantization and the dtype set, and nothing else changed.
+
+    A quantization of the source, whose weights were decoded, is replaced wherever a config keeps one.
+    """
     config = dict(read_json(source / "config.json"))
     name = dtype_name(dtype)
     _set_dtype(config, name)
+    config.pop("compression_config", None)
     text = config.get("text_config")
     if isinstance(text, dict):
         config["text_config"] = text = dict(text)
+        text.pop("quantization_config", None)
         if "dtype" in text or "torch_dtype" in text:
             _set_dtype(text, name)
     config["quantization_config"] = dict(quantization)

@@ -14,7 +14,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -42,6 +42,7 @@ from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
 from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
+from gptq_cli.model.streamed import StreamedReader
 
 _CHUNK_BYTES = 1 << 24
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -108,14 +109,20 @@ class CheckpointWriter:
 
     def copy_dense(self) -> None:
         """Copy every dense tensor from the source, cast where the run's dtype differs from the source's
-        main dtype.
+        main dtype. What is stored in few bits there is written decoded.
 
-        Raises `NonFinite` when a cast overflows.
+        Raises `NonFinite` when a cast overflows, and what `StreamedReader.get` raises.
         """
         wanted: dict[str, list[PlannedTensor]] = {}
+        coded: list[PlannedTensor] = []
         for tensor in self._planned.values():
-            if tensor.source is not None and tensor.name in self._waiting[self._shard_of[tensor.name].file]:
+            if tensor.source is None or tensor.name not in self._waiting[self._shard_of[tensor.name].file]:
+                continue
+            if tensor.source.coded is not None:
+                coded.append(tensor)
+            else:
                 wanted.setdefault(tensor.source.shard, []).append(tensor)
+        self._copy_decoded(coded)
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
             self._skeleton.files.check(shard)
@@ -123,6 +130,13 @@ class CheckpointWriter:
             with path.open("rb") as file:
                 for tensor in tensors:
                     self._copy(file, stored[tensor.name], tensor)
+
+    def _copy_decoded(self, tensors: Sequence[PlannedTensor]) -> None:
+        files = self._skeleton.files
+        with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
+            for tensor in tensors:
+                values = reader.get(tensor.name)
+                self._put(tensor.name, _cast(tensor.name, values, as_torch_dtype(tensor.dtype)))
 
     def finish(self, report: Mapping[str, Any]) -> int:
         """Write the remaining files and put the checkpoint in place; return its bytes on the disk."""

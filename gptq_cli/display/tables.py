@@ -115,6 +115,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         spent.insert(at, ("blocks", blocks))
     rows: list[tuple[str, RenderableType]] = [
         ("model", f"{report.model}{revision}"),
+        *([("source", report.source_format)] if report.source_format != "dense" else []),
         ("checkpoint", recipe(report)),
         (
             "size",

@@ -232,11 +232,13 @@ def _header(
     reason = group_reason(job.quantize.group_size)
     group = f"group {config.group_columns}{f' ({reason})' if reason else ''}"
     zeros = "symmetric" if config.sym else "asymmetric"
+    decoded = checked.facts.decoded
     return RunStarted(
         command="quantize",
         model=job.model.model,
         out=job.out,
         settings=(
+            *((("source", decoded.words),) if decoded is not None else ()),
             ("bits", f"{config.bits}, {group}, {zeros}"),
             ("order", "desc_act" if config.desc_act else config.act_order),
             ("dtype", _dtype_words(checked, placement)),

@@ -88,6 +88,7 @@ def summarize(
         quantized_share=skeleton.quantized_share,
         dense_modules=tuple(item.name for item in skeleton.dense),
         size_before_bytes=skeleton.files.size_bytes,
+        source_format=skeleton.files.decoded.words if skeleton.files.decoded is not None else "dense",
         size_after_bytes=size_after_bytes,
         dtype=dtype_name(skeleton.dtype),
         use_cuda_fp16=str(skeleton.dtype) == "torch.float16",

@@ -177,18 +177,6 @@ def _may_be_causal(declared: str, names: set[str]) -> bool:
     return declared.endswith(endings) and not declared.endswith("VisionModel")
 
 
-def quant_method(raw: Mapping[str, Any]) -> str | None:
-    """The quantization method in config.json, None for a dense model."""
-    quantization = raw.get("quantization_config")
-    text_config = raw.get("text_config")
-    if quantization is None and isinstance(text_config, Mapping):
-        quantization = text_config.get("quantization_config")
-    if quantization is None:
-        return None
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    return str(method or "unknown")
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, with the second where it ends in a colon; else its class."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]

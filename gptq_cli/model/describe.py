@@ -42,6 +42,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         ),
         fused=_fused(model, skeleton.blocks),
         already_quantized=skeleton.already_quantized,
+        decoded=skeleton.files.decoded,
         tensor_files_bytes=skeleton.files.size_bytes,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 DTYPE_BYTES = MappingProxyType(
     {
@@ -22,6 +23,12 @@ DTYPE_BYTES = MappingProxyType(
     }
 )
 
+CodeFormat = Literal["fp8", "mxfp4", "nvfp4"]
+"""How weights are stored: 8 bits with scales of any layout, 4 bits with a scale for each 32 (MX) or 16 (NV)
+columns."""
+DECODED_DTYPE = "bfloat16"
+"""What weights in few bits become while they are read."""
+
 
 def dtype_name(dtype: object) -> str:
     """`torch.bfloat16` -> `bfloat16`, as files and options call it."""
@@ -39,6 +46,56 @@ class TensorInfo:
     size_bytes: int
     shard: str
     """File name of the shard."""
+    coded: CodedTensor | None = None
+    """How it is stored where that is in few bits: dtype, shape and bytes above are then those of its decoded
+    form, and `shard` that of its codes."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the files, scales included."""
+        return self.size_bytes if self.coded is None else sum(part.size_bytes for part in self.coded.parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedTensor:
+    """The tensors of the files that one weight in few bits is decoded from; the maths is in `decoding`."""
+
+    format: CodeFormat
+    codes: TensorInfo
+    scale: TensorInfo
+    global_scale: TensorInfo | None = None
+    """NVFP4: one number for the whole tensor."""
+    divides: bool = False
+    """True: values are divided by the global scale, not multiplied."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale; 0 stands for all of them."""
+    transposed: bool = False
+    """True: the codes are those of the transposed matrices."""
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """Its tensors in the files."""
+        parts = (self.codes, self.scale)
+        return parts if self.global_scale is None else (*parts, self.global_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedSource:
+    """What is decoded of a model that is stored in few bits."""
+
+    formats: tuple[str, ...]
+    """In words: "fp8, a scale per 128 x 128"."""
+    tensors: int
+    elements: int
+    dropped: tuple[str, ...] = ()
+    """Tensors of the files without a place in a decoded model: scales of activations, of key-value caches."""
+    working_bytes: int = 0
+    """Memory that decoding the largest tensor takes, its codes and its values included."""
+
+    @property
+    def words(self) -> str:
+        """`fp8, a scale per 128 x 128, decoded to bfloat16 while read`."""
+        return f"{' and '.join(self.formats)}, decoded to {DECODED_DTYPE} while read"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +149,9 @@ class ModelFacts:
     fused: tuple[str, ...] = ()
     """Parameters of three dimensions inside blocks: experts fused into one tensor, left dense."""
     already_quantized: str | None = None
-    """The `quant_method` that the config names."""
+    """The `quant_method` that the config names, where its weights cannot be decoded."""
+    decoded: DecodedSource | None = None
+    """Present where the weights are stored in few bits and are decoded while they are read."""
     tensor_files_bytes: int = 0
     """Bytes of the checkpoint on disk."""
 

@@ -25,13 +25,13 @@ from gptq_cli.errors import ModelError
 from gptq_cli.model.architecture import (
     first_line,
     load_config,
-    quant_method,
     raise_import_failure,
     raw_config,
 )
 from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.facts import dtype_name
+from gptq_cli.model.few_bits import decoded_files
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
@@ -103,7 +103,7 @@ class Skeleton:
     dtype: torch.dtype
     """What the model runs in and dense tensors are written in."""
     already_quantized: str | None
-    """The `quant_method` that config.json names."""
+    """The quantization that config.json names, where its weights cannot be decoded: see `few_bits`."""
     keys: KeyMap
     tied: tuple[tuple[str, ...], ...]
     parameters: int
@@ -126,9 +126,8 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
 
     Raises `ModelError`: remote code without permission, not a causal language model, no blocks.
     """
-    raw = raw_config(files)
+    files, already = decoded_files(files, raw_config(files))
     config = load_config(files, ref)
-    already = quant_method(raw)
     dtype = _choose_dtype(config, files, ref)
     model = build_meta(config, ref, dtype, tensors=len(files.tensors))
     prefix, blocks = find_blocks(model)

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
-from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.facts import DecodedSource, TensorInfo
 from gptq_cli.model.headers import (
     NAME_LIMIT,
     VALUES_LIMIT,
@@ -60,7 +60,8 @@ class SourceProblem:
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
     bad-index, unsafe-path, special-file, file-too-large, outside-link, link-left-out, pickled-weights,
-    no-weights, no-tokenizer, missing-weight, shape-mismatch, unreadable-shard, unreadable-file."""
+    no-weights, no-tokenizer, missing-weight, shape-mismatch, unreadable-shard, unreadable-file,
+    unsupported-dtype, missing-scale, scale-mismatch, unknown-scaling."""
     subject: str
     """The file or tensor."""
     message: str
@@ -83,11 +84,13 @@ class ModelFiles:
     problems: tuple[SourceProblem, ...] = ()
     stamps: tuple[FileStamp, ...] = ()
     """The state of every file that is read or copied, when it was listed."""
+    decoded: DecodedSource | None = None
+    """Set by `few_bits.decoded_files`: some of `tensors` are stored in few bits."""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.size_bytes for tensor in self.tensors)
+        """Bytes of all tensors as they are stored."""
+        return sum(tensor.stored_bytes for tensor in self.tensors)
 
     def check(self, *names: str) -> None:
         """Raise `SourceChanged` if one of these files (without names: any) has changed since it was

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from gptq_cli.errors import CheckpointError
+from gptq_cli.model.decoding import decode
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
 from gptq_cli.model.source_files import FileStamp, check_unchanged
+
+_PAIRS = "float4_e2m1fn_x2"
 
 
 class StreamedReader:
@@ -35,7 +38,7 @@ class StreamedReader:
     ) -> None:
         self._where = directory
         self._stamps = {stamp.name: stamp for stamp in stamps}
-        self._shard_of = {tensor.name: tensor.shard for tensor in tensors}
+        self._tensors = {tensor.name: tensor for tensor in tensors}
         self._files: dict[str, tuple[FileIO, dict[str, StoredTensor]]] = {}
 
     def __enter__(self) -> Self:
@@ -52,13 +55,23 @@ class StreamedReader:
             self._check(*read)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shard_of
+        return name in self._tensors
 
     def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """The tensor `name` on `device`. Raises `CheckpointError` when it cannot be read."""
-        if name not in self._shard_of:
+        """The tensor `name` on `device`, decoded where it is stored in few bits.
+
+        Raises `CheckpointError` when it cannot be read, and what `decoding.decode` raises.
+        """
+        if name not in self._tensors:
             raise CheckpointError(f"{self._where} has no tensor {name}")
-        shard = self._shard_of[name]
+        info = self._tensors[name]
+        if info.coded is None:
+            return self._read(name, info.shard).to(device)
+        parts = [self._read(part.name, part.shard) for part in info.coded.parts]
+        return decode(info.coded, *parts).to(device)
+
+    def _read(self, name: str, shard: str) -> Tensor:
+        """The tensor as it is stored."""
         self._check(shard)
         try:
             file, stored = self._open_shard(shard)
@@ -74,10 +87,12 @@ class StreamedReader:
                 f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which the file holds {found}",
                 hint="the file is truncated: fetch it again",
             )
+        if tensor.dtype == _PAIRS and tensor.shape:  # torch has no view of half a byte
+            return buffer.view(*tensor.shape[:-1], -1)
         dtype = getattr(torch, tensor.dtype, None)
         if not isinstance(dtype, torch.dtype):
             raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which this torch does not know")
-        return buffer.view(dtype).view(tensor.shape).to(device)
+        return buffer.view(dtype).view(tensor.shape)
 
     def _check(self, *shards: str) -> None:
         check_unchanged(self._where, [self._stamps[shard] for shard in shards if shard in self._stamps])

@@ -8,6 +8,7 @@ on the CPU alone fills a skeleton too, one block after another: see block_stream
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import expand_device_map
 
+from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
 from gptq_cli.model.quiet import quiet_libraries
+from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.placement.placement import Placement
 from gptq_cli.wording import and_others, names_text
 
@@ -35,10 +38,15 @@ _CHUNK_ELEMENTS = 1 << 24
 def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
 
+    Where the files hold weights in few bits, they are read and decoded here, one tensor at a time:
+    Transformers would build modules of its own for them.
+
     Raises `ModelError` when a weight is missing or has another shape than the config asks for, and
     `SourceChanged` when a file has changed since the skeleton was made.
     """
     skeleton.files.check()
+    if skeleton.files.decoded is not None:
+        return _decoded(skeleton, placement)
     device_map = _device_map(skeleton, placement)
     extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     with quiet_libraries(), _no_random_traces():
@@ -68,6 +76,37 @@ def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     model.config.use_cache = False
     _unmap(model)
     skeleton.files.check()
+    return model.eval()
+
+
+def _decoded(skeleton: Skeleton, placement: Placement) -> Any:
+    """A copy of the skeleton's model, filled tensor by tensor, and dispatched as Transformers does it."""
+    model = copy.deepcopy(skeleton.model)
+    files = skeleton.files
+    try:
+        with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
+            fill_dense(
+                model,
+                Conversion(model),
+                skeleton.keys,
+                reader.get,
+                lambda name: torch_device(placement.device_of(name)),
+                skeleton.dtype,
+            )
+    except CheckpointError as error:
+        raise ModelError(f"{files.source} cannot be loaded: {error.message}", hint=error.hint) from error
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    if len(placement.devices) > 1:
+        from accelerate import dispatch_model
+
+        with quiet_libraries():
+            dispatch_model(
+                model,
+                device_map=placement.accelerate_map(),
+                main_device=placement.main_device.for_accelerate,
+                skip_keys=model._skip_keys_device_placement,
+            )
     return model.eval()
 
 

@@ -25,7 +25,8 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
         goal     Hessian   GOAL_SQUARES · 4 · K²: four moments, H and a factor
                  working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
     working also counts what is moved in from the cpu: the largest offloaded block; or, if that is more than
-    all of the above, an embedding or head
+    all of the above, an embedding or head; on the cpu also the codes and values of the largest weight that is
+    stored in few bits, because it is decoded there
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
 Micro-batch, parked or replayed, and where a block is worked on are read from the `Schedule`. The constants
@@ -180,6 +181,8 @@ def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None)
         need = busy.get(device, WorkSet())
         scattered = device == CPU and schedule is not None and _scattered(schedule, facts)
         working = need.working_bytes
+        if device == CPU and facts.decoded is not None:
+            working = max(working, facts.decoded.working_bytes)
         if device == main:
             working += max(moved_block, moved_other - need.total_bytes)
         plans.append(

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MULTIPLY_ADDS = 8
 """Multiply-adds per weight and column, over the solve: feedback, sweeps, losses."""
 DISK_BYTES_PER_SECOND = 500e6
+DECODED_PER_SECOND = 100e6
+"""Weights in few bits that one processor core decodes."""
 START_SECONDS = 4.0
 """Opening, tokenizing, writing what is small."""
 _K, _LOW_ROWS, _HIGH_ROWS, _TOKENS = 256, 128, 1152, 2048
@@ -99,6 +101,7 @@ def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: Machin
     tokens = work.calibration.samples * work.calibration.seq_len
     streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
     total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
+    total += facts.decoded.elements / DECODED_PER_SECOND if facts.decoded is not None else 0.0
     known: dict[tuple[tuple[StageShape, ...], BlockSchedule], float] = {}
     for name, stages in block_stages(facts).items():
         block = replace(schedule.block(name), name="")

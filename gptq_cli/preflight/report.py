@@ -89,7 +89,9 @@ def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> Quant
         quantized_share=weights / max(1, facts.parameters),
         bits_per_weight=8 * stored / max(1, weights),
         bits_per_parameter=8 * quantized_bytes(facts, config) / max(1, facts.parameters),
-        size_before_bytes=sum(t.size_bytes for t in facts.tensors if not t.buffer),
+        size_before_bytes=facts.tensor_files_bytes
+        if facts.decoded is not None
+        else sum(t.size_bytes for t in facts.tensors if not t.buffer),
         size_after_bytes=quantized_bytes(facts, config),
         samples=data.samples,
         seq_len=data.seq_len,

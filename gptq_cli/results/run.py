@@ -74,6 +74,8 @@ class RunReport:
     size_before_bytes: int
     size_after_bytes: int
     """Bytes of all safetensors files of the checkpoint, headers included."""
+    source_format: str = "dense"
+    """How the source's weights are stored: "dense", or `mxfp4, decoded to bfloat16 while read`."""
     dtype: str
     use_cuda_fp16: bool
     devices: tuple[str, ...]

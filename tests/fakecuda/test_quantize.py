@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.placement.device import CPU, Device
+from tests.encoders import STYLES, store_in_few_bits
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import BLOCKS, OUTER, Quantized, different, quantize
 from tests.gpu.limits import largest_limit
@@ -110,6 +112,20 @@ def test_a_strategy_changes_nothing(
     run = quantize(tiny(name), tmp_path / "out", text, *options)
     assert run.devices == [str(device) for device in wanted]
     assert different(run, reference(name)) == []
+
+
+def test_so_with_weights_in_few_bits(tiny: Tiny, text: Path, tmp_path: Path) -> None:
+    """Where devices have a part each, the weights are decoded here, not by Transformers."""
+    sources = store_in_few_bits(tiny("llama", dtype=torch.bfloat16), tmp_path, STYLES["fp8-blocks"])
+    for number, case in enumerate(("one device", "two devices and cpu", "outer modules on cpu")):
+        spec, expected = MAPS[case]
+        device_map = spec.format(blocks=BLOCKS["llama"], outer="model.embed_tokens=cpu")
+        coded, decoded = (
+            quantize(source, tmp_path / f"{source.name}-{number}", text, "--device-map", device_map)
+            for source in sources
+        )
+        assert coded.devices == decoded.devices == expected
+        assert different(coded, decoded) == []
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_building_leaves_no_traces(tiny_llama: Path) -> None:
 def test_already_quantized(model: Path) -> None:
     assert opened(model).already_quantized is None
     config_of(model, quantization_config={"quant_method": "awq", "bits": 4})
-    assert opened(model).already_quantized == "awq"
+    assert opened(model).already_quantized == "quant_method 'awq'"
 
 
 @pytest.mark.parametrize(

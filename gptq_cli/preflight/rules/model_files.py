@@ -13,6 +13,7 @@ from gptq_cli.findings import Level
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.rules import Remark, Rule, explanation_of, rule, rule_id, rules_in
+from gptq_cli.wording import names_text
 
 _AGAIN = "fetch the model again"
 
@@ -37,9 +38,10 @@ def _remark(problem: SourceProblem) -> Remark:
 
 @rule("error")
 def already_quantized(case: JobCase) -> list[Remark]:
-    """The model's config.json names a quantization: its weights are codes already.
+    """The model's config.json names a quantization that is not decoded: its weights are codes already.
 
-    Quantizing codes would read packed integers as weights. Start from the unquantized original.
+    Quantizing codes would read packed integers as weights. Start from the unquantized original, or from a
+    release in FP8, MXFP4 or NVFP4: those are decoded while they are read.
     """
     method = case.facts.already_quantized
     if method is None:
@@ -47,8 +49,36 @@ def already_quantized(case: JobCase) -> list[Remark]:
     return [
         Remark(
             subject=case.facts.model,
-            message=f"the model is quantized already (quant_method {method!r}); an unquantized one is needed",
-            hint="give the original model; gptq load opens a GPTQ checkpoint",
+            message=f"the model is quantized already ({method}); an unquantized one is needed",
+            hint="give the original model, or its release in FP8, MXFP4 or NVFP4, which is decoded; "
+            "gptq load opens a GPTQ checkpoint",
+        )
+    ]
+
+
+@rule("note")
+def decoded_source(case: JobCase) -> list[Remark]:
+    """The weights are stored in few bits (FP8, MXFP4, NVFP4) and are decoded while they are read.
+
+    Each tensor becomes bfloat16 when its turn comes; the checkpoint is that of a quantized dense model, and
+    what stays dense is written in bfloat16. Scales of activations and of key-value caches are for readers of
+    the source's own format, and are left out.
+    """
+    decoded = case.facts.decoded
+    if decoded is None:
+        return []
+    dropped = (
+        f"; {len(decoded.dropped)} scales without a place in a dense model are left out "
+        f"({names_text(decoded.dropped, 2)})"
+        if decoded.dropped
+        else ""
+    )
+    return [
+        Remark(
+            subject=case.facts.model,
+            message=f"the source is {decoded.words}: {decoded.tensors} tensors{dropped}",
+            hint="the rounding of those bits stays in the result; where there is a bfloat16 release, it is "
+            "the better source",
         )
     ]
 
@@ -143,7 +173,22 @@ def shape_mismatch() -> None:
 
 @_problem("error")
 def unsupported_dtype() -> None:
-    """A weight is stored in a type that is not a plain float."""
+    """A weight is stored in few bits, and no quantization_config in config.json says how it is decoded."""
+
+
+@_problem("error")
+def missing_scale() -> None:
+    """A weight in few bits has no scale beside it: its codes alone are not its values."""
+
+
+@_problem("error")
+def scale_mismatch() -> None:
+    """The scales of a weight in few bits have another number or dtype than its format and config ask for."""
+
+
+@_problem("error")
+def unknown_scaling() -> None:
+    """A tensor beside a weight in few bits changes what its codes stand for, in a way that is not decoded."""
 
 
 @_problem("error")
