@@ -215,7 +215,7 @@ def _listed_modules(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 
 def _dense_linears(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, int]]:
     """(name, weights) of the linears in the blocks that are not packed."""
-    packed = {info.name for info in checkpoint.linears}
+    packed = {info.name for info in (*checkpoint.linears, *checkpoint.experts)}
     for block in checkpoint.blocks:
         for name, linear in find_linears(checkpoint.model.get_submodule(block)).items():
             if f"{block}.{name}" not in packed:

@@ -40,7 +40,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
-from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
+from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
 
 _CHUNK_BYTES = 1 << 24
@@ -200,6 +200,9 @@ class CheckpointWriter:
         position, _ = shard.places[planned.name]
         target, dtype = self._files[shard.file], as_torch_dtype(planned.dtype)
         source.seek(stored.begin)
+        if planned.cut is not None:
+            self._copy_cut(source.read(stored.end - stored.begin), stored, planned, planned.cut)
+            return
         for start in range(stored.begin, stored.end, _CHUNK_BYTES):
             chunk = source.read(min(_CHUNK_BYTES, stored.end - start))
             if planned.cast:
@@ -210,6 +213,11 @@ class CheckpointWriter:
             position += len(chunk)
         with self._disk():
             self._written(shard, planned.name)
+
+    def _copy_cut(self, content: bytes, stored: StoredTensor, planned: PlannedTensor, cut: BiasCut) -> None:
+        values = torch.frombuffer(bytearray(content), dtype=as_torch_dtype(stored.dtype)).view(stored.shape)
+        part = values[cut.expert][slice(*cut.outputs)].contiguous()
+        self._put(planned.name, _cast(planned.name, part, as_torch_dtype(planned.dtype)))
 
     def _written(self, shard: PlannedShard, name: str) -> None:
         self._waiting[shard.file].discard(name)
