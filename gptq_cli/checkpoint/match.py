@@ -117,33 +117,44 @@ class CheckpointMatcher:
         if form is None:
             self.errors.append(f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense")
             return None
+        info = self._info(source, form, target, pattern)
+        if info is not None:
+            self._check_parts(info)
+        return info
+
+    def _info(
+        self, source: str, form: PackedFormat, target: str | None, pattern: str | None
+    ) -> PackedInfo | None:
+        """Which linear of the model is packed under `source`; `target` and `pattern` are what the rules
+        say."""
         place = self.names.place(source)
-        if target is None and place is None:
+        fused: str | None = None
+        sizes: tuple[int, int] | None
+        if place is not None:
+            name, fused = place.linear, place.target
+            self._check_bias(source, place)
+        elif target is None:
             self.errors.append(f"tensor {source}.qweight belongs to no module of {type(self.model).__name__}")
             return None
-        bias = f"{source}.bias" in self.by_name
-        if place is not None:
-            rows, columns = shape(self.model.get_submodule(place.linear))
-            sizes, name, fused, transposed = (columns, rows), place.linear, place.target, False
-            self._check_bias(source, place, found=bias)
         elif pattern is not None:
-            sizes = self._expert_sizes(source, form)
-            name, fused, transposed = source, target, False
+            name, fused = source, target
         else:
-            assert target is not None
-            module_name = target.removesuffix(".weight")
-            module = self.model.get_submodule(module_name)
-            if not is_linear(module):
-                self.errors.append(f"tensor {source}.qweight belongs to {module_name}, which is not a linear")
-                return None
+            name = target.removesuffix(".weight")
+        module = self.model.get_submodule(name) if pattern is None or place is not None else None
+        if module is None:
+            sizes = self._expert_sizes(source, form)
+        elif is_linear(module):
             rows, columns = shape(module)
-            sizes, name, fused = (columns, rows), module_name, None
-            transposed = isinstance(module, Conv1D)
-            if getattr(module, "bias", None) is not None and not bias:
-                self.errors.append(f"tensor {source}.bias is missing")
+            sizes = columns, rows
+        else:
+            self.errors.append(f"tensor {source}.qweight belongs to {name}, which is not a linear")
+            return None
+        bias = f"{source}.bias" in self.by_name
+        if getattr(module, "bias", None) is not None and not bias:
+            self.errors.append(f"tensor {source}.bias is missing")
         if sizes is None:
             return None
-        info = PackedInfo(
+        return PackedInfo(
             name=name,
             source_name=source,
             in_features=sizes[0],
@@ -151,16 +162,14 @@ class CheckpointMatcher:
             format=form,
             bias=bias,
             has_g_idx=f"{source}.g_idx" in self.by_name,
-            transposed=transposed,
+            transposed=isinstance(module, Conv1D),
             fused_into=fused,
         )
-        self._check_parts(info)
-        return info
 
-    def _check_bias(self, source: str, place: ExpertPlace, *, found: bool) -> None:
+    def _check_bias(self, source: str, place: ExpertPlace) -> None:
         """Report a bias that is neither the linear's own nor in a tensor of all experts."""
         merged = place.bias_target
-        if merged is None or found:
+        if merged is None or f"{source}.bias" in self.by_name:
             return
         if all(self.conversion.target_of(name)[0] != merged for name in self.by_name if "bias" in name):
             self.errors.append(f"tensor {source}.bias is missing")

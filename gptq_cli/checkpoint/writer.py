@@ -112,17 +112,17 @@ class CheckpointWriter:
 
         Raises `NonFinite` when a cast overflows.
         """
-        wanted: dict[str, list[PlannedTensor]] = {}
+        wanted: dict[str, list[tuple[PlannedTensor, str]]] = {}
         for tensor in self._planned.values():
             if tensor.source is not None and tensor.name in self._waiting[self._shard_of[tensor.name].file]:
-                wanted.setdefault(tensor.source.shard, []).append(tensor)
+                wanted.setdefault(tensor.source.shard, []).append((tensor, tensor.source.name))
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
             self._skeleton.files.check(shard)
             stored = {entry.name: entry for entry in read_header(path)}
             with path.open("rb") as file:
-                for tensor in tensors:
-                    self._copy(file, stored[tensor.name], tensor)
+                for tensor, source in tensors:
+                    self._copy(file, stored[source], tensor)
 
     def finish(self, report: Mapping[str, Any]) -> int:
         """Write the remaining files and put the checkpoint in place; return its bytes on the disk."""

@@ -24,7 +24,9 @@ def expert_linear(checkpoint: QuantizedCheckpoint, info: PackedInfo) -> ExpertLi
     except AttributeError:
         linear = None
     if not isinstance(linear, ExpertLinear):
-        why = checkpoint.dense_experts.get(info.fused_into or "", "they are not experts that are computed singly")
+        why = checkpoint.dense_experts.get(
+            info.fused_into or "", "they are not experts that are computed singly"
+        )
         raise CheckpointError(
             f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not supported: {why}",
             hint=_OTHERS,

@@ -82,10 +82,16 @@ class Conversion:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         self._state: dict[str, Tensor] = model.state_dict()
+        self._targets: dict[str, tuple[str | None, str | None]] = {}
 
     def target_of(self, source: str) -> tuple[str | None, str | None]:
         """(model tensor, converter's pattern or None) for a name in the files; (None, None) if the model has
         no such tensor."""
+        if source not in self._targets:
+            self._targets[source] = self._find_target(source)
+        return self._targets[source]
+
+    def _find_target(self, source: str) -> tuple[str | None, str | None]:
         prefix = self._model.base_model_prefix
         target, pattern = rename_source_key(source, self._renamings, self._converters, prefix, self._state)
         if target not in self._state and source in self._state:

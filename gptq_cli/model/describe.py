@@ -92,4 +92,3 @@ def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
     return tuple(
         TensorFact(name, t.numel(), t.numel() * t.element_size(), buffer) for name, t, buffer in found
     )
-

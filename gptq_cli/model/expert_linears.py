@@ -161,7 +161,7 @@ def drop_parameters(module: nn.Module) -> None:
 def use_eager_forward(module: nn.Module) -> None:
     """Have Transformers call the forward that is written in the module's class: other implementations of
     experts multiply with all of them at once."""
-    config = module.__dict__.get("config")
+    config: Any = module.__dict__.get("config")
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
 
@@ -216,7 +216,12 @@ class ExpertCalls(TorchFunctionMode):
         given = (*args, *kwargs.values())
         if not any(id(value) in self._known for value in given):
             return func(*args, **kwargs)
-        if func in _PRODUCTS and len(args) > 1 and id(args[1]) in self._known and id(args[0]) not in self._known:
+        if (
+            func in _PRODUCTS
+            and len(args) > 1
+            and id(args[1]) in self._known
+            and id(args[0]) not in self._known
+        ):
             bias = (args[2] if len(args) > 2 else kwargs.get("bias")) if func is functional.linear else None
             y = self._multiply(args[0], self._known[id(args[1])], by_rows=func is functional.linear)
             return y if bias is None else y + bias

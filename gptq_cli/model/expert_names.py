@@ -1,10 +1,10 @@
 """What the linears of fused experts are called in files, and back.
 
-Files of most architectures hold the experts one by one, `…experts.7.w1.weight`, and Transformers merges them
-by a rule of `model.conversion`. Packed experts keep those names: the rules say which file tensor becomes which
-part of which parameter, and run backwards they give the names where the files hold the merged parameter.
-Where an architecture has no such rule (gpt-oss, Llama 4), its files always hold merged parameters; there a
-linear is called by its place, `…experts.7.gate_proj`, as GPTQModel calls it.
+Files of most architectures hold the experts one by one, `…experts.7.w1.weight`, and Transformers merges
+them by a rule of `model.conversion`. Packed experts keep those names: the rules say which file tensor becomes
+which part of which parameter, and run backwards they give the names where the files hold the merged
+parameter. Where an architecture has no such rule (gpt-oss, Llama 4), its files always hold merged parameters;
+there a linear is called by its place, `…experts.7.gate_proj`, as GPTQModel calls it.
 
 A name is used only if it leads back to the same linear.
 """

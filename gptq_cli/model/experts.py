@@ -128,7 +128,9 @@ class _Examination:
                 replace(real[t.leaf], roles=t.roles, interleaved=t.interleaved, bias=t.bias) for t in tensors
             )
         known = [text for text in refusals if text.startswith(kind)]
-        return (known or [f"{kind} cannot be run on its own: {refusals[-1]}" if refusals else "no forward"])[0]
+        return (known or [f"{kind} cannot be run on its own: {refusals[-1]}" if refusals else "no forward"])[
+            0
+        ]
 
     def _arguments(self) -> Iterator[Arguments]:
         """What a module of experts may be called with: (tokens, experts of each, their weights), tokens
@@ -152,7 +154,9 @@ class _Examination:
     def _watched(self, arguments: Arguments) -> dict[str, bool]:
         """Leaf -> whether its matrices are stored transposed, as the forward uses them."""
         noted: dict[str, bool] = {}
-        self._run(arguments, tuple(_unknown(self.tiny, leaf) for leaf in self.leaves), _plain(self.tiny), noted)
+        self._run(
+            arguments, tuple(_unknown(self.tiny, leaf) for leaf in self.leaves), _plain(self.tiny), noted
+        )
         return noted
 
     def _run(
@@ -165,7 +169,7 @@ class _Examination:
         with ExpertCalls(self.tiny, tensors, product, noted):
             return self.tiny(*arguments)
 
-    def _described(self, module: nn.Module, leaf: str, transposed: bool) -> FusedTensor:  # noqa: FBT001
+    def _described(self, module: nn.Module, leaf: str, transposed: bool) -> FusedTensor:
         experts, *matrix = getattr(module, leaf).shape
         columns, rows = matrix if transposed else reversed(matrix)
         own = dict(module.named_parameters(recurse=False))
@@ -217,9 +221,8 @@ class _Examination:
             if len(narrow) != 1:
                 continue
             before, after = (self._inner(arguments, tensors, wide, narrow[0], by) for by in (0.0, 0.5))
-            changed = {
-                place for x, y in zip(before, after, strict=True) for place in (x != y).nonzero()[:, -1].tolist()
-            }
+            differ = [(x != y).nonzero()[:, -1] for x, y in zip(before, after, strict=True)]
+            changed = {place for places in differ for place in places.tolist()}
             if changed in ({0}, {1}):
                 parted = replace(wide, roles=_GATED, interleaved=changed == {0})
                 return tuple(parted if t is wide else t for t in tensors)
@@ -252,7 +255,7 @@ def _plain(module: nn.Module) -> Callable[[FusedTensor, int, Tensor], Tensor]:
     """The product with a slice of the parameter itself."""
 
     def product(tensor: FusedTensor, expert: int, x: Tensor) -> Tensor:
-        matrix = getattr(module, tensor.leaf)[expert]
+        matrix: Tensor = getattr(module, tensor.leaf)[expert]
         return x @ (matrix if tensor.transposed else matrix.t())
 
     return product

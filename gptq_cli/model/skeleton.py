@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -258,7 +259,7 @@ def _linears(
     blocks: tuple[str, ...],
     keys: KeyMap,
     kept: Mapping[str, str],
-    experts: Mapping[str, ExpertSource],
+    experts: Mapping[str, ExpertSource] = MappingProxyType({}),
     *,
     known: bool,
 ) -> Iterator[LinearInfo]:

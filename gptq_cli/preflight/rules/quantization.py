@@ -25,7 +25,7 @@ def no_linears(case: JobCase) -> list[Remark]:
         Remark(
             subject=case.facts.model,
             message=f"{case.facts.architecture} has no linear in its decoder blocks that could be quantized",
-            hint="only linears inside decoder blocks are quantized, and fused experts that can be taken apart",
+            hint="only linears inside decoder blocks, fused experts among them, can be quantized",
         )
     ]
 
