@@ -265,10 +265,12 @@ class ExpertCalls(TorchFunctionMode):
             raise self._misused(torch.bmm)
         result = x.new_zeros(*x.shape[:-1], tensor.out_features)
         for expert in range(tensor.experts):
-            # every expert is given all tokens, those that are not routed to it as zeros
-            rows_routed = x[expert].any(-1).nonzero()[:, 0]
-            if rows_routed.numel():
-                result[expert, rows_routed] = self._product(tensor, expert, x[expert, rows_routed])
+            # tokens that are not routed to an expert are zeros
+            routed = x[expert].any(-1)
+            if bool(routed.all()):
+                result[expert] = self._product(tensor, expert, x[expert])
+            elif (rows := routed.nonzero()[:, 0]).numel():
+                result[expert, rows] = self._product(tensor, expert, x[expert, rows])
         return result
 
     def _routed(self, tensor: FusedTensor, expert: int, x: Tensor) -> Tensor:
@@ -279,7 +281,7 @@ class ExpertCalls(TorchFunctionMode):
     def _misused(self, func: Any) -> ModelError:
         return ModelError(
             f"{type(self._module).__name__} uses the parameters of its experts in "
-            f"{getattr(func, '__qualname__', func)}; known: a product with the matrix of one expert, or of "
+            f"{getattr(func, '__name__', func)}; known: a product with the matrix of one expert, or of "
             "each with its own tokens"
         )
 

@@ -134,7 +134,8 @@ class _Examination:
 
     def _arguments(self) -> Iterator[Arguments]:
         """What a module of experts may be called with: (tokens, experts of each, their weights), tokens
-        sorted by expert with the number of each expert's, or all tokens for every expert."""
+        sorted by expert with the number of each expert's, tokens with their weight for every expert, or a copy
+        of the tokens for every expert."""
         names = inspect.signature(type(self.tiny).forward).parameters.values()
         count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in names) - 1
         shapes = [p.shape for p in stacked_parameters(self.tiny).values()]
@@ -147,6 +148,7 @@ class _Examination:
             elif count == 2:
                 sizes = [1 + (expert < _TOKENS % experts) for expert in range(experts)]
                 yield (torch.randn(sum(sizes), width), sizes)
+                yield (torch.randn(1, _TOKENS, width), torch.rand(_TOKENS, experts) + 0.1)
             else:
                 yield (torch.randn(experts * _TOKENS, width),)
                 yield (torch.randn(1, _TOKENS, width),)
