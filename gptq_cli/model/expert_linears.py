@@ -269,8 +269,8 @@ class ExpertCalls(TorchFunctionMode):
             routed = x[expert].any(-1)
             if bool(routed.all()):
                 result[expert] = self._product(tensor, expert, x[expert])
-            elif (rows := routed.nonzero()[:, 0]).numel():
-                result[expert, rows] = self._product(tensor, expert, x[expert, rows])
+            elif (given := routed.nonzero()[:, 0]).numel():
+                result[expert, given] = self._product(tensor, expert, x[expert, given])
         return result
 
     def _routed(self, tensor: FusedTensor, expert: int, x: Tensor) -> Tensor:

@@ -133,9 +133,11 @@ class _Examination:
         ]
 
     def _arguments(self) -> Iterator[Arguments]:
-        """What a module of experts may be called with: (tokens, experts of each, their weights), tokens
-        sorted by expert with the number of each expert's, tokens with their weight for every expert, or a copy
-        of the tokens for every expert."""
+        """What a module of experts may be called with.
+
+        These are (tokens, experts of each, their weights), tokens sorted by expert with the number of each
+        expert's, tokens with their weight for every expert, or a copy of the tokens for every expert.
+        """
         names = inspect.signature(type(self.tiny).forward).parameters.values()
         count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in names) - 1
         shapes = [p.shape for p in stacked_parameters(self.tiny).values()]

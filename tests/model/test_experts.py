@@ -215,5 +215,5 @@ def test_a_use_that_was_not_foreseen_is_an_error() -> None:
     unfuse(model, find_experts(model, ("block",)).experts)
     experts = model.to_empty(device="cpu").block.experts
     experts.product = lambda x, expert: x * experts.down[expert].sum()
-    with pytest.raises(ModelError, match="Experts uses the parameters of its experts in .*sum"):
+    with pytest.raises(ModelError, match=r"Experts uses the parameters of its experts in .*sum"):
         experts(torch.randn(3, 32), torch.tensor([[0], [1], [2]]), torch.ones(3, 1))
