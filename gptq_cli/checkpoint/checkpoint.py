@@ -25,7 +25,8 @@ class PackedInfo:
     """One quantized linear of a checkpoint."""
 
     name: str
-    """Module in the model; for an expert of a fused tensor: the checkpoint's own name."""
+    """Module in the model, whose experts are linears of their own; where they cannot be: the name in the
+    files."""
     source_name: str
     """Name in the files: `<source_name>.qweight` and so on."""
     in_features: int
@@ -63,7 +64,9 @@ class QuantizedCheckpoint:
     linears: tuple[PackedInfo, ...]
     """Quantized linears with a module of their own, in model order."""
     experts: tuple[PackedInfo, ...]
-    """Quantized experts that the model fuses into 3-D tensors."""
+    """Quantized experts that Transformers fuses into 3-D tensors, in model order."""
+    dense_experts: Mapping[str, str]
+    """3-D parameters in blocks that cannot be computed by linears -> why."""
     conversion: Conversion
     keys: KeyMap
     """Origins of the model's tensors; a quantized weight is listed as `<source_name>.weight`."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.model.conversion import tied_groups
-from gptq_cli.model.describe import _tensors
+from gptq_cli.model.describe import _tensors, module_names
 from gptq_cli.model.facts import ModelFacts, dtype_name
 from gptq_cli.model.trace import trace
 
@@ -21,6 +21,9 @@ def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
         f"{info.name}.weight": sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)
         for info in checkpoint.linears
     }
+    for info in checkpoint.experts:
+        size = sum(stored.get(f"{info.source_name}.{part}", 0) for part in PARTS)
+        packed[info.fused_into or ""] = packed.get(info.fused_into or "", 0) + size
     return ModelFacts(
         model=str(checkpoint.directory),
         architecture=type(model).__name__,
@@ -29,7 +32,7 @@ def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
         max_positions=getattr(config, "max_position_embeddings", None),
         blocks=checkpoint.blocks,
-        modules=tuple(name for name, _ in model.named_modules() if name),
+        modules=tuple(module_names(model)),
         order=traced.order if traced.complete else (),
         untraced=traced.problem,
         tensors=tuple(

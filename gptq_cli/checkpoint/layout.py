@@ -18,7 +18,7 @@ from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.conversion import natural_key
 from gptq_cli.model.facts import TensorInfo, dtype_name
 from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
-from gptq_cli.model.skeleton import Skeleton, main_dtype
+from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, main_dtype
 from gptq_cli.placement.names import fold
 
 
@@ -31,6 +31,8 @@ class PlannedTensor:
     shape: tuple[int, ...]
     source: TensorInfo | None
     """Where a dense tensor is copied from; None for a packed one."""
+    cut: BiasCut | None = None
+    """Which part of the source it is; None for all of it."""
 
     @property
     def size_bytes(self) -> int:
@@ -109,26 +111,34 @@ def plan_checkpoint(skeleton: Skeleton, quantize: QuantizeConfig, max_shard_byte
 
 def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[list[PlannedTensor]]:
     """Tensors in natural order of their names; the parts of one linear stay together in a file."""
-    packed = {linear.source_key: linear for linear in skeleton.linears}
+    packed: dict[str, list[LinearInfo]] = {}
+    cut: dict[str, list[LinearInfo]] = {}
+    for linear in skeleton.linears:
+        packed.setdefault(linear.source_key, []).append(linear)
+        if linear.bias_cut is not None:
+            cut.setdefault(linear.bias_cut.source_key, []).append(linear)
     form = packed_format(quantize)
     stored, run = main_dtype(skeleton.files), dtype_name(skeleton.dtype)
     for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
-        linear = packed.get(tensor.name)
-        if linear is None:
-            dtype = run if tensor.dtype == stored else tensor.dtype
+        dtype = run if tensor.dtype == stored else tensor.dtype
+        for linear in packed.get(tensor.name, ()):
+            shapes = form.shapes(linear.in_features, linear.out_features)
+            yield [
+                PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
+                for part in PART_DTYPES
+            ]
+        for linear in cut.get(tensor.name, ()):
+            shape = (linear.out_features,)
+            yield [PlannedTensor(f"{linear.source_name}.bias", dtype, shape, tensor, linear.bias_cut)]
+        if tensor.name not in packed and tensor.name not in cut:
             yield [PlannedTensor(tensor.name, dtype, tensor.shape, tensor)]
-            continue
-        shapes = form.shapes(linear.in_features, linear.out_features)
-        yield [
-            PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
-            for part in PART_DTYPES
-        ]
 
 
 def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
     """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
     dense."""
     quantized = {linear.name for linear in skeleton.linears}
+    quantized |= {module.name for module in skeleton.experts.experts}
     inside = tuple(f"{block}." for block in skeleton.blocks)
     patterns: dict[str, None] = {}
     for name, module in skeleton.model.named_modules():
@@ -166,4 +176,11 @@ def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
     )
     if not partly:
         return ()
-    return tuple(dict.fromkeys(x.name.removeprefix(f"{x.block}.") for x in skeleton.linears))
+    return tuple(dict.fromkeys(_inside_block(x) for x in skeleton.linears))
+
+
+def _inside_block(linear: LinearInfo) -> str:
+    """The linear's name inside its block; that of an expert as the files call it."""
+    inside = linear.name.removeprefix(f"{linear.block}.")
+    _, found, after = linear.stored_as.partition(f".{linear.block.rpartition('.')[2]}.")
+    return after if found else inside

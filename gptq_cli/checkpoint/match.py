@@ -14,6 +14,9 @@ from gptq_cli.checkpoint.format import PARTS, CheckpointFormat, PackedFormat
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.model.blocks import find_blocks, is_linear, shape
 from gptq_cli.model.conversion import Conversion, KeyMap
+from gptq_cli.model.expert_linears import unfuse
+from gptq_cli.model.expert_names import ExpertNames, ExpertPlace, merged_names
+from gptq_cli.model.experts import find_experts
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.wording import and_others
 
@@ -37,6 +40,14 @@ class CheckpointMatcher:
         self.config, self.model, self.dtype = config, model, dtype
         self.by_name = {tensor.name: tensor for tensor in files.tensors}
         self.conversion = Conversion(model)
+        try:
+            self.blocks = find_blocks(model)[1]
+        except ModelError:
+            self.blocks = ()
+        found = find_experts(model, self.blocks)
+        self.dense_experts = found.dense
+        self.names = ExpertNames(self.conversion, found.experts)
+        unfuse(model, found.experts)
         self.errors: list[str] = []
         self.notes: list[str] = list(form.notes)
 
@@ -48,7 +59,8 @@ class CheckpointMatcher:
         companions = {f"{source}.{part}" for source in sources for part in PARTS}
         companions |= {name for source in sources if self._foreign_bias(name := f"{source}.bias")}
         names = [name for name in self.by_name if name not in companions]
-        keys = self.conversion.map([*names, *(f"{source}.weight" for source in sources)])
+        merged = dict(merged_names(self.names, sources, self.by_name))
+        keys = self.conversion.map([*names, *(f"{source}.weight" for source in sources)], merged)
         self._dense(keys, set(sources))
         if not sources and not self.errors:
             self.errors.append(
@@ -61,16 +73,12 @@ class CheckpointMatcher:
                 problems=tuple(self.errors),
             )
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
-        linears = sorted((i for i in packed if i.fused_into is None), key=lambda info: order[info.name])
+        ordered = sorted(packed, key=lambda info: order.get(info.name, len(order)))
         without = sum(not info.has_g_idx for info in packed)
         if without:
             self.notes.append(f"{without} linears have no g_idx: column k is in group k // group_size")
         if keys.unexpected:
             self.notes.append(f"{len(keys.unexpected)} tensors that do not belong to the model are not read")
-        try:
-            blocks = find_blocks(self.model)[1]
-        except ModelError:
-            blocks = ()
         return QuantizedCheckpoint(
             directory=self.directory,
             config=self.config,
@@ -79,9 +87,10 @@ class CheckpointMatcher:
             model=self.model,
             files=self.files,
             dtype=self.dtype,
-            blocks=blocks,
-            linears=tuple(linears),
-            experts=tuple(info for info in packed if info.fused_into is not None),
+            blocks=self.blocks,
+            linears=tuple(info for info in ordered if info.fused_into is None),
+            experts=tuple(info for info in ordered if info.fused_into is not None),
+            dense_experts=self.dense_experts,
             conversion=self.conversion,
             keys=keys,
             notes=tuple(self.notes),
@@ -108,27 +117,44 @@ class CheckpointMatcher:
         if form is None:
             self.errors.append(f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense")
             return None
-        if target is None:
+        info = self._info(source, form, target, pattern)
+        if info is not None:
+            self._check_parts(info)
+        return info
+
+    def _info(
+        self, source: str, form: PackedFormat, target: str | None, pattern: str | None
+    ) -> PackedInfo | None:
+        """Which linear of the model is packed under `source`; `target` and `pattern` are what the rules
+        say."""
+        place = self.names.place(source)
+        fused: str | None = None
+        sizes: tuple[int, int] | None
+        if place is not None:
+            name, fused = place.linear, place.target
+            self._check_bias(source, place)
+        elif target is None:
             self.errors.append(f"tensor {source}.qweight belongs to no module of {type(self.model).__name__}")
             return None
-        module_name = target.removesuffix(".weight")
-        bias = f"{source}.bias" in self.by_name
-        if pattern is not None:
-            sizes = self._expert_sizes(source, form)
-            name, fused, transposed = source, target, False
+        elif pattern is not None:
+            name, fused = source, target
         else:
-            module = self.model.get_submodule(module_name)
-            if not is_linear(module):
-                self.errors.append(f"tensor {source}.qweight belongs to {module_name}, which is not a linear")
-                return None
+            name = target.removesuffix(".weight")
+        module = self.model.get_submodule(name) if pattern is None or place is not None else None
+        if module is None:
+            sizes = self._expert_sizes(source, form)
+        elif is_linear(module):
             rows, columns = shape(module)
-            sizes, name, fused = (columns, rows), module_name, None
-            transposed = isinstance(module, Conv1D)
-            if getattr(module, "bias", None) is not None and not bias:
-                self.errors.append(f"tensor {source}.bias is missing")
+            sizes = columns, rows
+        else:
+            self.errors.append(f"tensor {source}.qweight belongs to {name}, which is not a linear")
+            return None
+        bias = f"{source}.bias" in self.by_name
+        if getattr(module, "bias", None) is not None and not bias:
+            self.errors.append(f"tensor {source}.bias is missing")
         if sizes is None:
             return None
-        info = PackedInfo(
+        return PackedInfo(
             name=name,
             source_name=source,
             in_features=sizes[0],
@@ -136,14 +162,20 @@ class CheckpointMatcher:
             format=form,
             bias=bias,
             has_g_idx=f"{source}.g_idx" in self.by_name,
-            transposed=transposed,
+            transposed=isinstance(module, Conv1D),
             fused_into=fused,
         )
-        self._check_parts(info)
-        return info
+
+    def _check_bias(self, source: str, place: ExpertPlace) -> None:
+        """Report a bias that is neither the linear's own nor in a tensor of all experts."""
+        merged = place.bias_target
+        if merged is None or f"{source}.bias" in self.by_name:
+            return
+        if all(self.conversion.target_of(name)[0] != merged for name in self.by_name if "bias" in name):
+            self.errors.append(f"tensor {source}.bias is missing")
 
     def _expert_sizes(self, source: str, form: PackedFormat) -> tuple[int, int] | None:
-        """(K, N) of an expert, which has no module of its own, from its tensors."""
+        """(K, N), from its tensors, of an expert that has no module of its own."""
         qweight = self.by_name[f"{source}.qweight"]
         g_idx = self.by_name.get(f"{source}.g_idx")
         if len(qweight.shape) != 2:

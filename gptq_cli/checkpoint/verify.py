@@ -25,6 +25,7 @@ from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
+from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
@@ -201,9 +202,20 @@ def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
 
 
 def _declared_dense(checkpoint: QuantizedCheckpoint, listed: tuple[str, ...], name: str) -> bool:
-    return checkpoint.format.of(name) is None or (
+    called = _names_in_files(checkpoint, name)
+    return all(checkpoint.format.of(source) is None for source in called) or (
         bool(listed) and not any(name.endswith(f".{item}") for item in listed)
     )
+
+
+def _names_in_files(checkpoint: QuantizedCheckpoint, name: str) -> tuple[str, ...]:
+    """What `dynamic` calls the linear `name`: a dense expert is one of several tensors, or a part of one."""
+    linear = checkpoint.model.get_submodule(name)
+    if not isinstance(linear, ExpertLinear):
+        return (name,)
+    owner = name.removesuffix(f".{linear.tensor.linear(linear.role, linear.expert)}")
+    origin = checkpoint.keys.origins.get(f"{owner}.{linear.tensor.leaf}")
+    return (name,) if origin is None else tuple(s.removesuffix(".weight") for s in origin.sources)
 
 
 def _listed_modules(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
@@ -215,7 +227,7 @@ def _listed_modules(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
 
 def _dense_linears(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, int]]:
     """(name, weights) of the linears in the blocks that are not packed."""
-    packed = {info.name for info in checkpoint.linears}
+    packed = {info.name for info in (*checkpoint.linears, *checkpoint.experts)}
     for block in checkpoint.blocks:
         for name, linear in find_linears(checkpoint.model.get_submodule(block)).items():
             if f"{block}.{name}" not in packed:

@@ -40,7 +40,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
-from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
+from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
 from gptq_cli.model.streamed import StreamedReader
 
@@ -113,29 +113,31 @@ class CheckpointWriter:
 
         Raises `NonFinite` when a cast overflows, and what `StreamedReader.get` raises.
         """
-        wanted: dict[str, list[PlannedTensor]] = {}
-        coded: list[PlannedTensor] = []
+        wanted: dict[str, list[tuple[PlannedTensor, str]]] = {}
+        coded: list[tuple[PlannedTensor, str]] = []
         for tensor in self._planned.values():
             if tensor.source is None or tensor.name not in self._waiting[self._shard_of[tensor.name].file]:
                 continue
             if tensor.source.coded is not None:
-                coded.append(tensor)
+                coded.append((tensor, tensor.source.name))
             else:
-                wanted.setdefault(tensor.source.shard, []).append(tensor)
+                wanted.setdefault(tensor.source.shard, []).append((tensor, tensor.source.name))
         self._copy_decoded(coded)
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
             self._skeleton.files.check(shard)
             stored = {entry.name: entry for entry in read_header(path)}
             with path.open("rb") as file:
-                for tensor in tensors:
-                    self._copy(file, stored[tensor.name], tensor)
+                for tensor, source in tensors:
+                    self._copy(file, stored[source], tensor)
 
-    def _copy_decoded(self, tensors: Sequence[PlannedTensor]) -> None:
+    def _copy_decoded(self, tensors: Sequence[tuple[PlannedTensor, str]]) -> None:
         files = self._skeleton.files
         with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
-            for tensor in tensors:
-                values = reader.get(tensor.name)
+            for tensor, source in tensors:
+                values = reader.get(source)
+                if tensor.cut is not None:
+                    values = tensor.cut.of(values)
                 self._put(tensor.name, _cast(tensor.name, values, as_torch_dtype(tensor.dtype)))
 
     def finish(self, report: Mapping[str, Any]) -> int:
@@ -214,6 +216,9 @@ class CheckpointWriter:
         position, _ = shard.places[planned.name]
         target, dtype = self._files[shard.file], as_torch_dtype(planned.dtype)
         source.seek(stored.begin)
+        if planned.cut is not None:
+            self._copy_cut(source.read(stored.end - stored.begin), stored, planned, planned.cut)
+            return
         for start in range(stored.begin, stored.end, _CHUNK_BYTES):
             chunk = source.read(min(_CHUNK_BYTES, stored.end - start))
             if planned.cast:
@@ -224,6 +229,10 @@ class CheckpointWriter:
             position += len(chunk)
         with self._disk():
             self._written(shard, planned.name)
+
+    def _copy_cut(self, content: bytes, stored: StoredTensor, planned: PlannedTensor, cut: BiasCut) -> None:
+        values = torch.frombuffer(bytearray(content), dtype=as_torch_dtype(stored.dtype)).view(stored.shape)
+        self._put(planned.name, _cast(planned.name, cut.of(values), as_torch_dtype(planned.dtype)))
 
     def _written(self, shard: PlannedShard, name: str) -> None:
         self._waiting[shard.file].discard(name)

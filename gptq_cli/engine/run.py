@@ -18,6 +18,7 @@ from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
+from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU
@@ -87,6 +88,7 @@ def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, WeightProvider]:
         stream = opened.enter_context(BlockStream(run.skeleton, torch_device(CPU)))
         return stream.model, stream
     model = load_resident(run.skeleton, run.placement)
+    unfuse(model, run.skeleton.experts.experts)
     return model, opened.enter_context(replace_dispatch_hooks(model, run.placement))
 
 

@@ -1,92 +1,56 @@
-"""Experts made of packed linears, in place of Transformers' fused 3-D tensors.
+"""Packed linears in the places of fused experts.
 
-Transformers 5 keeps the experts of a layer in two tensors, `gate_up_proj` (E, 2 I, H) and `down_proj`
-(E, H, I); a GPTQ checkpoint has three packed linears per expert. `PackedExperts` is called like the fused
-module and computes one expert after another on the tokens routed to it. The activation between the linears is
-the fused module's own `_apply_gate`, so that its variants keep working.
+`model.expert_linears` has the model's own forward of a module of experts call linears in place of products
+with slices of its 3-D parameters. When a checkpoint is opened, packed linears take the places of these, and
+the parameters are dropped. What remains of the module is its own: routing, activation, biases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
 from gptq_cli.errors import CheckpointError
+from gptq_cli.model.expert_linears import ExpertLinear
 
-_NEEDED = {
-    "has_gate": True,
-    "has_bias": False,
-    "is_transposed": False,
-    "is_concatenated": True,
-    "has_post_expert_norm": False,
-}
+_OTHERS = "vLLM and GPTQModel read more kinds of quantized experts"
 
 
-def check_servable(name: str, fused: nn.Module) -> None:
-    """Raise `CheckpointError` when `PackedExperts` cannot replace the experts module `name`."""
-    for field, needed in _NEEDED.items():
-        found = getattr(fused, field, needed)
-        if found != needed or not hasattr(fused, "_apply_gate"):
-            raise CheckpointError(
-                f"{name} ({type(fused).__name__}) holds quantized experts with {field} = {found}; "
-                f"allowed: {field} = {needed}",
-                hint="vLLM and GPTQModel read more kinds of quantized experts",
-            )
+def expert_linear(checkpoint: QuantizedCheckpoint, info: PackedInfo) -> ExpertLinear:
+    """The linear that the packed expert `info` replaces. Raises `CheckpointError` where there is none."""
+    try:
+        linear = checkpoint.model.get_submodule(info.name)
+    except AttributeError:
+        linear = None
+    if not isinstance(linear, ExpertLinear):
+        why = checkpoint.dense_experts.get(
+            info.fused_into or "", "they are not experts that are computed singly"
+        )
+        raise CheckpointError(
+            f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not supported: {why}",
+            hint=_OTHERS,
+        )
+    return linear
 
 
-class PackedExperts(nn.Module):
-    """Experts of packed linears: `gate`, `up` and `down` hold one module per expert."""
-
-    def __init__(
-        self,
-        fused: nn.Module,
-        gate: Sequence[nn.Module],
-        up: Sequence[nn.Module],
-        down: Sequence[nn.Module],
-    ) -> None:
-        """`fused`: the module replaced; its activation is used, its parameters are removed."""
-        super().__init__()
-        for name in [name for name, _ in fused.named_parameters(recurse=False)]:
-            delattr(fused, name)
-        fused._is_hf_initialized = True  # type: ignore[assignment]  # Transformers has nothing to fill in here
-        self.fused = fused
-        self.gate, self.up, self.down = nn.ModuleList(gate), nn.ModuleList(up), nn.ModuleList(down)
-
-    def forward(
-        self,
-        hidden_states: Tensor,  # (tokens, H)
-        top_k_index: Tensor,  # (tokens, k)
-        top_k_weights: Tensor,  # (tokens, k)
-    ) -> Tensor:  # (tokens, H)
-        result = torch.zeros_like(hidden_states)
-        fused: Any = self.fused
-        for expert in torch.unique(top_k_index).tolist():
-            if not 0 <= expert < len(self.gate):
-                continue
-            token, slot = torch.where(top_k_index == expert)
-            x = hidden_states[token]
-            inner = fused._apply_gate(torch.cat([self.gate[expert](x), self.up[expert](x)], -1))
-            out = self.down[expert](inner) * top_k_weights[token, slot, None]
-            result.index_add_(0, token, out.to(result.dtype))
-        return result
+def check_complete(name: str, module: nn.Module) -> None:
+    """Raise `CheckpointError` if some of the linears of the experts `name` were not quantized."""
+    left = [inner for inner, linear in module.named_modules() if isinstance(linear, ExpertLinear)]
+    if left:
+        raise CheckpointError(
+            f"{name}: {left[0]} is not quantized, though others of its linears are",
+            hint="GPTQModel reads partly quantized experts",
+        )
 
 
-def by_role(name: str, found: Mapping[tuple[str, int], nn.Module]) -> dict[str, list[nn.Module]]:
-    """The modules of each role in the order of the experts, from (role, expert) -> module.
-
-    Raises `CheckpointError` for an expert that lacks a role.
-    """
-    count = 1 + max(expert for _, expert in found)
-    result: dict[str, list[nn.Module]] = {}
-    for role in ("gate", "up", "down"):
-        missing = [expert for expert in range(count) if (role, expert) not in found]
-        if missing:
-            raise CheckpointError(
-                f"{name}: expert {missing[0]} has no quantized {role} projection, though others have",
-                hint="GPTQModel reads partly quantized experts",
-            )
-        result[role] = [found[role, expert] for expert in range(count)]
-    return result
+def put_bias(linear: ExpertLinear, bias: Tensor) -> None:
+    """Write the bias (N,) of one expert to its place in the parameter of all experts, on its device."""
+    assert linear.tensor.bias is not None
+    parameters = linear.owner._parameters
+    merged = parameters[linear.tensor.bias]
+    assert merged is not None
+    if merged.is_meta:
+        merged = nn.Parameter(torch.zeros_like(merged, device=bias.device), requires_grad=False)
+        parameters[linear.tensor.bias] = merged
+    merged.detach()[linear.expert][linear.tensor.outputs(linear.role)].copy_(bias)

@@ -11,7 +11,6 @@ main device; accelerate's hooks move them there for each forward.
 from __future__ import annotations
 
 import functools
-import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,11 +28,12 @@ from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.evaluation.generation_config import read_generation_config
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
-from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
+from gptq_cli.inference.experts import check_complete, expert_linear, put_bias
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
+from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import fill_dense
@@ -48,7 +48,6 @@ OnNote = Callable[[str], None]
 
 QuantizedModule = PackedLinear | GptqmodelLinear
 _TRIM_BYTES = 1 << 25
-_EXPERT = re.compile(r"\.(\d+)\.[^.]+\Z")
 
 
 def default_placement(checkpoint: QuantizedCheckpoint) -> Placement:
@@ -148,38 +147,26 @@ class _LinearReplacer:
         model = self.checkpoint.model
         for info in self.checkpoint.linears:
             model.set_submodule(info.name, self._pack(info, info.name))
-        experts: dict[str, dict[tuple[str, int], nn.Module]] = defaultdict(dict)
+        owners: dict[nn.Module, str] = {}
         for info in self.checkpoint.experts:
-            assert info.fused_into is not None
-            owner = info.fused_into.rpartition(".")[0]
-            check_servable(owner, model.get_submodule(owner))
-            experts[owner][self._role(info)] = self._pack(info, owner)
-        for owner, found in experts.items():
-            roles = by_role(owner, found)
-            packed = PackedExperts(model.get_submodule(owner), roles["gate"], roles["up"], roles["down"])
-            model.set_submodule(owner, packed)
+            linear = expert_linear(self.checkpoint, info)
+            owners[linear.owner] = (info.fused_into or "").rpartition(".")[0]
+            model.set_submodule(info.name, self._pack(info, info.name, linear))
+        for module, name in owners.items():
+            check_complete(name, module)
+            drop_parameters(module)
 
-    def _role(self, info: PackedInfo) -> tuple[str, int]:
-        """("gate" | "up" | "down", expert) of one quantized expert linear."""
-        assert info.fused_into is not None
-        number = _EXPERT.search(info.source_name)
-        fused = info.fused_into.rpartition(".")[2]
-        if number is None or fused not in ("gate_up_proj", "down_proj"):
-            raise CheckpointError(
-                f"tensor {info.source_name}.qweight goes into {info.fused_into}, which is not supported",
-                hint="vLLM and GPTQModel read more kinds of quantized experts",
-            )
-        if fused == "down_proj":
-            return "down", int(number[1])
-        place = self.checkpoint.conversion.place_of(f"{info.source_name}.weight")
-        return ("gate", "up")[place], int(number[1])
-
-    def _pack(self, info: PackedInfo, module_name: str) -> QuantizedModule:
+    def _pack(
+        self, info: PackedInfo, module_name: str, expert: ExpertLinear | None = None
+    ) -> QuantizedModule:
         storage_device = self.placement.device_of(module_name)
         execution_device = self._execution_device(storage_device)
         packed, bias = read_packed(self.reader, info, torch_device(execution_device), self.zeros)
         dtype = self.checkpoint.dtype
         bias = None if bias is None else bias.to(dtype, copy=True)
+        if expert is not None and bias is not None and expert.tensor.bias is not None:
+            put_bias(expert, bias.to(torch_device(storage_device)))  # the module's own forward adds it
+            bias = None
         if self.gptqmodel is not None:
             module: QuantizedModule = self.gptqmodel.build(info, packed, bias, dtype)
         else:

@@ -16,17 +16,25 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NUMBER = re.compile(r"(\d+)")
+_BY_PLACE = ""
+"""Stands for a rule's pattern where a name is mapped without a rule."""
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -74,10 +82,16 @@ class Conversion:
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         self._by_pattern = {pattern: rule for rule in self._converters for pattern in rule.source_patterns}
         self._state: dict[str, Tensor] = model.state_dict()
+        self._targets: dict[str, tuple[str | None, str | None]] = {}
 
     def target_of(self, source: str) -> tuple[str | None, str | None]:
         """(model tensor, converter's pattern or None) for a name in the files; (None, None) if the model has
         no such tensor."""
+        if source not in self._targets:
+            self._targets[source] = self._find_target(source)
+        return self._targets[source]
+
+    def _find_target(self, source: str) -> tuple[str | None, str | None]:
         prefix = self._model.base_model_prefix
         target, pattern = rename_source_key(source, self._renamings, self._converters, prefix, self._state)
         if target not in self._state and source in self._state:
@@ -89,13 +103,20 @@ class Conversion:
         pattern = self.target_of(source)[1]
         return 0 if pattern is None else list(self._by_pattern[pattern].source_patterns).index(pattern)
 
-    def map(self, names: Iterable[str]) -> KeyMap:
-        """Map every name in the files."""
+    def source_names(self, targets: Iterable[str]) -> tuple[str, ...]:
+        """The names in files that Transformers would give the model tensors `targets` on saving them."""
+        tensors = {target: self._state[target] for target in targets}
+        with torch.no_grad():
+            return tuple(revert_weight_conversion(self._model, tensors)) if tensors else ()
+
+    def map(self, names: Iterable[str], placed: Mapping[str, str] = MappingProxyType({})) -> KeyMap:
+        """Map every name in the files. `placed`: names without a rule -> the model tensor that they are a
+        part of."""
         collected: dict[str, list[str]] = {}
         patterns: dict[str, str | None] = {}
         unexpected: list[str] = []
-        for name in sorted(names, key=natural_key):
-            target, pattern = self.target_of(name)
+        for name in sorted({*names, *placed}, key=natural_key):
+            target, pattern = (placed[name], _BY_PLACE) if name in placed else self.target_of(name)
             if target is None:
                 unexpected.append(name)
                 continue
@@ -126,7 +147,7 @@ class Conversion:
 
     def _results(self, target: str, pattern: str | None) -> tuple[str, ...]:
         """All model tensors that a converter makes when its first result is `target`."""
-        if pattern is None:
+        if pattern in (None, _BY_PLACE):
             return (target,)
         first, *others = self._by_pattern[pattern].target_patterns
         return (target, *(name for o in others if (name := target.replace(first, o)) in self._state))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact, dtype_name
+from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.model.facts import LinearFact, ModelFacts, StackFact, TensorFact, dtype_name
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
@@ -24,7 +25,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
         max_positions=getattr(config, "max_position_embeddings", None),
         blocks=skeleton.blocks,
-        modules=tuple(name for name, _ in model.named_modules() if name),
+        modules=tuple(module_names(model)),
         order=traced.order if traced.complete else (),
         untraced=traced.problem,
         tensors=_tensors(model),
@@ -40,11 +41,22 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             )
             for info in skeleton.linears
         ),
-        fused=_fused(model, skeleton.blocks),
+        fused=tuple(StackFact(name, reason) for name, reason in skeleton.experts.dense.items()),
         already_quantized=skeleton.already_quantized,
         decoded=skeleton.files.decoded,
         tensor_files_bytes=skeleton.files.size_bytes,
     )
+
+
+def module_names(model: nn.Module) -> Iterator[str]:
+    """Every named module without the root, and without the linears of fused experts: these have no tensors
+    of their own to place."""
+    for name, module in model.named_modules():
+        below = list(module.children())
+        linears = [child for child in below if isinstance(child, ExpertLinear)]
+        holds_only_linears = bool(linears) and len(linears) == len(below) and not list(module.parameters())
+        if name and not isinstance(module, ExpertLinear) and not holds_only_linears:
+            yield name
 
 
 def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:
@@ -80,13 +92,4 @@ def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
     found.sort(key=lambda item: rank[item[0].rpartition(".")[0]])
     return tuple(
         TensorFact(name, t.numel(), t.numel() * t.element_size(), buffer) for name, t, buffer in found
-    )
-
-
-def _fused(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
-    inside = tuple(f"{block}." for block in blocks)
-    return tuple(
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and name.startswith(inside) and parameter.shape[0] > 1
     )

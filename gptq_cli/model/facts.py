@@ -123,6 +123,15 @@ class LinearFact:
     """It sees only some of the tokens (an expert); it is solved in an expert batch, see `engine.stages`."""
 
 
+@dataclass(frozen=True, slots=True)
+class StackFact:
+    """A parameter of three dimensions that stays dense."""
+
+    name: str
+    reason: str
+    """Why it cannot be quantized matrix by matrix."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """What rules, budgets and plans need to know about a model; made from a meta skeleton."""
@@ -146,8 +155,8 @@ class ModelFacts:
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""
     linears: tuple[LinearFact, ...] = ()
-    fused: tuple[str, ...] = ()
-    """Parameters of three dimensions inside blocks: experts fused into one tensor, left dense."""
+    fused: tuple[StackFact, ...] = ()
+    """Parameters of three dimensions inside blocks that stay dense."""
     already_quantized: str | None = None
     """The `quant_method` that the config names, where its weights cannot be decoded."""
     decoded: DecodedSource | None = None

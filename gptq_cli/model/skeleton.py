@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,19 +29,36 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
-from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
+from gptq_cli.model.blocks import find_blocks, find_linears, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
+from gptq_cli.model.dense import DenseInfo, fold_dense
+from gptq_cli.model.expert_linears import unfuse
+from gptq_cli.model.expert_names import ExpertSource, named_experts
+from gptq_cli.model.experts import FoundExperts, find_experts
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.few_bits import decoded_files
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
-from gptq_cli.placement.names import fold, leaf
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
 as many tensors."""
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BiasCut:
+    """The bias of one expert's linear: a part of a tensor (E, N) of the checkpoint."""
+
+    source_key: str
+    expert: int
+    outputs: tuple[int | None, int | None, int | None]
+    """Which of the N values: start, stop, step."""
+
+    def of(self, biases: Tensor) -> Tensor:  # (E, N) -> (its outputs,)
+        """The part of the whole tensor."""
+        return biases[self.expert][slice(*self.outputs)].contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,29 +77,15 @@ class LinearInfo:
     bias: bool
     transposed: bool
     """Conv1D: the weight is stored (K, N)."""
+    stored_as: str = ""
+    """For one of several linears in the tensor `source_key`: its own name in the checkpoint."""
+    bias_cut: BiasCut | None = None
+    """Where the bias is, if it is a part of a tensor."""
 
     @property
     def source_name(self) -> str:
         """The linear's own name in the checkpoint, used for its `qweight` and the other packed tensors."""
-        return self.source_key.removesuffix(".weight")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DenseInfo:
-    """Modules that keep their weights, folded over the blocks: `model.layers.*.input_layernorm`."""
-
-    name: str
-    kind: str
-    """Class name."""
-    reason: str
-    """embedding | head | fused experts | router | tied | read, not called | converted at load |
-    outside the blocks | vector | other"""
-    modules: int
-    """Number of modules under the folded name."""
-    parameters: int
-    """Of all of them together; a tied tensor counts once."""
-    share: float
-    """Part of the model's parameters, 0 to 1."""
+        return self.stored_as or self.source_key.removesuffix(".weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,8 @@ class Skeleton:
     already_quantized: str | None
     """The quantization that config.json names, where its weights cannot be decoded: see `few_bits`."""
     keys: KeyMap
+    experts: FoundExperts
+    """Modules whose linears were made of 3-D parameters, and the 3-D parameters that stay dense."""
     tied: tuple[tuple[str, ...], ...]
     parameters: int
     """Number of parameters; tied ones count once."""
@@ -134,10 +140,12 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     conversion = Conversion(model)
     keys = conversion.map(tensor.name for tensor in files.tensors)
     tied = tied_groups(model)
+    experts, sources = named_experts(find_experts(model, blocks), conversion, keys, tied)
+    unfuse(model, experts.experts)
     candidates = _candidates(model, blocks)
     traced = trace(model, candidates)
     kept = _kept_dense(traced, candidates, tied)
-    linears = tuple(_linears(model, blocks, keys, kept, known=bool(files.tensors)))
+    linears = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
     return Skeleton(
         config=config,
         model=model,
@@ -146,11 +154,12 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks_prefix=prefix,
         blocks=blocks,
         linears=linears,
-        dense=_fold_dense(model, linears, blocks, kept),
+        dense=fold_dense(model, {linear.name for linear in linears}, blocks, kept, experts),
         trace=traced,
         dtype=dtype,
         already_quantized=already,
         keys=keys,
+        experts=experts,
         tied=tied,
         parameters=sum(p.numel() for p in model.parameters()),
         problems=(*files.problems, *_mismatches(model, files, keys)),
@@ -249,7 +258,13 @@ def _kept_dense(
 
 
 def _linears(
-    model: nn.Module, blocks: tuple[str, ...], keys: KeyMap, kept: Mapping[str, str], *, known: bool
+    model: nn.Module,
+    blocks: tuple[str, ...],
+    keys: KeyMap,
+    kept: Mapping[str, str],
+    experts: Mapping[str, ExpertSource] = MappingProxyType({}),
+    *,
+    known: bool,
 ) -> Iterator[LinearInfo]:
     """Quantizable linears with a tensor of their own in the files; a module shared by two blocks is listed
     once."""
@@ -257,6 +272,10 @@ def _linears(
     for block in blocks:
         for name, linear in find_linears(model.get_submodule(block)).items():
             full = f"{block}.{name}"
+            expert = experts.get(full)
+            if expert is not None and full not in kept:
+                yield _expert_linear(block, expert, keys)
+                continue
             source = keys.source_of(f"{full}.weight")
             if source is None and not known:
                 source = f"{full}.weight"
@@ -273,6 +292,25 @@ def _linears(
                 bias=getattr(linear, "bias", None) is not None,
                 transposed=isinstance(linear, Conv1D),
             )
+
+
+def _expert_linear(block: str, expert: ExpertSource, keys: KeyMap) -> LinearInfo:
+    place, tensor = expert.place, expert.place.tensor
+    outputs = tensor.outputs(place.role)
+    held = None if place.bias_target is None else keys.source_of(place.bias_target)
+    return LinearInfo(
+        name=place.linear,
+        block=block,
+        source_key=expert.tensor,
+        in_features=tensor.in_features,
+        out_features=tensor.out_features // len(tensor.roles),
+        bias=place.bias_target is not None,
+        transposed=False,
+        stored_as=expert.name,
+        bias_cut=None if held is None else BiasCut(
+            source_key=held, expert=place.expert, outputs=(outputs.start, outputs.stop, outputs.step)
+        ),
+    )  # fmt: skip
 
 
 def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[SourceProblem]:
@@ -297,56 +335,3 @@ def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[S
             f"tensor {source} has shape {found}; config.json asks for {wanted}",
             "config.json and the weights belong to different models",
         )
-
-
-def _fold_dense(
-    model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...], kept: Mapping[str, str]
-) -> tuple[DenseInfo, ...]:
-    quantized = {linear.name for linear in linears}
-    head = model.get_output_embeddings()
-    total = max(1, sum(p.numel() for p in model.parameters()))
-    inside = tuple(f"{block}." for block in blocks)
-    counted: set[int] = set()
-    folded: dict[str, tuple[str, str, int, int]] = {}
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if not own:
-            continue
-        if name in quantized:
-            counted.update(id(p) for p in own.values())
-            continue
-        size = sum(p.numel() for p in own.values() if id(p) not in counted)
-        counted.update(id(p) for p in own.values())
-        reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
-        kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
-        folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
-    return tuple(
-        DenseInfo(
-            name=name,
-            kind=kind,
-            reason=reason,
-            modules=modules,
-            parameters=parameters,
-            share=parameters / total,
-        )
-        for name, (kind, reason, modules, parameters) in folded.items()
-    )
-
-
-def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool) -> str:
-    dimensions = [p.ndim for p in module.parameters(recurse=False)]
-    if module is head:
-        return "head"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if in_block and 3 in dimensions and not isinstance(module, nn.Conv1d):
-        return "fused experts"
-    if in_block and leaf(name) in ROUTER_NAMES:
-        return "router"
-    if max(dimensions) < 2:
-        return "vector"
-    if is_linear(module):
-        if is_router(name, module):
-            return "router"
-        return "converted at load" if in_block else "outside the blocks"
-    return "other"

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.reads import Read
 
 _TOKENS = 8
@@ -58,10 +59,12 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
 
     Errors of the model end up in `problem`; only an out-of-memory error is raised.
     """
-    watch = _Watch({name: model.get_submodule(name).weight for name in linears})
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
+        if not isinstance(module, ExpertLinear):  # no token is routed to an expert here
+            names.setdefault(module, []).append(name)
+    called = {name for given in names.values() for name in given}
+    watch = _Watch({name: model.get_submodule(name).weight for name in linears if name in called})
     order: dict[str, None] = {}
     reads: dict[str, Read] = {}
     handles = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from gptq_cli.checkpoint.open import dense_origins, open_checkpoint, read_packed, trivial_g_idx
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import CheckpointError, GptqError
+from gptq_cli.model.experts import FoundExperts
+from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source import INDEX
 from gptq_cli.model.weights import fill_dense
 from tests.checkpoint.unquantized import edit, opened, random_packed, write_checkpoint
@@ -50,6 +53,12 @@ def set_config(
         (path / name).write_text(json.dumps(content))
 
 
+def without_experts(skeleton: Skeleton) -> Skeleton:
+    """The skeleton of a run that leaves experts dense."""
+    linears = tuple(linear for linear in skeleton.linears if "experts" not in linear.name)
+    return replace(skeleton, linears=linears, experts=FoundExperts(experts=(), dense={}))
+
+
 def refused(path: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
@@ -62,17 +71,19 @@ def test_round_trip_of_every_architecture(name: str, tiny: TinyFactory, tmp_path
     skeleton = opened(tiny(name))
     packed = write_checkpoint(skeleton, tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
-    assert [
+    assert {
         (i.name, i.source_name, i.in_features, i.out_features, i.bias, i.transposed)
-        for i in checkpoint.linears
-    ] == [
+        for i in (*checkpoint.linears, *checkpoint.experts)
+    } == {
         (x.name, x.source_name, x.in_features, x.out_features, x.bias, x.transposed) for x in skeleton.linears
-    ]
-    assert checkpoint.experts == ()
+    }
+    order = [x.name for x in skeleton.linears]
+    assert [i.name for i in checkpoint.linears] == [name for name in order if "experts" not in name]
+    assert [i.name for i in checkpoint.experts] == [name for name in order if "experts" in name]
     assert checkpoint.blocks == skeleton.blocks
     assert checkpoint.keys.missing == ()
     with checkpoint.reader() as reader:
-        for info in checkpoint.linears:
+        for info in (*checkpoint.linears, *checkpoint.experts):
             found, bias = read_packed(reader, info)
             assert all(torch.equal(getattr(found, p), getattr(packed[info.name], p)) for p in PARTS)
             assert (bias is not None) == info.bias
@@ -113,7 +124,7 @@ def test_shards(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_filling_around_the_packed_linears(tiny: TinyFactory, tmp_path: Path) -> None:
     """What `gptq load` does: the linears have their own module, everything else gets its value."""
-    write_checkpoint(opened(tiny("qwen3_moe")), tmp_path / "out")
+    write_checkpoint(without_experts(opened(tiny("qwen3_moe"))), tmp_path / "out")
     checkpoint = open_checkpoint(tmp_path / "out")
     for info in checkpoint.linears:
         owner, _, leaf = info.name.rpartition(".")
@@ -260,7 +271,7 @@ def test_a_quantized_lm_head(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_experts_by_their_own_names(tiny_moe: Path, tmp_path: Path) -> None:
-    write_checkpoint(opened(tiny_moe), tmp_path / "out")
+    write_checkpoint(without_experts(opened(tiny_moe)), tmp_path / "out")
     expert = "model.layers.1.mlp.experts.3.gate_proj"
 
     def change(tensors: dict[str, torch.Tensor]) -> None:

@@ -1,70 +1,88 @@
-"""Packed experts answer like the fused module; kinds that they cannot stand for are refused by name."""
+"""Packed linears in the places of fused experts; what they cannot take the place of is refused by name."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.errors import CheckpointError
-from gptq_cli.inference.experts import PackedExperts, by_role, check_servable
-from tests.tiny import tiny_model
+from gptq_cli.inference.experts import check_complete, expert_linear, put_bias
+from gptq_cli.inference.load import default_placement, load_quantized, packed_linears
+from gptq_cli.model.expert_linears import ExpertLinear, FusedExperts, FusedTensor, unfuse
+from tests.checkpoint.checkpoints import Recipe, quantize_directory
+from tests.conftest import TinyFactory
 
 
-def fused_experts() -> nn.Module:
-    model = tiny_model("qwen3_moe")
-    return model.model.layers[1].mlp.experts
+@pytest.fixture
+def checkpoint(tiny: TinyFactory, tmp_path: Path) -> Path:
+    quantize_directory(tiny("qwen3_moe"), tmp_path / "q", Recipe(group_size=32))
+    return tmp_path / "q"
 
 
-def as_linears(fused: nn.Module) -> dict[str, list[nn.Module]]:
-    """Dense linears of the fused tensors: gate and up halves, down."""
-    result: dict[str, list[nn.Module]] = {"gate": [], "up": [], "down": []}
-    for both, down in zip(fused.gate_up_proj.detach().clone(), fused.down_proj.detach().clone(), strict=True):
-        halves = both.chunk(2)
-        for role, weight in (("gate", halves[0]), ("up", halves[1]), ("down", down)):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            linear.weight.data = weight
-            result[role].append(linear)
-    return result
+def test_the_parameters_are_gone(checkpoint: Path) -> None:
+    opened = open_checkpoint(checkpoint, dtype="float32")
+    model = load_quantized(opened, default_placement(opened))
+    assert "model.layers.1.mlp.experts.2.up_proj" in packed_linears(model)
+    assert not [name for name, _ in model.named_parameters() if "experts" in name]
+    assert not [name for name, tensor in model.named_buffers() if tensor.is_meta]
 
 
-def test_the_same_answer_as_the_fused_module() -> None:
-    fused = fused_experts()
-    roles = as_linears(fused)
-    hidden = torch.randn(10, 64)
-    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(10)])
-    weights = torch.rand(10, 2)
-    with torch.no_grad():
-        expected = fused(hidden, chosen, weights)
-        packed = PackedExperts(fused, roles["gate"], roles["up"], roles["down"])
-        found = packed(hidden, chosen, weights)
-    assert torch.allclose(found, expected, atol=1e-6)
-    assert not list(fused.parameters())
-
-
-def test_an_index_beyond_the_experts_means_none() -> None:
+def test_an_index_beyond_the_experts_means_none(checkpoint: Path) -> None:
     """Transformers marks tokens of other processes by the number of experts."""
-    roles = as_linears(fused := fused_experts())
-    packed = PackedExperts(fused, roles["gate"], roles["up"], roles["down"])
-    out = packed(torch.randn(3, 64), torch.full((3, 2), 4), torch.ones(3, 2))
+    opened = open_checkpoint(checkpoint, dtype="float32")
+    experts = load_quantized(opened, default_placement(opened)).model.layers[1].mlp.experts
+    with torch.inference_mode():
+        out = experts(torch.randn(3, 64), torch.full((3, 2), 4), torch.ones(3, 2))
     assert torch.equal(out, torch.zeros(3, 64))
 
 
-@pytest.mark.parametrize("field", ["has_bias", "is_transposed", "has_post_expert_norm"])
-def test_other_kinds_of_experts_are_refused(field: str) -> None:
-    fused = fused_experts()
-    check_servable("experts", fused)
-    setattr(fused, field, True)
-    with pytest.raises(CheckpointError, match=f"experts .*{field} = True"):
-        check_servable("experts", fused)
+def test_experts_that_are_not_known_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        return hidden_states * self.gate_up_proj.norm()
+
+    monkeypatch.setattr(Qwen3MoeExperts, "forward", forward)
+    opened = open_checkpoint(checkpoint)
+    with pytest.raises(CheckpointError, match=r"qweight goes into .*_proj, which is not supported: .*norm"):
+        expert_linear(opened, opened.experts[0])
 
 
-def test_every_expert_needs_every_role() -> None:
-    module = nn.Identity()
-    found: dict[tuple[str, int], nn.Module] = {
-        (role, expert): module for role in ("gate", "up", "down") for expert in range(3)
-    }
-    assert len(by_role("experts", found)["up"]) == 3
-    del found["up", 1]
-    with pytest.raises(CheckpointError, match="expert 1 has no quantized up projection"):
-        by_role("experts", found)
+def biased() -> nn.Module:
+    model = nn.Module()
+    model.experts = nn.Module()
+    with torch.device("meta"):
+        model.experts.both = nn.Parameter(torch.empty(3, 8, 12))
+        model.experts.both_bias = nn.Parameter(torch.empty(3, 12))
+    tensor = FusedTensor(
+        leaf="both",
+        experts=3,
+        in_features=8,
+        out_features=12,
+        transposed=True,
+        roles=("gate_proj", "up_proj"),
+        interleaved=True,
+        bias="both_bias",
+    )
+    unfuse(model, [FusedExperts(name="experts", tensors=(tensor,))])
+    return model
+
+
+def test_biases_go_to_their_places() -> None:
+    model = biased()
+    linear = model.get_submodule("experts.2.up_proj")
+    assert isinstance(linear, ExpertLinear)
+    put_bias(linear, torch.arange(6.0))
+    assert torch.equal(model.experts.both_bias[2, 1::2], torch.arange(6.0))
+    put_bias(model.get_submodule("experts.0.gate_proj"), torch.ones(6))
+    assert float(model.experts.both_bias.sum()) == 15 + 6
+
+
+def test_every_linear_has_to_be_quantized() -> None:
+    model = biased()
+    with pytest.raises(CheckpointError, match=r"experts: 0.gate_proj is not quantized, though others"):
+        check_complete("experts", model.experts)

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.find import find_model
-from gptq_cli.model.skeleton import Skeleton, build_meta, fold, open_skeleton
+from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
 from gptq_cli.model.source import ModelFiles
+from gptq_cli.placement.names import fold
 from tests.conftest import TinyFactory
 from tests.tiny import TINY
 
@@ -39,8 +41,8 @@ EXPECTED = {
     "olmo2": ("model.layers", 2, 7, 14),
     "starcoder2": ("model.layers", 2, 6, 12),
     "stablelm": ("model.layers", 2, 7, 14),
-    "qwen3_moe": ("model.layers", 2, 7, 11),
-    "mixtral": ("model.layers", 2, 4, 8),
+    "qwen3_moe": ("model.layers", 2, 7, 23),
+    "mixtral": ("model.layers", 2, 16, 32),
 }
 TIED = {"llama_tied", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "falcon", "bloom", "starcoder2"}
 BIASED = {"qwen2", "gpt2", "opt", "gpt_neox", "bloom", "starcoder2", "stablelm"}
@@ -116,11 +118,36 @@ def test_files_of_the_bare_base_model(tiny: TinyFactory, tmp_path: Path) -> None
     assert skeleton.keys.unexpected == ("h.0.attn.bias",)
 
 
-def test_fused_experts_are_named(tiny_moe: Path) -> None:
+def test_fused_experts_are_linears(tiny_moe: Path) -> None:
+    skeleton = opened(tiny_moe)
+    assert "model.layers.*.mlp.experts" not in {item.name for item in skeleton.dense}
+    assert skeleton.experts.dense == {}
+    (gate,) = [x for x in skeleton.linears if x.name == "model.layers.1.mlp.experts.3.gate_proj"]
+    assert (gate.in_features, gate.out_features) == (64, 32)
+    assert skeleton.trace.complete
+    assert gate.name in skeleton.trace.idle
+
+
+def test_experts_that_cannot_be_taken_apart_are_named(
+    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        return hidden_states * self.gate_up_proj.norm()
+
+    monkeypatch.setattr(Qwen3MoeExperts, "forward", forward)
     skeleton = opened(tiny_moe)
     (experts,) = [item for item in skeleton.dense if item.reason == "fused experts"]
     assert (experts.name, experts.modules) == ("model.layers.*.mlp.experts", 1)
     assert experts.share == pytest.approx(4 * 3 * 64 * 32 / skeleton.parameters)
+    assert set(skeleton.experts.dense) == {
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.experts.down_proj",
+    }
+    assert all("norm" in reason for reason in skeleton.experts.dense.values())
+
+
+def test_other_dense_modules_are_named(tiny_moe: Path) -> None:
+    skeleton = opened(tiny_moe)
     reasons = {item.name: item.reason for item in skeleton.dense}
     assert reasons["model.layers.*.mlp.gate"] == "router"
     assert reasons["lm_head"] == "head"

@@ -86,9 +86,15 @@ def test_tied_and_fused(tiny: Tiny) -> None:
     assert model_facts(skeleton_of(tiny("llama_tied"))).tied == (
         ("model.embed_tokens.weight", "lm_head.weight"),
     )
-    fused = model_facts(skeleton_of(tiny("qwen3_moe"))).fused
-    assert fused == ("model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj")
-    assert model_facts(skeleton_of(tiny("llama"))).fused == ()
+    moe = model_facts(skeleton_of(tiny("qwen3_moe")))
+    assert moe.fused == ()
+    routed = [linear.name for linear in moe.linears if linear.routed]
+    assert len(routed) == 3 * 4
+    assert routed[:3] == [f"model.layers.1.mlp.experts.0.{role}_proj" for role in ("gate", "up", "down")]
+    assert "model.layers.1.mlp.experts" in moe.modules
+    below = [name for name in moe.modules if "experts." in name]
+    assert below == ["model.layers.1.mlp.experts.act_fn"], "linears of experts have no tensors to place"
+    assert "model.layers.1.mlp.experts.down_proj" in {tensor.name for tensor in moe.tensors}
 
 
 def test_a_model_that_cannot_be_traced_has_stages_by_shape(tiny: Tiny) -> None:

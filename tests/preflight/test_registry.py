@@ -18,7 +18,7 @@ from gptq_cli.checkpoint import rules as verify_rules
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.findings import Finding
-from gptq_cli.model.facts import ModelFacts, TensorFact
+from gptq_cli.model.facts import ModelFacts, StackFact, TensorFact
 from gptq_cli.model.source import READABLE, SourceProblem
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.planning.cases import Capability, OutputFacts, Work
@@ -107,10 +107,12 @@ def test_no_linears() -> None:
 
 def test_fused_experts_with_their_share() -> None:
     experts = TensorFact("model.layers.0.mlp.experts.gate_up_proj", 90_000_000, 180_000_000)
-    facts = replace(FACTS, tensors=(*FACTS.tensors, experts), fused=(experts.name,))
+    facts = replace(
+        FACTS, tensors=(*FACTS.tensors, experts), fused=(StackFact(experts.name, "it is one of a kind"),)
+    )
     (finding,) = found(facts, "fused-experts")
     assert finding.level == "warning"
-    assert f"{90_000_000 / facts.parameters:.0%} of parameters" in finding.message
+    assert f"{90_000_000 / facts.parameters:.0%} of parameters: it is one of a kind" in finding.message
     assert finding.size_bytes == 180_000_000
     assert found(facts, "left-dense")[0].level == "note"
 

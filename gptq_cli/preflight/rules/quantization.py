@@ -25,7 +25,7 @@ def no_linears(case: JobCase) -> list[Remark]:
         Remark(
             subject=case.facts.model,
             message=f"{case.facts.architecture} has no linear in its decoder blocks that could be quantized",
-            hint="only linears inside decoder blocks are quantized; experts fused into one tensor are not",
+            hint="only linears inside decoder blocks, fused experts among them, can be quantized",
         )
     ]
 
@@ -163,25 +163,29 @@ def calibration_rank(case: JobCase) -> list[Remark]:
 
 @rule("warning")
 def fused_experts(case: JobCase) -> list[Remark]:
-    """Experts are fused into three-dimensional parameters, which stay dense.
+    """Matrices that are fused into three-dimensional parameters stay dense.
 
-    Transformers 5 keeps all experts of a block in one tensor. They are not linears, and other tools skip them
-    silently.
+    Transformers 5 keeps all experts of a block in such parameters. They are quantized expert by expert where
+    the model's own code multiplies with one matrix at a time; this names the ones that are not, and why.
     """
-    if not case.facts.fused:
-        return []
     sizes = {tensor.name: tensor for tensor in case.facts.tensors}
-    elements = sum(sizes[name].elements for name in case.facts.fused if name in sizes)
-    share = elements / max(1, case.facts.parameters)
-    return [
-        Remark(
-            subject=names_text(dict.fromkeys(name.rpartition(".")[2] for name in case.facts.fused)),
-            message=f"fused experts stay dense: {len(case.facts.fused)} tensors, {share:.0%} of parameters",
-            hint="the result is larger than the bit width suggests; a model without experts shrinks fully",
-            modules=case.facts.fused,
-            size_bytes=sum(sizes[name].size_bytes for name in case.facts.fused if name in sizes),
+    reasons: dict[str, list[str]] = {}
+    for stack in case.facts.fused:
+        reasons.setdefault(stack.reason, []).append(stack.name)
+    remarks = []
+    for reason, names in reasons.items():
+        share = sum(sizes[name].elements for name in names if name in sizes) / max(1, case.facts.parameters)
+        remarks.append(
+            Remark(
+                subject=names_text(dict.fromkeys(name.rpartition(".")[2] for name in names)),
+                message=f"{len(names)} tensors of three dimensions stay dense, {share:.0%} of parameters: "
+                f"{reason}",
+                hint="the result is larger than the bit width suggests",
+                modules=tuple(names),
+                size_bytes=sum(sizes[name].size_bytes for name in names if name in sizes),
+            )
         )
-    ]
+    return remarks
 
 
 @rule("note")
