@@ -1,7 +1,7 @@
 """The steps of each command on one screen: open, check, work, report.
 
-A job comes in as frozen data, events go out through the observer, a report comes back. Torch is imported by the
-first job that needs it, not by what only asks (`about`).
+A job comes in as frozen data, events go out through the observer, a report comes back. Torch is imported by
+the first job that needs it, not by what only asks (`about`).
 """
 
 from importlib import import_module
