@@ -27,6 +27,8 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         modules=tuple(name for name, _ in model.named_modules() if name),
         order=traced.order if traced.complete else (),
         untraced=traced.problem,
+        between=traced.flow.between,
+        obstacle=traced.flow.obstacle,
         tensors=_tensors(model),
         tied=skeleton.tied,
         linears=tuple(
