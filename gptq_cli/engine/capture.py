@@ -233,7 +233,7 @@ def capture(
         probes=[calls[0] for calls in probe.calls],
         samples=batches,
         paired=paired,
-        dense=recorder.hidden[:paired],
+        dense=[hidden.clone() if flow.written else hidden for hidden in recorder.hidden[:paired]],
     )
 
 

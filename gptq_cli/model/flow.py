@@ -77,6 +77,7 @@ class FlowWatch:
         self._made_by: dict[int, str] = {}  # storage -> the block that it depends on
         self._made: dict[int, Any] = {}  # storages that the forward made; a reference each
         self._calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._carriers: dict[str, Carrier] = {}
         self._results: dict[str, Any] = {}
         self._running: str | None = None
         self._given: frozenset[int] = frozenset()
@@ -95,6 +96,9 @@ class FlowWatch:
         self._mixed = ""
         given = list(tensors_in((args, dict(kwargs))))
         self._given = frozenset(map(_storage, given))
+        for place, value in _places(args, kwargs):
+            if value is hidden_in(self._previous) and isinstance(value, Tensor):
+                self._carriers[block] = place
         if self._calls:
             last, carried = self._calls[-1][0], hidden_in(self._previous)
             dependent = [tensor for tensor in given if _storage(tensor) in self._made_by]
@@ -103,7 +107,7 @@ class FlowWatch:
             elif len(dependent) > 1:
                 maker = self._made_by[_storage(dependent[-1])]
                 self._note(f"{block} is given more than one tensor that depends on {maker}")
-            elif _carrier(args, kwargs, carried) is None:
+            elif block not in self._carriers:
                 self._note(f"{block} is given what {last} returned inside another argument")
         self._calls.append((block, args, dict(kwargs)))
         self._running = block
@@ -114,12 +118,16 @@ class FlowWatch:
             return
         self._running = None
         self._results[block] = self._previous = result
+        _, args, kwargs = self._calls[-1]
+        if block not in self._carriers:
+            self._carriers[block] = find_carrier(args, kwargs, hidden_in(result))
         for tensor in tensors_in(result):
             self._depends(tensor, block)
-        hidden, entered = hidden_in(result), self._entered(block)
+        hidden, entered = hidden_in(result), argument(args, kwargs, self._carriers[block])
+        shape = entered.shape if isinstance(entered, Tensor) else None
         if hidden is None or not _plain(result):
             self._note(f"{block} returns a {type(result).__name__} of another form than (hidden states, …)")
-        elif entered is None or hidden.shape != entered.shape or hidden.shape[:-1] != (1, self._tokens):
+        elif hidden.shape != shape or hidden.shape[:-1] != (1, self._tokens):
             self._note(f"the hidden states of {block} are not of the form (batch, tokens, features)")
 
     def ran(self, func: Any, read: Sequence[Tensor], result: Any) -> None:
@@ -151,10 +159,8 @@ class FlowWatch:
     def flow(self, complete: bool) -> Flow:
         """What was seen. Without a `complete` forward nothing is known: the model's own code has to run."""
         shapes = {
-            block: BlockShape(
-                carrier=self._carrier_of(args, kwargs), results=_results(self._results.get(block))
-            )
-            for block, args, kwargs in self._calls
+            block: BlockShape(carrier=self._carriers[block], results=_results(self._results[block]))
+            for block in self._results
         }
         if not complete:
             return Flow(
@@ -181,22 +187,21 @@ class FlowWatch:
         self._made_by.setdefault(storage._cdata, block)
         self._made[storage._cdata] = storage
 
-    def _entered(self, block: str) -> Tensor | None:
-        _, args, kwargs = self._calls[-1]
-        value = argument(args, kwargs, self._carrier_of(args, kwargs))
-        return value if isinstance(value, Tensor) else None
 
-    def _carrier_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Carrier:
-        return find_carrier(args, kwargs)
+def find_carrier(args: tuple[Any, ...], kwargs: Mapping[str, Any], like: Tensor | None = None) -> Carrier:
+    """Where the hidden states are: the first tensor of floating point that has the shape of `like`, else the
+    first one; positional arguments come first."""
+    floats = [
+        (place, value)
+        for place, value in _places(args, kwargs)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    alike = [place for place, value in floats if like is not None and value.shape == like.shape]
+    return next(iter((*alike, *(place for place, _ in floats))), 0)
 
 
-def find_carrier(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Carrier:
-    """Where the hidden states are: the first tensor of floating point, positional ones first."""
-    named: list[tuple[Carrier, Any]] = [*enumerate(args)]
-    named += kwargs.items()
-    return next(
-        (place for place, value in named if isinstance(value, Tensor) and value.is_floating_point()), 0
-    )
+def _places(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[Carrier, Any]]:
+    return [*enumerate(args), *kwargs.items()]
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: Carrier) -> Any:
@@ -235,11 +240,6 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _carrier(args: tuple[Any, ...], kwargs: Mapping[str, Any], carried: Tensor | None) -> Carrier | None:
-    place = find_carrier(args, kwargs)
-    return place if argument(args, kwargs, place) is carried else None
 
 
 def _results(result: Any) -> int | None:
