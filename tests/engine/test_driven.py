@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine.block import Block
+from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates, capture
 from gptq_cli.engine.driven import Driven, ModelForward
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.errors import GptqError
 from gptq_cli.events import Warned
-from gptq_cli.gptq.packing import PackedTensors, unpack
-from gptq_cli.model.blocks import find_linears, shape
+from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.model.blocks import find_blocks, find_linears, shape
 from gptq_cli.model.flow import Flow, tensors_in
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.trace import trace
@@ -198,8 +199,6 @@ def matched(ours: list[Tensor], theirs: list[Tensor]) -> list[tuple[Tensor, Tens
 
 
 def count_forwards() -> int:
-    import threading
-
     return sum(isinstance(thread, ModelForward) for thread in threading.enumerate())
 
 
@@ -223,3 +222,151 @@ def test_each_block_sees_what_the_model_gives_it(
     )
     assert all(linear.method == "gptq" for report in work.reports for linear in report.linears)
     assert not work.warnings, "every linear sees all tokens, once"
+
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+}
+_SHARING: dict[str, Any] = _TEXT | {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 16,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 64,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        _SHARING
+        | {
+            "intermediate_size": [64] * 4,
+            "laurel_rank": 16,
+            "altup_num_inputs": 4,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+        False,
+    ),
+    "gemma4": ("Gemma4TextConfig", _SHARING | {"per_layer_config": {}}, False),
+    "glm_moe_dsa": (
+        "GlmMoeDsaConfig",
+        _TEXT
+        | {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 16,
+            "index_n_heads": 8,
+            "index_head_dim": 16,
+            "index_topk": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        False,
+    ),
+    "cpmant": (
+        "CpmAntConfig",
+        {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "dim_head": 16,
+            "dim_ff": 64,
+            "num_hidden_layers": 3,
+            "prompt_length": 8,
+        },
+        False,
+    ),
+    "bamba": (
+        "BambaConfig",
+        _TEXT
+        | {
+            "attn_layer_indices": [1, 3],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+        },
+        True,
+    ),
+}
+"""Name -> config class, its fields, whether the flow is direct."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str) -> None:
+    class_name, fields, direct = ARCHITECTURES[name]
+    config = getattr(transformers, class_name)(**fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    randomize(model, 0)
+    model.requires_grad_(False)
+    check(model, list(find_blocks(model)[1]), direct=direct)
+
+
+def obstacle(kind: type[shapes.Decoder]) -> str:
+    return flow_of(shapes.toy(kind), [f"layers.{i}" for i in range(shapes.BLOCKS)]).obstacle
+
+
+def test_what_has_no_order_is_refused_by_name() -> None:
+    assert obstacle(shapes.Twice) == "layers.0 is called 2 times in one forward of the model"
+    assert obstacle(shapes.Backwards) == "layers.1 is called after layers.2"
+    assert (
+        obstacle(shapes.Hidden) == "layers.2 reads a tensor of layers.0 that it is not given in its arguments"
+    )
+
+
+def test_a_block_that_text_never_reaches_is_left_out() -> None:
+    model = shapes.toy(shapes.Skipping)
+    assert flow_of(model, [f"layers.{i}" for i in range(shapes.BLOCKS)]).blocks == ("layers.0", "layers.2")
+    check(model, ["layers.0", "layers.2"], direct=True)
+
+
+def test_a_forward_that_goes_another_way_than_without_data_is_an_error() -> None:
+    plain, other = shapes.toy(shapes.Decoder), shapes.toy(shapes.Between)
+    flow = flow_of(plain, [f"layers.{i}" for i in range(shapes.BLOCKS)])
+    ids = torch.zeros(2, 8, dtype=torch.long)
+    with pytest.raises(GptqError, match=r"layers\.1 is not given what the block before it returned"):
+        capture(other, list(other.layers), ids, flow, batch_size=1, input_device=torch.device("cpu"))
+
+
+def test_forwards_end_when_they_are_closed() -> None:
+    model = shapes.toy(shapes.SecondValue)
+    flow = flow_of(model, [f"layers.{i}" for i in range(shapes.BLOCKS)])
+    ids = torch.zeros(3, 8, dtype=torch.long)
+    driven = Driven(model, list(model.layers), ids, flow, batch_size=1, input_device=torch.device("cpu"))
+    done: list[int] = []
+    driven.start(done.append)
+    assert done == [1, 2, 3]
+    assert count_forwards() == 4, "three samples and the probe"
+    driven.close()
+    assert count_forwards() == 0
+    assert not any("forward" in layer.__dict__ for layer in model.layers)
+
+
+def test_a_rehearsal_leaves_the_arguments_as_they_were() -> None:
+    block = shapes.toy(shapes.SharedState).layers[0]
+    hidden, shared = torch.ones(1, 4, shapes.WIDTH), shapes.States(inner=[torch.ones(1, 4, shapes.INNER)])
+    call = BlockCall((), {"shared": shared}, "hidden")
+    with torch.no_grad():
+        rehearsed = call.rehearse(block, hidden)
+        assert len(shared["inner"]) == 1
+        assert torch.equal(call(block, hidden), rehearsed)
+        assert len(shared["inner"]) == 2
+        block = shapes.toy(shapes.InPlace).layers[0]
+        rehearsed = BlockCall((), {}, writes=True).rehearse(block, hidden)
+        assert torch.equal(hidden, torch.ones_like(hidden))
+        assert not torch.equal(rehearsed, hidden)
