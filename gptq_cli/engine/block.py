@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.devices.host_memory import trim_heap
-from gptq_cli.engine.capture import PROBE_TOKENS, BlockCall, Captured
+from gptq_cli.engine.calls import BlockCall
+from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.finite import non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.residuals import find_residuals
@@ -133,42 +134,35 @@ class _Streams:
     dense: Forwards | None
 
 
-def open_block(
-    block: Block,
-    probe: BlockCall,
-    hidden: Tensor,  # (batch, seq_len, hidden_size), of which the first tokens are traced
-    options: WorkOptions,
-    *,
-    paired: bool,
-) -> BlockContext:
-    """Trace a short sample through the block. `paired`: look for residuals too, for the dense stream."""
+def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> BlockContext:
+    """Trace a short sample through the block; where samples are paired look for residuals too, for the dense
+    stream."""
     infos = {block.relative(info): info for info in block.linears}
     modules = {name: block.module.get_submodule(name) for name in infos}
-    probe, short = probe.to(block.device), hidden[:1, :PROBE_TOKENS]
-    stages = find_stages(block.module, modules, probe, short)
-    residuals = find_residuals(block.module, modules, stages, probe, short) if paired else {}
+    probe, short = inputs.probe, inputs.probe_hidden
+    stages = find_stages(block.module, modules, probe, short, inputs.probe_tokens)
+    residuals = find_residuals(block.module, modules, stages, probe, short) if inputs.paired else {}
     return BlockContext(
         block=block, options=options, infos=infos, modules=modules, stages=stages, residuals=residuals
     )
 
 
 def quantize_block(
-    context: BlockContext,
-    calls: list[BlockCall],  # one per micro-batch
-    captured: Captured,
+    context: BlockContext, inputs: BlockInputs, states: HiddenStates
 ) -> tuple[LinearReport, ...]:
     """Quantize the linears of the block in place and hand the packed tensors to the store.
 
-    The hidden states in `captured` are replaced by the outputs of the quantized block. Raises `NonFinite` for
-    a weight or an activation that is not finite, `NotPositiveDefinite` for a fallback that `strict` forbids.
+    `inputs` are consumed; what the quantized block returns for them, and its dense copy for the paired ones,
+    goes to `states`. Raises `NonFinite` for a weight or an activation that is not finite,
+    `NotPositiveDefinite` for a fallback that `strict` forbids.
     """
     reports: list[LinearReport] = []
     passes = context.passes()
     with ExitStack() as opened:
-        streams = _open_streams(context, calls, captured, opened)
+        streams = _open_streams(context, inputs, opened)
         for index, stages in enumerate(passes):
             with ExitStack() as memory:
-                moments = _collect(context, streams, _Pass(stages, index, len(passes)), captured, memory)
+                moments = _collect(context, streams, _Pass(stages, index, len(passes)), inputs, memory)
                 if stages[0].once:
                     for stage in stages:
                         moment = moments.pop(stage)
@@ -178,21 +172,19 @@ def quantize_block(
                 hessians = shrink_to_pooled(list(moments.values()))
                 for stage in stages:
                     reports += _solve(context, stage, moments.pop(stage), hessians.pop(0))
-        captured.hidden[:] = streams.quantized.finish()
-        if streams.dense is not None:
-            captured.dense[:] = streams.dense.finish()
+        outputs = streams.quantized.finish()
+        dense = [] if streams.dense is None else streams.dense.finish()
+        states.leave(context.block.module, inputs, outputs, dense)
     return tuple(reports)
 
 
-def _open_streams(
-    context: BlockContext, calls: list[BlockCall], captured: Captured, opened: ExitStack
-) -> _Streams:
+def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack) -> _Streams:
     """The stream through the block, and where samples are paired the one through a copy that stays dense."""
     dense: Forwards | None = None
-    if captured.paired:
+    if inputs.paired:
         copy = unhooked_copy(context.block.module)
-        dense = opened.enter_context(_forwards(context, copy, calls[: captured.paired], captured.dense))
-    quantized = opened.enter_context(_forwards(context, context.block.module, calls, captured.hidden))
+        dense = opened.enter_context(_forwards(context, copy, inputs.dense_calls, inputs.dense))
+    quantized = opened.enter_context(_forwards(context, context.block.module, inputs.calls, inputs.hidden))
     return _Streams(quantized, dense)
 
 
@@ -206,20 +198,20 @@ def _forwards(
 
 
 def _collect(
-    context: BlockContext, streams: _Streams, step: _Pass, captured: Captured, memory: ExitStack
+    context: BlockContext, streams: _Streams, step: _Pass, inputs: BlockInputs, memory: ExitStack
 ) -> dict[Stage, StageMoments]:
     """The moments of each stage over every micro-batch; the inputs are checked to be finite."""
     paired = streams.dense is not None and all(stage.once for stage in step.stages)
     moments = {
-        stage: memory.enter_context(_moments(context, stage, captured.paired_samples, dense=paired))
+        stage: memory.enter_context(_moments(context, stage, inputs.paired_samples, dense=paired))
         for stage in step.stages
     }
-    starts = [0, *accumulate(len(batch) for batch in captured.samples)]
+    starts = [0, *accumulate(len(batch) for batch in inputs.samples)]
     dense_inputs = streams.dense.inputs(step.stages) if streams.dense is not None and paired else None
     for stage, x in streams.quantized.inputs(step.stages):
         place = streams.quantized.place
-        batch = captured.samples[place]
-        beside = dense_inputs if place < captured.paired else None
+        batch = inputs.samples[place]
+        beside = dense_inputs if place < inputs.paired else None
         x, x_dense, gap = _inputs(streams, stage, x, beside, len(batch))
         moments[stage].add(x, x_dense, starts[place], gap)
         if not moments[stage].is_finite():
@@ -263,15 +255,17 @@ def _inputs(
     if not stage.once:
         return x, x_dense, gap
     # some blocks flatten (batch, seq_len) before a linear; the moments tell samples apart
-    return _by_sample(x, samples), _optional(x_dense, samples), _optional(gap, samples)
+    at = stage.batch_dim
+    return _by_sample(x, samples, at), _optional(x_dense, samples, at), _optional(gap, samples, at)
 
 
-def _by_sample(x: Tensor, samples: int) -> Tensor:  # (samples, tokens, features)
-    return x.reshape(samples, -1, x.shape[-1])
+def _by_sample(x: Tensor, samples: int, at: int) -> Tensor:  # (samples, tokens, features)
+    """The samples are dimension `at`."""
+    return x.movedim(at, 0).reshape(samples, -1, x.shape[-1])
 
 
-def _optional(x: Tensor | None, samples: int) -> Tensor | None:
-    return None if x is None else _by_sample(x, samples)
+def _optional(x: Tensor | None, samples: int, at: int) -> Tensor | None:
+    return None if x is None else _by_sample(x, samples, at)
 
 
 def _trim(device: torch.device) -> None:

@@ -7,6 +7,10 @@ ALiBi biases, per-layer switches. Architectures differ in all of them, so nothin
 the model's own forward runs over each micro-batch with every block's forward replaced by a recorder
 that notes its arguments and passes the hidden states through. The embedding is the only real work.
 
+That is right where the flow is direct (`model.flow`): what one block returns is what the next one is given,
+and no other argument depends on a block. The recorder checks the first for every micro-batch. Where the flow
+is not direct, the model's own forwards stay open and run on between the blocks: `engine.driven`.
+
 Equal argument tensors are stored once (the mask of one micro-batch is the mask of the next).
 """
 
@@ -15,52 +19,78 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
-from gptq_cli.devices.fp32_matmul import matmul_scope
+from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, hidden_of, taken
 from gptq_cli.errors import GptqError
+from gptq_cli.model.flow import Flow
 
 PROBE_TOKENS = 16
 """Length of the sample that `find_stages` traces: enough to run every linear, too short to cost anything."""
-
-_UNSUPPORTED = "this architecture cannot be quantized block by block; report it with the model's config.json"
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
     """Raised inside a forward to end it early; caught by this type alone, by whoever planted it."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCall:
-    """How the model calls one block for one micro-batch, the hidden states left out."""
+@dataclass(slots=True, kw_only=True)
+class BlockInputs:
+    """What enters one block; `hidden` and `dense` are consumed while it is worked on."""
 
-    args: tuple[Any, ...]
-    """Positional arguments after the hidden states."""
-    kwargs: dict[str, Any]
-    by_keyword: str | None
-    """The keyword under which the hidden states are passed, None when they come first."""
+    calls: list[BlockCall]
+    """One per micro-batch."""
+    hidden: list[Tensor]
+    """The hidden states of each micro-batch, most often (batch, seq_len, hidden_size)."""
+    dense_calls: list[BlockCall]
+    """The same of the paired micro-batches, the first ones, in the model as it was before anything was
+    quantized."""
+    dense: list[Tensor]
+    probe: BlockCall
+    """How the block is called for the first tokens of the first sample alone, batch 1."""
+    probe_hidden: Tensor
+    probe_tokens: int
+    samples: list[tuple[int, ...]]
+    """Which calibration samples make up each micro-batch."""
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run `block` on `hidden` (batch, seq_len, hidden_size) and return its hidden states."""
-        with matmul_scope(hidden.dtype, hidden.device):
-            if self.by_keyword is None:
-                output = block(hidden, *self.args, **self.kwargs)
-            else:
-                output = block(*self.args, **{self.by_keyword: hidden}, **self.kwargs)
-        return hidden_of(output)
+    @property
+    def paired(self) -> int:
+        """So many micro-batches, the first ones, are run through the dense model too."""
+        return len(self.dense_calls)
 
-    def to(self, device: torch.device) -> BlockCall:
-        """The same call with every tensor on `device`."""
-        return BlockCall(_moved(self.args, device), _moved(self.kwargs, device), self.by_keyword)
+    @property
+    def paired_samples(self) -> int:
+        """Calibration samples in the paired micro-batches."""
+        return sum(len(batch) for batch in self.samples[: self.paired])
+
+
+class HiddenStates(Protocol):
+    """The hidden states of all samples on their way from block to block."""
+
+    @property
+    def paired(self) -> int:
+        """So many micro-batches, the first ones, are run through the dense model too."""
+        ...
+
+    def enter(self, index: int, device: torch.device) -> BlockInputs:
+        """What enters block `index`, on `device`."""
+        ...
+
+    def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:
+        """What the quantized `block` returned for each micro-batch, its dense copy for the paired ones."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held. To be called once, also after an error."""
+        ...
 
 
 @dataclass(slots=True)
 class Captured:
-    """Everything that the block loop needs. `hidden` is consumed and replaced, block after block."""
+    """The hidden states of a direct flow. `hidden` is consumed and replaced, block after block."""
 
     hidden: list[Tensor]
     """One (batch, seq_len, hidden_size) tensor per micro-batch."""
@@ -80,6 +110,32 @@ class Captured:
         """Calibration samples in the paired micro-batches."""
         return sum(len(batch) for batch in self.samples[: self.paired])
 
+    def enter(self, index: int, device: torch.device) -> BlockInputs:
+        """See `HiddenStates.enter`. How the block is called leaves `calls` here."""
+        self.hidden[:] = [hidden.to(device) for hidden in self.hidden]
+        self.dense[:] = [hidden.to(device) for hidden in self.dense]
+        calls = [call.to(device) for call in self.calls[index]]
+        self.calls[index] = []
+        sample = self.hidden[0][:1, :PROBE_TOKENS]
+        return BlockInputs(
+            calls=calls,
+            hidden=self.hidden,
+            dense_calls=calls[: self.paired],
+            dense=self.dense,
+            probe=self.probes[index].to(device),
+            probe_hidden=sample,
+            probe_tokens=sample.shape[1],
+            samples=self.samples,
+        )
+
+    def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:
+        """See `HiddenStates.leave`."""
+        self.hidden[:] = [hidden_of(outputs.pop(0)) for _ in range(len(outputs))]
+        self.dense[:] = [hidden_of(dense.pop(0)) for _ in range(len(dense))]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
 
 def spread(count: int, wanted: int) -> tuple[int, ...]:
     """`wanted` evenly spread numbers of 0 … count - 1, the last one among them."""
@@ -89,29 +145,6 @@ def spread(count: int, wanted: int) -> tuple[int, ...]:
 def micro_batches(samples: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     """`samples` in pieces of `batch_size`; the last may be short."""
     return [tuple(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
-
-
-def hidden_of(output: object) -> Tensor:
-    """The hidden states in what a block returned: the tensor itself, or the first of a tuple."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(first, Tensor):
-        raise GptqError(
-            f"a decoder block returned {type(output).__name__}; expected a tensor or a tuple of tensors",
-            hint=_UNSUPPORTED,
-        )
-    return first
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_moved(item, device) for item in value))
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value
 
 
 class _Interner:
@@ -169,29 +202,26 @@ def capture(
     model: nn.Module,
     blocks: Sequence[nn.Module],
     input_ids: Tensor,  # (samples, seq_len) int64
+    flow: Flow,
     *,
     batch_size: int,
     input_device: torch.device,
-    block_device: torch.device | None = None,
     paired_samples: int = 0,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
-    """Run the embedding over all samples and note how every block is called.
+    """Run the embedding over all samples and note how every block is called; the flow is direct.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states stay where the model left them. `block_device` is where the first block works, if elsewhere.
+    hidden states stay where the model left them.
     `paired_samples` of them, evenly spread over the text, are
     paired and come first, in micro-batches of their own, so that which samples they are does not depend on
     `batch_size`. `advanced` hears the number of samples done.
-    Raises `GptqError` when the forward does not visit every block once, in order.
+    Raises `GptqError` when the forward does not visit every block once, in order, or does not hand on what a
+    block returned.
     """
-    works_on = block_device or input_device
-    probe, recorder = _Recorder(blocks, works_on), _Recorder(blocks, works_on)
+    probe, recorder = _Recorder(flow), _Recorder(flow)
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
-    pairs = spread(len(input_ids), paired_samples)
-    alone = [number for number in range(len(input_ids)) if number not in set(pairs)]
-    paired = micro_batches(pairs, batch_size)
-    batches = [*paired, *micro_batches(alone, batch_size)]
+    batches, paired = paired_batches(len(input_ids), paired_samples, batch_size)
     done = 0
     for batch in batches:
         _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
@@ -202,50 +232,68 @@ def capture(
         calls=recorder.calls,
         probes=[calls[0] for calls in probe.calls],
         samples=batches,
-        paired=len(paired),
-        dense=recorder.hidden[: len(paired)],
+        paired=paired,
+        dense=[hidden.clone() if flow.written else hidden for hidden in recorder.hidden[:paired]],
     )
 
 
+def paired_batches(samples: int, paired_samples: int, batch_size: int) -> tuple[list[tuple[int, ...]], int]:
+    """The samples in micro-batches, and how many of these, the first ones, are paired."""
+    pairs = spread(samples, paired_samples)
+    alone = [number for number in range(samples) if number not in set(pairs)]
+    paired = micro_batches(pairs, batch_size)
+    return [*paired, *micro_batches(alone, batch_size)], len(paired)
+
+
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder: _Recorder) -> None:
-    recorder.intern.new_micro_batch()
+    recorder.begin()
     with working_on(ids.device), torch.no_grad(), ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(replaced_forward(block, recorder.forward_of(index, block.forward)))
+            stack.enter_context(replaced_forward(block, recorder.forward_of(index)))
         try:
             model(input_ids=ids, use_cache=False)
         except StopForward:
             return
-    raise GptqError("the model's forward never called its last block", hint=_UNSUPPORTED)
+    raise GptqError("the model's forward never called its last block", hint=UNSUPPORTED)
 
 
 class _Recorder:
     """The stand-ins for the blocks' forwards during `capture`."""
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self._device = device
+    def __init__(self, flow: Flow) -> None:
+        self._flow = flow
+        self._passed: tuple[int, Tensor | None] = (-1, None)  # the block that ran last, and what it returned
         self.hidden: list[Tensor] = []
-        self.calls: list[list[BlockCall]] = [[] for _ in blocks]
-        self.intern = _Interner()
-        self._last = len(blocks) - 1
-        self._returns_tuple: bool | None = None
+        self.calls: list[list[BlockCall]] = [[] for _ in flow.blocks]
+        self._intern = _Interner()
 
-    def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def begin(self) -> None:
+        """A forward begins."""
+        self._intern.new_micro_batch()
+        self._passed = (-1, None)
+
+    def forward_of(self, index: int) -> Callable[..., Any]:
+        name = self._flow.blocks[index]
+        shape = self._flow.shapes[name]
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            keyword = None if args else next(k for k, value in kwargs.items() if isinstance(value, Tensor))
-            hidden: Tensor = args[0] if keyword is None else kwargs.pop(keyword)
+            hidden, args, kwargs = taken(args, kwargs, shape.carrier)
+            last, passed = self._passed
+            if last != index - 1 or hidden is None or (passed is not None and hidden is not passed):
+                raise GptqError(
+                    f"{name} is not given what the block before it returned, as it was in the forward without"
+                    " data",
+                    hint=UNSUPPORTED,
+                )
             if index == 0:
                 self.hidden.append(hidden)
-            call = BlockCall(self.intern(args[1:]), self.intern(kwargs), keyword)
-            self.calls[index].append(call)
-            if index == self._last:
+            written = name in self._flow.written
+            self.calls[index].append(
+                BlockCall(self._intern(args), self._intern(kwargs), shape.carrier, writes=written)
+            )
+            if index == len(self.calls) - 1:
                 raise StopForward
-            if self._returns_tuple is None:  # ask the real block once what shape its answer has
-                named = {} if keyword is None else {keyword: hidden.clone()}
-                first = (hidden.clone(),) if keyword is None else ()
-                with working_on(self._device):
-                    answer = original(*first, *args[1:], **named, **kwargs)
-                self._returns_tuple = isinstance(answer, tuple)
-            return (hidden,) if self._returns_tuple else hidden
+            self._passed = (index, hidden)
+            return hidden if shape.results is None else (hidden, *[None] * (shape.results - 1))
 
         return forward

@@ -31,7 +31,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine.capture import BlockCall, StopForward
+from gptq_cli.engine.calls import BlockCall
+from gptq_cli.engine.capture import StopForward
 from gptq_cli.engine.frames import (
     DATA_DEPENDENT,
     Frame,
@@ -70,8 +71,8 @@ class Forwards(Protocol):
         """
         ...
 
-    def finish(self) -> list[Tensor]:
-        """Run to the end of the block; its outputs (batch, seq_len, hidden_size), in order."""
+    def finish(self) -> list[Any]:
+        """Run to the end of the block; what it returned for each micro-batch, in order."""
         ...
 
 
@@ -124,7 +125,7 @@ class ReplayedForwards:
             for place, (call, hidden) in enumerate(zip(self._calls, self._hidden, strict=True)):
                 self.place, self._beside = place, {BLOCK_INPUT: hidden}
                 with suppress(StopForward), torch.no_grad():
-                    call(self._block, hidden)
+                    call.rehearse(self._block, hidden)
                 while caught:
                     yield caught.pop(0)
         finally:
@@ -137,7 +138,7 @@ class ReplayedForwards:
         source = self._sources.get(stage.leader)
         return None if source is None else self._beside.get(source)
 
-    def finish(self) -> list[Tensor]:
+    def finish(self) -> list[Any]:
         """See `Forwards.finish`. Also proves what the traced sample promised, as `ParkedForwards` does."""
         sharing = Sharing()
         handles = []
@@ -145,7 +146,7 @@ class ReplayedForwards:
             for name in stage.linears if len(stage.linears) > 1 else ():
                 hook = sharing_hook(stage, name, sharing)
                 handles.append(self._linears[name].register_forward_pre_hook(hook))
-        outputs = []
+        outputs: list[Any] = []
         try:
             with torch.no_grad():
                 for call in self._calls:
@@ -213,9 +214,9 @@ class ParkedForwards:
         source = self._sources.get(stage.leader)
         return None if source is None or self._last is None else self._last.beside.pop(source, None)
 
-    def finish(self) -> list[Tensor]:
+    def finish(self) -> list[Any]:
         """See `Forwards.finish`."""
-        outputs = []
+        outputs: list[Any] = []
         for frame in self._frames:
             if frame.advance() is not None:
                 raise GptqError(

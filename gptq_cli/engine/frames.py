@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
-from gptq_cli.engine.capture import BlockCall, StopForward
+from gptq_cli.engine.calls import BlockCall
+from gptq_cli.engine.capture import StopForward
 from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
@@ -121,7 +122,7 @@ class Frame(threading.Thread):
         self._go = threading.Semaphore(0)
         self._yielded = threading.Semaphore(0)
         self._input: Tensor | None = None
-        self._output: Tensor | None = None
+        self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
 
@@ -138,8 +139,8 @@ class Frame(threading.Thread):
         x, self._input = self._input, None
         return x
 
-    def take_output(self) -> Tensor:
-        """The block's output, once."""
+    def take_output(self) -> Any:
+        """What the block returned, once."""
         output, self._output = self._output, None
         if output is None:
             raise GptqError("a forward ended without an output")

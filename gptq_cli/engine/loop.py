@@ -28,7 +28,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, torch_device, working_on
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_block, quantize_block
-from gptq_cli.engine.capture import Captured
+from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -39,7 +39,7 @@ from gptq_cli.events import (
     Warned,
 )
 from gptq_cli.placement.device import Device
-from gptq_cli.results.run import BlockReport, LinearReport
+from gptq_cli.results.run import BlockReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,13 +54,13 @@ class LoopOptions:
 
 def quantize_blocks(
     blocks: Sequence[Block],
-    captured: Captured,
+    states: HiddenStates,
     config: QuantizeConfig,
     options: LoopOptions,
     store: Store,
     observer: Observer,
 ) -> tuple[BlockReport, ...]:
-    """Quantize every block in order; `captured` is consumed. Returns one report per block.
+    """Quantize every block in order; `states` are consumed. Returns one report per block.
 
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
@@ -72,14 +72,16 @@ def quantize_blocks(
     for index, block in enumerate(blocks):
         started = time.perf_counter()
         reset_peak(options.devices)
+        with working_on(block.device):
+            inputs = states.enter(index, torch_device(block.schedule.activation_device))
         with working_on(block.device), block.on_device():
-            context = _begin(block, index, captured, work)
+            context = open_block(block, inputs, work)
             observer(_started(context, index, len(blocks)))
             if context.unplanned and not unplanned:
                 observer(_unplanned_warning(context))
                 unplanned = True
-            linears = _quantize(context, index, captured)
-            del context
+            linears = quantize_block(context, inputs, states)
+            del context, inputs
         memory = read_memory(options.devices)
         report = BlockReport(
             name=block.name,
@@ -92,21 +94,6 @@ def quantize_blocks(
         for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
     return tuple(reports)
-
-
-def _begin(block: Block, index: int, captured: Captured, options: WorkOptions) -> BlockContext:
-    """Bring the hidden states to where they rest while the block is worked on, and look at it."""
-    rest = torch_device(block.schedule.activation_device)
-    captured.hidden[:] = [hidden.to(rest) for hidden in captured.hidden]
-    captured.dense[:] = [hidden.to(rest) for hidden in captured.dense]
-    return open_block(block, captured.probes[index], captured.hidden[0], options, paired=captured.paired > 0)
-
-
-def _quantize(context: BlockContext, index: int, captured: Captured) -> tuple[LinearReport, ...]:
-    """The work on the block; how it is called leaves `captured` here."""
-    calls = [call.to(context.block.device) for call in captured.calls[index]]
-    captured.calls[index] = []
-    return quantize_block(context, calls, captured)
 
 
 def _started(context: BlockContext, index: int, total: int) -> BlockStarted:

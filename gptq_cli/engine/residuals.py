@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine.capture import BlockCall
+from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.stages import Stage
+from gptq_cli.model.flow import tensors_in
 
 BLOCK_INPUT = ""
 """In place of a module's name: the hidden states that enter the block."""
@@ -59,13 +60,13 @@ def find_residuals(
     ]
     try:
         with torch.no_grad():
-            result = call(block, hidden)
+            result = call.rehearse(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
     residuals = {}
     for name, (position, output) in outputs.items():
-        later = [x for _, x in seen[position:]] + [result]
+        later = [x for _, x in seen[position:]] + list(tensors_in(result))
         for source, x in seen[:position]:
             if x.numel() == output.numel() and any(_is_sum(total, x, output) for total in later):
                 residuals[name] = source

@@ -14,7 +14,8 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.engine.block import Block, Store
-from gptq_cli.engine.capture import Captured, capture
+from gptq_cli.engine.capture import HiddenStates, capture
+from gptq_cli.engine.driven import Driven
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
@@ -60,11 +61,11 @@ def quantize_model(
             _check_outside(model, run.skeleton.blocks_prefix)
         with phase(observer, "capture", len(input_ids)):
             blocks = _blocks(model, run, provider)
-            with provider.for_capture():
-                captured = _capture(model, blocks, run, input_ids, observer)
+            states = _capture(model, blocks, run, provider, input_ids, observer)
+            opened.callback(states.close)
         with frozen_gc():
-            reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
-    del model, provider, blocks, captured
+            reports = quantize_blocks(blocks, states, run.config, run.options, store, observer)
+    del model, provider, blocks, states, opened
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     return reports
@@ -78,7 +79,7 @@ class WeightProvider(Protocol):
         ...
 
     def for_capture(self) -> AbstractContextManager[None]:
-        """A context inside which the model's own forward may run, up to and including its first block."""
+        """A context inside which the model's own forward may run, without its blocks."""
         ...
 
 
@@ -113,20 +114,50 @@ def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]
 
 
 def _capture(
-    model: Any, blocks: Sequence[Block], run: EngineRun, ids: Tensor, observer: Observer
-) -> Captured:
+    model: Any,
+    blocks: Sequence[Block],
+    run: EngineRun,
+    provider: WeightProvider,
+    ids: Tensor,
+    observer: Observer,
+) -> HiddenStates:
+    """What enters the blocks; where the flow from block to block is not direct, inside forwards of the model
+    that are kept open."""
+
     def advanced(done: int) -> None:
         observer(PhaseAdvanced("capture", done, len(ids)))
 
     embedding = model.get_input_embeddings().weight.device
     offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
-    return capture(
-        model.base_model,
-        [block.module for block in blocks],
-        ids,
-        batch_size=run.schedule.micro_batch_samples,
-        paired_samples=run.config.paired_samples(len(ids)),
-        input_device=torch_device(run.placement.main_device) if offloaded else embedding,
-        block_device=blocks[0].device,
-        advanced=advanced,
-    )
+    modules = [block.module for block in blocks]
+    input_device = torch_device(run.placement.main_device) if offloaded else embedding
+    flow, batch_size = run.skeleton.trace.flow, run.schedule.micro_batch_samples
+    paired = run.config.paired_samples(len(ids))
+    if not flow.direct:
+        driven = Driven(
+            model.base_model,
+            modules,
+            ids,
+            flow,
+            batch_size=batch_size,
+            input_device=input_device,
+            paired_samples=paired,
+            between=provider.for_capture,
+        )
+        try:
+            driven.start(advanced)
+        except BaseException:
+            driven.close()
+            raise
+        return driven
+    with provider.for_capture():
+        return capture(
+            model.base_model,
+            modules,
+            ids,
+            flow,
+            batch_size=batch_size,
+            input_device=input_device,
+            paired_samples=paired,
+            advanced=advanced,
+        )

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine.capture import BlockCall
+from gptq_cli.engine.calls import BlockCall
 from gptq_cli.model.reads import Read
 from gptq_cli.placement.names import fold
 
@@ -36,6 +36,8 @@ class Stage:
     linears: tuple[str, ...]
     once: bool = True
     """Each linear runs exactly once per forward."""
+    batch_dim: int = 0
+    """Which dimension of the input tells the samples of a micro-batch apart."""
 
     @property
     def leader(self) -> str:
@@ -71,9 +73,11 @@ def find_stages(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     call: BlockCall,
-    hidden: Tensor,  # (1, seq_len, hidden_size)
+    hidden: Tensor,  # of one sample: most often (1, seq_len, hidden_size)
+    tokens: int | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages of `block`, in the order in which one forward of one sample reaches them."""
+    """The stages of `block`, in the order in which one forward of one sample of `tokens` tokens (None: as
+    many as `hidden` has rows) reaches them."""
     reads: dict[str, list[Read]] = {name: [] for name in linears}
     order: list[str] = []
 
@@ -88,16 +92,14 @@ def find_stages(
     handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
     try:
         with torch.no_grad():
-            call(block, hidden)
+            call.rehearse(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
 
-    tokens = hidden.numel() // hidden.shape[-1]
+    tokens = hidden.numel() // hidden.shape[-1] if tokens is None else tokens
     multi_call = {
-        fold(name)
-        for name, seen in reads.items()
-        if len(seen) != 1 or seen[0].tensor.numel() // seen[0].tensor.shape[-1] != tokens
+        fold(name) for name, seen in reads.items() if len(seen) != 1 or not _sees_all(seen[0].tensor, tokens)
     }
     shared: list[list[str]] = []
     alone: list[str] = []
@@ -112,4 +114,16 @@ def find_stages(
         else:
             shared.append([name])
     alone += [name for name in linears if name not in order]
-    return (*(Stage(tuple(group)) for group in shared), *(Stage((name,), once=False) for name in alone))
+    once = (Stage(tuple(group), batch_dim=_batch_dim(reads[group[0]][0].tensor, tokens)) for group in shared)
+    return (*once, *(Stage((name,), once=False) for name in alone))
+
+
+def _sees_all(x: Tensor, tokens: int) -> bool:
+    """Whether an input has every token, once or in several copies (streams of hidden states) side by side."""
+    return x.numel() // x.shape[-1] == tokens or _batch_dim(x, tokens) > 0
+
+
+def _batch_dim(x: Tensor, tokens: int) -> int:
+    """The dimension of one sample before that of its tokens; 0 also where both are flattened."""
+    shape = tuple(x.shape[:-1])
+    return next((at for at in range(len(shape) - 1) if shape[at : at + 2] == (1, tokens)), 0)

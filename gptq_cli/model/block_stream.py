@@ -34,7 +34,7 @@ class BlockStream:
         self.model.requires_grad_(False)
         self.model.config.use_cache = False
         self._device, self._dtype, self._keys = device, skeleton.dtype, skeleton.keys
-        self._source, self._first = skeleton.files.source, skeleton.blocks[0]
+        self._source = skeleton.files.source
         self._conversion = Conversion(self.model)
         self._reader = StreamedReader(skeleton.files.directory, skeleton.files.tensors, skeleton.files.stamps)
         self._inside = tuple(f"{name}." for name in skeleton.blocks)
@@ -75,9 +75,8 @@ class BlockStream:
 
     @contextmanager
     def for_capture(self) -> Iterator[None]:
-        """Give the first block its weights: capture runs it once to see what it returns."""
-        with self.on_device(self._first):
-            yield
+        """Nothing to do: what lies outside the blocks has its weights all the time."""
+        yield
 
     def _device_of(self, name: str) -> torch.device:
         return self._device

@@ -7,7 +7,7 @@ shown, once per class on a tiny instance, to compute the same function. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cache
 
 import torch
@@ -74,13 +74,16 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
+def find_blocks(model: nn.Module, left_out: Collection[str] = ()) -> tuple[str, tuple[str, ...]]:
     """The prefix of the decoder's blocks and their names: ("model.layers", ("model.layers.0", …)).
 
+    `left_out`: prefixes of lists that are not the decoder's.
     Raises `ModelError` where no ModuleList holds a linear.
     """
     best: tuple[int, str, nn.ModuleList] | None = None
     for prefix, module in _decoder_lists(model):
+        if prefix in left_out:
+            continue
         weight = sum(p.numel() for p in _block_parameters(module))
         if best is None or weight > best[0]:
             best = (weight, prefix, module)

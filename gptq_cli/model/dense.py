@@ -21,8 +21,8 @@ class DenseInfo:
     kind: str
     """Class name."""
     reason: str
-    """embedding | head | fused experts | router | tied | read, not called | converted at load |
-    outside the blocks | vector | other"""
+    """embedding | head | fused experts | router | tied | read, not called | never called |
+    converted at load | outside the blocks | vector | other"""
     modules: int
     """Number of modules under the folded name."""
     parameters: int

@@ -28,6 +28,8 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         modules=tuple(module_names(model)),
         order=traced.order if traced.complete else (),
         untraced=traced.problem,
+        between=traced.flow.between,
+        obstacle=traced.flow.obstacle,
         tensors=_tensors(model),
         tied=skeleton.tied,
         linears=tuple(

@@ -151,6 +151,10 @@ class ModelFacts:
     """Modules in the order in which a forward first calls them; () where it could not be traced."""
     untraced: str = ""
     """Where and why a forward without data stopped; "" where it completed."""
+    between: str = ""
+    """Why the model's own forward has to run between the blocks; "" where it has not."""
+    obstacle: str = ""
+    """Why the blocks cannot be worked on one after another; "" where they can."""
     tensors: tuple[TensorFact, ...] = ()
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""

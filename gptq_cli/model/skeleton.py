@@ -8,9 +8,9 @@ weight.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -32,7 +32,7 @@ from gptq_cli.model.architecture import (
 from gptq_cli.model.blocks import find_blocks, find_linears, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.dense import DenseInfo, fold_dense
-from gptq_cli.model.expert_linears import unfuse
+from gptq_cli.model.expert_linears import ExpertLinear, unfuse
 from gptq_cli.model.expert_names import ExpertSource, named_experts
 from gptq_cli.model.experts import FoundExperts, find_experts
 from gptq_cli.model.facts import dtype_name
@@ -136,15 +136,17 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     config = load_config(files, ref)
     dtype = _choose_dtype(config, files, ref)
     model = build_meta(config, ref, dtype, tensors=len(files.tensors))
-    prefix, blocks = find_blocks(model)
+    prefix, blocks, traced = _traced(model)
     conversion = Conversion(model)
     keys = conversion.map(tensor.name for tensor in files.tensors)
     tied = tied_groups(model)
     experts, sources = named_experts(find_experts(model, blocks), conversion, keys, tied)
     unfuse(model, experts.experts)
     candidates = _candidates(model, blocks)
-    traced = trace(model, candidates)
     kept = _kept_dense(traced, candidates, tied)
+    routed = {name for name in candidates if isinstance(model.get_submodule(name), ExpertLinear)}
+    traced = replace(traced, idle=traced.idle | routed)  # they stood in a 3-D tensor when it was made
+    blocks = traced.flow.blocks
     linears = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
     return Skeleton(
         config=config,
@@ -164,6 +166,17 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         parameters=sum(p.numel() for p in model.parameters()),
         problems=(*files.problems, *_mismatches(model, files, keys)),
     )
+
+
+def _traced(model: Any) -> tuple[str, tuple[str, ...], Trace]:
+    """The decoder's blocks: of all lists of blocks that a forward on text calls the one with most weights."""
+    left_out: tuple[str, ...] = ()
+    while True:
+        prefix, blocks = find_blocks(model, left_out)
+        traced = trace(model, _candidates(model, blocks), blocks)
+        if traced.flow.blocks:
+            return prefix, blocks, traced
+        left_out = (*left_out, prefix)  # an encoder of images or sound
 
 
 def _choose_dtype(config: Any, files: ModelFiles, ref: ModelRef) -> torch.dtype:
@@ -216,7 +229,21 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int =
             f"the architecture of {ref.model} cannot be built: {first_line(error)}",
             hint="check config.json, and that the packages which the architecture needs are installed",
         ) from error
+    _empty(model)
     return model.eval().requires_grad_(False)
+
+
+def _empty(model: nn.Module) -> None:
+    """Put parameters on the meta device that the constructor made elsewhere (from random numbers, from a
+    list): a tensor with values would be taken for one that needs none from the files."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                empty = made.setdefault(
+                    id(parameter), nn.Parameter(parameter.to("meta"), requires_grad=False)
+                )
+                module._parameters[name] = empty
 
 
 def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
@@ -249,11 +276,12 @@ def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
 
 
 def _kept_dense(
-    traced: Trace, candidates: Iterable[str], tied: tuple[tuple[str, ...], ...]
+    traced: Trace, candidates: Mapping[str, str], tied: tuple[tuple[str, ...], ...]
 ) -> dict[str, str]:
     """Linears that stay dense -> why: their weight is shared with another module, or used without a call."""
     shared = {name.removesuffix(".weight") for group in tied for name in group}
     kept = dict.fromkeys(traced.read_not_called, "read, not called")
+    kept |= {name: "never called" for name, block in candidates.items() if block not in traced.flow.blocks}
     return kept | {name: "tied" for name in candidates if name in shared}
 
 

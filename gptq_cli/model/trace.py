@@ -9,6 +9,8 @@ is traced in a second, without memory. The trace shows
   with it themselves (Mamba's `dt_proj`, absorbed latent attention). Such a linear never sees an input for a
   Hessian, and a reader's packed linear, which has no weight, could not replace it.
 
+* how the hidden states go from block to block, see `model.flow`.
+
 Where code asks for a value (is there padding, which expert does a token go to) it gets the simplest one:
 zero, False, none. `ANSWERS` holds all of these, and replaces every operator that cannot run without data. A
 model whose forward still fails has an incomplete trace, which says where it stopped and why.
@@ -16,7 +18,9 @@ model whose forward still fails has an incomplete trace, which says where it sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
-from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.model.flow import Flow, FlowWatch
 from gptq_cli.model.reads import Read
 
 _TOKENS = 8
@@ -45,6 +49,8 @@ class Trace:
     """Linears that did not run. In a complete trace: routed ones (experts)."""
     read_not_called: frozenset[str]
     """Linears whose weight was used outside their own forward."""
+    flow: Flow
+    """How the hidden states go from block to block."""
     problem: str = ""
     """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
@@ -54,17 +60,18 @@ class Trace:
         return not self.problem
 
 
-def trace(model: Any, linears: Mapping[str, str]) -> Trace:
-    """Run `model`, which is on the meta device, once. `linears`: name of each linear -> its block.
+def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) -> Trace:
+    """Run `model`, which is on the meta device, once. `linears`: name of each linear -> its block; `blocks`:
+    those whose flow is followed. The model is left as it was.
 
     Errors of the model end up in `problem`; only an out-of-memory error is raised.
     """
+    flow = FlowWatch(blocks, _TOKENS)
+    inside = {model.get_submodule(name): name for name in blocks}
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, ExpertLinear):  # no token is routed to an expert here
-            names.setdefault(module, []).append(name)
-    called = {name for given in names.values() for name in given}
-    watch = _Watch({name: model.get_submodule(name).weight for name in linears if name in called})
+        names.setdefault(module, []).append(name)
+    watch = _Watch({name: model.get_submodule(name).weight for name in linears}, flow)
     order: dict[str, None] = {}
     reads: dict[str, Read] = {}
     handles = []
@@ -72,13 +79,17 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         order.setdefault(names[module][0])
         watch.running.add(id(getattr(module, "weight", None)))
+        if module in inside:
+            flow.enter(inside[module], args, kwargs)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         for name in names[module]:
             if name in linears and name not in reads and given:
                 reads[name] = Read.of(given[0])
 
-    def after(module: nn.Module, *_: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         watch.running.discard(id(getattr(module, "weight", None)))
+        if module in inside:
+            flow.leave(inside[module], result)
 
     for module in names:
         if module is not model:
@@ -86,7 +97,7 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
             handles.append(module.register_forward_hook(after, always_call=True))
     problem = ""
     try:
-        with torch.no_grad(), watch:
+        with unchanged(model), torch.no_grad(), watch:
             ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
             model(input_ids=ids, use_cache=False)
     except Exception as error:
@@ -102,8 +113,44 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
         stages=_stages(linears, reads),
         idle=frozenset(linears.keys() - reads.keys()),
         read_not_called=frozenset(watch.found),
+        flow=flow.flow(not problem),
         problem=problem,
     )
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever a forward leaves on modules inside the `with` (frequencies computed for a length, states) is
+    taken away afterwards: on the meta device it would be a tensor without values."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    contents = [
+        (value, copy.copy(value))
+        for _, attributes in before
+        for value in attributes.values()
+        if isinstance(value, dict | list | set)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name in module.__dict__.keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
+        for value, content in contents:
+            if not _same_content(value, content):
+                value.clear()
+                if isinstance(value, list):
+                    value.extend(content)
+                else:
+                    value.update(content)
+
+
+def _same_content(value: Any, content: Any) -> bool:
+    if len(value) != len(content):
+        return False
+    if isinstance(value, dict):
+        return all(key in value and value[key] is item for key, item in content.items())
+    return all(a is b for a, b in zip(value, content, strict=True))
 
 
 def _stages(linears: Mapping[str, str], reads: Mapping[str, Read]) -> tuple[tuple[str, ...], ...]:
@@ -123,8 +170,9 @@ def _stages(linears: Mapping[str, str], reads: Mapping[str, Read]) -> tuple[tupl
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its hook untyped
     """Notes the weights that reach an operation outside their linear's own forward, and answers `ANSWERS`."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], flow: FlowWatch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._flow = flow
         self._weights = weights  # kept alive, so that no other tensor can get one's id
         self._owners: dict[int, list[str]] = {}
         for name, weight in weights.items():
@@ -143,8 +191,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
                 self.found.update(self._owners.get(id(tensor), ()))
         answer = ANSWERS.get(str(func))
         if answer is not None and any(tensor.is_meta for tensor in tensors):
-            return answer(func, *args, **kwargs)
-        return func(*args, **kwargs)
+            result = answer(func, *args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        self._flow.ran(func, tensors, result)
+        return result
 
 
 def _scalar(func: Any, x: Tensor) -> bool | int | float | complex:

@@ -252,9 +252,12 @@ def fill_stored(
     ties = tied_groups(model)
     state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     fixed = _fixed_dtypes(model, dtype)
+    same = {name: names for names in ties for name in names}
     done: set[str] = set()
     for target, tensor in state.items():
         origin = table.get(target)
+        if origin is None and done.isdisjoint(same.get(target, ())):  # it may be stored under another name
+            origin = next((table[name] for name in same.get(target, ()) if name in table), None)
         if target in done or not tensor.is_meta or origin is None or not wanted(target):
             continue
         device = device_of(target)
@@ -271,6 +274,7 @@ def fill_stored(
                 value = value.to(next((d for p, d in fixed if p.search(name)), place.dtype))
             _place(model, name, value.to(device_of(name)))
             done.add(name)
+        done.add(target)
         del sources
     for names in ties:
         real = next((n for n in names if not _get(model, n).is_meta), None)
@@ -289,9 +293,15 @@ def fill_stored(
 
 
 def empty_out(model: nn.Module, names: Iterable[str]) -> None:
-    """Put tensors back on the meta device: their memory is freed unless something else refers to them."""
-    for name in names:
-        _place(model, name, torch.empty_like(_get(model, name), device="meta"))
+    """Put tensors back on the meta device: their memory is freed unless something else refers to them. Names
+    of one tensor stay names of one."""
+    filled = [(name, _get(model, name)) for name in names]
+    empty: dict[int, Tensor] = {}
+    for name, tensor in filled:
+        if id(tensor) not in empty:
+            meta = torch.empty_like(tensor, device="meta")
+            empty[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
+        _place(model, name, empty[id(tensor)])
 
 
 def _fixed_dtypes(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:

@@ -6,6 +6,8 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
     weights      every parameter and buffer that lives there; in a plain CPU run, where blocks are read when
                  their turn comes, those outside the blocks and one block
     activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
+                 where the model's own forwards are kept open between the blocks (`engine.driven`)
+                 T · OPEN_HIDDEN · h · b;
                  with parked forwards also what their frames hold between two stages: the normed input and
                  the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
                  on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
@@ -54,6 +56,9 @@ GOAL_BYTES = 16
 GOAL_SQUARES = 6
 IN_FLIGHT_HIDDEN = 6
 IN_FLIGHT_ROWS = 2
+OPEN_HIDDEN = 2
+"""Hidden states that a forward of the model holds which is kept open between the blocks: those that enter the
+block, and the embeddings."""
 CHUNK_BYTES = 128 * MIB
 HEAP_PIECE_BYTES = 4 * MIB
 """What glibc's heap is made to hand out for itself, see `devices.host_memory.limit_malloc_arenas`."""
@@ -93,7 +98,8 @@ def work_set(
     dense = work.quantize.solve_for == "dense"
     samples = work.calibration.samples
     streams = 1 + work.quantize.paired_samples(samples) / samples
-    held = facts.hidden_size + (_parked_numbers(facts, stages) if block.parked else 0)
+    held = facts.hidden_size * (OPEN_HIDDEN if facts.between else 1)
+    held += _parked_numbers(facts, stages) if block.parked else 0
     activations = int(streams * tokens * b * held)
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.engine.capture import Captured, capture
+from gptq_cli.model.flow import Flow
+from gptq_cli.model.trace import trace
 from tests.tiny import VOCAB, tiny_model
 
 
@@ -18,6 +21,12 @@ class Opened:
     model: Any
     blocks: list[nn.Module]
     input_ids: Tensor
+
+    @property
+    def flow(self) -> Flow:
+        """How a copy of the model on the meta device hands hidden states on."""
+        names = {module: name for name, module in self.model.named_modules()}
+        return trace(copy.deepcopy(self.model).to("meta"), {}, [names[block] for block in self.blocks]).flow
 
     def linears(self, index: int) -> dict[str, nn.Module]:
         named = self.blocks[index].named_modules()
@@ -28,6 +37,7 @@ class Opened:
             self.model.base_model,
             self.blocks,
             self.input_ids,
+            self.flow,
             batch_size=batch_size,
             input_device=torch.device("cpu"),
             paired_samples=paired_samples,

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from gptq_cli.engine.capture import BlockCall, capture, hidden_of, replaced_forward, spread
+from gptq_cli.engine.calls import BlockCall, hidden_of
+from gptq_cli.engine.capture import capture, replaced_forward, spread
 from gptq_cli.errors import GptqError
+from gptq_cli.model.flow import BlockShape
 from tests.engine.opened import open_tiny
 
 
@@ -64,11 +68,15 @@ def test_replaced_forward_restores_an_instance_forward() -> None:
 def test_a_block_that_is_never_called_is_an_error() -> None:
     opened = open_tiny("llama")
     stranger = nn.Linear(2, 2)
+    flow = opened.flow
+    shapes = {**flow.shapes, "stranger": BlockShape(carrier=0, results=None)}
+    flow = replace(flow, blocks=(*flow.blocks, "stranger"), shapes=shapes)
     with pytest.raises(GptqError, match="never called its last block"):
         capture(
             opened.model.base_model,
             [*opened.blocks, stranger],
             opened.input_ids,
+            flow,
             batch_size=2,
             input_device=torch.device("cpu"),
         )

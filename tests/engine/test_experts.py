@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine import block as block_module
 from gptq_cli.engine.block import Block
-from gptq_cli.engine.capture import BlockCall, Captured
+from gptq_cli.engine.calls import BlockCall
+from gptq_cli.engine.capture import Captured
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.engine.stages import Stage, collection_passes
 from gptq_cli.errors import NotPositiveDefinite
@@ -83,7 +84,7 @@ def quantized(
         if isinstance(linear, nn.Linear)
     )
     hidden = list(activations(8 * 200, K).float().view(4, 2, 200, K))
-    call = BlockCall((), {}, None)
+    call = BlockCall((), {})
     captured = Captured(
         hidden=hidden, calls=[[call] * 4], probes=[call], samples=[(2 * i, 2 * i + 1) for i in range(4)]
     )

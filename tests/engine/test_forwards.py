@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine.capture import BlockCall, hidden_of
+from gptq_cli.engine.calls import BlockCall, hidden_of
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards
 from gptq_cli.engine.stages import Stage, find_stages
 from gptq_cli.errors import GptqError
@@ -59,7 +59,7 @@ def test_every_way_gives_the_plain_forward(name: str) -> None:
         for way, forwards in ways.items():
             with forwards as run:
                 inputs[way] = [x.clone() for stage in stages for _, x in run.inputs([stage])]
-                outputs[way] = run.finish()
+                outputs[way] = [hidden_of(output) for output in run.finish()]
         assert len(inputs["parked"]) == len(stages) * 3
         for a, b in zip(inputs["parked"], inputs["replayed"], strict=True):
             assert torch.equal(a, b)
@@ -203,7 +203,7 @@ STAGES = (Stage(("first", "second")), Stage(("last",)))
 
 
 def run_reusing(way: type[ParkedForwards | ReplayedForwards], block: Reusing) -> list[Tensor]:
-    calls, hidden = [BlockCall((), {}, None)] * 2, [torch.ones(1, 3, 4), torch.zeros(1, 3, 4)]
+    calls, hidden = [BlockCall((), {})] * 2, [torch.ones(1, 3, 4), torch.zeros(1, 3, 4)]
     with way(block, dict(block.named_children()), STAGES, calls, hidden) as run:
         for stage in STAGES if way is ParkedForwards else ():
             for _ in run.inputs([stage]):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gptq_cli.engine.capture import BlockCall
+from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.stages import Stage, find_stages
 from tests.engine.opened import open_tiny
 
@@ -47,7 +47,7 @@ class Odd(nn.Module):
 def test_linears_without_one_input_stand_alone() -> None:
     block = Odd()
     linears = dict(block.named_children())
-    stages = find_stages(block, linears, BlockCall((), {}, None), torch.ones(1, 3, 4))
+    stages = find_stages(block, linears, BlockCall((), {}), torch.ones(1, 3, 4))
     assert stages == (
         Stage(("a",)),
         Stage(("b",)),
@@ -74,7 +74,7 @@ class Choosing(nn.Module):
 def test_experts_are_told_by_the_tokens_they_lack_and_by_their_like() -> None:
     block = Choosing()
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    assert find_stages(block, linears, BlockCall((), {}, None), torch.ones(1, 3, 4)) == (
+    assert find_stages(block, linears, BlockCall((), {}), torch.ones(1, 3, 4)) == (
         Stage(("shared",)),
         Stage(("experts.0.0",), once=False),
         Stage(("experts.1.0",), once=False),
@@ -95,5 +95,5 @@ class Rewriting(nn.Module):
 
 def test_a_tensor_that_was_written_to_in_between_is_another_input() -> None:
     block = Rewriting()
-    stages = find_stages(block, dict(block.named_children()), BlockCall((), {}, None), torch.ones(1, 3, 4))
+    stages = find_stages(block, dict(block.named_children()), BlockCall((), {}), torch.ones(1, 3, 4))
     assert stages == (Stage(("before",)), Stage(("after",)))

@@ -64,8 +64,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 def traced(config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, str], Trace]:
     model = build_meta(config, ModelRef(model="tiny"), dtype)
-    candidates = _candidates(model, find_blocks(model)[1])
-    return model, candidates, trace(model, candidates)
+    blocks = find_blocks(model)[1]
+    candidates = _candidates(model, blocks)
+    return model, candidates, trace(model, candidates, blocks)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -85,6 +86,7 @@ def test_experts_in_every_dtype(name: str, dtype: torch.dtype) -> None:
 def test_every_tiny_architecture_in_every_dtype(name: str, dtype: torch.dtype) -> None:
     _, candidates, found = traced(TINY[name](), dtype)
     assert found.problem == ""
+    assert found.flow.direct, "no forward of these has to be kept open"
     assert {linear for stage in found.stages for linear in stage} == set(candidates)
     assert not found.read_not_called
 
@@ -204,8 +206,56 @@ def test_shared_blocks() -> None:
     blocks = find_blocks(model)[1]
     keys = Conversion(model).map(model.state_dict())
     candidates = _candidates(model, blocks)
-    kept = _kept_dense(trace(model, candidates), candidates, tied_groups(model))
+    kept = _kept_dense(trace(model, candidates, blocks), candidates, tied_groups(model))
     linears = list(_linears(model, blocks, keys, kept, known=False))
     assert "tied" in kept.values()
     assert not any("shared_transf" in linear.name for linear in linears)
     assert sum(x.in_features * x.out_features for x in linears) < sum(p.numel() for p in model.parameters())
+
+
+def test_a_forward_leaves_nothing_behind() -> None:
+    """Phi-3's long rotary frequencies are made by the forward, for the length that it sees."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+    config = transformers.Phi3Config(
+        **SMALL | {"pad_token_id": 1},
+        max_position_embeddings=2048,
+        original_max_position_embeddings=512,
+        rope_parameters=rope | {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8},
+    )
+    model = build_meta(config, ModelRef(model="tiny"), torch.float32)
+    leaving = LeavingBehind()
+    kept = leaving.items[0]
+    model.model.layers[0].mlp.activation_fn = leaving
+    before = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    found = trace(model, {}, find_blocks(model)[1])
+    assert found.problem == ""
+    assert leaving.calls == [], "a list is as it was"
+    assert leaving.items == {0: kept}
+    for module, attributes, buffers in before:
+        assert module.__dict__.keys() == attributes.keys()
+        assert all(module.__dict__[name] is value for name, value in attributes.items())
+        assert module._buffers.keys() == buffers.keys()
+        assert all(module._buffers[name] is value for name, value in buffers.items())
+
+
+class LeavingBehind(nn.Module):
+    """An activation that notes what it saw, in every way that a module can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Tensor] = []
+        self.items: dict[int, Tensor] = {0: torch.ones(1)}
+        self.register_buffer("last", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(x)
+        self.items[0] = x
+        self.seen = x
+        self.last = x
+        self.register_buffer("new", x)
+        return x

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -19,7 +20,7 @@ from gptq_cli.config import ModelRef
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite, SourceChanged
 from gptq_cli.model import weights
 from gptq_cli.model.block_stream import BlockStream
-from gptq_cli.model.conversion import Conversion, natural_key
+from gptq_cli.model.conversion import Conversion, natural_key, tied_groups
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
 from gptq_cli.model.streamed import StreamedReader
@@ -27,7 +28,7 @@ from gptq_cli.model.weights import check_finite, check_tensor, fill_dense, load_
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.conftest import TinyFactory
-from tests.tiny import TINY
+from tests.tiny import TINY, randomize
 
 CPU = torch.device("cpu")
 
@@ -238,6 +239,47 @@ def test_a_stream_of_blocks_has_one_block_at_a_time(name: str, tiny: TinyFactory
             if not key.startswith(tuple(f"{block}." for block in skeleton.blocks)):
                 assert torch.equal(value, expected[key]), key
     assert all(parameter.is_meta for parameter in skeleton.model.parameters()), "the skeleton stays one"
+
+
+ODD: dict[str, tuple[str, dict[str, Any]]] = {
+    "made from random numbers in the constructor": (
+        "DiffLlamaConfig",
+        {"num_hidden_layers": 2, "num_key_value_heads": 2},
+    ),
+    "one set of weights for two blocks": (
+        "ZambaConfig",
+        {
+            "num_hidden_layers": 6,
+            "layers_block_type": ["linear_attention", "hybrid", "linear_attention"] * 2,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 2,
+            "mamba_dt_rank": 8,
+            "attention_head_dim": 32,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_parameters_of_every_kind_are_read(name: str, tmp_path: Path) -> None:
+    class_name, fields = ODD[name]
+    common = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    config = getattr(transformers, class_name)(**common | fields)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomize(model, 1)
+    model.save_pretrained(tmp_path)
+    skeleton = opened(tmp_path)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    expected = load_resident(skeleton, ON_CPU).state_dict()
+    with BlockStream(skeleton, CPU) as stream:
+        for block in (*skeleton.blocks, *skeleton.blocks):
+            with stream.on_device(block):
+                for key, value in stream.model.get_submodule(block).state_dict().items():
+                    assert torch.equal(value, expected[f"{block}.{key}"]), f"{block}.{key}"
+            assert all(parameter.is_meta for parameter in stream.model.get_submodule(block).parameters())
+        assert tied_groups(stream.model) == skeleton.tied
 
 
 def test_a_stream_names_what_it_cannot_read(model: Path) -> None:

@@ -105,6 +105,14 @@ def test_no_linears() -> None:
     assert finding.level == "error"
 
 
+def test_blocks_without_an_order() -> None:
+    why = "layers.0 is called 2 times in one forward of the model"
+    (finding,) = found(replace(FACTS, obstacle=why), "blocks-in-order")
+    assert finding.level == "error"
+    assert finding.message.endswith(f"cannot be quantized one after another: {why}")
+    assert found(FACTS, "blocks-in-order") == []
+
+
 def test_fused_experts_with_their_share() -> None:
     experts = TensorFact("model.layers.0.mlp.experts.gate_up_proj", 90_000_000, 180_000_000)
     facts = replace(

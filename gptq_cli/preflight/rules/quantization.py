@@ -30,6 +30,27 @@ def no_linears(case: JobCase) -> list[Remark]:
     ]
 
 
+@rule("error")
+def blocks_in_order(case: JobCase) -> list[Remark]:
+    """The forward of the model does not run its blocks one after another, each once.
+
+    Blocks are quantized in the order in which the model runs them, and each is finished before the next one
+    begins, so that a block sees what the quantized ones before it put out. In a model that runs its blocks
+    several times, or hands tensors from one to another past their arguments, there is no such order. What a
+    forward does is found out on torch's `meta` device, before a weight is read.
+    """
+    if not case.facts.obstacle:
+        return []
+    return [
+        Remark(
+            subject=case.facts.model,
+            message=f"the blocks of {case.facts.architecture} cannot be quantized one after another: "
+            f"{case.facts.obstacle}",
+            hint="leave this model dense",
+        )
+    ]
+
+
 @rule("error", topics=("group_size",))
 def group_divides(case: JobCase) -> list[Remark]:
     """The group size does not divide the input columns (K) of every linear.

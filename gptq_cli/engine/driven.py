@@ -1,0 +1,231 @@
+"""The model's own forward, kept open from block to block.
+
+Where the flow of a model is not direct (`model.flow`), something happens between two blocks that only the
+model's own code knows: the second value that a block returned is handed to the next one, several streams are
+mixed, keys and values of one block are read by another. So that code runs. Each micro-batch's forward of the
+model is a thread, which waits at each block. The engine takes the arguments that the block is called with,
+works on the block as always, and gives back what the quantized block returned: the forward goes on with that
+to its next block. Exactly one thread runs at any time.
+
+The paired samples have a second forward each, which is given what the dense copy of each block returned. So
+each stream has states and shared keys and values of its own.
+
+What it costs is memory: a forward that is kept open holds its own variables, most often the embeddings
+beside the hidden states, and the masks, once per micro-batch. Models with a direct flow do without it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.devices.accelerators import working_on
+from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, taken
+from gptq_cli.engine.capture import (
+    PROBE_TOKENS,
+    BlockInputs,
+    StopForward,
+    paired_batches,
+    replaced_forward,
+)
+from gptq_cli.errors import GptqError
+from gptq_cli.model.flow import Carrier, Flow, find_carrier
+
+
+class ModelForward(threading.Thread):
+    """One micro-batch's forward of the model, which waits at each block. The engine's thread and this one
+    never run at the same time."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        super().__init__(daemon=True, name="gptq-model")
+        self._model, self._ids = model, ids
+        self.tokens = ids.shape[1]
+        self.pending: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
+        """Where it waits already, until that is asked for."""
+        self._go, self._yielded = threading.Semaphore(0), threading.Semaphore(0)
+        self._arrived: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+
+    def advance(self, result: Any = None) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+        """Let the forward run to its next block, with the `result` of the one that it waits at: the number
+        of the next block and its arguments. Raises `GptqError` where there is none."""
+        self._result = result
+        if self.ident is None:
+            self.start()
+        self._go.release()
+        self._yielded.acquire()
+        if self._error is not None:
+            raise self._error
+        arrived, self._arrived = self._arrived, None
+        if arrived is None:
+            raise GptqError("the model's forward never called its last block", hint=UNSUPPORTED)
+        return arrived
+
+    def cancel(self) -> None:
+        """End the forward where it waits; its memory is free when this returns."""
+        if self.ident is not None and self.is_alive():
+            self._cancelled = True
+            self._go.release()
+            self.join()
+
+    def wait_at(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called in this thread in place of block `index`; returns what the engine gives back."""
+        self._arrived = (index, args, kwargs)
+        del args, kwargs
+        self._yielded.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise StopForward
+        result, self._result = self._result, None
+        return result
+
+    def run(self) -> None:
+        """The forward."""
+        self._go.acquire()
+        try:
+            if not self._cancelled:
+                with working_on(self._ids.device), torch.no_grad():
+                    self._model(input_ids=self._ids, use_cache=False)
+        except StopForward:
+            pass
+        except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
+            self._error = error
+        self._yielded.release()
+
+
+class Driven:
+    """The hidden states of all samples, inside forwards of the model that are kept open: a `HiddenStates`.
+
+    `model` is the decoder without its head; `between` is a context inside which its modules outside the
+    blocks can run. The arguments are those of `capture.capture`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        input_ids: Tensor,  # (samples, seq_len) int64
+        flow: Flow,
+        *,
+        batch_size: int,
+        input_device: torch.device,
+        paired_samples: int = 0,
+        between: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self._blocks, self._flow, self._between = list(blocks), flow, between
+        self.samples, self.paired = paired_batches(len(input_ids), paired_samples, batch_size)
+
+        def opened(batch: tuple[int, ...]) -> ModelForward:
+            return ModelForward(model, input_ids[list(batch)].to(input_device))
+
+        self._forwards = [opened(batch) for batch in self.samples]
+        self._dense = [opened(batch) for batch in self.samples[: self.paired]]
+        self._probe = ModelForward(model, input_ids[:1, :PROBE_TOKENS].to(input_device))
+        self._outputs: list[Any] = [None] * len(self._forwards)
+        self._dense_outputs: list[Any] = [None] * len(self._dense)
+        self._probe_output: Any = None
+
+    def start(self, advanced: Callable[[int], None] = lambda done: None) -> None:
+        """Let every forward run to the first block; `advanced` hears the number of samples done."""
+        done = 0
+        with self._running():
+            for forward in (self._probe, *self._dense):
+                forward.pending = forward.advance()
+            for batch, forward in zip(self.samples, self._forwards, strict=True):
+                forward.pending = forward.advance()
+                done += len(batch)
+                advanced(done)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """The forwards run inside the `with`, and wait where they come to a block."""
+        with self._between(), ExitStack() as stack:
+            for number, block in enumerate(self._blocks):
+                stack.enter_context(replaced_forward(block, _waiting(number)))
+            yield
+
+    def enter(self, index: int, device: torch.device) -> BlockInputs:
+        """Let every forward run to block `index`; see `HiddenStates.enter`."""
+        calls: list[BlockCall] = []
+        hidden: list[Tensor] = []
+        dense_calls: list[BlockCall] = []
+        dense: list[Tensor] = []
+        with self._running():
+            probe, probe_hidden = self._next(self._probe, self._probe_output, index, device)
+            for forward in self._forwards:
+                call, entering = self._next(forward, self._outputs.pop(0), index, device)
+                calls.append(call)
+                hidden.append(entering)
+            for forward in self._dense:
+                call, entering = self._next(forward, self._dense_outputs.pop(0), index, device)
+                dense_calls.append(call)
+                dense.append(entering)
+        self._probe_output = None
+        return BlockInputs(
+            calls=calls,
+            hidden=hidden,
+            dense_calls=dense_calls,
+            dense=dense,
+            probe=probe,
+            probe_hidden=probe_hidden,
+            probe_tokens=self._probe.tokens if probe_hidden.dim() > 3 else _rows(probe_hidden),
+            samples=self.samples,
+        )
+
+    def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:
+        """See `HiddenStates.leave`. The probe goes on with what the quantized block makes of it."""
+        with torch.no_grad():
+            self._probe_output = inputs.probe(block, inputs.probe_hidden)
+        self._outputs, self._dense_outputs = outputs, dense
+
+    def close(self) -> None:
+        """End every forward."""
+        for forward in (*self._forwards, *self._dense, self._probe):
+            forward.cancel()
+        self._outputs.clear()
+        self._dense_outputs.clear()
+        self._probe_output = None
+
+    def _next(
+        self, forward: ModelForward, result: Any, index: int, device: torch.device
+    ) -> tuple[BlockCall, Tensor]:
+        """How `forward` calls block `index`, and the hidden states that it gives to it."""
+        arrived, args, kwargs = forward.pending or forward.advance(result)
+        forward.pending = None
+        name = self._flow.blocks[index]
+        if arrived != index:
+            raise GptqError(
+                f"the model came to {self._flow.blocks[arrived]}, {name} was expected", hint=UNSUPPORTED
+            )
+        carrier = self._carrier(name, args, kwargs)
+        hidden, args, kwargs = taken(args, kwargs, carrier)
+        if hidden is None:
+            raise GptqError(f"the model's forward calls {name} without hidden states", hint=UNSUPPORTED)
+        call = BlockCall(args, kwargs, carrier, writes=name in self._flow.written)
+        return call.to(device), hidden.to(device)
+
+    def _carrier(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Carrier:
+        shape = self._flow.shapes.get(name)
+        return find_carrier(args, kwargs) if shape is None else shape.carrier
+
+
+def _rows(hidden: Tensor) -> int:
+    return hidden.numel() // hidden.shape[-1]
+
+
+def _waiting(index: int) -> Callable[..., Any]:
+    """In place of the forward of block `index`, for the thread of a `ModelForward`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        thread = threading.current_thread()
+        assert isinstance(thread, ModelForward)
+        return thread.wait_at(index, args, kwargs)
+
+    return forward
