@@ -126,8 +126,8 @@ def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[lis
 
 
 def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
-    dense."""
+    """Regular expressions, in source names, of what holds matrices and stays dense: modules inside blocks,
+    towers, layers that the model's class leaves out."""
     quantized = {linear.name for linear in skeleton.linears}
     inside = tuple(f"{block}." for block in skeleton.blocks)
     patterns: dict[str, None] = {}
@@ -144,6 +144,10 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
         common = _common_parent(sources) if sources else name
         folded = re.escape(fold(common)).replace(r"\*", r"\d+")
         patterns[rf"{folded}(\..*)?$"] = None
+    for part in skeleton.beside:
+        common = _common_parent(part.sources)
+        if common and not any(x.source_name.startswith(f"{common}.") for x in skeleton.linears):
+            patterns[rf"{re.escape(common)}(\..*)?$"] = None
     return tuple(patterns)
 
 

@@ -19,6 +19,7 @@ from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement
@@ -119,7 +120,7 @@ def _capture(
     embedding = model.get_input_embeddings().weight.device
     offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
     return capture(
-        model.base_model,
+        language_model(model).base_model,
         [block.module for block in blocks],
         ids,
         batch_size=run.schedule.micro_batch_samples,

@@ -95,6 +95,8 @@ class ModelFacts:
     """The `quant_method` that the config names."""
     tensor_files_bytes: int = 0
     """Bytes of the checkpoint on disk."""
+    left_out_parameters: int = 0
+    """Parameters that are in the files and not in the model's class: layers for multi-token prediction."""
 
     @property
     def dtype_bytes(self) -> int:
@@ -103,8 +105,8 @@ class ModelFacts:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        return sum(tensor.elements for tensor in self.tensors if not tensor.buffer)
+        """Number of parameters of the files; tied ones count once."""
+        return self.left_out_parameters + sum(t.elements for t in self.tensors if not t.buffer)
 
     @property
     def size_bytes(self) -> int:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoModelForCausalLM
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
 
@@ -29,13 +28,16 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
+from gptq_cli.model.beside import LEFT_OUT, TOWER, BesideInfo, parts_beside
 from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.facts import dtype_name
+from gptq_cli.model.model_class import make_model
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
+from gptq_cli.model.text_part import output_head
 from gptq_cli.model.trace import Trace, trace
-from gptq_cli.placement.names import fold, leaf
+from gptq_cli.placement.names import fold, leaf, parents
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
@@ -75,7 +77,7 @@ class DenseInfo:
     """Class name."""
     reason: str
     """embedding | head | fused experts | router | tied | read, not called | converted at load |
-    outside the blocks | vector | other"""
+    outside the blocks | vector | other, and those of `beside`"""
     modules: int
     """Number of modules under the folded name."""
     parameters: int
@@ -106,8 +108,10 @@ class Skeleton:
     """The `quant_method` that config.json names."""
     keys: KeyMap
     tied: tuple[tuple[str, ...], ...]
+    beside: tuple[BesideInfo, ...]
+    """Towers, and what the files hold beyond the model's class."""
     parameters: int
-    """Number of parameters; tied ones count once."""
+    """Number of parameters of the files; tied ones count once."""
     problems: tuple[SourceProblem, ...]
     """Of the files, and of files and model together: weights that are missing or have the wrong shape."""
 
@@ -124,7 +128,7 @@ class Skeleton:
 def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     """Build the model of `files` on the meta device and find its blocks and linears.
 
-    Raises `ModelError`: remote code without permission, not a causal language model, no blocks.
+    Raises `ModelError`: remote code without permission, no text decoder, no blocks.
     """
     raw = raw_config(files)
     config = load_config(files, ref)
@@ -139,6 +143,9 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     traced = trace(model, candidates)
     kept = _kept_dense(traced, candidates, tied)
     linears = tuple(_linears(model, blocks, keys, kept, known=bool(files.tensors)))
+    beside = parts_beside(model, keys, files.tensors)
+    left_out = sum(part.parameters for part in beside if part.reason == LEFT_OUT)
+    parameters = sum(p.numel() for p in model.parameters()) + left_out
     return Skeleton(
         config=config,
         model=model,
@@ -147,13 +154,14 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks_prefix=prefix,
         blocks=blocks,
         linears=linears,
-        dense=_fold_dense(model, linears, blocks, kept),
+        dense=_fold_dense(model, linears, blocks, kept, beside, parameters),
         trace=traced,
         dtype=dtype,
         already_quantized=already,
         keys=keys,
         tied=tied,
-        parameters=sum(p.numel() for p in model.parameters()),
+        beside=beside,
+        parameters=parameters,
         problems=(*files.problems, *_mismatches(model, files, keys)),
     )
 
@@ -197,9 +205,7 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int =
     """
     try:
         with quiet_libraries(), torch.device("meta"), meta_device_safe_creation_ops(), _counted(ref, tensors):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=ref.trust_remote_code
-            )
+            model = make_model(config, dtype, trust_remote_code=ref.trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
@@ -301,17 +307,22 @@ def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[S
 
 
 def _fold_dense(
-    model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...], kept: Mapping[str, str]
+    model: Any,
+    linears: tuple[LinearInfo, ...],
+    blocks: tuple[str, ...],
+    kept: Mapping[str, str],
+    beside: tuple[BesideInfo, ...],
+    total: int,
 ) -> tuple[DenseInfo, ...]:
     quantized = {linear.name for linear in linears}
-    head = model.get_output_embeddings()
-    total = max(1, sum(p.numel() for p in model.parameters()))
+    head = output_head(model)
+    towers = {part.name for part in beside if part.reason == TOWER}
     inside = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
     folded: dict[str, tuple[str, str, int, int]] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if not own:
+        if not own or any(above in towers for above in (name, *parents(name))):
             continue
         if name in quantized:
             counted.update(id(p) for p in own.values())
@@ -321,6 +332,7 @@ def _fold_dense(
         reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
         kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
         folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
+    folded |= {part.name: (part.kind, part.reason, part.modules, part.parameters) for part in beside}
     return tuple(
         DenseInfo(
             name=name,
@@ -328,7 +340,7 @@ def _fold_dense(
             reason=reason,
             modules=modules,
             parameters=parameters,
-            share=parameters / total,
+            share=parameters / max(1, total),
         )
         for name, (kind, reason, modules, parameters) in folded.items()
     )
