@@ -144,11 +144,24 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
         common = _common_parent(sources) if sources else name
         folded = re.escape(fold(common)).replace(r"\*", r"\d+")
         patterns[rf"{folded}(\..*)?$"] = None
-    for part in skeleton.beside:
-        common = _common_parent(part.sources)
-        if common and not any(x.source_name.startswith(f"{common}.") for x in skeleton.linears):
-            patterns[rf"{re.escape(common)}(\..*)?$"] = None
+    packed = [linear.source_name for linear in skeleton.linears]
+    beside = [source for part in skeleton.beside for source in part.sources]
+    patterns |= dict.fromkeys(rf"{re.escape(prefix)}(\..*)?$" for prefix in _prefixes(beside, packed))
     return tuple(patterns)
+
+
+def _prefixes(names: Sequence[str], avoided: Sequence[str], above: str = "") -> Iterator[str]:
+    """The shortest dotted prefixes of tensors' `names` that no `avoided` name has: `model.visual`, `mtp`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        first, dot, _ = name.removeprefix(above).partition(".")
+        if dot:
+            groups.setdefault(f"{above}{first}", []).append(name)
+    for prefix, inside in groups.items():
+        if any(f"{name}.".startswith(f"{prefix}.") for name in avoided):
+            yield from _prefixes(inside, avoided, f"{prefix}.")
+        else:
+            yield prefix
 
 
 def _common_parent(names: Sequence[str]) -> str:

@@ -195,12 +195,14 @@ def _says_config_json(directory: Path) -> bool:
 def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
     """What the headers and the config say."""
     listed = _listed_modules(checkpoint)
+    kept = tuple(name for name in checkpoint.keys.unexpected if checkpoint.format.of(name) is None)
     return VerifyCase(
         path=str(checkpoint.directory),
         notes=tuple(checkpoint.notes),
         has_config_copy=(checkpoint.directory / "quantize_config.json").is_file(),
         problems=checkpoint.files.problems,
-        unexpected=tuple(checkpoint.keys.unexpected),
+        unexpected=tuple(name for name in checkpoint.keys.unexpected if name not in kept),
+        kept=kept,
         dense=tuple(
             (name, _declared_dense(checkpoint, listed, name)) for name, _ in _dense_linears(checkpoint)
         ),
@@ -208,7 +210,8 @@ def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
 
 
 def _declared_dense(checkpoint: QuantizedCheckpoint, listed: tuple[str, ...], name: str) -> bool:
-    return checkpoint.format.of(name) is None or (
+    source = (checkpoint.keys.source_of(f"{name}.weight") or name).removesuffix(".weight")
+    return checkpoint.format.of(source) is None or (
         bool(listed) and not any(name.endswith(f".{item}") for item in listed)
     )
 

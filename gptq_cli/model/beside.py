@@ -1,22 +1,28 @@
 """What a model's files hold beside its text decoder: towers, and layers that the model's class leaves out.
 
-Both are copied byte for byte. Towers (vision, sound, projectors) are modules of the class. Layers for
-multi-token prediction are often in the files alone: the class ignores them, servers draft tokens with them.
+All of it is copied byte for byte. Towers (vision, sound, projectors) are modules of the class, and so are
+decoder blocks that only an image reaches (Llama 3.2's cross-attention). Layers for multi-token prediction are
+often in the files alone: the class ignores them, servers draft tokens with them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from gptq_cli.errors import ModelError
 from gptq_cli.model.conversion import KeyMap
 from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.model_class import names_with_towers
 from gptq_cli.model.text_part import beside_the_text
+from gptq_cli.model.trace import Trace
 
 TOWER, LEFT_OUT = "beside the text decoder", "not in the model's class"
+UNREACHED = "text does not reach it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +34,7 @@ class BesideInfo:
     kind: str
     """Class name; "" where the class of the model does not have it."""
     reason: str
-    """`TOWER` or `LEFT_OUT`."""
+    """`TOWER`, `UNREACHED` or `LEFT_OUT`."""
     modules: int
     """Modules with parameters of their own."""
     parameters: int
@@ -36,14 +42,48 @@ class BesideInfo:
     """Names of its tensors in the files."""
 
 
-def parts_beside(model: nn.Module, keys: KeyMap, tensors: Iterable[TensorInfo]) -> tuple[BesideInfo, ...]:
-    """Towers in model order, then what the class leaves out, in the order of the files."""
-    return (*_towers(model, keys), *_left_out(keys, tensors))
+def has_towers(model: Any) -> bool:
+    """Whether the model takes more than text."""
+    names = names_with_towers(getattr(model.config, "model_type", ""))
+    return type(model).__name__ in names or bool(beside_the_text(model))
 
 
-def _towers(model: nn.Module, keys: KeyMap) -> Iterator[BesideInfo]:
+def check_runs_on_text(source: str, model: Any, blocks: tuple[str, ...], traced: Trace) -> None:
+    """Refuse (`ModelError`) a model with towers whose forward without data ends before its first block: it
+    needs an image or a sound."""
+    if traced.complete or any(block in traced.order for block in blocks) or not has_towers(model):
+        return
+    raise ModelError(
+        f"{source} ({type(model).__name__}) does not run on text alone: {traced.problem}",
+        hint="the calibration is text, so a model that needs an image or a sound in every forward cannot be "
+        "quantized",
+    )
+
+
+def unreached_linears(model: Any, linears: Mapping[str, str], traced: Trace) -> Iterator[str]:
+    """Linears (name -> block) that only images or sounds reach, such as adapters and cross-attention: those
+    that did not run and are not one of several experts."""
+    if not traced.complete or not has_towers(model):
+        return
+    for name, block in linears.items():
+        inside = name.removeprefix(f"{block}.").split(".")
+        if name in traced.idle and not any(part.isdigit() for part in inside):
+            yield name
+
+
+def parts_beside(
+    model: nn.Module, unreached: Iterable[str], keys: KeyMap, tensors: Iterable[TensorInfo]
+) -> tuple[BesideInfo, ...]:
+    """Towers and blocks that text does not reach, in model order, then what the class leaves out, in the
+    order of the files."""
+    reasons = dict.fromkeys(beside_the_text(model), TOWER) | dict.fromkeys(unreached, UNREACHED)
+    return (*_modules(model, reasons, keys), *_left_out(keys, tensors))
+
+
+def _modules(model: nn.Module, reasons: Mapping[str, str], keys: KeyMap) -> Iterator[BesideInfo]:
     counted: set[int] = set()
-    for name, tower in beside_the_text(model).items():
+    for name, reason in reasons.items():
+        tower = model.get_submodule(name)
         own = {id(p): p for p in tower.parameters() if id(p) not in counted}
         counted |= own.keys()
         sources = [
@@ -55,7 +95,7 @@ def _towers(model: nn.Module, keys: KeyMap) -> Iterator[BesideInfo]:
         yield BesideInfo(
             name=name,
             kind=type(tower).__name__,
-            reason=TOWER,
+            reason=reason,
             modules=sum(any(True for _ in m.parameters(recurse=False)) for m in tower.modules()),
             parameters=sum(p.numel() for p in own.values()),
             sources=tuple(dict.fromkeys(sources)),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from gptq_cli.model.beside import LEFT_OUT
-from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact, dtype_name
+from gptq_cli.model.facts import BesideFact, LinearFact, ModelFacts, TensorFact, dtype_name
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
@@ -44,7 +44,10 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         fused=_fused(model, skeleton.blocks),
         already_quantized=skeleton.already_quantized,
         tensor_files_bytes=skeleton.files.size_bytes,
-        left_out_parameters=sum(p.parameters for p in skeleton.beside if p.reason == LEFT_OUT),
+        beside=tuple(
+            BesideFact(name=part.name, parameters=part.parameters, in_class=part.reason != LEFT_OUT)
+            for part in skeleton.beside
+        ),
     )
 
 

@@ -67,6 +67,16 @@ class LinearFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BesideFact:
+    """A part of the model beside its text decoder, which is copied as a whole: see `model.beside`."""
+
+    name: str
+    parameters: int
+    in_class: bool
+    """False: in the files alone, such as layers for multi-token prediction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """What rules, budgets and plans need to know about a model; made from a meta skeleton."""
 
@@ -95,8 +105,7 @@ class ModelFacts:
     """The `quant_method` that the config names."""
     tensor_files_bytes: int = 0
     """Bytes of the checkpoint on disk."""
-    left_out_parameters: int = 0
-    """Parameters that are in the files and not in the model's class: layers for multi-token prediction."""
+    beside: tuple[BesideFact, ...] = ()
 
     @property
     def dtype_bytes(self) -> int:
@@ -106,7 +115,8 @@ class ModelFacts:
     @property
     def parameters(self) -> int:
         """Number of parameters of the files; tied ones count once."""
-        return self.left_out_parameters + sum(t.elements for t in self.tensors if not t.buffer)
+        left_out = sum(part.parameters for part in self.beside if not part.in_class)
+        return left_out + sum(tensor.elements for tensor in self.tensors if not tensor.buffer)
 
     @property
     def size_bytes(self) -> int:

@@ -28,7 +28,14 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
-from gptq_cli.model.beside import LEFT_OUT, TOWER, BesideInfo, parts_beside
+from gptq_cli.model.beside import (
+    LEFT_OUT,
+    UNREACHED,
+    BesideInfo,
+    check_runs_on_text,
+    parts_beside,
+    unreached_linears,
+)
 from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.facts import dtype_name
@@ -141,9 +148,13 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     tied = tied_groups(model)
     candidates = _candidates(model, blocks)
     traced = trace(model, candidates)
+    check_runs_on_text(files.source, model, blocks, traced)
+    unreached = tuple(block for block in blocks if traced.complete and block not in traced.order)
+    blocks = tuple(block for block in blocks if block not in unreached)
     kept = _kept_dense(traced, candidates, tied)
+    kept |= dict.fromkeys(unreached_linears(model, candidates, traced), UNREACHED)
     linears = tuple(_linears(model, blocks, keys, kept, known=bool(files.tensors)))
-    beside = parts_beside(model, keys, files.tensors)
+    beside = parts_beside(model, unreached, keys, files.tensors)
     left_out = sum(part.parameters for part in beside if part.reason == LEFT_OUT)
     parameters = sum(p.numel() for p in model.parameters()) + left_out
     return Skeleton(
@@ -316,7 +327,7 @@ def _fold_dense(
 ) -> tuple[DenseInfo, ...]:
     quantized = {linear.name for linear in linears}
     head = output_head(model)
-    towers = {part.name for part in beside if part.reason == TOWER}
+    towers = {part.name for part in beside if part.reason != LEFT_OUT}
     inside = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
     folded: dict[str, tuple[str, str, int, int]] = {}
