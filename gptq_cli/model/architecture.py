@@ -22,6 +22,7 @@ from gptq_cli.model.config_types import check_types
 from gptq_cli.model.headers import brief
 from gptq_cli.model.model_class import (
     causal_names,
+    generates,
     known_types,
     names_with_towers,
     own_class,
@@ -168,9 +169,8 @@ def _check_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
         raise ModelError(f"{source} is an encoder ({what}), not a causal language model", hint=hint)
     if declared and not any(_may_be_causal(name, names) for name in declared):
         raise ModelError(f"{source} is not a causal language model ({what})", hint=hint)
-    kind = own_class(config, trust_remote_code=False)
-    if getattr(kind, "can_generate", lambda: True)() is False:
-        raise ModelError(f"{source} ({kind.__name__}) does not generate text token by token", hint=hint)
+    if not generates(own_class(config, trust_remote_code=False)):
+        raise ModelError(f"{source} ({what}) does not generate text", hint=hint)
 
 
 def _is_encoder_decoder(raw: Mapping[str, Any], config: Any) -> bool:

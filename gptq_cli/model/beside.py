@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from gptq_cli.errors import ModelError
 from gptq_cli.model.conversion import KeyMap
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.model_class import names_with_towers
-from gptq_cli.model.text_part import beside_the_text
+from gptq_cli.model.text_part import beside_the_text, language_model
 from gptq_cli.model.trace import Trace
 
 TOWER, LEFT_OUT = "beside the text decoder", "not in the model's class"
@@ -49,8 +50,17 @@ def has_towers(model: Any) -> bool:
 
 
 def check_runs_on_text(source: str, model: Any, blocks: tuple[str, ...], traced: Trace) -> None:
-    """Refuse (`ModelError`) a model with towers whose forward without data ends before its first block: it
-    needs an image or a sound."""
+    """Refuse (`ModelError`) a model with towers that does not continue a text by itself.
+
+    One writes into a second input (block diffusion: `decoder_input_ids`); the forward without data of one
+    that needs an image or a sound ends before its first block.
+    """
+    if has_towers(model) and "decoder_input_ids" in signature(language_model(model).forward).parameters:
+        raise ModelError(
+            f"{source} ({type(model).__name__}) does not continue its input token by token: its forward "
+            "takes decoder_input_ids",
+            hint="give a model whose decoder continues its own input",
+        )
     if traced.complete or any(block in traced.order for block in blocks) or not has_towers(model):
         return
     raise ModelError(

@@ -70,6 +70,11 @@ def own_class(config: Any, *, trust_remote_code: bool) -> Any:
     return getattr(transformers, next((name for name in declared if name in others), others[0]))
 
 
+def generates(kind: Any) -> bool:
+    """Whether a class, or auto class, generates text; a robot's policy does not."""
+    return kind.__name__ in _REMOTE or bool(kind.can_generate())
+
+
 def make_model(config: Any, dtype: Any, *, trust_remote_code: bool) -> Any:
     """An instance of the model's own class; call it inside `torch.device("meta")`."""
     kind = own_class(config, trust_remote_code=trust_remote_code)
