@@ -117,10 +117,11 @@ def _capture(
     def advanced(done: int) -> None:
         observer(PhaseAdvanced("capture", done, len(ids)))
 
-    embedding = model.get_input_embeddings().weight.device
+    text = language_model(model)
+    embedding = text.get_input_embeddings().weight.device
     offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
     return capture(
-        language_model(model).base_model,
+        text.base_model,
         [block.module for block in blocks],
         ids,
         batch_size=run.schedule.micro_batch_samples,

@@ -139,7 +139,7 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
     checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
     placement = _load_placement(job, checkpoint, observer)
     positions = positions_of(checkpoint.model, checkpoint.config)
-    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    vocabulary = language_model(checkpoint.model).get_input_embeddings().num_embeddings
     warnings = [] if job.text is None else check_windows(job.seq_len, positions)
     tokenizer, windows = None, None
     if job.prompt is not None or job.text is not None:

@@ -12,28 +12,39 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def language_model(model: Any) -> Any:
     """The smallest part of `model` that generates text by itself: nearly always `model`.
 
-    Some classes (BLIP-2, Kosmos-2) wrap a complete language model with a head of its own, and refuse to run
-    without an image; that language model runs on text alone.
+    Some classes wrap a complete language model with a head of its own. They refuse to run without an image
+    (BLIP-2, Kosmos-2), or cannot run at all, because they are several generators (Qwen-Omni's thinker and
+    talker); that language model runs on text alone. It holds the embedding of the tokens that the whole model
+    names; where it names none, it has the text config of the whole model.
     """
-    from transformers import PreTrainedModel
-
-    embedding = token_embedding(model)
+    embedding = _own_embedding(model)
     found = model
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module is not model and module.can_generate():
-            head = module.get_output_embeddings()
-            if head is not None and any(item is embedding for item in module.modules()):
-                found = module
+        if module is model or not isinstance(module, PreTrainedModel) or not module.can_generate():
+            continue
+        if module.get_output_embeddings() is None:
+            continue
+        if embedding is None:
+            fits = module.config.get_text_config() is model.config.get_text_config()
+        else:
+            fits = any(item is embedding for item in module.modules())
+        if fits:
+            found = module
     return found
 
 
 def token_embedding(model: Any) -> nn.Module | None:
     """The embedding of the tokens; None where the model names none."""
+    return _own_embedding(model) or _own_embedding(language_model(model))
+
+
+def _own_embedding(model: Any) -> nn.Module | None:
     get = getattr(model, "get_input_embeddings", None)
     try:
         embedding = get() if callable(get) else None
@@ -54,7 +65,7 @@ def output_head(model: Any) -> nn.Module | None:
 
 def text_decoder(model: nn.Module) -> nn.Module:
     """The decoder that the model names; `model` itself where it names none."""
-    get = getattr(model, "get_decoder", None)
+    get = getattr(language_model(model), "get_decoder", None)
     decoder = get() if callable(get) else model
     return decoder if isinstance(decoder, nn.Module) else model
 
@@ -70,8 +81,6 @@ def text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _towers_in_decoder(model: nn.Module) -> list[nn.Module]:
     """Models inside the decoder without the embedding of the tokens, such as GIT's image encoder."""
-    from transformers import PreTrainedModel
-
     decoder, embedding = text_decoder(model), token_embedding(model)
     if embedding is None or all(module is not embedding for module in decoder.modules()):
         return []
