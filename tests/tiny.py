@@ -22,6 +22,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PretrainedConfig
 
+from tests.towers import TOWERS, with_towers
+
 VOCAB = 512
 HIDDEN = 64
 INNER = 128
@@ -170,9 +172,12 @@ def tiny_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) 
     """The tiny model itself, in eval mode, on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
+        if name in TOWERS:
+            model = with_towers(name)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(TINY[name](), dtype=torch.float32)
     randomize(model, seed)
-    return model.to(dtype).eval()
+    return (model if dtype == torch.float32 else model.to(dtype)).eval()
 
 
 def save_tiny(

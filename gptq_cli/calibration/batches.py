@@ -25,6 +25,7 @@ from torch import Tensor
 
 from gptq_cli.calibration.conversations import Conversations
 from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
+from gptq_cli.calibration.processor import processor_template
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.text import read_documents
 from gptq_cli.calibration.utf8 import SOURCES_HINT
@@ -97,6 +98,8 @@ def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> An
         raise ModelError(f"the tokenizer of {folder} cannot be opened: {reason}", hint=hint) from error
     if not words:
         raise ModelError(f"the tokenizer of {folder} is empty: it makes no tokens from a text", hint=hint)
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = processor_template(folder)
     return tokenizer
 
 

@@ -135,8 +135,8 @@ def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[lis
 
 
 def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
-    dense."""
+    """Regular expressions, in source names, of what holds matrices and stays dense: modules inside blocks,
+    towers, layers that the model's class leaves out."""
     quantized = {linear.name for linear in skeleton.linears}
     quantized |= {module.name for module in skeleton.experts.experts}
     inside = tuple(f"{block}." for block in skeleton.blocks)
@@ -154,7 +154,24 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
         common = _common_parent(sources) if sources else name
         folded = re.escape(fold(common)).replace(r"\*", r"\d+")
         patterns[rf"{folded}(\..*)?$"] = None
+    packed = [linear.source_name for linear in skeleton.linears]
+    beside = [source for part in skeleton.beside for source in part.sources]
+    patterns |= dict.fromkeys(rf"{re.escape(prefix)}(\..*)?$" for prefix in _prefixes(beside, packed))
     return tuple(patterns)
+
+
+def _prefixes(names: Sequence[str], avoided: Sequence[str], above: str = "") -> Iterator[str]:
+    """The shortest dotted prefixes of tensors' `names` that no `avoided` name has: `model.visual`, `mtp`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        first, dot, _ = name.removeprefix(above).partition(".")
+        if dot:
+            groups.setdefault(f"{above}{first}", []).append(name)
+    for prefix, inside in groups.items():
+        if any(f"{name}.".startswith(f"{prefix}.") for name in avoided):
+            yield from _prefixes(inside, avoided, f"{prefix}.")
+        else:
+            yield prefix
 
 
 def _common_parent(names: Sequence[str]) -> str:

@@ -102,7 +102,9 @@ class VerifyCase:
     problems: tuple[SourceProblem, ...] = ()
     """What is wrong with the files beside the weights."""
     unexpected: tuple[str, ...] = ()
-    """Tensors that have no place in the model."""
+    """Tensors that have no place in the model and are not declared dense."""
+    kept: tuple[str, ...] = ()
+    """Tensors that have no place in the model, in modules that the config declares dense."""
     dense: tuple[tuple[str, bool], ...] = ()
     """(name, declared so in the config) of linears in the blocks that are not packed."""
     linears: tuple[LinearFacts, ...] = ()
@@ -138,6 +140,16 @@ def leftover(case: VerifyCase) -> Iterator[Remark]:
     """The files hold a tensor that has no place in the model."""
     for name in case.unexpected:
         yield Remark(subject=name, message="the model has no place for the tensor")
+
+
+@rule("note", topics=("names",))
+def kept_for_others(case: VerifyCase) -> Iterator[Remark]:
+    """The model's class has no place for a tensor that the config declares dense.
+
+    Layers for multi-token prediction, for one: servers read them, Transformers does not.
+    """
+    for name in case.kept:
+        yield Remark(subject=name, message="the tensor is kept for other readers: the class does not read it")
 
 
 @rule("warning", "note", topics=("coverage",))

@@ -13,24 +13,32 @@ from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.source import ModelFiles, read_json
 from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
 
+_INNER_CONFIGS = 2
+"""How deep configs stand inside config.json: thinker_config has a text_config."""
+
 
 def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The source's config.json with the quantization and the dtype set, and nothing else changed.
 
     A quantization of the source, whose weights were decoded, is replaced wherever a config keeps one.
     """
-    config = dict(read_json(source / "config.json"))
-    name = dtype_name(dtype)
-    _set_dtype(config, name)
+    config = _with_dtype(read_json(source / "config.json"), dtype_name(dtype))
     config.pop("compression_config", None)
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        config["text_config"] = text = dict(text)
-        text.pop("quantization_config", None)
-        if "dtype" in text or "torch_dtype" in text:
-            _set_dtype(text, name)
     config["quantization_config"] = dict(quantization)
     return config
+
+
+def _with_dtype(config: Mapping[str, Any], name: str, depth: int = 0) -> dict[str, Any]:
+    """The dtype set in a config, and in the configs inside it (text, vision, audio) that name one."""
+    result = dict(config)
+    for key, inner in config.items():
+        if key == "quantization_config":
+            del result[key]  # of the source, whose weights were decoded
+        elif isinstance(inner, Mapping) and depth < _INNER_CONFIGS and "quantization" not in key:
+            result[key] = _with_dtype(inner, name, depth + 1)
+    if depth == 0 or "dtype" in result or "torch_dtype" in result:
+        _set_dtype(result, name)
+    return result
 
 
 def _set_dtype(config: dict[str, Any], name: str) -> None:

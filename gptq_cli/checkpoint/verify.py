@@ -28,6 +28,7 @@ from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.model.text_part import output_head
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.rules import rules_in
 from gptq_cli.targets.check import TargetFacts, TargetLinear, target_report
@@ -85,6 +86,12 @@ def check_targets(
             if info.has_g_idx and not info.format.desc_act
         )
     return _report(path, checkpoint, targets, trivial=not reordered)
+
+
+def check_structure(checkpoint: QuantizedCheckpoint) -> tuple[Finding, ...]:
+    """What the rules find in names and configs, without the values of a tensor."""
+    case = _structure(checkpoint)
+    return tuple(finding for rule in rules_in(verify_rules) for finding in rule(case))
 
 
 def _unreadable(path: str | Path, error: CheckpointError | ModelError) -> VerifyReport:
@@ -152,7 +159,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True)
     packed = (*checkpoint.linears, *checkpoint.experts)
     scales = {t.dtype for t in checkpoint.tensors if t.name.endswith(".scales")}
     settings = {(info.format.bits, info.format.group_size, info.format.sym) for info in packed}
-    head = checkpoint.model.get_output_embeddings()
+    head = output_head(checkpoint.model)
     names = {id(module): name for name, module in checkpoint.model.named_modules()}
     return TargetFacts(
         bits=form.base.bits,
@@ -189,12 +196,14 @@ def _says_config_json(directory: Path) -> bool:
 def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
     """What the headers and the config say."""
     listed = _listed_modules(checkpoint)
+    kept = tuple(name for name in checkpoint.keys.unexpected if checkpoint.format.of(name) is None)
     return VerifyCase(
         path=str(checkpoint.directory),
         notes=tuple(checkpoint.notes),
         has_config_copy=(checkpoint.directory / "quantize_config.json").is_file(),
         problems=checkpoint.files.problems,
-        unexpected=tuple(checkpoint.keys.unexpected),
+        unexpected=tuple(name for name in checkpoint.keys.unexpected if name not in kept),
+        kept=kept,
         dense=tuple(
             (name, _declared_dense(checkpoint, listed, name)) for name, _ in _dense_linears(checkpoint)
         ),

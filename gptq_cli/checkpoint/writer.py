@@ -35,6 +35,7 @@ from gptq_cli.checkpoint.layout import (
 )
 from gptq_cli.checkpoint.place import check_destination
 from gptq_cli.checkpoint.renames import fsync
+from gptq_cli.checkpoint.self_check import check_written
 from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
@@ -148,7 +149,10 @@ class CheckpointWriter:
             return self.put_in_place()
 
     def complete(self, report: Mapping[str, Any]) -> None:
-        """Write the remaining files, and flush everything to the disk."""
+        """Write the remaining files, read the result back, and flush everything to the disk.
+
+        Raises `GptqError` where the result could not be opened again.
+        """
         missing = sorted(name for names in self._waiting.values() for name in names)
         if missing:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
@@ -164,6 +168,8 @@ class CheckpointWriter:
             self._json("config.json", checkpoint_config(source, quantization, self._skeleton.dtype))
             self._json("quantize_config.json", quantization)
             self._json("report.json", report)
+        check_written(self._work, self._skeleton)
+        with self._disk():
             for path in self._work.rglob("*"):
                 if path.suffix != ".safetensors":
                     fsync(path)

@@ -21,6 +21,7 @@ from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement
@@ -127,7 +128,8 @@ def _capture(
     def advanced(done: int) -> None:
         observer(PhaseAdvanced("capture", done, len(ids)))
 
-    embedding = model.get_input_embeddings().weight.device
+    text = language_model(model)
+    embedding = text.get_input_embeddings().weight.device
     offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
     modules = [block.module for block in blocks]
     input_device = torch_device(run.placement.main_device) if offloaded else embedding
@@ -135,7 +137,7 @@ def _capture(
     paired = run.config.paired_samples(len(ids))
     if not flow.direct:
         driven = Driven(
-            model.base_model,
+            text.base_model,
             modules,
             ids,
             flow,
@@ -152,7 +154,7 @@ def _capture(
         return driven
     with provider.for_capture():
         return capture(
-            model.base_model,
+            text.base_model,
             modules,
             ids,
             flow,

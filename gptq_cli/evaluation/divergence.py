@@ -20,6 +20,7 @@ from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 from gptq_cli.evaluation.perplexity import OnWindow, row_ranges
 from gptq_cli.model.blocks import find_blocks
+from gptq_cli.model.text_part import language_model
 from gptq_cli.results.load import Agreement
 
 
@@ -41,10 +42,11 @@ def _differences(quantized: Any, dense: Any) -> Iterator[str]:
     blocks, others = _blocks(quantized), _blocks(dense)
     if len(blocks) != len(others):
         yield f"the quantized model has {len(blocks)} blocks, the dense one {len(others)}"
-    width, other = (model.get_input_embeddings().embedding_dim for model in (quantized, dense))
+    embeddings = [language_model(model).get_input_embeddings() for model in (quantized, dense)]
+    width, other = (embedding.embedding_dim for embedding in embeddings)
     if width != other:
         yield f"the quantized model has hidden size {width}, the dense one {other}"
-    tokens, known = (int(model.get_input_embeddings().num_embeddings) for model in (quantized, dense))
+    tokens, known = (int(embedding.num_embeddings) for embedding in embeddings)
     if tokens != known:
         yield _other_tokens(tokens, known)
     if (ours.model_type, len(blocks), width) == (theirs.model_type, len(others), other):

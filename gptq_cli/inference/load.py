@@ -36,6 +36,7 @@ from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.model.text_part import language_model, output_head
 from gptq_cli.model.weights import fill_dense
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
@@ -84,6 +85,7 @@ def load_quantized(
         )
     model = checkpoint.model
     model.generation_config = read_generation_config(checkpoint.directory, model)
+    language_model(model).generation_config = model.generation_config
     crossovers = Crossovers(torch.get_num_threads())
     gptqmodel = GptqmodelKernels() if kernel_choice == "gptqmodel" else None
     if gptqmodel is not None and placement.offloaded:
@@ -110,7 +112,7 @@ def load_quantized(
     model.eval().requires_grad_(False)
     if gptqmodel is not None:
         gptqmodel.finish(model, desc_act=checkpoint.desc_act)
-    head = model.get_output_embeddings()
+    head = output_head(model)
     if head is not None:
         head.register_forward_pre_hook(_contiguous_input)
     if len(placement.devices) > 1:

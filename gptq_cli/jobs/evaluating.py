@@ -26,6 +26,7 @@ from gptq_cli.model.find import find_model
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import READABLE
+from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import load_resident
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget, Placement
@@ -155,7 +156,7 @@ def measured(
         with phase(observer, "evaluate", windows.samples):
             return replace(report, perplexity=perplexity(model, windows.input_ids, advanced).value)
     with phase(observer, "dense"):
-        other = load_resident(dense.skeleton, dense.placement)
+        other = language_model(load_resident(dense.skeleton, dense.placement))
     with phase(observer, "evaluate", windows.samples):
         agreement = compare(model, other, windows.input_ids, advanced)
     bench = report.bench

@@ -31,6 +31,7 @@ from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.positions import Positions, positions_of
+from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.placement import Placement
 from gptq_cli.preflight.facts import environment_facts
 from gptq_cli.preflight.resolve import refusal, resolve
@@ -60,15 +61,16 @@ def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
     for warning in (*map(Warned, plan.checkpoint.notes), *plan.warnings):
         observer(warning)
     model, report = _opened(job, plan, verification, observer)
+    text = language_model(model)
     if job.prompt is not None:
-        report = generated(job, model, plan.tokenizer, report, observer)
+        report = generated(job, text, plan.tokenizer, report, observer)
     if job.bench:
-        report = timed(model, plan.placement, report, plan.positions, observer)
+        report = timed(text, plan.placement, report, plan.positions, observer)
     if plan.windows is not None:
-        report = measured(model, plan.windows, plan.dense, report, plan.positions, observer)
+        report = measured(text, plan.windows, plan.dense, report, plan.positions, observer)
     report = replace(report, kernels=kernel_counts(model))  # an operator may have failed meanwhile
     accelerated = plan.placement.main_device.is_accelerator
-    del model, plan
+    del model, text, plan
     if accelerated:
         flush(())  # hooks make reference cycles, which only a collection frees
     return apply_gates(job, report)
@@ -137,7 +139,7 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
     checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
     placement = _load_placement(job, checkpoint, observer)
     positions = positions_of(checkpoint.model, checkpoint.config)
-    vocabulary = checkpoint.model.get_input_embeddings().num_embeddings
+    vocabulary = language_model(checkpoint.model).get_input_embeddings().num_embeddings
     warnings = [] if job.text is None else check_windows(job.seq_len, positions)
     tokenizer, windows = None, None
     if job.prompt is not None or job.text is not None:

@@ -15,6 +15,7 @@ from gptq_cli.evaluation.generation_config import FILE, read_generation_config, 
 from gptq_cli.evaluation.prompt import encode_prompt
 from gptq_cli.events import Warned
 from gptq_cli.model.positions import Positions
+from gptq_cli.model.text_part import language_model
 
 
 def check_prompt(
@@ -31,7 +32,7 @@ def check_prompt(
     another model.
     """
     model = checkpoint.model
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = language_model(model).get_input_embeddings().num_embeddings
     source = FILE if (checkpoint.directory / FILE).is_file() else "config.json"
     settings = settings_of(read_generation_config(checkpoint.directory, model), vocabulary, source)
     stop_criterion(settings, tokenizer)

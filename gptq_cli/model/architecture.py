@@ -1,6 +1,7 @@
-"""Whether a config.json describes a causal language model, decided before anything is built.
+"""Whether a config.json describes a model with a text decoder, decided before anything is built.
 
-Errors say what else it is: an encoder, an encoder-decoder or a vision model. Python code from a model's
+That is a causal language model, alone or beside other towers (images, sound). Errors say what else it is: an
+encoder, an encoder-decoder or a vision model. Python code from a model's
 repository is not run without permission.
 """
 
@@ -9,18 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import GptqError, ModelError
 from gptq_cli.model.config_types import check_types
 from gptq_cli.model.headers import brief
+from gptq_cli.model.model_class import (
+    causal_names,
+    generates,
+    known_types,
+    names_with_towers,
+    own_class,
+    remote_class,
+)
 from gptq_cli.model.source import ModelFiles, read_json
 
 COUNT_LIMIT = 100_000
@@ -54,9 +61,9 @@ def raw_config(files: ModelFiles) -> Mapping[str, Any]:
 
 
 def load_config(files: ModelFiles, ref: ModelRef) -> Any:
-    """The model's config object, checked to be a causal language model's. Raises `ModelError`."""
+    """The model's config object, checked to have a text decoder. Raises `ModelError`."""
     raw = raw_config(files)
-    if raw.get("auto_map") and not ref.trust_remote_code and raw.get("model_type") not in _known_types():
+    if raw.get("auto_map") and not ref.trust_remote_code and raw.get("model_type") not in known_types():
         raise ModelError(
             f"{files.source} (model_type {raw.get('model_type')!r}) needs Python code from its repository",
             hint="read that code, then add --trust-remote-code",
@@ -141,24 +148,20 @@ def raise_import_failure(error: BaseException) -> None:
         ) from error
 
 
-def _known_types() -> frozenset[str]:
-    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-
-
 def _check_architecture(source: str, raw: Mapping[str, Any], config: Any) -> None:
     declared = [str(name) for name in raw.get("architectures") or ()]
     what = declared[0] if declared else f"model_type {config.model_type!r}"
-    hint = "give a decoder-only language model (one that AutoModelForCausalLM opens)"
-    if raw.get("is_encoder_decoder", getattr(config, "is_encoder_decoder", False)):
+    hint = "give a model that generates text with a decoder alone, also beside a tower for images or sound"
+    if _is_encoder_decoder(raw, config):
         raise ModelError(
             f"{source} is an encoder-decoder model ({what}), not a causal language model", hint=hint
         )
-    if "AutoModelForCausalLM" in (raw.get("auto_map") or {}):
+    if remote_class(raw.get("auto_map") or {}) is not None:
         return
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    if causal is None:
+    causal, others = causal_names(config.model_type), names_with_towers(config.model_type)
+    names = causal | set(others)
+    if not names:
         raise ModelError(f"{source} is not a causal language model ({what})", hint=hint)
-    names = {causal} if isinstance(causal, str) else set(causal)
     encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
         config, "is_decoder", True
     )
@@ -166,11 +169,19 @@ def _check_architecture(source: str, raw: Mapping[str, Any], config: Any) -> Non
         raise ModelError(f"{source} is an encoder ({what}), not a causal language model", hint=hint)
     if declared and not any(_may_be_causal(name, names) for name in declared):
         raise ModelError(f"{source} is not a causal language model ({what})", hint=hint)
+    if not generates(own_class(config, trust_remote_code=False)):
+        raise ModelError(f"{source} ({what}) does not generate text", hint=hint)
 
 
-def _may_be_causal(declared: str, names: set[str]) -> bool:
-    """The causal class itself, its bare base model, or a text-and-image class that Transformers opens as
-    one."""
+def _is_encoder_decoder(raw: Mapping[str, Any], config: Any) -> bool:
+    """Whether the model, or the language model inside it, has an encoder for its text."""
+    if raw.get("is_encoder_decoder", getattr(config, "is_encoder_decoder", False)):
+        return True
+    return bool(getattr(getattr(config, "text_config", None), "is_encoder_decoder", False))
+
+
+def _may_be_causal(declared: str, names: AbstractSet[str]) -> bool:
+    """The generating class itself, its bare base model, or another class that opens as one."""
     if declared in names:
         return True
     endings = ("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration")

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
+from gptq_cli.model.text_part import text_modules
 from gptq_cli.placement.names import leaf
 
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate", "gate_network", "wg"})
@@ -98,10 +99,8 @@ def find_blocks(model: nn.Module, left_out: Collection[str] = ()) -> tuple[str, 
 
 def _decoder_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """All ModuleLists under the decoder; under the whole model where no decoder is named or it has none."""
-    get_decoder = getattr(model, "get_decoder", None)
-    decoder = get_decoder() if callable(get_decoder) else model
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    inside = {id(m) for _, m in text_modules(model)}
     yield from [(n, m) for n, m in lists if id(m) in inside] or lists
 
 

@@ -32,7 +32,8 @@ def _truth(value: Any) -> bool:
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool)
 
 
 FIELDS: Mapping[str, tuple[Check, str]] = MappingProxyType(

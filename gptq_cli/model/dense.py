@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from gptq_cli.model.beside import LEFT_OUT, BesideInfo
 from gptq_cli.model.blocks import ROUTER_NAMES, is_linear, is_router
 from gptq_cli.model.experts import FoundExperts, stacked_parameters
-from gptq_cli.placement.names import fold, leaf
+from gptq_cli.model.text_part import output_head
+from gptq_cli.placement.names import fold, leaf, parents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +23,8 @@ class DenseInfo:
     kind: str
     """Class name."""
     reason: str
-    """embedding | head | fused experts | router | tied | read, not called | never called |
-    converted at load | outside the blocks | vector | other"""
+    """embedding | head | fused experts | router | tied | read, not called | converted at load |
+    outside the blocks | vector | other, and those of `beside`"""
     modules: int
     """Number of modules under the folded name."""
     parameters: int
@@ -37,17 +39,22 @@ def fold_dense(
     blocks: tuple[str, ...],
     kept: Mapping[str, str],
     experts: FoundExperts,
+    beside: tuple[BesideInfo, ...],
+    total: int,
 ) -> tuple[DenseInfo, ...]:
-    """The modules of `model` beside the linears `quantized`. `kept`: linears that stay dense -> why."""
+    """The modules of `model` beside the linears `quantized`. `kept`: linears that stay dense -> why; `total`:
+    parameters of the files."""
     packed = {f"{module.name}.{tensor.leaf}" for module in experts.experts for tensor in module.tensors}
-    head = model.get_output_embeddings()
-    total = max(1, sum(p.numel() for p in model.parameters()))
+    head = output_head(model)
+    towers = {part.name for part in beside if part.reason != LEFT_OUT}
     inside = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
     folded: dict[str, tuple[str, str, int, int]] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         counted.update(id(p) for leaf, p in own.items() if f"{name}.{leaf}" in packed)
+        if any(above in towers for above in (name, *parents(name))):
+            continue
         if all(id(p) in counted for p in own.values()):
             continue
         if name in quantized:
@@ -58,6 +65,7 @@ def fold_dense(
         reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
         kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
         folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
+    folded |= {part.name: (part.kind, part.reason, part.modules, part.parameters) for part in beside}
     return tuple(
         DenseInfo(
             name=name,
@@ -65,7 +73,7 @@ def fold_dense(
             reason=reason,
             modules=modules,
             parameters=parameters,
-            share=parameters / total,
+            share=parameters / max(1, total),
         )
         for name, (kind, reason, modules, parameters) in folded.items()
     )

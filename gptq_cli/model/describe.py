@@ -6,8 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
+from gptq_cli.model.beside import LEFT_OUT
 from gptq_cli.model.expert_linears import ExpertLinear
-from gptq_cli.model.facts import LinearFact, ModelFacts, StackFact, TensorFact, dtype_name
+from gptq_cli.model.facts import (
+    BesideFact,
+    LinearFact,
+    ModelFacts,
+    StackFact,
+    TensorFact,
+    dtype_name,
+)
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
@@ -47,6 +55,10 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         already_quantized=skeleton.already_quantized,
         decoded=skeleton.files.decoded,
         tensor_files_bytes=skeleton.files.size_bytes,
+        beside=tuple(
+            BesideFact(name=part.name, parameters=part.parameters, in_class=part.reason != LEFT_OUT)
+            for part in skeleton.beside
+        ),
     )
 
 

@@ -133,6 +133,16 @@ class StackFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BesideFact:
+    """A part of the model beside its text decoder, which is copied as a whole: see `model.beside`."""
+
+    name: str
+    parameters: int
+    in_class: bool
+    """False: in the files alone, such as layers for multi-token prediction."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
     """What rules, budgets and plans need to know about a model; made from a meta skeleton."""
 
@@ -167,6 +177,7 @@ class ModelFacts:
     """Present where the weights are stored in few bits and are decoded while they are read."""
     tensor_files_bytes: int = 0
     """Bytes of the checkpoint on disk."""
+    beside: tuple[BesideFact, ...] = ()
 
     @property
     def dtype_bytes(self) -> int:
@@ -175,8 +186,9 @@ class ModelFacts:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; tied ones count once."""
-        return sum(tensor.elements for tensor in self.tensors if not tensor.buffer)
+        """Number of parameters of the files; tied ones count once."""
+        left_out = sum(part.parameters for part in self.beside if not part.in_class)
+        return left_out + sum(tensor.elements for tensor in self.tensors if not tensor.buffer)
 
     @property
     def size_bytes(self) -> int:

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from gptq_cli.model.text_part import text_modules
+
 _FULL_BIAS = {"mpt": "max_seq_len"}
 """Model types that compute the ALiBi bias of all positions in the forward, so that no tensor shows their
 number -> the config field that does."""
@@ -43,13 +45,13 @@ def positions_of(model: nn.Module, config: Any) -> Positions | None:
 
 def _tables(model: nn.Module) -> Iterator[int]:
     """Usable rows of every table of positions: GPT-2's `wpe`, OPT's `embed_positions`, GPT-J's buffer."""
-    for name, module in model.named_modules():
+    for name, module in text_modules(model):
         own = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("pos" in own or own == "wpe"):
             offset = getattr(module, "offset", 0)  # OPT, Bart: rows before the first position
             yield module.num_embeddings - (offset if isinstance(offset, int) else 0)
-    for name, buffer in model.named_buffers():
-        own = name.rpartition(".")[2]
+    buffers = [item for _, module in text_modules(model) for item in module.named_buffers(recurse=False)]
+    for own, buffer in buffers:
         if buffer.ndim == 2 and buffer.shape[0] > 1 and buffer.is_floating_point() and "pos" in own:
             yield buffer.shape[0]
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoModelForCausalLM
 from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +28,14 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
+from gptq_cli.model.beside import (
+    LEFT_OUT,
+    UNREACHED,
+    BesideInfo,
+    check_runs_on_text,
+    parts_beside,
+    unreached_linears,
+)
 from gptq_cli.model.blocks import find_blocks, find_linears, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.dense import DenseInfo, fold_dense
@@ -37,6 +44,7 @@ from gptq_cli.model.expert_names import ExpertSource, named_experts
 from gptq_cli.model.experts import FoundExperts, find_experts
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.few_bits import decoded_files
+from gptq_cli.model.model_class import make_model
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
@@ -112,8 +120,10 @@ class Skeleton:
     experts: FoundExperts
     """Modules whose linears were made of 3-D parameters, and the 3-D parameters that stay dense."""
     tied: tuple[tuple[str, ...], ...]
+    beside: tuple[BesideInfo, ...]
+    """Towers, and what the files hold beyond the model's class."""
     parameters: int
-    """Number of parameters; tied ones count once."""
+    """Number of parameters of the files; tied ones count once."""
     problems: tuple[SourceProblem, ...]
     """Of the files, and of files and model together: weights that are missing or have the wrong shape."""
 
@@ -130,24 +140,30 @@ class Skeleton:
 def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     """Build the model of `files` on the meta device and find its blocks and linears.
 
-    Raises `ModelError`: remote code without permission, not a causal language model, no blocks.
+    Raises `ModelError`: remote code without permission, no text decoder, no blocks.
     """
     files, already = decoded_files(files, raw_config(files))
     config = load_config(files, ref)
     dtype = _choose_dtype(config, files, ref)
     model = build_meta(config, ref, dtype, tensors=len(files.tensors))
     prefix, blocks, traced = _traced(model)
+    check_runs_on_text(files.source, model, blocks, traced)
     conversion = Conversion(model)
     keys = conversion.map(tensor.name for tensor in files.tensors)
     tied = tied_groups(model)
     experts, sources = named_experts(find_experts(model, blocks), conversion, keys, tied)
     unfuse(model, experts.experts)
+    unreached = tuple(block for block in blocks if block not in traced.flow.blocks)
+    blocks = traced.flow.blocks
     candidates = _candidates(model, blocks)
     kept = _kept_dense(traced, candidates, tied)
+    kept |= dict.fromkeys(unreached_linears(model, candidates, traced), UNREACHED)
     routed = {name for name in candidates if isinstance(model.get_submodule(name), ExpertLinear)}
     traced = replace(traced, idle=traced.idle | routed)  # they stood in a 3-D tensor when it was made
-    blocks = traced.flow.blocks
     linears = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
+    beside = parts_beside(model, unreached, keys, files.tensors)
+    left_out = sum(part.parameters for part in beside if part.reason == LEFT_OUT)
+    parameters = sum(p.numel() for p in model.parameters()) + left_out
     return Skeleton(
         config=config,
         model=model,
@@ -156,14 +172,17 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks_prefix=prefix,
         blocks=blocks,
         linears=linears,
-        dense=fold_dense(model, {linear.name for linear in linears}, blocks, kept, experts),
+        dense=fold_dense(
+            model, {linear.name for linear in linears}, blocks, kept, experts, beside, parameters
+        ),
         trace=traced,
         dtype=dtype,
         already_quantized=already,
         keys=keys,
         experts=experts,
         tied=tied,
-        parameters=sum(p.numel() for p in model.parameters()),
+        beside=beside,
+        parameters=parameters,
         problems=(*files.problems, *_mismatches(model, files, keys)),
     )
 
@@ -218,9 +237,7 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int =
     """
     try:
         with quiet_libraries(), torch.device("meta"), meta_device_safe_creation_ops(), _counted(ref, tensors):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=ref.trust_remote_code
-            )
+            model = make_model(config, dtype, trust_remote_code=ref.trust_remote_code)
     except ModelError:
         raise
     except Exception as error:
@@ -281,7 +298,6 @@ def _kept_dense(
     """Linears that stay dense -> why: their weight is shared with another module, or used without a call."""
     shared = {name.removesuffix(".weight") for group in tied for name in group}
     kept = dict.fromkeys(traced.read_not_called, "read, not called")
-    kept |= {name: "never called" for name, block in candidates.items() if block not in traced.flow.blocks}
     return kept | {name: "tied" for name in candidates if name in shared}
 
 

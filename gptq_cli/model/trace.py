@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.model.flow import Flow, FlowWatch
 from gptq_cli.model.reads import Read
+from gptq_cli.model.text_part import language_model
 
 _TOKENS = 8
 _FEW = 1 << 16
@@ -99,7 +100,7 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
     try:
         with unchanged(model), torch.no_grad(), watch:
             ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-            model(input_ids=ids, use_cache=False)
+            language_model(model)(input_ids=ids, use_cache=False)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.integrations.accelerate import expand_device_map
 
 from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
+from gptq_cli.model.model_class import load_model
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.placement.placement import Placement
@@ -51,10 +51,11 @@ def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     with quiet_libraries(), _no_random_traces():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = load_model(
+                skeleton.config,
                 skeleton.files.directory,
-                dtype=skeleton.dtype,
                 trust_remote_code=skeleton.ref.trust_remote_code,
+                dtype=skeleton.dtype,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from gptq_cli.config import AUTO_GROUPS
 from gptq_cli.model.facts import LinearFact
-from gptq_cli.placement.names import fold
+from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import names_text
@@ -232,7 +232,8 @@ def experts_own_target(case: JobCase) -> list[Remark]:
 
 @rule("warning", "note")
 def left_dense(case: JobCase) -> list[Remark]:
-    """What stays dense: embeddings, head, norms, routers, and all else that is not a linear in a block."""
+    """What stays dense: embeddings, head, norms, routers, towers for images or sound, layers for multi-token
+    prediction, and all else that is not a linear in a block."""
     total = case.facts.parameters
     if not total or not case.facts.linears:
         return []
@@ -240,10 +241,11 @@ def left_dense(case: JobCase) -> list[Remark]:
     share = 1 - quantized / total
     names = {x.name for x in case.facts.linears}
     dense = [t for t in case.facts.tensors if not t.buffer and t.name.rpartition(".")[0] not in names]
-    folded: dict[str, int] = {}
+    folded = {part.name: part.parameters for part in case.facts.beside}
     for tensor in dense:
-        name = fold(tensor.name)
-        folded[name] = folded.get(name, 0) + tensor.elements
+        if not any(above in folded for above in parents(tensor.name)):
+            name = fold(tensor.name)
+            folded[name] = folded.get(name, 0) + tensor.elements
     largest = [name for name in sorted(folded, key=lambda n: -folded[n])[:3] if folded[name] >= total / 100]
     listed = ", ".join(f"{name} {folded[name] / total:.0%}" for name in largest)
     low = 1 - share < _LOW_SHARE and not case.facts.fused
