@@ -23,6 +23,11 @@ to fill the device. To be measured on a card; until then an assumption."""
 EXPERT_BATCH_BYTES = 512 << 20
 """Hessians of an expert batch: one of 7168 columns has 196 MiB, one of 2048 has 16."""
 
+SOLVE_BATCH_ROWS = 4096
+"""Rows of experts that a CPU solves side by side: more no longer fit its cache (scripts/bench_experts.py)."""
+ACCELERATOR_SOLVE_BATCH_ROWS = 65536
+"""The same for an accelerator, whose kernels take about as long for few rows as for many. To be measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
@@ -84,10 +89,15 @@ def make_schedule(placement: Placement, facts: ModelFacts, work: Work, *, parked
                 execution_device=execution_device(placement, device),
                 replayed=replayed(block),
                 expert_batch_bytes=EXPERT_BATCH_BYTES,
+                solve_batch_rows=_solve_batch_rows(execution_device(placement, device)),
             )
             for block, device in storage.items()
         ),
     )
+
+
+def _solve_batch_rows(device: Device) -> int:
+    return ACCELERATOR_SOLVE_BATCH_ROWS if device.is_accelerator else SOLVE_BATCH_ROWS
 
 
 def wider_micro_batches(placement: Placement, work: Work) -> tuple[int, ...]:
