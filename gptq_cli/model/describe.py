@@ -49,19 +49,18 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
 def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:
     """Number of the stage of each linear inside its block, in order of execution.
 
-    A linear that did not run is a stage of its own, after the others. Where the trace is not complete,
-    linears with the same parent and the same K count as a stage, which at worst overestimates memory.
+    Linears that did not run come after the others. Those with the same parent and the same K count as a
+    stage, as gate and up of an expert are. Where the trace is not complete all linears are taken like this,
+    which at worst overestimates memory.
     """
     owner = {info.name: info.block for info in linears}
-    if traced.complete:
-        known = [[name for name in stage if name in owner] for stage in traced.stages]
-        known += [[name] for name in owner if name in traced.idle]
-    else:
-        by_parent: dict[tuple[str, str, int], list[str]] = {}
-        for info in linears:
+    known = [[name for name in stage if name in owner] for stage in traced.stages] if traced.complete else []
+    by_parent: dict[tuple[str, str, int], list[str]] = {}
+    for info in linears:
+        if not traced.complete or info.name in traced.idle:
             key = (info.block, info.name.rpartition(".")[0], info.in_features)
             by_parent.setdefault(key, []).append(info.name)
-        known = list(by_parent.values())
+    known += by_parent.values()
     numbers: dict[str, int] = {}
     counts: dict[str, int] = {}
     for stage in filter(None, known):

@@ -6,13 +6,13 @@ different height, from which the price of a column and the price of a weight fol
     forward   weights of the block · tokens, for each time a block runs (once parked, more when replayed)
     Hessian   K² · tokens for each stage
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
+              a · K once for experts that are solved side by side
 
 It is an estimate: other processes, clocks and caches may move it by a factor of two.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.schedule import StageShape, block_stages
+from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.timing import fastest
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: Machin
         if (stages, block) not in known:
             weights = _weights_run(stages, block)
             known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights)
+            known[stages, block] += speed.column_seconds * _columns_walked(stages, block)
         total += known[stages, block]
     return total
 
@@ -118,9 +119,21 @@ def _block_seconds(
     solve = 0.0
     for stage, size in zip(stages, weights, strict=True):
         k = stage.in_features
-        solve += speed.column_seconds * k + speed.weight_seconds * size
+        solve += speed.weight_seconds * size
         solve += (MULTIPLY_ADDS * size * max(0, k - _K) + k**3) / speed.matmul_rate
     return forward + collect + solve
+
+
+def _columns_walked(stages: Sequence[StageShape], block: BlockSchedule) -> int:
+    """Steps of the solver's loop over columns: K for each stage, and K for experts that are solved side by
+    side."""
+    columns = sum(stage.in_features for stage in stages if not stage.routed)
+    for stage, count in expert_families(stages).items():
+        k, per_batch = stage.in_features, block.experts_per_batch(stage.in_features)
+        together = block.experts_per_solve(k, stage.rows)
+        whole, rest = divmod(count, per_batch)
+        columns += k * (whole * -(-per_batch // together) + -(-rest // together))
+    return columns
 
 
 def _weights_run(stages: Sequence[StageShape], block: BlockSchedule) -> int:
@@ -138,8 +151,8 @@ def _weights_run(stages: Sequence[StageShape], block: BlockSchedule) -> int:
         run = sum(weights) if once else 0
     else:
         run = sum(sum(once[:index]) for index in range(len(once)))
-    experts = Counter(stage.in_features for stage in stages if stage.routed)
-    batches = sum(-(-count // block.experts_per_batch(k)) for k, count in experts.items())
+    experts = expert_families(stages).items()
+    batches = sum(-(-count // block.experts_per_batch(stage.in_features)) for stage, count in experts)
     return run + (batches + 1) * sum(weights)
 
 
