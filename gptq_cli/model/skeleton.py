@@ -8,7 +8,7 @@ weight.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from gptq_cli.model.architecture import (
     raise_import_failure,
     raw_config,
 )
-from gptq_cli.model.blocks import ROUTER_NAMES, find_blocks, find_linears, is_linear, is_router, shape
+from gptq_cli.model.blocks import ROUTER_NAMES, all_linears, find_blocks, is_linear, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.quiet import quiet_libraries
@@ -137,7 +137,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     tied = tied_groups(model)
     candidates = _candidates(model, blocks)
     traced = trace(model, candidates)
-    kept = _kept_dense(traced, candidates, tied)
+    kept = _kept_dense(model, traced, candidates, tied)
     linears = tuple(_linears(model, blocks, keys, kept, known=bool(files.tensors)))
     return Skeleton(
         config=config,
@@ -213,7 +213,7 @@ def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int =
 
 def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     """Every linear of the blocks -> its block."""
-    return {f"{block}.{name}": block for block in blocks for name in find_linears(model.get_submodule(block))}
+    return {f"{block}.{name}": block for block in blocks for name in all_linears(model.get_submodule(block))}
 
 
 @contextmanager
@@ -241,11 +241,19 @@ def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
 
 
 def _kept_dense(
-    traced: Trace, candidates: Iterable[str], tied: tuple[tuple[str, ...], ...]
+    model: nn.Module, traced: Trace, candidates: Collection[str], tied: tuple[tuple[str, ...], ...]
 ) -> dict[str, str]:
-    """Linears that stay dense -> why: their weight is shared with another module, or used without a call."""
+    """Linears that stay dense -> why: their weight is shared with another module, or used without a call, or
+    they choose.
+
+    Where the trace is not complete, the name of a router is taken for one.
+    """
     shared = {name.removesuffix(".weight") for group in tied for name in group}
-    kept = dict.fromkeys(traced.read_not_called, "read, not called")
+    kept = dict.fromkeys(traced.choosing, "router")
+    for name in candidates:
+        if shape(model.get_submodule(name))[0] == 1 or (not traced.complete and leaf(name) in ROUTER_NAMES):
+            kept[name] = "router"
+    kept |= dict.fromkeys(traced.read_not_called, "read, not called")
     return kept | {name: "tied" for name in candidates if name in shared}
 
 
@@ -256,7 +264,7 @@ def _linears(
     once."""
     seen: set[int] = set()
     for block in blocks:
-        for name, linear in find_linears(model.get_submodule(block)).items():
+        for name, linear in all_linears(model.get_submodule(block)).items():
             full = f"{block}.{name}"
             source = keys.source_of(f"{full}.weight")
             if source is None and not known:
@@ -342,12 +350,8 @@ def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool
         return "embedding"
     if in_block and 3 in dimensions and not isinstance(module, nn.Conv1d):
         return "fused experts"
-    if in_block and leaf(name) in ROUTER_NAMES:
-        return "router"
     if max(dimensions) < 2:
         return "vector"
     if is_linear(module):
-        if is_router(name, module):
-            return "router"
         return "converted at load" if in_block else "outside the blocks"
     return "other"

@@ -5,6 +5,7 @@ is traced in a second, without memory. The trace shows
 
 * in which order modules run, and which linears read the same tensor (they will be one stage);
 * which linears did not run: those that only routed tokens reach, because nothing is routed here (experts);
+* which linears only choose: routers of experts, indexers of sparse attention (`model.dataflow`);
 * which linears are *read rather than called*: some architectures take the weight of a linear and multiply
   with it themselves (Mamba's `dt_proj`, absorbed latent attention). Such a linear never sees an input for a
   Hessian, and a reader's packed linear, which has no weight, could not replace it.
@@ -26,7 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.model.dataflow import DataFlow
 from gptq_cli.model.reads import Read
+from gptq_cli.placement.names import owner
 
 _TOKENS = 8
 _FEW = 1 << 16
@@ -44,6 +47,8 @@ class Trace:
     """Linears that did not run. In a complete trace: routed ones (experts)."""
     read_not_called: frozenset[str]
     """Linears whose weight was used outside their own forward."""
+    choosing: frozenset[str] = frozenset()
+    """Modules whose weight only chooses: routers, indexers."""
     problem: str = ""
     """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
@@ -58,7 +63,8 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
 
     Errors of the model end up in `problem`; only an out-of-memory error is raised.
     """
-    watch = _Watch({name: model.get_submodule(name).weight for name in linears})
+    flow = DataFlow(dict(model.named_parameters(remove_duplicate=False)))
+    watch = _Watch({name: model.get_submodule(name).weight for name in linears}, flow)
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -99,6 +105,7 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
         stages=_stages(linears, reads),
         idle=frozenset(linears.keys() - reads.keys()),
         read_not_called=frozenset(watch.found),
+        choosing=frozenset(owner(name) for name in flow.choosing(complete=not problem)),
         problem=problem,
     )
 
@@ -120,8 +127,9 @@ def _stages(linears: Mapping[str, str], reads: Mapping[str, Read]) -> tuple[tupl
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its hook untyped
     """Notes the weights that reach an operation outside their linear's own forward, and answers `ANSWERS`."""
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], flow: DataFlow) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._flow = flow
         self._weights = weights  # kept alive, so that no other tensor can get one's id
         self._owners: dict[int, list[str]] = {}
         for name, weight in weights.items():
@@ -140,8 +148,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
                 self.found.update(self._owners.get(id(tensor), ()))
         answer = ANSWERS.get(str(func))
         if answer is not None and any(tensor.is_meta for tensor in tensors):
-            return answer(func, *args, **kwargs)
-        return func(*args, **kwargs)
+            result = answer(func, *args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
+        self._flow.note(func, tensors, result)
+        return result
 
 
 def _scalar(func: Any, x: Tensor) -> bool | int | float | complex:
