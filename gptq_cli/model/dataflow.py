@@ -7,7 +7,8 @@ noted here, and a value is known by the weights that it was multiplied with last
 
 * a matmul of a value with a weight ends what was known of the value, and begins with that weight;
 * a matmul of two values, or a sum of values from different weights, is known by all of them;
-* any other operation puts out what came in, but the indices of a top-k (sort, argmax, …) say nothing of it.
+* any other operation puts out what came in, but integers and truth values are choices and not values: the
+  indices of a top-k (sort, argmax, …), the mask that a comparison makes.
 
 A linear chooses if it is narrower than its input and its output reaches a top-k, or a softmax over all of its
 outputs, without another value in between. It also chooses if everything that its output reaches is a top-k or
@@ -97,7 +98,6 @@ class DataFlow:
             plain = False
         if name in _PICKS:
             self._pick(by, plain=plain)
-            outputs = [tensor for tensor in outputs if tensor.is_floating_point()]
         if name in _EXTREMES and len(outputs) == 2:
             self._put(outputs.pop(), _Known(plain=plain, pending=by))
         if name in _SOFTMAXES and plain and len(by) == 1:
@@ -105,7 +105,8 @@ class DataFlow:
             if any(tensor.shape[-1:] == self._shape[only][:1] for tensor in outputs):
                 self._pick(by, plain=True)
         for tensor in outputs:
-            self._put(tensor, _Known(by, plain))
+            if tensor.is_floating_point() or tensor.is_complex():
+                self._put(tensor, _Known(by, plain))
 
     def choosing(self, *, complete: bool) -> frozenset[str]:
         """The weights whose linears choose. `complete`: the forward came to its end, so that everything that

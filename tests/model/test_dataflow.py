@@ -156,6 +156,14 @@ def indexed(m: Parts, x: Tensor) -> Tensor:
     return (x @ x.mT + allowed).softmax(-1) @ m.v(x)
 
 
+def indexed_by_blocks(m: Parts, x: Tensor) -> Tensor:
+    """As MiniMax M3: what the values of the top-k are compared with decides which of its indices count."""
+    values, blocks = (m.q(x) @ m.k(x).mT).view(1, 8, 4, 2).amax(-1).topk(2)
+    kept = blocks.masked_fill(values == -torch.inf, 3)
+    mask = torch.zeros(1, 8, 4, device="meta").scatter(-1, kept, 1.0).repeat_interleave(2, -1)
+    return (x @ x.mT * mask).softmax(-1) @ m.v(x)
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
@@ -167,6 +175,7 @@ def indexed(m: Parts, x: Tensor) -> Tensor:
         (all_of_them, {"gate"}),
         (by_maximum, {"gate"}),
         (indexed, {"q", "k"}),
+        (indexed_by_blocks, {"q", "k"}),
     ],
 )
 def test_what_chooses(body: Callable[[Parts, Tensor], Tensor], expected: set[str]) -> None:
