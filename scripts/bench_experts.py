@@ -1,14 +1,21 @@
 #!/usr/bin/env python3
 """Time the solver on experts of one shape: side by side in batches, against one after the other, in one run.
 
-Each stage has gate and up (N rows each) over K columns, a Hessian of its own, and the default settings. The
-batched run solves as many stages side by side as `--batch` says, or as the schedule of a plan says (default).
-Each time is the best of --repeat runs in CPU seconds of this process; codes and losses are compared.
+Each expert has linears of N rows over K columns that read the same input, a Hessian of its own, and the
+default settings. Batches have the sizes of `--batch`, or that of a plan for a CPU. `one large` is a single
+linear with the rows of all experts: what their weights cost without anything that is done once per expert.
+Each time is the best of --repeat runs in CPU seconds of this process; codes are compared, and losses must
+agree to 1e-5.
+
+Expected: the loop over columns is 15 to 20 calls of torch per column, whatever N is, so small experts gain
+most, about twice, and experts of more than some 1,500 rows nothing. On an accelerator every call is a kernel
+of some microseconds, and the gain should come close to the size of the batch: not measured. The figures are
+in docs/speed.md.
 
     python scripts/bench_experts.py                       three shapes
     python scripts/bench_experts.py --shapes 2x768x2048 --experts 32 --batch 1,2,4,8,16
 
-The last line of standard output is JSON; its last entry is the ratio.
+The last line of standard output is JSON.
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears, quantize_stages
+from gptq_cli.planning.schedule import SOLVE_BATCH_ROWS
 from scripts.bench_solver import timed
 from tests.gptq.cases import activations, weights
 
@@ -57,7 +65,12 @@ def compare(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     alone, _, theirs = timed(lambda: one_by_one(W, H, config), options.repeat)
     print(f"{shape:>14} {'one by one':>12} {alone:8.2f} s", flush=True)
     row: dict[str, Any] = {"shape": shape, "experts": options.experts, "one_by_one_seconds": alone}
-    for size in options.batch:
+    whole = [torch.cat([one for expert in W for one in expert])]
+    large, _, _ = timed(lambda: quantize_linears(whole, H[0], config), options.repeat)
+    print(f"{'':>14} {'one large':>12} {large:8.2f} s {alone / large:6.2f}x", flush=True)
+    row |= {"one_large_seconds": large, "one_large_ratio": alone / large}
+    planned = max(1, SOLVE_BATCH_ROWS // (linears * N))
+    for size in options.batch or [min(planned, options.experts)]:
         together, _, ours = timed(lambda size=size: batched(W, H, config, size), options.repeat)
         pairs = [(a, b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
         same = sum(torch.equal(a.codes, b.codes) for a, b in pairs)
@@ -77,11 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default="2x256x512,2x768x2048,1x2048x768", help="linears x N x K")
+    parser.add_argument("--shapes", default="2x256x512,1x512x256,2x768x2048", help="linears x N x K")
     parser.add_argument("--experts", type=int, default=32)
-    parser.add_argument(
-        "--batch", type=lambda text: [int(x) for x in text.split(",")], default=[1, 2, 4, 8, 16, 32]
-    )
+    parser.add_argument("--batch", type=lambda text: [int(x) for x in text.split(",")], default=[])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1, help="1 is robust on a busy machine")
     parser.add_argument("--repeat", type=int, default=2)

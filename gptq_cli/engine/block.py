@@ -236,18 +236,21 @@ def _collect(
     }
     starts = [0, *accumulate(len(batch) for batch in captured.samples)]
     dense_inputs = streams.dense.inputs(step.stages) if streams.dense is not None and paired else None
+    reached = 0
     for stage, x in streams.quantized.inputs(step.stages):
         place = streams.quantized.place
+        if place > reached:  # not by the last stage: it may be an expert that no token reaches
+            _advanced(context, step, starts[place], starts[-1])
+            if place % _TRIM_EVERY == 0:
+                _trim(context.block.device)
+            reached = place
         batch = captured.samples[place]
         beside = dense_inputs if place < captured.paired else None
         x, x_dense, gap = _inputs(streams, stage, x, beside, len(batch))
         moments[stage].add(x, x_dense, starts[place], gap)
         if not moments[stage].is_finite():
             raise non_finite_error((x, x_dense, gap), batch, context.block.name, stage.leader)
-        if stage is step.stages[-1]:
-            _advanced(context, step, starts[place + 1], starts[-1])
-            if (place + 1) % _TRIM_EVERY == 0:
-                _trim(context.block.device)
+    _advanced(context, step, starts[-1], starts[-1])
     if dense_inputs is not None and next(dense_inputs, None) is not None:
         raise GptqError("the dense and the quantized stream of a block do not run in step")
     _trim(context.block.device)

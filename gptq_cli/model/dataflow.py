@@ -74,7 +74,8 @@ class DataFlow:
 
     def note(self, func: Any, given: Sequence[Tensor], result: Any) -> None:
         """The operation `func` was given these tensors and put out `result`."""
-        name = str(func._schema.name)
+        schema = getattr(func, "_schema", None)  # an operator of higher order has none
+        name = str(func if schema is None else schema.name)
         outputs = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
         known = [self._of(tensor) for tensor in given]
         if not outputs or any(part in name for part in _SHAPES_ONLY):

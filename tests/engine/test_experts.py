@@ -14,10 +14,11 @@ from gptq_cli.engine import experts as experts_module
 from gptq_cli.engine.block import Block
 from gptq_cli.engine.capture import BlockCall, Captured
 from gptq_cli.engine.experts import FewTokens
+from gptq_cli.engine.frames import Sharing
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.engine.stages import Stage, collection_passes
-from gptq_cli.errors import NonFinite, NotPositiveDefinite
-from gptq_cli.events import BlockStarted, Event, Warned
+from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
+from gptq_cli.events import BlockStarted, Event, SamplesAdvanced, Warned
 from gptq_cli.gptq import pool as pool_module
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.gptq.pool import Pool
@@ -206,6 +207,28 @@ def test_experts_of_one_shape_are_solved_side_by_side(monkeypatch: pytest.Monkey
     again = quantized(config, [], fewer, Gated)
     assert sizes == [(2, K), (1, K), (3, INNER)]
     assert [r.loss for r in again.values()] == pytest.approx([r.loss for r in reports.values()], rel=1e-5)
+
+
+def test_progress_is_told_to_the_last_sample_also_where_an_expert_saw_no_token() -> None:
+    """Expert 3, the last of each pass, sees none."""
+    events: list[Event] = []
+    quantized(QuantizeConfig(group_size=32, solve_for="own"), events)
+    told = [(event.stage, event.done) for event in events if isinstance(event, SamplesAdvanced)]
+    assert told == [(stage, done) for stage in range(2) for done in (2, 4, 6, 8)]
+
+
+def test_an_expert_whose_linears_stop_sharing_their_input_is_noticed() -> None:
+    stage, sharing = Stage(("gate", "up"), once=False), Sharing()
+    x, other = torch.ones(2, K), torch.ones(2, K)
+    for _ in range(2):  # each time that tokens are routed to it
+        sharing.lead(stage, x)
+        sharing.follow("gate", "up", x)
+    sharing.end()
+    sharing.lead(stage, x)
+    with pytest.raises(GptqError, match="'up' and 'gate' shared their input for the traced sample"):
+        sharing.follow("gate", "up", other)
+    with pytest.raises(GptqError, match="'up' and 'gate' shared their input for the traced sample"):
+        sharing.lead(stage, other)
 
 
 def test_what_cannot_be_solved_is_named() -> None:
