@@ -68,6 +68,7 @@ class DataFlow:
         self._alone: set[str] = set()
         """Weights whose outputs reach a top-k by themselves."""
         self._shape: dict[str, tuple[int, int]] = {}  # N, K of a weight, as it was used
+        self._shares: list[float] = []
         for name, tensor in parameters.items():
             known = self._of(tensor)
             self._set(tensor, _Known(weight=known.weight | {name}))
@@ -99,6 +100,8 @@ class DataFlow:
             plain = False
         if name in _PICKS:
             self._pick(by, plain=plain)
+            if name == "aten::topk" and plain and len(by) == 1:
+                self._picked(next(iter(by)), given[0].shape[-1], outputs[0].shape[-1])
         if name in _EXTREMES and len(outputs) == 2:
             self._put(outputs.pop(), _Known(plain=plain, pending=by))
         if name in _SOFTMAXES and plain and len(by) == 1:
@@ -108,6 +111,17 @@ class DataFlow:
         for tensor in outputs:
             if tensor.is_floating_point() or tensor.is_complex():
                 self._put(tensor, _Known(by, plain))
+
+    @property
+    def share(self) -> float:
+        """The part of its outputs that a router picks, on average over all routers; 1 where none was seen."""
+        return sum(self._shares) / len(self._shares) if self._shares else 1.0
+
+    def _picked(self, router: str, choices: int, picked: int) -> None:
+        """A top-k picked from `choices`: those of all experts, or of groups of them."""
+        rows, columns = self._shape[router]
+        if choices == rows < columns:
+            self._shares.append(picked / choices)
 
     def choosing(self, *, complete: bool) -> frozenset[str]:
         """The weights whose linears choose. `complete`: the forward came to its end, so that everything that

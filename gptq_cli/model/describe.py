@@ -40,6 +40,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             )
             for info in skeleton.linears
         ),
+        routed_share=traced.routed_share,
         fused=_fused(model, skeleton.blocks),
         already_quantized=skeleton.already_quantized,
         tensor_files_bytes=skeleton.files.size_bytes,

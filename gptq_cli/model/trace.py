@@ -49,6 +49,8 @@ class Trace:
     """Linears whose weight was used outside their own forward."""
     choosing: frozenset[str] = frozenset()
     """Modules whose weight only chooses: routers, indexers."""
+    routed_share: float = 1.0
+    """The part of the experts that a router picks for a token, on average; 1 where no top-k says it."""
     problem: str = ""
     """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
@@ -105,6 +107,7 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
         stages=_stages(linears, reads),
         idle=frozenset(linears.keys() - reads.keys()),
         read_not_called=frozenset(watch.found),
+        routed_share=flow.share,
         choosing=frozenset(owner(name) for name in flow.choosing(complete=not problem)),
         problem=problem,
     )

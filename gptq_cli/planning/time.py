@@ -4,7 +4,7 @@ The probe runs the real things on made-up numbers: a matmul as in a forward, a H
 different height, from which the price of a column and the price of a weight follow. The rest is counting:
 
     forward   weights of the block · tokens, for each time a block runs (once parked, more when replayed)
-    Hessian   K² · tokens for each stage
+    Hessian   K² · tokens for each stage; experts see the share of the tokens that their router's top-k says
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
               a · K once for experts that are solved side by side
 
@@ -103,19 +103,25 @@ def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: Machin
     for name, stages in block_stages(facts).items():
         block = replace(schedule.block(name), name="")
         if (stages, block) not in known:
-            weights = _weights_run(stages, block)
-            known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights)
+            weights = _weights_run(stages, block, facts.routed_share)
+            known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights, facts.routed_share)
             known[stages, block] += speed.column_seconds * _columns_walked(stages, block)
         total += known[stages, block]
     return total
 
 
 def _block_seconds(
-    stages: Sequence[StageShape], tokens: int, speed: MachineRates, streams: float, weights_run: int
+    stages: Sequence[StageShape],
+    tokens: int,
+    speed: MachineRates,
+    streams: float,
+    weights_run: float,
+    routed_share: float,
 ) -> float:
     weights = [stage.rows * stage.in_features for stage in stages]
     forward = streams * tokens * weights_run / speed.forward_rate
-    collect = streams * tokens * sum(stage.in_features**2 for stage in stages) / speed.hessian_rate
+    squares = sum(stage.in_features**2 * (routed_share if stage.routed else 1.0) for stage in stages)
+    collect = streams * tokens * squares / speed.hessian_rate
     solve = 0.0
     for stage, size in zip(stages, weights, strict=True):
         k = stage.in_features
@@ -136,14 +142,14 @@ def _columns_walked(stages: Sequence[StageShape], block: BlockSchedule) -> int:
     return columns
 
 
-def _weights_run(stages: Sequence[StageShape], block: BlockSchedule) -> int:
+def _weights_run(stages: Sequence[StageShape], block: BlockSchedule, routed_share: float) -> float:
     """Weights that a token is multiplied with in a block, counted for each time its forward runs.
 
     Parked forwards run once. Replayed ones run up to each stage, and at last to the end; where stages are
-    collected together, in one pass; and for each batch of experts, to the end. All experts count, although a
-    token is routed to some of them.
+    collected together, in one pass; and for each batch of experts, to the end. Of the experts' weights the
+    share counts that a token is routed to.
     """
-    weights = [stage.rows * stage.in_features for stage in stages]
+    weights = [stage.rows * stage.in_features * (routed_share if stage.routed else 1.0) for stage in stages]
     if block.parked:
         return sum(weights)
     once = [weight for stage, weight in zip(stages, weights, strict=True) if not stage.routed]

@@ -68,13 +68,16 @@ def test_what_chooses_in_models_with_experts(name: str) -> None:
         assert folded <= CHOOSING[name]
     else:
         assert folded == CHOOSING.get(name, {"mlp.gate"})
+    if name in ("qwen3_moe", "deepseek_v3", "jetmoe", "dbrx"):
+        assert found.routed_share == 0.5
     kept = _kept_dense(model, found, candidates, ())
     assert {kept[choosing] for choosing in found.choosing} == {"router"}
 
 
 @pytest.mark.parametrize("name", [name for name in TINY if "moe" not in name and name != "mixtral"])
 def test_nothing_chooses_in_other_models(name: str) -> None:
-    assert followed(TINY[name]())[2].choosing == frozenset()
+    found = followed(TINY[name]())[2]
+    assert (found.choosing, found.routed_share) == (frozenset(), 1.0)
 
 
 WIDTH, EXPERTS_HERE = 16, 4
