@@ -90,8 +90,8 @@ class ModelFacts:
     """Groups of parameter names that are one tensor."""
     linears: tuple[LinearFact, ...] = ()
     routed_share: float = 1.0
-    """The part of the tokens that an expert sees on average, as the top-k of the routers says; 1 where that is
-    not known."""
+    """The part of the tokens that an expert sees on average, as the top-k of the routers says; 1 where it
+    is not known."""
     fused: tuple[str, ...] = ()
     """Parameters of three dimensions inside blocks: experts fused into one tensor, left dense."""
     already_quantized: str | None = None
