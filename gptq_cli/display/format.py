@@ -6,8 +6,11 @@ import math
 import re
 
 from gptq_cli.placement.device import format_size, three_digits
+from gptq_cli.results.run import ExpertsReport
+from gptq_cli.wording import names_text
 
 ELLIPSIS = "…"
+EXPERTS_NAMED = 4
 
 
 size = format_size
@@ -121,3 +124,14 @@ def wrap_command(command: str, width: int) -> list[str]:
         else:
             lines.append(f"  {group}")
     return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
+
+
+def experts(found: ExpertsReport) -> str:
+    """`64, which saw 0 to 912 calibration tokens (median 301); 5 saw fewer than they have columns; …`."""
+    tokens = f"{found.least_tokens:,} to {found.most_tokens:,} calibration tokens"
+    text = f"{found.experts}, which saw {tokens} (median {found.median_tokens:,})"
+    if found.few:
+        text += f"; {found.few} saw fewer than they have columns"
+    if found.unreached:
+        text += f"; no token reached {len(found.unreached)}: {names_text(found.unreached, EXPERTS_NAMED)}"
+    return text

@@ -134,6 +134,8 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         nearest = sum(linear.rtn_loss for linear in linears) / len(linears)
         change = fmt.change(mean, nearest)
         rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
+    if report.experts is not None:
+        rows.append(("experts", fmt.experts(report.experts)))
     rows.append(("fallbacks", _fallbacks(report)))
     rows += warnings_rows(report.warnings)
     return rows

@@ -11,9 +11,11 @@ forwards were to be parked, and in which a linear turns out to see a part of the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -24,19 +26,22 @@ from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates
+from gptq_cli.engine.experts import ExpertSolver, SolvedStage
 from gptq_cli.engine.finite import non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.residuals import find_residuals
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced, Warned
-from gptq_cli.gptq.moments import StageMoments, shrink_to_pooled
+from gptq_cli.gptq.goal import StepChoice
+from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.packing import PackedTensors, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
+from gptq_cli.placement.names import fold
 from gptq_cli.placement.schedule import BlockSchedule
 from gptq_cli.results.run import LinearReport
 
@@ -83,7 +88,7 @@ class WorkOptions:
     observer: Observer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockContext:
     """What the work on one block needs to know. Names of linears are relative to the block."""
 
@@ -94,6 +99,18 @@ class BlockContext:
     stages: tuple[Stage, ...]
     residuals: Mapping[str, str]
     """Linear -> where the residual is seen that its output is added to, see `engine.residuals`."""
+
+    def family(self, stage: Stage) -> tuple[str, int]:
+        """What the stages that are like it have in common: their folded names and K."""
+        return fold(stage.leader), self.infos[stage.leader].in_features
+
+    def is_expert(self, stage: Stage) -> bool:
+        """True for one of several experts; False for a linear that runs more than once per forward."""
+        return not stage.once and self._families[self.family(stage)] > 1
+
+    @cached_property
+    def _families(self) -> Counter[tuple[str, int]]:
+        return Counter(self.family(stage) for stage in self.stages if not stage.once)
 
     @property
     def unplanned(self) -> tuple[str, ...]:
@@ -158,6 +175,9 @@ def quantize_block(
     """
     reports: list[LinearReport] = []
     passes = context.passes()
+    experts = ExpertSolver(
+        context.options.config, context.block.schedule, lambda stage: _weights(context, stage)
+    )
     with ExitStack() as opened:
         streams = _open_streams(context, inputs, opened)
         for index, stages in enumerate(passes):
@@ -168,10 +188,10 @@ def quantize_block(
                         moment = moments.pop(stage)
                         reports += _solve(context, stage, moment, moment.hessian())
                     continue
-                _warn_undersampled(context, moments)
-                hessians = shrink_to_pooled(list(moments.values()))
-                for stage in stages:
-                    reports += _solve(context, stage, moments.pop(stage), hessians.pop(0))
+                family = context.family(stages[0])
+                last = all(context.family(later[0]) != family for later in passes[index + 1 :])
+                for solved in experts.solve(moments, last=last):
+                    reports += _finish(context, solved, StepChoice())
         outputs = streams.quantized.finish()
         dense = [] if streams.dense is None else streams.dense.finish()
         states.leave(context.block.module, inputs, outputs, dense)
@@ -208,18 +228,21 @@ def _collect(
     }
     starts = [0, *accumulate(len(batch) for batch in inputs.samples)]
     dense_inputs = streams.dense.inputs(step.stages) if streams.dense is not None and paired else None
+    reached = 0
     for stage, x in streams.quantized.inputs(step.stages):
         place = streams.quantized.place
+        if place > reached:  # not by the last stage: it may be an expert that no token reaches
+            _advanced(context, step, starts[place], starts[-1])
+            if place % _TRIM_EVERY == 0:
+                _trim(context.block.device)
+            reached = place
         batch = inputs.samples[place]
         beside = dense_inputs if place < inputs.paired else None
         x, x_dense, gap = _inputs(streams, stage, x, beside, len(batch))
         moments[stage].add(x, x_dense, starts[place], gap)
         if not moments[stage].is_finite():
             raise non_finite_error((x, x_dense, gap), batch, context.block.name, stage.leader)
-        if stage is step.stages[-1]:
-            _advanced(context, step, starts[place + 1], starts[-1])
-            if (place + 1) % _TRIM_EVERY == 0:
-                _trim(context.block.device)
+    _advanced(context, step, starts[-1], starts[-1])
     if dense_inputs is not None and next(dense_inputs, None) is not None:
         raise GptqError("the dense and the quantized stream of a block do not run in step")
     _trim(context.block.device)
@@ -280,34 +303,16 @@ def _advanced(context: BlockContext, step: _Pass, done: int, total: int) -> None
     )
 
 
-def _warn_undersampled(context: BlockContext, moments: Mapping[Stage, StageMoments]) -> None:
-    columns = {stage: context.infos[stage.leader].in_features for stage in moments}
-    few = {stage: m.tokens for stage, m in moments.items() if m.tokens < columns[stage]}
-    if not few or len(moments) == 1:
-        return
-    least = min(few, key=lambda stage: few[stage])
-    context.options.observer(
-        Warned(
-            f"{context.block.name}: {len(few)} of {len(moments)} linears saw fewer tokens than they have"
-            f" columns ({least.leader}: {few[least]} of {columns[least]});"
-            " their Hessians are shrunk towards that of all",
-            "more --samples reach more experts",
-        )
-    )
-
-
 def _solve(
     context: BlockContext,
     stage: Stage,
     moments: StageMoments,
     hessian: Tensor,  # (K, K)
 ) -> Iterator[LinearReport]:
-    """Quantize the stage's linears in place, hand the packed tensors over, and report."""
+    """Quantize the linears of a stage that runs once in place, hand the packed tensors over, and report."""
     config, infos = context.options.config, context.infos
     started = time.perf_counter()
-    weights = [weight_matrix(context.modules[name]) for name in stage.linears]
-    for name, weight in zip(stage.linears, weights, strict=True):
-        check_tensor(f"{infos[name].name}.weight", weight)
+    weights = _weights(context, stage)
     tokens = moments.tokens
     goals, step = moments.goal(weights, hessian, config.damp_percent)
     moments.free()
@@ -316,13 +321,29 @@ def _solve(
     except NonFinite as error:
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
-    del hessian, goals
-    seconds = (time.perf_counter() - started) / len(solved)
-    for name in stage.linears:
-        quantized = solved.pop(0)
-        info = infos[name]
+    del hessian, goals, weights
+    seconds = time.perf_counter() - started
+    yield from _finish(context, SolvedStage(stage, solved, tokens, 0.0, seconds), step)
+
+
+def _weights(context: BlockContext, stage: Stage) -> list[Tensor]:  # (N_i, K) each
+    """The weights of the stage's linears. Raises `NonFinite` for one that is not finite."""
+    weights = [weight_matrix(context.modules[name]) for name in stage.linears]
+    for name, weight in zip(stage.linears, weights, strict=True):
+        check_tensor(f"{context.infos[name].name}.weight", weight)
+    return weights
+
+
+def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Iterator[LinearReport]:
+    """Put the solved linears in place, hand the packed tensors over, and report."""
+    config, tokens = context.options.config, solved.tokens
+    routed = context.is_expert(solved.stage)
+    seconds = solved.seconds / len(solved.linears)
+    for name in solved.stage.linears:
+        quantized = solved.linears.pop(0)
+        info, module = context.infos[name], context.modules[name]
         _check_fallback(context, info, quantized, tokens)
-        assign(context.modules[name], quantized.dequantize(weights.pop(0).dtype))
+        assign(module, quantized.dequantize(weight_matrix(module).dtype))
         context.options.store(info, pack(quantized, config.bits, config.checkpoint_format))
         report = LinearReport(
             name=info.name,
@@ -336,6 +357,8 @@ def _solve(
             alpha=step.alpha,
             target_damp_percent=step.damp_percent,
             tokens=tokens,
+            routed=routed,
+            pooled=solved.pooled,
             seconds=seconds,
         )
         context.options.observer(LinearQuantized(context.block.name, report))
@@ -348,7 +371,7 @@ def _check_fallback(context: BlockContext, info: LinearInfo, quantized: Quantize
         return
     why = (
         "no calibration token reached it"
-        if tokens == 0
+        if quantized.attempts == 0 and tokens == 0
         else f"its Hessian is not positive definite up to damping {quantized.damp_percent:g}"
         f" ({quantized.attempts} attempts, {tokens} tokens)"
     )

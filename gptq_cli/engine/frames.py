@@ -77,7 +77,9 @@ class Sharing:
         self._missing: dict[str, set[str]] = {}
 
     def lead(self, stage: Stage, x: Tensor) -> None:
-        """The leader of `stage` reads `x`."""
+        """The leader of `stage` reads `x`. Raises `GptqError` if a follower left out what it read before."""
+        for missing in self._missing.get(stage.leader, ()):
+            raise sharing_error(stage.leader, missing)
         followers = set(stage.linears[1:])
         if followers:
             self._read[stage.leader], self._missing[stage.leader] = Read.of(x), followers

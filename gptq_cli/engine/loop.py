@@ -29,6 +29,7 @@ from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, torch_
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_block, quantize_block
 from gptq_cli.engine.capture import HiddenStates
+from gptq_cli.engine.experts import FewTokens
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -68,7 +69,7 @@ def quantize_blocks(
     _flush("capture", "", options, observer)
     work = WorkOptions(config=config, strict=options.strict, store=store, observer=observer)
     reports: list[BlockReport] = []
-    leaks, unplanned = LeakWatch(), False
+    leaks, few_tokens, unplanned = LeakWatch(), FewTokens(observer), False
     for index, block in enumerate(blocks):
         started = time.perf_counter()
         reset_peak(options.devices)
@@ -90,9 +91,11 @@ def quantize_blocks(
             linears=linears,
         )
         reports.append(report)
+        few_tokens.block(block.name, linears)
         observer(_finished(reports, len(blocks), memory))
         for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
+    few_tokens.end()
     return tuple(reports)
 
 

@@ -6,13 +6,16 @@ knows this; one sample run through the block does. Each linear notes the tensor 
 that read the *same tensor* form a stage, in order of first use.
 
 A linear that runs more than once per forward, not at all for the traced sample, or on some of its tokens (an
-expert, to which tokens are routed) has no single moment at which its input is complete. It forms a stage of
-its own, marked `once=False`, whose Hessian is collected over whole forwards. So do linears whose names differ
-from its name in a number only: an expert that got all tokens of the sample is an expert all the same.
+expert, to which tokens are routed) has no single moment at which its input is complete. Its stage is marked
+`once=False`, and its Hessian is collected over whole forwards. So is that of linears whose names differ from
+its name in a number only: an expert that got all tokens of the sample is an expert all the same. Such linears
+share a stage if their names have the same numbers (gate and up of one expert) and they read the same tensor
+each time. Experts are alike: what holds for those that the sample reached holds for the others, and
+where it does not hold for one of them, each linear is a stage of its own.
 
-Such stages are worked on in *expert batches*: those that read the same number of columns are collected side
-by side, as many as the schedule allows. Experts see few tokens each, and together they say
-what the block's tokens are like: see `gptq.moments.shrink_to_pooled`.
+Such stages are worked on in *expert batches*: those of one *family* (names alike but for numbers, the same
+number of columns) are collected side by side, as many as the schedule allows. Experts see few tokens each,
+and together they say what the block's tokens are like: see `engine.experts`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.model.reads import Read
-from gptq_cli.placement.names import fold
+from gptq_cli.placement.names import fold, numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +58,17 @@ def collection_passes(
     """The stages that are collected side by side, pass after pass.
 
     Each stage that runs once has a pass of its own, or with `true_sequential` off they share one. The others
-    follow in expert batches of one K each.
+    follow in expert batches, family after family.
     """
     once = [stage for stage in stages if stage.once]
     passes = [[stage] for stage in once] if true_sequential else [once]
-    by_columns: dict[int, list[Stage]] = {}
+    families: dict[tuple[str, int], list[Stage]] = {}
     for stage in stages:
         if not stage.once:
-            by_columns.setdefault(columns[stage.leader], []).append(stage)
-    for width, multi_call in by_columns.items():
+            families.setdefault((fold(stage.leader), columns[stage.leader]), []).append(stage)
+    for (_, width), family in families.items():
         size = experts_per_batch(width)
-        passes += [multi_call[start : start + size] for start in range(0, len(multi_call), size)]
+        passes += [family[start : start + size] for start in range(0, len(family), size)]
     return [collected for collected in passes if collected]
 
 
@@ -102,10 +105,8 @@ def find_stages(
         fold(name) for name, seen in reads.items() if len(seen) != 1 or not _sees_all(seen[0].tensor, tokens)
     }
     shared: list[list[str]] = []
-    alone: list[str] = []
     for name in order:
         if fold(name) in multi_call:
-            alone.append(name)
             continue
         for group in shared:
             if reads[group[0]][0].same(reads[name][0]):
@@ -113,9 +114,48 @@ def find_stages(
                 break
         else:
             shared.append([name])
-    alone += [name for name in linears if name not in order]
+    reached = [name for name in order if fold(name) in multi_call]
+    routed = _routed(reached, [name for name in linears if name not in order], reads)
     once = (Stage(tuple(group), batch_dim=_batch_dim(reads[group[0]][0].tensor, tokens)) for group in shared)
-    return (*once, *(Stage((name,), once=False) for name in alone))
+    return (
+        *once,
+        *(Stage(tuple(group), once=False) for group in routed),
+    )
+
+
+def _routed(
+    reached: Sequence[str], unreached: Sequence[str], reads: Mapping[str, Sequence[Read]]
+) -> list[list[str]]:
+    """The stages of linears that do not run once, those that the sample reached first."""
+    found: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in reached:
+        known = found.setdefault(numbers(name), [])
+        for group in known:
+            if _same(reads[group[0]], reads[name]):
+                group.append(name)
+                break
+        else:
+            known.append([name])
+    groups = [group for known in found.values() for group in known]
+    patterns: dict[str, set[tuple[str, ...]]] = {}
+    for group in groups:
+        for name in group:
+            patterns.setdefault(fold(name), set()).add(tuple(fold(member) for member in group))
+    shares = {kind: next(iter(seen)) for kind, seen in patterns.items() if len(seen) == 1}
+    stages: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for name in (*reached, *unreached):
+        pattern = shares.get(fold(name), ())
+        if any(shares.get(kind) != pattern for kind in pattern):
+            pattern = ()
+        stages.setdefault((numbers(name), pattern or (name,)), []).append(name)
+    return [
+        sorted(group, key=lambda name: pattern.index(fold(name))) if len(group) > 1 else group
+        for (_, pattern), group in stages.items()
+    ]
+
+
+def _same(a: Sequence[Read], b: Sequence[Read]) -> bool:
+    return len(a) == len(b) and all(x.same(y) for x, y in zip(a, b, strict=True))
 
 
 def _sees_all(x: Tensor, tokens: int) -> bool:

@@ -29,6 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.batch import add_product_, add_weighted_rows_, diagonal_of, rows_of, subtract_outer_
 from gptq_cli.gptq.factor import columns_with_feedback
 from gptq_cli.gptq.grid import Grid
 from gptq_cli.gptq.search import group_parameters
@@ -37,30 +38,32 @@ _SUB_BLOCK = 16
 
 
 def gptq(
-    W: Tensor,  # (K, N) transposed, columns in solving order; becomes D = W - Q
-    RT: Tensor,  # (K, K) factor of H in that order
-    diagonal: Tensor,  # (K,) H_kk in that order
-    group_of: Tensor,  # (K,) int64: the group of each column
-    scales: Tensor,  # (G, N); filled in when dynamic
-    zeros: Tensor,  # (G, N); filled in when dynamic
+    W: Tensor,  # (…, K, N) transposed, columns in solving order; becomes D = W - Q
+    RT: Tensor,  # (…, K, K) factor of H in that order
+    diagonal: Tensor,  # (…, K) H_kk in that order
+    group_of: Tensor,  # (…, K) int64: the group of each column; or (K,) for all stages of a batch
+    scales: Tensor,  # (…, G, N); filled in when dynamic
+    zeros: Tensor,  # (…, G, N); filled in when dynamic
     group_size: int,
     grid: Grid,
     *,
     dynamic: bool,
     column_batch: int,
-) -> tuple[Tensor, Tensor]:  # codes uint8 (K, N) in solving order, Σ E² (N,)
+) -> tuple[Tensor, Tensor]:  # codes uint8 (…, K, N) in solving order, Σ E² (…, N)
     """The loop of the paper. No value is read back from the device.
 
     Σ E² is the damped loss of every row, at no extra cost: D (H + λI) Dᵀ = E U (H + λI) Uᵀ Eᵀ = E Eᵀ. Where
     the feedback is rounded to bf16 it is off by about 1e-4 of itself, up or down.
     """
-    K = W.shape[0]
+    K = W.shape[-2]
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    damped = W.new_zeros(W.shape[1])
+    damped = W.new_zeros(*W.shape[:-2], W.shape[-1])
     for i1 in range(0, K, column_batch):
         i2 = min(i1 + column_batch, K)
         B, UT = columns_with_feedback(W, RT, i1, i2)
-        U = UT / UT.diagonal()  # column j holds U_j,: / U_jj, so that E below stays in units of weights
+        U = UT / diagonal_of(UT).unsqueeze(
+            -2
+        )  # column j holds U_j,: / U_jj, so that E below stays in units of weights
         E, L = torch.empty_like(B), torch.empty_like(B)
         s1 = i1
         while s1 < i2:
@@ -70,21 +73,24 @@ def gptq(
                 end = min((group + 1) * group_size, K)
                 s2 = min(s2, end)
                 if s1 == group * group_size:
-                    X = B[s1 - i1 : end - i1] if end <= i2 else columns_with_feedback(W, RT, s1, end)[0]
-                    found = group_parameters(X, diagonal[s1:end], end - s1, grid)
-                    scales[group], zeros[group] = found[0][0], found[1][0]
+                    X = B[..., s1 - i1 : end - i1, :]
+                    if end > i2:
+                        X = columns_with_feedback(W, RT, s1, end)[0]
+                    found = group_parameters(X, diagonal[..., s1:end], end - s1, grid)
+                    scales[..., group, :], zeros[..., group, :] = found[0][..., 0, :], found[1][..., 0, :]
             a, b = s1 - i1, s2 - i1
-            S, Z = scales.index_select(0, group_of[s1:s2]), zeros.index_select(0, group_of[s1:s2])
-            columns = (X.unbind() for X in (B[a:b], L[a:b], E[a:b], S, Z))
+            S, Z = rows_of(scales, group_of[..., s1:s2]), rows_of(zeros, group_of[..., s1:s2])
+            blocks = (B[..., a:b, :], L[..., a:b, :], E[..., a:b, :], S, Z)
+            columns = (X.unbind(-2) for X in blocks)
             for j, (w, level, error, s, z) in enumerate(zip(*columns, strict=True), start=a):
                 grid.levels(w, s, z, out=level)
                 torch.addcmul(w, level, s, value=-1, out=error)
                 if j + 1 < b:
-                    B[j + 1 : b].addr_(U[j + 1 : b, j], error, alpha=-1)
+                    subtract_outer_(B[..., j + 1 : b, :], U[..., j + 1 : b, j], error)
             if b < i2 - i1:
-                B[b:].addmm_(U[b:, a:b], E[a:b], alpha=-1)
-            W[s1:s2].addcmul_(L[a:b], S, value=-1)
-            codes[s1:s2] = L[a:b].add_(Z)
+                add_product_(B[..., b:, :], U[..., b:, a:b], E[..., a:b, :], alpha=-1)
+            W[..., s1:s2, :].addcmul_(L[..., a:b, :], S, value=-1)
+            codes[..., s1:s2, :] = L[..., a:b, :].add_(Z)
             s1 = s2
-        damped.addmv_(E.square_().T, UT.diagonal().square().reciprocal_())
+        add_weighted_rows_(damped, E.square_(), diagonal_of(UT).square().reciprocal_())
     return codes, damped

@@ -15,11 +15,12 @@ no inverse, and columns that are not due yet are never rewritten.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.batch import add_product_, diagonal_of
 from gptq_cli.gptq.matmul import fast_matmul
 
 _MAX_DAMPING = 1.0
@@ -41,9 +42,9 @@ class Factor:
     """Factorisations tried; 0 when H is all zero."""
 
 
-def dead_columns(H: Tensor) -> Tensor:  # (K,) bool
+def dead_columns(H: Tensor) -> Tensor:  # (…, K) bool
     """Columns whose input was never anything but 0: H_kk = 0. Their weights are set to 0 and cost nothing."""
-    return H.diagonal() == 0
+    return diagonal_of(H) == 0
 
 
 def damping_steps(damp_percent: float) -> tuple[float, ...]:
@@ -59,35 +60,55 @@ def factorize(
     order: Tensor,  # (K,) int64: the original column that is solved i-th
     damp_percent: float,
 ) -> Factor:
-    """Factorise H with the smallest damping of `damping_steps` that works.
+    """Factorise H with the smallest damping of `damping_steps` that works, see `factorize_each`."""
+    return factorize_each(H.unsqueeze(0), order, damp_percent)[1][0]
+
+
+def factorize_each(
+    H: Tensor,  # (E, K, K) undamped; not changed
+    order: Tensor,  # (E, K) int64: the original column that is solved i-th; or (K,) for all
+    damp_percent: float,
+) -> tuple[Tensor, list[Factor]]:  # (E, K, K): the Rᵀ of all factors, which are views of it
+    """Factorise every H with the smallest damping of `damping_steps` that works for it.
 
     λ = damp_percent · mean of the live diagonal. A dead column has no connection to the others and gets the
-    mean as its diagonal entry. Cost per attempt: K³/3 multiply-adds and one scalar read from the device; one
-    K by K buffer in all.
+    mean as its diagonal entry. Those that fail are tried again, the others are not touched: each has attempts
+    of its own. Cost per attempt: K³/3 multiply-adds, and one read from the device for all; one K by K buffer
+    per H in all, and a second one while some of several are tried again.
     """
-    K = H.shape[0]
-    diagonal = H.diagonal()
+    K = H.shape[-1]
     dead = dead_columns(H)
-    mean = diagonal.sum() / (~dead).sum().clamp(min=1)
-    if bool(dead.all().item()):
-        return Factor(RT=None, damping=mean, damp_percent=damp_percent, attempts=0)
-    reverse = order.flip(0)
-    fill = torch.where(dead, mean, torch.zeros_like(mean))[reverse]
+    mean = diagonal_of(H).sum(-1) / (~dead).sum(-1).clamp(min=1)
+    factors = [Factor(RT=None, damping=m, damp_percent=damp_percent, attempts=0) for m in mean]
+    reverse = order.expand(H.shape[0], K).flip(-1)
+    fill = torch.where(dead, mean.unsqueeze(-1), torch.zeros_like(mean).unsqueeze(-1)).gather(-1, reverse)
     A = torch.empty_like(H)
-    info = torch.empty((), dtype=torch.int32, device=H.device)
-    steps = damping_steps(damp_percent)
-    for attempt, damp in enumerate(steps, start=1):
-        for part in range(0, K, _GATHER_ROWS):
-            rows = slice(part, part + _GATHER_ROWS)
-            torch.index_select(H[reverse[rows]], 1, reverse, out=A[rows])
+    waiting = [e for e, empty in enumerate(dead.all(-1).tolist()) if not empty]
+    for attempt, damp in enumerate(damping_steps(damp_percent), start=1):
+        if not waiting:
+            break
         damping = damp * mean
-        A.diagonal().add_(fill).add_(damping)
-        L = A.T  # column-major, as LAPACK and cuSOLVER want it, so that the factor replaces A in place
+        tried = A if len(waiting) == H.shape[0] else A[waiting]
+        for e, damped in zip(waiting, tried, strict=True):
+            for part in range(0, K, _GATHER_ROWS):
+                rows = slice(part, part + _GATHER_ROWS)
+                torch.index_select(H[e, reverse[e, rows]], 1, reverse[e], out=damped[rows])
+            damped.diagonal().add_(fill[e]).add_(damping[e])
+        L = tried.mT  # column-major, as LAPACK and cuSOLVER want it, so that the factor replaces A in place
+        info = torch.empty(len(waiting), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(L, out=(L, info))
-        if int(info.item()) == 0:
-            reverse_in_place(A)
-            return Factor(RT=A, damping=damping, damp_percent=damp, attempts=attempt)
-    return Factor(RT=None, damping=damping, damp_percent=steps[-1], attempts=len(steps))
+        failed = []
+        for e, found, problem in zip(waiting, tried, info.tolist(), strict=True):
+            factors[e] = Factor(RT=None, damping=damping[e], damp_percent=damp, attempts=attempt)
+            if problem:
+                failed.append(e)
+                continue
+            if tried is not A:
+                A[e] = found
+            reverse_in_place(A[e])
+            factors[e] = replace(factors[e], RT=A[e])
+        waiting = failed
+    return A, factors
 
 
 def reverse_in_place(A: Tensor) -> None:
@@ -103,20 +124,21 @@ def reverse_in_place(A: Tensor) -> None:
 
 
 def columns_with_feedback(
-    W: Tensor,  # (K, N): rows < a hold D = W - Q of finished columns, the others W
-    RT: Tensor,  # (K, K)
+    W: Tensor,  # (…, K, N): rows < a hold D = W - Q of finished columns, the others W
+    RT: Tensor,  # (…, K, K)
     a: int,
     b: int,
-) -> tuple[Tensor, Tensor]:  # B (b-a, N), U_bbᵀ (b-a, b-a)
+) -> tuple[Tensor, Tensor]:  # B (…, b-a, N), U_bbᵀ (…, b-a, b-a)
     """Columns a..b with the feedback of all columns before a, and the block of U that belongs to them.
 
     The large matmul is a fast one: a correction rounded to bf16 is off by 2⁻⁹ of itself, about a thousandth
     of a quantization step, which does not change the loss (tests/gptq/test_solver.py tests the bound).
     """
     eye = torch.eye(b - a, dtype=RT.dtype, device=RT.device)
-    UT = torch.linalg.solve_triangular(RT[a:b, a:b], eye, upper=False)
+    UT = torch.linalg.solve_triangular(RT[..., a:b, a:b], eye, upper=False)
     if a == 0:
-        return W[a:b].clone(), UT
+        return W[..., a:b, :].clone(memory_format=torch.contiguous_format), UT
     with fast_matmul():
-        feedback = RT[a:b, :a] @ W[:a]
-    return torch.addmm(W[a:b], UT, feedback), UT
+        feedback = RT[..., a:b, :a] @ W[..., :a, :]
+    B = W[..., a:b, :].clone(memory_format=torch.contiguous_format)
+    return add_product_(B, UT, feedback), UT

@@ -75,22 +75,22 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Solution:
-    """Stacked linears as integers, with the remaining error; all tensors transposed.
+    """Stacked linears as integers, with the remaining error; all tensors transposed; `…`: see batch.py.
 
     W = (codes - zeros) · scales + D. Columns are in their original order. `columns` says which of them make
     up group i: columns[i·group_size : (i+1)·group_size].
     """
 
     codes: Tensor
-    """uint8 (K, N)."""
+    """uint8 (…, K, N)."""
     D: Tensor
-    """(K, N): W - Q."""
+    """(…, K, N): W - Q."""
     scales: Tensor
-    """(G, N), fp16 values in the dtype of the solve."""
+    """(…, G, N), fp16 values in the dtype of the solve."""
     zeros: Tensor
-    """(G, N), integers in the dtype of the solve."""
+    """(…, G, N), integers in the dtype of the solve."""
     columns: Tensor
-    """(K,) int64."""
+    """(…, K) int64, or (K,) where all entries of a batch have the same."""
     group_size: int
     grid: Grid
 
@@ -126,21 +126,21 @@ def zero_point(low: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def round_to_nearest(
-    W: Tensor,  # (K, N) transposed
-    scales: Tensor,  # (G, N)
-    zeros: Tensor,  # (G, N)
+    W: Tensor,  # (…, K, N) transposed
+    scales: Tensor,  # (…, G, N)
+    zeros: Tensor,  # (…, G, N)
     group_size: int,  # columns of a group; the last may be short
     grid: Grid,
 ) -> Solution:
     """Every weight to its nearest level, no feedback: the baseline, and what a fallback writes."""
     codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
     D = torch.empty_like(W)
-    for group, a in enumerate(range(0, W.shape[0], group_size)):
-        b = min(a + group_size, W.shape[0])
-        scale, zero = scales[group], zeros[group]
-        L = grid.levels(W[a:b], scale, zero)
-        torch.addcmul(W[a:b], L, scale, value=-1, out=D[a:b])
-        codes[a:b] = L.add_(zero)
+    for group, a in enumerate(range(0, W.shape[-2], group_size)):
+        b = min(a + group_size, W.shape[-2])
+        scale, zero = scales[..., group, None, :], zeros[..., group, None, :]
+        L = grid.levels(W[..., a:b, :], scale, zero)
+        torch.addcmul(W[..., a:b, :], L, scale, value=-1, out=D[..., a:b, :])
+        codes[..., a:b, :] = L.add_(zero)
     return Solution(
         codes=codes,
         D=D,
@@ -148,5 +148,5 @@ def round_to_nearest(
         zeros=zeros,
         group_size=group_size,
         grid=grid,
-        columns=torch.arange(W.shape[0], device=W.device),
+        columns=torch.arange(W.shape[-2], device=W.device),
     )

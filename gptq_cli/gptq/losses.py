@@ -8,26 +8,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.batch import add_product_
+
 _BLOCK_ROWS = 8
 
 
 def row_losses(
-    D: Tensor,  # (K, N) transposed: the error of every weight
-    H: Tensor,  # (K, K)
-) -> Tensor:  # (N,)
+    D: Tensor,  # (…, K, N) transposed: the error of every weight
+    H: Tensor,  # (…, K, K)
+) -> Tensor:  # (…, N)
     """The diagonal of Dᵀ H D: the mean squared error of every output of the linear.
 
     H is symmetric, so its upper half is counted twice instead of multiplied: K²·N multiply-adds.
     """
-    K, N = D.shape
-    total = D.new_zeros(N)
+    K = D.shape[-2]
+    total = D.new_zeros(*D.shape[:-2], D.shape[-1])
     step = max(1, -(-K // _BLOCK_ROWS))
     for a in range(0, K, step):
         b = min(a + step, K)
-        P = H[a:b, a:b] @ D[a:b]
+        P = H[..., a:b, a:b] @ D[..., a:b, :]
         if a:
-            P.addmm_(H[a:b, :a], D[:a], alpha=2)
-        total += P.mul_(D[a:b]).sum(0)
+            add_product_(P, H[..., a:b, :a], D[..., :a, :], alpha=2)
+        total += P.mul_(D[..., a:b, :]).sum(-2)
     return total
 
 

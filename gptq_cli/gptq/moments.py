@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gptq_cli.gptq.goal import StepChoice, asymmetric_step, choose_step
-from gptq_cli.gptq.hessian import CrossMoment, Hessian, shrink
+from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
 
 HELD_OUT_SHARE = 4
@@ -160,26 +160,3 @@ def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
         return functional.linear(x, W.to(x.dtype))
     with fast_matmul():
         return functional.linear(x.float(), W.float()).to(x.dtype)
-
-
-def shrink_to_pooled(
-    moments: Sequence[StageMoments],  # of linears with the same K, each seeing part of the tokens
-) -> list[Tensor]:  # (K, K) each
-    """The Hessians of routed linears, each shrunk towards the Hessian of all their tokens together.
-
-    An expert that received few calibration tokens has too few for K directions, and one that received none
-    has no Hessian; both are still quantized by GPTQ. One with many tokens keeps its own H, see
-    `hessian.shrink`. The moments are freed.
-    """
-    own = [moment.hessian() for moment in moments]
-    total = sum(moment.tokens for moment in moments)
-    if total == 0 or len(moments) == 1:
-        return own
-    pool = torch.zeros_like(own[0])
-    for moment, H in zip(moments, own, strict=True):
-        pool.add_(H, alpha=moment.tokens / total)
-    shrunk = []
-    for moment in moments:
-        shrunk.append(shrink(own.pop(0), moment.tokens, pool))
-        moment.free()
-    return shrunk

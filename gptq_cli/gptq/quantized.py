@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.factor import Factor
+from gptq_cli.gptq.grid import Solution
 from gptq_cli.results.run import Method
 
 
@@ -39,3 +43,47 @@ class QuantizedLinear:
         g = self.g_idx.long()
         levels = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, g]
         return (levels * self.scales.to(torch.float32)[:, g]).to(dtype)
+
+
+def cut_stages(
+    solution: Solution,  # of stages with R = ΣN rows each
+    rows: Sequence[int],  # N of a stage's linears
+    factors: Sequence[Factor],  # of each stage
+    losses: Sequence[float],  # of every linear, stage after stage
+    rtn_losses: Sequence[float],
+    method: Method,
+) -> list[list[QuantizedLinear]]:
+    """The linears of every stage, cut from what was solved together; each has memory of its own."""
+    K, R = solution.codes.shape[-2:]
+    groups = torch.arange(K, dtype=torch.int32, device=solution.codes.device) // solution.group_size
+    columns = solution.columns.expand(len(factors), K)
+    shape = (len(factors), -1, R)
+    parts = zip(
+        (part for X in solution.codes.view(shape) for part in torch.split(X, list(rows), 1)),
+        (part for X in solution.scales.view(shape) for part in torch.split(X, list(rows), 1)),
+        (part for X in solution.zeros.view(shape) for part in torch.split(X, list(rows), 1)),
+        losses,
+        rtn_losses,
+        strict=True,
+    )
+    stages: list[list[QuantizedLinear]] = []
+    for factor, order in zip(factors, columns, strict=True):
+        g_idx = torch.empty_like(groups)
+        g_idx[order] = groups
+        stages.append(
+            [
+                QuantizedLinear(
+                    codes=codes.T.contiguous(),
+                    scales=scales.T.to(torch.float16).contiguous(),
+                    zeros=zeros.T.to(torch.uint8).contiguous(),
+                    g_idx=g_idx,
+                    loss=loss,
+                    rtn_loss=rtn_loss,
+                    damp_percent=factor.damp_percent,
+                    attempts=factor.attempts,
+                    method=method,
+                )
+                for codes, scales, zeros, loss, rtn_loss in islice(parts, len(rows))
+            ]
+        )
+    return stages

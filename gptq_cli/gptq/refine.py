@@ -20,6 +20,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.batch import (
+    add_product_,
+    add_rows_,
+    columns_of,
+    diagonal_of,
+    rows_of,
+    set_rows_,
+    subtract_outer_,
+)
 from gptq_cli.gptq.grid import FP16_MAX, Solution
 from gptq_cli.gptq.matmul import fast_matmul
 
@@ -28,15 +37,15 @@ _SUB_BLOCK = 16
 
 def refine_once(
     solution: Solution,  # changed in place
-    H: Tensor,  # (K, K) undamped
-    damping: Tensor,  # λ
+    H: Tensor,  # (…, K, K) undamped
+    damping: Tensor,  # (…) λ
     *,
     sweep: bool,
     refit: bool,
     column_batch: int,
 ) -> None:
     """One pass: every group's scale (`refit`), then its codes (`sweep`)."""
-    K, g = H.shape[0], solution.group_size
+    K, g = H.shape[-1], solution.group_size
     width = max(column_batch // g, 1) * g
     for a in range(0, K, width):
         b = min(a + width, K)
@@ -51,64 +60,66 @@ def refine_once(
 
 def _slope(
     solution: Solution, H: Tensor, damping: Tensor, index: Tensor
-) -> tuple[Tensor, Tensor]:  # G (n, N), H[index] (n, K)
+) -> tuple[Tensor, Tensor]:  # G (…, n, N), H[index] (…, n, K)
     """G = (H + λI) D in the columns `index`."""
-    rows = H.index_select(0, index)
+    rows = rows_of(H, index)
     with fast_matmul():
         G = rows @ solution.D
-    return G.add_(solution.D.index_select(0, index).mul_(damping)), rows
+    return G.add_(rows_of(solution.D, index).mul_(damping[..., None, None])), rows
 
 
 def _block(
     solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, *, sweep: bool, refit: bool
 ) -> None:
     """Columns a..b of the group order: complete groups, or a piece of one (then without refit)."""
-    index = solution.columns[a:b]
+    index = solution.columns[..., a:b]
     G, rows = _slope(solution, H, damping, index)
-    Hb = rows.index_select(1, index)
-    Hb.diagonal().add_(damping)
+    Hb = columns_of(rows, index)
+    diagonal_of(Hb).add_(damping[..., None])
     p = a
     while p < b:
         group = p // solution.group_size
         r = min((group + 1) * solution.group_size, b)
         here, later = slice(p - a, r - a), slice(p - a, b - a)
-        columns, s, z = index[here], solution.scales[group], solution.zeros[group]
-        L = solution.codes.index_select(0, columns).to(G.dtype).sub_(z)
-        before = L * s
+        columns = index[..., here]
+        s, z = solution.scales[..., group, :], solution.zeros[..., group, :]
+        L = rows_of(solution.codes, columns).to(G.dtype).sub_(z[..., None, :])
+        before = L * s[..., None, :]
         if refit:
-            step = _scale_step(s, (L * G[here]).sum(0), (L * (Hb[here, here] @ L)).sum(0))
-            G[later] -= Hb[later, here] @ (L * step)
+            bend = (L * (Hb[..., here, here] @ L)).sum(-2)
+            step = _scale_step(s, (L * G[..., here, :]).sum(-2), bend)
+            G[..., later, :] -= Hb[..., later, here] @ (L * step[..., None, :])
             s += step
         if sweep:
-            _sweep(L, G[later], Hb[later, later], s, z, solution)
-        solution.D.index_add_(0, columns, before.addcmul_(L, s, value=-1))
-        solution.codes.index_copy_(0, columns, L.add_(z).to(torch.uint8))
+            _sweep(L, G[..., later, :], Hb[..., later, later], s, z, solution)
+        add_rows_(solution.D, columns, before.addcmul_(L, s[..., None, :], value=-1))
+        set_rows_(solution.codes, columns, L.add_(z[..., None, :]).to(torch.uint8))
         p = r
 
 
 def _sweep(
-    L: Tensor,  # (n, N) levels of the columns to go through; changed in place
-    G: Tensor,  # (m, N) slope of these and the block's later columns; changed in place
-    H: Tensor,  # (m, m) damped
-    s: Tensor,  # (N,)
-    z: Tensor,  # (N,)
+    L: Tensor,  # (…, n, N) levels of the columns to go through; changed in place
+    G: Tensor,  # (…, m, N) slope of these and the block's later columns; changed in place
+    H: Tensor,  # (…, m, m) damped
+    s: Tensor,  # (…, N)
+    z: Tensor,  # (…, N)
     solution: Solution,
 ) -> None:
-    n = L.shape[0]
-    curve = H.diagonal()[:n, None] * s
+    n = L.shape[-2]
+    curve = diagonal_of(H)[..., :n, None] * s[..., None, :]
     C = torch.empty_like(L)  # the change of every weight
     for s1 in range(0, n, _SUB_BLOCK):
         s2 = min(s1 + _SUB_BLOCK, n)
-        columns = (X[s1:s2].unbind() for X in (G, curve, L, C))
+        columns = (X[..., s1:s2, :].unbind(-2) for X in (G, curve, L, C))
         for j, (slope, bend, level, change) in enumerate(zip(*columns, strict=True), start=s1):
             best = solution.grid.clamp_(torch.div(slope, bend).add_(level).round_(), z)
             torch.sub(best, level, out=change).mul_(s)
             level.copy_(best)
-            G[j + 1 : s2].addr_(H[j + 1 : s2, j], change, alpha=-1)
-        G[s2:].addmm_(H[s2:, s1:s2], C[s1:s2], alpha=-1)
+            subtract_outer_(G[..., j + 1 : s2, :], H[..., j + 1 : s2, j], change)
+        add_product_(G[..., s2:, :], H[..., s2:, s1:s2], C[..., s1:s2, :], alpha=-1)
 
 
-def _scale_step(s: Tensor, along: Tensor, curve: Tensor) -> Tensor:  # (N,)
+def _scale_step(s: Tensor, along: Tensor, curve: Tensor) -> Tensor:  # (…, N)
     """How far each scale moves: to the fp16 number nearest the parabola's lowest point, or not at all.
 
     Moving by t changes the loss by t²·curve - 2t·along. A scale keeps its sign and never becomes 0.
@@ -124,16 +135,17 @@ def _refit_wide_group(
     solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, column_batch: int
 ) -> None:
     """The refit of a group that is wider than a column batch: two matmuls with H instead of one."""
-    index, group = solution.columns[a:b], a // solution.group_size
-    s, z = solution.scales[group], solution.zeros[group]
-    L = solution.codes.index_select(0, index).to(H.dtype).sub_(z)
+    index, group = solution.columns[..., a:b], a // solution.group_size
+    s, z = solution.scales[..., group, :], solution.zeros[..., group, :]
+    L = rows_of(solution.codes, index).to(H.dtype).sub_(z[..., None, :])
     along, curve = torch.zeros_like(s), torch.zeros_like(s)
     for p in range(0, b - a, column_batch):
         piece = slice(p, min(p + column_batch, b - a))
-        G, rows = _slope(solution, H, damping, index[piece])
-        along += (L[piece] * G).sum(0)
-        HL = (rows.index_select(1, index) @ L).addcmul_(L[piece], damping)
-        curve += (L[piece] * HL).sum(0)
+        G, rows = _slope(solution, H, damping, index[..., piece])
+        here = L[..., piece, :]
+        along += (here * G).sum(-2)
+        HL = (columns_of(rows, index) @ L).addcmul_(here, damping[..., None, None])
+        curve += (here * HL).sum(-2)
     step = _scale_step(s, along, curve)
     s += step
-    solution.D.index_add_(0, index, L.mul_(-step))
+    add_rows_(solution.D, index, L.mul_(-step[..., None, :]))

@@ -29,29 +29,32 @@ _CHUNK_VALUES = 1 << 18
 
 
 def group_parameters(
-    W: Tensor,  # (K, N) transposed weights; groups are runs of rows
-    diagonal: Tensor,  # (K,) H_kk of these columns
+    W: Tensor,  # (…, K, N) transposed weights; groups are runs of rows
+    diagonal: Tensor,  # (…, K) H_kk of these columns
     group_size: int,  # columns of a group; the last may be short
     grid: Grid,
-) -> tuple[Tensor, Tensor]:  # scales, zeros (G, N), in W's dtype: scales are fp16 values, zeros integers
+) -> tuple[Tensor, Tensor]:  # scales, zeros (…, G, N), in W's dtype: scales are fp16 values, zeros integers
     """Scale and zero of every group of W, independent of how many groups are computed at once."""
-    K, N = W.shape
+    K, N = W.shape[-2:]
     weight = diagonal.clamp(min=0).sqrt()
     full = K // group_size * group_size
     parts = [(0, full, group_size)] if full else []
     if full < K:
         parts.append((full, K, K - full))
-    scales = W.new_empty(-(-K // group_size), N)
+    scales = W.new_empty(*W.shape[:-2], -(-K // group_size), N)
     zeros = torch.empty_like(scales)
     for a, b, size in parts:
-        X, c = W[a:b].view(-1, size, N), weight[a:b].view(-1, 1, size)
+        X = W[..., a:b, :].reshape(-1, size, N)  # of all stages: to the search a group is a group
+        c = weight[..., a:b].reshape(-1, 1, size)
+        found = W.new_empty(2, X.shape[0], N)
         wide = max(1, _CHUNK_VALUES // size)
         for n in range(0, N, wide):
             tall = max(1, _CHUNK_VALUES // (size * min(wide, N)))
             for g in range(0, X.shape[0], tall):
-                rows = slice(a // group_size + g, a // group_size + min(g + tall, X.shape[0]))
                 scale, zero = _find(X[g : g + tall, :, n : n + wide], c[g : g + tall], grid)
-                scales[rows, n : n + wide], zeros[rows, n : n + wide] = scale, zero
+                found[0, g : g + tall, n : n + wide], found[1, g : g + tall, n : n + wide] = scale, zero
+        rows = slice(a // group_size, -(-b // group_size))
+        scales[..., rows, :], zeros[..., rows, :] = found.view(2, *W.shape[:-2], -1, N)
     return scales, zeros
 
 

@@ -15,7 +15,7 @@ from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Ob
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
-from gptq_cli.results.run import BlockReport, RunReport
+from gptq_cli.results.run import BlockReport, ExpertsReport, RunReport
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 
@@ -102,6 +102,7 @@ def summarize(
         calibration_source=tokens.source,
         seed=job.calibration.seed,
         fallbacks=sum(linear.method != "gptq" for linear in linears),
+        experts=ExpertsReport.of(linears),
         warnings=tuple(warnings),
         seconds=seconds,
         phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds)),

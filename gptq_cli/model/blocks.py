@@ -21,6 +21,7 @@ from gptq_cli.model.text_part import text_modules
 from gptq_cli.placement.names import leaf
 
 ROUTER_NAMES = frozenset({"router", "gate", "shared_expert_gate", "gate_network", "wg"})
+"""What routers are often called: a guess, where no forward shows which linears choose (`model.dataflow`)."""
 
 
 @cache
@@ -53,11 +54,6 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and _computes_linear(type(module))  # type: ignore[arg-type]
 
 
-def is_router(name: str, module: nn.Module) -> bool:
-    """True for a linear that picks experts: tiny, and every server reads it dense."""
-    return leaf(name) in ROUTER_NAMES or shape(module)[0] == 1
-
-
 def shape(linear: nn.Module) -> tuple[int, int]:
     """(N, K) = (out_features, in_features)."""
     weight = linear.weight
@@ -66,12 +62,18 @@ def shape(linear: nn.Module) -> tuple[int, int]:
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
+def all_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """Every linear of one block by its name inside it, in module order."""
+    return {name: module for name, module in block.named_modules() if name and is_linear(module)}
+
+
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The quantizable linears of one block by their name inside it, in module order."""
+    """The same without gates of one output, and without what is called like a router: for a block alone, when
+    no forward of its model has shown which linears choose."""
     return {
         name: module
-        for name, module in block.named_modules()
-        if name and is_linear(module) and not is_router(name, module)
+        for name, module in all_linears(block).items()
+        if shape(module)[0] > 1 and leaf(name) not in ROUTER_NAMES
     }
 
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from gptq_cli.model.beside import LEFT_OUT, BesideInfo
-from gptq_cli.model.blocks import ROUTER_NAMES, is_linear, is_router
+from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.experts import FoundExperts, stacked_parameters
 from gptq_cli.model.text_part import output_head
-from gptq_cli.placement.names import fold, leaf, parents
+from gptq_cli.placement.names import fold, parents
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +87,8 @@ def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool
         return "embedding"
     if in_block and stacked_parameters(module):
         return "fused experts"
-    if in_block and leaf(name) in ROUTER_NAMES:
-        return "router"
     if max(dimensions) < 2:
         return "vector"
     if is_linear(module):
-        if is_router(name, module):
-            return "router"
         return "converted at load" if in_block else "outside the blocks"
     return "other"

@@ -51,6 +51,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             )
             for info in skeleton.linears
         ),
+        routed_share=traced.routed_share,
         fused=tuple(StackFact(name, reason) for name, reason in skeleton.experts.dense.items()),
         already_quantized=skeleton.already_quantized,
         decoded=skeleton.files.decoded,
@@ -76,19 +77,18 @@ def module_names(model: nn.Module) -> Iterator[str]:
 def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:
     """Number of the stage of each linear inside its block, in order of execution.
 
-    A linear that did not run is a stage of its own, after the others. Where the trace is not complete,
-    linears with the same parent and the same K count as a stage, which at worst overestimates memory.
+    Linears that did not run come after the others. Those with the same parent and the same K count as a
+    stage, as gate and up of an expert are. Where the trace is not complete all linears are taken like this,
+    which at worst overestimates memory.
     """
     owner = {info.name: info.block for info in linears}
-    if traced.complete:
-        known = [[name for name in stage if name in owner] for stage in traced.stages]
-        known += [[name] for name in owner if name in traced.idle]
-    else:
-        by_parent: dict[tuple[str, str, int], list[str]] = {}
-        for info in linears:
+    known = [[name for name in stage if name in owner] for stage in traced.stages] if traced.complete else []
+    by_parent: dict[tuple[str, str, int], list[str]] = {}
+    for info in linears:
+        if not traced.complete or info.name in traced.idle:
             key = (info.block, info.name.rpartition(".")[0], info.in_features)
             by_parent.setdefault(key, []).append(info.name)
-        known = list(by_parent.values())
+    known += by_parent.values()
     numbers: dict[str, int] = {}
     counts: dict[str, int] = {}
     for stage in filter(None, known):

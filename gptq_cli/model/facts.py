@@ -169,6 +169,9 @@ class ModelFacts:
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""
     linears: tuple[LinearFact, ...] = ()
+    routed_share: float = 1.0
+    """The part of the tokens that an expert sees on average, as the top-k of the routers says; 1 where it
+    is not known."""
     fused: tuple[StackFact, ...] = ()
     """Parameters of three dimensions inside blocks that stay dense."""
     already_quantized: str | None = None

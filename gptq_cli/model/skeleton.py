@@ -8,7 +8,7 @@ weight.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -36,7 +36,7 @@ from gptq_cli.model.beside import (
     parts_beside,
     unreached_linears,
 )
-from gptq_cli.model.blocks import find_blocks, find_linears, shape
+from gptq_cli.model.blocks import ROUTER_NAMES, all_linears, find_blocks, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.dense import DenseInfo, fold_dense
 from gptq_cli.model.expert_linears import ExpertLinear, unfuse
@@ -48,6 +48,7 @@ from gptq_cli.model.model_class import make_model
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
+from gptq_cli.placement.names import leaf
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
@@ -156,7 +157,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     unreached = tuple(block for block in blocks if block not in traced.flow.blocks)
     blocks = traced.flow.blocks
     candidates = _candidates(model, blocks)
-    kept = _kept_dense(traced, candidates, tied)
+    kept = _kept_dense(model, traced, candidates, tied)
     kept |= dict.fromkeys(unreached_linears(model, candidates, traced), UNREACHED)
     routed = {name for name in candidates if isinstance(model.get_submodule(name), ExpertLinear)}
     traced = replace(traced, idle=traced.idle | routed)  # they stood in a 3-D tensor when it was made
@@ -265,7 +266,7 @@ def _empty(model: nn.Module) -> None:
 
 def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     """Every linear of the blocks -> its block."""
-    return {f"{block}.{name}": block for block in blocks for name in find_linears(model.get_submodule(block))}
+    return {f"{block}.{name}": block for block in blocks for name in all_linears(model.get_submodule(block))}
 
 
 @contextmanager
@@ -293,11 +294,19 @@ def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
 
 
 def _kept_dense(
-    traced: Trace, candidates: Mapping[str, str], tied: tuple[tuple[str, ...], ...]
+    model: nn.Module, traced: Trace, candidates: Collection[str], tied: tuple[tuple[str, ...], ...]
 ) -> dict[str, str]:
-    """Linears that stay dense -> why: their weight is shared with another module, or used without a call."""
+    """Linears that stay dense -> why: their weight is shared with another module, or used without a call, or
+    they choose.
+
+    Where the trace is not complete, the name of a router is taken for one.
+    """
     shared = {name.removesuffix(".weight") for group in tied for name in group}
-    kept = dict.fromkeys(traced.read_not_called, "read, not called")
+    kept = dict.fromkeys(traced.choosing, "router")
+    for name in candidates:
+        if shape(model.get_submodule(name))[0] == 1 or (not traced.complete and leaf(name) in ROUTER_NAMES):
+            kept[name] = "router"
+    kept |= dict.fromkeys(traced.read_not_called, "read, not called")
     return kept | {name: "tied" for name in candidates if name in shared}
 
 
@@ -314,7 +323,7 @@ def _linears(
     once."""
     seen: set[int] = set()
     for block in blocks:
-        for name, linear in find_linears(model.get_submodule(block)).items():
+        for name, linear in all_linears(model.get_submodule(block)).items():
             full = f"{block}.{name}"
             expert = experts.get(full)
             if expert is not None and full not in kept:

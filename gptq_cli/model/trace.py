@@ -5,6 +5,7 @@ is traced in a second, without memory. The trace shows
 
 * in which order modules run, and which linears read the same tensor (they will be one stage);
 * which linears did not run: those that only routed tokens reach, because nothing is routed here (experts);
+* which linears only choose: routers of experts, indexers of sparse attention (`model.dataflow`);
 * which linears are *read rather than called*: some architectures take the weight of a linear and multiply
   with it themselves (Mamba's `dt_proj`, absorbed latent attention). Such a linear never sees an input for a
   Hessian, and a reader's packed linear, which has no weight, could not replace it.
@@ -30,9 +31,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.model.dataflow import DataFlow
 from gptq_cli.model.flow import Flow, FlowWatch
 from gptq_cli.model.reads import Read
 from gptq_cli.model.text_part import language_model
+from gptq_cli.placement.names import owner
 
 _TOKENS = 8
 _FEW = 1 << 16
@@ -52,6 +55,10 @@ class Trace:
     """Linears whose weight was used outside their own forward."""
     flow: Flow
     """How the hidden states go from block to block."""
+    choosing: frozenset[str] = frozenset()
+    """Modules whose weight only chooses: routers, indexers."""
+    routed_share: float = 1.0
+    """The part of the experts that a router picks for a token, on average; 1 where no top-k says it."""
     problem: str = ""
     """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
@@ -67,12 +74,12 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
 
     Errors of the model end up in `problem`; only an out-of-memory error is raised.
     """
-    flow = FlowWatch(blocks, _TOKENS)
+    flow, data = FlowWatch(blocks, _TOKENS), DataFlow(dict(model.named_parameters(remove_duplicate=False)))
+    watch = _Watch({name: model.get_submodule(name).weight for name in linears}, flow, data)
     inside = {model.get_submodule(name): name for name in blocks}
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    watch = _Watch({name: model.get_submodule(name).weight for name in linears}, flow)
     order: dict[str, None] = {}
     reads: dict[str, Read] = {}
     handles = []
@@ -115,6 +122,8 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
         idle=frozenset(linears.keys() - reads.keys()),
         read_not_called=frozenset(watch.found),
         flow=flow.flow(not problem),
+        routed_share=data.share,
+        choosing=frozenset(owner(name) for name in data.choosing(complete=not problem)),
         problem=problem,
     )
 
@@ -171,9 +180,9 @@ def _stages(linears: Mapping[str, str], reads: Mapping[str, Read]) -> tuple[tupl
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its hook untyped
     """Notes the weights that reach an operation outside their linear's own forward, and answers `ANSWERS`."""
 
-    def __init__(self, weights: Mapping[str, Tensor], flow: FlowWatch) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], flow: FlowWatch, data: DataFlow) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._flow = flow
+        self._flow, self._data = flow, data
         self._weights = weights  # kept alive, so that no other tensor can get one's id
         self._owners: dict[int, list[str]] = {}
         for name, weight in weights.items():
@@ -196,6 +205,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leave
         else:
             result = func(*args, **kwargs)
         self._flow.ran(func, tensors, result)
+        self._data.note(func, tensors, result)
         return result
 
 

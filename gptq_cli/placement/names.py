@@ -28,3 +28,8 @@ def leaf(name: str) -> str:
 def fold(name: str) -> str:
     """`model.layers.3.mlp.experts.7` -> `model.layers.*.mlp.experts.*`: equal for the likes of one module."""
     return _NUMBER.sub("*", name)
+
+
+def numbers(name: str) -> tuple[str, ...]:
+    """What `fold` leaves out: `model.layers.3.mlp.experts.7` -> ("3", "7")."""
+    return tuple(_NUMBER.findall(name))

@@ -18,6 +18,10 @@ ReplayReason = Literal["memory", "experts", "not-sequential"]
 tokens, or stages that are all collected in one pass (`true_sequential` off)."""
 
 
+SOLVE_BYTES = 14
+"""Of the solve, for every weight: weights, errors and their copy in original order, in fp32, and codes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSchedule:
     """One decoder block."""
@@ -31,7 +35,9 @@ class BlockSchedule:
     """None: forwards are parked between stages, so that each linear runs once per token. Else they are run
     again for each stage, and this is why."""
     expert_batch_bytes: int
-    """Hessians of experts that are collected side by side, in bytes."""
+    """Hessians of experts that are collected side by side, in bytes; also what is solved side by side."""
+    solve_batch_rows: int
+    """Rows of experts that are solved side by side: ΣN of all."""
 
     @property
     def parked(self) -> bool:
@@ -46,6 +52,14 @@ class BlockSchedule:
     def experts_per_batch(self, in_features: int) -> int:
         """How many linears of K = `in_features` are collected side by side: at least one."""
         return max(1, self.expert_batch_bytes // (4 * in_features**2))
+
+    def experts_per_solve(self, in_features: int, rows: int) -> int:
+        """How many stages of K = `in_features` and `rows` = ΣN are solved side by side: at least one.
+
+        Each needs its H and a factor, and SOLVE_BYTES for every weight.
+        """
+        size_bytes = 8 * in_features**2 + SOLVE_BYTES * rows * in_features
+        return max(1, min(self.expert_batch_bytes // size_bytes, self.solve_batch_rows // rows))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,13 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
         pack     Hessian   4 · K²
                  packing   PACK_BYTES · R · K: codes, what is left of the solve, words
-    experts, which see the tokens routed to them, are collected in batches: `expert_batch_bytes` more at most
-    without true-sequential stages the H of every stage of the block is there at once: 4 · ΣK², not 4 · K²
+    experts, which see the tokens routed to them, are collected in batches of c, with one H for the tokens of
+    all, and e of them are solved side by side (c and e: `experts_per_batch` and `experts_per_solve`):
+        collect  Hessian   (c + 1) · 4 · K²
+        solve    Hessian   (c + 1 + e + 1) · 4 · K²: the H of e of them copied side by side, a factor each
+                 working   SOLVE_BYTES · e · R · K
+        pack     packing   (PACK_BYTES + CODE_BYTES · (e - 1)) · R · K
+    without true-sequential stages the H of every other stage of the block is there at once: 4 · ΣK²
     solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
     twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more moment:
         goal     Hessian   GOAL_SQUARES · 4 · K²: four moments, H and a factor
@@ -44,14 +49,14 @@ from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import BlockSchedule, Schedule
+from gptq_cli.placement.schedule import SOLVE_BYTES, BlockSchedule, Schedule
 from gptq_cli.planning.cases import MapCase, Work
-from gptq_cli.planning.schedule import StageShape, block_stages
+from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.results.map import DevicePlan
 
 MIB = 1 << 20
-SOLVE_BYTES = 14
 PACK_BYTES = 10
+CODE_BYTES = 2
 GOAL_BYTES = 16
 GOAL_SQUARES = 6
 IN_FLIGHT_HIDDEN = 6
@@ -106,14 +111,15 @@ def work_set(
         t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + IN_FLIGHT_ROWS * max(stage.rows for stage in stages))
     )
     kept = 4 if dense else 1
-    squares = sum(4 * stage.in_features**2 for stage in stages)
-    experts = sum(4 * stage.in_features**2 for stage in stages if stage.routed)
-    expert_batch = min(block.expert_batch_bytes, experts)
+    once = [stage for stage in stages if not stage.routed]
+    squares = sum(4 * stage.in_features**2 for stage in once)
     moments = []
-    for stage in stages:
+    for stage, count in expert_families(stages).items():
+        widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
+        moments += _expert_moments(stage, count, block, copy, flight + widened, activations)
+    for stage in once:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         others = 0 if work.quantize.true_sequential else kept * (squares - square)
-        others += expert_batch if stage.routed else 0
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [
@@ -126,6 +132,22 @@ def work_set(
                 WorkSet(copy + GOAL_BYTES * weights, others + GOAL_SQUARES * square, 0, activations)
             )
     return max(moments, key=lambda moment: moment.total_bytes)
+
+
+def _expert_moments(
+    stage: StageShape, count: int, block: BlockSchedule, copy: int, flight: int, activations: int
+) -> list[WorkSet]:
+    """The moments of `count` experts of one kind: collected in batches, solved side by side."""
+    weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
+    collected = min(count, block.experts_per_batch(stage.in_features))
+    together = min(collected, block.experts_per_solve(stage.in_features, stage.rows))
+    held = (collected + 1) * square
+    packing = (PACK_BYTES + CODE_BYTES * (together - 1)) * weights
+    return [
+        WorkSet(copy + flight, held, 0, activations),
+        WorkSet(copy + SOLVE_BYTES * together * weights, held + (together + 1) * square, 0, activations),
+        WorkSet(copy, held, packing, activations),
+    ]
 
 
 def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:

@@ -6,11 +6,13 @@ say what it costs, the planner tries several and keeps the first that fits, and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import BlockSchedule, ReplayReason, Schedule
 from gptq_cli.planning.cases import Work
@@ -23,6 +25,11 @@ to fill the device. To be measured on a card; until then an assumption."""
 EXPERT_BATCH_BYTES = 512 << 20
 """Hessians of an expert batch: one of 7168 columns has 196 MiB, one of 2048 has 16."""
 
+SOLVE_BATCH_ROWS = 4096
+"""Rows of experts that a CPU solves side by side: more no longer fit its cache (scripts/bench_experts.py)."""
+ACCELERATOR_SOLVE_BATCH_ROWS = 65536
+"""The same for an accelerator, whose kernels take about as long for few rows as for many. To be measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageShape:
@@ -30,8 +37,18 @@ class StageShape:
 
     in_features: int
     rows: int
-    routed: bool = False
-    """Experts, whose Hessians are collected in batches."""
+    family: str = ""
+    """For experts, which are collected and solved in batches: the name that they have in common; else ""."""
+
+    @property
+    def routed(self) -> bool:
+        """True for experts."""
+        return bool(self.family)
+
+
+def expert_families(stages: Iterable[StageShape]) -> Counter[StageShape]:
+    """How many experts of each kind a block has; a kind is their shape and the name in common."""
+    return Counter(stage for stage in stages if stage.routed)
 
 
 def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
@@ -40,8 +57,9 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
     for linear in linears:
         before = stages.get(linear.stage)
         rows = (before.rows if before else 0) + linear.out_features
+        family = before.family if before else fold(linear.name) if linear.routed else ""
         stages[linear.stage] = StageShape(
-            max(linear.in_features, before.in_features if before else 0), rows, linear.routed
+            max(linear.in_features, before.in_features if before else 0), rows, family
         )
     return tuple(stages[number] for number in sorted(stages))
 
@@ -84,10 +102,15 @@ def make_schedule(placement: Placement, facts: ModelFacts, work: Work, *, parked
                 execution_device=execution_device(placement, device),
                 replayed=replayed(block),
                 expert_batch_bytes=EXPERT_BATCH_BYTES,
+                solve_batch_rows=_solve_batch_rows(execution_device(placement, device)),
             )
             for block, device in storage.items()
         ),
     )
+
+
+def _solve_batch_rows(device: Device) -> int:
+    return ACCELERATOR_SOLVE_BATCH_ROWS if device.is_accelerator else SOLVE_BATCH_ROWS
 
 
 def wider_micro_batches(placement: Placement, work: Work) -> tuple[int, ...]:

@@ -4,15 +4,15 @@ The probe runs the real things on made-up numbers: a matmul as in a forward, a H
 different height, from which the price of a column and the price of a weight follow. The rest is counting:
 
     forward   weights of the block · tokens, for each time a block runs (once parked, more when replayed)
-    Hessian   K² · tokens for each stage
+    Hessian   K² · tokens for each stage; experts see the share of the tokens that their router's top-k says
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
+              a · K once for experts that are solved side by side
 
 It is an estimate: other processes, clocks and caches may move it by a factor of two.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.schedule import StageShape, block_stages
+from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.timing import fastest
 
 if TYPE_CHECKING:
@@ -106,34 +106,53 @@ def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: Machin
     for name, stages in block_stages(facts).items():
         block = replace(schedule.block(name), name="")
         if (stages, block) not in known:
-            weights = _weights_run(stages, block)
-            known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights)
+            weights = _weights_run(stages, block, facts.routed_share)
+            known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights, facts.routed_share)
+            known[stages, block] += speed.column_seconds * _columns_walked(stages, block)
         total += known[stages, block]
     return total
 
 
 def _block_seconds(
-    stages: Sequence[StageShape], tokens: int, speed: MachineRates, streams: float, weights_run: int
+    stages: Sequence[StageShape],
+    tokens: int,
+    speed: MachineRates,
+    streams: float,
+    weights_run: float,
+    routed_share: float,
 ) -> float:
     weights = [stage.rows * stage.in_features for stage in stages]
     forward = streams * tokens * weights_run / speed.forward_rate
-    collect = streams * tokens * sum(stage.in_features**2 for stage in stages) / speed.hessian_rate
+    squares = sum(stage.in_features**2 * (routed_share if stage.routed else 1.0) for stage in stages)
+    collect = streams * tokens * squares / speed.hessian_rate
     solve = 0.0
     for stage, size in zip(stages, weights, strict=True):
         k = stage.in_features
-        solve += speed.column_seconds * k + speed.weight_seconds * size
+        solve += speed.weight_seconds * size
         solve += (MULTIPLY_ADDS * size * max(0, k - _K) + k**3) / speed.matmul_rate
     return forward + collect + solve
 
 
-def _weights_run(stages: Sequence[StageShape], block: BlockSchedule) -> int:
+def _columns_walked(stages: Sequence[StageShape], block: BlockSchedule) -> int:
+    """Steps of the solver's loop over columns: K for each stage, and K for experts that are solved side by
+    side."""
+    columns = sum(stage.in_features for stage in stages if not stage.routed)
+    for stage, count in expert_families(stages).items():
+        k, per_batch = stage.in_features, block.experts_per_batch(stage.in_features)
+        together = block.experts_per_solve(k, stage.rows)
+        whole, rest = divmod(count, per_batch)
+        columns += k * (whole * -(-per_batch // together) + -(-rest // together))
+    return columns
+
+
+def _weights_run(stages: Sequence[StageShape], block: BlockSchedule, routed_share: float) -> float:
     """Weights that a token is multiplied with in a block, counted for each time its forward runs.
 
     Parked forwards run once. Replayed ones run up to each stage, and at last to the end; where stages are
-    collected together, in one pass; and for each batch of experts, to the end. All experts count, although a
-    token is routed to some of them.
+    collected together, in one pass; and for each batch of experts, to the end. Of the experts' weights the
+    share counts that a token is routed to.
     """
-    weights = [stage.rows * stage.in_features for stage in stages]
+    weights = [stage.rows * stage.in_features * (routed_share if stage.routed else 1.0) for stage in stages]
     if block.parked:
         return sum(weights)
     once = [weight for stage, weight in zip(stages, weights, strict=True) if not stage.routed]
@@ -141,8 +160,8 @@ def _weights_run(stages: Sequence[StageShape], block: BlockSchedule) -> int:
         run = sum(weights) if once else 0
     else:
         run = sum(sum(once[:index]) for index in range(len(once)))
-    experts = Counter(stage.in_features for stage in stages if stage.routed)
-    batches = sum(-(-count // block.experts_per_batch(k)) for k, count in experts.items())
+    experts = expert_families(stages).items()
+    batches = sum(-(-count // block.experts_per_batch(stage.in_features)) for stage, count in experts)
     return run + (batches + 1) * sum(weights)
 
 

@@ -110,6 +110,8 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
         ("seed", str(report.seed)),
         ("fallbacks", fallbacks if report.fallbacks else "none"),
     ]
+    if report.experts is not None:
+        rows.append(("experts", fmt.experts(report.experts)))
     for device, measured in report.measured_peak_bytes:
         expected = f", predicted {fmt.size(predicted[device])}" if device in predicted else ""
         rows.append((f"peak on {device}", f"{fmt.size(measured)}{expected}"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from statistics import median_low
+from typing import Literal, Self
 
 from gptq_cli.placement.schedule import Schedule
 
@@ -36,7 +38,50 @@ class LinearReport:
     target_damp_percent: float = 0.0
     """The damping of that step (a fraction of the mean diagonal); 0 where there was none."""
     tokens: int
+    """Calibration tokens that it saw; an expert sees those that are routed to it."""
+    routed: bool = False
+    """It is one of several experts, which share the tokens of the block."""
+    pooled: float = 0.0
+    """The weight of its siblings' tokens in an expert's Hessian: above 0.5 where it saw fewer tokens than it
+    has columns, 1 where it saw none."""
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsReport:
+    """How many calibration tokens the experts of the model saw."""
+
+    experts: int
+    least_tokens: int
+    median_tokens: int
+    most_tokens: int
+    few: int
+    """Experts with fewer tokens than one of their linears has columns: its Hessian is mostly that of all
+    experts of the block."""
+    unreached: tuple[str, ...]
+    """Experts that no token reached: their Hessians are those of all others."""
+
+    @classmethod
+    def of(cls, linears: Iterable[LinearReport]) -> Self | None:
+        """What `linears` say of the experts among them, by the modules that hold these; None without any."""
+        tokens: dict[str, int] = {}
+        few: set[str] = set()
+        for linear in linears:
+            if linear.routed:
+                expert = linear.name.rpartition(".")[0]
+                tokens[expert] = min(linear.tokens, tokens.get(expert, linear.tokens))
+                if linear.tokens < linear.in_features:
+                    few.add(expert)
+        if not tokens:
+            return None
+        return cls(
+            experts=len(tokens),
+            least_tokens=min(tokens.values()),
+            median_tokens=median_low(tokens.values()),
+            most_tokens=max(tokens.values()),
+            few=len(few),
+            unreached=tuple(name for name, seen in tokens.items() if seen == 0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +134,8 @@ class RunReport:
     seed: int
     fallbacks: int
     """Linears whose method is not "gptq"."""
+    experts: ExpertsReport | None = None
+    """None: the model has no experts that are quantized one by one."""
     warnings: tuple[str, ...]
     """All that were given: preflight's findings of that level, the engine's, and those of libraries."""
     seconds: float

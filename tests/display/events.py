@@ -166,6 +166,7 @@ def report(blocks: int = 3) -> RunReport:
                     execution_device=Device("cuda", 0),
                     replayed=None,
                     expert_batch_bytes=512 * MIB,
+                    solve_batch_rows=65536,
                 )
                 for index in range(blocks)
             ),

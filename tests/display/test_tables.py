@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from gptq_cli.display.tables import findings_table, run_summary
+from gptq_cli.results.run import ExpertsReport
 from tests.display.events import DENSE, OFFLOAD, REFUSED, report
 from tests.golden import check_golden
 
@@ -31,6 +32,24 @@ def test_a_summary_names_every_fallback_and_the_next_command() -> None:
     assert text.endswith(" next: gptq load smol-w4g64\n")
     clean = replace(report(), fallbacks=0, warnings=(), blocks=report().blocks[:1])
     assert "FALLBACK" not in rendered(run_summary(clean))
+
+
+def test_a_summary_says_in_one_line_how_many_tokens_the_experts_saw() -> None:
+    names = tuple(f"model.layers.1.mlp.experts.{i}" for i in range(6))
+    found = ExpertsReport(
+        experts=128, least_tokens=0, median_tokens=1900, most_tokens=20412, few=31, unreached=names
+    )
+    text = rendered(run_summary(replace(report(), experts=found)), 320)
+    (line,) = [line.strip() for line in text.splitlines() if line.startswith(" experts ")]
+    assert " ".join(line.split()) == (
+        "experts 128, which saw 0 to 20,412 calibration tokens (median 1,900); 31 saw fewer than they have"
+        f" columns; no token reached 6: {', '.join(names[:4])} and 2 more"
+    )
+    enough = replace(found, least_tokens=900, few=0, unreached=())
+    assert "calibration tokens (median 1,900)\n" in rendered(
+        run_summary(replace(report(), experts=enough)), 320
+    )
+    assert "experts" not in rendered(run_summary(report()))
 
 
 def test_the_next_command_can_be_pasted_whatever_the_path() -> None:

@@ -97,3 +97,49 @@ def test_a_tensor_that_was_written_to_in_between_is_another_input() -> None:
     block = Rewriting()
     stages = find_stages(block, dict(block.named_children()), BlockCall((), {}), torch.ones(1, 3, 4))
     assert stages == (Stage(("before",)), Stage(("after",)))
+
+
+class Gated(nn.Module):
+    """Experts with two linears that share their input, routed by a number in the hidden states."""
+
+    def __init__(self, *, apart: bool = False) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(4, 4) for name in ("up", "gate")}) for _ in range(3)
+        )
+        self.apart = apart
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 4)
+        out = torch.zeros_like(flat)
+        for number in range(3):
+            rows = (flat[:, 0] == number).nonzero()[:, 0]
+            if len(rows):
+                expert, mine = self.experts[number], flat[rows]
+                other = mine.clone() if self.apart and number == 1 else mine
+                out[rows] = expert["gate"](mine) * expert["up"](other)
+        return out.view(x.shape)
+
+
+def found(block: nn.Module, numbers: list[float]) -> list[tuple[str, ...]]:
+    x = torch.tensor(numbers)[None, :, None].expand(1, -1, 4)
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    stages = find_stages(block, linears, BlockCall((), {}, None), x)
+    assert not any(stage.once for stage in stages)
+    return [stage.linears for stage in stages]
+
+
+def test_linears_of_one_expert_share_a_stage_also_in_experts_that_the_sample_did_not_reach() -> None:
+    """In the order of use, also where registration has another."""
+    stages = found(Gated(), [2.0, 0.0, 0.0])
+    assert stages == [(f"experts.{i}.gate", f"experts.{i}.up") for i in (0, 2, 1)]
+
+
+def test_where_one_expert_differs_each_linear_is_a_stage() -> None:
+    stages = found(Gated(apart=True), [2.0, 0.0, 1.0])
+    assert sorted(stages) == sorted((f"experts.{i}.{name}",) for i in range(3) for name in ("gate", "up"))
+
+
+def test_where_no_expert_was_reached_nothing_is_known() -> None:
+    stages = found(Gated(), [7.0, 8.0])
+    assert sorted(stages) == sorted((f"experts.{i}.{name}",) for i in range(3) for name in ("gate", "up"))

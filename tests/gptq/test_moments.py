@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.goal import StepChoice
-from gptq_cli.gptq.moments import StageMoments, shrink_to_pooled
+from gptq_cli.gptq.moments import StageMoments
 from tests.gptq.cases import activations, weights
 
 K, SAMPLES, LENGTH = 24, 8, 60
@@ -159,29 +159,3 @@ def test_the_residual_is_made_up_for() -> None:
         (target,), _ = moments.goal([W], moments.hessian(), 0.05)
         goals.append(target)
     torch.testing.assert_close(*goals, rtol=1e-3, atol=1e-4)
-
-
-def test_the_pool_is_the_hessian_of_all_tokens() -> None:
-    _, quant = two_streams()
-    parts = [quant[:6], quant[6:7], quant[:0]]
-    moments = [StageMoments(K, CPU, samples=0, dense=False) for _ in parts]
-    for moment, part in zip(moments, parts, strict=True):
-        if len(part):
-            moment.add(part, None, 0)
-    leaning = shrink_to_pooled(moments)
-    flat = quant[:7].reshape(-1, K)
-    pool = flat.T @ flat / len(flat)
-    torch.testing.assert_close(leaning[2], pool, rtol=1e-4, atol=1e-5)
-    own = [part.reshape(-1, K) for part in parts[:2]]
-    for H, x in zip(leaning, own, strict=False):
-        torch.testing.assert_close(H, (x.T @ x + K * pool) / (len(x) + K), rtol=1e-4, atol=1e-5)
-
-
-def test_alone_or_without_a_token_nothing_shrinks() -> None:
-    _, quant = two_streams()
-    alone, empty = (StageMoments(K, CPU, samples=0, dense=False) for _ in range(2))
-    alone.add(quant, None, 0)
-    (H,) = shrink_to_pooled([alone])
-    flat = quant.reshape(-1, K)
-    torch.testing.assert_close(H, flat.T @ flat / len(flat), rtol=1e-4, atol=1e-5)
-    assert torch.equal(shrink_to_pooled([empty])[0], torch.zeros(K, K))

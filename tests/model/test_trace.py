@@ -206,7 +206,7 @@ def test_shared_blocks() -> None:
     blocks = find_blocks(model)[1]
     keys = Conversion(model).map(model.state_dict())
     candidates = _candidates(model, blocks)
-    kept = _kept_dense(trace(model, candidates, blocks), candidates, tied_groups(model))
+    kept = _kept_dense(model, trace(model, candidates, blocks), candidates, tied_groups(model))
     linears = list(_linears(model, blocks, keys, kept, known=False))
     assert "tied" in kept.values()
     assert not any("shared_transf" in linear.name for linear in linears)

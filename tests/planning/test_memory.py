@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.model.facts import LinearFact
 from gptq_cli.placement.device import CPU
 from gptq_cli.planning import memory as budget
 from gptq_cli.planning.cases import Work
@@ -19,6 +20,7 @@ from gptq_cli.planning.memory import (
     quantized_bytes,
     work_sets,
 )
+from gptq_cli.planning.schedule import StageShape, block_stages
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama, resolved
 
@@ -77,6 +79,38 @@ def test_without_true_sequential_all_hessians_of_a_block_are_there() -> None:
     stepwise = one(Work(QuantizeConfig(solve_for="own"), data))
     assert together.total_bytes - stepwise.total_bytes == 4 * 3 * H**2
     assert together.activation_bytes == stepwise.activation_bytes
+
+
+def test_experts_are_collected_in_batches_and_solved_side_by_side() -> None:
+    """32 experts of 2 x 128 rows and 2048 columns: 31 are collected at a time, 14 are solved side by side."""
+    k, rows, experts = 2048, 256, 32
+    linears = tuple(
+        LinearFact(
+            name=f"model.layers.0.experts.{index}.{kind}",
+            block="model.layers.0",
+            in_features=k,
+            out_features=rows // 2,
+            stage=9 + index,
+            routed=True,
+        )
+        for index in range(experts)
+        for kind in ("gate", "up")
+    )
+    facts = replace(FACTS, linears=linears)
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=8, seq_len=16))
+    made = schedule(facts, work, parked=True)
+    block = replace(
+        made.block("model.layers.0"), expert_batch_bytes=31 * 4 * k**2, solve_batch_rows=14 * rows
+    )
+    (stage,) = set(block_stages(facts)["model.layers.0"])
+    assert stage == StageShape(k, rows, "model.layers.*.experts.*.gate")
+    found = budget.work_set(facts, (stage,) * experts, work, block, 128)
+    assert block.experts_per_solve(k, rows) == 12, "8 MiB of Hessians and factors, 14 bytes per weight"
+    assert found.hessian_bytes == 4 * k**2 * (31 + 1 + 12 + 1)
+    assert found.working_bytes == SOLVE_BYTES * 12 * rows * k
+    few = replace(block, solve_batch_rows=1)
+    found = budget.work_set(facts, (stage,) * 5, work, few, 128)
+    assert found.hessian_bytes == 4 * k**2 * (5 + 1 + 1 + 1)
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

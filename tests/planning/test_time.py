@@ -76,6 +76,43 @@ def test_experts_take_a_pass_per_batch() -> None:
         assert abs(found - 2 * run * 10_000 / 1e9) < 1e-6
 
 
+def test_experts_count_by_the_tokens_that_are_routed_to_them() -> None:
+    expert = LinearFact(
+        name="model.layers.0.experts.0.up",
+        block="model.layers.0",
+        in_features=2048,
+        out_features=64,
+        stage=4,
+        routed=True,
+    )
+    facts = replace(FACTS, linears=(*FACTS.linears, expert))
+    few = replace(facts, routed_share=0.25)
+    collect, forward = replace(IDLE, hessian_rate=1e9), replace(IDLE, forward_rate=1e9)
+    saved = seconds(facts, WORK, collect, parked=True) - seconds(few, WORK, collect, parked=True)
+    assert abs(saved - 0.75 * 2048**2 * 10_000 / 1e9) < 1e-6
+    saved = seconds(facts, WORK, forward, parked=True) - seconds(few, WORK, forward, parked=True)
+    assert abs(saved - 0.75 * 2 * 2048 * 64 * 10_000 / 1e9) < 1e-6
+
+
+def test_experts_that_are_solved_side_by_side_walk_their_columns_once() -> None:
+    """60 of 1024 columns and 256 rows, a family of one shape: a CPU solves 16 side by side."""
+    experts = tuple(
+        LinearFact(
+            name=f"model.layers.0.experts.{index}.up",
+            block="model.layers.0",
+            in_features=1024,
+            out_features=256,
+            stage=4 + index,
+            routed=True,
+        )
+        for index in range(60)
+    )
+    speed = replace(IDLE, column_seconds=1e-3)
+    facts = replace(FACTS, linears=(*FACTS.linears, *experts))
+    more = seconds(facts, WORK, speed, parked=True) - seconds(FACTS, WORK, speed, parked=True)
+    assert abs(more - 4 * 1024 * 1e-3) < 1e-6
+
+
 def test_hessians_and_solves() -> None:
     squares = 3 * 1024**2 + 4096**2
     found = seconds(FACTS, WORK, replace(IDLE, hessian_rate=1e9), parked=True) - FIXED

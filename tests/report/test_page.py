@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from gptq_cli.report.page import report_html
+from gptq_cli.results.run import ExpertsReport
 from tests.display.events import report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -90,3 +91,13 @@ def test_losses_that_are_not_finite_do_not_break_the_page() -> None:
     broken = tuple(replace(linear, loss=float("nan"), rtn_loss=0.0) for linear in block.linears)
     page = report_html(replace(report(), blocks=(replace(block, linears=broken),)))
     assert "nothing to show" in page
+
+
+def test_experts_have_a_line_of_their_own() -> None:
+    found = ExpertsReport(
+        experts=8, least_tokens=0, median_tokens=40, most_tokens=90, few=1, unreached=("model.experts.3",)
+    )
+    page = report_html(replace(report(), experts=found))
+    assert "<dt>experts</dt><dd>8, which saw 0 to 90 calibration tokens" in page
+    assert "no token reached 1: model.experts.3</dd>" in page
+    assert "<dt>experts</dt>" not in report_html(report())

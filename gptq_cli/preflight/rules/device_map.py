@@ -336,7 +336,8 @@ def untraced_forward(case: MapCase) -> list[Remark]:
     computed and values are not. That shows in which order modules run, which linears read the same input,
     which are experts, and which have their weight read by other code and so must stay dense. A model whose
     code needs values stops on the way. Then modules are taken in the order of their registration, memory is
-    planned by the shapes of linears, and whether the modules behind the stop are called at all is not known.
+    planned by the shapes of linears, routers of experts are told by their names, and whether the modules
+    behind the stop are called at all is not known.
     """
     if not case.facts.untraced:
         return []
@@ -344,7 +345,7 @@ def untraced_forward(case: MapCase) -> list[Remark]:
         Remark(
             subject=case.facts.model,
             message="a forward without data did not reach its end; order, memory and the choice of linears "
-            f"are estimated from shapes: it stopped {case.facts.untraced}",
+            f"are estimated from shapes and names: it stopped {case.facts.untraced}",
             hint="prove the result with gptq load --verify and --against, and report this with config.json",
         )
     ]

@@ -1,0 +1,52 @@
+"""What the plan is told about stages before any expert has seen a token."""
+
+from __future__ import annotations
+
+from gptq_cli.model.describe import stage_numbers
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.model.trace import Trace
+
+
+def info(name: str, columns: int) -> LinearInfo:
+    return LinearInfo(
+        name=f"layers.0.{name}",
+        block="layers.0",
+        source_key=f"layers.0.{name}.weight",
+        in_features=columns,
+        out_features=8,
+        bias=False,
+        transposed=False,
+    )
+
+
+LINEARS = (
+    info("q", 16),
+    info("k", 16),
+    *(info(f"experts.{i}.{name}", k) for i in range(2) for name, k in (("w1", 16), ("w2", 32), ("w3", 16))),
+)
+
+
+def traced(*, problem: str = "") -> Trace:
+    return Trace(
+        order=(),
+        stages=(("layers.0.q", "layers.0.k", "layers.0.router"),),
+        idle=frozenset(x.name for x in LINEARS[2:]),
+        read_not_called=frozenset(),
+        problem=problem,
+    )
+
+
+def test_experts_that_nothing_was_routed_to_share_a_stage_by_parent_and_columns() -> None:
+    numbers = stage_numbers(traced(), LINEARS)
+    assert {name.removeprefix("layers.0."): number for name, number in numbers.items()} == {
+        "q": 0, "k": 0,
+        "experts.0.w1": 1, "experts.0.w3": 1, "experts.0.w2": 2,
+        "experts.1.w1": 3, "experts.1.w3": 3, "experts.1.w2": 4,
+    }  # fmt: skip
+
+
+def test_without_a_complete_trace_all_are_taken_like_this() -> None:
+    numbers = stage_numbers(traced(problem="stopped"), LINEARS)
+    assert numbers["layers.0.q"] == numbers["layers.0.k"] != numbers["layers.0.experts.0.w1"]
+    assert numbers["layers.0.experts.0.w1"] == numbers["layers.0.experts.0.w3"]
+    assert len(set(numbers.values())) == 5
