@@ -36,6 +36,10 @@ AUTO_GROUPS = (128, 64, 32)
 Recipe = Literal["fast", "balanced", "best"]
 Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
 """Readers of GPTQ checkpoints whose rules are known."""
+SERVERS: tuple[Target, ...] = ("vllm", "sglang")
+"""Readers that divide a model over several GPUs by tensor parallelism."""
+MAX_RANKS = 64
+"""The most GPUs of tensor parallelism that are looked at."""
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
@@ -59,10 +63,21 @@ def parse_group_size(value: object) -> GroupSize:
     return number
 
 
-def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
-    """The readers called `names`, each once. Raises `ConfigError`."""
+def parse_targets(names: Collection[str], tp: int = 1) -> tuple[Target, ...]:
+    """The readers called `names`, each once; with `tp` and no name, those that divide a model over ranks.
+
+    Raises `ConfigError`.
+    """
     for name in names:
         check_choice("target", name, get_args(Target))
+    check_int("tp", tp, 1, "use --tp 2, the number of GPUs that share the model", maximum=MAX_RANKS)
+    if tp > 1 and not names:
+        return SERVERS
+    if tp > 1 and not set(names) & set(SERVERS):
+        raise ConfigError(
+            f"tp is {tp}, which is about {' and '.join(SERVERS)}, and target is {', '.join(names)}",
+            hint=f"add --target {SERVERS[0]}, or leave --tp out",
+        )
     return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # checked above
 
 
@@ -269,10 +284,12 @@ class QuantizeJob:
     """A fallback to round-to-nearest ends the run with exit 5."""
     targets: tuple[Target, ...] = ()
     """Readers that must take the result; where one will not, preflight refuses."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they must."""
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        parse_targets(self.targets)
+        parse_targets(self.targets, self.tp)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
         check_int(
@@ -293,12 +310,14 @@ class InspectJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     targets: tuple[Target, ...] = ()
     """Readers that must take the result."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they must."""
     asked: frozenset[str] = frozenset()
     """Fields of `quantize` that were given. Only these are checked against the model: where everything goes
     does not depend on what the checkpoint would hold."""
 
     def __post_init__(self) -> None:
-        parse_targets(self.targets)
+        parse_targets(self.targets, self.tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +381,8 @@ class LoadJob:
     verify: bool = False
     targets: tuple[Target, ...] = ()
     """Readers that should take the checkpoint; exit 5 where one will not."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they should."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, get_args(DType))
@@ -369,7 +390,7 @@ class LoadJob:
         check_int("max_new_tokens", self.max_new_tokens, 1)
         check_int("seq_len", self.seq_len, 2)
         check_int("windows", self.windows, 1)
-        parse_targets(self.targets)
+        parse_targets(self.targets, self.tp)
         if self.prompt is not None:
             check_utf8("prompt", self.prompt)
         if self.against == "":

@@ -8,18 +8,15 @@ finished, in any order and without keeping a shard in memory, and can reserve di
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.checkpoint.format import PART_DTYPES, PackedFormat
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.conversion import natural_key
 from gptq_cli.model.facts import TensorInfo, dtype_name
 from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
 from gptq_cli.model.skeleton import Skeleton, main_dtype
-from gptq_cli.placement.names import fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,47 +120,3 @@ def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[lis
             PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
             for part in PART_DTYPES
         ]
-
-
-def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
-    dense."""
-    quantized = {linear.name for linear in skeleton.linears}
-    inside = tuple(f"{block}." for block in skeleton.blocks)
-    patterns: dict[str, None] = {}
-    for name, module in skeleton.model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if name in quantized or not name.startswith(inside) or all(p.ndim < 2 for p in own.values()):
-            continue
-        sources = [
-            source
-            for leaf in own
-            if (origin := skeleton.keys.origins.get(f"{name}.{leaf}")) is not None
-            for source in origin.sources
-        ]
-        common = _common_parent(sources) if sources else name
-        folded = re.escape(fold(common)).replace(r"\*", r"\d+")
-        patterns[rf"{folded}(\..*)?$"] = None
-    return tuple(patterns)
-
-
-def _common_parent(names: Sequence[str]) -> str:
-    """The dotted components that all names begin with, without their last one."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return ".".join(parts[0][:shared])
-
-
-def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
-    """Names inside a block of the quantized linears, if some linear of a block stays dense; otherwise ()."""
-    quantized = {linear.name for linear in skeleton.linears}
-    partly = any(
-        is_linear(module) and f"{block}.{name}" not in quantized
-        for block in skeleton.blocks
-        for name, module in skeleton.model.get_submodule(block).named_modules()
-    )
-    if not partly:
-        return ()
-    return tuple(dict.fromkeys(x.name.removeprefix(f"{x.block}.") for x in skeleton.linears))

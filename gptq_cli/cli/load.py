@@ -33,6 +33,7 @@ def load(
     bench: o.Bench = False,
     verify: o.Verify = False,
     target: o.Targets = None,
+    tp: o.TensorParallel = 1,
     device_map: o.LoadDeviceMap = None,
     kernel: o.Kernel = "auto",
     compile: o.Compile = False,  # noqa: A002  # the option's name
@@ -74,7 +75,8 @@ def load(
         max_perplexity=max_perplexity,
         bench=bench,
         verify=verify,
-        targets=parse_targets(target or ()),
+        targets=parse_targets(target or (), tp),
+        tp=tp,
     )
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs

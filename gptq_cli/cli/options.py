@@ -261,6 +261,9 @@ Targets = Annotated[
         "NAME",
     ),
 ]
+_RANKS = "over this many GPUs by tensor parallelism in vLLM and SGLang, or those of them that --target names."
+TensorParallel = Annotated[int, option("--tp", f"Exit 5 where it does not divide {_RANKS}", CHECKS, "N")]
+QuantizeTensorParallel = Annotated[int, option("--tp", f"Refuse what would not divide {_RANKS}", OUTPUT, "N")]
 QuantizeTargets = Annotated[
     list[str] | None,
     option(

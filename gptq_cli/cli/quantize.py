@@ -38,6 +38,7 @@ def quantize(
     overwrite: o.Overwrite = False,
     max_shard_size: o.MaxShardSize = "5GB",
     target: o.QuantizeTargets = None,
+    tp: o.QuantizeTensorParallel = 1,
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
     codes: Codes,
@@ -85,7 +86,8 @@ def quantize(
         max_shard_bytes=parse_shard_size(max_shard_size),
         overwrite=overwrite,
         strict=strict,
-        targets=parse_targets(target or ()),
+        targets=parse_targets(target or (), tp),
+        tp=tp,
         command_line=("gptq", *session.argv),
     )
     if dry_run:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact, dtype_name
+from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
@@ -16,6 +18,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
     model, config = skeleton.model, skeleton.config.get_text_config()
     traced = skeleton.trace
     stages = stage_numbers(traced, skeleton.linears)
+    splits = find_splits(skeleton.config, ((x.name, x.in_features, x.out_features) for x in skeleton.linears))
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -37,10 +40,13 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 out_features=info.out_features,
                 stage=stages[info.name],
                 routed=traced.complete and info.name in traced.idle,
+                split=splits[info.name],
             )
             for info in skeleton.linears
         ),
-        fused=_fused(model, skeleton.blocks),
+        fused=fused_parameters(model, skeleton.blocks),
+        dense_linears=_dense_linears(skeleton),
+        heads=head_counts(skeleton.config),
         already_quantized=skeleton.already_quantized,
         tensor_files_bytes=skeleton.files.size_bytes,
     )
@@ -82,10 +88,23 @@ def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
     )
 
 
-def _fused(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+def _dense_linears(skeleton: Skeleton) -> tuple[str, ...]:
+    """Linears of the blocks that stay dense, routers among them."""
+    quantized = {linear.name for linear in skeleton.linears}
+    return tuple(
+        full
+        for block in skeleton.blocks
+        for name, module in skeleton.model.get_submodule(block).named_modules()
+        if is_linear(module) and (full := f"{block}.{name}") not in quantized
+    )
+
+
+def fused_parameters(model: nn.Module, blocks: Sequence[str]) -> tuple[str, ...]:
+    """Names of the 3-D parameters inside blocks that are stacks of matrices, as of experts."""
     inside = tuple(f"{block}." for block in blocks)
     return tuple(
         name
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and name.startswith(inside) and parameter.shape[0] > 1
+        if not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
     )

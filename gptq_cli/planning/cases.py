@@ -201,3 +201,5 @@ class JobCase:
     """Devices that blocks will compute on."""
     targets: tuple[Target, ...] = ()
     """Readers that must take the result."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they must."""

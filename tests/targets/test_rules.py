@@ -59,7 +59,7 @@ def every(**changed: Any) -> TargetFacts:
 
 
 EXPERTS = replace(PORTABLE, linears=(linear("model.layers.0.mlp.experts.3.down_proj"),))
-MIXED = replace(PORTABLE, linears=(*PORTABLE.linears[1:], replace(PORTABLE.linears[0], bits=8)), changed=True)
+MIXED = replace(PORTABLE, linears=(*PORTABLE.linears[1:], replace(PORTABLE.linears[0], bits=8)))
 NONE: dict[Target, dict[str, Level]] = {}
 
 CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
@@ -72,36 +72,36 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
         "3 bits",
         every(bits=3),
         {
-            "vllm": {"marlin-refuses": "error"},
-            "sglang": {"marlin-is-left": "warning"},
+            "vllm": {"marlin-bits": "error"},
+            "sglang": {"marlin-bits": "error"},
             "exllamav2": {"four-bits-only": "error"},
         },
     ),
     (
         "asymmetric v2",
         replace(PORTABLE, sym=False, checkpoint_format="gptq_v2"),
-        {"vllm": {"marlin-refuses": "error"}, "sglang": {"marlin-is-left": "warning"}},
+        {"vllm": {"marlin-symmetric": "error"}, "sglang": {"marlin-symmetric": "error"}},
     ),
     (
         "asymmetric v1",
         replace(PORTABLE, sym=False),
         {
-            "vllm": {"marlin-refuses": "error"},
-            "sglang": {"marlin-is-left": "warning"},
+            "vllm": {"marlin-symmetric": "error"},
+            "sglang": {"marlin-symmetric": "error"},
             "gptqmodel": {"wrapped-zeros": "warning"},
         },
     ),
     (
         "group 16",
         every(group_size=16),
-        {"vllm": {"marlin-refuses": "error"}, "sglang": {"marlin-is-left": "warning"}},
+        {"vllm": {"marlin-groups": "error"}, "sglang": {"marlin-groups": "error"}},
     ),
     (
         "group 96",
         replace(every(group_size=96), linears=(linear(in_features=4032, group_size=96),)),
         {
-            "vllm": {"marlin-refuses": "error"},
-            "sglang": {"marlin-is-left": "warning"},
+            "vllm": {"marlin-groups": "error"},
+            "sglang": {"marlin-groups": "error"},
             "exllamav2": {"power-of-two-groups": "error"},
             "gptqmodel": {"gptqmodel-groups": "error"},
         },
@@ -121,7 +121,8 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     (
         "half a word",
         replace(every(group_size=-1), linears=(linear(out_features=1022, group_size=-1),)),
-        {target: {"whole-words": "error"} for target in TARGETS},
+        {target: {"whole-words": "error"} for target in TARGETS}
+        | {"sglang": {"whole-words": "error", "fused-columns": "error"}},
     ),
     ("bfloat16", replace(PORTABLE, dtype="bfloat16"), {"exllamav2": {"float16-only": "warning"}}),
     (
@@ -142,7 +143,7 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
         "siblings differ",
         MIXED,
         {
-            "vllm": {"fused-siblings": "error", "fused-patterns": "warning"},
+            "vllm": {"fused-siblings": "error"},
             "sglang": {"fused-siblings": "error"},
             "transformers": {"no-overrides": "error"},
             "exllamav2": {"four-bits-only": "error"},
@@ -150,22 +151,26 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     ),
     (
         "a sibling is dense",
-        replace(PORTABLE, linears=PORTABLE.linears[1:], left_dense=True, modules_listed=True),
+        replace(
+            PORTABLE,
+            linears=PORTABLE.linears[1:],
+            dense=("model.layers.0.self_attn.q_proj",),
+            modules_listed=True,
+        ),
         {
-            "vllm": {"fused-siblings": "error", "fused-patterns": "warning"},
+            "vllm": {"fused-siblings": "error"},
             "sglang": {"fused-siblings": "error"},
         },
     ),
     (
         "dense and not listed",
-        replace(PORTABLE, left_dense=True),
-        {"vllm": {"fused-patterns": "warning"}, "transformers": {"no-overrides": "error"}},
+        replace(PORTABLE, dense=("model.layers.0.mixer.dt_proj",)),
+        {"transformers": {"no-overrides": "error"}},
     ),
     (
         "two group sizes",
-        replace(PORTABLE, linears=(linear(group_size=64), linear(name="a.o_proj")), changed=True),
+        replace(PORTABLE, linears=(linear(group_size=64), linear(name="a.o_proj"))),
         {
-            "vllm": {"fused-patterns": "warning"},
             "transformers": {"no-overrides": "error"},
             "exllamav2": {"one-setting": "error"},
         },
@@ -175,14 +180,23 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     (
         "odd experts",
         replace(EXPERTS, linears=(linear("x.experts.0.down_proj", in_features=4096, out_features=1056),)),
-        {"vllm": {"expert-sizes": "warning"}, "transformers": {"no-experts": "error"}},
+        {
+            "vllm": {"expert-sizes": "warning"},
+            "sglang": {"expert-columns": "error"},
+            "transformers": {"no-experts": "error"},
+        },
     ),
     (
         "asymmetric experts",
-        replace(EXPERTS, sym=False, checkpoint_format="gptq_v2"),
+        replace(
+            EXPERTS,
+            sym=False,
+            checkpoint_format="gptq_v2",
+            linears=tuple(replace(x, sym=False) for x in EXPERTS.linears),
+        ),
         {
-            "vllm": {"marlin-refuses": "error"},
-            "sglang": {"marlin-is-left": "warning", "experts-by-marlin-only": "error"},
+            "vllm": {"marlin-symmetric": "error"},
+            "sglang": {"marlin-symmetric": "error"},
             "transformers": {"no-experts": "error"},
         },
     ),

@@ -15,7 +15,8 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
-from gptq_cli.targets.rules import whole_groups, whole_words
+from gptq_cli.targets.rules.formats import whole_groups, whole_words
+from gptq_cli.targets.rules.parallel import tensor_parallel
 
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--no-desc-act", {"desc_act": False}),
@@ -30,17 +31,22 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 """Option and fields, the change that costs least accuracy or size first."""
 
 
-@rule("error", "warning")
+@rule("error", "warning", "note")
 def target(case: JobCase) -> list[Remark]:
     """A reader that --target names refuses what would be written, or serves it in a slower or narrower way.
 
     Better refused before the work than after it. The hint is the smallest change of the settings with which
-    every named target takes the result.
+    every named target takes the result. With --tp N, each matrix must divide over N devices.
     """
-    facts = _facts(case.facts, case.work.quantize)
+    facts = _facts(case.facts, case.work.quantize, case.tp)
     found = []
     for reader in case.targets:
         said = check_target(reader, facts)
+        found += [
+            Remark(level="note", subject=f"--target {reader}", message=finding.message)
+            for finding in said
+            if finding.rule == tensor_parallel.id and finding.level == "note"
+        ]
         errors = [finding for finding in said if finding.level == "error"]
         for findings in (errors, [finding for finding in said if finding.level == "warning"]):
             if not findings:
@@ -94,10 +100,15 @@ def _smallest_change(
         change = _change(case, wanted, ("error",))
         if change is not None:
             return change
+    for ranks in range(case.tp - 1, 0, -1):
+        if _takes(replace(case, tp=ranks), readers, case.work.quantize, ("error",)):
+            return f"--tp {ranks}"
     names = " or ".join(readers)
+    rest = " ".join(f"--target {reader}" for reader in case.targets if reader not in readers)
     without = " ".join(f"--target {reader}" for reader in readers)
-    leave = f": leave {without} out" if set(readers) & set(case.targets) else ""
-    return f"no setting makes {names} take this model{leave}"
+    leave = f"name {rest} alone" if rest else f"leave {without} out"
+    way_out = f": {leave}" if set(readers) & set(case.targets) else ""
+    return f"no setting makes {names} take this model{way_out}"
 
 
 def _without_warnings(case: JobCase, reader: Target) -> str:
@@ -106,8 +117,7 @@ def _without_warnings(case: JobCase, reader: Target) -> str:
     change = _change(case, (reader,), levels)
     if change is None:
         half = replace(case, facts=replace(case.facts, dtype="float16"))
-        said = check_target(reader, _facts(half.facts, half.work.quantize))
-        change = None if any(f.level in levels for f in said) else "--dtype float16"
+        change = "--dtype float16" if _takes(half, (reader,), half.work.quantize, levels) else None
     return change or ""
 
 
@@ -115,10 +125,17 @@ def _change(case: JobCase, readers: tuple[Target, ...], levels: tuple[str, ...])
     """The fewest options with which no reader says anything of these levels."""
     for change in _combined():
         fields = {name: value for _, held in change for name, value in held.items()}
-        facts = _facts(case.facts, replace(case.work.quantize, **fields))
-        if not any(f.level in levels for reader in readers for f in check_target(reader, facts)):
+        if _takes(case, readers, replace(case.work.quantize, **fields), levels):
             return " ".join(option for option, _ in change)
     return None
+
+
+def _takes(
+    case: JobCase, readers: tuple[Target, ...], config: QuantizeConfig, levels: tuple[str, ...]
+) -> bool:
+    """Whether no reader says anything of these levels about the checkpoint of `config`."""
+    facts = _facts(case.facts, config, case.tp)
+    return not any(f.level in levels for reader in readers for f in check_target(reader, facts))
 
 
 def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
@@ -129,7 +146,7 @@ def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
                 yield change
 
 
-def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
+def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFacts:
     """The checkpoint that would be written, as a reader would find it."""
     return TargetFacts(
         bits=config.bits,
@@ -145,8 +162,17 @@ def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
                 out_features=linear.out_features,
                 bits=config.bits,
                 group_size=config.group_columns,
+                sym=config.sym,
+                desc_act=config.desc_act,
+                split=linear.split,
             )
             for linear in model.linears
         ),
+        dense=model.dense_linears,
+        dense_experts=model.fused,
+        modules_listed=model.listed,
+        heads=model.heads,
+        hidden_size=model.hidden_size,
+        tp=tp,
         trivial_g_idx=not config.desc_act,
     )
