@@ -58,11 +58,13 @@ def _by_shape(held: list[tuple[str, int, int]], hidden: int) -> dict[str, Split]
     inner = [linear for linear in writers if linear[1] != hidden] or writers[-1:]
     rows = {name for name, _, _ in inner} if len(held) > 1 else set()
     others = [linear for linear in held if linear[0] not in rows]
-    low = {name for name, columns, count in others if columns == hidden and count < columns}
-    deep = any(columns != hidden and name not in rows for name, columns, _ in others)
+    deep = [linear for linear in others if linear[1] != hidden]
+    low = {name for name, columns, count in others if columns == hidden and count < columns and deep}
+    if not low:  # what reads a divided stream and narrows it, as x_proj of Mamba, is divided by inputs, too
+        rows |= {name for name, columns, count in deep if count < columns}
     result: dict[str, Split] = {}
     for name, _, _ in held:
-        result[name] = "row" if name in rows else "whole" if deep and name in low else "column"
+        result[name] = "row" if name in rows else "whole" if name in low else "column"
     return result
 
 

@@ -18,6 +18,11 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 _EXPERT = re.compile(r"\.experts?\.")
 
 
+def is_expert(name: str) -> bool:
+    """Whether a linear is one of a mixture's experts, by its name."""
+    return _EXPERT.search(name) is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetLinear:
     """One quantized linear, under its name in the files: K = in_features, N = out_features."""
@@ -34,7 +39,7 @@ class TargetLinear:
     @property
     def is_expert(self) -> bool:
         """Whether it is one of a mixture's experts, by its name."""
-        return _EXPERT.search(self.name) is not None
+        return is_expert(self.name)
 
     @property
     def settings(self) -> tuple[int, int, bool, bool]:

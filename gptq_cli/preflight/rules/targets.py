@@ -11,10 +11,12 @@ from itertools import combinations
 from typing import Any
 
 from gptq_cli.config import QuantizeConfig, Target
-from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
+from gptq_cli.targets.facts import is_expert
 from gptq_cli.targets.rules.formats import whole_groups, whole_words
 from gptq_cli.targets.rules.parallel import tensor_parallel
 
@@ -166,7 +168,7 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
                 desc_act=config.desc_act,
                 split=linear.split,
             )
-            for linear in model.linears
+            for linear in _unlike(model)
         ),
         dense=model.dense_linears,
         dense_experts=model.fused,
@@ -176,3 +178,14 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
         tp=tp,
         trivial_g_idx=not config.desc_act,
     )
+
+
+def _unlike(model: ModelFacts) -> Iterator[LinearFact]:
+    """All linears, but of experts that differ in their numbers alone, one: a model can have ten thousands."""
+    seen: set[tuple[str, int, int]] = set()
+    for linear in model.linears:
+        kind = (fold(linear.name), linear.in_features, linear.out_features)
+        if is_expert(linear.name) and kind in seen:
+            continue
+        seen.add(kind)
+        yield linear

@@ -39,14 +39,13 @@ def tensor_parallel(case: Case) -> Iterator[Remark]:
         message = f"divides over {ranks} ranks; {most} {'is' if most == ranks else 'are'} the most that do"
         yield replace(case.remark(message), level="note")
         return
-    first, *others = misfits
-    more = f" (and {len(others)} more)" if others else ""
     way = f"at most {most} ranks divide it" if most > 1 else "no number of ranks divides it"
-    yield case.remark(
-        f"{first.reason}{more}; {way}",
-        _way_out(case, shapes, most),
-        [linear for misfit in misfits for linear in misfit.linears],
-    )
+    hint = _way_out(case, shapes, most)
+    for about in ([x for x in misfits if not x.linears], [x for x in misfits if x.linears]):
+        if about:
+            more = f" (and {len(about) - 1} more)" if len(about) > 1 else ""
+            linears = [linear for misfit in about for linear in misfit.linears]
+            yield case.remark(f"{about[0].reason}{more}; {way}", hint, linears)
 
 
 @dataclass(frozen=True, slots=True)
