@@ -21,12 +21,11 @@ from gptq_cli.config import (
     QuantizeConfig,
     QuantizeJob,
     Recipe,
-    Target,
     parse_shard_size,
-    parse_targets,
 )
 from gptq_cli.events import Event, Observer, ignore, warning_text
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.readers import Target, parse_targets
 
 if TYPE_CHECKING:
     from gptq_cli.results.run import RunReport

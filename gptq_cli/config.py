@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from gptq_cli.fields import INT32, INT64, check_choice, check_int, check_utf8, o
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
+from gptq_cli.readers import Target, parse_targets
 
 Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]
@@ -34,12 +35,6 @@ AUTO_GROUPS = (128, 64, 32)
 """What "auto" chooses from: the sizes that every reader of GPTQ checkpoints takes."""
 
 Recipe = Literal["fast", "balanced", "best"]
-Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
-"""Readers of GPTQ checkpoints whose rules are known."""
-SERVERS: tuple[Target, ...] = ("vllm", "sglang")
-"""Readers that divide a model over several GPUs by tensor parallelism."""
-MAX_RANKS = 64
-"""The most GPUs of tensor parallelism that are looked at."""
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
@@ -61,24 +56,6 @@ def parse_group_size(value: object) -> GroupSize:
             hint="use --group-size auto, which finds one that divides",
         )
     return number
-
-
-def parse_targets(names: Collection[str], tp: int = 1) -> tuple[Target, ...]:
-    """The readers called `names`, each once; with `tp` and no name, those that divide a model over ranks.
-
-    Raises `ConfigError`.
-    """
-    for name in names:
-        check_choice("target", name, get_args(Target))
-    check_int("tp", tp, 1, "use --tp 2, the number of GPUs that share the model", maximum=MAX_RANKS)
-    if tp > 1 and not names:
-        return SERVERS
-    if tp > 1 and not set(names) & set(SERVERS):
-        raise ConfigError(
-            f"tp is {tp}, which is about {' and '.join(SERVERS)}, and target is {', '.join(names)}",
-            hint=f"add --target {SERVERS[0]}, or leave --tp out",
-        )
-    return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # checked above
 
 
 def parse_shard_size(value: str | int) -> int:

@@ -20,13 +20,13 @@ from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.rules import LinearFacts, OrderFacts, VerifyCase, ZerosFacts
 from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.checkpoint.zeros import read_zeros
-from gptq_cli.config import Target
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.rules import rules_in
 from gptq_cli.targets.check import TargetFacts, target_report

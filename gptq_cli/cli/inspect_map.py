@@ -13,10 +13,10 @@ from gptq_cli.config import (
     InspectJob,
     ModelRef,
     QuantizeConfig,
-    parse_targets,
 )
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.readers import parse_targets
 
 
 @with_config_options

@@ -18,7 +18,6 @@ from gptq_cli.config import (
     QuantizeConfig,
     QuantizeJob,
     parse_shard_size,
-    parse_targets,
 )
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError
@@ -26,6 +25,7 @@ from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.readers import parse_targets
 from gptq_cli.results.run import RunReport
 
 

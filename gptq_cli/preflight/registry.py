@@ -11,7 +11,6 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from gptq_cli.checkpoint import rules as verify_rules
-from gptq_cli.config import Target
 from gptq_cli.errors import ConfigError
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.facts import ModelFacts
@@ -28,6 +27,7 @@ from gptq_cli.preflight.rules import (
     quantization,
     targets,
 )
+from gptq_cli.readers import Target
 from gptq_cli.rules import Rule, rules_in
 from gptq_cli.targets.rules import MODULES as TARGET_MODULES
 

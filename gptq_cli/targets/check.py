@@ -6,9 +6,9 @@ The rules need shapes and settings only, no tensor: `quantize --target` asks the
 
 from __future__ import annotations
 
-from gptq_cli.config import Target
 from gptq_cli.fields import check_choice
 from gptq_cli.findings import Finding
+from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport
 from gptq_cli.rules import rules_in
 from gptq_cli.targets.facts import TARGETS, Case, TargetFacts, TargetLinear

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from gptq_cli.config import Target
 from gptq_cli.model.facts import NO_HEADS, HeadCounts, Split
 from gptq_cli.placement.names import fold, leaf, owner
+from gptq_cli.readers import Target
 from gptq_cli.rules import Remark
 from gptq_cli.targets.names import FUSED
 from gptq_cli.wording import names_text

@@ -13,9 +13,9 @@ from torch import Tensor
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
-from gptq_cli.config import Target
 from gptq_cli.findings import Finding
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.readers import Target
 from gptq_cli.results.load import VerifyReport
 from tests.checkpoint.checkpoints import Recipe, quantize_directory, write_config
 from tests.conftest import TinyFactory

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from gptq_cli.config import Target
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import HeadCounts, Split
+from gptq_cli.readers import Target
 from gptq_cli.targets.check import TargetFacts, TargetLinear, check_target
 from gptq_cli.targets.facts import Case
 

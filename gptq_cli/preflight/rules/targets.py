@@ -10,10 +10,11 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from gptq_cli.config import QuantizeConfig, Target
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
+from gptq_cli.readers import Target
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
 from gptq_cli.targets.facts import is_expert

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from gptq_cli.config import MAX_RANKS
 from gptq_cli.placement.names import leaf
+from gptq_cli.readers import MAX_RANKS
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import Case, FusedMatrix, TargetLinear
 from gptq_cli.targets.rules.sglang import MIN_COLUMNS
