@@ -188,9 +188,9 @@ class _Forbidden:
         self.names = {*names, *(parent for name in names for parent in parents(name))}
         """And the modules that hold them."""
         self.folded = {fold(name) for name in self.names}
-        self._alike: dict[str, list[list[str]]] = {}
+        self._alike: dict[str, list[str]] = {}
         for name in names:
-            self._alike.setdefault(fold(name), []).append(name.split("."))
+            self._alike.setdefault(fold(name), []).append(name)
 
     def pattern(self, parts: Sequence[_Part]) -> str:
         """The shortest end of `parts`, from the blocks on, that matches none of these names."""
@@ -198,15 +198,21 @@ class _Forbidden:
         start = max(numbers[0] - 1, 0) if numbers else len(parts) - 1
         while start > 0 and self._hit(parts[start:]):
             start -= 1
-        before = "" if start == 0 and self._hit(parts) else r"(.*\.)?"
-        inside = r"\.".join(map(_component, parts[start:]))
-        return rf"{before}{inside}(\..*)?$"
+        return _text(parts[start:], anywhere=start > 0 or not self._hit(parts))
 
     def _hit(self, run: Sequence[_Part]) -> bool:
+        match = re.compile(_text(run, anywhere=True)).match
         return any(
-            _holds(folded.split("."), run) and any(_holds(words, run) for words in held)
+            _holds(folded.split("."), run) and any(match(name) for name in held)
             for folded, held in self._alike.items()
         )
+
+
+def _text(run: Sequence[_Part], *, anywhere: bool) -> str:
+    """The regular expression; `anywhere`: whatever stands before."""
+    before = r"(.*\.)?" if anywhere else ""
+    inside = r"\.".join(map(_component, run))
+    return rf"{before}{inside}(\..*)?$"
 
 
 def _holds(words: Sequence[str], run: Sequence[_Part]) -> bool:

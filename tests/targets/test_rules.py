@@ -240,6 +240,7 @@ def test_what_counts_for_sglang_is_the_fused_matrix() -> None:
     assert "SGLang loads it as in_proj_ba with 48 columns" in error.message
     assert error.modules == tuple(f"model.layers.0.linear_attn.in_proj_{x}" for x in "ba")
     assert levels("vllm", gates) == {}
+    assert levels("gptqmodel", gates) == {"gates-stay-dense": "error"}
     head = replace(PORTABLE, linears=(linear("lm_head", out_features=1000),), lm_head=True)
     assert levels("sglang", head) == {}  # it pads the vocabulary
 

@@ -42,6 +42,7 @@ def target(case: JobCase) -> list[Remark]:
     every named target takes the result. With --tp N, each matrix must divide over N devices.
     """
     facts = _facts(case.facts, case.work.quantize, case.tp)
+    few = _with_few_experts(case)
     found = []
     for reader in case.targets:
         said = check_target(reader, facts)
@@ -59,9 +60,9 @@ def target(case: JobCase) -> list[Remark]:
                     level="error" if findings is errors else "warning",
                     subject=f"--target {reader}",
                     message="; ".join(finding.message for finding in findings),
-                    hint=_smallest_change(case, (reader,), (case.targets, (reader,)))
+                    hint=_smallest_change(few, (reader,), (case.targets, (reader,)))
                     if findings is errors
-                    else _without_warnings(case, reader),
+                    else _without_warnings(few, reader),
                     modules=tuple(dict.fromkeys(name for f in findings for name in f.modules)),
                 )
             )
@@ -75,7 +76,8 @@ def readers_lost(case: JobCase) -> list[Remark]:
     All of them read 4 bits, symmetric, with groups of 128, 64 or 32 and no `desc_act`. Name the readers that
     you need with --target: then losing one is an error.
     """
-    facts = _facts(case.facts, case.work.quantize)
+    few = _with_few_experts(case)
+    facts = _facts(few.facts, case.work.quantize)
     lost: dict[str, list[Target]] = {}
     everyone = (
         whole_words.id,
@@ -89,7 +91,7 @@ def readers_lost(case: JobCase) -> list[Remark]:
         Remark(
             subject=", ".join(readers),
             message=f"will not serve this checkpoint: {reason}",
-            hint=_smallest_change(case, tuple(readers), (TARGETS, (*case.targets, *readers), tuple(readers))),
+            hint=_smallest_change(few, tuple(readers), (TARGETS, (*case.targets, *readers), tuple(readers))),
         )
         for reason, readers in lost.items()
     ]
@@ -169,7 +171,7 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
                 desc_act=config.desc_act,
                 split=linear.split,
             )
-            for linear in _unlike(model)
+            for linear in model.linears
         ),
         dense=model.dense_linears,
         dense_experts=model.fused,
@@ -181,12 +183,11 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
     )
 
 
-def _unlike(model: ModelFacts) -> Iterator[LinearFact]:
-    """All linears, but of experts that differ in their numbers alone, one: a model can have ten thousands."""
-    seen: set[tuple[str, int, int]] = set()
-    for linear in model.linears:
+def _with_few_experts(case: JobCase) -> JobCase:
+    """The same with one expert in place of all that differ in their numbers alone: there can be ten
+    thousands, and many settings are tried."""
+    kept: dict[object, LinearFact] = {}
+    for linear in case.facts.linears:
         kind = (fold(linear.name), linear.in_features, linear.out_features)
-        if is_expert(linear.name) and kind in seen:
-            continue
-        seen.add(kind)
-        yield linear
+        kept.setdefault(kind if is_expert(linear.name) else linear.name, linear)
+    return replace(case, facts=replace(case.facts, linears=tuple(kept.values())))

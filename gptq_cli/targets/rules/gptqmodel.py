@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gptq_cli.placement.names import leaf
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import Case
 
+_GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -17,6 +19,19 @@ def gptqmodel_groups(case: Case) -> Iterator[Remark]:
     if odd:
         message = f"group size {odd[0]}; allowed: {', '.join(map(str, GROUPS))}"
         yield case.remark(message, "quantize with --group-size 128, 64 or 32")
+
+
+@rule("error", topics=("gptqmodel",))
+def gates_stay_dense(case: Case) -> Iterator[Remark]:
+    """GPTQModel reads the gates of Gated DeltaNet dense, and leaves packed ones without values.
+
+    These are in_proj_a and in_proj_b of Qwen3.5, and in_proj_ba of Qwen3-Next; the official releases have
+    them dense, too.
+    """
+    packed = [x for x in case.facts.linears if leaf(x.name) in _GATES]
+    if packed:
+        message = "GPTQModel expects these gates dense, and fills packed ones with nothing"
+        yield case.remark(message, "leave them dense", packed)
 
 
 @rule("warning", topics=("gptqmodel",))
