@@ -1,7 +1,7 @@
 """What the config of a checkpoint says about its linears, for readers that do not look at the tensors.
 
 vLLM, SGLang and GPTQModel read `dynamic`; Transformers, through Optimum, reads `modules_in_block_to_quantize`
-alone. Both are made from the names in the files.
+and `block_name_to_quantize` alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from gptq_cli.checkpoint.dynamic import Override, render
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.names import owner
+from gptq_cli.targets.names import finds_blocks
 
 
 def declared_dynamic(
@@ -54,6 +55,12 @@ def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
     full = tuple(x.source_name for x in skeleton.linears)
     experts = any(sum(map(str.isdecimal, name.split("."))) > 1 for name in full)
     return () if experts or _names_one_of(full, dense) else full
+
+
+def block_name(skeleton: Skeleton) -> str:
+    """`block_name_to_quantize`, where Optimum would not find the blocks without it; otherwise ""."""
+    names = (name for name, _ in skeleton.model.named_modules())
+    return "" if finds_blocks(skeleton.blocks_prefix, names) else skeleton.blocks_prefix
 
 
 def _names_one_of(listed: Sequence[str], dense: Iterable[str]) -> bool:

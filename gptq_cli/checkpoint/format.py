@@ -89,8 +89,9 @@ def quantization_dict(
     *,
     dynamic: Mapping[str, Mapping[str, Any]] | None = None,
     modules_in_block: tuple[str, ...] = (),
+    block_name: str = "",
 ) -> dict[str, Any]:
-    """The dictionary we write. `dynamic` is that of `checkpoint.declared`, and so is `modules_in_block`."""
+    """The dictionary we write. What it says of linears and blocks is made in `checkpoint.declared`."""
     result: dict[str, Any] = {
         "bits": quantize.bits,
         "group_size": quantize.group_columns,
@@ -108,6 +109,8 @@ def quantization_dict(
     }
     if modules_in_block:
         result["modules_in_block_to_quantize"] = [list(modules_in_block)]
+    if block_name:
+        result["block_name_to_quantize"] = block_name
     return result
 
 

@@ -10,6 +10,7 @@ from gptq_cli.model.describe import fused_parameters
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.targets.check import TargetFacts, TargetLinear
+from gptq_cli.targets.names import finds_blocks
 
 
 def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True, tp: int = 1) -> TargetFacts:
@@ -45,6 +46,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True,
         scale_dtype=min(scales - {"float16"}, default="float16"),
         lm_head=names.get(id(head)) in {info.name for info in checkpoint.linears},
         modules_listed=bool(checkpoint.config_dict.get("modules_in_block_to_quantize")),
+        blocks_found=_blocks_found(checkpoint),
         trivial_g_idx=trivial_g_idx,
         in_config_json=_says_config_json(checkpoint.directory),
         heads=head_counts(checkpoint.config),
@@ -70,6 +72,12 @@ def _dense_experts(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
     fused = fused_parameters(checkpoint.model, checkpoint.blocks)
     blocks = {name.rpartition(".")[0] for name in filled if name is not None}
     return tuple(name for name in fused if name.rpartition(".")[0] not in blocks)
+
+
+def _blocks_found(checkpoint: QuantizedCheckpoint) -> bool:
+    prefix = checkpoint.blocks[0].rpartition(".")[0] if checkpoint.blocks else ""
+    named = checkpoint.config_dict.get("block_name_to_quantize")
+    return named == prefix if named else finds_blocks(prefix, dict(checkpoint.model.named_modules()))
 
 
 def _says_config_json(directory: Path) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.declared import declared_dynamic, modules_in_block
+from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_in_block
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
@@ -139,6 +139,7 @@ class CheckpointWriter:
             self._quantize,
             dynamic=declared_dynamic(self._skeleton),
             modules_in_block=modules_in_block(self._skeleton),
+            block_name=block_name(self._skeleton),
         )
         source = self._skeleton.files.directory
         with self._disk():

@@ -69,6 +69,8 @@ class TargetFacts:
     """The head is quantized."""
     modules_listed: bool = False
     """`modules_in_block_to_quantize` is there."""
+    blocks_found: bool = True
+    """Optimum finds the blocks, by itself or by `block_name_to_quantize`; always so in our own files."""
     trivial_g_idx: bool = True
     """Every g_idx is i // group_size; always so in our own files without desc_act."""
     in_config_json: bool = True

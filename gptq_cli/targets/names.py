@@ -8,7 +8,7 @@ before the decoder blocks changes, too (`model.language_model.layers` becomes `l
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from types import MappingProxyType
 
 FUSED = MappingProxyType(
@@ -23,6 +23,15 @@ FUSED = MappingProxyType(
     }
 )
 """Parts, in the order of the matrix -> what vLLM 0.33 and SGLang 0.5.23 call the matrix."""
+_OPTIMUM_BLOCKS = ("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers")
+"""Where Optimum 2.3 looks for blocks, in this order, if the config does not say `block_name_to_quantize`."""
+
+
+def finds_blocks(prefix: str, modules: Iterable[str]) -> bool:
+    """Whether Optimum finds the blocks `prefix` of a model alone: it takes the first that any name has."""
+    names = tuple(modules)
+    found = (known for known in _OPTIMUM_BLOCKS if any(known in name for name in names))
+    return next(found, "") == prefix
 
 
 def fused_names(leaves: Collection[str], present: Collection[str]) -> tuple[str, ...]:

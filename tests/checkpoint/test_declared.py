@@ -12,12 +12,17 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from gptq_cli.checkpoint.declared import declared_dynamic, modules_in_block
+from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_in_block
 from gptq_cli.checkpoint.dynamic import Override
 from gptq_cli.checkpoint.dynamic_rules import parse_dynamic
+from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.checkpoint.target_facts import target_facts
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import CheckpointError
 from gptq_cli.model.skeleton import Skeleton
-from tests.checkpoint.unquantized import edit, opened
+from gptq_cli.targets.check import check_target
+from tests.checkpoint.unquantized import edit, opened, write_checkpoint
+from tests.conftest import TinyFactory
 
 TEXT: dict[str, Any] = {
     "vocab_size": 512,
@@ -112,6 +117,24 @@ def test_a_dense_matrix_beside_quantized_linears(tmp_path: Path) -> None:
     rules = parse_dynamic(declared_dynamic(skeleton), "here")
     assert all(rules.of(linear.source_name) == (False, {}) for linear in skeleton.linears)
     assert rules.of("backbone.layers.1.mixer.dt_proj") == (True, {})
+
+
+def test_blocks_that_optimum_would_not_find(tmp_path: Path, tiny: TinyFactory) -> None:
+    assert block_name(opened(tiny("llama"))) == ""
+    assert block_name(opened(tiny("gpt2"))) == ""
+    MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)).save_pretrained(
+        tmp_path / "mamba"
+    )
+    write_checkpoint(opened(tmp_path / "mamba"), tmp_path / "out", QuantizeConfig(group_size=32))
+    written = open_checkpoint(tmp_path / "out")
+    assert written.config_dict["block_name_to_quantize"] == "backbone.layers"
+    said = check_target("transformers", target_facts(written))
+    assert "blocks-by-name" not in {finding.rule for finding in said}
+    for name in ("config.json", "quantize_config.json"):
+        text = (tmp_path / "out" / name).read_text()
+        (tmp_path / "out" / name).write_text(text.replace("block_name_to_quantize", "forgotten"))
+    said = check_target("transformers", target_facts(open_checkpoint(tmp_path / "out")))
+    assert "blocks-by-name" in {finding.rule for finding in said}
 
 
 def test_settings_of_single_linears_come_back(hybrid: Skeleton) -> None:

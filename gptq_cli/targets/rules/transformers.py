@@ -19,6 +19,16 @@ def no_overrides(case: Case) -> Iterator[Remark]:
 
 
 @rule("error", topics=("transformers",))
+def blocks_by_name(case: Case) -> Iterator[Remark]:
+    """Optimum knows four names of the list of blocks; for others the config has `block_name_to_quantize`."""
+    if not case.facts.blocks_found:
+        yield case.remark(
+            "Optimum does not find the decoder blocks of this model",
+            "add block_name_to_quantize, the name of their list, to quantization_config in config.json",
+        )
+
+
+@rule("error", topics=("transformers",))
 def no_quantized_head(case: Case) -> Iterator[Remark]:
     """Transformers replaces the linears of blocks only, so a quantized head is not read."""
     if case.facts.lm_head:
