@@ -21,12 +21,11 @@ from gptq_cli.config import (
     QuantizeConfig,
     QuantizeJob,
     Recipe,
-    Target,
     parse_shard_size,
-    parse_targets,
 )
 from gptq_cli.events import Event, Observer, ignore, warning_text
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.readers import Target, parse_targets
 
 if TYPE_CHECKING:
     from gptq_cli.results.run import RunReport
@@ -43,6 +42,7 @@ def quantize(
     device_map: object = "auto",
     max_memory: object = None,
     targets: Collection[Target] | Target = (),
+    tp: int = 1,
     dtype: DType = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -60,7 +60,8 @@ def quantize(
     `recipe`, and of `CalibrationConfig` with `calibration` for its `source` (`samples`, `seq_len`, `seed`,
     `batch_size`); None means "not given". `device_map`: every form of `--device-map`, a mapping of names to
     devices, or one device, as text, number or `torch.device`. `max_memory`: text, or a mapping of devices to
-    sizes. `targets`: readers that must take the result. `observer` gets every `gptq_cli.events.Event`.
+    sizes. `targets`: readers that must take the result, on `tp` GPUs. `observer` gets every
+    `gptq_cli.events.Event`.
 
     Returns the report that is also in `out/report.json`. Raises what the command line exits with:
     `UsageError` (2, nothing was started), `PreflightRefused` (3, nothing was written; its text lists the
@@ -80,7 +81,8 @@ def quantize(
         max_shard_bytes=parse_shard_size(max_shard_size),
         overwrite=overwrite,
         strict=strict,
-        targets=parse_targets((targets,) if isinstance(targets, str) else targets),
+        targets=parse_targets((targets,) if isinstance(targets, str) else targets, tp),
+        tp=tp,
     )
     from gptq_cli import jobs
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from gptq_cli.fields import INT32, INT64, check_choice, check_int, check_utf8, o
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
+from gptq_cli.readers import Target, parse_targets
 
 Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]
@@ -34,8 +35,6 @@ AUTO_GROUPS = (128, 64, 32)
 """What "auto" chooses from: the sizes that every reader of GPTQ checkpoints takes."""
 
 Recipe = Literal["fast", "balanced", "best"]
-Target = Literal["vllm", "sglang", "transformers", "exllamav2", "gptqmodel"]
-"""Readers of GPTQ checkpoints whose rules are known."""
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
@@ -57,13 +56,6 @@ def parse_group_size(value: object) -> GroupSize:
             hint="use --group-size auto, which finds one that divides",
         )
     return number
-
-
-def parse_targets(names: Collection[str]) -> tuple[Target, ...]:
-    """The readers called `names`, each once. Raises `ConfigError`."""
-    for name in names:
-        check_choice("target", name, get_args(Target))
-    return tuple(dict.fromkeys(names))  # type: ignore[arg-type]  # checked above
 
 
 def parse_shard_size(value: str | int) -> int:
@@ -269,10 +261,12 @@ class QuantizeJob:
     """A fallback to round-to-nearest ends the run with exit 5."""
     targets: tuple[Target, ...] = ()
     """Readers that must take the result; where one will not, preflight refuses."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they must."""
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        parse_targets(self.targets)
+        parse_targets(self.targets, self.tp)
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
         check_int(
@@ -293,12 +287,14 @@ class InspectJob:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     targets: tuple[Target, ...] = ()
     """Readers that must take the result."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they must."""
     asked: frozenset[str] = frozenset()
     """Fields of `quantize` that were given. Only these are checked against the model: where everything goes
     does not depend on what the checkpoint would hold."""
 
     def __post_init__(self) -> None:
-        parse_targets(self.targets)
+        parse_targets(self.targets, self.tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,6 +358,8 @@ class LoadJob:
     verify: bool = False
     targets: tuple[Target, ...] = ()
     """Readers that should take the checkpoint; exit 5 where one will not."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they should."""
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, get_args(DType))
@@ -369,7 +367,7 @@ class LoadJob:
         check_int("max_new_tokens", self.max_new_tokens, 1)
         check_int("seq_len", self.seq_len, 2)
         check_int("windows", self.windows, 1)
-        parse_targets(self.targets)
+        parse_targets(self.targets, self.tp)
         if self.prompt is not None:
             check_utf8("prompt", self.prompt)
         if self.against == "":

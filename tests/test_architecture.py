@@ -25,6 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "files",
         "fields",
         "placement",
+        "readers",
         "config",
         "results",
         "events",

@@ -18,9 +18,9 @@ from gptq_cli.config import (
     Recipe,
     Sampling,
     parse_group_size,
-    parse_targets,
 )
 from gptq_cli.errors import ConfigError
+from gptq_cli.readers import parse_targets
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,13 @@ def test_files_alone_are_enough_to_judge_them(asked: dict[str, Any], opens: bool
 
 def test_each_reader_once() -> None:
     assert parse_targets(["vllm", "sglang", "vllm"]) == ("vllm", "sglang")
+    assert parse_targets([], 4) == ("vllm", "sglang")
+    assert parse_targets(["transformers", "vllm"], 4) == ("transformers", "vllm")
+    with pytest.raises(ConfigError, match=r"^tp is 4, .* but target is exllamav2$"):
+        parse_targets(["exllamav2"], 4)
+    for wrong in (0, -2, 65, True):
+        with pytest.raises(ConfigError, match=r"^tp is "):
+            parse_targets(["vllm"], wrong)
 
 
 @pytest.mark.parametrize(

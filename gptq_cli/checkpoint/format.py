@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_cli import __version__
+from gptq_cli.checkpoint.dynamic_rules import DynamicRules, parse_dynamic
 from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
 from gptq_cli.errors import CheckpointError
 
@@ -26,9 +27,6 @@ _SUBTRACTS_WORDS = re.compile(r"(gptq[-_ ]?model|auto[-_ ]?gptq)\w*(?:\s*:\s*v?(
 """In `meta`: GPTQModel, and its predecessor AutoGPTQ from 0.8 on; earlier versions write no `meta`."""
 _THREE_BITS_BY_FIELDS = 7
 """From this version on, GPTQModel subtracts field by field where codes have 3 bits (its PR 2763)."""
-_PATTERN_LIMIT = 1000
-_NESTED_REPEATS = re.compile(r"[+*}]\??\)+[+*{]")
-"""A repeat inside a repeated group, `(a+)+`: matching such a pattern can take practically for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,24 +72,26 @@ class CheckpointFormat:
     base: PackedFormat
     quantizer: str
     """`meta.quantizer`, "" when there is none."""
-    overrides: tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]
-    """`dynamic`: pattern of module names -> changed fields, None for "left dense". The first match wins."""
+    dynamic: DynamicRules
+    """Linears that are dense, or have other settings."""
     notes: tuple[str, ...]
 
     def of(self, module: str) -> PackedFormat | None:
         """The format of one linear; None where `dynamic` leaves it dense."""
-        for pattern, fields in self.overrides:
-            if pattern.match(module):
-                return (
-                    None if fields is None else _checked(replace(self.base, **fields), f"dynamic[{module}]")
-                )
-        return self.base
+        dense, fields = self.dynamic.of(module)
+        if dense:
+            return None
+        return _checked(replace(self.base, **fields), f"dynamic[{module}]") if fields else self.base
 
 
 def quantization_dict(
-    quantize: QuantizeConfig, *, dense_patterns: tuple[str, ...] = (), modules_in_block: tuple[str, ...] = ()
+    quantize: QuantizeConfig,
+    *,
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None,
+    modules_in_block: tuple[str, ...] = (),
+    block_name: str = "",
 ) -> dict[str, Any]:
-    """The dictionary we write. `dense_patterns`: regular expressions of modules in blocks that stay dense."""
+    """The dictionary we write. What it says of linears and blocks is made in `checkpoint.declared`."""
     result: dict[str, Any] = {
         "bits": quantize.bits,
         "group_size": quantize.group_columns,
@@ -101,7 +101,7 @@ def quantization_dict(
         "checkpoint_format": quantize.checkpoint_format,
         "format": quantize.checkpoint_format,
         "lm_head": False,
-        "dynamic": {f"-:{pattern}": {} for pattern in dense_patterns},
+        "dynamic": dict(dynamic or {}),
         "pack_dtype": "int32",
         "true_sequential": quantize.true_sequential,
         "damp_percent": quantize.damp_percent,
@@ -109,6 +109,8 @@ def quantization_dict(
     }
     if modules_in_block:
         result["modules_in_block_to_quantize"] = [list(modules_in_block)]
+    if block_name:
+        result["block_name_to_quantize"] = block_name
     return result
 
 
@@ -154,7 +156,7 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
     return CheckpointFormat(
         base=_checked(base, where),
         quantizer=_quantizer(raw.get("meta")),
-        overrides=_overrides(raw.get("dynamic"), where),
+        dynamic=parse_dynamic(raw.get("dynamic"), where),
         notes=tuple(notes),
     )
 
@@ -175,33 +177,6 @@ def _checked(found: PackedFormat, where: str) -> PackedFormat:
             hint="gptqmodel reads its other formats",
         )
     return found
-
-
-def _overrides(dynamic: object, where: str) -> tuple[tuple[re.Pattern[str], Mapping[str, Any] | None], ...]:
-    """Parse `dynamic`: "-:regex" leaves dense, "+:regex" or "regex" changes fields."""
-    if dynamic is None:
-        return ()
-    if not isinstance(dynamic, Mapping):
-        raise CheckpointError(f"{where}: dynamic is not a JSON object")
-    result: list[tuple[re.Pattern[str], Mapping[str, Any] | None]] = []
-    for key, fields in dynamic.items():
-        text = key[2:] if key[:2] in ("-:", "+:") else key
-        try:
-            if len(text) > _PATTERN_LIMIT:
-                raise re.error("it is too long")
-            if _NESTED_REPEATS.search(text):
-                raise re.error("it repeats a group that repeats")
-            pattern = re.compile(text)
-        except re.error as error:
-            raise CheckpointError(f"{where}: dynamic has the pattern {text[:80]!r}: {error}") from error
-        if key.startswith("-:"):
-            result.append((pattern, None))
-            continue
-        if not isinstance(fields, Mapping):
-            raise CheckpointError(f"{where}: dynamic[{key!r}] is not a JSON object")
-        known = ("bits", "group_size", "sym", "desc_act")
-        result.append((pattern, {name: fields[name] for name in known if fields.get(name) is not None}))
-    return tuple(result)
 
 
 def _or_default(value: Any, *, default: Any) -> Any:

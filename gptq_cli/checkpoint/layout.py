@@ -8,18 +8,15 @@ finished, in any order and without keeping a shard in memory, and can reserve di
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.checkpoint.format import PART_DTYPES, PackedFormat
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.conversion import natural_key
 from gptq_cli.model.facts import TensorInfo, dtype_name
 from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
 from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, main_dtype
-from gptq_cli.placement.names import fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,72 +129,3 @@ def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[lis
             yield [PlannedTensor(f"{linear.source_name}.bias", dtype, shape, tensor, linear.bias_cut)]
         if tensor.name not in packed and tensor.name not in cut:
             yield [PlannedTensor(tensor.name, dtype, tensor.shape, tensor)]
-
-
-def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions, in source names, of what holds matrices and stays dense: modules inside blocks,
-    towers, layers that the model's class leaves out."""
-    quantized = {linear.name for linear in skeleton.linears}
-    quantized |= {module.name for module in skeleton.experts.experts}
-    inside = tuple(f"{block}." for block in skeleton.blocks)
-    patterns: dict[str, None] = {}
-    for name, module in skeleton.model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if name in quantized or not name.startswith(inside) or all(p.ndim < 2 for p in own.values()):
-            continue
-        sources = [
-            source
-            for leaf in own
-            if (origin := skeleton.keys.origins.get(f"{name}.{leaf}")) is not None
-            for source in origin.sources
-        ]
-        common = _common_parent(sources) if sources else name
-        folded = re.escape(fold(common)).replace(r"\*", r"\d+")
-        patterns[rf"{folded}(\..*)?$"] = None
-    packed = [linear.source_name for linear in skeleton.linears]
-    beside = [source for part in skeleton.beside for source in part.sources]
-    patterns |= dict.fromkeys(rf"{re.escape(prefix)}(\..*)?$" for prefix in _prefixes(beside, packed))
-    return tuple(patterns)
-
-
-def _prefixes(names: Sequence[str], avoided: Sequence[str], above: str = "") -> Iterator[str]:
-    """The shortest dotted prefixes of tensors' `names` that no `avoided` name has: `model.visual`, `mtp`."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        first, dot, _ = name.removeprefix(above).partition(".")
-        if dot:
-            groups.setdefault(f"{above}{first}", []).append(name)
-    for prefix, inside in groups.items():
-        if any(f"{name}.".startswith(f"{prefix}.") for name in avoided):
-            yield from _prefixes(inside, avoided, f"{prefix}.")
-        else:
-            yield prefix
-
-
-def _common_parent(names: Sequence[str]) -> str:
-    """The dotted components that all names begin with, without their last one."""
-    parts = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    return ".".join(parts[0][:shared])
-
-
-def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
-    """Names inside a block of the quantized linears, if some linear of a block stays dense; otherwise ()."""
-    quantized = {linear.name for linear in skeleton.linears}
-    partly = any(
-        is_linear(module) and f"{block}.{name}" not in quantized
-        for block in skeleton.blocks
-        for name, module in skeleton.model.get_submodule(block).named_modules()
-    )
-    if not partly:
-        return ()
-    return tuple(dict.fromkeys(_inside_block(x) for x in skeleton.linears))
-
-
-def _inside_block(linear: LinearInfo) -> str:
-    """The linear's name inside its block; that of an expert as the files call it."""
-    inside = linear.name.removeprefix(f"{linear.block}.")
-    _, found, after = linear.stored_as.partition(f".{linear.block.rpartition('.')[2]}.")
-    return after if found else inside

@@ -18,20 +18,19 @@ from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint, triv
 from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.rules import LinearFacts, OrderFacts, VerifyCase, ZerosFacts
+from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.checkpoint.zeros import read_zeros
-from gptq_cli.config import Target
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.findings import Finding
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear
-from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.model.text_part import output_head
+from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.rules import rules_in
-from gptq_cli.targets.check import TargetFacts, TargetLinear, target_report
+from gptq_cli.targets.check import TargetFacts, target_report
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -41,10 +40,11 @@ def verify_checkpoint(
     path: str | Path,
     *,
     targets: tuple[Target, ...] = (),
+    tp: int = 1,
     trust_remote_code: bool = False,
     on_tensor: OnTensor = lambda done, total: None,
 ) -> VerifyReport:
-    """Check every tensor of the checkpoint in `path`, and whether `targets` take it."""
+    """Check every tensor of the checkpoint in `path`, and whether `targets` take it, on `tp` ranks."""
     try:
         checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     except (CheckpointError, ModelError) as error:
@@ -64,15 +64,15 @@ def verify_checkpoint(
         for linear in case.linears
     )
     return replace(
-        _report(path, checkpoint, targets, trivial=not reordered),
+        _report(path, checkpoint, targets, tp=tp, trivial=not reordered),
         checks=_checks(case),
     )
 
 
 def check_targets(
-    path: str | Path, targets: tuple[Target, ...], *, trust_remote_code: bool = False
+    path: str | Path, targets: tuple[Target, ...], *, tp: int = 1, trust_remote_code: bool = False
 ) -> VerifyReport:
-    """Whether `targets` take the checkpoint, by its settings, its headers and g_idx alone."""
+    """Whether `targets` take the checkpoint on `tp` ranks, by its settings, headers and g_idx alone."""
     try:
         checkpoint = open_checkpoint(path, trust_remote_code=trust_remote_code)
     except (CheckpointError, ModelError) as error:
@@ -85,7 +85,7 @@ def check_targets(
             for info in (*checkpoint.linears, *checkpoint.experts)
             if info.has_g_idx and not info.format.desc_act
         )
-    return _report(path, checkpoint, targets, trivial=not reordered)
+    return _report(path, checkpoint, targets, tp=tp, trivial=not reordered)
 
 
 def check_structure(checkpoint: QuantizedCheckpoint) -> tuple[Finding, ...]:
@@ -102,10 +102,15 @@ def _unreadable(path: str | Path, error: CheckpointError | ModelError) -> Verify
 
 
 def _report(
-    path: str | Path, checkpoint: QuantizedCheckpoint, targets: tuple[Target, ...], *, trivial: bool
+    path: str | Path,
+    checkpoint: QuantizedCheckpoint,
+    targets: tuple[Target, ...],
+    *,
+    tp: int,
+    trivial: bool,
 ) -> VerifyReport:
     """The report without the checks of values."""
-    facts = target_facts(checkpoint, trivial_g_idx=trivial)
+    facts = target_facts(checkpoint, trivial_g_idx=trivial, tp=tp)
     return VerifyReport(
         path=str(path),
         checks=(RuleResult(*verify_rules.PARTS[0], ()),),
@@ -153,46 +158,6 @@ def _together(findings: list[Finding]) -> tuple[Finding, ...]:
     )
 
 
-def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True) -> TargetFacts:
-    """The facts that target rules ask about, of an opened checkpoint."""
-    form = checkpoint.format
-    packed = (*checkpoint.linears, *checkpoint.experts)
-    scales = {t.dtype for t in checkpoint.tensors if t.name.endswith(".scales")}
-    settings = {(info.format.bits, info.format.group_size, info.format.sym) for info in packed}
-    head = output_head(checkpoint.model)
-    names = {id(module): name for name, module in checkpoint.model.named_modules()}
-    return TargetFacts(
-        bits=form.base.bits,
-        group_size=form.base.group_size,
-        sym=form.base.sym and all(info.format.sym for info in packed),
-        desc_act=form.base.desc_act,
-        checkpoint_format=form.base.checkpoint_format,
-        dtype=dtype_name(checkpoint.dtype),
-        linears=tuple(
-            TargetLinear(
-                name=info.source_name,
-                in_features=info.in_features,
-                out_features=info.out_features,
-                bits=info.format.bits,
-                group_size=info.format.group_size,
-            )
-            for info in packed
-        ),
-        scale_dtype=min(scales - {"float16"}, default="float16"),
-        lm_head=names.get(id(head)) in {info.name for info in checkpoint.linears},
-        changed=len(settings) > 1,
-        left_dense=any(fields is None for _, fields in form.overrides),
-        modules_listed=bool(checkpoint.config_dict.get("modules_in_block_to_quantize")),
-        trivial_g_idx=trivial_g_idx,
-        in_config_json=_says_config_json(checkpoint.directory),
-    )
-
-
-def _says_config_json(directory: Path) -> bool:
-    path = directory / "config.json"
-    return path.is_file() and '"quantization_config"' in path.read_text(encoding="utf-8", errors="replace")
-
-
 def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
     """What the headers and the config say."""
     listed = _listed_modules(checkpoint)
@@ -213,7 +178,7 @@ def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
 def _declared_dense(checkpoint: QuantizedCheckpoint, listed: tuple[str, ...], name: str) -> bool:
     called = _names_in_files(checkpoint, name)
     return all(checkpoint.format.of(source) is None for source in called) or (
-        bool(listed) and not any(name.endswith(f".{item}") for item in listed)
+        bool(listed) and not any(name == item or name.endswith(f".{item}") for item in listed)
     )
 
 

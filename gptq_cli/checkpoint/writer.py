@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_in_block
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
@@ -29,8 +30,6 @@ from gptq_cli.checkpoint.layout import (
     CheckpointPlan,
     PlannedShard,
     PlannedTensor,
-    dense_patterns,
-    modules_in_block,
     plan_checkpoint,
 )
 from gptq_cli.checkpoint.place import check_destination
@@ -158,8 +157,9 @@ class CheckpointWriter:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
         quantization = quantization_dict(
             self._quantize,
-            dense_patterns=dense_patterns(self._skeleton),
+            dynamic=declared_dynamic(self._skeleton),
             modules_in_block=modules_in_block(self._skeleton),
+            block_name=block_name(self._skeleton),
         )
         source = self._skeleton.files.directory
         with self._disk():

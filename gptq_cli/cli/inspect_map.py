@@ -13,10 +13,10 @@ from gptq_cli.config import (
     InspectJob,
     ModelRef,
     QuantizeConfig,
-    parse_targets,
 )
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.readers import parse_targets
 
 
 @with_config_options
@@ -28,6 +28,7 @@ def inspect_map(
     max_memory: o.MaxMemoryText = None,
     devices: o.Devices = None,
     target: o.QuantizeTargets = None,
+    tp: o.QuantizeTensorParallel = 1,
     explain: o.Explain = None,
     recipe: o.Recipe = "balanced",
     codes: Codes,
@@ -55,7 +56,8 @@ def inspect_map(
         devices=parse_inventory(devices) if devices is not None else None,
         quantize=QuantizeConfig.of(recipe, **codes, **solver),
         calibration=CalibrationConfig(**text),
-        targets=parse_targets(target or ()),
+        targets=parse_targets(target or (), tp),
+        tp=tp,
         asked=frozenset(name for name in CODES if _given(context, name)),
     )
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:

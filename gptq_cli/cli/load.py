@@ -8,9 +8,10 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch
-from gptq_cli.config import LoadJob, Sampling, parse_targets
+from gptq_cli.config import LoadJob, Sampling
 from gptq_cli.errors import ConfigError, QualityGateFailed
 from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.readers import parse_targets
 from gptq_cli.results.load import LoadReport
 
 
@@ -33,6 +34,7 @@ def load(
     bench: o.Bench = False,
     verify: o.Verify = False,
     target: o.Targets = None,
+    tp: o.TensorParallel = 1,
     device_map: o.LoadDeviceMap = None,
     kernel: o.Kernel = "auto",
     compile: o.Compile = False,  # noqa: A002  # the option's name
@@ -74,7 +76,8 @@ def load(
         max_perplexity=max_perplexity,
         bench=bench,
         verify=verify,
-        targets=parse_targets(target or ()),
+        targets=parse_targets(target or (), tp),
+        tp=tp,
     )
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs

@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from gptq_cli import config
+from gptq_cli import config, readers
 from gptq_cli.cli.preset import use_preset
 from gptq_cli.display.choose import Progress as ProgressKind
 
@@ -256,16 +256,19 @@ Targets = Annotated[
     list[str] | None,
     option(
         "--target",
-        f"Exit 5 where this reader will not take it: {', '.join(get_args(config.Target))}. Repeatable.",
+        f"Exit 5 where this reader will not take it: {', '.join(get_args(readers.Target))}. Repeatable.",
         CHECKS,
         "NAME",
     ),
 ]
+_RANKS = "over this many GPUs by tensor parallelism in vLLM and SGLang, or those of them that --target names."
+TensorParallel = Annotated[int, option("--tp", f"Exit 5 where it does not divide {_RANKS}", CHECKS, "N")]
+QuantizeTensorParallel = Annotated[int, option("--tp", f"Refuse what would not divide {_RANKS}", OUTPUT, "N")]
 QuantizeTargets = Annotated[
     list[str] | None,
     option(
         "--target",
-        f"Refuse settings that this reader will not take: {', '.join(get_args(config.Target))}. Repeatable.",
+        f"Refuse settings that this reader will not take: {', '.join(get_args(readers.Target))}. Repeatable.",
         OUTPUT,
         "NAME",
     ),

@@ -18,7 +18,6 @@ from gptq_cli.config import (
     QuantizeConfig,
     QuantizeJob,
     parse_shard_size,
-    parse_targets,
 )
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError
@@ -26,6 +25,7 @@ from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.readers import parse_targets
 from gptq_cli.results.run import RunReport
 
 
@@ -38,6 +38,7 @@ def quantize(
     overwrite: o.Overwrite = False,
     max_shard_size: o.MaxShardSize = "5GB",
     target: o.QuantizeTargets = None,
+    tp: o.QuantizeTensorParallel = 1,
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
     codes: Codes,
@@ -85,7 +86,8 @@ def quantize(
         max_shard_bytes=parse_shard_size(max_shard_size),
         overwrite=overwrite,
         strict=strict,
-        targets=parse_targets(target or ()),
+        targets=parse_targets(target or (), tp),
+        tp=tp,
         command_line=("gptq", *session.argv),
     )
     if dry_run:

@@ -126,12 +126,13 @@ def _verification(job: LoadJob, observer: Observer) -> VerifyReport | None:
             return verify_checkpoint(
                 job.path,
                 targets=job.targets,
+                tp=job.tp,
                 trust_remote_code=job.trust_remote_code,
                 on_tensor=lambda done, total: observer(PhaseAdvanced("verify", done, total)),
             )
     if job.targets:
         with phase(observer, "verify"):
-            return check_targets(job.path, job.targets, trust_remote_code=job.trust_remote_code)
+            return check_targets(job.path, job.targets, tp=job.tp, trust_remote_code=job.trust_remote_code)
     return None
 
 

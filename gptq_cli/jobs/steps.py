@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from gptq_cli.checkpoint.declared import modules_in_block
 from gptq_cli.config import InspectJob, QuantizeJob
 from gptq_cli.devices.accelerators import present_devices
 from gptq_cli.events import FindingRaised, Observer
@@ -38,7 +41,7 @@ def placed(
     output = output_facts(job.out, source, claim) if isinstance(job, QuantizeJob) else None
     unreadable = unreadable_files(source, code=job.model.trust_remote_code) if writes else ()
     findings = check_quantize(
-        facts,
+        replace(facts, listed=bool(modules_in_block(skeleton))),
         work,
         problems=(*skeleton.problems, *unreadable),
         output=output,
@@ -46,6 +49,7 @@ def placed(
         devices=devices,
         capabilities=() if job.devices else capabilities(devices),
         targets=job.targets,
+        tp=job.tp,
         asked=job.asked if isinstance(job, InspectJob) else None,
     )
     return budgets, resolution, resolution.report + findings

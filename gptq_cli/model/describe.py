@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from gptq_cli.model.beside import LEFT_OUT
+from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.facts import (
     BesideFact,
@@ -16,6 +17,7 @@ from gptq_cli.model.facts import (
     TensorFact,
     dtype_name,
 )
+from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 
@@ -25,6 +27,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
     model, config = skeleton.model, skeleton.config.get_text_config()
     traced = skeleton.trace
     stages = stage_numbers(traced, skeleton.linears)
+    splits = find_splits(skeleton.config, ((x.name, x.in_features, x.out_features) for x in skeleton.linears))
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -48,11 +51,14 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 out_features=info.out_features,
                 stage=stages[info.name],
                 routed=traced.complete and info.name in traced.idle,
+                split=splits[info.name],
             )
             for info in skeleton.linears
         ),
         routed_share=traced.routed_share,
         fused=tuple(StackFact(name, reason) for name, reason in skeleton.experts.dense.items()),
+        dense_linears=_dense_linears(skeleton),
+        heads=head_counts(skeleton.config),
         already_quantized=skeleton.already_quantized,
         decoded=skeleton.files.decoded,
         tensor_files_bytes=skeleton.files.size_bytes,
@@ -106,4 +112,15 @@ def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
     found.sort(key=lambda item: rank[item[0].rpartition(".")[0]])
     return tuple(
         TensorFact(name, t.numel(), t.numel() * t.element_size(), buffer) for name, t, buffer in found
+    )
+
+
+def _dense_linears(skeleton: Skeleton) -> tuple[str, ...]:
+    """Linears of the blocks that stay dense, routers among them."""
+    quantized = {linear.name for linear in skeleton.linears}
+    return tuple(
+        full
+        for block in skeleton.blocks
+        for name, module in skeleton.model.get_submodule(block).named_modules()
+        if is_linear(module) and (full := f"{block}.{name}") not in quantized
     )

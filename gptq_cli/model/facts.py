@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+Split = Literal["column", "row", "whole"]
+"""What tensor parallelism divides: the outputs of a linear, its inputs, or nothing."""
+
 DTYPE_BYTES = MappingProxyType(
     {
         "float64": 8,
@@ -109,6 +112,20 @@ class TensorFact:
     buffer: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class HeadCounts:
+    """Heads that tensor parallelism deals out; 0: the model has none of the kind."""
+
+    queries: int = 0
+    keys: int = 0
+    """Key-value heads. Where there are fewer than ranks, ranks share one."""
+    others: tuple[tuple[str, int], ...] = ()
+    """(what they are called, number): of linear attention."""
+
+
+NO_HEADS = HeadCounts()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearFact:
     """One linear that will be quantized: K = in_features, N = out_features."""
@@ -121,6 +138,7 @@ class LinearFact:
     """Number of its stage inside the block, from 0."""
     routed: bool = False
     """It sees only some of the tokens (an expert); it is solved in an expert batch, see `engine.stages`."""
+    split: Split = "whole"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +192,11 @@ class ModelFacts:
     is not known."""
     fused: tuple[StackFact, ...] = ()
     """Parameters of three dimensions inside blocks that stay dense."""
+    dense_linears: tuple[str, ...] = ()
+    """Linears of the blocks that stay dense."""
+    listed: bool = False
+    """The checkpoint lists the quantized ones in `modules_in_block_to_quantize`."""
+    heads: HeadCounts = NO_HEADS
     already_quantized: str | None = None
     """The `quant_method` that the config names, where its weights cannot be decoded."""
     decoded: DecodedSource | None = None

@@ -10,12 +10,13 @@ import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.readers import Target
 from gptq_cli.results.map import DevicePlan
 
 
@@ -201,3 +202,5 @@ class JobCase:
     """Devices that blocks will compute on."""
     targets: tuple[Target, ...] = ()
     """Readers that must take the result."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they must."""

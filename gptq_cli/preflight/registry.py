@@ -11,7 +11,6 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from gptq_cli.checkpoint import rules as verify_rules
-from gptq_cli.config import Target
 from gptq_cli.errors import ConfigError
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.facts import ModelFacts
@@ -28,12 +27,13 @@ from gptq_cli.preflight.rules import (
     quantization,
     targets,
 )
+from gptq_cli.readers import Target
 from gptq_cli.rules import Rule, rules_in
-from gptq_cli.targets import rules as target_rules
+from gptq_cli.targets.rules import MODULES as TARGET_MODULES
 
 _JOB: tuple[ModuleType, ...] = (model_files, quantization, targets, output)
 _MAP: tuple[ModuleType, ...] = (device_map, placement, memory)
-MODULES: tuple[ModuleType, ...] = (calibration, *_JOB, *_MAP, target_rules, verify_rules)
+MODULES: tuple[ModuleType, ...] = (calibration, *_JOB, *_MAP, *TARGET_MODULES, verify_rules)
 """Where rules are defined; the docstring of each begins with what they are about."""
 
 RULES: Mapping[str, Rule[Any]] = MappingProxyType(
@@ -63,6 +63,7 @@ def check_quantize(
     devices: tuple[Device, ...] = (),
     capabilities: tuple[Capability, ...] = (),
     targets: tuple[Target, ...] = (),
+    tp: int = 1,
     asked: frozenset[str] | None = None,
 ) -> PreflightReport:
     """All findings about files, sizes, calibration, dtype, targets and output; never raises.
@@ -80,6 +81,7 @@ def check_quantize(
         capabilities=capabilities,
         devices=devices,
         targets=targets,
+        tp=tp,
     )
     rules = [one for module in _JOB for one in rules_in(module)]
     fitting = [one for one in rules if asked is None or not one.topics or asked.intersection(one.topics)]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from gptq_cli.config import Target
 from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.readers import Target
 from gptq_cli.wording import and_others
 
 Outcome = Literal["ok", "note", "warning", "error"]

@@ -6,13 +6,13 @@ The rules need shapes and settings only, no tensor: `quantize --target` asks the
 
 from __future__ import annotations
 
-from gptq_cli.config import Target
 from gptq_cli.fields import check_choice
 from gptq_cli.findings import Finding
+from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport
 from gptq_cli.rules import rules_in
-from gptq_cli.targets import rules
-from gptq_cli.targets.rules import TARGETS, Case, TargetFacts, TargetLinear
+from gptq_cli.targets.facts import TARGETS, Case, TargetFacts, TargetLinear
+from gptq_cli.targets.rules import MODULES
 
 __all__ = ["TARGETS", "Target", "TargetFacts", "TargetLinear", "check_target", "target_report"]
 
@@ -21,7 +21,7 @@ def target_report(target: Target, facts: TargetFacts) -> TargetReport:
     """Every rule of `target` and what it says. Raises `ConfigError` for an unknown name."""
     check_choice("target", target, TARGETS)
     case = Case(target, facts)
-    asked = (rule for rule in rules_in(rules) if target in rule.topics)
+    asked = (rule for module in MODULES for rule in rules_in(module) if target in rule.topics)
     results = (RuleResult(rule.id, rule.summary, tuple(rule(case))) for rule in asked)
     return TargetReport(target=target, rules=tuple(results))
 

@@ -355,10 +355,10 @@ def test_what_one_file_leaves_out_the_other_says(
 
 def test_dynamic_may_stand_in_one_file_alone(tiny_moe: Path, tmp_path: Path) -> None:
     write_checkpoint(opened(tiny_moe), tmp_path / "out")
-    dense = open_checkpoint(tmp_path / "out").format.overrides
-    assert dense
+    dense = open_checkpoint(tmp_path / "out").format.dynamic
+    assert dense.patterns
     set_config(tmp_path / "out", ("quantize_config.json",), dynamic={})
-    assert open_checkpoint(tmp_path / "out").format.overrides == dense
+    assert open_checkpoint(tmp_path / "out").format.dynamic == dense
     set_config(tmp_path / "out", ("quantize_config.json",), dynamic={r"+:.*": {"bits": 8}})
     assert refused(tmp_path / "out").startswith("dynamic is ")
 

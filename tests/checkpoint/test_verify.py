@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gptq_cli.checkpoint.open import open_checkpoint
-from gptq_cli.checkpoint.verify import check_targets, target_facts, verify_checkpoint
-from gptq_cli.config import Target
+from gptq_cli.checkpoint.target_facts import target_facts
+from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
 from gptq_cli.findings import Finding
 from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.readers import Target
 from gptq_cli.results.load import VerifyReport
 from tests.checkpoint.checkpoints import Recipe, quantize_directory, write_config
 from tests.conftest import TinyFactory
@@ -295,7 +296,9 @@ def test_facts_of_a_checkpoint(tiny: TinyFactory, tmp_path: Path) -> None:
     assert (facts.bits, facts.group_size, facts.sym, facts.desc_act) == (8, 32, False, False)
     assert (facts.checkpoint_format, facts.dtype, facts.scale_dtype) == ("gptq_v2", "float32", "float16")
     assert facts.lm_head
-    assert facts.left_dense
+    assert facts.dense == ()
+    assert {x.split for x in facts.linears if x.name.endswith(("o_proj", "down_proj"))} == {"row"}
+    assert (facts.heads.queries, facts.heads.keys) == (4, 2)
     assert not facts.changed
     assert facts.in_config_json
     assert len(facts.linears) == 22

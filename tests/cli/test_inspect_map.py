@@ -26,7 +26,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
     words = (
         "inspect-map M --device-map rest=cpu,lm_head=0 --max-memory 0=20GiB --devices cuda:0=24GiB,cpu=1TB "
         "--bits 8 --group-size 64 --asym --desc-act --no-true-sequential --samples 9 --seq-len 77 "
-        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code --target vllm "
+        "--batch-size 3 --dtype float32 --revision v1 --trust-remote-code --target vllm --tp 2 "
         "--recipe best --solve-for own"
     )
     outcome = run(*words.split())
@@ -48,6 +48,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         ),
         calibration=CalibrationConfig(samples=9, seq_len=77, batch_size=3),
         targets=("vllm",),
+        tp=2,
         asked=frozenset({"bits", "group_size", "sym", "desc_act"}),
     )
 

@@ -28,8 +28,8 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
     words = """
         load DIR --prompt Hello --raw --max-new-tokens 8 --temperature 0.7 --top-p 0.9 --top-k 40 --seed 3
         --eval pydoc --seq-len 128 --windows 4 --against DENSE --max-kl 0.1 --max-perplexity 20 --bench
-        --verify --target vllm --target sglang --target vllm --device-map cpu --kernel dequantize --compile
-        --dtype bfloat16 --trust-remote-code
+        --verify --target vllm --target sglang --target vllm --tp 4 --device-map cpu --kernel dequantize
+        --compile --dtype bfloat16 --trust-remote-code
     """
     outcome = run(*words.split())
     assert outcome.code == 0, outcome.err
@@ -53,6 +53,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         bench=True,
         verify=True,
         targets=("vllm", "sglang"),
+        tp=4,
     )
     default = LoadJob(path="DIR")
     untouched = [f.name for f in fields(LoadJob) if getattr(jobs.job, f.name) == getattr(default, f.name)]

@@ -19,7 +19,7 @@ EVERY_OPTION = """
     --calibration - --samples 7 --seq-len 99 --seed 5 --batch-size 2 --device-map model=0,rest=cpu
     --max-memory 0=20GiB --dtype float16 --revision main --trust-remote-code --act-order none
     --damp-percent 0.01 --no-true-sequential --scale-search mse --positive-scales --sweeps 3 --no-refit
-    --solve-for dense --column-batch 64 --strict --target vllm --target sglang
+    --solve-for dense --column-batch 64 --strict --target vllm --target sglang --tp 4
 """
 
 
@@ -61,6 +61,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         overwrite=True,
         strict=True,
         targets=("vllm", "sglang"),
+        tp=4,
         command_line=("gptq", *words),
     )
 

@@ -124,6 +124,8 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("target", "smol", "--target vllm --group-size 128"),
     ("target", "plain", "--target sglang --asym --bits 2"),
     ("target", "plain", "--target exllamav2"),
+    ("target", "smol", "--target vllm --tp 4 --group-size 64"),
+    ("target", "smol", "--tp 9 --group-size 64"),
     ("readers-lost", "plain", "--bits 2 --asym --desc-act"),
     ("readers-lost", "smol", "--group-size 16"),
 )

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from gptq_cli.cli.app import main
-from gptq_cli.config import RECIPES, QuantizeConfig, Target
+from gptq_cli.config import RECIPES, QuantizeConfig
 from gptq_cli.jobs import about, doctor
 from gptq_cli.preflight.registry import RULES
+from gptq_cli.readers import Target
 from gptq_cli.results.about import Check
 
 

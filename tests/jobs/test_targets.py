@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,23 @@ def test_quantize_and_inspect_map_refuse_what_a_named_reader_would(tiny_llama: P
         model=model, device_map=DeviceMap.parse("cpu"), quantize=three_bits, targets=("vllm",)
     )
     assert not jobs.inspect_map(looked).ok
+
+
+def test_a_number_of_gpus_that_cannot_share_the_result(tiny_llama: Path, tmp_path: Path) -> None:
+    """4 attention heads over 3 GPUs."""
+    text = write_text(tmp_path / "text.txt")
+    job = QuantizeJob(
+        model=ModelRef(model=str(tiny_llama), dtype="bfloat16"),
+        out=str(tmp_path / "out"),
+        quantize=QuantizeConfig(group_size=32),
+        calibration=CalibrationConfig(source=str(text), samples=4, seq_len=32),
+        targets=("vllm",),
+    )
+    plan = jobs.dry_run(replace(job, tp=3))
+    (error,) = [f for f in plan.findings if f.level == "error"]
+    assert (error.subject, error.hint) == ("--target vllm", "--tp 2")
+    assert "4 attention heads do not divide over 3 ranks" in error.message
+    plan = jobs.dry_run(replace(job, tp=2))
+    assert plan.ok
+    notes = [f.message for f in plan.findings if f.rule == "target"]
+    assert notes == ["divides over 2 ranks; 2 is the most that do"]

@@ -10,12 +10,16 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from gptq_cli.config import QuantizeConfig, Target
-from gptq_cli.model.facts import ModelFacts
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
+from gptq_cli.readers import Target
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
-from gptq_cli.targets.rules import whole_groups, whole_words
+from gptq_cli.targets.facts import is_expert
+from gptq_cli.targets.rules.formats import whole_groups, whole_words
+from gptq_cli.targets.rules.parallel import tensor_parallel
 
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--no-desc-act", {"desc_act": False}),
@@ -30,17 +34,23 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 """Option and fields, the change that costs least accuracy or size first."""
 
 
-@rule("error", "warning")
+@rule("error", "warning", "note")
 def target(case: JobCase) -> list[Remark]:
     """A reader that --target names refuses what would be written, or serves it in a slower or narrower way.
 
     Better refused before the work than after it. The hint is the smallest change of the settings with which
-    every named target takes the result.
+    every named target takes the result. With --tp N, each matrix must divide over N devices.
     """
-    facts = _facts(case.facts, case.work.quantize)
+    facts = _facts(case.facts, case.work.quantize, case.tp)
+    few = _with_few_experts(case)
     found = []
     for reader in case.targets:
         said = check_target(reader, facts)
+        found += [
+            Remark(level="note", subject=f"--target {reader}", message=finding.message)
+            for finding in said
+            if finding.rule == tensor_parallel.id and finding.level == "note"
+        ]
         errors = [finding for finding in said if finding.level == "error"]
         for findings in (errors, [finding for finding in said if finding.level == "warning"]):
             if not findings:
@@ -50,9 +60,9 @@ def target(case: JobCase) -> list[Remark]:
                     level="error" if findings is errors else "warning",
                     subject=f"--target {reader}",
                     message="; ".join(finding.message for finding in findings),
-                    hint=_smallest_change(case, (reader,), (case.targets, (reader,)))
+                    hint=_smallest_change(few, (reader,), (case.targets, (reader,)))
                     if findings is errors
-                    else _without_warnings(case, reader),
+                    else _without_warnings(few, reader),
                     modules=tuple(dict.fromkeys(name for f in findings for name in f.modules)),
                 )
             )
@@ -66,7 +76,8 @@ def readers_lost(case: JobCase) -> list[Remark]:
     All of them read 4 bits, symmetric, with groups of 128, 64 or 32 and no `desc_act`. Name the readers that
     you need with --target: then losing one is an error.
     """
-    facts = _facts(case.facts, case.work.quantize)
+    few = _with_few_experts(case)
+    facts = _facts(few.facts, case.work.quantize)
     lost: dict[str, list[Target]] = {}
     everyone = (
         whole_words.id,
@@ -80,7 +91,7 @@ def readers_lost(case: JobCase) -> list[Remark]:
         Remark(
             subject=", ".join(readers),
             message=f"will not serve this checkpoint: {reason}",
-            hint=_smallest_change(case, tuple(readers), (TARGETS, (*case.targets, *readers), tuple(readers))),
+            hint=_smallest_change(few, tuple(readers), (TARGETS, (*case.targets, *readers), tuple(readers))),
         )
         for reason, readers in lost.items()
     ]
@@ -94,10 +105,15 @@ def _smallest_change(
         change = _change(case, wanted, ("error",))
         if change is not None:
             return change
+    for ranks in range(case.tp - 1, 0, -1):
+        if _takes(replace(case, tp=ranks), readers, case.work.quantize, ("error",)):
+            return f"--tp {ranks}"
     names = " or ".join(readers)
+    rest = " ".join(f"--target {reader}" for reader in case.targets if reader not in readers)
     without = " ".join(f"--target {reader}" for reader in readers)
-    leave = f": leave {without} out" if set(readers) & set(case.targets) else ""
-    return f"no setting makes {names} take this model{leave}"
+    leave = f"name {rest} alone" if rest else f"leave {without} out"
+    way_out = f": {leave}" if set(readers) & set(case.targets) else ""
+    return f"no setting makes {names} take this model{way_out}"
 
 
 def _without_warnings(case: JobCase, reader: Target) -> str:
@@ -106,8 +122,7 @@ def _without_warnings(case: JobCase, reader: Target) -> str:
     change = _change(case, (reader,), levels)
     if change is None:
         half = replace(case, facts=replace(case.facts, dtype="float16"))
-        said = check_target(reader, _facts(half.facts, half.work.quantize))
-        change = None if any(f.level in levels for f in said) else "--dtype float16"
+        change = "--dtype float16" if _takes(half, (reader,), half.work.quantize, levels) else None
     return change or ""
 
 
@@ -115,10 +130,17 @@ def _change(case: JobCase, readers: tuple[Target, ...], levels: tuple[str, ...])
     """The fewest options with which no reader says anything of these levels."""
     for change in _combined():
         fields = {name: value for _, held in change for name, value in held.items()}
-        facts = _facts(case.facts, replace(case.work.quantize, **fields))
-        if not any(f.level in levels for reader in readers for f in check_target(reader, facts)):
+        if _takes(case, readers, replace(case.work.quantize, **fields), levels):
             return " ".join(option for option, _ in change)
     return None
+
+
+def _takes(
+    case: JobCase, readers: tuple[Target, ...], config: QuantizeConfig, levels: tuple[str, ...]
+) -> bool:
+    """Whether no reader says anything of these levels about the checkpoint of `config`."""
+    facts = _facts(case.facts, config, case.tp)
+    return not any(f.level in levels for reader in readers for f in check_target(reader, facts))
 
 
 def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
@@ -129,7 +151,7 @@ def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
                 yield change
 
 
-def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
+def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFacts:
     """The checkpoint that would be written, as a reader would find it."""
     return TargetFacts(
         bits=config.bits,
@@ -145,8 +167,27 @@ def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
                 out_features=linear.out_features,
                 bits=config.bits,
                 group_size=config.group_columns,
+                sym=config.sym,
+                desc_act=config.desc_act,
+                split=linear.split,
             )
             for linear in model.linears
         ),
+        dense=model.dense_linears,
+        dense_experts=tuple(stack.name for stack in model.fused),
+        modules_listed=model.listed,
+        heads=model.heads,
+        hidden_size=model.hidden_size,
+        tp=tp,
         trivial_g_idx=not config.desc_act,
     )
+
+
+def _with_few_experts(case: JobCase) -> JobCase:
+    """The same with one expert in place of all that differ in their numbers alone: there can be ten
+    thousands, and many settings are tried."""
+    kept: dict[object, LinearFact] = {}
+    for linear in case.facts.linears:
+        kind = (fold(linear.name), linear.in_features, linear.out_features)
+        kept.setdefault(kind if is_expert(linear.name) else linear.name, linear)
+    return replace(case, facts=replace(case.facts, linears=tuple(kept.values())))
