@@ -38,6 +38,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 out_features=info.out_features,
                 stage=stages[info.name],
                 routed=traced.complete and info.name in traced.idle,
+                part_of=_part_of(model, info.name),
             )
             for info in skeleton.linears
         ),
@@ -45,6 +46,14 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         already_quantized=skeleton.already_quantized,
         tensor_files_bytes=skeleton.files.size_bytes,
     )
+
+
+def _part_of(model: nn.Module, linear: str) -> str:
+    module = model.get_submodule(linear)
+    if not isinstance(module, ExpertLinear):
+        return ""
+    inside = module.tensor.linear(module.role, module.expert)
+    return f"{linear.removesuffix(inside)}{module.tensor.leaf}"
 
 
 def module_names(model: nn.Module) -> Iterator[str]:
