@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 from gptq_cli.checkpoint.format import PART_DTYPES, PackedFormat
@@ -138,12 +138,17 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
     """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
     dense."""
     quantized = {linear.name for linear in skeleton.linears}
-    quantized |= {module.name for module in skeleton.experts.experts}
+    fused = {module.name for module in skeleton.experts.experts}
     inside = tuple(f"{block}." for block in skeleton.blocks)
-    patterns: dict[str, None] = {}
+    patterns: dict[str, None] = dict.fromkeys(_dense_experts(skeleton, quantized))
     for name, module in skeleton.model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        if name in quantized or not name.startswith(inside) or all(p.ndim < 2 for p in own.values()):
+        if (
+            name in quantized
+            or name in fused
+            or not name.startswith(inside)
+            or all(p.ndim < 2 for p in own.values())
+        ):
             continue
         sources = [
             source
@@ -152,9 +157,23 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
             for source in origin.sources
         ]
         common = _common_parent(sources) if sources else name
-        folded = re.escape(fold(common)).replace(r"\*", r"\d+")
-        patterns[rf"{folded}(\..*)?$"] = None
+        patterns[_pattern(common)] = None
     return tuple(patterns)
+
+
+def _dense_experts(skeleton: Skeleton, quantized: Set[str]) -> Iterator[str]:
+    """Patterns of the parameters of experts that stay dense though they could be quantized."""
+    for module in skeleton.experts.experts:
+        for tensor in module.tensors:
+            origin = skeleton.keys.origins.get(f"{module.name}.{tensor.leaf}")
+            if origin is not None and not any(name in quantized for name in module.linears_of(tensor)):
+                yield from (_pattern(source.removesuffix(".weight")) for source in origin.sources)
+
+
+def _pattern(name: str) -> str:
+    """A regular expression that matches the likes of `name` in all blocks, and all below them."""
+    folded = re.escape(fold(name)).replace(r"\*", r"\d+")
+    return rf"{folded}(\..*)?$"
 
 
 def _common_parent(names: Sequence[str]) -> str:

@@ -39,7 +39,12 @@ def fold_dense(
     experts: FoundExperts,
 ) -> tuple[DenseInfo, ...]:
     """The modules of `model` beside the linears `quantized`. `kept`: linears that stay dense -> why."""
-    packed = {f"{module.name}.{tensor.leaf}" for module in experts.experts for tensor in module.tensors}
+    packed = {
+        f"{module.name}.{tensor.leaf}"
+        for module in experts.experts
+        for tensor in module.tensors
+        if quantized.issuperset(module.linears_of(tensor))
+    }
     head = model.get_output_embeddings()
     total = max(1, sum(p.numel() for p in model.parameters()))
     inside = tuple(f"{block}." for block in blocks)

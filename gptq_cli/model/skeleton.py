@@ -34,7 +34,7 @@ from gptq_cli.model.blocks import find_blocks, find_linears, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.dense import DenseInfo, fold_dense
 from gptq_cli.model.expert_linears import unfuse
-from gptq_cli.model.expert_names import ExpertSource, named_experts
+from gptq_cli.model.expert_names import ExpertSource, linears_in_part, named_experts
 from gptq_cli.model.experts import FoundExperts, find_experts
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.quiet import quiet_libraries
@@ -142,7 +142,9 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     candidates = _candidates(model, blocks)
     traced = trace(model, candidates)
     kept = _kept_dense(traced, candidates, tied)
-    linears = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
+    found = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
+    in_part = linears_in_part(experts, {linear.name for linear in found})
+    linears = tuple(linear for linear in found if linear.name not in in_part)
     return Skeleton(
         config=config,
         model=model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,24 @@ def test_experts_are_quantized_one_by_one(name: str, text: Path, tmp_path: Path)
     )
     assert float((loaded - expected).norm() / expected.norm()) < 1e-4
     assert divergence(dense, loaded) < divergence(dense, nearest)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_one_parameter_of_experts_may_stay_dense(name: str, tmp_path: Path) -> None:
+    family, source, out = FAMILIES[name], save_family(name, tmp_path / "m"), tmp_path / "q"
+    skeleton = opened(source)
+    some = tuple(linear for linear in skeleton.linears if "down_proj" not in linear.name)
+    assert 0 < len(some) < len(skeleton.linears)
+    write_checkpoint(replace(skeleton, linears=some), out)
+    assert gptq("load", out, "--verify", "--progress", "none").code == 0
+    packed = load_file(out / "model.safetensors")
+    assert not [key for key in packed if "down_proj" in key and key.endswith("qweight")]
+    checkpoint = open_checkpoint(out, dtype="float32")
+    loaded = logits(load_quantized(checkpoint, default_placement(checkpoint)))
+    expected = logits_of(
+        source, dense_files(family, source, packed, lambda n, _: unpacked(packed, n)), tmp_path / "expected"
+    )
+    assert float((loaded - expected).norm() / expected.norm()) < 1e-4
 
 
 def names(out: Path, start: str) -> set[str]:
