@@ -149,7 +149,8 @@ def unpacked(tensors: dict[str, Tensor], name: str) -> Tensor:
     words, zeros = (tensors[f"{name}.{part}"].numpy().view(np.uint32) for part in ("qweight", "qzeros"))
     shifts = np.arange(0, 32, 4, dtype=np.uint32)
     codes = (words[:, None] >> shifts[None, :, None] & 15).reshape(-1, words.shape[1]).astype(np.float64)
-    offsets = (zeros[:, :, None] >> shifts & 15).reshape(zeros.shape[0], -1).astype(np.float64) + 1
+    stored = (zeros[:, :, None] >> shifts & 15).reshape(zeros.shape[0], -1)
+    offsets = (stored + 1 & 15).astype(np.float64)
     g_idx = tensors[f"{name}.g_idx"].numpy()
     scales = tensors[f"{name}.scales"].double().numpy()
     return torch.from_numpy((codes - offsets[g_idx]) * scales[g_idx]).T.float()
