@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
-from gptq_cli.errors import CheckpointError
-from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.errors import CheckpointError, ModelError
+from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters
 
 _OTHERS = "vLLM and GPTQModel read more kinds of quantized experts"
 
@@ -34,14 +34,15 @@ def expert_linear(checkpoint: QuantizedCheckpoint, info: PackedInfo) -> ExpertLi
     return linear
 
 
-def check_complete(name: str, module: nn.Module) -> None:
-    """Raise `CheckpointError` if some of the linears of the experts `name` were not quantized."""
-    left = [inner for inner, linear in module.named_modules() if isinstance(linear, ExpertLinear)]
-    if left:
+def drop_packed(name: str, module: nn.Module) -> None:
+    """Drop the parameters of the experts `name` whose linears are packed now. Raises `CheckpointError` for
+    one that is packed in part."""
+    try:
+        drop_parameters(module)
+    except ModelError as error:
         raise CheckpointError(
-            f"{name}: {left[0]} is not quantized, though others of its linears are",
-            hint="GPTQModel reads partly quantized experts",
-        )
+            f"{name}: {error.message}", hint="GPTQModel reads partly quantized experts"
+        ) from error
 
 
 def put_bias(linear: ExpertLinear, bias: Tensor) -> None:

@@ -28,12 +28,12 @@ from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.evaluation.generation_config import read_generation_config
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.inference.crossover import Crossovers, intra_op_threads
-from gptq_cli.inference.experts import check_complete, expert_linear, put_bias
+from gptq_cli.inference.experts import drop_packed, expert_linear, put_bias
 from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinear
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
-from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters
+from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.text_part import language_model, output_head
@@ -155,8 +155,7 @@ class _LinearReplacer:
             owners[linear.owner] = (info.fused_into or "").rpartition(".")[0]
             model.set_submodule(info.name, self._pack(info, info.name, linear))
         for module, name in owners.items():
-            check_complete(name, module)
-            drop_parameters(module)
+            drop_packed(name, module)
 
     def _pack(
         self, info: PackedInfo, module_name: str, expert: ExpertLinear | None = None

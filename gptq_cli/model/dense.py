@@ -44,7 +44,12 @@ def fold_dense(
 ) -> tuple[DenseInfo, ...]:
     """The modules of `model` beside the linears `quantized`. `kept`: linears that stay dense -> why; `total`:
     parameters of the files."""
-    packed = {f"{module.name}.{tensor.leaf}" for module in experts.experts for tensor in module.tensors}
+    packed = {
+        f"{module.name}.{tensor.leaf}"
+        for module in experts.experts
+        for tensor in module.tensors
+        if all(name in quantized for name in module.linears_of(tensor))
+    }
     head = output_head(model)
     towers = {part.name for part in beside if part.reason != LEFT_OUT}
     inside = tuple(f"{block}." for block in blocks)

@@ -52,6 +52,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
                 stage=stages[info.name],
                 routed=traced.complete and info.name in traced.idle,
                 split=splits[info.name],
+                part_of=_part_of(model, info.name),
             )
             for info in skeleton.linears
         ),
@@ -67,6 +68,14 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             for part in skeleton.beside
         ),
     )
+
+
+def _part_of(model: nn.Module, linear: str) -> str:
+    module = model.get_submodule(linear)
+    if not isinstance(module, ExpertLinear):
+        return ""
+    inside = module.tensor.linear(module.role, module.expert)
+    return f"{linear.removesuffix(inside)}{module.tensor.leaf}"
 
 
 def module_names(model: nn.Module) -> Iterator[str]:

@@ -70,6 +70,11 @@ class FusedExperts:
     """`model.layers.3.mlp.experts`."""
     tensors: tuple[FusedTensor, ...]
 
+    def linears_of(self, tensor: FusedTensor) -> Iterator[str]:
+        """The names in the model of the linears of one parameter, expert after expert."""
+        for expert in range(tensor.experts):
+            yield from (f"{self.name}.{tensor.linear(role, expert)}" for role in tensor.roles)
+
     def linears(self) -> Iterator[tuple[str, FusedTensor, str, int]]:
         """(name in the model, tensor, role, expert) of every linear, expert after expert."""
         for expert in range(max(tensor.experts for tensor in self.tensors)):
@@ -147,12 +152,19 @@ def unfuse(model: nn.Module, experts: Iterable[FusedExperts]) -> None:
 
 
 def drop_parameters(module: nn.Module) -> None:
-    """Free the fused parameters of an unfused module whose linears have all been replaced.
+    """Free the fused parameters of an unfused module whose linears have been replaced.
 
     Its forward asks for their shapes, so tensors on the meta device, outside of the state dict, remain.
+    Raises `ModelError` where some of the linears of a parameter have been replaced, and others not.
     """
     assert isinstance(module, Unfused)
     for tensor in module.fused_tensors:
+        names = [tensor.linear(role, expert) for expert in range(tensor.experts) for role in tensor.roles]
+        left = [name for name in names if isinstance(module.get_submodule(name), ExpertLinear)]
+        if len(left) == len(names):
+            continue
+        if left:
+            raise ModelError(f"{left[0]} is not quantized, though others of {tensor.leaf} are")
         parameter = module._parameters.pop(tensor.leaf)
         assert parameter is not None
         module.__dict__[tensor.leaf] = torch.empty_like(parameter, device="meta")

@@ -12,7 +12,7 @@ A name is used only if it leads back to the same linear.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key
@@ -184,6 +184,17 @@ def named_experts(
         else:
             experts.append(module)
     return FoundExperts(experts=tuple(experts), dense=dense), sources
+
+
+def linears_in_part(experts: FoundExperts, quantized: Set[str]) -> frozenset[str]:
+    """Linears whose parameter would be quantized in part: it is quantized whole, or stays dense."""
+    result: set[str] = set()
+    for module in experts.experts:
+        for tensor in module.tensors:
+            names = set(module.linears_of(tensor))
+            if not names <= quantized:
+                result |= names
+    return frozenset(result)
 
 
 def _moved(name: str, parent: str) -> str:

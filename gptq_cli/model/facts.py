@@ -139,6 +139,8 @@ class LinearFact:
     routed: bool = False
     """It sees only some of the tokens (an expert); it is solved in an expert batch, see `engine.stages`."""
     split: Split = "whole"
+    part_of: str = ""
+    """The tensor of all experts that holds its weight; "" where it has a weight of its own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ from gptq_cli.model.blocks import ROUTER_NAMES, all_linears, find_blocks, shape
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.dense import DenseInfo, fold_dense
 from gptq_cli.model.expert_linears import ExpertLinear, unfuse
-from gptq_cli.model.expert_names import ExpertSource, named_experts
+from gptq_cli.model.expert_names import ExpertSource, linears_in_part, named_experts
 from gptq_cli.model.experts import FoundExperts, find_experts
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.few_bits import decoded_files
@@ -161,7 +161,9 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     kept |= dict.fromkeys(unreached_linears(model, candidates, traced), UNREACHED)
     routed = {name for name in candidates if isinstance(model.get_submodule(name), ExpertLinear)}
     traced = replace(traced, idle=traced.idle | routed)  # they stood in a 3-D tensor when it was made
-    linears = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
+    found = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
+    in_part = linears_in_part(experts, {linear.name for linear in found})
+    linears = tuple(linear for linear in found if linear.name not in in_part)
     beside = parts_beside(model, unreached, keys, files.tensors)
     left_out = sum(part.parameters for part in beside if part.reason == LEFT_OUT)
     parameters = sum(p.numel() for p in model.parameters()) + left_out

@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.errors import CheckpointError
-from gptq_cli.inference.experts import check_complete, expert_linear, put_bias
+from gptq_cli.inference.experts import drop_packed, expert_linear, put_bias
 from gptq_cli.inference.load import default_placement, load_quantized, packed_linears
 from gptq_cli.model.expert_linears import ExpertLinear, FusedExperts, FusedTensor, unfuse
 from tests.checkpoint.checkpoints import Recipe, quantize_directory
@@ -84,5 +84,10 @@ def test_biases_go_to_their_places() -> None:
 
 def test_every_linear_has_to_be_quantized() -> None:
     model = biased()
-    with pytest.raises(CheckpointError, match=r"experts: 0.gate_proj is not quantized, though others"):
-        check_complete("experts", model.experts)
+    drop_packed("experts", model.experts)
+    assert "both" in dict(model.experts.named_parameters()), "all of them are dense"
+    model.set_submodule("experts.1.up_proj", nn.Linear(8, 6, bias=False))
+    with pytest.raises(
+        CheckpointError, match=r"experts: 0.gate_proj is not quantized, though others of both"
+    ):
+        drop_packed("experts", model.experts)

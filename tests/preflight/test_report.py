@@ -165,7 +165,7 @@ PLANS = {
     ("70b", "1x80", "dense"): ("fits with warnings", "blocks"),
     ("moe", "1x24", "dense"): ("fits with warnings", "of 48 blocks on cuda:0"),
     ("moe", "2x24", "dense"): ("fits with warnings", "of 48 blocks on cuda:0 and cuda:1"),
-    ("moe", "1x80", "dense"): ("fits with warnings", "everything on cuda:0"),
+    ("moe", "1x80", "dense"): ("fits", "everything on cuda:0"),
 }
 
 

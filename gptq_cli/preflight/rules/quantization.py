@@ -239,8 +239,12 @@ def left_dense(case: JobCase) -> list[Remark]:
         return []
     quantized = sum(x.in_features * x.out_features for x in case.facts.linears)
     share = 1 - quantized / total
-    names = {x.name for x in case.facts.linears}
-    dense = [t for t in case.facts.tensors if not t.buffer and t.name.rpartition(".")[0] not in names]
+    names, parts = ({x.name for x in case.facts.linears}, {x.part_of for x in case.facts.linears})
+    dense = [
+        t
+        for t in case.facts.tensors
+        if not t.buffer and t.name not in parts and t.name.rpartition(".")[0] not in names
+    ]
     folded = {part.name: part.parameters for part in case.facts.beside}
     for tensor in dense:
         if not any(above in folded for above in parents(tensor.name)):
