@@ -135,7 +135,8 @@ class CheckpointWriter:
         files = self._skeleton.files
         with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
             for tensor in tensors:
-                values = reader.get(tensor.name)
+                assert tensor.source is not None
+                values = reader.get(tensor.source.name)
                 self._put(tensor.name, _cast(tensor.name, values, as_torch_dtype(tensor.dtype)))
 
     def finish(self, report: Mapping[str, Any]) -> int:
