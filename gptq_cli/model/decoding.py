@@ -69,6 +69,7 @@ def decode(
     rows, columns = coded.block[0] or n, coded.block[1] or k
     grid = (*batch, -(-n // rows), -(-k // columns))
     scales = _scales(coded, scale, global_scale)
+    some_zero = bool((scales == 0).any())
     scales = scales.expand(grid) if scales.numel() == 1 else scales.reshape(grid)
     result = torch.empty((*batch, k, n) if coded.transposed else (*batch, n, k), dtype=torch.bfloat16)
     flat, flat_codes, flat_scales = (
@@ -82,7 +83,8 @@ def decode(
             values = _e2m1(part) if packed else part.float()
             of_row = torch.arange(start, start + len(part)) // rows
             each = matrix_scales[of_row].repeat_interleave(columns, dim=1)[:, :k]
-            _check_zeros(coded, values, each)
+            if some_zero:
+                _check_zeros(coded, values, each)
             target[start : start + step] = (values * each).to(torch.bfloat16)
             _check_values(coded, target[start : start + step])
     return result
@@ -128,7 +130,7 @@ def _checked(name: str, scale: Tensor) -> Tensor:
 
 
 def _check_zeros(coded: CodedTensor, values: Tensor, scales: Tensor) -> None:
-    if bool((scales == 0).any()) and bool(values[scales == 0].any()):
+    if bool(values[scales == 0].any()):
         raise CheckpointError(
             f"tensor {coded.scale.name} holds a scale of 0 for codes that are not 0", hint=_DAMAGED
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.model.facts import LinearFact
+from gptq_cli.model.facts import DecodedSource, LinearFact
 from gptq_cli.placement.device import CPU
 from gptq_cli.planning import memory as budget
 from gptq_cli.planning.cases import Work
@@ -122,6 +122,15 @@ def test_solving_for_the_dense_output_holds_a_second_stream(share: float) -> Non
     assert dense.hessian_bytes == 24 * INNER**2
     linears = 2 * (4 * H**2 + 3 * H * INNER)
     assert dense.working_bytes == linears + budget.GOAL_BYTES * H * INNER
+
+
+@pytest.mark.parametrize("spec", ["cpu", "0"])
+def test_weights_in_few_bits_are_decoded_on_the_cpu(spec: str) -> None:
+    decoded = DecodedSource(formats=("nvfp4",), tensors=8, elements=10**6, working_bytes=5 << 30)
+    plain = {p.device: p for p in resolved(spec, FACTS).devices}
+    coded = {p.device: p for p in resolved(spec, replace(FACTS, decoded=decoded)).devices}
+    assert coded["cpu"].working_bytes == 5 << 30 > plain["cpu"].working_bytes
+    assert {d: p for d, p in coded.items() if d != "cpu"} == {d: p for d, p in plain.items() if d != "cpu"}
 
 
 def test_an_offloaded_block_is_moved_to_the_main_device() -> None:

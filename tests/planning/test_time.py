@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.model.facts import DecodedSource, LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.time import (
+    DECODED_PER_SECOND,
     DISK_BYTES_PER_SECOND,
     MULTIPLY_ADDS,
     START_SECONDS,
@@ -41,6 +42,12 @@ def test_forward_counts_each_run() -> None:
     prefixes = qkv + (qkv + o) + (qkv + o + gate_up) + BLOCK
     replayed = seconds(FACTS, WORK, speed, parked=False) - FIXED
     assert abs(replayed - 2 * prefixes * 10_000 / 1e9) < 1e-6
+
+
+def test_weights_in_few_bits_take_time_to_decode() -> None:
+    decoded = DecodedSource(formats=("mxfp4",), tensors=8, elements=3 * 10**8)
+    more = seconds(replace(FACTS, decoded=decoded), WORK, IDLE, parked=True)
+    assert more - FIXED == pytest.approx(3e8 / DECODED_PER_SECOND)
 
 
 def test_stages_that_are_collected_together_take_one_pass_and_one_to_the_end() -> None:
