@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from gptq_cli.config import (
     CalibrationConfig,
     DType,
-    LoadJob,
     ModelRef,
     QuantizeConfig,
     QuantizeJob,
@@ -26,6 +25,7 @@ from gptq_cli.config import (
     parse_targets,
 )
 from gptq_cli.events import Event, Observer, ignore, warning_text
+from gptq_cli.load_job import LoadJob
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 
 if TYPE_CHECKING:

@@ -8,19 +8,17 @@ from typing import Any, get_args
 import pytest
 
 from gptq_cli.config import (
-    HELD_OUT,
     RECIPE_FIELDS,
     RECIPES,
     CalibrationConfig,
-    LoadJob,
     ModelRef,
     QuantizeConfig,
     Recipe,
-    Sampling,
     parse_group_size,
     parse_targets,
 )
 from gptq_cli.errors import ConfigError
+from gptq_cli.load_job import HELD_OUT, LoadJob, Sampling
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_cli import __version__
-from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import CheckpointError
+from gptq_cli.module_settings import ALLOWED_BITS
 
 PART_DTYPES = MappingProxyType({"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"})
 """The tensors of a packed linear, `<linear>.qweight` and so on, in order, with the dtypes that we write."""
