@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.model.blocks import shape
+from gptq_cli.model.gates import GATE_ROWS, GateFlow, small_gates
 from gptq_cli.model.reads import Read
 
 _TOKENS = 8
@@ -44,6 +46,8 @@ class Trace:
     """Linears that did not run. In a complete trace: routed ones (experts)."""
     read_not_called: frozenset[str]
     """Linears whose weight was used outside their own forward."""
+    gating: frozenset[str] = frozenset()
+    """Linears whose output only gates, see `model.gates`."""
     problem: str = ""
     """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
@@ -62,6 +66,8 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
+    rows = {name: shape(model.get_submodule(name))[0] for name in linears}
+    flow = GateFlow(name for name, count in rows.items() if count < GATE_ROWS)
     order: dict[str, None] = {}
     reads: dict[str, Read] = {}
     handles = []
@@ -74,7 +80,8 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
             if name in linears and name not in reads and given:
                 reads[name] = Read.of(given[0])
 
-    def after(module: nn.Module, *_: Any) -> None:
+    def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        flow.follow(names[module][0], output)
         watch.running.discard(id(getattr(module, "weight", None)))
 
     for module in names:
@@ -83,7 +90,7 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
             handles.append(module.register_forward_hook(after, always_call=True))
     problem = ""
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), watch, flow:
             ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
             model(input_ids=ids, use_cache=False)
     except Exception as error:
@@ -94,11 +101,13 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
+    stages = _stages(linears, reads)
     return Trace(
         order=tuple(order),
-        stages=_stages(linears, reads),
+        stages=stages,
         idle=frozenset(linears.keys() - reads.keys()),
         read_not_called=frozenset(watch.found),
+        gating=small_gates(flow.gating, stages, rows),
         problem=problem,
     )
 
