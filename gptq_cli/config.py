@@ -234,8 +234,12 @@ class QuantizeConfig:
 def _with_settings(
     config: QuantizeConfig, bits: int | None, group_size: int | None, sym: bool | None
 ) -> QuantizeConfig:
-    given = {"bits": bits, "group_size": group_size, "sym": sym}
-    return replace(config, **{name: value for name, value in given.items() if value is not None})
+    return replace(
+        config,
+        bits=config.bits if bits is None else bits,
+        group_size=config.group_size if group_size is None else group_size,
+        sym=config.sym if sym is None else sym,
+    )
 
 
 RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(

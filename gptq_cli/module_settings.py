@@ -4,9 +4,9 @@
     --module 'model.layers.0-3=bits:8'                       everything below what the pattern names
     --module 'model.layers.*.linear_attn.in_proj_a=dense'
 
-Patterns are those of a device map: dotted names with ranges (0-15) and globs (*) in a component. All rules that
-cover a linear apply, in the order in which they are given: of two that set the same thing the later one wins,
-`dense` sets aside what was said before it, and a setting after `dense` quantizes again.
+Patterns are those of a device map: dotted names with ranges (0-15) and globs (*) in a component. All rules
+that cover a linear apply, in the order in which they are given: of two that set the same thing the later one
+wins, `dense` sets aside what was said before it, and a setting after `dense` quantizes again.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ DENSE = "dense"
 RULES_LIMIT = 1000
 _WRITE = "write for example 'model.layers.*.mlp.down_proj=bits:8,group:64', or 'NAME=dense'"
 _ALLOWED = "dense, or bits:N, group:N, sym, asym, separated by commas"
+MODULE_KEYS = frozenset({"bits", "group", "group_size", "sym", "asym", "dense", "desc_act"})
+"""What a table of settings may hold."""
 _KEYS = {"bits": "bits", "group": "group_size", "group_size": "group_size"}
 
 
@@ -53,7 +55,7 @@ class ModuleRule:
     def __post_init__(self) -> None:
         if self.pattern in ("", "rest"):
             raise ConfigError(
-                f"module {self.pattern!r} is everything; allowed: a dotted name with ranges (0-15) and globs (*)",
+                f"module {self.pattern!r} is everything; allowed: dotted names with ranges (0-15), globs (*)",
                 hint="--bits, --group-size and --sym hold for everything",
             )
         try:
@@ -99,14 +101,14 @@ class ModuleRule:
             if name in fields:
                 raise ConfigError(f"module {pattern} has {name} twice", hint="keep one of the two")
             fields[name] = found
-        return ModuleRule(pattern=pattern, **fields)
+        return ModuleRule(pattern=pattern, **fields)  # type: ignore[arg-type]  # `_setting` sorts them
 
 
 def _setting(pattern: str, key: str, held: object) -> tuple[str, bool | int]:
     """Field and value of one setting."""
     if key == "desc_act":
         raise ConfigError(
-            f"module {pattern}: desc_act cannot differ by module, because readers take it for all or for none",
+            f"module {pattern}: desc_act cannot differ by module: readers take it for all or for none",
             hint="leave it out; static order (--act-order) has its accuracy",
         )
     if key in _KEYS:

@@ -90,9 +90,13 @@ class CheckpointFormat:
 
 
 def quantization_dict(
-    quantize: QuantizeConfig, *, dense_patterns: tuple[str, ...] = (), modules_in_block: tuple[str, ...] = ()
+    quantize: QuantizeConfig,
+    *,
+    dynamic: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    modules_in_block: tuple[str, ...] = (),
+    lm_head: bool = False,
 ) -> dict[str, Any]:
-    """The dictionary we write. `dense_patterns`: regular expressions of modules in blocks that stay dense."""
+    """The dictionary we write. `dynamic`: what differs by module, as `layout.dynamic_of` makes it."""
     result: dict[str, Any] = {
         "bits": quantize.bits,
         "group_size": quantize.group_columns,
@@ -101,8 +105,8 @@ def quantization_dict(
         "quant_method": "gptq",
         "checkpoint_format": quantize.checkpoint_format,
         "format": quantize.checkpoint_format,
-        "lm_head": False,
-        "dynamic": {f"-:{pattern}": {} for pattern in dense_patterns},
+        "lm_head": lm_head,
+        "dynamic": {pattern: dict(fields) for pattern, fields in dynamic.items()},
         "pack_dtype": "int32",
         "true_sequential": quantize.true_sequential,
         "damp_percent": quantize.damp_percent,

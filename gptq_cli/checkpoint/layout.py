@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gptq_cli.checkpoint.format import PART_DTYPES, PackedFormat
 from gptq_cli.config import QuantizeConfig
@@ -18,7 +19,7 @@ from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.conversion import natural_key
 from gptq_cli.model.facts import TensorInfo, dtype_name
 from gptq_cli.model.headers import DTYPES, TORCH_TO_SAFETENSORS, build_header
-from gptq_cli.model.skeleton import Skeleton, main_dtype
+from gptq_cli.model.skeleton import LinearInfo, Skeleton, main_dtype
 from gptq_cli.placement.names import fold
 
 
@@ -75,12 +76,13 @@ class CheckpointPlan:
         return sum(tensor.size_bytes for shard in self.shards for tensor in shard.tensors)
 
 
-def packed_format(quantize: QuantizeConfig) -> PackedFormat:
-    """The format in which a configuration is stored."""
+def packed_format(quantize: QuantizeConfig, linear: str | None = None) -> PackedFormat:
+    """The format in which a configuration is stored; with `linear`, the one of that linear."""
+    own = quantize if linear is None else quantize.of_linear(linear)
     return PackedFormat(
-        bits=quantize.bits,
-        group_size=quantize.group_columns,
-        sym=quantize.sym,
+        bits=own.bits,
+        group_size=own.group_columns,
+        sym=own.sym,
         desc_act=quantize.desc_act,
         checkpoint_format=quantize.checkpoint_format,
     )
@@ -109,28 +111,32 @@ def plan_checkpoint(skeleton: Skeleton, quantize: QuantizeConfig, max_shard_byte
 
 def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[list[PlannedTensor]]:
     """Tensors in natural order of their names; the parts of one linear stay together in a file."""
-    packed = {linear.source_key: linear for linear in skeleton.linears}
-    form = packed_format(quantize)
+    packed = {linear.source_key: linear for linear in skeleton.packed}
     stored, run = main_dtype(skeleton.files), dtype_name(skeleton.dtype)
     for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
-        linear = packed.get(tensor.name)
+        linear = packed.pop(tensor.name, None)
         if linear is None:
             dtype = run if tensor.dtype == stored else tensor.dtype
             yield [PlannedTensor(tensor.name, dtype, tensor.shape, tensor)]
             continue
-        shapes = form.shapes(linear.in_features, linear.out_features)
-        yield [
-            PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
-            for part in PART_DTYPES
-        ]
+        yield _packed_tensors(linear, quantize)
+    for linear in packed.values():  # a head whose weight is the embedding's in the source
+        yield _packed_tensors(linear, quantize)
 
 
-def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
-    """Regular expressions, in source names, of the modules inside blocks that hold matrices and stay
-    dense."""
+def _packed_tensors(linear: LinearInfo, quantize: QuantizeConfig) -> list[PlannedTensor]:
+    shapes = packed_format(quantize, linear.name).shapes(linear.in_features, linear.out_features)
+    return [
+        PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
+        for part in PART_DTYPES
+    ]
+
+
+def dense_names(skeleton: Skeleton) -> tuple[str, ...]:
+    """Source names of the modules inside blocks that hold matrices and stay dense."""
     quantized = {linear.name for linear in skeleton.linears}
     inside = tuple(f"{block}." for block in skeleton.blocks)
-    patterns: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name, module in skeleton.model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if name in quantized or not name.startswith(inside) or all(p.ndim < 2 for p in own.values()):
@@ -141,10 +147,32 @@ def dense_patterns(skeleton: Skeleton) -> tuple[str, ...]:
             if (origin := skeleton.keys.origins.get(f"{name}.{leaf}")) is not None
             for source in origin.sources
         ]
-        common = _common_parent(sources) if sources else name
-        folded = re.escape(fold(common)).replace(r"\*", r"\d+")
-        patterns[rf"{folded}(\..*)?$"] = None
-    return tuple(patterns)
+        names[_common_parent(sources) if sources else name] = None
+    return tuple(names)
+
+
+def dynamic_of(
+    dense: Iterable[str], changed: Mapping[str, Mapping[str, Any]], others: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """`dynamic`: "-:pattern" for what stays dense, "+:pattern" for what has settings of its own.
+
+    All are source names; `others` are those of the linears that are quantized as the rest. A pattern is
+    folded over the blocks where that covers none that is treated otherwise.
+    """
+    treated: dict[str, dict[str, Any] | None] = dict.fromkeys(dense)
+    treated |= {name: dict(fields) for name, fields in changed.items()}
+    kinds: dict[str, list[dict[str, Any] | None]] = {}
+    for name, fields in (*treated.items(), *((name, {}) for name in others)):
+        kinds.setdefault(fold(name), []).append(fields)
+    entries: dict[str, dict[str, Any]] = {}
+    for name, fields in treated.items():
+        alike = all(other == fields for other in kinds[fold(name)])
+        pattern = re.escape(fold(name)).replace(r"\*", r"\d+") if alike else re.escape(name)
+        if fields is None:
+            entries[rf"-:{pattern}(\..*)?$"] = {}
+        else:
+            entries[f"+:{pattern}$"] = fields
+    return entries
 
 
 def _common_parent(names: Sequence[str]) -> str:
@@ -157,13 +185,16 @@ def _common_parent(names: Sequence[str]) -> str:
 
 
 def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
-    """Names inside a block of the quantized linears, if some linear of a block stays dense; otherwise ()."""
+    """Names inside a block of the quantized linears, if some linear of a block stays dense; otherwise ().
+
+    Also () where a linear is quantized in one block and dense in another, which such a list cannot say.
+    """
     quantized = {linear.name for linear in skeleton.linears}
-    partly = any(
-        is_linear(module) and f"{block}.{name}" not in quantized
+    inside = dict.fromkeys(linear.name.removeprefix(f"{linear.block}.") for linear in skeleton.linears)
+    dense = {
+        name
         for block in skeleton.blocks
         for name, module in skeleton.model.get_submodule(block).named_modules()
-    )
-    if not partly:
-        return ()
-    return tuple(dict.fromkeys(x.name.removeprefix(f"{x.block}.") for x in skeleton.linears))
+        if is_linear(module) and f"{block}.{name}" not in quantized
+    }
+    return tuple(inside) if dense and dense.isdisjoint(inside) else ()

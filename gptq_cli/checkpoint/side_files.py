@@ -14,8 +14,13 @@ from gptq_cli.model.source import ModelFiles, read_json
 from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
 
 
-def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The source's config.json with the quantization and the dtype set, and nothing else changed."""
+def checkpoint_config(
+    source: Path, quantization: Mapping[str, Any], dtype: torch.dtype, *, untie: bool = False
+) -> dict[str, Any]:
+    """The source's config.json with the quantization and the dtype set, and nothing else changed.
+
+    `untie`: say that the head is not the embedding, which a quantized head never is.
+    """
     config = dict(read_json(source / "config.json"))
     name = dtype_name(dtype)
     _set_dtype(config, name)
@@ -24,6 +29,10 @@ def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torc
         config["text_config"] = text = dict(text)
         if "dtype" in text or "torch_dtype" in text:
             _set_dtype(text, name)
+    if untie:  # a class may tie by default, so it is said wherever readers look
+        config["tie_word_embeddings"] = False
+        if isinstance(text, dict):
+            text["tie_word_embeddings"] = False
     config["quantization_config"] = dict(quantization)
     return config
 

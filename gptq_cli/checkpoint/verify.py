@@ -150,9 +150,9 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True)
     form = checkpoint.format
     packed = (*checkpoint.linears, *checkpoint.experts)
     scales = {t.dtype for t in checkpoint.tensors if t.name.endswith(".scales")}
-    settings = {(info.format.bits, info.format.group_size, info.format.sym) for info in packed}
-    head = checkpoint.model.get_output_embeddings()
-    names = {id(module): name for name, module in checkpoint.model.named_modules()}
+    head = head_of(checkpoint)
+    own = [info.format for info in packed if info is not head]
+    settings = {(form.bits, form.group_size, form.sym) for form in own}
     return TargetFacts(
         bits=form.base.bits,
         group_size=form.base.group_size,
@@ -171,13 +171,21 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True)
             for info in packed
         ),
         scale_dtype=min(scales - {"float16"}, default="float16"),
-        lm_head=names.get(id(head)) in {info.name for info in checkpoint.linears},
+        lm_head=head is not None,
         changed=len(settings) > 1,
         left_dense=any(fields is None for _, fields in form.overrides),
         modules_listed=bool(checkpoint.config_dict.get("modules_in_block_to_quantize")),
         trivial_g_idx=trivial_g_idx,
         in_config_json=_says_config_json(checkpoint.directory),
     )
+
+
+def head_of(checkpoint: QuantizedCheckpoint) -> PackedInfo | None:
+    """The output head where it is quantized."""
+    module = checkpoint.model.get_output_embeddings()
+    names = {id(one): name for name, one in checkpoint.model.named_modules()}
+    name = names.get(id(module))
+    return next((info for info in checkpoint.linears if info.name == name), None)
 
 
 def _says_config_json(directory: Path) -> bool:

@@ -29,7 +29,8 @@ from gptq_cli.checkpoint.layout import (
     CheckpointPlan,
     PlannedShard,
     PlannedTensor,
-    dense_patterns,
+    dense_names,
+    dynamic_of,
     modules_in_block,
     plan_checkpoint,
 )
@@ -40,6 +41,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
+from gptq_cli.model.selection import changed_settings
 from gptq_cli.model.skeleton import LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
 
@@ -136,16 +138,27 @@ class CheckpointWriter:
         missing = sorted(name for names in self._waiting.values() for name in names)
         if missing:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+        changed = changed_settings(self._skeleton, self._quantize)
         quantization = quantization_dict(
             self._quantize,
-            dense_patterns=dense_patterns(self._skeleton),
+            dynamic=dynamic_of(
+                dense_names(self._skeleton),
+                changed,
+                (x.source_name for x in self._skeleton.packed if x.source_name not in changed),
+            ),
             modules_in_block=modules_in_block(self._skeleton),
+            lm_head=self._skeleton.head is not None,
         )
-        source = self._skeleton.files.directory
+        config = checkpoint_config(
+            self._skeleton.files.directory,
+            quantization,
+            self._skeleton.dtype,
+            untie=self._skeleton.head_is_tied,
+        )
         with self._disk():
             if len(self.plan.shards) > 1:
                 self._json(INDEX, self._index())
-            self._json("config.json", checkpoint_config(source, quantization, self._skeleton.dtype))
+            self._json("config.json", config)
             self._json("quantize_config.json", quantization)
             self._json("report.json", report)
             for path in self._work.rglob("*"):

@@ -152,6 +152,18 @@ Recipe = Annotated[
 ]
 
 
+Modules = Annotated[
+    list[str] | None,
+    option(
+        "--module",
+        "Settings of some linears: 'PATTERN=bits:8,group:64', 'PATTERN=dense'; patterns as in a device map. "
+        "Repeatable, later ones win.",
+        RECIPE,
+        "RULE",
+    ),
+]
+
+
 DeviceMapText = Annotated[
     str,
     option(

@@ -317,23 +317,26 @@ def _solve(
     tokens = moments.tokens
     goals, step = moments.goal(weights, hessian, config.damp_percent)
     moments.free()
+    configs = [config.of_linear(infos[name].name) for name in stage.linears]
     try:
-        solved = quantize_linears(weights, hessian, config, goals=goals)
+        solved = _solve_alike(weights, hessian, configs, goals)
     except NonFinite as error:
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
     del hessian, goals
     seconds = (time.perf_counter() - started) / len(solved)
-    for name in stage.linears:
+    for name, own in zip(stage.linears, configs, strict=True):
         quantized = solved.pop(0)
         info = infos[name]
-        _check_fallback(context, info, quantized, tokens)
+        check_fallback(context.options, info, quantized, tokens)
         assign(context.modules[name], quantized.dequantize(weights.pop(0).dtype))
-        context.options.store(info, pack(quantized, config.bits, config.checkpoint_format))
+        context.options.store(info, pack(quantized, own.bits, config.checkpoint_format))
         report = LinearReport(
             name=info.name,
             in_features=info.in_features,
             out_features=info.out_features,
+            bits=own.bits,
+            group_size=own.group_columns,
             loss=quantized.loss,
             rtn_loss=quantized.rtn_loss,
             damp_percent=quantized.damp_percent,
@@ -348,7 +351,27 @@ def _solve(
         yield report
 
 
-def _check_fallback(context: BlockContext, info: LinearInfo, quantized: QuantizedLinear, tokens: int) -> None:
+def _solve_alike(
+    weights: Sequence[Tensor],  # (N_i, K) each
+    hessian: Tensor,  # (K, K)
+    configs: Sequence[QuantizeConfig],  # one for each weight
+    goals: Sequence[Tensor] | None,
+) -> list[QuantizedLinear]:
+    """The linears of a stage: those with the same settings are solved together, all with one Hessian."""
+    solved: dict[int, QuantizedLinear] = {}
+    for config in dict.fromkeys(configs):
+        places = [place for place, own in enumerate(configs) if own == config]
+        found = quantize_linears(
+            [weights[place] for place in places],
+            hessian,
+            config,
+            goals=None if goals is None else [goals[place] for place in places],
+        )
+        solved.update(zip(places, found, strict=True))
+    return [solved[place] for place in range(len(configs))]
+
+
+def check_fallback(options: WorkOptions, info: LinearInfo, quantized: QuantizedLinear, tokens: int) -> None:
     """Warn of a linear that was rounded to nearest. Raises `NotPositiveDefinite` where that is forbidden."""
     if quantized.method == "gptq":
         return
@@ -359,6 +382,6 @@ def _check_fallback(context: BlockContext, info: LinearInfo, quantized: Quantize
         f" ({quantized.attempts} attempts, {tokens} tokens)"
     )
     hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
-    if context.options.strict:
+    if options.strict:
         raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
-    context.options.observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))
+    options.observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))

@@ -72,6 +72,8 @@ class Captured:
     """Which calibration samples make up each micro-batch."""
     paired: int = 0
     """So many micro-batches, the first ones, are run through the dense model too."""
+    returns_tuple: bool = False
+    """The model takes a tuple from a block, not a tensor."""
     dense: list[Tensor] = field(default_factory=list)
     """`hidden` of the paired micro-batches for the model as it was before anything was quantized."""
 
@@ -203,6 +205,7 @@ def capture(
         probes=[calls[0] for calls in probe.calls],
         samples=batches,
         paired=len(paired),
+        returns_tuple=bool(recorder.returns_tuple),
         dense=recorder.hidden[: len(paired)],
     )
 
@@ -228,7 +231,7 @@ class _Recorder:
         self.calls: list[list[BlockCall]] = [[] for _ in blocks]
         self.intern = _Interner()
         self._last = len(blocks) - 1
-        self._returns_tuple: bool | None = None
+        self.returns_tuple: bool | None = None
 
     def forward_of(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -240,12 +243,12 @@ class _Recorder:
             self.calls[index].append(call)
             if index == self._last:
                 raise StopForward
-            if self._returns_tuple is None:  # ask the real block once what shape its answer has
+            if self.returns_tuple is None:  # ask the real block once what shape its answer has
                 named = {} if keyword is None else {keyword: hidden.clone()}
                 first = (hidden.clone(),) if keyword is None else ()
                 with working_on(self._device):
                     answer = original(*first, *args[1:], **named, **kwargs)
-                self._returns_tuple = isinstance(answer, tuple)
-            return (hidden,) if self._returns_tuple else hidden
+                self.returns_tuple = isinstance(answer, tuple)
+            return (hidden,) if self.returns_tuple else hidden
 
         return forward

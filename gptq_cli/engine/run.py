@@ -8,22 +8,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
-from gptq_cli.engine.block import Block, Store
+from gptq_cli.engine.block import Block, Store, WorkOptions
 from gptq_cli.engine.capture import Captured, capture
+from gptq_cli.engine.head import HeadWork, quantize_head
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.weights import check_finite, load_resident
-from gptq_cli.placement.device import CPU
+from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
-from gptq_cli.results.run import BlockReport
+from gptq_cli.results.run import BlockReport, LinearReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +40,20 @@ class EngineRun:
     options: LoopOptions
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What became of every block, and of the head where it was quantized too."""
+
+    blocks: tuple[BlockReport, ...]
+    head: LinearReport | None
+
+
 def quantize_model(
     run: EngineRun,
     input_ids: Tensor,  # (samples, seq_len) int64
     store: Store,
     observer: Observer,
-) -> tuple[BlockReport, ...]:
+) -> Quantized:
     """Load the model by the placement and quantize it block by block; `store` gets every finished linear.
 
     The model lives and dies in here: when this returns, its memory is free. Raises what
@@ -63,10 +73,16 @@ def quantize_model(
                 captured = _capture(model, blocks, run, input_ids, observer)
         with frozen_gc():
             reports = quantize_blocks(blocks, captured, run.config, run.options, store, observer)
+            head = None
+            if run.skeleton.head is not None:
+                work = WorkOptions(
+                    config=run.config, strict=run.options.strict, store=store, observer=observer
+                )
+                head = _head(model, blocks, run, work, captured, input_ids)
     del model, provider, blocks, captured
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
-    return reports
+    return Quantized(reports, head)
 
 
 class WeightProvider(Protocol):
@@ -110,21 +126,47 @@ def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]
     ]
 
 
+def _head(
+    model: Any,
+    blocks: Sequence[Block],
+    run: EngineRun,
+    work: WorkOptions,
+    captured: Captured,
+    input_ids: Tensor,
+) -> LinearReport:
+    assert run.skeleton.head is not None
+    main = run.placement.main_device
+    captured.dense.clear()
+    head = HeadWork(
+        model=model,
+        blocks=blocks,
+        info=run.skeleton.head,
+        device=torch_device(run.schedule.head_device or main),
+        input_device=_input_device(model, main),
+        options=work,
+    )
+    return quantize_head(head, captured, input_ids)
+
+
+def _input_device(model: Any, main: Device) -> torch.device:
+    """Where token ids enter: an embedding on the CPU beside accelerators visits the main device."""
+    embedding: torch.device = model.get_input_embeddings().weight.device
+    return torch_device(main) if main != CPU and embedding.type == "cpu" else embedding
+
+
 def _capture(
     model: Any, blocks: Sequence[Block], run: EngineRun, ids: Tensor, observer: Observer
 ) -> Captured:
     def advanced(done: int) -> None:
         observer(PhaseAdvanced("capture", done, len(ids)))
 
-    embedding = model.get_input_embeddings().weight.device
-    offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
     return capture(
         model.base_model,
         [block.module for block in blocks],
         ids,
         batch_size=run.schedule.micro_batch_samples,
         paired_samples=run.config.paired_samples(len(ids)),
-        input_device=torch_device(run.placement.main_device) if offloaded else embedding,
+        input_device=_input_device(model, run.placement.main_device),
         block_device=blocks[0].device,
         advanced=advanced,
     )

@@ -9,13 +9,25 @@ from torch import Tensor, nn
 from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact, dtype_name
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
+from gptq_cli.results.kept import KeptDense
 
 
 def model_facts(skeleton: Skeleton) -> ModelFacts:
     """The skeleton described by numbers."""
     model, config = skeleton.model, skeleton.config.get_text_config()
     traced = skeleton.trace
-    stages = stage_numbers(traced, skeleton.linears)
+    stages = stage_numbers(traced, (*skeleton.linears, *skeleton.by_module))
+
+    def fact(info: LinearInfo) -> LinearFact:
+        return LinearFact(
+            name=info.name,
+            block=info.block,
+            in_features=info.in_features,
+            out_features=info.out_features,
+            stage=stages.get(info.name, 0),
+            routed=traced.complete and info.name in traced.idle and bool(info.block),
+        )
+
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -29,20 +41,24 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         untraced=traced.problem,
         tensors=_tensors(model),
         tied=skeleton.tied,
-        linears=tuple(
-            LinearFact(
-                name=info.name,
-                block=info.block,
-                in_features=info.in_features,
-                out_features=info.out_features,
-                stage=stages[info.name],
-                routed=traced.complete and info.name in traced.idle,
-            )
-            for info in skeleton.linears
-        ),
+        linears=tuple(fact(info) for info in skeleton.linears),
+        head=fact(skeleton.head) if skeleton.head is not None else None,
+        by_module=tuple(fact(info) for info in skeleton.by_module),
+        kept=_kept(skeleton),
+        dense_linears=tuple(skeleton.kept),
         fused=_fused(model, skeleton.blocks),
         already_quantized=skeleton.already_quantized,
         tensor_files_bytes=skeleton.files.size_bytes,
+    )
+
+
+def _kept(skeleton: Skeleton) -> tuple[KeptDense, ...]:
+    """The linears of the blocks among the dense modules, with their reasons."""
+    reasons = {*skeleton.kept.values(), "router", "converted at load"}
+    return tuple(
+        KeptDense(name=item.name, reason=item.reason, linears=item.modules, weights=item.parameters)
+        for item in skeleton.dense
+        if item.reason in reasons
     )
 
 

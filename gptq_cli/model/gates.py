@@ -1,4 +1,4 @@
-"""Linears whose output only gates: small ones that go through a sigmoid or its like before anything is multiplied.
+"""Linears whose output only gates: small ones whose output meets a sigmoid or its like before a product.
 
 A gated delta network computes, beside its wide queries, keys and values, one number per head that says how
 much is forgotten and one that says how much is written. The linears that make them are a thousandth of the

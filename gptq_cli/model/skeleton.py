@@ -75,7 +75,7 @@ class DenseInfo:
     """Class name."""
     reason: str
     """embedding | head | fused experts | router | tied | read, not called | converted at load |
-    outside the blocks | vector | other"""
+    outside the blocks | vector | other, or one of `results.kept`"""
     modules: int
     """Number of modules under the folded name."""
     parameters: int
@@ -110,11 +110,28 @@ class Skeleton:
     """Number of parameters; tied ones count once."""
     problems: tuple[SourceProblem, ...]
     """Of the files, and of files and model together: weights that are missing or have the wrong shape."""
+    kept: Mapping[str, str]
+    """Linears of the blocks that stay dense -> why."""
+    by_module: tuple[LinearInfo, ...] = ()
+    """Those of them that `--module` names, see `model.selection`."""
+    head: LinearInfo | None = None
+    """The output head where it is quantized; its `block` is ""."""
 
     @property
     def quantized_share(self) -> float:
         """Part of the parameters that will be quantized, 0 to 1."""
-        return sum(x.in_features * x.out_features for x in self.linears) / max(1, self.parameters)
+        linears = self.linears if self.head_is_tied else self.packed
+        return sum(x.in_features * x.out_features for x in linears) / max(1, self.parameters)
+
+    @property
+    def head_is_tied(self) -> bool:
+        """True where the quantized head is one tensor with the embedding, which stays dense."""
+        return self.head is not None and any(f"{self.head.name}.weight" in group for group in self.tied)
+
+    @property
+    def packed(self) -> tuple[LinearInfo, ...]:
+        """Everything that is quantized: the linears of the blocks, and the head where it is."""
+        return self.linears if self.head is None else (*self.linears, self.head)
 
     def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
         """The linears of one block in module order."""
@@ -147,7 +164,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks_prefix=prefix,
         blocks=blocks,
         linears=linears,
-        dense=_fold_dense(model, linears, blocks, kept),
+        dense=fold_dense(model, linears, blocks, kept),
         trace=traced,
         dtype=dtype,
         already_quantized=already,
@@ -155,6 +172,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         tied=tied,
         parameters=sum(p.numel() for p in model.parameters()),
         problems=(*files.problems, *_mismatches(model, files, keys)),
+        kept=kept,
     )
 
 
@@ -300,15 +318,16 @@ def _mismatches(model: nn.Module, files: ModelFiles, keys: KeyMap) -> Iterator[S
         )
 
 
-def _fold_dense(
+def fold_dense(
     model: Any, linears: tuple[LinearInfo, ...], blocks: tuple[str, ...], kept: Mapping[str, str]
 ) -> tuple[DenseInfo, ...]:
+    """The modules with weights that are not among `linears`, folded over the blocks, with the reason."""
     quantized = {linear.name for linear in linears}
     head = model.get_output_embeddings()
     total = max(1, sum(p.numel() for p in model.parameters()))
     inside = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
-    folded: dict[str, tuple[str, str, int, int]] = {}
+    folded: dict[tuple[str, str], tuple[str, int, int]] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if not own:
@@ -319,8 +338,9 @@ def _fold_dense(
         size = sum(p.numel() for p in own.values() if id(p) not in counted)
         counted.update(id(p) for p in own.values())
         reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
-        kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
-        folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
+        key = (fold(name), reason)
+        kind, modules, parameters = folded.get(key, (type(module).__name__, 0, 0))
+        folded[key] = (kind, modules + 1, parameters + size)
     return tuple(
         DenseInfo(
             name=name,
@@ -330,7 +350,7 @@ def _fold_dense(
             parameters=parameters,
             share=parameters / total,
         )
-        for name, (kind, reason, modules, parameters) in folded.items()
+        for (name, reason), (kind, modules, parameters) in folded.items()
     )
 
 

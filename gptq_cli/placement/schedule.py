@@ -18,6 +18,10 @@ ReplayReason = Literal["memory", "experts", "not-sequential"]
 tokens, or stages that are all collected in one pass (`true_sequential` off)."""
 
 
+HEAD_ROWS = 16_384
+"""Rows of an output head that are solved at a time; a multiple of 32, so that pieces fill whole words."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSchedule:
     """One decoder block."""
@@ -60,6 +64,8 @@ class Schedule:
     """Tokens of a sample."""
     blocks: tuple[BlockSchedule, ...]
     """In model order."""
+    head_device: Device | None = None
+    """Where the output head is worked on; None where it stays dense."""
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from gptq_cli import __version__
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint import writer as writer_module
-from gptq_cli.checkpoint.layout import dense_patterns, modules_in_block, plan_checkpoint
+from gptq_cli.checkpoint.layout import dense_names, dynamic_of, modules_in_block, plan_checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, NonFinite
@@ -415,13 +415,13 @@ def test_dense_is_copied_in_pieces(tiny_llama: Path, tmp_path: Path, monkeypatch
 def test_dense_modules_inside_blocks_are_declared(tiny: TinyFactory, tmp_path: Path) -> None:
     for name, inside in (("qwen3_moe", "mlp"), ("mixtral", "block_sparse_moe")):
         skeleton = opened(tiny(name))
-        patterns = [re.compile(p) for p in dense_patterns(skeleton)]
+        patterns = [re.compile(p[2:]) for p in dynamic_of(dense_names(skeleton), {}, ())]
         for module in ("experts", "experts.3.gate_proj", "gate"):
             assert any(p.match(f"model.layers.1.{inside}.{module}") for p in patterns)
         for linear in skeleton.linears:
             assert not any(p.match(linear.source_name) for p in patterns)
         assert modules_in_block(skeleton) == ()  # routers and experts are no nn.Linear
-    assert dense_patterns(opened(tiny("llama"))) == ()
+    assert dense_names(opened(tiny("llama"))) == ()
     write_checkpoint(opened(tiny("mixtral")), tmp_path / "out")
     dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
     assert dynamic.keys() == {

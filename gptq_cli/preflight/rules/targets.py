@@ -12,7 +12,9 @@ from typing import Any
 
 from gptq_cli.config import QuantizeConfig, Target
 from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
+from gptq_cli.results.kept import BY_MODULE
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
 from gptq_cli.targets.rules import whole_groups, whole_words
@@ -26,6 +28,8 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--group-size -1", {"group_size": -1}),
     ("--bits 4", {"bits": 4}),
     ("--bits 8", {"bits": 8}),
+    ("--no-quantize-head", {"quantize_head": False}),
+    ("without --module", {"modules": ()}),
 )
 """Option and fields, the change that costs least accuracy or size first."""
 
@@ -130,11 +134,21 @@ def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
 
 
 def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
-    """The checkpoint that would be written, as a reader would find it."""
+    """The checkpoint that would be written, as a reader would find it.
+
+    `config` may be another than that of the job: a change that is tried. Without settings by module the
+    linears that they leave dense are quantized.
+    """
+    head = model.head if config.quantize_head else None
+    by_module = () if config.modules else model.by_module
+    linears = (*model.linears, *by_module, *((head,) if head is not None else ()))
+    config = config.for_model((), head.name if head is not None else None)
+    kept = model.kept if config.modules else tuple(k for k in model.kept if k.reason != BY_MODULE)
+    partly = {fold(linear.name) for linear in linears} & {one.name for one in kept}
     return TargetFacts(
         bits=config.bits,
         group_size=config.group_columns,
-        sym=config.sym,
+        sym=config.sym and all(config.of_linear(linear.name).sym for linear in linears),
         desc_act=config.desc_act,
         checkpoint_format=config.checkpoint_format,
         dtype=model.dtype,
@@ -143,10 +157,14 @@ def _facts(model: ModelFacts, config: QuantizeConfig) -> TargetFacts:
                 name=linear.name,
                 in_features=linear.in_features,
                 out_features=linear.out_features,
-                bits=config.bits,
-                group_size=config.group_columns,
+                bits=config.of_linear(linear.name).bits,
+                group_size=config.of_linear(linear.name).group_columns,
             )
-            for linear in model.linears
+            for linear in linears
         ),
+        lm_head=head is not None,
+        changed=any(config.changed(linear.name) for linear in linears if linear is not head),
+        left_dense=bool(kept),
+        modules_listed=bool(kept) and not partly,
         trivial_g_idx=not config.desc_act,
     )
