@@ -127,8 +127,14 @@ class QuantizeConfig:
     )
     """The paper's B. In exact arithmetic codes do not depend on it. In float32 the error feedback amplifies
     rounding: in one measurement 14 % of the codes differed, and the mean loss by 0.13 %."""
-    modules: tuple[ModuleRule, ...] = ()
-    """Settings by module (`--module`), see `gptq_cli.module_settings`; `of_linear` applies them."""
+    modules: tuple[ModuleRule, ...] = option(
+        (),
+        "Settings of some linears: 'PATTERN=bits:8,group:64', 'PATTERN=dense'; patterns as in a device map. "
+        "Repeatable, later ones win.",
+        name="module",
+        metavar="RULE",
+    )
+    """See `gptq_cli.module_settings`; `of_linear` applies them."""
 
     @classmethod
     def of(cls, recipe: Recipe = "balanced", **given: Any) -> QuantizeConfig:

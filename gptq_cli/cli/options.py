@@ -156,8 +156,7 @@ Modules = Annotated[
     list[str] | None,
     option(
         "--module",
-        "Settings of some linears: 'PATTERN=bits:8,group:64', 'PATTERN=dense'; patterns as in a device map. "
-        "Repeatable, later ones win.",
+        config.QuantizeConfig.__dataclass_fields__["modules"].metadata["help"],
         RECIPE,
         "RULE",
     ),

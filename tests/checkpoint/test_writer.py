@@ -21,10 +21,13 @@ from gptq_cli import __version__
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint import writer as writer_module
 from gptq_cli.checkpoint.layout import dense_names, dynamic_of, modules_in_block, plan_checkpoint
+from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.checkpoint.verify import target_facts
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, NonFinite
 from gptq_cli.model.headers import read_header
+from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source import INDEX
 from tests.checkpoint.unquantized import edit, opened, random_packed, write_checkpoint
@@ -428,3 +431,55 @@ def test_dense_modules_inside_blocks_are_declared(tiny: TinyFactory, tmp_path: P
         r"-:model\.layers\.\d+\.block_sparse_moe\.gate(\..*)?$",
         r"-:model\.layers\.\d+\.block_sparse_moe\.experts(\..*)?$",
     }
+
+
+def test_dynamic_is_folded_where_all_likes_are_alike() -> None:
+    eight = {"bits": 8}
+    found = dynamic_of(
+        ["a.0.gate", "a.1.gate", "a.0.up"],
+        {"a.0.down": eight, "a.1.down": eight, "a.0.q": eight, "a.1.q": {"bits": 2}, "lm_head": eight},
+        ["a.1.up", "a.0.k", "a.1.k"],
+    )
+    assert found == {
+        r"-:a\.\d+\.gate(\..*)?$": {},
+        r"-:a\.0\.up(\..*)?$": {},
+        r"+:a\.\d+\.down$": eight,
+        r"+:a\.0\.q$": eight,
+        r"+:a\.1\.q$": {"bits": 2},
+        "+:lm_head$": eight,
+    }
+
+
+def test_a_mixed_checkpoint_is_read_back(tiny_llama: Path, tmp_path: Path) -> None:
+    """Shapes in the plan, `dynamic` and `lm_head` in the config, and what `open_checkpoint` makes of them."""
+    config = QuantizeConfig.of(
+        group_size=32,
+        quantize_head=True,
+        modules=["model.layers.*.mlp.down_proj=bits:8,group:64", "model.layers.1.self_attn=dense"],
+    ).for_model((), "lm_head")
+    skeleton = select_linears(opened(tiny_llama), config)
+    write_checkpoint(skeleton, tmp_path / "out", config)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    formats = {info.name: (info.format.bits, info.format.group_size) for info in checkpoint.linears}
+    assert formats == {
+        info.name: (config.of_linear(info.name).bits, config.of_linear(info.name).group_columns)
+        for info in skeleton.packed
+    }
+    assert formats["lm_head"] == (8, 32)
+    assert len(formats) == 18
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["lm_head"] is True
+    assert target_facts(checkpoint).lm_head
+    assert target_facts(checkpoint).changed
+
+
+def test_a_tied_head_is_untied_in_the_checkpoint(tiny: TinyFactory, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, quantize_head=True).for_model((), "lm_head")
+    source = tiny("llama_tied")
+    write_checkpoint(select_linears(opened(source), config), tmp_path / "out", config)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    tensors = tensors_of(tmp_path / "out")
+    assert torch.equal(tensors["model.embed_tokens.weight"], tensors_of(source)["model.embed_tokens.weight"])
+    assert "lm_head.weight" not in tensors
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert "lm_head" in {info.name for info in checkpoint.linears}
+    assert not target_facts(checkpoint).changed  # the head has a flag of its own

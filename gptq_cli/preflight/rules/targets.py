@@ -20,6 +20,8 @@ from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_tar
 from gptq_cli.targets.rules import whole_groups, whole_words
 
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--no-quantize-head", {"quantize_head": False}),
+    ("without --module", {"modules": ()}),
     ("--no-desc-act", {"desc_act": False}),
     ("--sym", {"sym": True}),
     ("--group-size 128", {"group_size": 128}),
@@ -28,8 +30,6 @@ _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--group-size -1", {"group_size": -1}),
     ("--bits 4", {"bits": 4}),
     ("--bits 8", {"bits": 8}),
-    ("--no-quantize-head", {"quantize_head": False}),
-    ("without --module", {"modules": ()}),
 )
 """Option and fields, the change that costs least accuracy or size first."""
 
