@@ -17,7 +17,7 @@ from gptq_cli.checkpoint import rules as verify_rules
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint, trivial_g_idx
 from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.checkpoint.open import open_checkpoint
-from gptq_cli.checkpoint.rules import LinearFacts, OrderFacts, VerifyCase, ZerosFacts
+from gptq_cli.checkpoint.rules import HeadFacts, LinearFacts, OrderFacts, VerifyCase, ZerosFacts
 from gptq_cli.checkpoint.zeros import read_zeros
 from gptq_cli.config import Target
 from gptq_cli.devices.out_of_memory import is_out_of_memory
@@ -182,10 +182,13 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True)
 
 def head_of(checkpoint: QuantizedCheckpoint) -> PackedInfo | None:
     """The output head where it is quantized."""
-    module = checkpoint.model.get_output_embeddings()
-    names = {id(one): name for name, one in checkpoint.model.named_modules()}
-    name = names.get(id(module))
+    name = _head_name(checkpoint)
     return next((info for info in checkpoint.linears if info.name == name), None)
+
+
+def _head_name(checkpoint: QuantizedCheckpoint) -> str | None:
+    head = checkpoint.model.get_output_embeddings()
+    return next((name for name, module in checkpoint.model.named_modules() if module is head), None)
 
 
 def _says_config_json(directory: Path) -> bool:
@@ -202,9 +205,22 @@ def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
         has_config_copy=(checkpoint.directory / "quantize_config.json").is_file(),
         problems=checkpoint.files.problems,
         unexpected=tuple(checkpoint.keys.unexpected),
+        head=_head_facts(checkpoint),
         dense=tuple(
             (name, _declared_dense(checkpoint, listed, name)) for name, _ in _dense_linears(checkpoint)
         ),
+    )
+
+
+def _head_facts(checkpoint: QuantizedCheckpoint) -> HeadFacts | None:
+    name = _head_name(checkpoint)
+    if name is None:
+        return None
+    return HeadFacts(
+        name=name,
+        packed=head_of(checkpoint) is not None,
+        declared=checkpoint.config_dict.get("lm_head") is True,
+        tied=any(f"{name}.weight" in group for group in tied_groups(checkpoint.model)),
     )
 
 

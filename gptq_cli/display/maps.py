@@ -23,7 +23,6 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.tables import (
     facts_table,
     findings_table,
-    group_text,
     own_settings_rows,
     quantized_text,
     warnings_rows,
@@ -189,7 +188,7 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
 
 def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]:
     """The facts of a dry run about the work."""
-    group = group_text(plan.group_size)
+    group = fmt.group(plan.group_size)
     reason = f" ({plan.group_reason})" if plan.group_reason else ""
     work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
     smaller = plan.size_before_bytes / plan.size_after_bytes if plan.size_after_bytes else 0.0

@@ -81,7 +81,7 @@ def own_settings_rows(
 ) -> list[tuple[str, RenderableType]]:
     """What differs by module, and which linears of the blocks stay dense and why: one line per pattern."""
     differing = [
-        f"{one.name}: {one.bits} bits, {group_text(one.group_size)}, {symmetry(one.sym)}{_times(one.linears)}"
+        f"{one.name}: {one.bits} bits, {fmt.group(one.group_size)}, {symmetry(one.sym)}{_times(one.linears)}"
         for one in own
     ]
     dense = [f"{one.name}: {one.reason}{_times(one.linears)}" for one in kept]
@@ -90,11 +90,6 @@ def own_settings_rows(
 
 def _times(linears: int) -> str:
     return f" ({fmt.count(linears, 'linear')})" if linears > 1 else ""
-
-
-def group_text(group_size: int) -> str:
-    """`group 64`, `one group per row`."""
-    return "one group per row" if group_size == -1 else f"group {group_size}"
 
 
 def symmetry(sym: bool) -> str:
@@ -109,7 +104,7 @@ def yes(value: bool) -> str:
 
 def recipe(report: RunReport | LoadReport) -> str:
     """`4 bits, group 64, symmetric, format gptq`."""
-    group = group_text(report.group_size)
+    group = fmt.group(report.group_size)
     order = ", desc_act" if report.desc_act else ""
     return f"{report.bits} bits, {group}, {symmetry(report.sym)}{order}, format {report.checkpoint_format}"
 

@@ -30,7 +30,9 @@ class GateFlow(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch lea
 
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._open = set(names)
+        self.names = frozenset(names)
+        """The linears that are followed."""
+        self._open = set(self.names)
         self._carried: dict[int, tuple[Tensor, frozenset[str]]] = {}  # alive, so that ids stay theirs
         self.gating: set[str] = set()
 

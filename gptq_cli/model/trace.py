@@ -17,6 +17,7 @@ model whose forward still fails has an incomplete trace, which says where it sto
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def trace(model: Any, linears: Mapping[str, str]) -> Trace:
             handles.append(module.register_forward_hook(after, always_call=True))
     problem = ""
     try:
-        with torch.no_grad(), watch, flow:
+        with torch.no_grad(), watch, flow if flow.names else nullcontext():
             ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
             model(input_ids=ids, use_cache=False)
     except Exception as error:

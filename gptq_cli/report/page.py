@@ -104,10 +104,13 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
         ("bits per quantized weight", f"{report.bits_per_weight:.3f}"),
         ("quantized", f"{fmt.share(report.quantized_share)} of the parameters"),
         *(
-            ("by module", f"{one.name}: {one.bits} bits, group size {one.group_size}")
+            ("by module", f"{one.name}: {one.bits} bits, {fmt.group(one.group_size)}")
             for one in report.own_settings
         ),
-        *(("stays dense", f"{one.name}: {one.reason}, {one.linears} linears") for one in report.kept_dense),
+        *(
+            ("stays dense", f"{one.name}: {one.reason}, {fmt.count(one.linears, 'linear')}")
+            for one in report.kept_dense
+        ),
         ("dense", ", ".join(report.dense_modules) or "nothing"),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {_plain(report.use_cuda_fp16)}"),
         ("calibration", f"{report.calibration_source}: {report.samples} x {report.seq_len} tokens"),

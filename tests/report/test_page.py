@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from gptq_cli.report.page import report_html
+from gptq_cli.results.kept import OwnSettings
 from tests.display.events import report
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -90,3 +91,13 @@ def test_losses_that_are_not_finite_do_not_break_the_page() -> None:
     broken = tuple(replace(linear, loss=float("nan"), rtn_loss=0.0) for linear in block.linears)
     page = report_html(replace(report(), blocks=(replace(block, linears=broken),)))
     assert "nothing to show" in page
+
+
+def test_bits_of_every_linear_and_the_head() -> None:
+    head = replace(report().linears[0], name="lm_head", bits=8, group_size=-1)
+    own = OwnSettings(name="lm_head", bits=8, group_size=-1, sym=True, linears=1)
+    page = report_html(replace(report(), head=head, own_settings=(own,)))
+    assert "<td>lm_head</td>" in page
+    assert page.count('<td class="n">8</td><td class="n">-1</td>') == 1
+    assert page.count('<td class="n">4</td><td class="n">64</td>') == 21
+    assert "<dt>by module</dt><dd>lm_head: 8 bits, one group per row</dd>" in page
