@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from gptq_cli.config import (
     CalibrationConfig,
     DType,
-    LoadJob,
     ModelRef,
     QuantizeConfig,
     QuantizeJob,
@@ -24,6 +23,7 @@ from gptq_cli.config import (
     parse_shard_size,
 )
 from gptq_cli.events import Event, Observer, ignore, warning_text
+from gptq_cli.load_job import LoadJob
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
 

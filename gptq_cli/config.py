@@ -13,17 +13,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
-from gptq_cli.fields import INT32, INT64, check_choice, check_int, check_utf8, option
+from gptq_cli.fields import INT32, INT64, check_choice, check_int, option
+from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, parse_module_rules, settings_for
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.readers import Target, parse_targets
 
-Bits = Literal[2, 3, 4, 8]
 ActOrder = Literal["none", "static"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
 SolveFor = Literal["own", "dense"]
@@ -38,9 +39,10 @@ Recipe = Literal["fast", "balanced", "best"]
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
+HEAD_BITS = 8
+"""Bits of a quantized head where `--module` does not say otherwise."""
 MIN_PAIRS = 16
 """Samples that both models run on, where there are so many; a quarter of them validates the goal."""
-ALLOWED_BITS: tuple[int, ...] = get_args(Bits)
 
 
 def parse_group_size(value: object) -> GroupSize:
@@ -82,6 +84,10 @@ class QuantizeConfig:
     sym: bool = option(True, "Zero point fixed at the middle code, or free.", off="asym")
     desc_act: bool = option(False, "Groups follow the solving order (g_idx); some servers refuse it.")
     """Columns are solved by falling activation energy; `act_order` gains the same accuracy without g_idx."""
+    quantize_head: bool = option(
+        False, "Quantize the output head too, at 8 bits unless --module says otherwise."
+    )
+    """It is the largest tensor of a small model; Transformers and ExLlamaV2 do not read it quantized."""
     act_order: ActOrder = option(
         "static", "Order of columns inside the solver, groups staying in place: static or none."
     )
@@ -113,6 +119,14 @@ class QuantizeConfig:
     )
     """The paper's B. In exact arithmetic codes do not depend on it. In float32 the error feedback amplifies
     rounding: in one measurement 14 % of the codes differed, and the mean loss by 0.13 %."""
+    modules: tuple[ModuleRule, ...] = option(
+        (),
+        "Settings of some linears: 'PATTERN=bits:8,group:64', 'PATTERN=dense'; patterns as in a device map. "
+        "Repeatable, later ones win.",
+        name="module",
+        metavar="RULE",
+    )
+    """See `gptq_cli.module_settings`; `of_linear` applies them."""
 
     @classmethod
     def of(cls, recipe: Recipe = "balanced", **given: Any) -> QuantizeConfig:
@@ -124,6 +138,8 @@ class QuantizeConfig:
         own = {name: value for name, value in given.items() if value is not None}
         if "group_size" in own:
             own["group_size"] = parse_group_size(own["group_size"])
+        if "modules" in own:
+            own["modules"] = parse_module_rules(own["modules"])
         return cls(**{**RECIPES[recipe], **own})
 
     def __post_init__(self) -> None:
@@ -164,6 +180,32 @@ class QuantizeConfig:
         found = (size for size in AUTO_GROUPS if common % size == 0)
         return replace(self, group_size=next(found, AUTO_GROUPS[-1]))
 
+    def for_model(self, linears: Iterable[tuple[str, int]], head: str | None = None) -> QuantizeConfig:
+        """The same with everything settled for a model of these linears, by name and input columns.
+
+        The group size is a number, for the linears that have none of their own; the bits of the head `head`
+        stand in front of `modules`.
+        """
+        first = ModuleRule(pattern=head, bits=HEAD_BITS) if head is not None and self.quantize_head else None
+        rules = self.modules if first is None or first in self.modules[:1] else (first, *self.modules)
+        if self.group_size != "auto":
+            return self if rules is self.modules else replace(self, modules=rules)
+        own = [columns for name, columns in linears if settings_for(rules, name).group_size is None]
+        return replace(self.for_columns(own), modules=rules)
+
+    def of_linear(self, name: str) -> QuantizeConfig:
+        """The same with the bits, group size and symmetry that `modules` give the linear `name`."""
+        if not self.modules:
+            return self
+        own = settings_for(self.modules, name)
+        return _with_settings(self, own.bits, own.group_size, own.sym)
+
+    def changed(self, name: str) -> dict[str, int | bool]:
+        """The fields in which the linear `name` differs from the rest, by their name in `dynamic`."""
+        own = self.of_linear(name)
+        fields = ("bits", "group_size", "sym")
+        return {item: getattr(own, item) for item in fields if getattr(own, item) != getattr(self, item)}
+
     @property
     def group_columns(self) -> int:
         """`group_size` as a number. Raises `ConfigError` where it is still "auto"."""
@@ -177,8 +219,25 @@ class QuantizeConfig:
 
     @property
     def checkpoint_format(self) -> str:
-        """ "gptq" (v1, stores zero - 1) for symmetric codes, "gptq_v2" (stores the zero) otherwise."""
-        return "gptq" if self.sym else "gptq_v2"
+        """ "gptq" (v1, stores zero - 1) for symmetric codes, "gptq_v2" (stores the zero) otherwise.
+
+        A checkpoint has one format, so one asymmetric module makes it the second; ask the configuration of
+        the whole model, not that of a linear.
+        """
+        asymmetric = not self.sym or any(rule.sym is False for rule in self.modules)
+        return "gptq_v2" if asymmetric else "gptq"
+
+
+@lru_cache(maxsize=4096)
+def _with_settings(
+    config: QuantizeConfig, bits: int | None, group_size: int | None, sym: bool | None
+) -> QuantizeConfig:
+    return replace(
+        config,
+        bits=config.bits if bits is None else bits,
+        group_size=config.group_size if group_size is None else group_size,
+        sym=config.sym if sym is None else sym,
+    )
 
 
 RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
@@ -295,102 +354,3 @@ class InspectJob:
 
     def __post_init__(self) -> None:
         parse_targets(self.targets, self.tp)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How the next token is picked. Greedy when `temperature` is 0, which is the default."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    """0: no limit."""
-    seed: int = 0
-    """Of the draw; the global generators are left as they were."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature <= 100.0:
-            raise ConfigError(f"temperature is {self.temperature}; allowed: 0 (greedy) to 100")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
-        check_int("top_k", self.top_k, 0)
-        check_int("seed", self.seed, 0, maximum=INT64)
-        if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
-            narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
-            raise ConfigError(
-                f"{narrowed}, but temperature is 0, which is greedy",
-                hint="add --temperature 0.7, or leave it out",
-            )
-
-
-GREEDY = Sampling()
-HELD_OUT = "pydoc-heldout"
-"""The text to measure on where none is named: calibration leaves it out by default."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadJob:
-    """Everything that `gptq load` needs to know."""
-
-    path: str
-    device_map: DeviceMap | None = None
-    """None: the current accelerator, or the CPU where there is none."""
-    dtype: DType = "auto"
-    trust_remote_code: bool = False
-    kernel: KernelChoice = "auto"
-    compile: bool = False
-    """Let torch.compile fuse what lies between the kernels."""
-    prompt: str | None = None
-    raw: bool = False
-    """Give the prompt to the model as it stands, without the chat template."""
-    max_new_tokens: int = 64
-    sampling: Sampling = GREEDY
-    evaluate: str | None = None
-    """Text to measure perplexity on: any source that `CalibrationConfig.source` takes."""
-    seq_len: int = 512
-    windows: int = 64
-    against: str | None = None
-    """The dense model to compare with: a directory or a Hub model id."""
-    max_kl: float | None = None
-    """The job fails (exit 5) where KL(dense ‖ quantized) is above this."""
-    max_perplexity: float | None = None
-    bench: bool = False
-    verify: bool = False
-    targets: tuple[Target, ...] = ()
-    """Readers that should take the checkpoint; exit 5 where one will not."""
-    tp: int = 1
-    """Ranks of tensor parallelism on which they should."""
-
-    def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, get_args(DType))
-        check_choice("kernel", self.kernel, get_args(KernelChoice))
-        check_int("max_new_tokens", self.max_new_tokens, 1)
-        check_int("seq_len", self.seq_len, 2)
-        check_int("windows", self.windows, 1)
-        parse_targets(self.targets, self.tp)
-        if self.prompt is not None:
-            check_utf8("prompt", self.prompt)
-        if self.against == "":
-            raise ConfigError("against is empty; allowed: a directory or a Hub model id")
-        _gate("max_kl", self.max_kl, self.against, "--against DENSE")
-        _gate("max_perplexity", self.max_perplexity, self.text, "--eval SOURCE")
-
-    @property
-    def text(self) -> str | None:
-        """The text to measure on: `evaluate`, or where only `against` is given, `HELD_OUT`."""
-        return self.evaluate or (HELD_OUT if self.against is not None else None)
-
-    @property
-    def opens(self) -> bool:
-        """Whether the model itself is needed; --verify and --target alone read the files."""
-        uses = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
-        return any(uses) or not (self.verify or self.targets)
-
-
-def _gate(name: str, limit: float | None, measurement: str | None, needed: str) -> None:
-    if limit is None:
-        return
-    if not (math.isfinite(limit) and limit >= 0):
-        raise ConfigError(f"{name} is {limit}; allowed: a number of at least 0")
-    if measurement is None:
-        raise ConfigError(f"{name} is {limit}, but nothing is measured for it", hint=f"add {needed}")

@@ -8,18 +8,16 @@ from typing import Any, get_args
 import pytest
 
 from gptq_cli.config import (
-    HELD_OUT,
     RECIPE_FIELDS,
     RECIPES,
     CalibrationConfig,
-    LoadJob,
     ModelRef,
     QuantizeConfig,
     Recipe,
-    Sampling,
     parse_group_size,
 )
 from gptq_cli.errors import ConfigError
+from gptq_cli.load_job import HELD_OUT, LoadJob, Sampling
 from gptq_cli.readers import parse_targets
 
 

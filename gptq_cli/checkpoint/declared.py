@@ -7,6 +7,7 @@ and `block_name_to_quantize` alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -20,15 +21,18 @@ from gptq_cli.targets.names import finds_blocks
 
 
 def declared_dynamic(
-    skeleton: Skeleton, overrides: Mapping[str, Override | None] | None = None
+    skeleton: Skeleton, changed: Mapping[str, Mapping[str, int | bool]] = MappingProxyType({})
 ) -> dict[str, dict[str, Any]]:
-    """`dynamic`: everything with matrices that stays dense, and `overrides`, by the linears' names in the
-    model."""
-    changed = overrides or {}
+    """`dynamic`: everything with matrices that stays dense, and what is `changed`: fields by the names of
+    linears in the files."""
     dense = dict(_dense_modules(skeleton))
     aliases = {source: name for source, name in dense.items() if _differs(source, name)}
-    aliases |= {x.source_name: x.name for x in skeleton.linears if _differs(x.source_name, x.name)}
-    return render({x.source_name: changed.get(x.name) for x in skeleton.linears}, dense, aliases)
+    aliases |= {x.source_name: x.name for x in skeleton.packed if _differs(x.source_name, x.name)}
+    overrides = {
+        name: Override(**fields)  # type: ignore[arg-type]  # by name
+        for name, fields in changed.items()
+    }
+    return render({x.source_name: overrides.get(x.source_name) for x in skeleton.packed}, dense, aliases)
 
 
 def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:

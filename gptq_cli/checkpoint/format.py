@@ -14,8 +14,9 @@ from typing import Any
 
 from gptq_cli import __version__
 from gptq_cli.checkpoint.dynamic_rules import DynamicRules, parse_dynamic
-from gptq_cli.config import ALLOWED_BITS, QuantizeConfig
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import CheckpointError
+from gptq_cli.module_settings import ALLOWED_BITS
 
 PART_DTYPES = MappingProxyType({"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"})
 """The tensors of a packed linear, `<linear>.qweight` and so on, in order, with the dtypes that we write."""
@@ -87,9 +88,10 @@ class CheckpointFormat:
 def quantization_dict(
     quantize: QuantizeConfig,
     *,
-    dynamic: Mapping[str, Mapping[str, Any]] | None = None,
+    dynamic: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     modules_in_block: tuple[str, ...] = (),
     block_name: str = "",
+    lm_head: bool = False,
 ) -> dict[str, Any]:
     """The dictionary we write. What it says of linears and blocks is made in `checkpoint.declared`."""
     result: dict[str, Any] = {
@@ -100,8 +102,8 @@ def quantization_dict(
         "quant_method": "gptq",
         "checkpoint_format": quantize.checkpoint_format,
         "format": quantize.checkpoint_format,
-        "lm_head": False,
-        "dynamic": dict(dynamic or {}),
+        "lm_head": lm_head,
+        "dynamic": {pattern: dict(fields) for pattern, fields in dynamic.items()},
         "pack_dtype": "int32",
         "true_sequential": quantize.true_sequential,
         "damp_percent": quantize.damp_percent,

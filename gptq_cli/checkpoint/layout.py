@@ -74,12 +74,13 @@ class CheckpointPlan:
         return sum(tensor.size_bytes for shard in self.shards for tensor in shard.tensors)
 
 
-def packed_format(quantize: QuantizeConfig) -> PackedFormat:
-    """The format in which a configuration is stored."""
+def packed_format(quantize: QuantizeConfig, linear: str | None = None) -> PackedFormat:
+    """The format in which a configuration is stored; with `linear`, the one of that linear."""
+    own = quantize if linear is None else quantize.of_linear(linear)
     return PackedFormat(
-        bits=quantize.bits,
-        group_size=quantize.group_columns,
-        sym=quantize.sym,
+        bits=own.bits,
+        group_size=own.group_columns,
+        sym=own.sym,
         desc_act=quantize.desc_act,
         checkpoint_format=quantize.checkpoint_format,
     )
@@ -110,22 +111,30 @@ def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[lis
     """Tensors in natural order of their names; the parts of one linear stay together in a file."""
     packed: dict[str, list[LinearInfo]] = {}
     cut: dict[str, list[LinearInfo]] = {}
-    for linear in skeleton.linears:
+    for linear in skeleton.packed:
         packed.setdefault(linear.source_key, []).append(linear)
         if linear.bias_cut is not None:
             cut.setdefault(linear.bias_cut.source_key, []).append(linear)
-    form = packed_format(quantize)
+    known = {tensor.name for tensor in skeleton.files.tensors}
     stored, run = main_dtype(skeleton.files), dtype_name(skeleton.dtype)
     for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
         dtype = run if tensor.dtype == stored else tensor.dtype
         for linear in packed.get(tensor.name, ()):
-            shapes = form.shapes(linear.in_features, linear.out_features)
-            yield [
-                PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
-                for part in PART_DTYPES
-            ]
+            yield _packed_tensors(linear, quantize)
         for linear in cut.get(tensor.name, ()):
             shape = (linear.out_features,)
             yield [PlannedTensor(f"{linear.source_name}.bias", dtype, shape, tensor, linear.bias_cut)]
         if tensor.name not in packed and tensor.name not in cut:
             yield [PlannedTensor(tensor.name, dtype, tensor.shape, tensor)]
+    for source, linears in packed.items():
+        if source not in known:  # a head whose weight is the embedding's in the source
+            for linear in linears:
+                yield _packed_tensors(linear, quantize)
+
+
+def _packed_tensors(linear: LinearInfo, quantize: QuantizeConfig) -> list[PlannedTensor]:
+    shapes = packed_format(quantize, linear.name).shapes(linear.in_features, linear.out_features)
+    return [
+        PlannedTensor(f"{linear.source_name}.{part}", PART_DTYPES[part], shapes[part], None)
+        for part in PART_DTYPES
+    ]

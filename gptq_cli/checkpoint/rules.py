@@ -88,6 +88,18 @@ class LinearFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadFacts:
+    """The output head."""
+
+    name: str
+    packed: bool
+    declared: bool
+    """The config says `lm_head` true."""
+    tied: bool
+    """The config says that it is the embedding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyCase:
     """A checkpoint: either why it cannot be opened, or what is in it."""
 
@@ -107,6 +119,7 @@ class VerifyCase:
     """Tensors that have no place in the model, in modules that the config declares dense."""
     dense: tuple[tuple[str, bool], ...] = ()
     """(name, declared so in the config) of linears in the blocks that are not packed."""
+    head: HeadFacts | None = None
     linears: tuple[LinearFacts, ...] = ()
     not_finite: tuple[str, ...] = ()
     """Dense tensors with NaN or infinite values."""
@@ -133,6 +146,26 @@ def config_copy(case: VerifyCase) -> Iterator[Remark]:
     """There is no quantize_config.json, where older readers look for the settings."""
     if not case.has_config_copy:
         yield Remark(subject=case.path, message="there is no quantize_config.json")
+
+
+@rule("warning", topics=("files",))
+def head_agrees(case: VerifyCase) -> Iterator[Remark]:
+    """Config and files disagree about the output head: whether it is quantized, or a tensor of its own.
+
+    vLLM, SGLang and GPTQModel go by `lm_head` in the config, and a head that is tied to the embedding is
+    not read from the files at all.
+    """
+    head = case.head
+    if head is None or (head.packed == head.declared and not (head.packed and head.tied)):
+        return
+    if head.declared and not head.packed:
+        message, hint = "the config says lm_head true, but the files hold it dense", "set lm_head to false"
+    elif not head.declared:
+        message, hint = "it is quantized, but the config says lm_head false", "set lm_head to true"
+    else:
+        message = "it is quantized, but the config ties it to the embedding: readers that tie drop its codes"
+        hint = "set tie_word_embeddings to false in config.json"
+    yield Remark(subject=head.name, message=message, hint=hint)
 
 
 @rule("warning", topics=("names",))

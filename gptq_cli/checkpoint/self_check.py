@@ -37,7 +37,7 @@ def check_written(directory: Path, skeleton: Skeleton) -> None:
 
 def _differences(checkpoint: QuantizedCheckpoint, skeleton: Skeleton) -> Iterator[str]:
     found = {info.source_name for info in (*checkpoint.linears, *checkpoint.experts)}
-    wanted = {linear.source_name for linear in skeleton.linears}
+    wanted = {linear.source_name for linear in skeleton.packed}
     yield from (f"{name} was quantized, but is not read as quantized" for name in sorted(wanted - found))
     yield from (f"{name} is read as quantized, but was left dense" for name in sorted(found - wanted))
     for finding in check_structure(checkpoint):

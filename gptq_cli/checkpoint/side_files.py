@@ -17,13 +17,20 @@ _INNER_CONFIGS = 2
 """How deep configs stand inside config.json: thinker_config has a text_config."""
 
 
-def checkpoint_config(source: Path, quantization: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def checkpoint_config(
+    source: Path, quantization: Mapping[str, Any], dtype: torch.dtype, *, untie: bool = False
+) -> dict[str, Any]:
     """The source's config.json with the quantization and the dtype set, and nothing else changed.
 
     A quantization of the source, whose weights were decoded, is replaced wherever a config keeps one.
+    `untie`: say that the head is not the embedding, which a quantized head never is.
     """
     config = _with_dtype(read_json(source / "config.json"), dtype_name(dtype))
     config.pop("compression_config", None)
+    if untie:  # a class may tie by default, so it is said wherever readers look
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"]["tie_word_embeddings"] = False
     config["quantization_config"] = dict(quantization)
     return config
 

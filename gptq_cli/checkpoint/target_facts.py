@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.facts import dtype_name
@@ -20,8 +20,6 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True,
     packed = (*checkpoint.linears, *checkpoint.experts)
     scales = {t.dtype for t in checkpoint.tensors if t.name.endswith(".scales")}
     splits = find_splits(checkpoint.config, ((x.name, x.in_features, x.out_features) for x in packed))
-    head = output_head(checkpoint.model)
-    names = {id(module): name for name, module in checkpoint.model.named_modules()}
     return TargetFacts(
         bits=form.base.bits,
         group_size=form.base.group_size,
@@ -45,7 +43,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True,
         dense=_all_dense_linears(checkpoint),
         dense_experts=_dense_experts(checkpoint),
         scale_dtype=min(scales - {"float16"}, default="float16"),
-        lm_head=names.get(id(head)) in {info.name for info in checkpoint.linears},
+        lm_head=head_of(checkpoint) is not None,
         modules_listed=bool(checkpoint.config_dict.get("modules_in_block_to_quantize")),
         blocks_found=_blocks_found(checkpoint),
         trivial_g_idx=trivial_g_idx,
@@ -54,6 +52,18 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True,
         hidden_size=int(getattr(checkpoint.config.get_text_config(), "hidden_size", 0) or 0),
         tp=tp,
     )
+
+
+def head_of(checkpoint: QuantizedCheckpoint) -> PackedInfo | None:
+    """The output head where it is quantized."""
+    name = head_name(checkpoint)
+    return next((info for info in checkpoint.linears if info.name == name), None)
+
+
+def head_name(checkpoint: QuantizedCheckpoint) -> str | None:
+    """Name of the output head in the model; None where it has none."""
+    head = output_head(checkpoint.model)
+    return next((name for name, module in checkpoint.model.named_modules() if module is head), None)
 
 
 def _all_dense_linears(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:

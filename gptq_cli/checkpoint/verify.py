@@ -17,8 +17,8 @@ from gptq_cli.checkpoint import rules as verify_rules
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint, trivial_g_idx
 from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.checkpoint.open import open_checkpoint
-from gptq_cli.checkpoint.rules import LinearFacts, OrderFacts, VerifyCase, ZerosFacts
-from gptq_cli.checkpoint.target_facts import target_facts
+from gptq_cli.checkpoint.rules import HeadFacts, LinearFacts, OrderFacts, VerifyCase, ZerosFacts
+from gptq_cli.checkpoint.target_facts import head_name, head_of, target_facts
 from gptq_cli.checkpoint.zeros import read_zeros
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError
@@ -169,9 +169,22 @@ def _structure(checkpoint: QuantizedCheckpoint) -> VerifyCase:
         problems=checkpoint.files.problems,
         unexpected=tuple(name for name in checkpoint.keys.unexpected if name not in kept),
         kept=kept,
+        head=_head_facts(checkpoint),
         dense=tuple(
             (name, _declared_dense(checkpoint, listed, name)) for name, _ in _dense_linears(checkpoint)
         ),
+    )
+
+
+def _head_facts(checkpoint: QuantizedCheckpoint) -> HeadFacts | None:
+    name = head_name(checkpoint)
+    if name is None:
+        return None
+    return HeadFacts(
+        name=name,
+        packed=head_of(checkpoint) is not None,
+        declared=checkpoint.config_dict.get("lm_head") is True,
+        tied=any(f"{name}.weight" in group for group in tied_groups(checkpoint.model)),
     )
 
 

@@ -40,6 +40,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
+from gptq_cli.model.selection import changed_settings
 from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
 from gptq_cli.model.streamed import StreamedReader
@@ -157,15 +158,21 @@ class CheckpointWriter:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
         quantization = quantization_dict(
             self._quantize,
-            dynamic=declared_dynamic(self._skeleton),
+            dynamic=declared_dynamic(self._skeleton, changed_settings(self._skeleton, self._quantize)),
             modules_in_block=modules_in_block(self._skeleton),
             block_name=block_name(self._skeleton),
+            lm_head=self._skeleton.head is not None,
         )
-        source = self._skeleton.files.directory
+        config = checkpoint_config(
+            self._skeleton.files.directory,
+            quantization,
+            self._skeleton.dtype,
+            untie=self._skeleton.head_is_tied,
+        )
         with self._disk():
             if len(self.plan.shards) > 1:
                 self._json(INDEX, self._index())
-            self._json("config.json", checkpoint_config(source, quantization, self._skeleton.dtype))
+            self._json("config.json", config)
             self._json("quantize_config.json", quantization)
             self._json("report.json", report)
         check_written(self._work, self._skeleton)

@@ -59,9 +59,9 @@ class ConfigFields:
             )
 
 
-CODES = ("bits", "group_size", "sym", "desc_act")
+CODES = ("bits", "group_size", "sym", "desc_act", "quantize_head")
 """Fields that say what a checkpoint holds; the others say how it is found."""
-_SOLVER = tuple(item.name for item in fields(QuantizeConfig) if item.name not in CODES)
+_SOLVER = tuple(item.name for item in fields(QuantizeConfig) if item.name not in (*CODES, "modules"))
 
 Codes = Annotated[Mapping[str, Any], ConfigFields(QuantizeConfig, RECIPE, CODES)]
 Solver = Annotated[Mapping[str, Any], ConfigFields(QuantizeConfig, SOLVER, _SOLVER)]

@@ -32,6 +32,7 @@ def inspect_map(
     explain: o.Explain = None,
     recipe: o.Recipe = "balanced",
     codes: Codes,
+    module: o.Modules = None,
     solver: SolverMemory,
     text: TextSize,
     dtype: o.DType = "auto",
@@ -54,11 +55,11 @@ def inspect_map(
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
-        quantize=QuantizeConfig.of(recipe, **codes, **solver),
+        quantize=QuantizeConfig.of(recipe, **codes, **solver, modules=module),
         calibration=CalibrationConfig(**text),
         targets=parse_targets(target or (), tp),
         tp=tp,
-        asked=frozenset(name for name in CODES if _given(context, name)),
+        asked=frozenset(name for name in CODES if _given(context, name)) | ({"modules"} if module else set()),
     )
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs

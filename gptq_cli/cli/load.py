@@ -8,8 +8,8 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.output import Session, show, watch
-from gptq_cli.config import LoadJob, Sampling
 from gptq_cli.errors import ConfigError, QualityGateFailed
+from gptq_cli.load_job import LoadJob, Sampling
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.readers import parse_targets
 from gptq_cli.results.load import LoadReport

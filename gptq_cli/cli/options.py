@@ -152,6 +152,17 @@ Recipe = Annotated[
 ]
 
 
+Modules = Annotated[
+    list[str] | None,
+    option(
+        "--module",
+        config.QuantizeConfig.__dataclass_fields__["modules"].metadata["help"],
+        RECIPE,
+        "RULE",
+    ),
+]
+
+
 DeviceMapText = Annotated[
     str,
     option(

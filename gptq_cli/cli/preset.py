@@ -4,6 +4,8 @@
     group_size = 128                                         or "auto"
     device_map = { "model.embed_tokens" = 0, rest = 1 }      a table where the option takes NAME=VALUE,…
     max_memory = { 0 = "20GiB", cpu = "48GiB" }
+    [modules]                                                settings by module, --module on the command line
+    "model.layers.*.mlp.down_proj" = "bits:8,group:64"       or a table: { bits = 8, group = 64 }
 
 Flags and GPTQ_* variables override it. A preset may serve all commands: options of another command are
 skipped, unknown ones are an error. Paths in it are relative to the working directory. Those in
@@ -28,6 +30,7 @@ import typer
 
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import open_once, reason, shown
+from gptq_cli.module_settings import MODULE_KEYS, ModuleRule
 
 TABLES = ("device_map", "max_memory", "devices")
 """Options that a preset may write as a table."""
@@ -108,6 +111,8 @@ def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
     values: dict[str, object] = {}
     for key, held in table.items():
         name = key.replace("-", "_")
+        if name == "modules" and "module" in options:
+            name, held = "module", _module_rules(path, held)
         if name not in options:
             section = "keys stand at the top, not in a section" if isinstance(held, dict) else None
             hint = section or did_you_mean(key, options)
@@ -184,6 +189,26 @@ def _checked(path: Path, key: str, held: object, hint: Any) -> object:
         listed.append("a table of names and values")
     found = shown(json.dumps(held, default=str))
     raise ConfigError(f"preset {str(path)!r}: {key} is {found}; allowed: {', '.join(listed)}")
+
+
+def _module_rules(path: Path, held: object) -> object:
+    """The table [modules] as texts of --module; nested tables are joined by dots, as in a device map."""
+    if not isinstance(held, dict):
+        return held
+    found: list[str] = []
+
+    def walk(prefix: str, value: object) -> None:
+        if isinstance(value, dict) and not (prefix and value.keys() <= MODULE_KEYS):
+            for key, item in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, item)
+            return
+        try:
+            found.append(str(ModuleRule.of(prefix, value)))
+        except ConfigError as error:
+            raise ConfigError(f"preset {str(path)!r}: {error.message}", hint=error.hint) from error
+
+    walk("", held)
+    return found
 
 
 def _alternatives(hint: Any) -> list[Any]:

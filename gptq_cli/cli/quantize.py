@@ -42,6 +42,7 @@ def quantize(
     report: o.Report = None,
     recipe: o.Recipe = "balanced",
     codes: Codes,
+    module: o.Modules = None,
     text: Text,
     device_map: o.DeviceMapText = "auto",
     max_memory: o.MaxMemoryText = None,
@@ -64,7 +65,7 @@ def quantize(
     The checkpoint appears at the very end: an interrupted run leaves nothing that looks like one.
     """
     session: Session = context.obj
-    quantize_config = QuantizeConfig.of(recipe, **codes, **solver)
+    quantize_config = QuantizeConfig.of(recipe, **codes, **solver, modules=module)
     if devices is not None and not dry_run:
         raise ConfigError(
             "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"

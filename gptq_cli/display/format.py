@@ -49,6 +49,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def group(group_size: int) -> str:
+    """`group 64`, `one group per row`."""
+    return "one group per row" if group_size == -1 else f"group {group_size}"
+
+
 def loss(value: float) -> str:
     """A relative loss in at most seven characters: `0.0123`, `1.2e-05`, `nan`."""
     if not math.isfinite(value):

@@ -20,7 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
-from gptq_cli.display.tables import facts_table, findings_table, quantized_text, warnings_rows
+from gptq_cli.display.tables import (
+    facts_table,
+    findings_table,
+    own_settings_rows,
+    quantized_text,
+    warnings_rows,
+)
+from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
 
 GLYPHS = (
@@ -47,7 +54,9 @@ def map_summary(report: MapReport) -> Group:
     if report.offload or report.offload_skipped:
         parts += ["", facts_table(_offload_rows(report))]
     if report.plan is not None:
-        parts += ["", *_plan(report.plan)]
+        parts += ["", *_plan(report.plan, report.kept_dense)]
+    elif report.kept_dense:
+        parts += ["", facts_table(own_settings_rows((), report.kept_dense))]
     if report.findings:
         parts += ["", findings_table(report.findings)]
     verdict = Text(" verdict: ", style="bold").append(report.verdict, style=VERDICT_STYLES[report.verdict])
@@ -177,9 +186,9 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
     return [(glyphs, style) for glyphs, style in segments if glyphs]
 
 
-def _plan(plan: QuantizePlan) -> list[RenderableType]:
+def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]:
     """The facts of a dry run about the work."""
-    group = "one group per row" if plan.group_size == -1 else f"group {plan.group_size}"
+    group = fmt.group(plan.group_size)
     reason = f" ({plan.group_reason})" if plan.group_reason else ""
     work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
     smaller = plan.size_before_bytes / plan.size_after_bytes if plan.size_after_bytes else 0.0
@@ -187,6 +196,7 @@ def _plan(plan: QuantizePlan) -> list[RenderableType]:
     rows: list[tuple[str, RenderableType]] = [
         ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
         ("recipe", f"{plan.bits} bits, {group}{reason}"),
+        *own_settings_rows(plan.own_settings, kept),
         ("quantized", quantized_text(plan)),
         ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits per parameter"),
     ]
@@ -201,5 +211,8 @@ def _plan(plan: QuantizePlan) -> list[RenderableType]:
         for index, (name, in_features, out_features) in enumerate(stage.linears):
             blocks = f" {stage.blocks} x" if index == 0 else ""
             table.add_row(blocks, Text(name), f"{out_features} x {in_features}")
+    if plan.head is not None:
+        name, in_features, out_features = plan.head
+        table.add_row(" head", Text(name), f"{out_features} x {in_features}")
     facts = facts_table(rows)
     return [facts, "", table] if plan.stages else [facts]

@@ -104,6 +104,13 @@ def _merged(known: tuple[DeviceMemory, ...], news: tuple[DeviceMemory, ...]) -> 
     return tuple(devices.values())
 
 
+def _counted(block: BlockState | None, name: str) -> BlockState | None:
+    """The block in progress with one linear more, if that is its own: the head belongs to none."""
+    if block is None or block.name != name:
+        return block
+    return replace(block, linears_done=block.linears_done + 1)
+
+
 def advance(state: State, event: Event, now: float) -> State:
     """The state after `event`, which happened at `now` seconds."""
     match event:
@@ -144,7 +151,7 @@ def advance(state: State, event: Event, now: float) -> State:
         case LinearQuantized():
             return replace(
                 state,
-                block=state.block and replace(state.block, linears_done=state.block.linears_done + 1),
+                block=_counted(state.block, event.block),
                 recent=(*state.recent, Recent(event.block, event.report))[-REMEMBERED:],
                 linears_done=state.linears_done + 1,
                 fallbacks=state.fallbacks + (event.report.method != "gptq"),

@@ -17,6 +17,7 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.picture import method_text
 from gptq_cli.events import FindingRaised, warning_text
 from gptq_cli.findings import Finding, Level, PreflightReport
+from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
 from gptq_cli.results.run import LinearReport, RunReport
@@ -75,6 +76,27 @@ def facts_table(rows: Sequence[tuple[str, RenderableType]]) -> Table:
     return table
 
 
+def own_settings_rows(
+    own: Sequence[OwnSettings], kept: Sequence[KeptDense]
+) -> list[tuple[str, RenderableType]]:
+    """What differs by module, and which linears of the blocks stay dense and why: one line per pattern."""
+    differing = [
+        f"{one.name}: {one.bits} bits, {fmt.group(one.group_size)}, {symmetry(one.sym)}{_times(one.linears)}"
+        for one in own
+    ]
+    dense = [f"{one.name}: {one.reason}{_times(one.linears)}" for one in kept]
+    return [*listed("by module", differing), *listed("stays dense", dense)]
+
+
+def _times(linears: int) -> str:
+    return f" ({fmt.count(linears, 'linear')})" if linears > 1 else ""
+
+
+def symmetry(sym: bool) -> str:
+    """`symmetric` or `asymmetric`."""
+    return "symmetric" if sym else "asymmetric"
+
+
 def yes(value: bool) -> str:
     """`yes` or `no`."""
     return "yes" if value else "no"
@@ -82,10 +104,9 @@ def yes(value: bool) -> str:
 
 def recipe(report: RunReport | LoadReport) -> str:
     """`4 bits, group 64, symmetric, format gptq`."""
-    group = "one group per row" if report.group_size == -1 else f"group {report.group_size}"
-    kind = "symmetric" if report.sym else "asymmetric"
+    group = fmt.group(report.group_size)
     order = ", desc_act" if report.desc_act else ""
-    return f"{report.bits} bits, {group}, {kind}{order}, format {report.checkpoint_format}"
+    return f"{report.bits} bits, {group}, {symmetry(report.sym)}{order}, format {report.checkpoint_format}"
 
 
 def run_summary(report: RunReport) -> Group:
@@ -122,6 +143,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
             f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_parameter:.3f} bits per parameter",
         ),
         ("quantized", f"{quantized_text(report)}{dense}"),
+        *own_settings_rows(report.own_settings, report.kept_dense),
         ("calibration", f"{report.calibration_source}, {tokens}, seed {report.seed}"),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),

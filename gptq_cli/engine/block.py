@@ -29,6 +29,7 @@ from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
 from gptq_cli.engine.finite import non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
+from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.residuals import find_residuals
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
@@ -37,7 +38,6 @@ from gptq_cli.gptq.goal import StepChoice
 from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.packing import PackedTensors, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
-from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
@@ -99,6 +99,10 @@ class BlockContext:
     stages: tuple[Stage, ...]
     residuals: Mapping[str, str]
     """Linear -> where the residual is seen that its output is added to, see `engine.residuals`."""
+
+    def configs(self, stage: Stage) -> tuple[QuantizeConfig, ...]:
+        """The settings of each linear of the stage."""
+        return tuple(self.options.config.of_linear(self.infos[name].name) for name in stage.linears)
 
     def family(self, stage: Stage) -> tuple[str, int]:
         """What the stages that are like it have in common: their folded names and K."""
@@ -175,9 +179,7 @@ def quantize_block(
     """
     reports: list[LinearReport] = []
     passes = context.passes()
-    experts = ExpertSolver(
-        context.options.config, context.block.schedule, lambda stage: _weights(context, stage)
-    )
+    experts = ExpertSolver(context.configs, context.block.schedule, lambda stage: _weights(context, stage))
     with ExitStack() as opened:
         streams = _open_streams(context, inputs, opened)
         for index, stages in enumerate(passes):
@@ -317,7 +319,7 @@ def _solve(
     goals, step = moments.goal(weights, hessian, config.damp_percent)
     moments.free()
     try:
-        solved = quantize_linears(weights, hessian, config, goals=goals)
+        solved = solve_mixed(weights, hessian, context.configs(stage), goals)
     except NonFinite as error:
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
@@ -339,16 +341,18 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
     config, tokens = context.options.config, solved.tokens
     routed = context.is_expert(solved.stage)
     seconds = solved.seconds / len(solved.linears)
-    for name in solved.stage.linears:
+    for name, own in zip(solved.stage.linears, context.configs(solved.stage), strict=True):
         quantized = solved.linears.pop(0)
         info, module = context.infos[name], context.modules[name]
-        _check_fallback(context, info, quantized, tokens)
+        check_fallback(context.options, info, quantized, tokens)
         assign(module, quantized.dequantize(weight_matrix(module).dtype))
-        context.options.store(info, pack(quantized, config.bits, config.checkpoint_format))
+        context.options.store(info, pack(quantized, own.bits, config.checkpoint_format))
         report = LinearReport(
             name=info.name,
             in_features=info.in_features,
             out_features=info.out_features,
+            bits=own.bits,
+            group_size=own.group_columns,
             loss=quantized.loss,
             rtn_loss=quantized.rtn_loss,
             damp_percent=quantized.damp_percent,
@@ -365,7 +369,7 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
         yield report
 
 
-def _check_fallback(context: BlockContext, info: LinearInfo, quantized: QuantizedLinear, tokens: int) -> None:
+def check_fallback(options: WorkOptions, info: LinearInfo, quantized: QuantizedLinear, tokens: int) -> None:
     """Warn of a linear that was rounded to nearest. Raises `NotPositiveDefinite` where that is forbidden."""
     if quantized.method == "gptq":
         return
@@ -376,6 +380,6 @@ def _check_fallback(context: BlockContext, info: LinearInfo, quantized: Quantize
         f" ({quantized.attempts} attempts, {tokens} tokens)"
     )
     hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
-    if context.options.strict:
+    if options.strict:
         raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
-    context.options.observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))
+    options.observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import NonFinite
 from gptq_cli.events import Observer, Warned
 from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.pool import Pool, shrink_to_pooled
 from gptq_cli.gptq.quantized import QuantizedLinear
-from gptq_cli.gptq.solver import quantize_linears, quantize_stages
+from gptq_cli.gptq.solver import quantize_stages
 from gptq_cli.placement.schedule import BlockSchedule
 from gptq_cli.results.run import ExpertsReport, LinearReport
 from gptq_cli.wording import names_text
@@ -35,6 +36,10 @@ _HINT = "more --samples, or text like that which the model will read, reach more
 
 Weights = Callable[[Stage], list[Tensor]]
 """The weights (N_i, K) of a stage's linears, checked to be finite."""
+Configs = Callable[[Stage], tuple[QuantizeConfig, ...]]
+"""The settings of each linear of a stage."""
+_Kind = tuple[tuple[int, ...], tuple[QuantizeConfig, ...]]
+"""Rows and settings: stages of one kind are solved side by side."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +58,8 @@ class SolvedStage:
 class ExpertSolver:
     """Solves the routed stages of one block, batch after batch; keeps a pool for each family."""
 
-    def __init__(self, config: QuantizeConfig, schedule: BlockSchedule, weights: Weights) -> None:
-        self._config = config
+    def __init__(self, configs: Configs, schedule: BlockSchedule, weights: Weights) -> None:
+        self._configs = configs
         self._schedule = schedule
         self._weights = weights
         self._pool = Pool()
@@ -69,30 +74,34 @@ class ExpertSolver:
         tokens = {stage: moment.tokens for stage, moment in moments.items()}
         hessians = shrink_to_pooled(list(moments.values()), self._pool)
         moments.clear()
-        shapes: dict[tuple[int, ...], list[tuple[Stage, list[Tensor], Tensor]]] = {}
+        kinds: dict[_Kind, list[tuple[Stage, list[Tensor], Tensor]]] = {}
         for stage in tokens:
             hessian = hessians.pop(0)
             if tokens[stage]:
                 weights = self._weights(stage)
                 rows = tuple(weight.shape[0] for weight in weights)
-                shapes.setdefault(rows, []).append((stage, weights, hessian))
+                kind = (rows, self._configs(stage))
+                kinds.setdefault(kind, []).append((stage, weights, hessian))
             else:
                 self._unreached.append(stage)
             del hessian
-        for rows in list(shapes):
-            alike = shapes.pop(rows)
+        for rows, configs in list(kinds):
+            alike = kinds.pop((rows, configs))
             while alike:
                 size = self._schedule.experts_per_solve(alike[0][2].shape[0], sum(rows))
                 batch = [alike.pop(0) for _ in range(min(size, len(alike)))]
-                yield from self._solved(batch, tokens)
+                yield from self._solved(batch, configs, tokens)
         if last:
             yield from self._solved_by_pool()
             self._pool, self._unreached = Pool(), []
 
     def _solved(
-        self, batch: list[tuple[Stage, list[Tensor], Tensor]], tokens: dict[Stage, int]
+        self,
+        batch: list[tuple[Stage, list[Tensor], Tensor]],
+        configs: tuple[QuantizeConfig, ...],
+        tokens: dict[Stage, int],
     ) -> Iterator[SolvedStage]:
-        """Stages of one shape, each with its weights and its Hessian; `batch` is consumed."""
+        """Stages of one kind, each with its weights and its Hessian; `batch` is consumed."""
         started = time.perf_counter()
         columns = batch[0][2].shape[0]
         stages = [stage for stage, _, _ in batch]
@@ -104,7 +113,11 @@ class ExpertSolver:
             for place in range(len(batch)):
                 hessians[place] = batch.pop(0)[2]
         try:
-            solved = quantize_stages(weights, hessians, self._config)
+            if len(set(configs)) == 1:
+                solved = quantize_stages(weights, hessians, configs[0])
+            else:
+                each = zip(weights, hessians, strict=True)
+                solved = [solve_mixed(one, hessian, configs) for one, hessian in each]
         except NonFinite:
             for stage, one, hessian in zip(stages, weights, hessians, strict=True):
                 self._alone([stage], one, hessian)  # names the one that cannot be solved
@@ -136,7 +149,8 @@ class ExpertSolver:
         self, stages: Sequence[Stage], weights: Sequence[Tensor], hessian: Tensor
     ) -> list[QuantizedLinear]:
         try:
-            return quantize_linears(weights, hessian, self._config)
+            configs = [config for stage in stages for config in self._configs(stage)]
+            return solve_mixed(weights, hessian, configs)
         except NonFinite as error:
             names = ", ".join(f"{self._schedule.name}.{name}" for stage in stages for name in stage.linears)
             raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error

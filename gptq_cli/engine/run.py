@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
-from gptq_cli.engine.block import Block, Store
-from gptq_cli.engine.capture import HiddenStates, capture
+from gptq_cli.engine.block import Block, Store, WorkOptions
+from gptq_cli.engine.capture import Captured, HiddenStates, capture
 from gptq_cli.engine.driven import Driven
+from gptq_cli.engine.head import HeadWork, quantize_head
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
 from gptq_cli.model.block_stream import BlockStream
@@ -23,10 +25,10 @@ from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import check_finite, load_resident
-from gptq_cli.placement.device import CPU
+from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
-from gptq_cli.results.run import BlockReport
+from gptq_cli.results.run import BlockReport, LinearReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,12 +43,20 @@ class EngineRun:
     options: LoopOptions
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What became of every block, and of the head where it was quantized too."""
+
+    blocks: tuple[BlockReport, ...]
+    head: LinearReport | None
+
+
 def quantize_model(
     run: EngineRun,
     input_ids: Tensor,  # (samples, seq_len) int64
     store: Store,
     observer: Observer,
-) -> tuple[BlockReport, ...]:
+) -> Quantized:
     """Load the model by the placement and quantize it block by block; `store` gets every finished linear.
 
     The model lives and dies in here: when this returns, its memory is free. Raises what
@@ -66,10 +76,11 @@ def quantize_model(
             opened.callback(states.close)
         with frozen_gc():
             reports = quantize_blocks(blocks, states, run.config, run.options, store, observer)
+            head = _head(model, blocks, run, states, input_ids, store, observer)
     del model, provider, blocks, states, opened
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
-    return reports
+    return Quantized(reports, head)
 
 
 class WeightProvider(Protocol):
@@ -114,6 +125,41 @@ def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]
     ]
 
 
+def _head(
+    model: Any,
+    blocks: Sequence[Block],
+    run: EngineRun,
+    states: HiddenStates,
+    input_ids: Tensor,
+    store: Store,
+    observer: Observer,
+) -> LinearReport | None:
+    """The head, where it is quantized: preflight has seen to it that the flow is direct."""
+    if run.skeleton.head is None:
+        return None
+    assert isinstance(states, Captured)
+    main = run.placement.main_device
+    states.dense.clear()
+    text = language_model(model)
+    head = HeadWork(
+        model=text,
+        module=model.get_submodule(run.skeleton.head.name),
+        blocks=blocks,
+        flow=run.skeleton.trace.flow,
+        info=run.skeleton.head,
+        device=torch_device(run.schedule.head_device or main),
+        input_device=_input_device(text, main),
+        options=WorkOptions(config=run.config, strict=run.options.strict, store=store, observer=observer),
+    )
+    return quantize_head(head, states, input_ids)
+
+
+def _input_device(model: Any, main: Device) -> torch.device:
+    """Where token ids enter: an embedding on the CPU beside accelerators visits the main device."""
+    embedding: torch.device = model.get_input_embeddings().weight.device
+    return torch_device(main) if main != CPU and embedding.type == "cpu" else embedding
+
+
 def _capture(
     model: Any,
     blocks: Sequence[Block],
@@ -129,10 +175,8 @@ def _capture(
         observer(PhaseAdvanced("capture", done, len(ids)))
 
     text = language_model(model)
-    embedding = text.get_input_embeddings().weight.device
-    offloaded = run.placement.main_device != CPU and embedding.type == "cpu"
     modules = [block.module for block in blocks]
-    input_device = torch_device(run.placement.main_device) if offloaded else embedding
+    input_device = _input_device(text, run.placement.main_device)
     flow, batch_size = run.skeleton.trace.flow, run.schedule.micro_batch_samples
     paired = run.config.paired_samples(len(ids))
     if not flow.direct:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from gptq_cli.config import GREEDY, Sampling
 from gptq_cli.devices.accelerators import present_accelerators, torch_device, working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.generation_config import for_generate, settings_of, stop_criterion
 from gptq_cli.evaluation.prompt import encode_prompt
+from gptq_cli.load_job import GREEDY, Sampling
 
 OnToken = Callable[[str, int], None]
 """Called with (the next piece of text, tokens generated so far)."""

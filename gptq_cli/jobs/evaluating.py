@@ -11,7 +11,7 @@ from typing import Any
 
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
-from gptq_cli.config import CalibrationConfig, LoadJob, ModelRef, QuantizeConfig
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.devices.accelerators import present_devices, read_memory
 from gptq_cli.evaluation.divergence import check_comparable, compare
 from gptq_cli.evaluation.generation import generate
@@ -21,6 +21,7 @@ from gptq_cli.events import Observer, PhaseAdvanced, TextGenerated, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.inference.load import resident_bytes
 from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
 from gptq_cli.model.positions import Positions

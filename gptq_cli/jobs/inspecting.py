@@ -8,6 +8,7 @@ from gptq_cli.jobs.steps import announce, placed
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
+from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.preflight.report import map_report
 from gptq_cli.results.map import MapReport
@@ -17,7 +18,8 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     """Where everything of a model would go, and whether that is allowed; reads no weight."""
     with watching("inspect-map", observer) as watcher:
         with phase(watcher, "open"):
-            skeleton = open_skeleton(find_model(job.model, weights=False), job.model)
+            opened = open_skeleton(find_model(job.model, weights=False), job.model)
+            skeleton = select_linears(opened, job.quantize)
             facts = model_facts(skeleton)
         budgets, resolution, findings = placed(job, skeleton, facts)
         announce(findings, watcher)

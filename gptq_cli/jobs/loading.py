@@ -15,7 +15,6 @@ from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.checkpoint.describe import checkpoint_facts
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
-from gptq_cli.config import LoadJob
 from gptq_cli.devices.accelerators import flush, present_devices, read_memory
 from gptq_cli.events import FindingRaised, Observer, PhaseAdvanced, Warned, ignore, phase
 from gptq_cli.inference.load import (
@@ -29,6 +28,7 @@ from gptq_cli.jobs.evaluating import DensePlan, apply_gates, generated, measured
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
+from gptq_cli.load_job import LoadJob
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.positions import Positions, positions_of
 from gptq_cli.model.text_part import language_model

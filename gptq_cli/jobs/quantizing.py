@@ -33,6 +33,7 @@ from gptq_cli.jobs.watching import Watcher, watching
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.find import find_model
+from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import DeviceBudget, Placement
@@ -41,7 +42,7 @@ from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.time import estimate_seconds
 from gptq_cli.preflight.facts import Claim
-from gptq_cli.preflight.report import group_reason, map_report, quantize_plan
+from gptq_cli.preflight.report import group_reason, map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
 from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.preflight.rules import output as rules_output
@@ -81,7 +82,7 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
         options=LoopOptions(strict=job.strict, devices=devices),
     )
     with _writer(job, checked.skeleton, claim, tally) as writer:
-        blocks = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
+        quantized = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
         with phase(tally, "save"):
             writer.copy_dense()
         tally.record(read_memory(devices))
@@ -94,8 +95,11 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
             predicted_peak_bytes=[
                 (plan.device, plan.predicted_peak_bytes) for plan in checked.resolution.devices
             ],
-            blocks=blocks,
-            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.linears),
+            blocks=quantized.blocks,
+            head=quantized.head,
+            own_settings=own_settings(checked.facts, job.quantize),
+            kept_dense=checked.facts.kept,
+            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
             size_after_bytes=writer.plan.size_bytes,
             tally=tally,
             warnings=watcher.warnings,
@@ -190,7 +194,7 @@ class _Checked:
 def _check(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Checked:
     """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding."""
     with phase(observer, "open"):
-        skeleton = open_skeleton(find_model(job.model), job.model)
+        skeleton = select_linears(open_skeleton(find_model(job.model), job.model), job.quantize)
         facts = model_facts(skeleton)
     with phase(observer, "calibration") as words:
         tokens, text_findings = _tokens(job, skeleton, facts)
@@ -248,7 +252,7 @@ def _header(
         ),
         devices=tuple(str(device) for device in placement.devices),
         blocks=len(checked.skeleton.blocks),
-        linears=len(checked.skeleton.linears),
+        linears=len(checked.skeleton.packed),
     )
 
 

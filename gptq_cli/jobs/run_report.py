@@ -15,7 +15,8 @@ from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Ob
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
-from gptq_cli.results.run import BlockReport, ExpertsReport, RunReport
+from gptq_cli.results.kept import KeptDense, OwnSettings
+from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 
@@ -62,6 +63,9 @@ def summarize(
     devices: Sequence[str],
     predicted_peak_bytes: Sequence[tuple[str, int]],
     blocks: tuple[BlockReport, ...],
+    head: LinearReport | None,
+    own_settings: tuple[OwnSettings, ...],
+    kept_dense: tuple[KeptDense, ...],
     packed_bytes: int,
     size_after_bytes: int,
     tally: Tally,
@@ -71,8 +75,8 @@ def summarize(
     """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
     g_idx."""
     config = job.quantize
-    weights = sum(info.in_features * info.out_features for info in skeleton.linears)
-    linears = [linear for block in blocks for linear in block.linears]
+    weights = sum(info.in_features * info.out_features for info in skeleton.packed)
+    linears = [linear for block in blocks for linear in block.linears] + ([head] if head else [])
     block_seconds = sum(block.seconds for block in blocks)
     return RunReport(
         model=skeleton.files.source,
@@ -86,7 +90,9 @@ def summarize(
         bits_per_weight=8 * packed_bytes / max(1, weights),
         bits_per_parameter=8 * size_after_bytes / max(1, skeleton.parameters),
         quantized_share=skeleton.quantized_share,
-        dense_modules=tuple(item.name for item in skeleton.dense),
+        own_settings=own_settings,
+        kept_dense=kept_dense,
+        dense_modules=tuple(dict.fromkeys(item.name for item in skeleton.dense)),
         size_before_bytes=skeleton.files.size_bytes,
         source_format=skeleton.files.decoded.words if skeleton.files.decoded is not None else "dense",
         size_after_bytes=size_after_bytes,
@@ -115,9 +121,11 @@ def summarize(
         settings=settings_of(config),
         schedule=schedule,
         blocks=blocks,
+        head=head,
     )
 
 
 def settings_of(config: QuantizeConfig) -> tuple[tuple[str, str | int | float | bool | None], ...]:
-    """Every field of the config in force, in the order of its definition."""
-    return tuple((item.name, getattr(config, item.name)) for item in dataclasses.fields(config))
+    """Every field of the config in force, in the order of its definition; rules by module as one text."""
+    found = ((item.name, getattr(config, item.name)) for item in dataclasses.fields(config))
+    return tuple((name, "; ".join(map(str, v)) or None if isinstance(v, tuple) else v) for name, v in found)

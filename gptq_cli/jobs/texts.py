@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
-from gptq_cli.config import LoadJob
 from gptq_cli.errors import ConfigError, ModelError
 from gptq_cli.evaluation.generation_config import FILE, read_generation_config, settings_of, stop_criterion
 from gptq_cli.evaluation.prompt import encode_prompt
 from gptq_cli.events import Warned
+from gptq_cli.load_job import LoadJob
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.text_part import language_model
 

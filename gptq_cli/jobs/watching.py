@@ -45,6 +45,7 @@ _PHASES: dict[Phase, str] = {
     "calibration": "reading the calibration text",
     "load": "loading the weights",
     "capture": "capturing what enters the blocks",
+    "head": "quantizing the output head",
     "save": "writing the tensors that stay dense",
     "verify": "verifying the files",
     "generate": "generating text",

@@ -24,7 +24,7 @@ class DenseInfo:
     """Class name."""
     reason: str
     """embedding | head | fused experts | router | tied | read, not called | converted at load |
-    outside the blocks | vector | other, and those of `beside`"""
+    outside the blocks | vector | other, and those of `beside` and `results.kept`"""
     modules: int
     """Number of modules under the folded name."""
     parameters: int
@@ -54,7 +54,7 @@ def fold_dense(
     towers = {part.name for part in beside if part.reason != LEFT_OUT}
     inside = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
-    folded: dict[str, tuple[str, str, int, int]] = {}
+    folded: dict[tuple[str, str], tuple[str, int, int]] = {}
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         counted.update(id(p) for leaf, p in own.items() if f"{name}.{leaf}" in packed)
@@ -68,9 +68,10 @@ def fold_dense(
         size = sum(p.numel() for p in own.values() if id(p) not in counted)
         counted.update(id(p) for p in own.values())
         reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
-        kind, reason, modules, parameters = folded.get(fold(name), (type(module).__name__, reason, 0, 0))
-        folded[fold(name)] = (kind, reason, modules + 1, parameters + size)
-    folded |= {part.name: (part.kind, part.reason, part.modules, part.parameters) for part in beside}
+        key = (fold(name), reason)
+        kind, modules, parameters = folded.get(key, (type(module).__name__, 0, 0))
+        folded[key] = (kind, modules + 1, parameters + size)
+    folded |= {(part.name, part.reason): (part.kind, part.modules, part.parameters) for part in beside}
     return tuple(
         DenseInfo(
             name=name,
@@ -80,7 +81,7 @@ def fold_dense(
             parameters=parameters,
             share=parameters / max(1, total),
         )
-        for name, (kind, reason, modules, parameters) in folded.items()
+        for (name, reason), (kind, modules, parameters) in folded.items()
     )
 
 

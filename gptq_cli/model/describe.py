@@ -20,14 +20,29 @@ from gptq_cli.model.facts import (
 from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
+from gptq_cli.results.kept import KeptDense
 
 
 def model_facts(skeleton: Skeleton) -> ModelFacts:
     """The skeleton described by numbers."""
     model, config = skeleton.model, skeleton.config.get_text_config()
     traced = skeleton.trace
-    stages = stage_numbers(traced, skeleton.linears)
-    splits = find_splits(skeleton.config, ((x.name, x.in_features, x.out_features) for x in skeleton.linears))
+    stages = stage_numbers(traced, (*skeleton.linears, *skeleton.by_module))
+    known = (*skeleton.packed, *skeleton.by_module)
+    splits = find_splits(skeleton.config, ((x.name, x.in_features, x.out_features) for x in known))
+
+    def fact(info: LinearInfo) -> LinearFact:
+        return LinearFact(
+            name=info.name,
+            block=info.block,
+            in_features=info.in_features,
+            out_features=info.out_features,
+            stage=stages.get(info.name, 0),
+            routed=traced.complete and info.name in traced.idle and bool(info.block),
+            split=splits[info.name],
+            part_of=_part_of(model, info.name),
+        )
+
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -43,19 +58,10 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         obstacle=traced.flow.obstacle,
         tensors=_tensors(model),
         tied=skeleton.tied,
-        linears=tuple(
-            LinearFact(
-                name=info.name,
-                block=info.block,
-                in_features=info.in_features,
-                out_features=info.out_features,
-                stage=stages[info.name],
-                routed=traced.complete and info.name in traced.idle,
-                split=splits[info.name],
-                part_of=_part_of(model, info.name),
-            )
-            for info in skeleton.linears
-        ),
+        linears=tuple(fact(info) for info in skeleton.linears),
+        head=fact(skeleton.head) if skeleton.head is not None else None,
+        by_module=tuple(fact(info) for info in skeleton.by_module),
+        kept=_kept(skeleton),
         routed_share=traced.routed_share,
         fused=tuple(StackFact(name, reason) for name, reason in skeleton.experts.dense.items()),
         dense_linears=_dense_linears(skeleton),
@@ -87,6 +93,16 @@ def module_names(model: nn.Module) -> Iterator[str]:
         holds_only_linears = bool(linears) and len(linears) == len(below) and not list(module.parameters())
         if name and not isinstance(module, ExpertLinear) and not holds_only_linears:
             yield name
+
+
+def _kept(skeleton: Skeleton) -> tuple[KeptDense, ...]:
+    """The linears of the blocks among the dense modules, with their reasons."""
+    reasons = {*skeleton.kept.values(), "router", "converted at load"}
+    return tuple(
+        KeptDense(name=item.name, reason=item.reason, linears=item.modules, weights=item.parameters)
+        for item in skeleton.dense
+        if item.reason in reasons
+    )
 
 
 def stage_numbers(traced: Trace, linears: Sequence[LinearInfo]) -> dict[str, int]:

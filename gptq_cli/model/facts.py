@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from gptq_cli.results.kept import KeptDense
+
 Split = Literal["column", "row", "whole"]
 """What tensor parallelism divides: the outputs of a linear, its inputs, or nothing."""
 
@@ -189,13 +191,19 @@ class ModelFacts:
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""
     linears: tuple[LinearFact, ...] = ()
+    head: LinearFact | None = None
+    """The output head where it is quantized; its `block` is ""."""
+    by_module: tuple[LinearFact, ...] = ()
+    """Linears that `--module` leaves dense."""
+    kept: tuple[KeptDense, ...] = ()
+    """Linears of the blocks that stay dense and why, folded."""
     routed_share: float = 1.0
     """The part of the tokens that an expert sees on average, as the top-k of the routers says; 1 where it
     is not known."""
     fused: tuple[StackFact, ...] = ()
     """Parameters of three dimensions inside blocks that stay dense."""
     dense_linears: tuple[str, ...] = ()
-    """Linears of the blocks that stay dense."""
+    """Linears of the blocks that stay dense, by their names."""
     listed: bool = False
     """The checkpoint lists the quantized ones in `modules_in_block_to_quantize`."""
     heads: HeadCounts = NO_HEADS
@@ -206,6 +214,27 @@ class ModelFacts:
     tensor_files_bytes: int = 0
     """Bytes of the checkpoint on disk."""
     beside: tuple[BesideFact, ...] = ()
+
+    @property
+    def packed(self) -> tuple[LinearFact, ...]:
+        """Everything that is quantized: the linears of the blocks, and the head where it is."""
+        return self.linears if self.head is None else (*self.linears, self.head)
+
+    @property
+    def head_is_tied(self) -> bool:
+        """True where the quantized head is one tensor with the embedding in the source."""
+        return self.head is not None and any(f"{self.head.name}.weight" in group for group in self.tied)
+
+    @property
+    def packed_weights(self) -> int:
+        """Weights that are stored as codes."""
+        return sum(linear.in_features * linear.out_features for linear in self.packed)
+
+    @property
+    def quantized_share(self) -> float:
+        """Part of the parameters that is quantized; the weight of a tied head stays, as the embedding."""
+        linears = self.linears if self.head_is_tied else self.packed
+        return sum(x.in_features * x.out_features for x in linears) / max(1, self.parameters)
 
     @property
     def dtype_bytes(self) -> int:

@@ -127,11 +127,28 @@ class Skeleton:
     """Number of parameters of the files; tied ones count once."""
     problems: tuple[SourceProblem, ...]
     """Of the files, and of files and model together: weights that are missing or have the wrong shape."""
+    kept: Mapping[str, str]
+    """Linears of the blocks that stay dense -> why."""
+    by_module: tuple[LinearInfo, ...] = ()
+    """Those of them that `--module` names, see `model.selection`."""
+    head: LinearInfo | None = None
+    """The output head where it is quantized; its `block` is ""."""
 
     @property
     def quantized_share(self) -> float:
         """Part of the parameters that will be quantized, 0 to 1."""
-        return sum(x.in_features * x.out_features for x in self.linears) / max(1, self.parameters)
+        linears = self.linears if self.head_is_tied else self.packed
+        return sum(x.in_features * x.out_features for x in linears) / max(1, self.parameters)
+
+    @property
+    def head_is_tied(self) -> bool:
+        """True where the quantized head is one tensor with the embedding, which stays dense."""
+        return self.head is not None and any(f"{self.head.name}.weight" in group for group in self.tied)
+
+    @property
+    def packed(self) -> tuple[LinearInfo, ...]:
+        """Everything that is quantized: the linears of the blocks, and the head where it is."""
+        return self.linears if self.head is None else (*self.linears, self.head)
 
     def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
         """The linears of one block in module order."""
@@ -187,6 +204,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         beside=beside,
         parameters=parameters,
         problems=(*files.problems, *_mismatches(model, files, keys)),
+        kept=kept,
     )
 
 

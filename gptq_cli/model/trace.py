@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.model.blocks import shape
 from gptq_cli.model.dataflow import DataFlow
 from gptq_cli.model.flow import Flow, FlowWatch
+from gptq_cli.model.gates import GATE_ROWS, GateFlow, small_gates
 from gptq_cli.model.reads import Read
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.names import owner
@@ -59,6 +61,8 @@ class Trace:
     """Modules whose weight only chooses: routers, indexers."""
     routed_share: float = 1.0
     """The part of the experts that a router picks for a token, on average; 1 where no top-k says it."""
+    gating: frozenset[str] = frozenset()
+    """Linears whose output only gates, see `model.gates`."""
     problem: str = ""
     """Where the forward stopped and why; "" when it completed. The other fields hold up to there."""
 
@@ -80,6 +84,8 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
     names: dict[nn.Module, list[str]] = {}  # a shared module has several
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
+    rows = {name: shape(model.get_submodule(name))[0] for name in linears}
+    gates = GateFlow(name for name, count in rows.items() if count < GATE_ROWS)
     order: dict[str, None] = {}
     reads: dict[str, Read] = {}
     handles = []
@@ -95,6 +101,7 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
                 reads[name] = Read.of(given[0])
 
     def after(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        gates.follow(names[module][0], result)
         watch.running.discard(id(getattr(module, "weight", None)))
         if module in inside:
             flow.leave(inside[module], result)
@@ -105,7 +112,7 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
             handles.append(module.register_forward_hook(after, always_call=True))
     problem = ""
     try:
-        with unchanged(model), torch.no_grad(), watch:
+        with unchanged(model), torch.no_grad(), watch, gates if gates.names else nullcontext():
             ids = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
             language_model(model)(input_ids=ids, use_cache=False)
     except Exception as error:
@@ -116,14 +123,16 @@ def trace(model: Any, linears: Mapping[str, str], blocks: Sequence[str] = ()) ->
     finally:
         for handle in handles:
             handle.remove()
+    stages = _stages(linears, reads)
     return Trace(
         order=tuple(order),
-        stages=_stages(linears, reads),
+        stages=stages,
         idle=frozenset(linears.keys() - reads.keys()),
         read_not_called=frozenset(watch.found),
         flow=flow.flow(not problem),
         routed_share=data.share,
         choosing=frozenset(owner(name) for name in data.choosing(complete=not problem)),
+        gating=small_gates(gates.gating, stages, rows),
         problem=problem,
     )
 

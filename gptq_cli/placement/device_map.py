@@ -282,6 +282,11 @@ def _from_pairs(pairs: list[Pair], text: str, accelerator: str) -> DeviceMap:
     return DeviceMap(rules=tuple(rules.values()))
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise `DeviceMapError` unless `pattern` is a dotted name with ranges and globs, as a rule has it."""
+    _checked_pattern(Pair(pattern, None), "")
+
+
 def _checked_pattern(pair: Pair, text: str) -> str:
     """The pattern of a pair in canonical form ("" for the rest), or an error at its first bad character."""
     key = pair.key.strip()

@@ -20,6 +20,8 @@ tokens, or stages that are all collected in one pass (`true_sequential` off)."""
 
 SOLVE_BYTES = 14
 """Of the solve, for every weight: weights, errors and their copy in original order, in fp32, and codes."""
+HEAD_ROWS = 16_384
+"""Rows of an output head that are solved at a time; a multiple of 32, so that pieces fill whole words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,8 @@ class Schedule:
     """Tokens of a sample."""
     blocks: tuple[BlockSchedule, ...]
     """In model order."""
+    head_device: Device | None = None
+    """Where the output head is worked on; None where it stays dense."""
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -28,8 +28,10 @@ class Work:
     calibration: CalibrationConfig
 
     def on(self, facts: ModelFacts) -> Work:
-        """The same for a model: the group size is a number."""
-        return replace(self, quantize=self.quantize.for_columns(x.in_features for x in facts.linears))
+        """The same for a model: the group size is a number, and the head has its bits."""
+        linears = ((x.name, x.in_features) for x in facts.linears)
+        head = facts.head.name if facts.head is not None else None
+        return replace(self, quantize=self.quantize.for_model(linears, head))
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
     working also counts what is moved in from the cpu: the largest offloaded block; or, if that is more than
     all of the above, an embedding or head; on the cpu also the codes and values of the largest weight that is
     stored in few bits, because it is decoded there
+    a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
 Micro-batch, parked or replayed, and where a block is worked on are read from the `Schedule`. The constants
@@ -44,12 +45,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptq_cli.config import QuantizeConfig
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import SOLVE_BYTES, BlockSchedule, Schedule
+from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES, BlockSchedule, Schedule
 from gptq_cli.planning.cases import MapCase, Work
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.results.map import DevicePlan
@@ -171,7 +172,8 @@ def work_sets(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str, Wo
 
 
 def packed_bytes(linear: LinearFact, config: QuantizeConfig) -> int:
-    """Bytes of qweight, qzeros, scales and g_idx of one linear."""
+    """Bytes of qweight, qzeros, scales and g_idx of one linear. `config`: that of the whole model."""
+    config = config.of_linear(linear.name)
     k, n, groups = linear.in_features, linear.out_features, config.groups(linear.in_features)
     words = -(-k * config.bits // 32) * n + groups * -(-n * config.bits // 32) + k
     return 4 * words + 2 * groups * n
@@ -179,13 +181,16 @@ def packed_bytes(linear: LinearFact, config: QuantizeConfig) -> int:
 
 def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
     """Bytes of all tensors of the checkpoint to be written."""
-    config = config.for_columns(linear.in_features for linear in facts.linears)
-    weights = sum(linear.in_features * linear.out_features for linear in facts.linears)
+    config = Work(config, CalibrationConfig()).on(facts).quantize
+    replaced = (
+        facts.linears if facts.head_is_tied else facts.packed
+    )  # a tied head's weight is the embedding's
+    weights = sum(linear.in_features * linear.out_features for linear in replaced)
     parameters = sum(tensor.size_bytes for tensor in facts.tensors if not tensor.buffer)
     return (
         parameters
         - weights * facts.dtype_bytes
-        + sum(packed_bytes(linear, config) for linear in facts.linears)
+        + sum(packed_bytes(linear, config) for linear in facts.packed)
     )
 
 
@@ -230,13 +235,35 @@ def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None)
     return tuple(plans)
 
 
+def head_work_set(facts: ModelFacts, head: LinearFact, work: Work, micro_batch_tokens: int) -> WorkSet:
+    """The bytes that quantizing the head needs: its rows are solved `HEAD_ROWS` at a time."""
+    b, k = facts.dtype_bytes, head.in_features
+    tokens = work.calibration.samples * work.calibration.seq_len
+    weights, square = min(head.out_features, HEAD_ROWS) * k, 4 * k**2
+    flight = micro_batch_tokens * b * IN_FLIGHT_HIDDEN * facts.hidden_size
+    widened = min(CHUNK_BYTES, 4 * micro_batch_tokens * k)
+    stored = 2 * packed_bytes(head, work.quantize)  # the pieces, and the whole that is made of them
+    moments = (
+        WorkSet(flight + widened, square, 0, tokens * b * facts.hidden_size),
+        WorkSet(SOLVE_BYTES * weights, 2 * square, stored, 0),
+        WorkSet(0, square, stored + PACK_BYTES * weights, 0),
+    )
+    return max(moments, key=lambda moment: moment.total_bytes)
+
+
 def _busiest(facts: ModelFacts, work: Work | None, schedule: Schedule | None) -> dict[Device, WorkSet]:
-    """The largest work set on each device that works on blocks."""
+    """The largest work set on each device that works on blocks, or on the head."""
     busy: dict[Device, WorkSet] = {}
     if work is None or schedule is None:
         return busy
     for name, needed in work_sets(facts, work, schedule).items():
         device = schedule.block(name).execution_device
+        busy[device] = max(busy.get(device, needed), needed, key=lambda one: one.total_bytes)
+    if facts.head is not None and schedule.head_device is not None:
+        device, needed = (
+            schedule.head_device,
+            head_work_set(facts, facts.head, work, schedule.micro_batch_tokens),
+        )
         busy[device] = max(busy.get(device, needed), needed, key=lambda one: one.total_bytes)
     return busy
 

@@ -95,6 +95,7 @@ def make_schedule(placement: Placement, facts: ModelFacts, work: Work, *, parked
     return Schedule(
         micro_batch_samples=micro_batch_samples(work),
         seq_len=work.calibration.seq_len,
+        head_device=head_device(placement, facts),
         blocks=tuple(
             BlockSchedule(
                 name=block,
@@ -134,6 +135,17 @@ def micro_batch_samples(work: Work, tokens: int = MICRO_BATCH_TOKENS) -> int:
 def execution_device(placement: Placement, storage: Device) -> Device:
     """Where a block that rests on `storage` is worked on: offloaded blocks visit the main device."""
     return placement.main_device if storage == CPU else storage
+
+
+def head_device(placement: Placement, facts: ModelFacts) -> Device | None:
+    """Where a quantized head is worked on; None where it stays dense."""
+    if facts.head is None:
+        return None
+    weight = f"{facts.head.name}.weight"
+    tied = next((group for group in facts.tied if weight in group), (weight,))
+    stored = {tensor.name for tensor in facts.tensors}  # a tied tensor is listed under its first name
+    first = next((name for name in tied if name in stored), weight)
+    return execution_device(placement, placement.device_of(first))
 
 
 def storage_device(placement: Placement, block: str) -> Device:

@@ -5,6 +5,7 @@ different height, from which the price of a column and the price of a weight fol
 
     forward   weights of the block · tokens, for each time a block runs (once parked, more when replayed)
     Hessian   K² · tokens for each stage; experts see the share of the tokens that their router's top-k says
+    head      the same for its pieces of rows, where it is quantized
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
               a · K once for experts that are solved side by side
 
@@ -18,9 +19,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import Device
-from gptq_cli.placement.schedule import BlockSchedule, Schedule
+from gptq_cli.placement.schedule import HEAD_ROWS, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.timing import fastest
@@ -110,7 +111,16 @@ def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: Machin
             known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights, facts.routed_share)
             known[stages, block] += speed.column_seconds * _columns_walked(stages, block)
         total += known[stages, block]
-    return total
+    return total + (_head_seconds(facts.head, tokens, speed) if facts.head is not None else 0.0)
+
+
+def _head_seconds(head: LinearFact, tokens: int, speed: MachineRates) -> float:
+    """Its Hessian, and the solves of its pieces; the forward stops where it begins."""
+    k, pieces = head.in_features, -(-head.out_features // HEAD_ROWS)
+    solve = pieces * (speed.column_seconds * k + k**3 / speed.matmul_rate)
+    size = head.out_features * k
+    solve += speed.weight_seconds * size + MULTIPLY_ADDS * size * max(0, k - _K) / speed.matmul_rate
+    return tokens * k**2 / speed.hessian_rate + solve
 
 
 def _block_seconds(

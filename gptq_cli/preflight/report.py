@@ -6,16 +6,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptq_cli.config import AUTO_GROUPS, GroupSize
+from gptq_cli.config import AUTO_GROUPS, GroupSize, QuantizeConfig
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes, quantized_bytes
 from gptq_cli.planning.schedule import block_linears
 from gptq_cli.planning.units import units_of
 from gptq_cli.preflight.resolve import Resolution
+from gptq_cli.results.kept import OwnSettings
 from gptq_cli.results.map import MapReport, QuantizePlan, StagePlan, TreeRow, Verdict
 
 
@@ -54,6 +56,7 @@ def map_report(
         offload_skipped=resolution.offload_skipped,
         findings=all_findings,
         verdict=_verdict(PreflightReport(all_findings)),
+        kept_dense=facts.kept,
         plan=plan,
         warnings=tuple(warnings),
     )
@@ -77,16 +80,18 @@ def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> Quant
     reason = group_reason(work.quantize.group_size)
     work = work.on(facts)
     config, data = work.quantize, work.calibration
-    weights = sum(x.in_features * x.out_features for x in facts.linears)
-    stored = sum(packed_bytes(x, config) for x in facts.linears)
+    weights = facts.packed_weights
+    stored = sum(packed_bytes(x, config) for x in facts.packed)
     return QuantizePlan(
         bits=config.bits,
         group_size=config.group_columns,
         group_reason=reason,
         blocks=len(facts.blocks),
-        linears=len(facts.linears),
+        linears=len(facts.packed),
         stages=_stage_plans(facts),
-        quantized_share=weights / max(1, facts.parameters),
+        own_settings=own_settings(facts, config),
+        head=(facts.head.name, facts.head.in_features, facts.head.out_features) if facts.head else None,
+        quantized_share=facts.quantized_share,
         bits_per_weight=8 * stored / max(1, weights),
         bits_per_parameter=8 * quantized_bytes(facts, config) / max(1, facts.parameters),
         size_before_bytes=facts.tensor_files_bytes
@@ -96,6 +101,20 @@ def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> Quant
         samples=data.samples,
         seq_len=data.seq_len,
         seconds=seconds,
+    )
+
+
+def own_settings(facts: ModelFacts, config: QuantizeConfig) -> tuple[OwnSettings, ...]:
+    """Linears whose settings differ from those of the rest, folded over the blocks."""
+    counts: dict[tuple[str, int, int, bool], int] = {}
+    for linear in facts.packed:
+        own = config.of_linear(linear.name)
+        if config.changed(linear.name):
+            key = (fold(linear.name), own.bits, own.group_columns, own.sym)
+            counts[key] = counts.get(key, 0) + 1
+    return tuple(
+        OwnSettings(name=name, bits=bits, group_size=group, sym=sym, linears=count)
+        for (name, bits, group, sym), count in counts.items()
     )
 
 

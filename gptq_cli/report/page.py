@@ -103,6 +103,14 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
         ("bits per parameter", f"{report.bits_per_parameter:.3f}, all of the checkpoint"),
         ("bits per quantized weight", f"{report.bits_per_weight:.3f}"),
         ("quantized", f"{fmt.share(report.quantized_share)} of the parameters"),
+        *(
+            ("by module", f"{one.name}: {one.bits} bits, {fmt.group(one.group_size)}")
+            for one in report.own_settings
+        ),
+        *(
+            ("stays dense", f"{one.name}: {one.reason}, {fmt.count(one.linears, 'linear')}")
+            for one in report.kept_dense
+        ),
         ("dense", ", ".join(report.dense_modules) or "nothing"),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {_plain(report.use_cuda_fp16)}"),
         ("calibration", f"{report.calibration_source}: {report.samples} x {report.seq_len} tokens"),
@@ -135,7 +143,7 @@ def _loss_per_linear(report: RunReport) -> str:
         name
         for block, name in zip(report.blocks, _block_names(report.blocks), strict=True)
         for _ in block.linears
-    ]
+    ] + (["head"] if report.head is not None else [])
 
     def losses_of(fallback: bool) -> tuple[float | None, ...]:
         return tuple(x.loss if (x.method != "gptq") is fallback else None for x in linears)
@@ -205,12 +213,25 @@ def _seconds(report: RunReport) -> str:
 
 
 def _linear_table(linears: Sequence[LinearReport]) -> str:
-    numbers = ("out x in", "loss", "nearest", "change", "damping", "tries", "tokens", "seconds")
+    numbers = (
+        "out x in",
+        "bits",
+        "group",
+        "loss",
+        "nearest",
+        "change",
+        "damping",
+        "tries",
+        "tokens",
+        "seconds",
+    )
     heads = "".join(f'<th scope="col" class="n">{name}</th>' for name in numbers)
     rows = []
     for x in linears:
         cells = [
             f"{x.out_features} x {x.in_features}",
+            str(x.bits),
+            str(x.group_size),
             fmt.loss(x.loss),
             fmt.loss(x.rtn_loss),
             fmt.change(x.loss, x.rtn_loss),

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from gptq_cli.findings import Finding
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.results.kept import KeptDense, OwnSettings
 
 Verdict = Literal["fits", "fits with warnings", "refused"]
 
@@ -114,6 +115,10 @@ class QuantizePlan:
     blocks: int
     linears: int
     stages: tuple[StagePlan, ...]
+    own_settings: tuple[OwnSettings, ...] = ()
+    """Linears whose bits, group size or symmetry differ from the rest."""
+    head: tuple[str, int, int] | None = None
+    """(name, K, N) of the output head, where it will be quantized."""
     quantized_share: float
     """Share of the parameters that will be quantized, 0 to 1."""
     bits_per_weight: float
@@ -160,6 +165,8 @@ class MapReport:
     findings: tuple[Finding, ...]
     """Errors first."""
     verdict: Verdict
+    kept_dense: tuple[KeptDense, ...] = ()
+    """Linears of the blocks that stay dense, and why."""
     plan: QuantizePlan | None = None
     """Present for --dry-run."""
     warnings: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from statistics import median_low
 from typing import Literal, Self
 
 from gptq_cli.placement.schedule import Schedule
+from gptq_cli.results.kept import KeptDense, OwnSettings
 
 Method = Literal["gptq", "rtn"]
 
@@ -24,6 +25,9 @@ class LinearReport:
     """Full name, as in the checkpoint: `model.layers.3.self_attn.q_proj`."""
     in_features: int
     out_features: int
+    bits: int
+    group_size: int
+    """-1: one group per row."""
     loss: float
     rtn_loss: float
     """The same measure for plain round-to-nearest with min/max scales."""
@@ -114,6 +118,10 @@ class RunReport:
     tensors and headers are included."""
     quantized_share: float
     """Share of the model's parameters that is quantized, 0 to 1."""
+    own_settings: tuple[OwnSettings, ...] = ()
+    """Linears whose bits, group size or symmetry differ from the above."""
+    kept_dense: tuple[KeptDense, ...] = ()
+    """Linears of the blocks that stay dense, and why."""
     dense_modules: tuple[str, ...]
     """Modules with weights that stay dense, folded: `lm_head`, `model.embed_tokens`, …"""
     size_before_bytes: int
@@ -145,10 +153,13 @@ class RunReport:
     settings: tuple[tuple[str, str | int | float | bool | None], ...]
     """Every field of the QuantizeConfig in force, recipe resolved."""
     blocks: tuple[BlockReport, ...]
+    head: LinearReport | None = None
+    """The output head, where it was quantized."""
     schedule: Schedule
     """How the run was planned: micro-batch, and per block its devices and whether forwards were parked."""
 
     @property
     def linears(self) -> tuple[LinearReport, ...]:
-        """All linears of all blocks, in model order."""
-        return tuple(linear for block in self.blocks for linear in block.linears)
+        """All linears of all blocks in model order, then the head where it was quantized."""
+        inside = tuple(linear for block in self.blocks for linear in block.linears)
+        return inside if self.head is None else (*inside, self.head)

@@ -319,3 +319,26 @@ def test_experts_are_verified_too(tiny: TinyFactory, tmp_path: Path) -> None:
     assert found(verify_checkpoint(tmp_path / "q"), "scales-finite").modules == (
         name.removesuffix(".scales"),
     )
+
+
+def test_a_quantized_head_is_declared_and_of_its_own(tiny: TinyFactory, tmp_path: Path) -> None:
+    quantize_directory(tiny("llama"), tmp_path / "head", Recipe(group_size=32, skip=()))
+    quantize_directory(tiny("llama"), tmp_path / "plain", Recipe(group_size=32))
+    assert "head-agrees" not in rules(verify_checkpoint(tmp_path / "head"))
+    for folder, changes, words in (
+        ("head", {"lm_head": False}, "it is quantized, but the config says lm_head false"),
+        ("plain", {"lm_head": True}, "the config says lm_head true, but the files hold it dense"),
+        ("head", {"lm_head": True, "tie_word_embeddings": True}, "readers that tie drop its codes"),
+    ):
+        path = tmp_path / folder
+        config = json.loads((path / "config.json").read_text())
+        own = json.loads((path / "quantize_config.json").read_text())
+        own["lm_head"] = changes["lm_head"]
+        if "quantization_config" in config:
+            config["quantization_config"]["lm_head"] = changes["lm_head"]
+        config["tie_word_embeddings"] = changes.get("tie_word_embeddings", False)
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "quantize_config.json").write_text(json.dumps(own))
+        finding = found(verify_checkpoint(path), "head-agrees")
+        assert (finding.level, finding.subject) == ("warning", "lm_head")
+        assert words in finding.message

@@ -21,10 +21,13 @@ from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint import writer as writer_module
 from gptq_cli.checkpoint.declared import declared_dynamic, modules_in_block
 from gptq_cli.checkpoint.layout import plan_checkpoint
+from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, NonFinite
 from gptq_cli.model.headers import read_header
+from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source import INDEX
 from tests.checkpoint.unquantized import edit, opened, random_packed, write_checkpoint
@@ -428,3 +431,36 @@ def test_dense_modules_inside_blocks_are_declared(tiny: TinyFactory, tmp_path: P
     dynamic = json.loads((tmp_path / "out" / "quantize_config.json").read_text())["dynamic"]
     # `mlp` is the module's name since Transformers 5
     assert list(dynamic) == [r"-:(.*\.)?layers\.\d+\.(mlp|block_sparse_moe)\.gate(\..*)?$"]
+
+
+def test_a_mixed_checkpoint_is_read_back(tiny_llama: Path, tmp_path: Path) -> None:
+    """Shapes in the plan, `dynamic` and `lm_head` in the config, and what `open_checkpoint` makes of them."""
+    config = QuantizeConfig.of(
+        group_size=32,
+        quantize_head=True,
+        modules=["model.layers.*.mlp.down_proj=bits:8,group:64", "model.layers.1.self_attn=dense"],
+    ).for_model((), "lm_head")
+    skeleton = select_linears(opened(tiny_llama), config)
+    write_checkpoint(skeleton, tmp_path / "out", config)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    formats = {info.name: (info.format.bits, info.format.group_size) for info in checkpoint.linears}
+    assert formats == {
+        info.name: (config.of_linear(info.name).bits, config.of_linear(info.name).group_columns)
+        for info in skeleton.packed
+    }
+    assert formats["lm_head"] == (8, 32)
+    assert len(formats) == 18
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["lm_head"] is True
+    assert target_facts(checkpoint).lm_head
+
+
+def test_a_tied_head_is_untied_in_the_checkpoint(tiny: TinyFactory, tmp_path: Path) -> None:
+    config = QuantizeConfig(group_size=32, quantize_head=True).for_model((), "lm_head")
+    source = tiny("llama_tied")
+    write_checkpoint(select_linears(opened(source), config), tmp_path / "out", config)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    tensors = tensors_of(tmp_path / "out")
+    assert torch.equal(tensors["model.embed_tokens.weight"], tensors_of(source)["model.embed_tokens.weight"])
+    assert "lm_head.weight" not in tensors
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert "lm_head" in {info.name for info in checkpoint.linears}

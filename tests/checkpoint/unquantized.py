@@ -26,9 +26,10 @@ def opened(path: Path, **fields: Any) -> Skeleton:
 def random_packed(linear: LinearInfo, quantize: QuantizeConfig, seed: int = 0) -> PackedTensors:
     """Tensors of the right shapes with random words, and the trivial g_idx (a shuffled one with desc_act)."""
     generator = torch.Generator().manual_seed(seed + sum(linear.name.encode()))
-    shapes = packed_format(quantize).shapes(linear.in_features, linear.out_features)
+    form = packed_format(quantize, linear.name)
+    shapes = form.shapes(linear.in_features, linear.out_features)
     K = linear.in_features
-    g_idx = torch.arange(K, dtype=torch.int32) // (K if quantize.group_size == -1 else quantize.group_size)
+    g_idx = torch.arange(K, dtype=torch.int32) // (K if form.group_size == -1 else form.group_size)
     if quantize.desc_act:
         g_idx = g_idx[torch.randperm(K, generator=generator)]
     words = -(2**31), 2**31 - 1
@@ -45,9 +46,9 @@ def write_checkpoint(
 ) -> dict[str, PackedTensors]:
     """Write a complete checkpoint; return the packed tensors, by the linear's name in the model."""
     quantize = quantize or QuantizeConfig(group_size=32)
-    packed = {linear.name: random_packed(linear, quantize) for linear in skeleton.linears}
+    packed = {linear.name: random_packed(linear, quantize) for linear in skeleton.packed}
     with CheckpointWriter(out, skeleton, quantize, **fields) as writer:
-        for linear in skeleton.linears:
+        for linear in skeleton.packed:
             writer.add_packed(linear, packed[linear.name])
         writer.copy_dense()
         writer.finish({"made": "by a test"})

@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from gptq_cli.config import LoadJob, Sampling
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import Observer, PhaseFinished, PhaseStarted, TextGenerated
+from gptq_cli.load_job import LoadJob, Sampling
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.results.load import Gate, LoadReport
 from tests.cli.conftest import FakeJobs, Run

@@ -11,6 +11,7 @@ import pytest
 import gptq_cli
 from gptq_cli.cli.preset import shipped_presets
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.module_settings import parse_module_rules
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from tests.cli.conftest import FakeJobs, Run
 
@@ -293,3 +294,32 @@ def test_a_preset_takes_no_other_group_size(jobs: FakeJobs, run: Run, preset: Pa
     outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
     assert outcome.code == 2
     assert "allowed: 'auto', a whole number" in outcome.err
+
+
+def test_settings_by_module_are_a_table(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    preset.write_text(
+        'bits = 4\n[modules]\n"model.layers.*.mlp.down_proj" = "bits:8,group:64"\n'
+        'model.layers.3 = "dense"\n"model.layers.0" = { bits = 8, sym = false }\n'
+    )
+    assert run("quantize", "M", "--out", "O", "--config", str(preset)).code == 0
+    assert jobs.job.quantize.modules == parse_module_rules(
+        ["model.layers.*.mlp.down_proj=bits:8,group:64", "model.layers.3=dense", "model.layers.0=bits:8,asym"]
+    )
+    assert run("quantize", "M", "--out", "O", "--config", str(preset), "--module", "a=dense").code == 0
+    assert jobs.job.quantize.modules == parse_module_rules("a=dense")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[modules]\na = "bits:5"\n', "bits is 5; allowed: 2, 3, 4, 8"),
+        ("[modules]\na = 8\n", "a is 8; allowed: dense"),
+        ("modules = 3\n", "module"),
+    ],
+)
+def test_a_wrong_table_of_modules(run: Run, preset: Path, text: str, message: str) -> None:
+    preset.write_text(text)
+    outcome = run("quantize", "M", "--out", "O", "--config", str(preset))
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert str(preset) in outcome.err

@@ -73,7 +73,7 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
     from gptq_cli.cli.quantize import quantize
 
     names = set(signature(quantize).parameters)
-    assert {field.name for field in fields(QuantizeConfig)} <= names
+    assert {field.metadata.get("name", field.name) for field in fields(QuantizeConfig)} <= names
     assert {field.name for field in fields(CalibrationConfig)} - {"source"} <= names
     assert {field.name for field in fields(ModelRef)} <= names
 

@@ -98,6 +98,8 @@ def linear(block: str, name: str, index: int) -> LinearReport:
         name=f"{block}.{name}",
         in_features=k,
         out_features=n,
+        bits=4,
+        group_size=64,
         loss=rtn if fallback else rtn * 0.41,
         rtn_loss=rtn,
         damp_percent=0.5 if fallback else 0.05,

@@ -73,3 +73,11 @@ def test_samples_without_a_block_change_nothing() -> None:
     state = State(since=0.0)
     event = e.SamplesAdvanced(block="h.0", stage=0, stages=1, done=1, total=2)
     assert advance(state, event, 1.0) is state
+
+
+def test_a_head_is_no_linear_of_the_block_before_it() -> None:
+    state = advance(State(since=0.0), e.BlockStarted(
+        name="h.0", index=0, total=1, device="cpu", stages=(("a",),)), 0.0)  # fmt: skip
+    done = advance(state, e.LinearQuantized("", linear("h.0", "mlp.up_proj", 0)), 1.0)
+    assert done.block is not None
+    assert (done.block.linears_done, done.linears_done) == (0, 1)

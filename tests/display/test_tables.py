@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console, RenderableType
 
 from gptq_cli.display.tables import findings_table, run_summary
+from gptq_cli.results.kept import GATES, KeptDense, OwnSettings
 from gptq_cli.results.run import ExpertsReport
 from tests.display.events import DENSE, OFFLOAD, REFUSED, report
 from tests.golden import check_golden
@@ -74,3 +75,20 @@ def test_findings_come_errors_first_with_their_remedies() -> None:
 def test_a_long_list_of_modules_is_cut_and_says_so() -> None:
     many = replace(OFFLOAD, modules=tuple(f"h.{i}" for i in range(40)))
     assert "40 modules: h.0, h.1, h.2, h.3 and 36 more" in rendered(findings_table([many]), 160)
+
+
+def test_settings_by_module_and_what_stays_dense_are_one_line_per_pattern() -> None:
+    own = OwnSettings(name="model.layers.*.mlp.down_proj", bits=8, group_size=-1, sym=False, linears=3)
+    kept = KeptDense(name="model.layers.*.router", reason=GATES, linears=1, weights=8)
+    text = rendered(run_summary(replace(report(), own_settings=(own,), kept_dense=(kept,))), 160)
+    assert (
+        " by module    model.layers.*.mlp.down_proj: 8 bits, one group per row, asymmetric (3 linears)"
+        in text
+    )
+    assert " stays dense  model.layers.*.router: its output only gates\n" in text
+    assert "by module" not in rendered(run_summary(report()))
+
+
+def test_a_quantized_head_is_among_the_linears() -> None:
+    head = replace(report().linears[0], name="lm_head", out_features=49152, seconds=99.0)
+    assert "\n lm_head  " in rendered(run_summary(replace(report(), head=head)))

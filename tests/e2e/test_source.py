@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gptq_cli.config import CalibrationConfig, LoadJob, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.errors import SourceChanged
 from gptq_cli.events import BlockFinished, Event, PhaseFinished
 from gptq_cli.jobs import load, quantize
+from gptq_cli.load_job import LoadJob
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import INDEX

@@ -145,3 +145,19 @@ def test_so_with_other_options(
     run = quantize(tiny("llama"), tmp_path / "out", text, "--device-map", device_map, *options)
     assert run.devices == ["cuda:0", "cuda:1", "cpu"]
     assert different(run, reference("llama", *options)) == []
+
+
+HEADS = [("llama", "two devices"), ("llama", "outer modules on cpu"), ("llama", "two devices and cpu")]
+
+
+@pytest.mark.parametrize(("name", "case"), HEADS)
+def test_so_with_a_quantized_head(
+    name: str, case: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
+) -> None:
+    spec, expected = MAPS[case]
+    outer = ",".join(f"{module}=cpu" for module in OUTER[name])
+    device_map = spec.format(blocks=BLOCKS[name], outer=outer)
+    options = ("--quantize-head", "--module", f"{BLOCKS[name]}.1=bits:8")
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", device_map, *options)
+    assert run.devices == expected
+    assert different(run, reference(name, *options)) == []

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 import gptq_cli
 from gptq_cli import jobs
 from gptq_cli.calibration import evaluation_windows, open_tokenizer
-from gptq_cli.config import LoadJob, Sampling
 from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
 from gptq_cli.evaluation import speed as benchmark
 from gptq_cli.evaluation.divergence import compare
 from gptq_cli.events import Event, PhaseAdvanced, PhaseFinished, PhaseStarted, TextGenerated, Warned
 from gptq_cli.jobs import evaluating, loading
+from gptq_cli.load_job import LoadJob, Sampling
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget

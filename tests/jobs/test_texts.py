@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from gptq_cli import jobs
-from gptq_cli.config import LoadJob
 from gptq_cli.errors import CheckpointError, ConfigError, ModelError, UsageError
 from gptq_cli.events import Event, Warned
 from gptq_cli.jobs import loading
+from gptq_cli.load_job import LoadJob
 from gptq_cli.results.load import LoadReport
 from tests.checkpoint.checkpoints import Recipe, quantize_directory
 from tests.conftest import TinyFactory

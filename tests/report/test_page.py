@@ -6,6 +6,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from gptq_cli.report.page import report_html
+from gptq_cli.results.kept import OwnSettings
 from gptq_cli.results.run import ExpertsReport
 from tests.display.events import report
 
@@ -101,3 +102,13 @@ def test_experts_have_a_line_of_their_own() -> None:
     assert "<dt>experts</dt><dd>8, which saw 0 to 90 calibration tokens" in page
     assert "no token reached 1: model.experts.3</dd>" in page
     assert "<dt>experts</dt>" not in report_html(report())
+
+
+def test_bits_of_every_linear_and_the_head() -> None:
+    head = replace(report().linears[0], name="lm_head", bits=8, group_size=-1)
+    own = OwnSettings(name="lm_head", bits=8, group_size=-1, sym=True, linears=1)
+    page = report_html(replace(report(), head=head, own_settings=(own,)))
+    assert "<td>lm_head</td>" in page
+    assert page.count('<td class="n">8</td><td class="n">-1</td>') == 1
+    assert page.count('<td class="n">4</td><td class="n">64</td>') == 21
+    assert "<dt>by module</dt><dd>lm_head: 8 bits, one group per row</dd>" in page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from gptq_cli.config import AUTO_GROUPS
 from gptq_cli.model.facts import LinearFact
@@ -14,6 +14,8 @@ from gptq_cli.wording import names_text
 
 _SIZES = (*AUTO_GROUPS, 16, 8)
 _LOW_SHARE = 0.5
+_NAMED = 4
+"""Patterns that a hint spells out."""
 
 
 @rule("error")
@@ -51,50 +53,54 @@ def blocks_in_order(case: JobCase) -> list[Remark]:
     ]
 
 
-@rule("error", topics=("group_size",))
+@rule("error", topics=("group_size", "modules"))
 def group_divides(case: JobCase) -> list[Remark]:
     """The group size does not divide the input columns (K) of every linear.
 
     A ragged last group has no place in the checkpoint format: readers compute the number of groups as
     K / group_size and refuse, or misread, what does not divide.
     """
-    group = case.work.quantize.group_columns
-    if group == -1:
-        return []
-    wrong = [x for x in case.facts.linears if x.in_features % group and group <= x.in_features]
-    if not wrong:
-        return []
-    return [
-        Remark(
-            subject=f"--group-size {group}",
-            message=f"group size {group} does not divide the input columns "
-            f"{_values(x.in_features for x in wrong)} of {len(wrong)} linears",
-            hint=_group_hint(case),
-            modules=tuple(x.name for x in wrong),
-        )
-    ]
+
+    def wrong(linear: LinearFact, group: int) -> bool:
+        return bool(linear.in_features % group) and group <= linear.in_features
+
+    return _groups(case, wrong, "does not divide")
 
 
-@rule("error", topics=("group_size",))
+@rule("error", topics=("group_size", "modules"))
 def group_too_large(case: JobCase) -> list[Remark]:
     """The group size is larger than the input columns (K) of a linear."""
-    group = case.work.quantize.group_columns
-    wrong = [x for x in case.facts.linears if group > x.in_features]
-    if not wrong:
-        return []
+    return _groups(case, lambda linear, group: group > linear.in_features, "is larger than")
+
+
+def _groups(case: JobCase, wrong: Callable[[LinearFact, int], bool], verb: str) -> list[Remark]:
+    """One remark for each group size that is wrong for a linear which has it."""
+    config = case.work.quantize
+    found: dict[int, list[LinearFact]] = {}
+    for linear in case.facts.packed:
+        group = config.of_linear(linear.name).group_columns
+        if group != -1 and wrong(linear, group):
+            found.setdefault(group, []).append(linear)
     return [
         Remark(
-            subject=f"--group-size {group}",
-            message=f"group size {group} is larger than the input columns "
-            f"{_values(x.in_features for x in wrong)} of {len(wrong)} linears",
-            hint=_group_hint(case),
-            modules=tuple(x.name for x in wrong),
+            subject=f"--group-size {group}" if group == config.group_columns else f"--module group:{group}",
+            message=f"group size {group} {verb} the input columns "
+            f"{_values(x.in_features for x in linears)} of {len(linears)} linears",
+            hint=_group_hint(case, group, linears),
+            modules=tuple(x.name for x in linears),
         )
+        for group, linears in found.items()
     ]
 
 
-def _group_hint(case: JobCase) -> str:
-    common = math.gcd(*(x.in_features for x in case.facts.linears))
+def _group_hint(case: JobCase, group: int, wrong: list[LinearFact]) -> str:
+    config = case.work.quantize
+    if group != config.group_columns:
+        common = math.gcd(*(x.in_features for x in wrong))
+        fitting = [size for size in _SIZES if common % size == 0]
+        listed = ", ".join(map(str, fitting)) or "none of the usual sizes"
+        return f"{listed} divide them; -1: one group per row"
+    common = math.gcd(*(x.in_features for x in case.facts.packed))
     fitting = [size for size in _SIZES if size <= common and common % size == 0]
     if not fitting:
         return "--group-size -1 (one group per row; no usual size divides all)"
@@ -102,39 +108,48 @@ def _group_hint(case: JobCase) -> str:
     return f"--group-size {fitting[0]} ({listed} divide all; -1: one group per row)"
 
 
-@rule("error", topics=("bits",))
+@rule("error", topics=("bits", "modules"))
 def packing_rows(case: JobCase) -> list[Remark]:
     """The codes of a column do not fill 32-bit words: K · bits is not a multiple of 32."""
-    bits = case.work.quantize.bits
-    wrong = [x for x in case.facts.linears if x.in_features * bits % 32]
-    return _packing(case, wrong, "input columns", (x.in_features for x in wrong))
+    return _packing(case, "input columns", lambda x: x.in_features)
 
 
-@rule("error", topics=("bits",))
+@rule("error", topics=("bits", "modules"))
 def packing_columns(case: JobCase) -> list[Remark]:
     """The zero points of a group do not fill 32-bit words: N · bits is not a multiple of 32."""
-    bits = case.work.quantize.bits
-    wrong = [x for x in case.facts.linears if x.out_features * bits % 32]
-    return _packing(case, wrong, "output rows", (x.out_features for x in wrong))
+    return _packing(case, "output rows", lambda x: x.out_features)
 
 
-def _packing(case: JobCase, wrong: list[LinearFact], what: str, values: Iterable[int]) -> list[Remark]:
-    if not wrong:
-        return []
-    bits = case.work.quantize.bits
-    step = 32 // math.gcd(32, bits)
-    dims = [size for x in case.facts.linears for size in (x.in_features, x.out_features)]
-    others = [b for b in (8, 4, 2) if b != bits and all(size * b % 32 == 0 for size in dims)]
-    hint = f"--bits {others[0]}" if others else "no bit width packs these sizes; leave this model dense"
+def _packing(case: JobCase, what: str, side: Callable[[LinearFact], int]) -> list[Remark]:
+    """One remark for each bit width that does not pack a linear which has it."""
+    config = case.work.quantize
+    found: dict[int, list[LinearFact]] = {}
+    for linear in case.facts.packed:
+        bits = config.of_linear(linear.name).bits
+        if side(linear) * bits % 32:
+            found.setdefault(bits, []).append(linear)
     return [
         Remark(
-            subject=f"--bits {bits}",
-            message=f"{bits}-bit codes fill 32-bit words only where the {what} are a multiple of {step}; "
-            f"found {_values(values)} in {len(wrong)} linears",
-            hint=hint,
+            subject=f"--bits {bits}" if bits == config.bits else f"--module bits:{bits}",
+            message=f"{bits}-bit codes fill 32-bit words only where the {what} are a multiple of "
+            f"{32 // math.gcd(32, bits)}; found {_values(map(side, wrong))} in {len(wrong)} linears",
+            hint=_packing_hint(case, bits, wrong),
             modules=tuple(x.name for x in wrong),
         )
+        for bits, wrong in found.items()
     ]
+
+
+def _packing_hint(case: JobCase, bits: int, wrong: list[LinearFact]) -> str:
+    """Another bit width, or dense by name: for all where all are wrong."""
+    dims = [size for x in case.facts.packed for size in (x.in_features, x.out_features)]
+    others = [b for b in (8, 4, 2) if b != bits and all(size * b % 32 == 0 for size in dims)]
+    if others:
+        return f"--bits {others[0]}"
+    names = list(dict.fromkeys(fold(x.name) for x in wrong))
+    if len(wrong) == len(case.facts.packed) or len(names) > _NAMED:
+        return "no bit width packs these sizes; leave this model dense"
+    return "no bit width packs them: " + " ".join(f"--module '{name}=dense'" for name in names)
 
 
 def _values(numbers: Iterable[int]) -> str:
@@ -237,9 +252,9 @@ def left_dense(case: JobCase) -> list[Remark]:
     total = case.facts.parameters
     if not total or not case.facts.linears:
         return []
-    quantized = sum(x.in_features * x.out_features for x in case.facts.linears)
-    share = 1 - quantized / total
-    names, parts = ({x.name for x in case.facts.linears}, {x.part_of for x in case.facts.linears})
+    share = 1 - case.facts.quantized_share
+    replaced = case.facts.linears if case.facts.head_is_tied else case.facts.packed
+    names, parts = {x.name for x in replaced}, {x.part_of for x in replaced}
     dense = [
         t
         for t in case.facts.tensors

@@ -22,6 +22,8 @@ from gptq_cli.targets.rules.formats import whole_groups, whole_words
 from gptq_cli.targets.rules.parallel import tensor_parallel
 
 _CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--no-quantize-head", {"quantize_head": False}),
+    ("without --module", {"modules": ()}),
     ("--no-desc-act", {"desc_act": False}),
     ("--sym", {"sym": True}),
     ("--group-size 128", {"group_size": 128}),
@@ -152,11 +154,20 @@ def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
 
 
 def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFacts:
-    """The checkpoint that would be written, as a reader would find it."""
+    """The checkpoint that would be written, as a reader would find it.
+
+    `config` may be another than that of the job: a change that is tried. Without settings by module the
+    linears that they leave dense are quantized.
+    """
+    head = model.head if config.quantize_head else None
+    by_module = () if config.modules else model.by_module
+    linears = (*model.linears, *by_module, *((head,) if head is not None else ()))
+    config = config.for_model((), head.name if head is not None else None)
+    packed = {linear.name for linear in linears}
     return TargetFacts(
         bits=config.bits,
         group_size=config.group_columns,
-        sym=config.sym,
+        sym=config.sym and all(config.of_linear(linear.name).sym for linear in linears),
         desc_act=config.desc_act,
         checkpoint_format=config.checkpoint_format,
         dtype=model.dtype,
@@ -165,16 +176,17 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
                 name=linear.name,
                 in_features=linear.in_features,
                 out_features=linear.out_features,
-                bits=config.bits,
-                group_size=config.group_columns,
-                sym=config.sym,
+                bits=config.of_linear(linear.name).bits,
+                group_size=config.of_linear(linear.name).group_columns,
+                sym=config.of_linear(linear.name).sym,
                 desc_act=config.desc_act,
                 split=linear.split,
             )
-            for linear in model.linears
+            for linear in linears
         ),
-        dense=model.dense_linears,
+        dense=tuple(name for name in model.dense_linears if name not in packed),
         dense_experts=tuple(stack.name for stack in model.fused),
+        lm_head=head is not None,
         modules_listed=model.listed,
         heads=model.heads,
         hidden_size=model.hidden_size,

@@ -1,0 +1,181 @@
+"""The output head: its Hessian from what enters it behind the quantized blocks, its rows solved in pieces.
+
+When the last block is done, the samples have come to the model's final norm. What lies between it and the
+head (a norm, a projection, a factor) is the model's own code: its forward runs once more with every block
+replaced by a stand-in, the last one handing over the finished hidden states, and stops where the head begins.
+
+A head has as many rows as the vocabulary has tokens. GPTQ never mixes rows, so they are solved `HEAD_ROWS`
+at a time, each piece with the same Hessian, and memory stays that of a wide linear. It is solved for its own
+output. The model's weight is left as it is, because it may be the embedding too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptq_cli.devices.accelerators import working_on
+from gptq_cli.devices.fp32_matmul import matmul_scope
+from gptq_cli.engine.block import Block, WorkOptions, check_fallback
+from gptq_cli.engine.calls import taken
+from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
+from gptq_cli.engine.finite import non_finite_error
+from gptq_cli.errors import GptqError, NonFinite
+from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
+from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.gptq.losses import row_losses
+from gptq_cli.gptq.matmul import fast_matmul
+from gptq_cli.gptq.packing import PackedTensors, pack
+from gptq_cli.gptq.quantized import QuantizedLinear
+from gptq_cli.gptq.solver import quantize_linears
+from gptq_cli.model.blocks import weight_matrix
+from gptq_cli.model.flow import BlockShape, Flow
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.placement.schedule import HEAD_ROWS
+from gptq_cli.results.run import LinearReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadWork:
+    """A model whose blocks are done, and its head."""
+
+    model: Any
+    """The language model, head included."""
+    module: nn.Module
+    """The head itself."""
+    blocks: Sequence[Block]
+    flow: Flow
+    info: LinearInfo
+    device: torch.device
+    """Where the head is worked on."""
+    input_device: torch.device
+    """Where token ids enter."""
+    options: WorkOptions
+
+
+def quantize_head(
+    work: HeadWork,
+    captured: Captured,
+    input_ids: Tensor,  # (samples, seq_len) int64
+) -> LinearReport:
+    """Quantize the head and hand its packed tensors to the store; `captured` is consumed.
+
+    Raises what `quantize_block` raises.
+    """
+    info, options = work.info, work.options
+    started = time.perf_counter()
+    with phase(options.observer, "head", len(input_ids)), working_on(work.device):
+        with Hessian(info.in_features, work.device) as moment:
+            done = 0
+            for batch in captured.samples:
+                x = _input(work, captured, input_ids[list(batch)]).to(work.device)
+                moment.add(x)
+                if not moment.is_finite():
+                    raise non_finite_error((x,), batch, "the model's end", info.name)
+                done += len(batch)
+                options.observer(PhaseAdvanced("head", done, len(input_ids)))
+            hessian, tokens = moment.matrix(), moment.tokens
+        quantized, packed = _solved(work, weight_matrix(work.module), hessian)
+    check_fallback(options, info, quantized, tokens)
+    options.store(info, packed)
+    own = options.config.of_linear(info.name)
+    report = LinearReport(
+        name=info.name,
+        in_features=info.in_features,
+        out_features=info.out_features,
+        bits=own.bits,
+        group_size=own.group_columns,
+        loss=quantized.loss,
+        rtn_loss=quantized.rtn_loss,
+        damp_percent=quantized.damp_percent,
+        attempts=quantized.attempts,
+        method=quantized.method,
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+    )
+    options.observer(LinearQuantized("", report))
+    return report
+
+
+def _input(work: HeadWork, captured: Captured, ids: Tensor) -> Tensor:
+    """What enters the head for the next micro-batch (batch, seq_len, K)."""
+    hidden = captured.hidden.pop(0)
+    caught: list[Tensor] = []
+
+    def catch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        caught.append(x)
+        raise StopForward
+
+    with ExitStack() as stack:
+        last = len(work.blocks) - 1
+        for index, block in enumerate(work.blocks):
+            given = hidden.to(block.device) if index == last else None
+            stand_in = _stand_in(given, work.flow.shapes[work.flow.blocks[index]])
+            stack.enter_context(replaced_forward(block.module, stand_in))
+        stack.enter_context(replaced_forward(work.module, catch))
+        stack.enter_context(working_on(work.input_device))
+        stack.enter_context(matmul_scope(hidden.dtype, work.blocks[-1].device))
+        try:
+            with torch.no_grad():
+                work.model(input_ids=ids.to(work.input_device), use_cache=False)
+        except StopForward:
+            pass
+    if not caught or caught[0].shape[:-1].numel() != ids.numel():
+        found = f"an input of shape {list(caught[0].shape)}" if caught else "no input"
+        raise GptqError(
+            f"the head {work.info.name} got {found} for {ids.numel()} tokens",
+            hint="leave --quantize-head out, and report it with the model's config.json",
+        )
+    return caught[0]
+
+
+def _stand_in(given: Tensor | None, shape: BlockShape) -> Callable[..., Any]:
+    """A block's forward that hands over `given`, or what it is given itself."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = taken(args, kwargs, shape.carrier)[0] if given is None else given
+        return hidden if shape.results is None else (hidden, *[None] * (shape.results - 1))
+
+    return forward
+
+
+def _solved(
+    work: HeadWork,
+    weight: Tensor,  # (N, K)
+    hessian: Tensor,  # (K, K)
+) -> tuple[QuantizedLinear, PackedTensors]:
+    """Every piece of rows solved and packed; the first tensor that is returned has the losses of all."""
+    config = work.options.config.of_linear(work.info.name)
+    pieces: list[PackedTensors] = []
+    solved: list[QuantizedLinear] = []
+    energies: list[float] = []
+    for rows in torch.split(weight, HEAD_ROWS):
+        piece = rows.to(work.device)
+        try:
+            (found,) = quantize_linears([piece], hessian, config)
+        except NonFinite as error:
+            raise NonFinite(f"{work.info.name}: {error.message}", hint=error.hint) from error
+        pieces.append(pack(found, config.bits, work.options.config.checkpoint_format))
+        with fast_matmul():
+            energies.append(float(row_losses(piece.T.to(hessian.dtype), hessian).sum()))
+        # the codes are packed: what goes on is the account
+        solved.append(replace(found, codes=found.codes[:0], scales=found.scales[:0], zeros=found.zeros[:0]))
+    total = sum(energies) or 1.0
+    whole = replace(
+        solved[0],
+        loss=sum(one.loss * energy for one, energy in zip(solved, energies, strict=True)) / total,
+        rtn_loss=sum(one.rtn_loss * energy for one, energy in zip(solved, energies, strict=True)) / total,
+        method="rtn" if any(one.method == "rtn" for one in solved) else "gptq",
+    )
+    return whole, PackedTensors(
+        qweight=torch.cat([piece.qweight for piece in pieces], 1),
+        qzeros=torch.cat([piece.qzeros for piece in pieces], 1),
+        scales=torch.cat([piece.scales for piece in pieces], 1),
+        g_idx=pieces[0].g_idx,
+    )

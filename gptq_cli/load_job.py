@@ -1,0 +1,115 @@
+"""What a person can ask of a finished checkpoint: `gptq load`, and how the next token is picked.
+
+A wrong field raises `ConfigError`, as in `gptq_cli.config`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from gptq_cli.config import DType, KernelChoice
+from gptq_cli.errors import ConfigError
+from gptq_cli.fields import INT64, check_choice, check_int, check_utf8
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.readers import Target, parse_targets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is picked. Greedy when `temperature` is 0, which is the default."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: no limit."""
+    seed: int = 0
+    """Of the draw; the global generators are left as they were."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature <= 100.0:
+            raise ConfigError(f"temperature is {self.temperature}; allowed: 0 (greedy) to 100")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; allowed: above 0, at most 1")
+        check_int("top_k", self.top_k, 0)
+        check_int("seed", self.seed, 0, maximum=INT64)
+        if self.temperature == 0 and (self.top_p < 1.0 or self.top_k):
+            narrowed = f"top_k is {self.top_k}" if self.top_k else f"top_p is {self.top_p}"
+            raise ConfigError(
+                f"{narrowed}, but temperature is 0, which is greedy",
+                hint="add --temperature 0.7, or leave it out",
+            )
+
+
+GREEDY = Sampling()
+HELD_OUT = "pydoc-heldout"
+"""The text to measure on where none is named: calibration leaves it out by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadJob:
+    """Everything that `gptq load` needs to know."""
+
+    path: str
+    device_map: DeviceMap | None = None
+    """None: the current accelerator, or the CPU where there is none."""
+    dtype: DType = "auto"
+    trust_remote_code: bool = False
+    kernel: KernelChoice = "auto"
+    compile: bool = False
+    """Let torch.compile fuse what lies between the kernels."""
+    prompt: str | None = None
+    raw: bool = False
+    """Give the prompt to the model as it stands, without the chat template."""
+    max_new_tokens: int = 64
+    sampling: Sampling = GREEDY
+    evaluate: str | None = None
+    """Text to measure perplexity on: any source that `CalibrationConfig.source` takes."""
+    seq_len: int = 512
+    windows: int = 64
+    against: str | None = None
+    """The dense model to compare with: a directory or a Hub model id."""
+    max_kl: float | None = None
+    """The job fails (exit 5) where KL(dense ‖ quantized) is above this."""
+    max_perplexity: float | None = None
+    bench: bool = False
+    verify: bool = False
+    targets: tuple[Target, ...] = ()
+    """Readers that should take the checkpoint; exit 5 where one will not."""
+    tp: int = 1
+    """Ranks of tensor parallelism on which they should."""
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, get_args(DType))
+        check_choice("kernel", self.kernel, get_args(KernelChoice))
+        check_int("max_new_tokens", self.max_new_tokens, 1)
+        check_int("seq_len", self.seq_len, 2)
+        check_int("windows", self.windows, 1)
+        parse_targets(self.targets, self.tp)
+        if self.prompt is not None:
+            check_utf8("prompt", self.prompt)
+        if self.against == "":
+            raise ConfigError("against is empty; allowed: a directory or a Hub model id")
+        _gate("max_kl", self.max_kl, self.against, "--against DENSE")
+        _gate("max_perplexity", self.max_perplexity, self.text, "--eval SOURCE")
+
+    @property
+    def text(self) -> str | None:
+        """The text to measure on: `evaluate`, or where only `against` is given, `HELD_OUT`."""
+        return self.evaluate or (HELD_OUT if self.against is not None else None)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the model itself is needed; --verify and --target alone read the files."""
+        uses = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
+        return any(uses) or not (self.verify or self.targets)
+
+
+def _gate(name: str, limit: float | None, measurement: str | None, needed: str) -> None:
+    if limit is None:
+        return
+    if not (math.isfinite(limit) and limit >= 0):
+        raise ConfigError(f"{name} is {limit}; allowed: a number of at least 0")
+    if measurement is None:
+        raise ConfigError(f"{name} is {limit}, but nothing is measured for it", hint=f"add {needed}")

@@ -1,0 +1,152 @@
+"""Rules about settings by module, about the head, and about linears that stay dense by themselves"""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from gptq_cli.model.facts import LinearFact
+from gptq_cli.placement.device_rules import NameTree
+from gptq_cli.placement.names import fold, parents
+from gptq_cli.planning.cases import JobCase
+from gptq_cli.planning.memory import packed_bytes
+from gptq_cli.results.kept import TOO_SMALL
+from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import names_text
+
+_LOUD_SHARE = 0.01
+_FUSING: tuple[str, ...] = ("vllm", "sglang")
+
+
+@rule("error", topics=("modules",))
+def module_pattern(case: JobCase) -> list[Remark]:
+    """A pattern of --module covers no linear, or none that can be quantized.
+
+    A setting that is ignored would leave a checkpoint other than the one that was asked for.
+    """
+    facts = case.facts
+    packed = [linear.name for linear in (*facts.packed, *facts.by_module)]
+    able, dense = NameTree(packed), NameTree(facts.dense_linears)
+    found = []
+    for one in case.work.quantize.modules:
+        if able.covered_by(one.pattern) or (one.dense and dense.covered_by(one.pattern)):
+            continue
+        if dense.covered_by(one.pattern):
+            tree = {kept.name: kept.reason for kept in facts.kept}
+            reasons = {tree[k] for k in tree if NameTree([k]).covered_by(fold(one.pattern))}
+            why = f": {names_text(sorted(reasons))}" if reasons else ""
+            message, hint = f"what it covers cannot be quantized{why}", "leave it out, or say dense"
+        else:
+            message, hint = (
+                "it covers no linear of this model",
+                _near(one.pattern, packed, facts.dense_linears),
+            )
+        found.append(Remark(subject=f"--module {one}", message=message, hint=hint))
+    return found
+
+
+def _near(pattern: str, packed: list[str], dense: tuple[str, ...]) -> str:
+    """Names like `pattern`: of linears, and of what lies above them."""
+    if re.fullmatch(r"(.*\.)?(lm_head|embed_out|output)", pattern):
+        return "the output head is quantized with --quantize-head"
+    names = dict.fromkeys(fold(name) for name in (*packed, *dense))
+    above = dict.fromkeys(parent for name in names for parent in parents(name))
+    asked = re.sub(r"(?<![^.])\d+(-\d+)?(?![^.])", "*", pattern)
+    near = difflib.get_close_matches(asked, [*names, *above], n=3, cutoff=0.5)
+    return f"did you mean {names_text(near)}?" if near else f"linears here: {names_text(names, 7)}"
+
+
+@rule("error", "warning", topics=("modules",))
+def siblings_alike(case: JobCase) -> list[Remark]:
+    """Linears that servers load as one matrix have different settings, or some of them are dense.
+
+    vLLM and SGLang put the linears that read one input and stand side by side (q, k and v; gate and up; all
+    experts of a block) into one tensor with one format, and refuse a checkpoint in which they differ.
+    """
+    config = case.work.quantize
+    if not config.modules:
+        return []
+    groups: dict[tuple[str, str], dict[str, object]] = {}
+    for linear in (*case.facts.linears, *case.facts.by_module):
+        own = config.of_linear(linear.name)
+        dense = linear in case.facts.by_module
+        treated: object = "dense" if dense else (own.bits, own.group_columns, own.sym)
+        groups.setdefault(_fused_with(linear), {})[linear.name] = treated
+    split = [list(held) for held in groups.values() if len(set(held.values())) > 1]
+    if not split:
+        return []
+    names = dict.fromkeys(fold(name) for held in split for name in held)
+    strict = [target for target in case.targets if target in _FUSING]
+    return [
+        Remark(
+            level="error" if strict else "warning",
+            subject="--module",
+            message=f"{names_text(names, 8)} read one input, and servers load them as one matrix; "
+            "their settings differ",
+            hint="give them the same settings, or let a pattern cover what is above them",
+            modules=tuple(name for held in split for name in held),
+        )
+    ]
+
+
+def _fused_with(linear: LinearFact) -> tuple[str, str]:
+    """Equal for linears that a server fuses: a stage's under one parent; all experts of a block."""
+    if linear.routed:
+        return linear.block, "experts"
+    return linear.name.rpartition(".")[0], str(linear.stage)
+
+
+@rule("error", topics=("quantize_head",))
+def quantized_head(case: JobCase) -> list[Remark]:
+    """The head is to be quantized, but the model has none that is a linear, or --module leaves it dense."""
+    if not case.work.quantize.quantize_head or case.facts.head is not None:
+        return []
+    return [
+        Remark(
+            subject="--quantize-head",
+            message=f"{case.facts.architecture} has no output head that is a linear, "
+            "or --module leaves it dense",
+            hint="leave --quantize-head out",
+        )
+    ]
+
+
+@rule("note", topics=("quantize_head",))
+def head_untied(case: JobCase) -> list[Remark]:
+    """The head that is quantized is one tensor with the embedding, which stays dense.
+
+    The checkpoint holds both, and config.json says that they are not tied: a reader that tied them would
+    drop the codes.
+    """
+    head = case.facts.head
+    if head is None or not case.facts.head_is_tied:
+        return []
+    return [
+        Remark(
+            subject=head.name,
+            message="it is the embedding in the source; quantized, it becomes a tensor of its own beside the "
+            "dense embedding, and config.json says tie_word_embeddings false: the files grow",
+            hint="a head that is read in fewer bytes makes each token faster; for the smallest files, leave "
+            "--quantize-head out",
+            modules=(head.name,),
+            size_bytes=packed_bytes(head, case.work.quantize),
+        )
+    ]
+
+
+@rule("warning", "note")
+def small_linears(case: JobCase) -> list[Remark]:
+    """Linears that cannot be packed stay dense, because they are too small to matter.
+
+    Their codes or zeros do not fill 32-bit words, or the group does not divide their columns, and they have
+    fewer than 32 rows or columns, or less than 1 % of their block's weights. Larger ones are an error.
+    """
+    return [
+        Remark(
+            level="warning" if one.weights >= _LOUD_SHARE * case.facts.parameters else "note",
+            subject=one.name,
+            message=f"{one.linears} linears stay dense: {one.reason} with these bits and groups",
+        )
+        for one in case.facts.kept
+        if one.reason == TOO_SMALL
+    ]

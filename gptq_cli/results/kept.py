@@ -1,0 +1,33 @@
+"""Linears that stay dense and why, and linears with settings of their own: one line per pattern of names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BY_MODULE = "asked for with --module"
+GATES = "its output only gates"
+TOO_SMALL = "too small to be packed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptDense:
+    """Linears of the blocks that keep their weights, folded over the blocks."""
+
+    name: str
+    """`model.layers.*.linear_attn.in_proj_a`."""
+    reason: str
+    linears: int
+    weights: int
+    """Of all of them together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnSettings:
+    """Linears whose settings differ from those of the rest, folded over the blocks."""
+
+    name: str
+    """`model.layers.*.mlp.down_proj`, `lm_head`."""
+    bits: int
+    group_size: int
+    sym: bool
+    linears: int
