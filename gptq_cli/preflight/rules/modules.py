@@ -98,8 +98,23 @@ def _fused_with(linear: LinearFact) -> tuple[str, str]:
 
 @rule("error", topics=("quantize_head",))
 def quantized_head(case: JobCase) -> list[Remark]:
-    """The head is to be quantized, but the model has none that is a linear, or --module leaves it dense."""
-    if not case.work.quantize.quantize_head or case.facts.head is not None:
+    """The head is to be quantized, but the model has none that is a linear, or --module leaves it dense.
+
+    Nor can it be where the model's own code runs between the blocks: what enters the head is then known only
+    to forwards that end with the last block.
+    """
+    if not case.work.quantize.quantize_head:
+        return []
+    if case.facts.head is not None and case.facts.between:
+        return [
+            Remark(
+                subject="--quantize-head",
+                message=f"the blocks of {case.facts.architecture} are run by the model's own code "
+                f"({case.facts.between}), which ends with the last block",
+                hint="leave --quantize-head out",
+            )
+        ]
+    if case.facts.head is not None:
         return []
     return [
         Remark(
