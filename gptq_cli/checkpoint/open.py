@@ -30,7 +30,8 @@ from gptq_cli.errors import CheckpointError
 from gptq_cli.files import shown
 from gptq_cli.model.architecture import load_config
 from gptq_cli.model.find import local_directory
-from gptq_cli.model.skeleton import as_torch_dtype, build_meta, config_dtype, main_dtype
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import as_torch_dtype, config_dtype, main_dtype
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem, holds_codes, read_json, scan_directory
 from gptq_cli.wording import and_others
 

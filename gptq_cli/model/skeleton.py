@@ -7,25 +7,18 @@ weight.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.initialization import meta_device_safe_creation_ops
 from transformers.pytorch_utils import Conv1D
 
 from gptq_cli.config import ModelRef
-from gptq_cli.errors import ModelError
 from gptq_cli.model.architecture import (
-    first_line,
     load_config,
-    raise_import_failure,
     raw_config,
 )
 from gptq_cli.model.beside import (
@@ -44,15 +37,11 @@ from gptq_cli.model.expert_names import ExpertSource, linears_in_part, named_exp
 from gptq_cli.model.experts import FoundExperts, find_experts
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.few_bits import decoded_files
-from gptq_cli.model.model_class import make_model
-from gptq_cli.model.quiet import quiet_libraries
+from gptq_cli.model.meta import build_meta
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
 from gptq_cli.placement.names import leaf
 
-_MODULES_LIMIT = 50_000
-"""Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
-as many tensors."""
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
 
@@ -250,67 +239,9 @@ def as_torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def build_meta(config: Any, ref: ModelRef, dtype: torch.dtype, *, tensors: int = 0) -> Any:
-    """The model of `config` on the meta device, parameters in `dtype`; a quantization config is ignored.
-
-    `tensors`: how many the files hold. A config that asks for many times more modules is refused
-    (`ModelError`) before they fill the memory.
-    """
-    try:
-        with quiet_libraries(), torch.device("meta"), meta_device_safe_creation_ops(), _counted(ref, tensors):
-            model = make_model(config, dtype, trust_remote_code=ref.trust_remote_code)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise_import_failure(error)
-        raise ModelError(
-            f"the architecture of {ref.model} cannot be built: {first_line(error)}",
-            hint="check config.json, and that the packages which the architecture needs are installed",
-        ) from error
-    _empty(model)
-    return model.eval().requires_grad_(False)
-
-
-def _empty(model: nn.Module) -> None:
-    """Put parameters on the meta device that the constructor made elsewhere (from random numbers, from a
-    list): a tensor with values would be taken for one that needs none from the files."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.is_meta:
-                empty = made.setdefault(
-                    id(parameter), nn.Parameter(parameter.to("meta"), requires_grad=False)
-                )
-                module._parameters[name] = empty
-
-
 def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
     """Every linear of the blocks -> its block."""
     return {f"{block}.{name}": block for block in blocks for name in all_linears(model.get_submodule(block))}
-
-
-@contextmanager
-def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
-    """Stop building a model that has far more modules than the files could fill."""
-    limit = _MODULES_LIMIT + 3 * tensors
-    maker = threading.get_ident()
-    count = 0
-
-    def registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        nonlocal count
-        count += threading.get_ident() == maker
-        if count > limit:
-            raise ModelError(
-                f"config.json of {ref.model} asks for more than {limit} modules; "
-                f"the files hold {tensors} tensors",
-                hint="compare config.json with the one that the model was published with",
-            )
-
-    handle = register_module_module_registration_hook(registered)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _kept_dense(

@@ -306,7 +306,7 @@ def test_a_config_that_asks_for_too_much(fields: dict[str, Any], place: Path, mo
 def test_more_modules_than_the_files_could_fill(
     place: Path, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_cli.model.skeleton._MODULES_LIMIT", 11)
+    monkeypatch.setattr("gptq_cli.model.meta._MODULES_LIMIT", 11)
     model = Path(shutil.copytree(tiny("llama"), place / "model"))
     tensors = load_file(model / "model.safetensors")
     few = {name: value for name, value in tensors.items() if "layers" not in name}

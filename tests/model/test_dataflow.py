@@ -13,7 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
-from gptq_cli.model.skeleton import _candidates, _kept_dense, build_meta
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import _candidates, _kept_dense
 from gptq_cli.model.trace import Trace, trace
 from gptq_cli.placement.names import fold
 from tests.model.test_trace import EXPERTS, LATENT, SMALL, peeking

@@ -13,7 +13,8 @@ from torch.nn import functional
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.gates import GateFlow, small_gates
-from gptq_cli.model.skeleton import _candidates, build_meta
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import _candidates
 from gptq_cli.model.trace import trace
 
 SHAPE: dict[str, Any] = {

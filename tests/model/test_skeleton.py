@@ -17,7 +17,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.find import find_model
-from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.placement.names import fold
 from tests.conftest import TinyFactory

@@ -15,7 +15,8 @@ from gptq_cli.checkpoint.declared import declared_dynamic, modules_in_block
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.conversion import Conversion, tied_groups
-from gptq_cli.model.skeleton import _candidates, _kept_dense, _linears, build_meta
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import _candidates, _kept_dense, _linears
 from gptq_cli.model.trace import Trace, trace
 from tests.checkpoint.unquantized import opened
 from tests.tiny import TINY

@@ -22,7 +22,8 @@ from gptq_cli.model import weights
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, natural_key, tied_groups
 from gptq_cli.model.find import find_model
-from gptq_cli.model.skeleton import Skeleton, build_meta, open_skeleton
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import check_finite, check_tensor, fill_dense, load_resident
 from gptq_cli.placement.device import Device
