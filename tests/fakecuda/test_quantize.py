@@ -161,3 +161,19 @@ def test_so_with_a_quantized_head(
     run = quantize(tiny(name), tmp_path / "out", text, "--device-map", device_map, *options)
     assert run.devices == expected
     assert different(run, reference(name, *options)) == []
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        "model.visual=cpu,model.language_model.layers.1=1,rest=0",
+        "model.visual=1,model.language_model.layers.0=cpu,rest=0",
+    ],
+)
+def test_so_with_a_tower(
+    device_map: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
+) -> None:
+    options = ("--group-size", "16")
+    run = quantize(tiny("qwen3_vl"), tmp_path / "out", text, "--device-map", device_map, *options)
+    assert run.devices == ["cuda:0", "cuda:1", "cpu"]
+    assert different(run, reference("qwen3_vl", *options)) == []
