@@ -40,7 +40,10 @@ class Flow:
     blocks: tuple[str, ...] = ()
     """Those that the forward called, as they stand in the model."""
     called: tuple[str, ...] = ()
-    """Blocks in the order of their calls."""
+    """Blocks in the order of their calls, up to the call of the last one that had not been called."""
+    repeated: bool = False
+    """Blocks are called again after that (a recurrence over the whole stack). They are worked on once, with
+    what they are given first."""
     shapes: Mapping[str, BlockShape]
     between: str = ""
     """Why the model's own code has to run between the blocks; "" where the flow is direct."""
@@ -61,7 +64,7 @@ class Flow:
         for name in self.blocks:
             times = self.called.count(name)
             if times != 1:
-                return f"{name} is called {times} times in one forward of the model"
+                return f"{name} is called {times} times before the last block is called"
         for before, after in zip(self.called, self.called[1:], strict=False):
             if self.blocks.index(after) < self.blocks.index(before):
                 return f"{after} is called after {before}"
@@ -82,8 +85,9 @@ class FlowWatch:
         self._running: str | None = None
         self._given: frozenset[int] = frozenset()
         self._mixed = ""  # an operator outside the blocks that read what a block made
-        self._between = ""
-        self._channel = ""
+        self._between: list[tuple[int, str]] = []  # at which call, and why
+        self._channel: list[tuple[int, str]] = []
+        self._place = 0  # number of the call that runs, or ran last
         self._written: set[str] = set()
         self._previous: Any = None
 
@@ -91,6 +95,7 @@ class FlowWatch:
         """`block` is called."""
         if self._running is not None:
             return  # a block inside a block
+        self._place = len(self._calls)
         if self._calls and self._mixed:
             self._note(f"{self._mixed} runs on the output of {self._calls[-1][0]} before {block} is called")
         self._mixed = ""
@@ -150,9 +155,8 @@ class FlowWatch:
             self._written.add(block)
         for tensor, maker in makers:
             if maker != block and _storage(tensor) not in self._given:
-                self._channel = self._channel or (
-                    f"{block} reads a tensor of {maker} that it is not given in its arguments"
-                )
+                why = f"{block} reads a tensor of {maker} that it is not given in its arguments"
+                self._channel.append((self._place, why))
         for tensor in new:
             self._depends(tensor, block)
 
@@ -169,18 +173,20 @@ class FlowWatch:
                 shapes=shapes,
                 between="the forward without data did not reach its end",
             )
-        called = tuple(block for block, _, _ in self._calls)
+        names = [block for block, _, _ in self._calls]
+        last = max((names.index(block) for block in set(names)), default=-1)  # the last that is new
         return Flow(
-            blocks=tuple(block for block in self._blocks if block in called),
-            called=called,
+            blocks=tuple(block for block in self._blocks if block in names),
+            called=tuple(names[: last + 1]),
+            repeated=len(names) > last + 1,
             shapes=shapes,
-            between=self._between,
-            hidden_channel=self._channel,
+            between=next((why for place, why in self._between if place <= last), ""),
+            hidden_channel=next((why for place, why in self._channel if place <= last), ""),
             written=frozenset(self._written),
         )
 
     def _note(self, why: str) -> None:
-        self._between = self._between or why
+        self._between.append((self._place, why))
 
     def _depends(self, tensor: Tensor, block: str) -> None:
         storage = tensor.untyped_storage()

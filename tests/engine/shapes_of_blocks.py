@@ -170,13 +170,23 @@ class Prompted(Decoder):
         return hidden[:, 5:]
 
 
-class Twice(Decoder):
-    """Every block is called twice."""
+class Again(Decoder):
+    """The whole stack of blocks is run a second time, on what it put out."""
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         hidden = self.embed(input_ids)
         for layer in (*self.layers, *self.layers):
             hidden = layer(hidden)
+        return hidden
+
+
+class Twice(Decoder):
+    """Every block is called twice in a row."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(layer(hidden))
         return hidden
 
 

@@ -31,7 +31,7 @@ from gptq_cli.results.run import BlockReport
 from tests.engine import shapes_of_blocks as shapes
 from tests.tiny import randomize
 
-DIRECT = (shapes.Decoder, shapes.UnusedValue, shapes.InPlace, shapes.SecondPlace)
+DIRECT = (shapes.Decoder, shapes.Again, shapes.UnusedValue, shapes.InPlace, shapes.SecondPlace)
 DRIVEN = (shapes.SecondValue, shapes.SharedState, shapes.Streams, shapes.Between, shapes.Prompted)
 
 
@@ -322,7 +322,7 @@ def obstacle(kind: type[shapes.Decoder]) -> str:
 
 
 def test_what_has_no_order_is_refused_by_name() -> None:
-    assert obstacle(shapes.Twice) == "layers.0 is called 2 times in one forward of the model"
+    assert obstacle(shapes.Twice) == "layers.0 is called 2 times before the last block is called"
     assert obstacle(shapes.Backwards) == "layers.1 is called after layers.2"
     assert (
         obstacle(shapes.Hidden) == "layers.2 reads a tensor of layers.0 that it is not given in its arguments"

@@ -106,7 +106,7 @@ def test_no_linears() -> None:
 
 
 def test_blocks_without_an_order() -> None:
-    why = "layers.0 is called 2 times in one forward of the model"
+    why = "layers.0 is called 2 times before the last block is called"
     (finding,) = found(replace(FACTS, obstacle=why), "blocks-in-order")
     assert finding.level == "error"
     assert finding.message.endswith(f"cannot be quantized one after another: {why}")

@@ -37,9 +37,9 @@ def blocks_in_order(case: JobCase) -> list[Remark]:
     """The forward of the model does not run its blocks one after another, each once.
 
     Blocks are quantized in the order in which the model runs them, and each is finished before the next one
-    begins, so that a block sees what the quantized ones before it put out. In a model that runs its blocks
-    several times, or hands tensors from one to another past their arguments, there is no such order. What a
-    forward does is found out on torch's `meta` device, before a weight is read.
+    begins, so that a block sees what the quantized ones before it put out. In a model that runs a block again
+    before it has come to the last one, or hands tensors from one to another past their arguments, there is no
+    such order. What a forward does is found out on torch's `meta` device, before a weight is read.
     """
     if not case.facts.obstacle:
         return []
