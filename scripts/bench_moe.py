@@ -38,7 +38,7 @@ from bench_quality import PLAIN, ROOT, train
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 
-STEPS, BATCH = 600, 4
+STEPS, BATCH = 1500, 4
 RECIPES: dict[str, dict[str, Any] | None] = {
     "round to nearest": None,
     "plain GPTQ": PLAIN,
