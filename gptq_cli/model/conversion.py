@@ -29,6 +29,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from gptq_cli.devices.out_of_memory import is_out_of_memory
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -104,10 +106,18 @@ class Conversion:
         return 0 if pattern is None else list(self._by_pattern[pattern].source_patterns).index(pattern)
 
     def source_names(self, targets: Iterable[str]) -> tuple[str, ...]:
-        """The names in files that Transformers would give the model tensors `targets` on saving them."""
+        """The names in files that Transformers would give the model tensors `targets` on saving them.
+
+        () where one of the model's rules cannot be run backwards.
+        """
         tensors = {target: self._state[target] for target in targets}
-        with torch.no_grad():
-            return tuple(revert_weight_conversion(self._model, tensors)) if tensors else ()
+        try:
+            with torch.no_grad():
+                return tuple(revert_weight_conversion(self._model, tensors)) if tensors else ()
+        except Exception as error:  # an operation without a reverse, or one that needs more tensors
+            if is_out_of_memory(error):
+                raise
+            return ()
 
     def map(self, names: Iterable[str], placed: Mapping[str, str] = MappingProxyType({})) -> KeyMap:
         """Map every name in the files. `placed`: names without a rule -> the model tensor that they are a

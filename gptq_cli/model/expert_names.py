@@ -20,6 +20,7 @@ from gptq_cli.model.expert_linears import FusedExperts, FusedTensor
 from gptq_cli.model.experts import FoundExperts
 
 _WEIGHT = ".weight"
+_LAYER = re.compile(r"\A(.*?\.\d+)\.(.+)\Z")
 _NUMBER = re.compile(r"\A(?P<parent>.+)\.(?P<expert>\d+)(?:\.(?P<role>[^.]+))?\Z")
 
 
@@ -128,7 +129,7 @@ class ExpertNames:
         parent = held.removesuffix(f".{tensor.leaf}") if held.endswith(f".{tensor.leaf}") else module.name
         if derived:
             tails = [name.removesuffix(_WEIGHT) for name in derived]
-            near = [_moved(tail, parent) for tail in tails]
+            near = [_moved(tail, held) for tail in tails]
             return self._accepted(target, zip(near, [held] * len(near), strict=True)) or self._accepted(
                 target, zip(tails, [held] * len(tails), strict=True)
             )
@@ -197,10 +198,11 @@ def linears_in_part(experts: FoundExperts, quantized: Set[str]) -> frozenset[str
     return frozenset(result)
 
 
-def _moved(name: str, parent: str) -> str:
-    """`…experts.7.w1` under another parent."""
-    found = _NUMBER.match(name)
-    return name if found is None else f"{parent}.{name[len(found['parent']) + 1 :]}"
+def _moved(name: str, beside: str) -> str:
+    """`name` in the layer of the tensor `beside`: files may call the layers otherwise than a model that was
+    never loaded from files would."""
+    own, other = _LAYER.match(name), _LAYER.match(beside)
+    return f"{other[1]}.{own[2]}" if own and other else name
 
 
 def merged_names(

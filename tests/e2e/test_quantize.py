@@ -22,6 +22,8 @@ from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.jobs import quantizing
 from gptq_cli.model.blocks import assign
+from gptq_cli.model.expert_linears import unfuse
+from gptq_cli.model.experts import find_experts
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 from tests.tiny import TINY, save_tokenizer
@@ -47,7 +49,8 @@ def test_every_architecture_quantizes_and_loads(
     losses = [
         (linear["loss"], linear["rtn_loss"]) for block in report["blocks"] for linear in block["linears"]
     ]
-    assert len(losses) == sum(1 for _ in open_checkpoint(out).linears)
+    checkpoint = open_checkpoint(out)
+    assert len(losses) == len(checkpoint.linears) + len(checkpoint.experts)
     assert sum(loss for loss, _ in losses) < 0.8 * sum(rtn for _, rtn in losses)
     assert report["fallbacks"] == 0
     assert json.loads((out / "report.json").read_text())["dataset_sha256"] == report["dataset_sha256"]
@@ -75,7 +78,8 @@ def dense_perplexity(model: Path, out: Path, text: Path) -> float:
     twin = AutoModelForCausalLM.from_pretrained(model).eval()
     checkpoint = open_checkpoint(out)
     tensors = load_file(out / "model.safetensors")
-    for info in checkpoint.linears:
+    unfuse(twin, find_experts(twin, checkpoint.blocks).experts)
+    for info in (*checkpoint.linears, *checkpoint.experts):
         packed = {
             part: tensors[f"{info.source_name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")
         }
