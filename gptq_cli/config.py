@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
-from gptq_cli.fields import INT32, INT64, check_choice, check_int, check_utf8, option
+from gptq_cli.fields import INT32, INT64, Resume, check_choice, check_int, check_utf8, option
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
@@ -269,10 +269,12 @@ class QuantizeJob:
     """A fallback to round-to-nearest ends the run with exit 5."""
     targets: tuple[Target, ...] = ()
     """Readers that must take the result; where one will not, preflight refuses."""
+    resume: Resume = "auto"
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_targets(self.targets)
+        check_choice("resume", self.resume, get_args(Resume))
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
         check_int(
