@@ -18,7 +18,17 @@ from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 FlushPoint = Literal["capture", "block", "end"]
 Phase = Literal[
-    "open", "calibration", "load", "capture", "save", "verify", "generate", "bench", "dense", "evaluate"
+    "open",
+    "calibration",
+    "load",
+    "capture",
+    "resume",
+    "save",
+    "verify",
+    "generate",
+    "bench",
+    "dense",
+    "evaluate",
 ]
 
 

@@ -144,7 +144,7 @@ def open_block(
     """Trace a short sample through the block. `paired`: look for residuals too, for the dense stream."""
     infos = {block.relative(info): info for info in block.linears}
     modules = {name: block.module.get_submodule(name) for name in infos}
-    probe, short = probe.to(block.device), hidden[:1, :PROBE_TOKENS]
+    probe, short = probe.to(block.device), hidden[:1, :PROBE_TOKENS].to(block.device)
     stages = find_stages(block.module, modules, probe, short)
     residuals = find_residuals(block.module, modules, stages, probe, short) if paired else {}
     return BlockContext(
@@ -201,8 +201,10 @@ def _forwards(
 ) -> Forwards:
     names = [name for stage in context.stages for name in stage.linears]
     linears = {name: module.get_submodule(name) for name in names}
-    make = ParkedForwards if context.parked else ReplayedForwards
-    return make(module, linears, context.stages, calls, hidden, context.residuals)
+    words = (module, linears, context.stages, calls, hidden, context.residuals)
+    if context.parked:
+        return ParkedForwards(*words)
+    return ReplayedForwards(*words, device=context.block.device)
 
 
 def _collect(

@@ -173,16 +173,17 @@ def capture(
     batch_size: int,
     input_device: torch.device,
     block_device: torch.device | None = None,
+    rest_device: torch.device | None = None,
     paired_samples: int = 0,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
     """Run the embedding over all samples and note how every block is called.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states stay where the model left them. `block_device` is where the first block works, if elsewhere.
-    `paired_samples` of them, evenly spread over the text, are
-    paired and come first, in micro-batches of their own, so that which samples they are does not depend on
-    `batch_size`. `advanced` hears the number of samples done.
+    hidden states stay where the model left them, or go to `rest_device`. `block_device` is where the first
+    block works, if elsewhere. `paired_samples` of them, evenly spread over the text, are paired and come
+    first, in micro-batches of their own, so that which samples they are does not depend on `batch_size`.
+    `advanced` hears the number of samples done.
     Raises `GptqError` when the forward does not visit every block once, in order.
     """
     works_on = block_device or input_device
@@ -195,6 +196,8 @@ def capture(
     done = 0
     for batch in batches:
         _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
+        if rest_device is not None:
+            recorder.hidden[-1] = recorder.hidden[-1].to(rest_device)
         done += len(batch)
         advanced(done)
     return Captured(

@@ -11,6 +11,7 @@ For each block, in model order:
         pack     and hand over           the codes leave memory here
     run the samples to the end of the block: its outputs are the next block's inputs
     flush the device caches
+    keep it                          so that a run that ends here can go on
 
 The work on one block is `engine.block`; here is the loop around it.
 
@@ -29,6 +30,7 @@ from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, torch_
 from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_block, quantize_block
 from gptq_cli.engine.capture import Captured
+from gptq_cli.engine.keep import Keeper, NothingKept, catch_up
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -59,17 +61,21 @@ def quantize_blocks(
     options: LoopOptions,
     store: Store,
     observer: Observer,
+    keeper: Keeper | None = None,
 ) -> tuple[BlockReport, ...]:
-    """Quantize every block in order; `captured` is consumed. Returns one report per block.
+    """Quantize every block that is not finished, in order; `captured` is consumed. Returns one report per
+    block, those that `keeper` had among them.
 
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
     """
     _flush("capture", "", options, observer)
     work = WorkOptions(config=config, strict=options.strict, store=store, observer=observer)
-    reports: list[BlockReport] = []
+    keeper = keeper or NothingKept()
+    first = catch_up(blocks, captured, keeper, config, observer)
+    reports = list(keeper.finished[:first])
     leaks, unplanned = LeakWatch(), False
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks[first:], start=first):
         started = time.perf_counter()
         reset_peak(options.devices)
         with working_on(block.device), block.on_device():
@@ -88,9 +94,10 @@ def quantize_blocks(
             linears=linears,
         )
         reports.append(report)
-        observer(_finished(reports, len(blocks), memory))
+        observer(_finished(reports, first, len(blocks), memory))
         for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
+        keeper.keep(report, captured)
     return tuple(reports)
 
 
@@ -119,8 +126,11 @@ def _started(context: BlockContext, index: int, total: int) -> BlockStarted:
     )
 
 
-def _finished(reports: Sequence[BlockReport], total: int, memory: tuple[DeviceMemory, ...]) -> BlockFinished:
-    mean_seconds = sum(done.seconds for done in reports) / len(reports)
+def _finished(
+    reports: Sequence[BlockReport], first: int, total: int, memory: tuple[DeviceMemory, ...]
+) -> BlockFinished:
+    """`first`: the blocks before it were finished by an earlier run, perhaps on another machine."""
+    mean_seconds = sum(done.seconds for done in reports[first:]) / len(reports[first:])
     return BlockFinished(
         index=len(reports) - 1,
         total=total,
