@@ -6,5 +6,6 @@ A job comes in as frozen data, events go out through the observer, a report come
 from gptq_cli.jobs.inspecting import inspect_map
 from gptq_cli.jobs.loading import load, open_model
 from gptq_cli.jobs.quantizing import dry_run, quantize
+from gptq_cli.jobs.trial import trial
 
-__all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize"]
+__all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize", "trial"]

@@ -45,6 +45,7 @@ _PHASES: dict[Phase, str] = {
     "calibration": "reading the calibration text",
     "load": "loading the weights",
     "capture": "capturing what enters the blocks",
+    "resume": "going on after the finished blocks",
     "save": "writing the tensors that stay dense",
     "verify": "verifying the files",
     "generate": "generating text",

@@ -96,17 +96,23 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> float:
     """The counting part: seconds of the whole job at `speed`."""
+    total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
+    return total + sum(block_seconds(facts, work, schedule, speed).values())
+
+
+def block_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> dict[str, float]:
+    """Seconds of each block at `speed`."""
     tokens = work.calibration.samples * work.calibration.seq_len
     streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
-    total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
     known: dict[tuple[tuple[StageShape, ...], BlockSchedule], float] = {}
+    seconds = {}
     for name, stages in block_stages(facts).items():
         block = replace(schedule.block(name), name="")
         if (stages, block) not in known:
             weights = _weights_run(stages, block)
             known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights)
-        total += known[stages, block]
-    return total
+        seconds[name] = known[stages, block]
+    return seconds
 
 
 def _block_seconds(

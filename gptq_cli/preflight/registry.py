@@ -26,12 +26,13 @@ from gptq_cli.preflight.rules import (
     output,
     placement,
     quantization,
+    resume,
     targets,
 )
 from gptq_cli.rules import Rule, rules_in
 from gptq_cli.targets import rules as target_rules
 
-_JOB: tuple[ModuleType, ...] = (model_files, quantization, targets, output)
+_JOB: tuple[ModuleType, ...] = (model_files, quantization, targets, output, resume)
 _MAP: tuple[ModuleType, ...] = (device_map, placement, memory)
 MODULES: tuple[ModuleType, ...] = (calibration, *_JOB, *_MAP, target_rules, verify_rules)
 """Where rules are defined; the docstring of each begins with what they are about."""
