@@ -23,6 +23,7 @@ from gptq_cli.config import (
     parse_shard_size,
 )
 from gptq_cli.events import Event, Observer, ignore, warning_text
+from gptq_cli.fields import Resume
 from gptq_cli.load_job import LoadJob
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
@@ -48,6 +49,7 @@ def quantize(
     trust_remote_code: bool = False,
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    resume: Resume = "auto",
     strict: bool = False,
     observer: Observer = ignore,
     **options: Any,
@@ -60,8 +62,9 @@ def quantize(
     `recipe`, and of `CalibrationConfig` with `calibration` for its `source` (`samples`, `seq_len`, `seed`,
     `batch_size`); None means "not given". `device_map`: every form of `--device-map`, a mapping of names to
     devices, or one device, as text, number or `torch.device`. `max_memory`: text, or a mapping of devices to
-    sizes. `targets`: readers that must take the result, on `tp` GPUs. `observer` gets every
-    `gptq_cli.events.Event`.
+    sizes. `targets`: readers that must take the result, on `tp` GPUs. `resume`: what to do about unfinished
+    work of an interrupted run beside `out`: "auto" goes on with it, "never" removes it, "required" starts
+    nothing without it. `observer` gets every `gptq_cli.events.Event`.
 
     Returns the report that is also in `out/report.json`. Raises what the command line exits with:
     `UsageError` (2, nothing was started), `PreflightRefused` (3, nothing was written; its text lists the
@@ -80,6 +83,7 @@ def quantize(
         max_memory=None if max_memory is None else MaxMemory.parse(max_memory),
         max_shard_bytes=parse_shard_size(max_shard_size),
         overwrite=overwrite,
+        resume=resume,
         strict=strict,
         targets=parse_targets((targets,) if isinstance(targets, str) else targets, tp),
         tp=tp,

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
-from gptq_cli.fields import INT32, INT64, check_choice, check_int, option
+from gptq_cli.fields import INT32, INT64, Resume, check_choice, check_int, option
 from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, parse_module_rules, settings_for
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
@@ -322,10 +322,12 @@ class QuantizeJob:
     """Readers that must take the result; where one will not, preflight refuses."""
     tp: int = 1
     """Ranks of tensor parallelism on which they must."""
+    resume: Resume = "auto"
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         parse_targets(self.targets, self.tp)
+        check_choice("resume", self.resume, get_args(Resume))
         if not self.out:
             raise ConfigError("out is empty; allowed: a directory to create", hint="add --out DIR")
         check_int(

@@ -11,12 +11,16 @@
      ├─ PreflightRefused           3   the facts forbid the job: nothing was written
      │   └─ DiskOffloadRefused         … because something would lie on disk; a ValueError as well
      ├─ SourceChanged              1   a file of the model changed while the run worked: nothing was written
-     ├─ OutOfDeviceMemory          4   a device ran out of memory; nothing half-done is left
+     ├─ OutOfDeviceMemory          4   a device ran out of memory; finished blocks are kept
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
          └─ NotPositiveDefinite
 
-An interruption (SIGINT, SIGTERM) is exit 130; it is not a GptqError.
+An interruption (SIGINT, SIGTERM) is exit 130; it is a KeyboardInterrupt, not a GptqError: `Interrupted` where
+finished blocks were kept.
+
+What a run of `gptq quantize` finished before an error of exit 1, 4, 5 or 130 is kept, and the same command
+run again goes on, unless the error is about the model itself (`SourceChanged`, `NonFinite`).
 
 A message says what is wrong with what, the value found and the values allowed; `hint` says what to
 do next. Only `gptq_cli.cli.app.main` turns an error into an exit code.
@@ -113,13 +117,22 @@ class DiskOffloadRefused(PreflightRefused, ValueError):  # noqa: N818 - as its p
 
 
 class SourceChanged(GptqError):  # noqa: N818 - it says what happened
-    """A file of the model changed since the run began. Nothing was written."""
+    """A file of the model changed since the run began. Nothing was written, and nothing is kept."""
 
 
 class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
     """A device ran out of memory."""
 
     exit_code = 4
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run that had kept finished blocks; `hint` is the command that goes on."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
 
 
 class QualityGateFailed(GptqError):  # noqa: N818 - a gate that failed

@@ -23,6 +23,7 @@ Phase = Literal[
     "load",
     "capture",
     "head",
+    "resume",
     "save",
     "verify",
     "generate",

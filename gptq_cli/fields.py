@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from gptq_cli.errors import ConfigError
 
 T = TypeVar("T")
+
+Resume = Literal["auto", "never", "required"]
+"""What to do about unfinished work at the destination: go on where it is of the same job, remove it, or go on
+and nothing else."""
 
 
 def option(default: T, help_text: str, **spelling: str) -> T:

@@ -1,4 +1,4 @@
-"""Lists and reasons inside a sentence: what is long is cut, and says how much was left out."""
+"""Lists, reasons and times inside a sentence: what is long is cut, and says how much was left out."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def first_line(error: BaseException) -> str:
     """What an error says in one line; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def duration_words(seconds: float) -> str:
+    """`38 s`, `41 min`, `3 h 20 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"

@@ -30,7 +30,8 @@ _NAMED = 3
 
 
 class Destination:
-    """A context manager that reserves the destination during a run, and removes the working files at its end.
+    """A context manager that reserves the destination during a run, and removes the working files at its end,
+    unless they are to be `kept`.
 
     `overwrite`: a checkpoint that is there when the run begins is replaced, unless it changes meanwhile.
     `warn` is called with problems that do not stop the run. Entering raises `DestinationBusy`, `ConfigError`
@@ -49,6 +50,9 @@ class Destination:
         self._made_parents: list[Path] = []
         self._begun = State("absent")
         self._held = self._given = False
+        self.kept = False
+        """The working files outlast the run, so that another one can go on. False again once the checkpoint
+        is in place."""
         self._saved = self.result
         """Where a result is that could not be put in place."""
 
@@ -61,6 +65,11 @@ class Destination:
     def result(self) -> Path:
         """The directory in which the checkpoint is written."""
         return self._folder.result
+
+    @property
+    def journal(self) -> Path:
+        """Where the journal is."""
+        return self._folder.journal
 
     @property
     def unlocked(self) -> str:
@@ -83,7 +92,8 @@ class Destination:
         try:
             self._recover(before)
             self._begun = self._look()
-            self.result.mkdir()
+            if not self.kept:
+                self.result.mkdir()
         except BaseException:
             self._leave()
             raise
@@ -93,6 +103,12 @@ class Destination:
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._leave()
+
+    def start_over(self) -> None:
+        """Remove the unfinished work of an earlier run. Raises `OSError`."""
+        self.kept = False
+        self._folder.clear()
+        self.result.mkdir()
 
     def put_in_place(self) -> None:
         """Move the finished result to the destination, as the last step, and remove the working folder.
@@ -106,13 +122,16 @@ class Destination:
                 self._check(now.kind == "empty" and now.identity == self._begun.identity, now)
                 self._fill()
             elif now.kind in ("absent", "empty"):
+                self._mark_moving()
                 os.rename(self.result, self.out)  # which never replaces a directory that holds something
             else:
                 self._check(self.overwrite and now.kind == "checkpoint" and now == self._begun, now)
+                self._mark_moving()
                 self._replace()
         except OSError as error:
             raise self._kept(f"{self.out} cannot be put in place: {error.strerror}") from error
         try:
+            self.kept = False
             for path in (self.out, self.out.parent, self.folder):
                 fsync(path)
         except OSError as error:
@@ -120,6 +139,11 @@ class Destination:
                 f"{self.out} is in place, but may not be on the disk: {error.strerror}"
             ) from error
         self._leave()
+
+    def _mark_moving(self) -> None:
+        """Record which directory will be the destination, where another run would have work to go on with."""
+        if self._folder.journal.is_dir():
+            self._folder.mark(moving=os.lstat(self.result).st_ino)
 
     def _look(self) -> State:
         return state_of(self.out, NOT_CONTENT if self.place.inside else ())
@@ -198,6 +222,7 @@ class Destination:
 
     def _kept(self, message: str) -> GptqError:
         """Keep a result that could not be put in place, and return the error that says where it is."""
+        self.kept = False
         if self.result.is_dir():
             self._saved = self._keep(self.result, "finished")
         return GptqError(
@@ -225,7 +250,8 @@ class Destination:
         return path
 
     def _recover(self, before: Owner | None) -> None:
-        """Clean up after an earlier run, then claim the folder."""
+        """Clean up after an earlier run, then claim the folder. What it had finished is kept."""
+        self.kept = self.place.has_work()
         words, _ = self.place.left_over(done=True)
         old = self._folder.old
         said = [words] if words else []
@@ -236,12 +262,18 @@ class Destination:
             elif os.path.lexists(self.result):  # it was moved aside, and something else took its place
                 said.append(f"the old checkpoint that it had moved aside is {self._keep(old, 'old')}")
         placed = placed_files(self.out, before)
-        for _, path in reversed(placed):
-            remove(path)
-        if placed:
+        for name, path in reversed(placed):
+            if self.kept:
+                rename_to_free(path, self.result / name)
+            else:
+                remove(path)
+        if placed and not self.kept:
             said.append(f"removed {len(placed)} files that it had moved to {self.out}")
         self._folder.mark()
-        self._folder.clear()
+        if self.kept:
+            remove(old)
+        else:
+            self._folder.clear()
         self.cleared = tuple(said)
 
     def _leave(self) -> None:
@@ -250,14 +282,15 @@ class Destination:
             return
         self._held = False
         try:
-            if not self._given:
+            if not self._given and not self.kept:
                 self._folder.clear()
                 self._folder.release()
         except OSError as error:
             self._warn(f"{error.filename} could not be removed: {error.strerror}", f"remove {self.folder}")
         finally:
             self._folder.let_go()
-        self._remove_parents()
+        if not self.kept:
+            self._remove_parents()
 
     def _remove_parents(self) -> None:
         for parent in reversed(self._made_parents):

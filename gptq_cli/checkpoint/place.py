@@ -17,6 +17,7 @@ from typing import Literal, Self
 from gptq_cli.checkpoint.renames import is_mount
 from gptq_cli.checkpoint.working_folder import (
     INSIDE,
+    JOURNAL,
     OLD,
     RESULT,
     Owner,
@@ -77,6 +78,23 @@ class Place:
         return self.out / INSIDE
 
     @property
+    def journal(self) -> Path:
+        """The journal of an unfinished run, where there is one."""
+        return self.folder / JOURNAL
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether a run has begun here, and has not removed its folder: it works, or has ended."""
+        return is_ours(self.folder)
+
+    def has_work(self) -> bool:
+        """Whether a run ended here before its checkpoint was in place, and kept finished blocks."""
+        folder = self.folder
+        if not is_ours(folder) or not all(os.path.isdir(folder / name) for name in (JOURNAL, RESULT)):
+            return False
+        return not is_placed(self.out, self.owner())
+
+    @property
     def standing(self) -> Path:
         """The destination, or the old checkpoint that an interrupted run had moved aside from there."""
         old = self.folder / OLD
@@ -97,11 +115,12 @@ class Place:
 
     def left_over(self, *, done: bool) -> tuple[str, int]:
         """A sentence about what the run does, or has `done`, with an earlier run's leftovers; and the bytes
-        it frees."""
+        it frees. Unfinished work is no leftover."""
         folder = self.folder
-        if not is_ours(folder) or not {RESULT, OLD} & set(os.listdir(folder)):
+        names = (OLD,) if self.has_work() else (RESULT, OLD, JOURNAL)
+        if not is_ours(folder) or not set(names) & set(os.listdir(folder)):
             return "", 0
-        found = [name for name in (RESULT, OLD) if self.standing != folder / name]
+        found = [name for name in names if self.standing != folder / name]
         size = sum(tree_bytes(folder / name) for name in found)
         left = f"{folder}, left by a run that ended ({self.owner()})"
         words = [f"{'removed' if done else 'the run will remove'} {left}: {format_size(size)}"]
@@ -225,6 +244,20 @@ def ignored_names(place: Place) -> frozenset[str]:
         return frozenset()
     owner = place.owner()
     return NOT_CONTENT | {name for name, _ in placed_files(place.out, owner)}
+
+
+def is_placed(out: Path, owner: Owner | None) -> bool:
+    """Whether the checkpoint of that run is at `out`, complete: it ended between the last rename and its
+    end."""
+    if owner is None:
+        return False
+    try:
+        if owner.placing:
+            found = ((os.lstat(out / name), known) for name, known in owner.placing.items())
+            return all((entry.st_ino, entry.st_size) == known for entry, known in found)
+        return owner.moving != 0 and os.lstat(out).st_ino == owner.moving
+    except OSError:
+        return False
 
 
 def placed_files(out: Path, owner: Owner | None) -> list[tuple[str, Path]]:

@@ -6,10 +6,13 @@ For the destination `models/q` it is `models/.q.gptq`, however the destination i
       lock        locked with flock while the run lives; kill -9 releases it
       run.json    the owner: process, machine, start time. It marks the folder as ours
       result/     the checkpoint being written
+      journal/    which blocks of it are finished, see `journal.py`
       old/        the checkpoint that --overwrite replaced, about to be removed
 
-A folder of that name without our `run.json` is not ours and is never touched; in a folder of ours, only the
-names above are ever removed.
+Where a run ended before its checkpoint was in place and a block was finished, the folder stays: the same
+command run again goes on. It may be removed at any time, and is when the checkpoint is in place. A folder of
+that name without our `run.json` is not ours and is never touched; in a folder of ours, only the names above
+are ever removed.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from gptq_cli.checkpoint.renames import fsync
 from gptq_cli.errors import ConfigError, DestinationBusy
 
 LOCK, SOFT_LOCK, MARKER, MARKER_NEW = "lock", "lock.soft", "run.json", "run.json.new"
-RESULT, OLD = "result", "old"
+RESULT, OLD, JOURNAL = "result", "old", "journal"
 INSIDE = ".gptq"
 """The folder's name where it must be inside the destination."""
 _TOOL = "gptq-cli"
@@ -67,6 +70,8 @@ class Owner:
     out: str
     placing: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Files that are being moved to the destination one by one: name -> (inode, bytes)."""
+    moving: int = 0
+    """Inode of the checkpoint that is about to be renamed to the destination; 0 before that."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, started {self.started[:19].replace('T', ' ')}"
@@ -95,7 +100,12 @@ def read_owner(folder: Path) -> Owner | None:
             return None
         placing = {str(n): (int(i), int(s)) for n, (i, s) in content.get("placing", {}).items()}
         return Owner(
-            int(content["pid"]), str(content["host"]), str(content["started"]), str(content["out"]), placing
+            int(content["pid"]),
+            str(content["host"]),
+            str(content["started"]),
+            str(content["out"]),
+            placing,
+            int(content.get("moving", 0)),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None  # we did not write this file
@@ -150,7 +160,7 @@ class WorkingFolder:
 
     def __init__(self, path: Path, out: Path) -> None:
         self.path, self.out = path, out
-        self.result, self.old = path / RESULT, path / OLD
+        self.result, self.old, self.journal = path / RESULT, path / OLD, path / JOURNAL
         self.unlocked = ""
         """Why there is no kernel lock; "" where there is one."""
         self._lock: BaseFileLock | None = None
@@ -179,8 +189,9 @@ class WorkingFolder:
             self._lock.release(force=True)
         raise busy(self.out, self.path)
 
-    def mark(self, placing: dict[str, tuple[int, int]] | None = None) -> None:
-        """Record the owner, and the files about to be moved to the destination."""
+    def mark(self, placing: dict[str, tuple[int, int]] | None = None, moving: int = 0) -> None:
+        """Record the owner, and the files, or the inode of the directory, about to be moved to the
+        destination."""
         owner = self._owner
         content = {
             "tool": _TOOL,
@@ -189,6 +200,7 @@ class WorkingFolder:
             "started": owner.started,
             "out": owner.out,
             "placing": placing or {},
+            "moving": moving,
         }
         new = self.path / MARKER_NEW
         new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -202,7 +214,7 @@ class WorkingFolder:
 
     def clear(self) -> None:
         """Remove what a run creates here, except lock and marker. Raises `OSError`."""
-        for path in (self.result, self.old):
+        for path in (self.journal, self.result, self.old):  # the journal first: it speaks of the result
             remove(path)
 
     def release(self) -> None:
@@ -212,7 +224,7 @@ class WorkingFolder:
         self.let_go()
 
     def let_go(self) -> None:
-        """Release the lock; an empty folder is removed."""
+        """Release the lock; an empty folder is removed, any other stays as it is."""
         with contextlib.suppress(
             OSError
         ):  # it holds files that are not ours, or the next run uses it already

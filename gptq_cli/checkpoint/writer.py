@@ -5,6 +5,9 @@ last step. The plan (`layout.py`) gives each tensor its place in its file. So th
 disk at the start (a disk that is too small is found in the first second, not after an hour), each tensor is
 written to its place as soon as it is finished, and memory holds one tensor at a time. Dense tensors are
 copied byte for byte from the source's shards. The same tensors give the same bytes.
+
+A run that goes on where an earlier one ended finds shards of the same layout, and adopts the tensors in them
+whose digests its journal knows (`journal.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -26,6 +29,7 @@ from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_i
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
+from gptq_cli.checkpoint.journal import digest
 from gptq_cli.checkpoint.layout import (
     CheckpointPlan,
     PlannedShard,
@@ -36,6 +40,7 @@ from gptq_cli.checkpoint.place import check_destination
 from gptq_cli.checkpoint.renames import fsync
 from gptq_cli.checkpoint.self_check import check_written
 from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
+from gptq_cli.checkpoint.written import has_digest, is_begun, read_tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.gptq.packing import PackedTensors
@@ -81,10 +86,14 @@ class CheckpointWriter:
         self._planned = {t.name: t for shard in self.plan.shards for t in shard.tensors}
         self._waiting = {shard.file: {t.name for t in shard.tensors} for shard in self.plan.shards}
         self._files: dict[str, int] = {}
+        self._begun: set[str] = set()
+        """Shards that an earlier run had begun."""
+        self._unflushed: set[str] = set()
+        self._digests: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         try:
-            with self._disk():
+            with self.disk():
                 if not self._destination_given:
                     self._destination.__enter__()
                 check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
@@ -107,6 +116,54 @@ class CheckpointWriter:
         """Write the four tensors of a linear; its bias is copied like every dense tensor."""
         for part in PARTS:
             self._put(f"{linear.source_name}.{part}", getattr(packed, part))
+
+    def flush(self) -> dict[str, str]:
+        """Have every packed tensor on the disk; return the digests of those added since the last time."""
+        with self.disk():
+            for file in sorted(self._unflushed & self._files.keys()):
+                os.fsync(self._files[file])
+        self._unflushed.clear()
+        digests, self._digests = self._digests, {}
+        return digests
+
+    def take_back(self) -> None:
+        """Expect the packed tensors that were added since the last `flush` once more."""
+        with self.disk():
+            for name in self._digests:
+                file = self._shard_of[name].file
+                self._waiting[file].add(name)
+                if file not in self._files:
+                    self._files[file] = os.open(self._work / file, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        self._digests.clear()
+
+    def adopt(self, digests: Mapping[str, str]) -> str:
+        """Take these packed tensors as an earlier run wrote them.
+
+        Returns "" when all of them are in the files with these digests, else the name of the first that is
+        not: none of them is taken then.
+        """
+        for name, expected in digests.items():
+            shard = self._shard_of.get(name)
+            if shard is None or shard.file not in self._begun or self._planned[name].source is not None:
+                return name
+            if not has_digest(self._work / shard.file, shard, name, expected):
+                return name
+        for name in digests:
+            self._written(self._shard_of[name], name, told=False)
+        return ""
+
+    def packed_names(self, linears: Iterable[LinearInfo]) -> set[str]:
+        """The names of the packed tensors of these linears."""
+        return {f"{linear.source_name}.{part}" for linear in linears for part in PARTS}
+
+    def read_packed(self, linear: LinearInfo) -> PackedTensors:
+        """The tensors of a linear that are in the files."""
+        parts = {}
+        for part in PARTS:
+            name = f"{linear.source_name}.{part}"
+            shard = self._shard_of[name]
+            parts[part] = read_tensor(self._work / shard.file, shard, self._planned[name])
+        return PackedTensors(**parts)
 
     def copy_dense(self) -> None:
         """Copy every dense tensor from the source, cast where the run's dtype differs from the source's
@@ -169,14 +226,14 @@ class CheckpointWriter:
             self._skeleton.dtype,
             untie=self._skeleton.head_is_tied,
         )
-        with self._disk():
+        with self.disk():
             if len(self.plan.shards) > 1:
                 self._json(INDEX, self._index())
             self._json("config.json", config)
             self._json("quantize_config.json", quantization)
             self._json("report.json", report)
         check_written(self._work, self._skeleton)
-        with self._disk():
+        with self.disk():
             for path in self._work.rglob("*"):
                 if path.suffix != ".safetensors":
                     fsync(path)
@@ -184,7 +241,7 @@ class CheckpointWriter:
 
     def put_in_place(self) -> int:
         """The last step, after `complete`; return the checkpoint's bytes on the disk."""
-        with self._disk():
+        with self.disk():
             size = sum(path.stat().st_size for path in self._work.rglob("*") if path.is_file())
         self._skeleton.files.check()
         self._destination.put_in_place()
@@ -201,8 +258,13 @@ class CheckpointWriter:
         (self._work / name).write_text(text, encoding="utf-8")
 
     def _open_shard(self, shard: PlannedShard) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-        handle = os.open(self._work / shard.file, flags, 0o666)
+        path, flags = self._work / shard.file, os.O_RDWR | getattr(os, "O_BINARY", 0)
+        if is_begun(path, shard):
+            self._files[shard.file] = os.open(path, flags)
+            self._begun.add(shard.file)
+            return
+        path.unlink(missing_ok=True)
+        handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         self._files[shard.file] = handle
         _reserve(handle, shard.size_bytes)
         _write_at(handle, memoryview(shard.header), 0)
@@ -220,8 +282,11 @@ class CheckpointWriter:
             )
         shard = self._shard_of[name]
         begin, _ = shard.places[name]
-        with self._disk():
-            _write_at(self._files[shard.file], _bytes(value), begin)
+        data = _bytes(value)
+        with self.disk():
+            _write_at(self._files[shard.file], data, begin)
+            self._digests[name] = digest(data)
+            self._unflushed.add(shard.file)
             self._written(shard, name)
 
     def _copy(self, source: BinaryIO, stored: StoredTensor, planned: PlannedTensor) -> None:
@@ -237,28 +302,28 @@ class CheckpointWriter:
             if planned.cast:
                 values = torch.frombuffer(bytearray(chunk), dtype=as_torch_dtype(stored.dtype))
                 chunk = bytes(_bytes(_cast(planned.name, values, dtype)))
-            with self._disk():
+            with self.disk():
                 _write_at(target, memoryview(chunk), position)
             position += len(chunk)
-        with self._disk():
+        with self.disk():
             self._written(shard, planned.name)
 
     def _copy_cut(self, content: bytes, stored: StoredTensor, planned: PlannedTensor, cut: BiasCut) -> None:
         values = torch.frombuffer(bytearray(content), dtype=as_torch_dtype(stored.dtype)).view(stored.shape)
         self._put(planned.name, _cast(planned.name, cut.of(values), as_torch_dtype(planned.dtype)))
 
-    def _written(self, shard: PlannedShard, name: str) -> None:
+    def _written(self, shard: PlannedShard, name: str, *, told: bool = True) -> None:
         self._waiting[shard.file].discard(name)
         if not self._waiting[shard.file]:
-            self._complete(shard)
+            self._complete(shard, told=told)
 
-    def _complete(self, shard: PlannedShard) -> None:
+    def _complete(self, shard: PlannedShard, *, told: bool = True) -> None:
         handle = self._files.pop(shard.file)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-        if self._on_shard is not None:
+        if self._on_shard is not None and told:
             self._on_shard(self._work / shard.file, shard.size_bytes, len(shard.tensors))
 
     def _discard(self) -> None:
@@ -271,7 +336,7 @@ class CheckpointWriter:
             self._destination.__exit__(None, None, None)
 
     @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
+    def disk(self) -> Iterator[None]:
         """Turn errors of the disk into a `GptqError`."""
         try:
             yield
@@ -281,7 +346,7 @@ class CheckpointWriter:
                 raise GptqError(
                     f"no space left for {self._work.parent}: the checkpoint needs "
                     f"{self.plan.size_bytes} bytes, {free} are free",
-                    hint="make room, or give --out another disk",
+                    hint="make room on that disk",
                 ) from error
             raise GptqError(f"cannot write to {error.filename or self._work}: {error.strerror}") from error
 

@@ -112,7 +112,7 @@ def _ended(session: Session) -> int:
     except OutputLostError:
         return 1
     except KeyboardInterrupt:
-        return failure.report_interrupted(as_json=session.as_json)
+        return failure.report_interrupted(session.interrupted, as_json=session.as_json)
     except (
         SystemExit
     ) as stop:  # Typer ends so when the reader of stdout went away, and after --show-completion
@@ -124,7 +124,7 @@ def _ended(session: Session) -> int:
             return failure.report_usage(error, message(), code, as_json=session.as_json)
         return failure.report_unknown(error, as_json=session.as_json)
     if code == failure.INTERRUPTED:
-        return failure.report_interrupted(as_json=session.as_json)
+        return failure.report_interrupted(session.interrupted, as_json=session.as_json)
     return code
 
 
@@ -139,16 +139,30 @@ def _run(session: Session) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _end_at_once() -> None:
+    """Exit 130 without another step, with the terminal's cursor shown."""
+    if sys.__stderr__ is not None and sys.__stderr__.isatty():
+        os.write(sys.__stderr__.fileno(), b"\x1b[?25h\n")
+    os._exit(failure.INTERRUPTED)
+
+
 @contextmanager
 def _signals_interrupt(session: Session) -> Iterator[None]:
     """SIGTERM and SIGHUP end a run as Ctrl-C does, so that every `finally` runs. nohup is respected.
 
-    Once the result is in place, what is left to do (a table, a page) is not interrupted.
+    A second signal ends the process at once: what is finished is on the disk already. Once the result is in
+    place, what is left to do (a table, a page) is not interrupted.
     """
 
+    heard: list[int] = []
+
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if not session.done:
-            raise KeyboardInterrupt
+        if session.done:
+            return
+        if heard:
+            _end_at_once()
+        heard.append(number)
+        raise KeyboardInterrupt
 
     usual = (signal.SIG_DFL, signal.default_int_handler)
     before = {}

@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from gptq_cli.cli.output import Output, OutputLostError, write_document
 from gptq_cli.display.escapes import console_for, escaped, many_lines, one_line
-from gptq_cli.errors import DeviceMapError, GptqError, PreflightRefused
+from gptq_cli.errors import DeviceMapError, GptqError, Interrupted, PreflightRefused
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
 from gptq_cli.results.document import SCHEMA_VERSION, Json, to_json
@@ -101,11 +101,19 @@ def report_usage(error: Exception, message: str, exit_code: int, *, as_json: boo
     return exit_code
 
 
-def report_interrupted(*, as_json: bool) -> int:
-    """SIGINT or SIGTERM: one line."""
-    _write("interrupted")
+def report_interrupted(error: Interrupted | None, *, as_json: bool) -> int:
+    """SIGINT or SIGTERM: one line, and how to go on where finished work was kept."""
+    message, hint = (error.message, error.hint) if error is not None else ("interrupted", None)
+    _write(message)
+    if hint:
+        _write(f"  hint: {hint}")
     if as_json:
-        body: dict[str, Json] = {"type": "Interrupted", "message": "interrupted", "exit_code": INTERRUPTED}
+        body: dict[str, Json] = {
+            "type": "Interrupted",
+            "message": message,
+            "hint": hint,
+            "exit_code": INTERRUPTED,
+        }
         _write_document({"schema_version": SCHEMA_VERSION, "error": body})
     return INTERRUPTED
 

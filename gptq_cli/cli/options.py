@@ -17,6 +17,7 @@ import typer
 from gptq_cli import config, readers
 from gptq_cli.cli.preset import use_preset
 from gptq_cli.display.choose import Progress as ProgressKind
+from gptq_cli.fields import Resume as ResumeKind
 
 OUTPUT = "Output"
 RECIPE = "Recipe"
@@ -108,6 +109,24 @@ Overwrite = Annotated[bool, _flag("--overwrite", "Replace --out where it exists,
 MaxShardSize = Annotated[str, option("--max-shard-size", "Largest file of the checkpoint.", OUTPUT, "SIZE")]
 DryRun = Annotated[
     bool, _flag("--dry-run", "Say what would be done, and whether it fits; read no weight.", RUN)
+]
+Resume = Annotated[
+    ResumeKind,
+    option(
+        "--resume",
+        "Unfinished work of the same job beside --out: auto (go on), never (remove it), required.",
+        OUTPUT,
+        "KIND",
+    ),
+]
+Blocks = Annotated[
+    int | None,
+    option(
+        "--blocks",
+        "A trial: work on the first N blocks, write nothing, say what the whole would take.",
+        RUN,
+        "N",
+    ),
 ]
 Strict = Annotated[bool, _flag("--strict", "A fallback to round-to-nearest is an error (exit 5).", RUN)]
 Report = Annotated[

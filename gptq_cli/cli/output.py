@@ -25,7 +25,7 @@ from gptq_cli.devices.host_threads import cap_openmp_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines
 from gptq_cli.display.jsonl import JsonlDisplay
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, Interrupted
 from gptq_cli.events import Event, FindingRaised, Observer, RunFinished, TextGenerated, warning_text
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
@@ -61,6 +61,8 @@ class Session:
     """Errors alone reach stderr."""
     done: bool = False
     """The result is in place: a signal after that does not interrupt the work."""
+    interrupted: Interrupted | None = None
+    """What an interrupted run says: what is kept of it, and how to go on."""
     documented: bool = False
     """The one JSON document is on stdout already; an error after that does not write another."""
 

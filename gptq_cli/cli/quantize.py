@@ -20,7 +20,7 @@ from gptq_cli.config import (
     parse_shard_size,
 )
 from gptq_cli.display.choose import Progress
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import ConfigError, Interrupted
 from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
@@ -36,6 +36,7 @@ def quantize(
     *,
     out: o.Out = None,
     overwrite: o.Overwrite = False,
+    resume: o.Resume = "auto",
     max_shard_size: o.MaxShardSize = "5GB",
     target: o.QuantizeTargets = None,
     tp: o.QuantizeTensorParallel = 1,
@@ -52,6 +53,7 @@ def quantize(
     trust_remote_code: o.TrustRemoteCode = False,
     solver: Solver,
     dry_run: o.DryRun = False,
+    blocks: o.Blocks = None,
     strict: o.Strict = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -62,7 +64,7 @@ def quantize(
 
     Preflight checks the job before a weight is read and reports everything at once.
 
-    The checkpoint appears at the very end: an interrupted run leaves nothing that looks like one.
+    The checkpoint appears at the very end. After an interruption the same command goes on.
     """
     session: Session = context.obj
     quantize_config = QuantizeConfig.of(recipe, **codes, **solver, modules=module)
@@ -70,7 +72,9 @@ def quantize(
         raise ConfigError(
             "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"
         )
-    if out is None and dry_run:
+    if blocks is not None and dry_run:
+        raise ConfigError("blocks is given, but a dry run works on none", hint="leave --dry-run out")
+    if out is None and (dry_run or blocks is not None):
         size = quantize_config.group_size
         group = "" if size == "auto" else f"g{size}"
         out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
@@ -89,15 +93,23 @@ def quantize(
         strict=strict,
         targets=parse_targets(target or (), tp),
         tp=tp,
+        resume=resume,
         command_line=("gptq", *session.argv),
     )
     if dry_run:
         _plan(session, job, progress, quiet)
         return
+    if blocks is not None:
+        _trial(session, job, blocks, progress, quiet)
+        return
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
 
-        result = jobs.quantize(job, observer)
+        try:
+            result = jobs.quantize(job, observer)
+        except Interrupted as error:
+            session.interrupted = error
+            raise
         if report is not None:
             result = _write_report(Path(report), result, observer)
 
@@ -153,3 +165,15 @@ def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -
     if not plan.ok:
         report_refused(plan.findings)
         raise typer.Exit(3)
+
+
+def _trial(session: Session, job: QuantizeJob, blocks: int, progress: Progress, quiet: bool) -> None:
+    """What `--blocks` does: a part of the work, and what the whole would take."""
+    with watch(session, progress, quiet=quiet) as observer:
+        from gptq_cli import jobs
+
+        result = jobs.trial(job, blocks, observer)
+
+    from gptq_cli.display.tables import trial_summary
+
+    show(session, result, trial_summary)

@@ -68,9 +68,14 @@ def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
             raise
         lines = str(cause).strip().splitlines()
         said = lines[0] if lines else type(cause).__name__
-        for link in _chain(error):
-            traceback.clear_frames(link.__traceback__)
+        clear_frames(error)
         raise OutOfDeviceMemory(f"out of memory {doing()}: {said}", hint=hint) from error
+
+
+def clear_frames(error: BaseException) -> None:
+    """Clear the local variables in the tracebacks of `error`, so that keeping it does not keep a model."""
+    for link in _chain(error):
+        traceback.clear_frames(link.__traceback__)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -21,6 +21,7 @@ from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
 from gptq_cli.results.run import LinearReport, RunReport
+from gptq_cli.results.trial import TrialReport
 from gptq_cli.wording import names_text
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
@@ -123,6 +124,40 @@ def run_summary(report: RunReport) -> Group:
     return Group(*parts)
 
 
+def _starts_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
+    """A line for each start of a run that was interrupted."""
+    if len(report.starts) < 2:
+        return []
+    return listed(
+        "starts",
+        [
+            f"{start.started[:16].replace('T', ' ')}, {fmt.duration(start.seconds)}, "
+            f"{fmt.count(start.blocks, 'block')} from {start.first_block}"
+            for start in report.starts
+        ],
+    )
+
+
+def trial_summary(report: TrialReport) -> Group:
+    """The result of `gptq quantize --blocks N`."""
+    done = fmt.count(len(report.blocks), "block")
+    title = Text(f" {report.model}", style="bold", overflow="fold")
+    title.append(f": the whole would take about {fmt.duration(report.seconds)}", style="default not bold")
+    took = f"{fmt.duration(report.block_seconds)}, planned {fmt.duration(report.planned_block_seconds)}"
+    phases = ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in report.phase_seconds)
+    disk = report.size_after_bytes + 2 * report.snapshot_bytes
+    rows: list[tuple[str, RenderableType]] = [
+        ("trial", f"{done} of {report.blocks_total}, nothing was written"),
+        ("device", ", ".join(report.devices)),
+        ("blocks", took),
+        ("other time", phases),
+        *listed("peak memory", peaks(report)),
+        ("disk", f"{fmt.size(disk)} while the whole works, {fmt.size(report.size_after_bytes)} afterwards"),
+        *warnings_rows(report.warnings),
+    ]
+    return Group(title, "", facts_table(rows))
+
+
 def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     smaller = report.size_before_bytes / report.size_after_bytes if report.size_after_bytes else 0.0
     sizes = f"{fmt.size(report.size_before_bytes)} -> {fmt.size(report.size_after_bytes)}"
@@ -148,6 +183,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),
         ("time", ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in spent)),
+        *_starts_rows(report),
         *listed("peak memory", peaks(report)),
     ]
     linears = report.linears
@@ -191,7 +227,7 @@ def _fallbacks(report: RunReport) -> Text:
     return Text(f"{text}: {listed}" if listed else text, style="bold red", overflow="fold")
 
 
-def peaks(report: RunReport) -> list[str]:
+def peaks(report: RunReport | TrialReport) -> list[str]:
     """`cuda:0 1.75 GiB, predicted 1.80 GiB (-3 %)`, one line per device."""
     predicted = dict(report.predicted_peak_bytes)
     lines = []

@@ -215,8 +215,10 @@ def _forwards(
 ) -> Forwards:
     names = [name for stage in context.stages for name in stage.linears]
     linears = {name: module.get_submodule(name) for name in names}
-    make = ParkedForwards if context.parked else ReplayedForwards
-    return make(module, linears, context.stages, calls, hidden, context.residuals)
+    words = (module, linears, context.stages, calls, hidden, context.residuals)
+    if context.parked:
+        return ParkedForwards(*words)
+    return ReplayedForwards(*words, device=context.block.device)
 
 
 def _collect(

@@ -206,25 +206,27 @@ def capture(
     *,
     batch_size: int,
     input_device: torch.device,
+    rest_device: torch.device | None = None,
     paired_samples: int = 0,
     advanced: Callable[[int], None] = lambda done: None,
 ) -> Captured:
     """Run the embedding over all samples and note how every block is called; the flow is direct.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
-    hidden states stay where the model left them.
-    `paired_samples` of them, evenly spread over the text, are
-    paired and come first, in micro-batches of their own, so that which samples they are does not depend on
-    `batch_size`. `advanced` hears the number of samples done.
+    hidden states stay where the model left them, or go to `rest_device`. `paired_samples` of them, evenly
+    spread over the text, are paired and come first, in micro-batches of their own, so that which samples they
+    are does not depend on `batch_size`. `advanced` hears the number of samples done.
     Raises `GptqError` when the forward does not visit every block once, in order, or does not hand on what a
     block returned.
     """
-    probe, recorder = _Recorder(flow), _Recorder(flow)
+    probe, recorder = _Recorder(flow, len(blocks)), _Recorder(flow, len(blocks))
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
     batches, paired = paired_batches(len(input_ids), paired_samples, batch_size)
     done = 0
     for batch in batches:
         _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
+        if rest_device is not None:
+            recorder.hidden[-1] = recorder.hidden[-1].to(rest_device)
         done += len(batch)
         advanced(done)
     return Captured(
@@ -260,11 +262,12 @@ def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder
 class _Recorder:
     """The stand-ins for the blocks' forwards during `capture`."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, count: int) -> None:
+        """`count`: so many blocks, the first ones."""
         self._flow = flow
         self._passed: tuple[int, Tensor | None] = (-1, None)  # the block that ran last, and what it returned
         self.hidden: list[Tensor] = []
-        self.calls: list[list[BlockCall]] = [[] for _ in flow.blocks]
+        self.calls: list[list[BlockCall]] = [[] for _ in range(count)]
         self._intern = _Interner()
 
     def begin(self) -> None:

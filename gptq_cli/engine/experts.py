@@ -164,13 +164,15 @@ class FewTokens:
         self._linears: list[LinearReport] = []
         self._first = ""
 
-    def block(self, name: str, linears: Iterable[LinearReport]) -> None:
-        """The block `name` is finished."""
+    def block(self, name: str, linears: Iterable[LinearReport], *, told: bool = True) -> None:
+        """The block `name` is finished; not `told`: by an earlier run, which said so."""
         routed = [linear for linear in linears if linear.routed]
         self._linears += routed
         found = ExpertsReport.of(routed)
         if not self._first and found is not None and found.few:
             self._first = name
+            if not told:
+                return
             self._observer(
                 Warned(f"{name}: {_few_text(found)} (said once; all blocks are counted at the end)", _HINT)
             )

@@ -87,8 +87,10 @@ class ReplayedForwards:
         calls: Sequence[BlockCall],
         hidden: list[Tensor],
         residuals: Mapping[str, str] | None = None,
+        device: torch.device | None = None,
     ) -> None:
-        self._block = block
+        """`device`: where the block is, if hidden states rest elsewhere."""
+        self._block, self._device = block, device
         self._linears = linears
         self._calls = calls
         self._hidden = hidden
@@ -123,9 +125,11 @@ class ReplayedForwards:
                 handles.append(module.register_forward_pre_hook(_noting(source, lambda: self._beside)))
         try:
             for place, (call, hidden) in enumerate(zip(self._calls, self._hidden, strict=True)):
-                self.place, self._beside = place, {BLOCK_INPUT: hidden}
+                entering = hidden.to(self._device or hidden.device)
+                self.place, self._beside = place, {BLOCK_INPUT: entering}
                 with suppress(StopForward), torch.no_grad():
-                    call.rehearse(self._block, hidden)
+                    call.rehearse(self._block, entering)
+                del entering
                 while caught:
                     yield caught.pop(0)
         finally:
@@ -150,7 +154,10 @@ class ReplayedForwards:
         try:
             with torch.no_grad():
                 for call in self._calls:
-                    outputs.append(call(self._block, self._hidden.pop(0)))
+                    hidden = self._hidden.pop(0)
+                    rest = hidden.device
+                    outputs.append(call(self._block, hidden.to(self._device or rest)).to(rest))
+                    del hidden
                     sharing.end()
         finally:
             for handle in handles:

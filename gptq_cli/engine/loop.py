@@ -11,6 +11,7 @@ For each block, in model order:
         pack     and hand over           the codes leave memory here
     run the samples to the end of the block: its outputs are the next block's inputs
     flush the device caches
+    keep it                          so that a run that ends here can go on
 
 The work on one block is `engine.block`; here is the loop around it.
 
@@ -30,6 +31,7 @@ from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_block, quantize_block
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.experts import FewTokens
+from gptq_cli.engine.keep import Keeper, NothingKept, catch_up
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -60,17 +62,23 @@ def quantize_blocks(
     options: LoopOptions,
     store: Store,
     observer: Observer,
+    keeper: Keeper | None = None,
 ) -> tuple[BlockReport, ...]:
-    """Quantize every block in order; `states` are consumed. Returns one report per block.
+    """Quantize every block that is not finished, in order; `states` are consumed. Returns one report per
+    block, those that `keeper` had among them.
 
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
     """
     _flush("capture", "", options, observer)
     work = WorkOptions(config=config, strict=options.strict, store=store, observer=observer)
-    reports: list[BlockReport] = []
+    keeper = keeper or NothingKept()
+    first = catch_up(blocks, states, keeper, config, observer)
+    reports = list(keeper.finished[:first])
     leaks, few_tokens, unplanned = LeakWatch(), FewTokens(observer), False
-    for index, block in enumerate(blocks):
+    for report in reports:
+        few_tokens.block(report.name, report.linears, told=False)
+    for index, block in enumerate(blocks[first:], start=first):
         started = time.perf_counter()
         reset_peak(options.devices)
         with working_on(block.device):
@@ -92,9 +100,10 @@ def quantize_blocks(
         )
         reports.append(report)
         few_tokens.block(block.name, linears)
-        observer(_finished(reports, len(blocks), memory))
+        observer(_finished(reports, first, len(blocks), memory))
         for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
+        keeper.keep(report, states)
     few_tokens.end()
     return tuple(reports)
 
@@ -109,8 +118,11 @@ def _started(context: BlockContext, index: int, total: int) -> BlockStarted:
     )
 
 
-def _finished(reports: Sequence[BlockReport], total: int, memory: tuple[DeviceMemory, ...]) -> BlockFinished:
-    mean_seconds = sum(done.seconds for done in reports) / len(reports)
+def _finished(
+    reports: Sequence[BlockReport], first: int, total: int, memory: tuple[DeviceMemory, ...]
+) -> BlockFinished:
+    """`first`: the blocks before it were finished by an earlier run, perhaps on another machine."""
+    mean_seconds = sum(done.seconds for done in reports[first:]) / len(reports[first:])
     return BlockFinished(
         index=len(reports) - 1,
         total=total,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,12 +14,14 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.offload import replace_dispatch_hooks
+from gptq_cli.devices.out_of_memory import clear_frames, is_out_of_memory, out_of_memory_cause
 from gptq_cli.engine.block import Block, Store, WorkOptions
 from gptq_cli.engine.capture import Captured, HiddenStates, capture
 from gptq_cli.engine.driven import Driven
 from gptq_cli.engine.head import HeadWork, quantize_head
+from gptq_cli.engine.keep import Keeper, NothingKept
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
-from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, phase
+from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.skeleton import Skeleton
@@ -27,8 +29,9 @@ from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import Schedule
+from gptq_cli.placement.schedule import Schedule, lighter
 from gptq_cli.results.run import BlockReport, LinearReport
+from gptq_cli.wording import first_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +59,51 @@ def quantize_model(
     input_ids: Tensor,  # (samples, seq_len) int64
     store: Store,
     observer: Observer,
+    keeper: Keeper | None = None,
 ) -> Quantized:
     """Load the model by the placement and quantize it block by block; `store` gets every finished linear.
+    `keeper` has the blocks that are finished already, and gets those that will be.
 
     The model lives and dies in here: when this returns, its memory is free. Raises what
-    `quantize_blocks` raises.
+    `quantize_blocks` raises. Where a device runs out of memory at work, it goes on after the last finished
+    block with less (`placement.schedule.lighter`), and each step is a warning.
     """
+    keeper = keeper or NothingKept()
+    if len(keeper.finished) == len(run.schedule.blocks) and run.skeleton.head is None:
+        return Quantized(keeper.finished, None)
+    while True:
+        try:
+            return _attempt(run, input_ids, store, observer, keeper)
+        except _MemoryRanOut as error:
+            failure = error.__cause__ or error
+        less = lighter(run.schedule)
+        if less is None:
+            raise failure
+        said = first_line(out_of_memory_cause(failure) or failure)
+        clear_frames(failure)
+        del failure
+        flush(run.options.devices)
+        schedule, words = less
+        observer(_tried_again(said, words, changes_sums=schedule.blocks == run.schedule.blocks))
+        run = replace(run, schedule=schedule)
+        keeper.forget_unfinished()
+
+
+class _MemoryRanOut(Exception):  # noqa: N818 - it says what happened
+    """A device ran out of memory while it worked on the samples; its cause is the error."""
+
+
+def _tried_again(said: str, words: str, *, changes_sums: bool) -> Warned:
+    sums = "; codes may differ a little, because sums are rounded in another order" if changes_sums else ""
+    return Warned(
+        f"out of memory ({said}): the block is tried again with {words}{sums}",
+        "lower --batch-size, or give the work more room: gptq quantize … --dry-run says what needs memory",
+    )
+
+
+def _attempt(
+    run: EngineRun, input_ids: Tensor, store: Store, observer: Observer, keeper: Keeper
+) -> Quantized:
     reset_peak(run.options.devices)  # what an earlier run of this process took is not this one's
     with ExitStack() as opened:
         with phase(observer, "load") as words:
@@ -70,13 +112,18 @@ def quantize_model(
             if run.placement.streams_blocks:
                 words.append("each block when its turn comes")
             _check_outside(model, run.skeleton.blocks_prefix)
-        with phase(observer, "capture", len(input_ids)):
-            blocks = _blocks(model, run, provider)
-            states = _capture(model, blocks, run, provider, input_ids, observer)
-            opened.callback(states.close)
-        with frozen_gc():
-            reports = quantize_blocks(blocks, states, run.config, run.options, store, observer)
-            head = _head(model, blocks, run, states, input_ids, store, observer)
+        try:
+            with phase(observer, "capture", len(input_ids)):
+                blocks = _blocks(model, run, provider)
+                states = _capture(model, blocks, run, provider, input_ids, observer)
+                opened.callback(states.close)
+            with frozen_gc():
+                reports = quantize_blocks(blocks, states, run.config, run.options, store, observer, keeper)
+                head = _head(model, blocks, run, states, input_ids, store, observer)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _MemoryRanOut from error
+            raise
     del model, provider, blocks, states, opened
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
@@ -204,6 +251,7 @@ def _capture(
             flow,
             batch_size=batch_size,
             input_device=input_device,
+            rest_device=torch_device(CPU) if run.schedule.blocks[0].activations_on_host else None,
             paired_samples=paired,
             advanced=advanced,
         )

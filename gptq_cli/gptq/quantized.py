@@ -40,9 +40,20 @@ class QuantizedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # (N, K)
         """The weights that a reader of the checkpoint computes, rounded once, to `dtype`."""
-        g = self.g_idx.long()
-        levels = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, g]
-        return (levels * self.scales.to(torch.float32)[:, g]).to(dtype)
+        return dequantized(self.codes, self.scales, self.zeros, self.g_idx, dtype)
+
+
+def dequantized(
+    codes: Tensor,  # uint8 (N, K)
+    scales: Tensor,  # fp16 (N, groups)
+    zeros: Tensor,  # uint8 (N, groups)
+    g_idx: Tensor,  # int32 (K,)
+    dtype: torch.dtype,
+) -> Tensor:  # (N, K)
+    """(codes - zeros) · scales in float32, rounded once, to `dtype`."""
+    g = g_idx.long()
+    levels = codes.to(torch.float32) - zeros.to(torch.float32)[:, g]
+    return (levels * scales.to(torch.float32)[:, g]).to(dtype)
 
 
 def cut_stages(

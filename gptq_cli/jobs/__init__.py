@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from gptq_cli.jobs.inspecting import inspect_map
     from gptq_cli.jobs.loading import load, open_model
     from gptq_cli.jobs.quantizing import dry_run, quantize
+    from gptq_cli.jobs.trial import trial
 
-__all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize"]
+__all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize", "trial"]
 _MODULES = {
     "dry_run": "quantizing",
     "inspect_map": "inspecting",
     "load": "loading",
     "open_model": "loading",
     "quantize": "quantizing",
+    "trial": "trial",
 }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
 from gptq_cli.checkpoint.destination import Destination
+from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.place import Place, check_destination
 from gptq_cli.checkpoint.writer import CheckpointWriter
@@ -23,10 +24,21 @@ from gptq_cli.devices.host_memory import reset_peak_resident
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, quantize_model
-from gptq_cli.errors import CalibrationError, ConfigError, DestinationBusy, ModelError
+from gptq_cli.errors import (
+    CalibrationError,
+    ConfigError,
+    DestinationBusy,
+    GptqError,
+    ModelError,
+    NonFinite,
+    SourceChanged,
+)
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.matmul import fast_matmul_supported
+from gptq_cli.jobs.forecast import Forecast, against_plan
+from gptq_cli.jobs.keeping import keeping
+from gptq_cli.jobs.resuming import Found, continuing, find_work
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.steps import announce, placed, watched
 from gptq_cli.jobs.watching import Watcher, watching
@@ -55,22 +67,30 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     """Quantize a model and write the checkpoint to `job.out`.
 
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
-    `QualityGateFailed`. Whatever is raised, no working folder is left. Where something would lie on disk, the
-    `PreflightRefused` is a `ValueError` as well.
+    `QualityGateFailed`. Where something would lie on disk, the `PreflightRefused` is a `ValueError` as well.
+    Whatever is raised, finished blocks are kept in the working folder, and the same job goes on after them
+    (`continuing`); where no block was finished, or the model itself is at fault, no working folder is left.
     """
     started = time.perf_counter()
-    with watching("quantize", observer) as watcher:
+    with continuing(job), watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
         with _claimed(job, tally) as claim:
             return _quantize(job, claim, watcher, tally, started)
 
 
 def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
-    checked = _check(job, tally, claim)
+    checked = check(job, tally, claim)
     announce(checked.findings, tally)
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
         raise refusal(checked.findings)
+    destination = claim.destination
+    if destination is None:
+        raise GptqError(f"{job.out} could not be claimed", hint="give another --out")
+    found = checked.unfinished
+    if found is not None and not found.facts.continued:
+        destination.start_over()
+        found = None
     tally(_header(job, checked, placement, schedule, tokens))
     job = replace(job, quantize=checked.work.quantize)
     devices = watched(placement)
@@ -81,8 +101,30 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
         config=job.quantize,
         options=LoopOptions(strict=job.strict, devices=devices),
     )
-    with _writer(job, checked.skeleton, claim, tally) as writer:
-        quantized = quantize_model(run, tokens.input_ids, writer.add_packed, tally)
+    with (
+        _nothing_kept_of_a_faulty_model(destination),
+        _writer(job, checked.skeleton, claim, tally) as writer,
+        keeping(
+            found.journal if found is not None else None,
+            Fingerprint.of(job, checked.skeleton, tokens),
+            writer=writer,
+            destination=destination,
+            skeleton=checked.skeleton,
+            devices=tuple(str(device) for device in placement.devices),
+            started=started,
+            observer=tally,
+            warnings=lambda: tuple(watcher.warnings),
+        ) as keeper,
+    ):
+        forecast = Forecast(
+            facts=checked.facts,
+            work=checked.work,
+            schedule=schedule,
+            device=placement.main_device,
+            plans=checked.resolution.devices,
+        )
+        observer = against_plan(forecast, tally)
+        quantized = quantize_model(run, tokens.input_ids, writer.add_packed, observer, keeper)
         with phase(tally, "save"):
             writer.copy_dense()
         tally.record(read_memory(devices))
@@ -102,15 +144,24 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
             size_after_bytes=writer.plan.size_bytes,
             tally=tally,
-            warnings=watcher.warnings,
-            seconds=time.perf_counter() - started,
+            kept=keeper,
         )
         writer.complete(document(report))
-        with held_signals() as check:  # one that comes now waits until the run is known to be done
-            check()
+        with held_signals() as stop_if_heard:  # one that comes now waits until the run is known to be done
+            stop_if_heard()
             writer.put_in_place()
             tally(RunFinished(report))
     return report
+
+
+@contextmanager
+def _nothing_kept_of_a_faulty_model(destination: Destination) -> Iterator[None]:
+    """Keep no work of a model whose files changed, or in which numbers are not finite: it is of no use."""
+    try:
+        yield
+    except (SourceChanged, NonFinite):
+        destination.kept = False
+        raise
 
 
 @contextmanager
@@ -146,15 +197,14 @@ def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
     try:
         check_destination(out, None, overwrite=overwrite)
     except ConfigError:
-        words, _ = Place.of(out).left_over(done=False)
-        if not words:
+        if not Place.of(out).is_begun:
             raise
 
 
 def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
     """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
     with watching("quantize", observer) as watcher:
-        checked = _check(job, watcher)
+        checked = check(job, watcher)
         announce(checked.findings, watcher)
         seconds = _seconds(job, checked)
         return map_report(
@@ -170,7 +220,7 @@ def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
         )
 
 
-def _seconds(job: QuantizeJob, checked: _Checked) -> float | None:
+def _seconds(job: QuantizeJob, checked: Checked) -> float | None:
     """An estimate from a short probe of this machine; None where refused or planned for another."""
     placement, schedule = checked.resolution.placement, checked.resolution.schedule
     if job.devices is not None or not checked.findings.ok or placement is None or schedule is None:
@@ -179,7 +229,7 @@ def _seconds(job: QuantizeJob, checked: _Checked) -> float | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Checked:
+class Checked:
     """A job after preflight: everything the engine needs, and everything that was found."""
 
     skeleton: Skeleton
@@ -189,10 +239,17 @@ class _Checked:
     tokens: TokenBatches | None
     resolution: Resolution
     findings: PreflightReport
+    unfinished: Found | None = None
+    """What an earlier run with the same output had finished."""
 
 
-def _check(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> _Checked:
-    """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding."""
+def check(
+    job: QuantizeJob, observer: Observer, claim: Claim | None = None, *, goes_on: bool = True
+) -> Checked:
+    """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
+
+    `goes_on`: what an earlier run with the same output had finished is of interest.
+    """
     with phase(observer, "open"):
         skeleton = select_linears(open_skeleton(find_model(job.model), job.model), job.quantize)
         facts = model_facts(skeleton)
@@ -200,11 +257,20 @@ def _check(job: QuantizeJob, observer: Observer, claim: Claim | None = None) -> 
         tokens, text_findings = _tokens(job, skeleton, facts)
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
-    budgets, resolution, findings = placed(job, skeleton, facts, claim)
-    return _Checked(
+    work = Work(job.quantize, job.calibration).on(facts)
+    same = replace(job, quantize=work.quantize)
+    unfinished = (
+        find_work(same, lambda: Fingerprint.of(same, skeleton, tokens) if tokens else None)
+        if goes_on
+        else None
+    )
+    known = unfinished.facts if unfinished is not None else None
+    budgets, resolution, findings = placed(job, skeleton, facts, claim, known)
+    return Checked(
         skeleton=skeleton,
         facts=facts,
-        work=Work(job.quantize, job.calibration).on(facts),
+        work=work,
+        unfinished=unfinished,
         budgets=budgets,
         tokens=tokens,
         resolution=resolution,
@@ -230,7 +296,7 @@ def _tokens(
 
 
 def _header(
-    job: QuantizeJob, checked: _Checked, placement: Placement, schedule: Schedule, tokens: TokenBatches
+    job: QuantizeJob, checked: Checked, placement: Placement, schedule: Schedule, tokens: TokenBatches
 ) -> RunStarted:
     config = checked.work.quantize
     reason = group_reason(job.quantize.group_size)
@@ -278,7 +344,7 @@ def _passes_words(schedule: Schedule) -> str:
     return f"{words}, {count} sample{'s' if count > 1 else ''} at a time"
 
 
-def _dtype_words(checked: _Checked, placement: Placement) -> str:
+def _dtype_words(checked: Checked, placement: Placement) -> str:
     """The dtype of the model, and that of its matmuls where the processor is slow at them in the model's."""
     dtype = checked.facts.dtype
     if placement.main_device == CPU and not fast_matmul_supported(checked.skeleton.dtype, "cpu"):

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from typing import Protocol
 
 from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
@@ -16,9 +17,10 @@ from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.kept import KeptDense, OwnSettings
-from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport
+from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport, StartReport
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
+LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
+"""Those that compute, or decide what is computed."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,30 @@ class Tally:
             self.peak_bytes[entry.device] = max(peak, self.peak_bytes.get(entry.device, 0))
 
 
+class Kept(Protocol):
+    """What outlasts an interruption of a run."""
+
+    @property
+    def starts(self) -> tuple[StartReport, ...]:
+        """Every start, this one last."""
+        ...
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """Those of every start."""
+        ...
+
+    @property
+    def phase_seconds(self) -> tuple[tuple[str, float], ...]:
+        """What keeping took."""
+        ...
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """The largest snapshot."""
+        ...
+
+
 def summarize(
     *,
     job: QuantizeJob,
@@ -69,8 +95,7 @@ def summarize(
     packed_bytes: int,
     size_after_bytes: int,
     tally: Tally,
-    warnings: Sequence[str],
-    seconds: float,
+    kept: Kept,
 ) -> RunReport:
     """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
     g_idx."""
@@ -78,6 +103,10 @@ def summarize(
     weights = sum(info.in_features * info.out_features for info in skeleton.packed)
     linears = [linear for block in blocks for linear in block.linears] + ([head] if head else [])
     block_seconds = sum(block.seconds for block in blocks)
+    peaks = dict(tally.peak_bytes)
+    for device, peak in (entry for block in blocks for entry in block.peak_bytes):
+        if len(kept.starts) > 1:  # those of earlier starts are known from their blocks
+            peaks[device] = max(peak, peaks.get(device, 0))
     return RunReport(
         model=skeleton.files.source,
         revision=skeleton.files.revision,
@@ -100,7 +129,7 @@ def summarize(
         use_cuda_fp16=str(skeleton.dtype) == "torch.float16",
         devices=tuple(devices),
         predicted_peak_bytes=tuple(predicted_peak_bytes),
-        measured_peak_bytes=tuple(tally.peak_bytes.items()),
+        measured_peak_bytes=tuple(peaks.items()),
         samples=tokens.samples,
         seq_len=tokens.seq_len,
         tokens=tokens.tokens,
@@ -109,19 +138,26 @@ def summarize(
         seed=job.calibration.seed,
         fallbacks=sum(linear.method != "gptq" for linear in linears),
         experts=ExpertsReport.of(linears),
-        warnings=tuple(warnings),
-        seconds=seconds,
-        phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds)),
-        versions=(
-            ("gptq-cli", __version__),
-            ("python", platform.python_version()),
-            *((name, version(name)) for name in _LIBRARIES),
-        ),
+        warnings=kept.all_warnings,
+        seconds=sum(start.seconds for start in kept.starts),
+        starts=kept.starts,
+        snapshot_bytes=kept.snapshot_bytes,
+        phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds), *kept.phase_seconds),
+        versions=versions(),
         command_line=job.command_line,
         settings=settings_of(config),
         schedule=schedule,
         blocks=blocks,
         head=head,
+    )
+
+
+def versions() -> tuple[tuple[str, str], ...]:
+    """Of this program, of Python, and of the libraries that compute."""
+    return (
+        ("gptq-cli", __version__),
+        ("python", platform.python_version()),
+        *((name, version(name)) for name in LIBRARIES),
     )
 
 

@@ -14,14 +14,18 @@ from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget, Placement
-from gptq_cli.planning.cases import Work
+from gptq_cli.planning.cases import UnfinishedWork, Work
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
 
 
 def placed(
-    job: QuantizeJob | InspectJob, skeleton: Skeleton, facts: ModelFacts, claim: Claim | None = None
+    job: QuantizeJob | InspectJob,
+    skeleton: Skeleton,
+    facts: ModelFacts,
+    claim: Claim | None = None,
+    unfinished: UnfinishedWork | None = None,
 ) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
     """The devices, the map resolved on them, and the findings about both and about the job."""
     work = Work(job.quantize, job.calibration).on(facts)
@@ -38,7 +42,11 @@ def placed(
     devices = resolution.placement.devices if resolution.placement else ()
     source = skeleton.files.directory
     writes = isinstance(job, QuantizeJob)
-    output = output_facts(job.out, source, claim) if isinstance(job, QuantizeJob) else None
+    output = (
+        output_facts(job.out, source, claim, work=unfinished, resume=job.resume)
+        if isinstance(job, QuantizeJob)
+        else None
+    )
     unreadable = unreadable_files(source, code=job.model.trust_remote_code) if writes else ()
     findings = check_quantize(
         replace(facts, listed=bool(modules_in_block(skeleton))),

@@ -12,6 +12,7 @@ allocated. (https://github.com/huggingface/safetensors#format)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -100,6 +101,19 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
             raise HeaderError(f"its header claims {length} bytes, the file has {size}: it is truncated")
         text = file.read(length)
     return parse_header(text, data_start=8 + length, file_bytes=size)
+
+
+def header_digest(path: Path) -> str:
+    """SHA-256 of a file's first bytes up to the first tensor, in hex; "" where they cannot be read."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length > HEADER_LIMIT_BYTES:
+                return ""
+            return hashlib.sha256(start + file.read(length)).hexdigest()
+    except OSError:
+        return ""
 
 
 def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[StoredTensor, ...]:

@@ -61,8 +61,8 @@ def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFi
         if not files.tensors:
             files = _remote_tensors(ref, files)
     else:
-        with _explained(ref):
-            _snapshot(ref, _shards(directory), progress)
+        with _explained(ref):  # a branch may have moved on: the weights are those of the same commit
+            _snapshot(replace(ref, revision=_commit(directory) or ref.revision), _shards(directory), progress)
         files = scan_directory(directory, source=ref.model)
         if any(problem.kind == "no-weights" for problem in files.problems):
             files = _name_pickles(ref, files)

@@ -7,11 +7,11 @@ memory budget, the time estimate, the job's header, report.json, and the engine.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, Literal
 
-from gptq_cli.placement.device import Device
+from gptq_cli.placement.device import CPU, Device
 
 ReplayReason = Literal["memory", "experts", "not-sequential"]
 """Why the forwards of a block are replayed: no room to keep them parked, linears that see a part of the
@@ -40,6 +40,9 @@ class BlockSchedule:
     """Hessians of experts that are collected side by side, in bytes; also what is solved side by side."""
     solve_batch_rows: int
     """Rows of experts that are solved side by side: ΣN of all."""
+    activations_on_host: bool = False
+    """Hidden states rest on the cpu and visit the execution device one micro-batch at a time. Only for blocks
+    whose forwards are replayed, and only after memory ran out, see `lighter`."""
 
     @property
     def parked(self) -> bool:
@@ -49,7 +52,7 @@ class BlockSchedule:
     @property
     def activation_device(self) -> Device:
         """Where the hidden states of all samples rest while it is worked on."""
-        return self.execution_device
+        return CPU if self.activations_on_host else self.execution_device
 
     def experts_per_batch(self, in_features: int) -> int:
         """How many linears of K = `in_features` are collected side by side: at least one."""
@@ -91,3 +94,23 @@ class Schedule:
     def block(self, name: str) -> BlockSchedule:
         """The schedule of one block. Raises `KeyError` for a name that is not among them."""
         return self._by_name[name]
+
+
+def lighter(schedule: Schedule) -> tuple[Schedule, str] | None:
+    """The same run with less memory, and what changes, in words; None where nothing is left to change.
+
+    Step by step: a quarter of the samples in a micro-batch, down to one; forwards replayed; hidden states on
+    the host. Only the first of them can change codes, in the order in which sums are rounded.
+    """
+    samples = schedule.micro_batch_samples
+    if samples > 1:
+        fewer = max(1, samples // 4)
+        words = f"micro-batches of {fewer} instead of {samples} samples"
+        return replace(schedule, micro_batch_samples=fewer), words
+    if any(block.parked for block in schedule.blocks):
+        blocks = tuple(replace(b, replayed="memory") if b.parked else b for b in schedule.blocks)
+        return replace(schedule, blocks=blocks), "forwards that run again for each stage"
+    if any(b.execution_device != CPU and not b.activations_on_host for b in schedule.blocks):
+        blocks = tuple(replace(block, activations_on_host=True) for block in schedule.blocks)
+        return replace(schedule, blocks=blocks), "hidden states in the memory of the host"
+    return None

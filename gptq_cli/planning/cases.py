@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.fields import Resume
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement.device import CPU, Device
@@ -136,6 +137,26 @@ class PlacedCase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedWork:
+    """What an earlier run with the same output had finished before it ended."""
+
+    folder: str
+    resume: Resume
+    """What was asked for."""
+    words: str = ""
+    """What there is, "blocks 0 to 17 of 32 from 2026-11-25 14:03, 41 min of work"."""
+    problem: str = ""
+    """Why it cannot be used."""
+    differences: tuple[str, ...] = ()
+    """In what that run and this one differ, of all that must be the same."""
+
+    @property
+    def continued(self) -> bool:
+        """Whether the run goes on with it."""
+        return self.resume != "never" and not self.problem and not self.differences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OutputFacts:
     """The state of the place that the checkpoint is to go to."""
 
@@ -174,6 +195,10 @@ class OutputFacts:
     """Where something that is not ours has the working folder's name."""
     unlocked: str = ""
     """Why the place cannot be locked."""
+    resume: Resume = "auto"
+    """What to do about unfinished work."""
+    work: UnfinishedWork | None = None
+    """Unfinished work of a run that ended."""
 
     @property
     def elsewhere(self) -> str:

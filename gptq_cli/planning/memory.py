@@ -194,6 +194,13 @@ def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
     )
 
 
+def snapshot_bytes(facts: ModelFacts, work: Work) -> int:
+    """Bytes of the hidden states of all samples, in both streams."""
+    samples = work.calibration.samples
+    both = samples + work.quantize.paired_samples(samples)
+    return both * work.calibration.seq_len * facts.hidden_size * facts.dtype_bytes
+
+
 def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None) -> tuple[DevicePlan, ...]:
     """One plan per device of the placement (and the CPU, which always does something), accelerators first.
 

@@ -99,19 +99,27 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> float:
     """The counting part: seconds of the whole job at `speed`."""
-    tokens = work.calibration.samples * work.calibration.seq_len
-    streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
     total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
     total += facts.decoded.elements / DECODED_PER_SECOND if facts.decoded is not None else 0.0
+    total += sum(block_seconds(facts, work, schedule, speed).values())
+    tokens = work.calibration.samples * work.calibration.seq_len
+    return total + (_head_seconds(facts.head, tokens, speed) if facts.head is not None else 0.0)
+
+
+def block_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> dict[str, float]:
+    """Seconds of each block at `speed`."""
+    tokens = work.calibration.samples * work.calibration.seq_len
+    streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
     known: dict[tuple[tuple[StageShape, ...], BlockSchedule], float] = {}
+    seconds = {}
     for name, stages in block_stages(facts).items():
         block = replace(schedule.block(name), name="")
         if (stages, block) not in known:
             weights = _weights_run(stages, block, facts.routed_share)
             known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights, facts.routed_share)
             known[stages, block] += speed.column_seconds * _columns_walked(stages, block)
-        total += known[stages, block]
-    return total + (_head_seconds(facts.head, tokens, speed) if facts.head is not None else 0.0)
+        seconds[name] = known[stages, block]
+    return seconds
 
 
 def _head_seconds(head: LinearFact, tokens: int, speed: MachineRates) -> float:

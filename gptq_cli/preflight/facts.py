@@ -15,10 +15,11 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
-from gptq_cli.checkpoint.working_folder import is_taken
+from gptq_cli.checkpoint.working_folder import is_taken, tree_bytes
 from gptq_cli.errors import DestinationBusy
+from gptq_cli.fields import Resume
 from gptq_cli.placement.device import Device
-from gptq_cli.planning.cases import Capability, Environment, OutputFacts
+from gptq_cli.planning.cases import Capability, Environment, OutputFacts, UnfinishedWork
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
 
@@ -37,10 +38,18 @@ def environment_facts() -> Environment:
     return Environment(local_rank=os.environ.get("LOCAL_RANK"), visible=visible)
 
 
-def output_facts(out: str, model_directory: Path | None, claim: Claim | None = None) -> OutputFacts:
+def output_facts(
+    out: str,
+    model_directory: Path | None,
+    claim: Claim | None = None,
+    *,
+    work: UnfinishedWork | None = None,
+    resume: Resume = "auto",
+) -> OutputFacts:
     """The state of the place that the checkpoint is to go to. Touches nothing.
 
-    `claim`: what came of claiming it; without one, what would be found is looked up.
+    `claim`: what came of claiming it; without one, what would be found is looked up. `work`: unfinished work
+    that is there.
     """
     is_text = "\0" not in out and not any("\ud800" <= letter <= "\udfff" for letter in out)
     given = out.replace("\0", "?")
@@ -55,6 +64,7 @@ def output_facts(out: str, model_directory: Path | None, claim: Claim | None = N
     checkpoint = directory and looks_like_checkpoint(there)
     source = model_directory.resolve() if model_directory is not None else None
     busy, busy_hint = ("", "") if claim is not None else _busy(place)
+    begun = tree_bytes(place.folder) if work is not None else 0
     leftovers, freed = ("", 0) if claim is not None or busy else place.left_over(done=False)
     if claim is not None and claim.destination is not None:
         cleared, unlocked = claim.destination.cleared, claim.destination.unlocked
@@ -69,7 +79,7 @@ def output_facts(out: str, model_directory: Path | None, claim: Claim | None = N
         is_model_directory=source is not None and (place.out == source or place.out in source.parents),
         writable=may_write(parent),
         parent=str(parent),
-        free_bytes=shutil.disk_usage(parent).free + freed,
+        free_bytes=shutil.disk_usage(parent).free + freed + begun,
         name_bytes=name_bytes,
         longest_name_bytes=longest,
         is_text=is_text,
@@ -81,6 +91,8 @@ def output_facts(out: str, model_directory: Path | None, claim: Claim | None = N
         leftovers=cleared,
         folder_taken=str(place.folder) if is_taken(place.folder) else "",
         unlocked=unlocked,
+        resume=resume,
+        work=work,
         free=_free_place(Path(os.path.expanduser(given)), place.out),
     )
 

@@ -26,13 +26,14 @@ from gptq_cli.preflight.rules import (
     output,
     placement,
     quantization,
+    resume,
     targets,
 )
 from gptq_cli.readers import Target
 from gptq_cli.rules import Rule, rules_in
 from gptq_cli.targets.rules import MODULES as TARGET_MODULES
 
-_JOB: tuple[ModuleType, ...] = (model_files, quantization, modules, targets, output)
+_JOB: tuple[ModuleType, ...] = (model_files, quantization, modules, targets, output, resume)
 _MAP: tuple[ModuleType, ...] = (device_map, placement, memory)
 MODULES: tuple[ModuleType, ...] = (calibration, *_JOB, *_MAP, *TARGET_MODULES, verify_rules)
 """Where rules are defined; the docstring of each begins with what they are about."""

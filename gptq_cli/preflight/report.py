@@ -13,7 +13,7 @@ from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.memory import packed_bytes, quantized_bytes
+from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_bytes
 from gptq_cli.planning.schedule import block_linears
 from gptq_cli.planning.units import units_of
 from gptq_cli.preflight.resolve import Resolution
@@ -98,6 +98,7 @@ def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> Quant
         if facts.decoded is not None
         else sum(t.size_bytes for t in facts.tensors if not t.buffer),
         size_after_bytes=quantized_bytes(facts, config),
+        snapshot_bytes=snapshot_bytes(facts, work),
         samples=data.samples,
         seq_len=data.seq_len,
         seconds=seconds,

@@ -128,6 +128,9 @@ class QuantizePlan:
     size_before_bytes: int
     size_after_bytes: int
     """Bytes of all tensors of the checkpoint, without the headers of its files."""
+    snapshot_bytes: int
+    """Bytes of the hidden states that are kept beside the checkpoint while the run works, so that an
+    interrupted run goes on quickly; twice for a moment. Without room for them they are not kept."""
     samples: int
     seq_len: int
     seconds: float | None

@@ -100,6 +100,23 @@ class BlockReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartReport:
+    """One start of the command: a run that was interrupted has several, and the last one finished it."""
+
+    started: str
+    """ISO 8601, with the offset from UTC."""
+    host: str
+    seconds: float
+    """From its beginning to its end, or where it was killed, to the last block that it kept."""
+    first_block: int
+    """Number (from 0) of the first block that was its own to work on."""
+    blocks: int
+    """Blocks that it finished."""
+    devices: tuple[str, ...]
+    versions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """The result of `gptq quantize`."""
 
@@ -147,7 +164,14 @@ class RunReport:
     warnings: tuple[str, ...]
     """All that were given: preflight's findings of that level, the engine's, and those of libraries."""
     seconds: float
+    """Of all starts together."""
+    starts: tuple[StartReport, ...] = ()
+    """Every start of the command, this one last: more than one where it was interrupted and run again."""
+    snapshot_bytes: int = 0
+    """The largest snapshot of the hidden states that lay on the disk while the run worked."""
     phase_seconds: tuple[tuple[str, float], ...]
+    """Of the last start; "blocks": of all blocks; "keep": what it took to keep finished blocks and
+    snapshots, so that an interrupted run could have gone on."""
     versions: tuple[tuple[str, str], ...]
     command_line: tuple[str, ...]
     settings: tuple[tuple[str, str | int | float | bool | None], ...]

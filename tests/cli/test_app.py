@@ -153,7 +153,7 @@ def test_a_signal_interrupts(jobs: FakeJobs, run: Run, number: signal.Signals) -
     assert cleaned == [True]
     assert signal.getsignal(number) == before
     error = json.loads(run(*QUANTIZE, "--json").out)["error"]
-    assert error == {"type": "Interrupted", "message": "interrupted", "exit_code": 130}
+    assert error == {"type": "Interrupted", "message": "interrupted", "hint": None, "exit_code": 130}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -83,6 +83,7 @@ PLAN = QuantizePlan(
     bits_per_parameter=5.708,
     size_before_bytes=16_060_522_496,
     size_after_bytes=5_730_000_000,
+    snapshot_bytes=2_684_354_560,
     samples=128,
     seq_len=2048,
     seconds=905.0,

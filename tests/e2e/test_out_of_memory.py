@@ -52,7 +52,6 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "read": (streamed.StreamedReader, "_open_shard", "while loading the weights"),
     "capture": (capture, "_record", "while capturing what enters the blocks"),
     "collect": (block.StageMoments, "add", BLOCK),
-    "thread": (threading.Thread, "start", BLOCK),
     "frame": (forwards.BlockCall, "__call__", "after capturing what enters the blocks"),
     "solve": (block, "quantize_linears", BLOCK),
     "pack": (block, "pack", BLOCK),
@@ -135,7 +134,17 @@ def test_quantize(
         ("quantize", tiny_llama, "--out", tmp_path / "out" / "q", "--calibration", text, *FAST),
         QUANTIZE[step][2],
     )
-    assert list((tmp_path / "out").iterdir()) == []
+    kept = step in ("flush", "dense", "report", "complete")  # after the last block
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ([".q.gptq"] if kept else [])
+
+
+def test_forwards_run_again_where_no_thread_can_be_started(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails(monkeypatch, (threading.Thread, "start", BLOCK), "thread")
+    ran = gptq("quantize", tiny_llama, "--out", tmp_path / "q", "--calibration", text, *FAST)
+    assert ran.code == 0
+    assert "tried again with forwards that run again for each stage" in ran.stderr
 
 
 @pytest.mark.parametrize(("step", "face"), with_faces(INSPECT))

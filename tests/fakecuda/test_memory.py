@@ -146,7 +146,7 @@ def allocated() -> list[int]:
         *(("model.layers=1,rest=0", 1, point) for point in ("load", "collect", "solve")),
     ],
 )
-def test_out_of_memory_is_exit_4_and_leaves_nothing(
+def test_out_of_memory_is_exit_4_and_leaves_the_device_free(
     point: str,
     device_map: str,
     index: int,
@@ -157,6 +157,7 @@ def test_out_of_memory_is_exit_4_and_leaves_nothing(
     tmp_path: Path,
 ) -> None:
     owner, name, skip = POINTS[point]
+    monkeypatch.setattr(run, "lighter", lambda schedule: None)  # what is tried before: test_resume.py
     Squeezed(devices, monkeypatch, index).at(owner, name, skip=skip)
     gc.disable()  # what lies in cycles is not to be found by luck
     try:
@@ -169,7 +170,8 @@ def test_out_of_memory_is_exit_4_and_leaves_nothing(
     assert "hint: " in ran.stderr
     assert devices.ooms(index) > 0
     assert left == [0, 0]
-    assert list(tmp_path.iterdir()) == []
+    later = point in ("trace", "collect", "goal", "solve", "pack")  # in the second block, or the first
+    assert {path.name for path in tmp_path.iterdir()} <= ({".out.gptq"} if later else set())
     if point == "solve":
         monkeypatch.undo()
         devices.relax()
@@ -180,6 +182,7 @@ def test_an_error_that_is_kept_keeps_no_memory(
     devices: Devices, monkeypatch: pytest.MonkeyPatch, tiny: Tiny, text: Path, tmp_path: Path
 ) -> None:
     """As a notebook keeps it: the next cell needs the device."""
+    monkeypatch.setattr(run, "lighter", lambda schedule: None)
     Squeezed(devices, monkeypatch, 0).at(block, "quantize_linears", skip=3)
     job = QuantizeJob(
         model=ModelRef(model=str(tiny("llama"))),

@@ -34,9 +34,11 @@ class FakeHub:
         self.source = source
         self.snapshot = cache / "models--org--name" / "snapshots" / ("c0ffee" * 6)
         self.asked: list[tuple[list[str], list[str] | None]] = []
+        self.revisions: list[str | None] = []
 
     def snapshot_download(self, repo: str, **kw: Any) -> str:
         self.asked.append((kw["allow_patterns"], kw["ignore_patterns"]))
+        self.revisions.append(kw["revision"])
         self.snapshot.mkdir(parents=True, exist_ok=True)
         for path in self.source.iterdir():
             allowed = any(Path(path.name).match(p) for p in kw["allow_patterns"])
@@ -169,3 +171,9 @@ def test_a_defect_is_not_dressed_up(fake: FakeHub, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         find_model(ModelRef(model="org/name"))
+
+
+def test_the_weights_are_of_the_commit_that_the_small_files_were_of(fake: FakeHub) -> None:
+    files = find_model(ModelRef(model="org/name", revision="main"))
+    assert fake.revisions == ["main", fake.snapshot.name]
+    assert files.revision == fake.snapshot.name

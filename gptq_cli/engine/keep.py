@@ -1,0 +1,178 @@
+"""Going on after the blocks that an earlier run finished, and keeping those that this one finishes.
+
+What enters the first unfinished block is needed, in both streams. It comes from a snapshot where there is
+one, and from there on, or from the embedding on, by running the samples through the finished blocks with the
+weights that their codes stand for. Both give what the uninterrupted run had there, to the last bit: the
+same forwards of the same weights.
+
+Where it is all kept is not known here: see `jobs.keeping`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptq_cli.config import QuantizeConfig
+from gptq_cli.devices.accelerators import torch_device, working_on
+from gptq_cli.engine.block import Block
+from gptq_cli.engine.calls import BlockCall, moved
+from gptq_cli.engine.capture import Captured, HiddenStates
+from gptq_cli.events import Observer, PhaseAdvanced, phase
+from gptq_cli.gptq.packing import PackedTensors, unpack
+from gptq_cli.gptq.quantized import dequantized
+from gptq_cli.model.blocks import assign, weight_matrix
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.results.run import BlockReport
+
+HIDDEN, DENSE = "hidden", "dense"
+
+
+class Keeper(Protocol):
+    """Has what earlier runs finished, and keeps what this one finishes."""
+
+    @property
+    def finished(self) -> tuple[BlockReport, ...]:
+        """The blocks that need not be worked on again: the first ones of the model."""
+        ...
+
+    def packed(self, linear: LinearInfo) -> PackedTensors:
+        """The tensors of a linear of a finished block."""
+        ...
+
+    def restore(self, states: HiddenStates) -> int:
+        """Put a snapshot in place of the hidden states; the number of the block that they enter, 0 without
+        one."""
+        ...
+
+    def keep(self, report: BlockReport, states: HiddenStates) -> None:
+        """A block is finished; `states` holds what enters the next one."""
+        ...
+
+    def forget_unfinished(self) -> None:
+        """A block that was not finished is worked on again: what was stored of it will come again."""
+        ...
+
+
+class NothingKept:
+    """A run that starts from the beginning and cannot be continued."""
+
+    finished: tuple[BlockReport, ...] = ()
+
+    def packed(self, linear: LinearInfo) -> PackedTensors:
+        """See `Keeper.packed`."""
+        raise KeyError(linear.name)
+
+    def restore(self, states: HiddenStates) -> int:
+        """See `Keeper.restore`."""
+        return 0
+
+    def keep(self, report: BlockReport, states: HiddenStates) -> None:
+        """See `Keeper.keep`."""
+
+    def forget_unfinished(self) -> None:
+        """See `Keeper.forget_unfinished`."""
+
+
+def catch_up(
+    blocks: Sequence[Block],
+    states: HiddenStates,
+    keeper: Keeper,
+    config: QuantizeConfig,
+    observer: Observer,
+) -> int:
+    """Bring `states` to what enters the first unfinished block; return that block's number."""
+    done = min(len(keeper.finished), len(blocks))
+    if not done:
+        return 0
+    with phase(observer, "resume", done) as words:
+        begun = keeper.restore(states)
+        for index in range(begun, done):
+            observer(PhaseAdvanced("resume", index, done))
+            _pass_through(blocks[index], index, states, keeper, config)
+        words.append(f"{begun} of {done} blocks from a snapshot, {done - begun} run again")
+    return done
+
+
+def _pass_through(
+    block: Block, index: int, states: HiddenStates, keeper: Keeper, config: QuantizeConfig
+) -> None:
+    """Replace the hidden states by the outputs of a finished block: first those of its dense copy, which is
+    what was loaded."""
+    rest = torch_device(block.schedule.activation_device)
+    with working_on(block.device):
+        inputs = states.enter(index, rest)
+    with working_on(block.device), block.on_device(), torch.no_grad():
+        dense = _run(block, inputs.dense_calls, inputs.dense, rest)
+        for linear in block.linears:
+            module = block.module.get_submodule(block.relative(linear))
+            assign(module, _weights(keeper.packed(linear), linear, config, weight_matrix(module).dtype))
+        outputs = _run(block, inputs.calls, inputs.hidden, rest)
+        states.leave(block.module, inputs, outputs, dense)
+
+
+def _run(block: Block, calls: Sequence[BlockCall], hidden: list[Tensor], rest: torch.device) -> list[Any]:
+    """What the block returns for each micro-batch; `hidden` is consumed."""
+    outputs = []
+    for call in calls:
+        entering = hidden.pop(0).to(block.device)
+        outputs.append(moved(call.to(block.device)(block.module, entering), rest))
+    return outputs
+
+
+def _weights(packed: PackedTensors, linear: LinearInfo, config: QuantizeConfig, dtype: torch.dtype) -> Tensor:
+    """What a finished linear had as its weights while later ones were worked on (N, K)."""
+    bits, form = config.of_linear(linear.name).bits, config.checkpoint_format
+    codes, zeros = unpack(packed, bits, form, linear.in_features, linear.out_features)
+    return dequantized(codes, packed.scales.T, zeros, packed.g_idx, dtype)
+
+
+def by_sample(states: HiddenStates) -> Iterator[tuple[str, Tensor]] | None:
+    """The hidden states sample by sample, as a snapshot names them; None where they do not come so, or live
+    inside forwards that are kept open (`engine.driven`).
+
+    Samples, not micro-batches, so that a run with another batch size can go on.
+    """
+    if not isinstance(states, Captured):
+        return None
+    captured = states
+    streams = ((HIDDEN, captured.hidden), (DENSE, captured.dense))
+    if any(
+        len(hidden) != len(batch)
+        for _, stream in streams
+        for hidden, batch in zip(stream, captured.samples, strict=False)
+    ):
+        return None
+    return (
+        (f"{name}.{sample}", row)
+        for name, stream in streams
+        for hidden, batch in zip(stream, captured.samples, strict=False)
+        for sample, row in zip(batch, hidden, strict=True)
+    )
+
+
+def restore(states: HiddenStates, stored: Mapping[str, Callable[[], Tensor]], block: int) -> bool:
+    """Put stored samples, which enter block number `block`, in place of the hidden states that enter block
+    number 0; False where some are missing, which changes nothing."""
+    if not isinstance(states, Captured):
+        return False
+    captured = states
+    streams = ((HIDDEN, captured.hidden), (DENSE, captured.dense))
+    wanted = [
+        f"{name}.{sample}"
+        for name, stream in streams
+        for batch in captured.samples[: len(stream)]
+        for sample in batch
+    ]
+    if not all(name in stored for name in wanted):
+        return False
+    for name, stream in streams:
+        for place, batch in enumerate(captured.samples[: len(stream)]):
+            device, stream[place] = stream[place].device, stream[place].new_empty(0)
+            stream[place] = torch.stack([stored[f"{name}.{sample}"]() for sample in batch]).to(device)
+    for index in range(block):
+        captured.calls[index] = []
+    return True

@@ -1,0 +1,100 @@
+"""The first block against the plan: a surprise at the start rather than after hours.
+
+The first block's peak is compared with the plan, and its time, where it is long enough for a short probe of
+the machine to cost little beside it. More than `TOLERANCE` above the plan is a warning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gptq_cli.devices.host_memory import resident_bytes
+from gptq_cli.events import BlockFinished, DeviceMemory, Event, Observer, Warned
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.device import Device, format_size
+from gptq_cli.placement.schedule import Schedule
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import CPU_BASELINE_BYTES
+from gptq_cli.planning.time import block_seconds, measure
+from gptq_cli.results.map import DevicePlan
+from gptq_cli.results.run import BlockReport
+from gptq_cli.wording import duration_words
+
+TOLERANCE = 0.2
+PROBE_FROM_SECONDS = 10.0
+"""A first block that takes less is not worth two seconds of probing."""
+NOISE_BYTES = 256 << 20
+"""What a peak may be above the plan of a small model: libraries differ by as much."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What was planned for a run."""
+
+    facts: ModelFacts
+    work: Work
+    schedule: Schedule
+    device: Device
+    """The device that works."""
+    plans: Sequence[DevicePlan]
+    before_bytes: int = field(default_factory=resident_bytes)
+    """What the process held when the run began: in a notebook more than the libraries that a plan counts."""
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each block, from a short probe of the device."""
+        speed = measure(self.device, self.facts.dtype, self.work.quantize)
+        return block_seconds(self.facts, self.work, self.schedule, speed)
+
+    def memory_warnings(self, memory: Sequence[DeviceMemory]) -> list[Warned]:
+        """What took more memory than planned."""
+        planned = {plan.device: plan.predicted_peak_bytes for plan in self.plans}
+        found = []
+        for entry in memory:
+            if (plan := planned.get(entry.device)) is None:
+                continue
+            others = max(0, self.before_bytes - CPU_BASELINE_BYTES) if entry.device == "cpu" else 0
+            peak = entry.peak_bytes - others
+            if peak > (1 + TOLERANCE) * plan and peak - plan > NOISE_BYTES:
+                found.append(
+                    Warned(
+                        f"the first block took {format_size(peak)} on {entry.device}, {format_size(plan)} "
+                        f"were planned ({peak / plan - 1:.0%} more)",
+                        "a larger block may not fit: lower --batch-size or --samples",
+                    )
+                )
+        return found
+
+    def time_warnings(self, done: BlockReport, blocks_left: Sequence[str]) -> list[Warned]:
+        """Whether the block took longer than planned, and what that means for the others."""
+        planned = self.seconds()
+        plan = planned.get(done.name, 0.0)
+        if not plan or done.seconds <= (1 + TOLERANCE) * plan:
+            return []
+        slower = done.seconds / plan
+        left = slower * sum(planned.get(name, 0.0) for name in blocks_left)
+        return [
+            Warned(
+                f"the first block took {duration_words(done.seconds)}, {duration_words(plan)} were planned "
+                f"({slower - 1:.0%} more): the other blocks will take about {duration_words(left)}",
+                "other work on this machine, or a slow disk, may be why; --samples 64 halves the time",
+            )
+        ]
+
+
+def against_plan(forecast: Forecast, observer: Observer) -> Callable[[Event], None]:
+    """An observer that passes every event on, and warns once, after the first block that is finished."""
+    pending = [forecast]
+
+    def observe(event: Event) -> None:
+        observer(event)
+        if isinstance(event, BlockFinished) and pending:
+            plan = pending.pop()
+            warnings = plan.memory_warnings(event.memory)
+            if event.report.seconds >= PROBE_FROM_SECONDS:
+                names = [block.name for block in plan.schedule.blocks]
+                warnings += plan.time_warnings(event.report, names[event.index + 1 :])
+            for warned in warnings:
+                observer(warned)
+
+    return observe

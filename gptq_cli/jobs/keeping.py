@@ -1,0 +1,343 @@
+"""Keeping what a run finishes, and having what an earlier one finished: the engine's `Keeper` on a disk.
+
+After each block its tensors are flushed, then its file in the journal is written, then the manifest that
+names it. Now and then a snapshot of the hidden states follows, from which the next run goes on without
+running the samples through all finished blocks again. A snapshot is written when that is worth it and costs
+little:
+
+    all snapshots together take at most `SNAPSHOT_SHARE` of the time, as measured
+    since the last one more than `REDONE_SHARE` of all the time spent so far went by
+
+A disk without room for it is not an error: the next run then takes longer to get back to where this one was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from gptq_cli.checkpoint.destination import Destination
+from gptq_cli.checkpoint.fingerprint import Fingerprint
+from gptq_cli.checkpoint.held_signals import held_signals
+from gptq_cli.checkpoint.journal import FinishedBlock, Journal, JournalError, Manifest, Snapshot
+from gptq_cli.checkpoint.snapshot import read_snapshot, write_snapshot
+from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.engine.capture import Captured, HiddenStates
+from gptq_cli.engine.keep import by_sample, restore
+from gptq_cli.events import Observer, Warned, phase
+from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.jobs.run_report import LIBRARIES, versions
+from gptq_cli.model.skeleton import LinearInfo, Skeleton
+from gptq_cli.placement.device import format_size
+from gptq_cli.results.run import BlockReport, StartReport
+
+SNAPSHOT_SHARE = 0.02
+REDONE_SHARE = 0.025
+ASSUMED_BYTES_PER_SECOND, ASSUMED_SECONDS = 200e6, 0.05
+"""Of a disk on which no snapshot was written yet: its speed, and what the smallest file takes."""
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds of this start, and what they went into."""
+
+    started: float
+    """Of `time.perf_counter`."""
+    journal_seconds: float = 0.0
+    snapshot_seconds: float = 0.0
+    last_snapshot: float = field(default_factory=time.perf_counter)
+    bytes_per_second: float = ASSUMED_BYTES_PER_SECOND
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning of the run."""
+        return time.perf_counter() - self.started
+
+    def snapshot_due(self, size_bytes: int, earlier_seconds: float) -> bool:
+        """Whether one of `size_bytes` should be written now; `earlier_seconds`: of the starts before."""
+        expected = max(ASSUMED_SECONDS, size_bytes / self.bytes_per_second)
+        cost = self.snapshot_seconds + expected
+        since = time.perf_counter() - self.last_snapshot
+        spent = self.seconds
+        return cost <= SNAPSHOT_SHARE * spent and since >= REDONE_SHARE * (earlier_seconds + spent)
+
+
+class Keeping:
+    """The `Keeper` of a run: `journal` has what is finished, `writer` the tensors."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        writer: CheckpointWriter,
+        destination: Destination,
+        skeleton: Skeleton,
+        start: StartReport,
+        clock: Clock,
+        observer: Observer,
+        warnings: Callable[[], tuple[str, ...]],
+    ) -> None:
+        self._journal, self._writer, self._destination = journal, writer, destination
+        self._skeleton, self._start, self._clock = skeleton, start, clock
+        self._observer, self._warnings = observer, warnings
+        self._before = journal.manifest
+        self._finished: list[BlockReport] = []
+        self._room = True
+        self.snapshot_bytes = 0
+        """The largest snapshot."""
+
+    @property
+    def finished(self) -> tuple[BlockReport, ...]:
+        """See `Keeper.finished`."""
+        return tuple(self._finished)
+
+    @property
+    def starts(self) -> tuple[StartReport, ...]:
+        """Every start, this one with its seconds so far."""
+        own = replace(
+            self._start,
+            seconds=self._clock.seconds,
+            blocks=len(self._finished) - self._start.first_block,
+        )
+        return (*self._before.starts, own)
+
+    @property
+    def all_warnings(self) -> tuple[str, ...]:
+        """Those of every start, each once."""
+        return tuple(dict.fromkeys((*self._before.warnings, *self._warnings())))
+
+    @property
+    def phase_seconds(self) -> tuple[tuple[str, float], ...]:
+        """What keeping took."""
+        named = (("journal", self._clock.journal_seconds), ("snapshots", self._clock.snapshot_seconds))
+        return tuple((name, seconds) for name, seconds in named if seconds)
+
+    def adopt(self) -> None:
+        """Take what the journal says is finished, block by block, up to the first that is not as it says."""
+        named = len(self._journal.manifest.blocks)
+        problem = ""
+        for number in range(named):
+            try:
+                block = self._journal.read_block(number)
+            except JournalError as error:
+                problem = str(error)
+            else:
+                problem = self._misfit(number, block)
+            if problem:
+                break
+            self._finished.append(block.report)
+        count = len(self._finished)
+        if problem:
+            self._observer(
+                Warned(
+                    f"what is kept of {self._skeleton.blocks[count]} cannot be used: {problem}; "
+                    f"the run goes on from there instead of from block {named}",
+                    "if files change by themselves, check the disk",
+                )
+            )
+            self._journal.manifest = self._journal.without(count)
+        self._start = replace(self._start, first_block=count)
+        self._destination.kept = count > 0
+        if count:
+            self._warn_of_other_libraries()
+            self._warn_of_rewritten_weights()
+            self._commit(self._journal.manifest)
+            self._journal.tidy()
+
+    def _warn_of_other_libraries(self) -> None:
+        """They may round otherwise, so the result may differ from an uninterrupted run's."""
+        now = dict(self._start.versions)
+        for name, before in self._before.starts[-1].versions if self._before.starts else ():
+            if name in LIBRARIES and before != now.get(name):
+                self._observer(
+                    Warned(
+                        f"the finished blocks were made with {name} {before}, and this is {now.get(name)}: "
+                        "codes may differ a little from those of a run in one piece",
+                        f"install {name} {before} for the same bytes",
+                    )
+                )
+
+    def _warn_of_rewritten_weights(self) -> None:
+        """Files of weights are compared by header and samples, so another time of writing is worth a word."""
+        before = dict(self._before.written)
+        for name, time_ns in written_times(self._skeleton):
+            if before.get(name, time_ns) != time_ns:
+                self._observer(
+                    Warned(
+                        f"{name} has another modification time than when the finished blocks were made; its "
+                        "size, header and samples of its weights are equal, so it is taken to be the same",
+                        "if its weights were changed: --resume never",
+                    )
+                )
+
+    def _misfit(self, number: int, block: FinishedBlock) -> str:
+        """Why a finished block is not one of this model, or not in the files any more; else ""."""
+        name = self._skeleton.blocks[number]
+        expected = self._writer.packed_names(self._skeleton.linears_of(name))
+        if block.report.name != name or set(block.tensors) != expected:
+            return "its tensors are others than planned"
+        damaged = self._writer.adopt(block.tensors)
+        return f"tensor {damaged} is not in the files as it was written" if damaged else ""
+
+    def packed(self, linear: LinearInfo) -> PackedTensors:
+        """See `Keeper.packed`."""
+        return self._writer.read_packed(linear)
+
+    def restore(self, states: HiddenStates) -> int:
+        """See `Keeper.restore`. A snapshot that cannot be used is named in a warning."""
+        snapshot = self._journal.manifest.snapshot
+        if snapshot is None:
+            return 0
+        try:
+            stored = read_snapshot(self._journal.folder, snapshot.part)
+            if restore(states, stored, snapshot.block):
+                return snapshot.block
+            problem = f"{snapshot.part.file} holds other samples"
+        except JournalError as error:
+            problem = str(error)
+        self._observer(
+            Warned(
+                f"the snapshot cannot be used: {problem}; the samples run through the finished blocks again",
+                "if files change by themselves, check the disk",
+            )
+        )
+        return 0
+
+    def keep(self, report: BlockReport, states: HiddenStates) -> None:
+        """See `Keeper.keep`."""
+        with _added(self._clock, "journal_seconds"), held_signals(), self._writer.disk():
+            tensors = self._writer.flush()
+            number = len(self._finished)
+            part = self._journal.write_block(number, FinishedBlock(report=report, tensors=tensors))
+            manifest = self._journal.manifest
+            self._finished.append(report)
+            try:
+                self._commit(replace(manifest, blocks=(*manifest.blocks, part)))
+            except BaseException:
+                self._finished.pop()
+                raise
+            self._destination.kept = True
+        if len(self._finished) < len(self._skeleton.blocks) and self._room:
+            self._snapshot(states)
+
+    def forget_unfinished(self) -> None:
+        """See `Keeper.forget_unfinished`."""
+        self._writer.take_back()
+
+    def close(self) -> None:
+        """The run ends without a checkpoint: note its seconds. Never raises for what the disk refuses."""
+        if self._destination.kept and self._journal.manifest.blocks:
+            with contextlib.suppress(OSError):
+                self._commit(self._journal.manifest)
+                self._journal.tidy()
+
+    def _commit(self, manifest: Manifest) -> None:
+        self._journal.commit(replace(manifest, starts=self.starts, warnings=self.all_warnings))
+
+    def _snapshot(self, states: HiddenStates) -> None:
+        if not isinstance(states, Captured):
+            return  # the samples live inside forwards that are kept open
+        size = sum(h.numel() * h.element_size() for h in (*states.hidden, *states.dense))
+        earlier = sum(start.seconds for start in self._before.starts)
+        samples = by_sample(states)
+        if samples is None or not self._clock.snapshot_due(size, earlier):
+            return
+        begun = time.perf_counter()
+        before, block = self._journal.manifest.snapshot, len(self._finished)
+        path = self._journal.folder / f"hidden-{block}.safetensors"
+        with _added(self._clock, "snapshot_seconds"):
+            try:
+                part = write_snapshot(path, samples)
+                self._commit(replace(self._journal.manifest, snapshot=Snapshot(block, part)))
+                if before is not None:
+                    (self._journal.folder / before.part.file).unlink(missing_ok=True)
+            except OSError as error:
+                self._without_snapshots(error, size)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                return
+        self.snapshot_bytes = max(self.snapshot_bytes, part.size_bytes)
+        self._clock.last_snapshot = time.perf_counter()
+        self._clock.bytes_per_second = size / max(1e-6, self._clock.last_snapshot - begun)
+
+    def _without_snapshots(self, error: OSError, size: int) -> None:
+        self._room = False
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"there is no room for {format_size(size)}" if full else str(error.strerror)
+        self._observer(
+            Warned(
+                f"the hidden states are not kept: {reason}; a run that goes on after this one takes "
+                "longer to get back to where it was",
+                "make room beside --out" if full else "",
+            )
+        )
+
+
+def written_times(skeleton: Skeleton) -> tuple[tuple[str, int], ...]:
+    """Modification times of the files with weights, in nanoseconds."""
+    stamps = (stamp for stamp in skeleton.files.stamps if not stamp.whole)
+    return tuple((stamp.name, stamp.mtime_ns) for stamp in stamps)
+
+
+@contextmanager
+def keeping(
+    found: Journal | None,
+    fingerprint: Fingerprint,
+    *,
+    writer: CheckpointWriter,
+    destination: Destination,
+    skeleton: Skeleton,
+    devices: tuple[str, ...],
+    started: float,
+    observer: Observer,
+    warnings: Callable[[], tuple[str, ...]],
+) -> Iterator[Keeping]:
+    """The keeper of a run that began at `started` (of `time.perf_counter`); `found`: the journal of the work
+    that it goes on with."""
+    manifest = Manifest(
+        fingerprint=fingerprint, total=len(skeleton.blocks), starts=(), written=written_times(skeleton)
+    )
+    began = datetime.now().astimezone() - timedelta(seconds=time.perf_counter() - started)
+    start = StartReport(
+        started=began.isoformat(timespec="seconds"),
+        host=socket.gethostname(),
+        seconds=0.0,
+        first_block=0,
+        blocks=0,
+        devices=devices,
+        versions=versions(),
+    )
+    keeper = Keeping(
+        journal=found or Journal(destination.journal, manifest),
+        writer=writer,
+        destination=destination,
+        skeleton=skeleton,
+        start=start,
+        clock=Clock(started),
+        observer=observer,
+        warnings=warnings,
+    )
+    if found is not None:
+        with phase(observer, "verify") as words:
+            keeper.adopt()
+            words.append(f"{len(keeper.finished)} of {len(skeleton.blocks)} blocks are finished")
+    try:
+        yield keeper
+    except BaseException:
+        keeper.close()
+        raise
+
+
+@contextmanager
+def _added(clock: Clock, name: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(clock, name, getattr(clock, name) + time.perf_counter() - begun)

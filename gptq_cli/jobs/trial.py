@@ -1,0 +1,83 @@
+"""`gptq quantize … --blocks N`: some blocks for real, nothing written, and what the whole would take."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gptq_cli.config import QuantizeJob
+from gptq_cli.devices.accelerators import read_memory
+from gptq_cli.devices.host_memory import reset_peak_resident
+from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.events import Observer, ignore
+from gptq_cli.fields import check_int
+from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.jobs.forecast import Forecast
+from gptq_cli.jobs.quantizing import check
+from gptq_cli.jobs.run_report import Tally
+from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.jobs.watching import watching
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.planning.memory import quantized_bytes, snapshot_bytes
+from gptq_cli.planning.time import DISK_BYTES_PER_SECOND
+from gptq_cli.preflight.resolve import refusal
+from gptq_cli.results.trial import TrialReport
+
+
+def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialReport:
+    """Quantize the first `blocks` blocks of the job's model and throw the result away; writes nothing.
+
+    Raises what `quantize` raises.
+    """
+    check_int("blocks", blocks, 1)
+    with watching("quantize", observer) as watcher:
+        tally = Tally(watcher, reset_peak_resident())
+        checked = check(job, tally, goes_on=False)
+        announce(checked.findings, tally)
+        resolved, tokens = checked.resolution, checked.tokens
+        placement, schedule = resolved.placement, resolved.schedule
+        if not checked.findings.ok or placement is None or schedule is None or tokens is None:
+            raise refusal(checked.findings)
+        plan = Forecast(
+            facts=checked.facts,
+            work=checked.work,
+            schedule=schedule,
+            device=placement.main_device,
+            plans=resolved.devices,
+        )
+        devices = watched(placement)
+        run = EngineRun(
+            skeleton=replace(checked.skeleton, head=None),
+            placement=placement,
+            schedule=replace(schedule, blocks=schedule.blocks[:blocks]),
+            config=checked.work.quantize,
+            options=LoopOptions(strict=job.strict, devices=devices),
+        )
+        reports = quantize_model(run, tokens.input_ids, _drop, tally).blocks
+        tally.record(read_memory(devices))
+        planned = plan.seconds()
+        own = sum(planned[report.name] for report in reports)
+        measured = sum(report.seconds for report in reports)
+        others = sum(planned.values()) - own
+        written = quantized_bytes(checked.facts, checked.work.quantize)
+        return TrialReport(
+            model=job.model.model,
+            blocks_total=len(schedule.blocks),
+            devices=tuple(str(device) for device in placement.devices),
+            phase_seconds=tuple(tally.phase_seconds.items()),
+            planned_block_seconds=own,
+            seconds=sum(tally.phase_seconds.values())
+            + measured
+            + others * (measured / own if own else 1.0)
+            + written / DISK_BYTES_PER_SECOND,
+            predicted_peak_bytes=tuple((p.device, p.predicted_peak_bytes) for p in resolved.devices),
+            measured_peak_bytes=tuple(tally.peak_bytes.items()),
+            size_after_bytes=written,
+            snapshot_bytes=snapshot_bytes(checked.facts, checked.work),
+            warnings=tuple(watcher.warnings),
+            blocks=reports,
+        )
+
+
+def _drop(linear: LinearInfo, packed: PackedTensors) -> None:
+    """The store of a trial."""

@@ -1,0 +1,41 @@
+"""The version of the maths is raised when the codes of a fixed input change."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from gptq_cli.config import RECIPES, QuantizeConfig, Recipe
+from gptq_cli.gptq.solver import quantize_linears
+from gptq_cli.gptq.version import MATHS_VERSION
+
+DIGESTS: dict[tuple[int, Recipe], str] = {
+    (1, "fast"): "124830e0d66b6ef9",
+    (1, "balanced"): "9a2bad409bd6d69c",
+    (1, "best"): "782d7c3dbe5a6348",
+}
+"""(maths version, recipe) -> digest of codes and scales. Where one differs because the maths changed: raise
+`MATHS_VERSION`, so that no run goes on with blocks of the maths before, and put the new digests here."""
+
+
+def digest_of(recipe: Recipe) -> str:
+    """Of a problem so small and well conditioned that no code depends on how sums are rounded."""
+    K, N = 32, 8
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randint(-8, 9, (4 * K, K), generator=generator).float() / 8
+    x += x[:, :1] + x.roll(1, dims=1)  # columns that are correlated: each of them changes later ones
+    weight = torch.randint(-64, 65, (N, K), generator=generator).float() / 64
+    hessian = x.T @ x / len(x) + torch.eye(K)
+    config = QuantizeConfig.of(recipe, group_size=16)
+    (solved,) = quantize_linears([weight], hessian, config)
+    return hashlib.sha256(solved.codes.numpy().tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_codes_of_a_fixed_input(recipe: Recipe) -> None:
+    assert (MATHS_VERSION, recipe) in DIGESTS, "a new version: put its digests into this file"
+    assert digest_of(recipe) == DIGESTS[MATHS_VERSION, recipe], (
+        "the maths gives other codes: raise gptq_cli.gptq.version.MATHS_VERSION"
+    )
