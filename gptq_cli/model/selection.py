@@ -6,7 +6,8 @@ reason as data:
 * what `--module NAME=dense` names;
 * linears whose output only gates (`model.gates`), unless a `--module` names them themselves;
 * linears that cannot be packed at their bits and group, where they are too small to matter. One that
-  matters stays, so that preflight refuses it: a model is not to end up dense unnoticed.
+  matters stays, so that preflight refuses it: a model is not to end up dense unnoticed;
+* linears of fused experts of which another part stays dense: their tensor is quantized whole or not at all.
 
 The head is quantized where it is asked for and is a linear; a head that is tied to the embedding becomes a
 linear of its own in the checkpoint, and the embedding stays dense.
@@ -24,11 +25,12 @@ from transformers.pytorch_utils import Conv1D
 from gptq_cli.config import AUTO_GROUPS, QuantizeConfig
 from gptq_cli.model.blocks import is_linear, shape
 from gptq_cli.model.dense import fold_dense
+from gptq_cli.model.expert_names import linears_in_part
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import output_head
 from gptq_cli.module_settings import settings_for
 from gptq_cli.placement.names import fold
-from gptq_cli.results.kept import BY_MODULE, GATES, TOO_SMALL
+from gptq_cli.results.kept import BY_MODULE, GATES, IN_PART, TOO_SMALL
 
 NEGLIGIBLE_SHARE = 0.01
 """Of the weights of a block's linears: what has less, all its likes together, may stay dense by itself."""
@@ -54,6 +56,8 @@ def select_linears(skeleton: Skeleton, config: QuantizeConfig) -> Skeleton:
             kept[info.name] = GATES
         elif info.name in small and not own.named and not fits(info, config.of_linear(info.name)):
             kept[info.name] = TOO_SMALL
+    quantized = {info.name for info in skeleton.linears if info.name not in kept}
+    kept |= dict.fromkeys(linears_in_part(skeleton.experts, quantized) & quantized, IN_PART)
     linears = tuple(info for info in skeleton.linears if info.name not in kept)
     if head is not None and settings_for(config.modules, head.name).dense:
         head = None

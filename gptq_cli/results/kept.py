@@ -7,6 +7,7 @@ from dataclasses import dataclass
 BY_MODULE = "asked for with --module"
 GATES = "its output only gates"
 TOO_SMALL = "too small to be packed"
+IN_PART = "another part of its tensor of experts stays dense"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

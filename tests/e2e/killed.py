@@ -25,7 +25,7 @@ CALLS: list[str] = []
 def count_calls(kill_at: int | None) -> None:
     """Note every call that changes a disk, and every solve; end the process before call number `kill_at`."""
     from gptq_cli.checkpoint import destination, renames, snapshot, working_folder
-    from gptq_cli.engine import block
+    from gptq_cli.engine import mixed
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*words: Any, **named: Any) -> Any:
@@ -44,7 +44,7 @@ def count_calls(kill_at: int | None) -> None:
         (renames, "_renameat2"),
         (snapshot, "_bytes"),
         (working_folder, "remove"),
-        (block, "quantize_linears"),
+        (mixed, "quantize_linears"),
     ):
         setattr(module, name, counted(name, getattr(module, name)))
 

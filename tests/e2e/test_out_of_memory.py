@@ -19,7 +19,7 @@ from gptq_cli.calibration import stdlib_text
 from gptq_cli.calibration import text as calibration_text
 from gptq_cli.checkpoint import verify, writer
 from gptq_cli.cli import output
-from gptq_cli.engine import block, capture, forwards
+from gptq_cli.engine import block, capture, forwards, mixed
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
@@ -53,7 +53,7 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "capture": (capture, "_record", "while capturing what enters the blocks"),
     "collect": (block.StageMoments, "add", BLOCK),
     "frame": (forwards.BlockCall, "__call__", "after capturing what enters the blocks"),
-    "solve": (block, "quantize_linears", BLOCK),
+    "solve": (mixed, "quantize_linears", BLOCK),
     "pack": (block, "pack", BLOCK),
     "write": (writer.CheckpointWriter, "add_packed", BLOCK),
     "flush": (engine_run, "flush", "after quantizing block model.layers.2"),

@@ -19,6 +19,7 @@ from gptq_cli.checkpoint import journal as journal_module
 from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.engine import block as block_module
+from gptq_cli.engine import mixed
 from gptq_cli.errors import GptqError
 from gptq_cli.jobs import forecast, keeping
 from tests.conftest import TinyFactory
@@ -200,7 +201,7 @@ def test_a_signal_keeps_what_is_finished(
     monkeypatch: pytest.MonkeyPatch,
     reference: dict[str, bytes],
 ) -> None:
-    out, real = tmp_path / "q", block_module.quantize_linears
+    out, real = tmp_path / "q", mixed.quantize_linears
     with monkeypatch.context() as patch:
         calls: list[int] = []
 
@@ -210,7 +211,7 @@ def test_a_signal_keeps_what_is_finished(
                 os.kill(os.getpid(), number)
             return real(*words, **named)
 
-        patch.setattr(block_module, "quantize_linears", quantize_linears)
+        patch.setattr(mixed, "quantize_linears", quantize_linears)
         ran = quantized(tiny_llama, out, text, "--json", interrupted=True)
     assert ran.code == 130
     error = ran.document["error"]
@@ -403,7 +404,7 @@ def test_an_error_before_the_first_block_leaves_nothing(
     def fail(*words: Any, **named: Any) -> Any:
         raise Stopped("stopped")
 
-    monkeypatch.setattr(block_module, "quantize_linears", fail)
+    monkeypatch.setattr(mixed, "quantize_linears", fail)
     assert quantized(tiny_llama, tmp_path / "q", text).code == 1
     assert os.listdir(tmp_path) == []
 
@@ -492,7 +493,7 @@ def test_memory_that_runs_out_in_a_later_block(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was finished is not done again, and what was stored of the block comes again."""
-    real, done = block_module.quantize_linears, []
+    real, done = mixed.quantize_linears, []
 
     def quantize_linears(*words: Any, **named: Any) -> Any:
         done.append(1)
@@ -500,7 +501,7 @@ def test_memory_that_runs_out_in_a_later_block(
             raise MemoryError
         return real(*words, **named)
 
-    monkeypatch.setattr(block_module, "quantize_linears", quantize_linears)
+    monkeypatch.setattr(mixed, "quantize_linears", quantize_linears)
     ran = quantized(tiny_llama, tmp_path / "q", text, "--json")
     assert ran.code == 0, ran.stderr
     assert len(done) == 12 + 3

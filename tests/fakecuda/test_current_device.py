@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine import block
+from gptq_cli.engine import mixed
 from tests.e2e.commands import gptq
 from tests.fakecuda.runs import quantize
 
@@ -54,13 +54,13 @@ def test_while_quantizing(
 
 def test_while_solving(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, text: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    solve = block.quantize_linears
+    solve = mixed.quantize_linears
 
     def noted(weights: list[Tensor], *args: Any, **options: Any) -> Any:
         seen.append((weights[0].device.index, torch.accelerator.current_device_index()))
         return solve(weights, *args, **options)
 
-    monkeypatch.setattr(block, "quantize_linears", noted)
+    monkeypatch.setattr(mixed, "quantize_linears", noted)
     quantize(tiny("llama"), tmp_path / "out", text, "--device-map", "model.layers.1=1,rest=0")
     assert {here for here, _ in seen} == {0, 1}
     assert all(here == current for here, current in seen)

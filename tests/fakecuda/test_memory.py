@@ -13,7 +13,7 @@ import torch
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.engine import block, run
+from gptq_cli.engine import block, mixed, run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.gptq.hessian import Hessian
 from gptq_cli.placement.device_map import DeviceMap
@@ -128,7 +128,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "trace": (block, "find_stages", 1),
     "collect": (Hessian, "add", 5),
     "goal": (block.StageMoments, "goal", 2),
-    "solve": (block, "quantize_linears", 4),
+    "solve": (mixed, "quantize_linears", 4),
     "pack": (block, "pack", 9),
 }
 """Where memory runs out: owner, function, at which of its calls."""
@@ -183,7 +183,7 @@ def test_an_error_that_is_kept_keeps_no_memory(
 ) -> None:
     """As a notebook keeps it: the next cell needs the device."""
     monkeypatch.setattr(run, "lighter", lambda schedule: None)
-    Squeezed(devices, monkeypatch, 0).at(block, "quantize_linears", skip=3)
+    Squeezed(devices, monkeypatch, 0).at(mixed, "quantize_linears", skip=3)
     job = QuantizeJob(
         model=ModelRef(model=str(tiny("llama"))),
         out=str(tmp_path / "out"),
