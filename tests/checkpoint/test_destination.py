@@ -459,3 +459,57 @@ def test_an_old_one_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: 
     with Destination(out) as place:
         assert place.cleared
     assert left(tmp_path) == ["q"]
+
+
+def kept_work(out: Path, moved: tuple[str, ...] = ()) -> None:
+    """A run that ends with a journal, having moved these files of its result to a fixed destination."""
+    with Destination(out) as destination:
+        make(destination.result, "new")
+        destination.journal.mkdir()
+        destination.kept = True
+        if moved:
+            entries = {name: os.lstat(destination.result / name) for name in NEW}
+            destination._folder.mark({name: (entry.st_ino, entry.st_size) for name, entry in entries.items()})
+        for name in moved:
+            os.rename(destination.result / name, out / name)
+
+
+def test_work_that_is_kept_outlasts_its_run_and_goes_with_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "q"
+    kept_work(out)
+    assert left(tmp_path / "new") == [".q.gptq"]
+    assert Place.of(out).has_work()
+    assert Place.of(out).left_over(done=False) == ("", 0)
+    with Destination(out) as destination:
+        assert destination.kept
+        assert content(destination.result) == NEW
+        destination.put_in_place()
+    assert content(out) == NEW
+    assert left(tmp_path / "new") == ["q"]
+
+
+def test_work_that_is_not_wanted(tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    kept_work(out)
+    with Destination(out) as destination:
+        destination.start_over()
+        assert left(destination.result) == []
+        assert not destination.journal.exists()
+    assert left(tmp_path) == []
+
+
+def test_files_that_were_moved_before_a_kill_go_back_to_the_work(fixed: Path) -> None:
+    kept_work(fixed, ("model.safetensors",))
+    with Destination(fixed) as destination:
+        assert content(destination.result) == NEW
+        assert left(fixed) == [".gptq"]
+        destination.put_in_place()
+    assert content(fixed) == NEW
+
+
+def test_a_mount_point_that_was_filled_is_no_work(fixed: Path) -> None:
+    kept_work(fixed, tuple(NEW))
+    assert not Place.of(fixed).has_work()
+    with Destination(fixed) as destination:
+        assert not destination.kept
+    assert content(fixed) == NEW

@@ -8,7 +8,7 @@ import pytest
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.placement.device import CPU, Device
-from gptq_cli.placement.schedule import Schedule
+from gptq_cli.placement.schedule import Schedule, lighter
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import EXPERT_BATCH_BYTES, KNEE_TOKENS, MICRO_BATCH_TOKENS
 from gptq_cli.preflight.resolve import Resolution
@@ -111,3 +111,22 @@ def test_as_many_experts_as_their_hessians_allow_and_at_least_one() -> None:
 def test_without_work_or_without_a_placement_there_is_no_schedule() -> None:
     assert resolved("cpu", FACTS, "cpu=64GiB", work=None).schedule is None
     assert resolved("auto", FACTS, "cuda:0=1MiB,cpu=1MiB").schedule is None
+
+
+def test_less_memory_step_by_step() -> None:
+    """Each step needs less than the one before, and the last one changes nothing more."""
+    made: Schedule | None = of(resolved("auto", FACTS, "cuda:0=80GiB,cpu=64GiB", work=LONG))
+    steps: list[tuple[int, bool, set[Device]]] = []
+    while made is not None:
+        parked = any(block.parked for block in made.blocks)
+        steps.append((made.micro_batch_samples, parked, {b.activation_device for b in made.blocks}))
+        less = lighter(made)
+        made = less[0] if less is not None else None
+    assert steps == [
+        (32, True, {CUDA0}),
+        (8, True, {CUDA0}),
+        (2, True, {CUDA0}),
+        (1, True, {CUDA0}),
+        (1, False, {CUDA0}),
+        (1, False, {CPU}),
+    ]
