@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Every architecture of the installed Transformers, quantized as a tiny random model and read twice.
 
-Each causal and image-text type is made from its own default config, shrunk (`tests/architectures.py`), saved,
+Each causal type, and each with towers (images, sound) beside its text decoder, is made from its own default
+config, shrunk (`tests/architectures.py`), saved,
 quantized with each recipe, verified, opened again, and compared with a second reading that knows nothing of
 this package (`tests/second_opinion.py`). Columns of the table:
 
@@ -42,6 +43,7 @@ import transformers
 
 from gptq_cli.errors import GptqError, ModelError, PreflightRefused, UsageError
 from tests import architectures
+from tests.default_sizes import default_size
 from tests.second_opinion import examine, logits, save_source
 
 RECIPES = ("fast", "balanced")
@@ -62,6 +64,8 @@ class Outcome:
     kl: float | None = None
     rtn_kl: float | None = None
     seconds: float = 0.0
+    default: str = ""
+    """Parameters of the default size, the quantized share of its block weights, and what stays dense."""
 
     @property
     def bad(self) -> bool:
@@ -75,7 +79,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("gptq_cli").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    kinds = arguments.kinds or [*architectures.CAUSAL, *architectures.IMAGE_TEXT]
+    kinds = arguments.kinds or [*architectures.CAUSAL, *architectures.WITH_TOWERS]
     outcomes: list[Outcome] = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +87,10 @@ def main() -> int:
                 outcomes.append(outcome)
                 print(_line(outcome), flush=True)
         gc.collect()
+    if arguments.write or arguments.default:
+        for outcome in {outcome.kind: outcome for outcome in reversed(outcomes)}.values():
+            outcome.default = _default(outcome.kind)
+            print(f"{outcome.kind:28} {outcome.default}", flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     if arguments.write:
@@ -97,6 +105,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all if none is given")
     parser.add_argument("--recipe", action="append", help="fast, balanced or best; repeatable")
+    parser.add_argument("--default", action="store_true", help="look at the default sizes, too")
     parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
     parser.add_argument("--json", help="write every outcome to this file")
     parser.add_argument("--traceback", action="store_true", help="print the traceback of what crashes")
@@ -140,6 +149,17 @@ def _try(outcome: Outcome, model_class: Any, source: Path, out: Path) -> None:
     outcome.status = found.problem or "right"
 
 
+def _default(kind: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            found = default_size(kind, Path(folder))
+        except Exception as error:
+            return f"not looked at: {_first_line(error)}"
+    words = f"{found.parameters / 1e9:.2f} B, {100 * found.share:.1f} %"
+    large = [(name, why, part) for name, why, part in found.dense if part >= 0.001][:3]
+    return "; ".join([words, *(f"{name} {100 * part:.1f} % ({why})" for name, why, part in large)])
+
+
 def _line(outcome: Outcome) -> str:
     figures = ""
     if outcome.kl is not None:
@@ -165,15 +185,15 @@ def _page(outcomes: Sequence[Outcome]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Every causal and image-text type of Transformers {transformers.__version__} as a tiny random",
-        "model:",
-        f"quantized, verified, loaded, and compared with a second reading. {len(by_kind)} types: {totals}.",
+        "Every causal type, and every type with towers beside its text decoder, of Transformers",
+        f"{transformers.__version__} as a tiny random model: quantized, verified, loaded, and compared with a",
+        f"second reading. {len(by_kind)} types: {totals}.",
         "Made by `python scripts/architectures.py --write`, whose docstring explains the columns.",
         "",
         "| type | result | share, % | difference | "
         + " | ".join(f"KL, {recipe}" for recipe in RECIPES)
-        + " | nearest |",
-        "|---|---|---|---|" + "---|" * len(RECIPES) + "---|",
+        + " | nearest | default size |",
+        "|---|---|---|---|" + "---|" * len(RECIPES) + "---|---|",
     ]
     for kind, results in by_kind.items():
         by_recipe = {outcome.recipe: outcome for outcome in results}
@@ -181,7 +201,8 @@ def _page(outcomes: Sequence[Outcome]) -> str:
         words = worst.status if worst.status == "right" else f"{worst.status}: {worst.note}".rstrip(": ")
         kls = [_figure(by_recipe[r].kl if r in by_recipe else None) for r in RECIPES]
         share = "" if worst.share is None else f"{worst.share:.1f}"
-        cells = [kind, words.replace("|", "/"), share, _figure(worst.logits), *kls, _figure(worst.rtn_kl)]
+        figures = [share, _figure(worst.logits), *kls, _figure(worst.rtn_kl)]
+        cells = [kind, words.replace("|", "/"), *figures, results[0].default.replace("|", "/")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -17,17 +17,14 @@ from typing import Any
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests import tiny
+from tests import multimodal, tiny
 
 CAUSAL = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """Types that `AutoModelForCausalLM` opens."""
-IMAGE_TEXT = tuple(kind for kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES if kind not in CAUSAL)
-"""Types that only `AutoModelForImageTextToText` opens."""
+WITH_TOWERS = tuple(kind for kind in multimodal.types() if kind not in CAUSAL)
+"""Other types that generate text, from images or sound and text."""
 
 _LAYER_COUNTS = "num_hidden_layers n_layer n_layers num_layers num_blocks"
 _SIZES: Mapping[str, int] = {
@@ -153,6 +150,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 
 def tiny_config(model_type: str) -> PretrainedConfig:
     """The shrunken config. Raises whatever Transformers raises where it makes no sense to it."""
+    if model_type in multimodal.types():
+        return multimodal.tiny_config(model_type)
     kind = CONFIG_MAPPING[model_type]
     return kind(**_shrunk(kind().to_dict()))
 
@@ -215,9 +214,8 @@ def _layers(found: Mapping[str, Any]) -> _Layers:
 
 
 def model_class(model_type: str) -> Any:
-    """The class of the model: image-text where there is one, else causal."""
-    names = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
-    names = names or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    """The class of the model: with its towers where it has some."""
+    names = multimodal.types().get(model_type) or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
     return getattr(transformers, names if isinstance(names, str) else names[0])
 
 

@@ -64,13 +64,24 @@ def config_moe() -> PretrainedConfig:
 
 
 def fabricate(
-    config: PretrainedConfig, path: Path, *, dtype: torch.dtype = torch.bfloat16, shards: int = 4
+    config: PretrainedConfig,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 4,
+    model_class: Any = None,
 ) -> Path:
-    """Write config.json, a tokenizer and `shards` hollow safetensors files with an index; return `path`."""
+    """Write config.json, a tokenizer and `shards` hollow safetensors files with an index; return `path`.
+
+    `model_class`: by default the one that `AutoModelForCausalLM` takes.
+    """
     path.mkdir(parents=True, exist_ok=True)
     config.dtype = dtype
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if model_class is None:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = model_class._from_config(config, dtype=dtype)
     config.architectures = [type(model).__name__]
     config.save_pretrained(path)
     save_tokenizer(path)

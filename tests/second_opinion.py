@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import gptq_cli
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.model.text_part import language_model
 from gptq_cli.results.run import RunReport
 from tests import tiny
 
@@ -86,7 +88,7 @@ def examine(
     )
     findings = verify_checkpoint(out).findings
     errors = tuple(finding.message for finding in findings if finding.level == "error")
-    dense = model_class.from_pretrained(source, dtype=torch.float32).eval()
+    dense = _opened(model_class, source)[0]
     names = [block.name for block in report.blocks]
     weights = {
         name: parameter.numel()
@@ -111,7 +113,7 @@ def logits(model: Any) -> Tensor:  # (1, tokens, vocabulary) float32
     """Of 96 tokens, the same for every model of the tiny vocabulary."""
     ids = torch.arange(96).mul(37).remainder(tiny.VOCAB - 2).add(2)[None]
     with torch.no_grad():
-        result: Tensor = model(input_ids=ids, use_cache=False).logits
+        result: Tensor = language_model(model)(input_ids=ids, use_cache=False).logits
     return result.float()
 
 
@@ -234,8 +236,15 @@ def _plain_model(model_class: Any, source: Path, tensors: Mapping[str, Tensor]) 
             for name, value in tensors.items()
         }
         save_file(plain, folder / "model.safetensors", {"format": "pt"})
-        model, info = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, info = _opened(model_class, folder)
         problems = {kind: info[kind] for kind in ("missing_keys", "mismatched_keys") if info[kind]}
         if problems:
             raise AssertionError(f"second opinion: {problems}")
-    return model.eval()
+    return model
+
+
+def _opened(model_class: Any, folder: Path) -> tuple[Any, Any]:
+    """By the method of all classes: that of a class may open more files than the weights."""
+    by_all: Any = PreTrainedModel.from_pretrained
+    model, info = by_all.__func__(model_class, folder, dtype=torch.float32, output_loading_info=True)
+    return model.eval(), info
