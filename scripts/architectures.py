@@ -186,8 +186,8 @@ def _page(outcomes: Sequence[Outcome]) -> str:
         "# Architectures",
         "",
         "Every causal type, and every type with towers beside its text decoder, of Transformers",
-        f"{transformers.__version__} as a tiny random model: quantized, verified, loaded, and compared with a",
-        f"second reading. {len(by_kind)} types: {totals}.",
+        f"{transformers.__version__} as a tiny random model: quantized, verified, loaded, and compared with",
+        f"a second reading. {len(by_kind)} types: {totals}.",
         "Made by `python scripts/architectures.py --write`, whose docstring explains the columns.",
         "",
         "| type | result | share, % | difference | "

@@ -138,6 +138,8 @@ def second_opinion(model_class: Any, source: Path, out: Path, *, nearest: bool =
             result[f"{owner}.weight"] = _laid_out_as(original, [weight])
         elif match := re.fullmatch(r"(.*)\.(\d+)\.(\w+)", owner):
             experts.setdefault(match[1], {})[int(match[2]), match[3], "weight"] = weight
+        elif match := re.fullmatch(r"(.*)\.(\w+)\.(\d+)", owner):
+            experts.setdefault(match[1], {})[int(match[3]), match[2], "weight"] = weight
         else:
             raise AssertionError(f"{owner} is not a tensor of the source")
     for name, value in tensors.items():

@@ -1,5 +1,5 @@
-"""A sample of Transformers' architectures, quantized as tiny models and read twice; scripts/architectures.py has
-them all."""
+"""A sample of Transformers' architectures, quantized as tiny models and read twice; scripts/architectures.py
+has them all."""
 
 from __future__ import annotations
 
