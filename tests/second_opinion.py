@@ -134,8 +134,8 @@ def second_opinion(model_class: Any, source: Path, out: Path, *, nearest: bool =
         weight, original = dequantized(parts, config), originals.get(f"{owner}.weight")
         if original is not None:
             result[f"{owner}.weight"] = _laid_out_as(original, [weight])
-        elif match := re.fullmatch(r"(.*)\.(\d+)\.(\w+)", owner):
-            experts.setdefault(match[1], {})[int(match[2]), match[3], "weight"] = weight
+        elif match := re.fullmatch(r"(.*)\.(\d+)(?:\.([a-zA-Z_]\w*))?", owner):
+            experts.setdefault(match[1], {})[int(match[2]), match[3] or "", "weight"] = weight
         else:
             raise AssertionError(f"{owner} is not a tensor of the source")
     for name, value in tensors.items():
