@@ -120,7 +120,7 @@ class Mixed:
 
     is_heterogeneous = True
     per_layer_config = tuple(
-        LlamaConfig(num_attention_heads=heads, num_key_value_heads=2) for heads in (12, 8)
+        LlamaConfig(hidden_size=96, num_attention_heads=heads, num_key_value_heads=2) for heads in (12, 8)
     )
 
     def get_text_config(self) -> Mixed:
