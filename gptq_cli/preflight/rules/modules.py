@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from gptq_cli.model.facts import LinearFact
+from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase
@@ -41,12 +41,12 @@ def module_pattern(case: JobCase) -> list[Remark]:
         elif there and not _names_head(one.pattern):
             message, hint = (
                 "what it covers is no linear, and stays dense as it is",
-                _near(one.pattern, packed, facts.dense_linears),
+                _near(one.pattern, packed, facts),
             )
         else:
             message, hint = (
                 "it covers no linear of this model",
-                _near(one.pattern, packed, facts.dense_linears),
+                _near(one.pattern, packed, facts),
             )
         found.append(Remark(subject=f"--module {one}", message=message, hint=hint))
     return found
@@ -56,11 +56,13 @@ def _names_head(pattern: str) -> bool:
     return re.fullmatch(r"(.*\.)?(lm_head|embed_out|output)", pattern) is not None
 
 
-def _near(pattern: str, packed: list[str], dense: tuple[str, ...]) -> str:
+def _near(pattern: str, packed: list[str], facts: ModelFacts) -> str:
     """Names like `pattern`: of linears, and of what lies above them."""
+    if _names_head(pattern) and facts.head is not None:
+        return f"here the output head is called {facts.head.name}"
     if _names_head(pattern):
         return "the output head is quantized with --quantize-head"
-    names = dict.fromkeys(fold(name) for name in (*packed, *dense))
+    names = dict.fromkeys(fold(name) for name in (*packed, *facts.dense_linears))
     above = dict.fromkeys(parent for name in names for parent in parents(name))
     asked = re.sub(r"(?<![^.])\d+(-\d+)?(?![^.])", "*", pattern)
     near = difflib.get_close_matches(asked, [*names, *above], n=3, cutoff=0.5)
