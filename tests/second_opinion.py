@@ -136,10 +136,8 @@ def second_opinion(model_class: Any, source: Path, out: Path, *, nearest: bool =
         weight, original = dequantized(parts, config), originals.get(f"{owner}.weight")
         if original is not None:
             result[f"{owner}.weight"] = _laid_out_as(original, [weight])
-        elif match := re.fullmatch(r"(.*)\.(\d+)\.(\w+)", owner):
-            experts.setdefault(match[1], {})[int(match[2]), match[3], "weight"] = weight
-        elif match := re.fullmatch(r"(.*)\.(\w+)\.(\d+)", owner):
-            experts.setdefault(match[1], {})[int(match[3]), match[2], "weight"] = weight
+        elif match := re.fullmatch(r"(.*)\.(\d+)(?:\.([a-zA-Z_]\w*))?", owner):
+            experts.setdefault(match[1], {})[int(match[2]), match[3] or "", "weight"] = weight
         else:
             raise AssertionError(f"{owner} is not a tensor of the source")
     for name, value in tensors.items():
@@ -185,8 +183,9 @@ def _fused_again(
     for kind, dims in (("weight", 3), ("bias", 2)):
         roles = sorted({role for _, role, found in experts if found == kind})
         stacks = [torch.stack([experts[expert, role, kind] for expert in range(count)]) for role in roles]
+        above = f"{owner.rpartition('.')[0]}."  # the files may call the module of the experts otherwise
         for name, original in originals.items():
-            if stacks and name.startswith(f"{owner}.") and original.ndim == dims and len(original) == count:
+            if stacks and name.startswith(above) and original.ndim == dims and len(original) == count:
                 result[name] = _laid_out_as(original, stacks, bias=kind == "bias")
     return result
 

@@ -9,6 +9,7 @@ from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.describe import _tensors, module_names
 from gptq_cli.model.facts import ModelFacts, dtype_name
+from gptq_cli.model.positions import stated_positions
 from gptq_cli.model.trace import trace
 
 
@@ -30,7 +31,7 @@ def checkpoint_facts(checkpoint: QuantizedCheckpoint) -> ModelFacts:
         dtype=dtype_name(checkpoint.dtype),
         hidden_size=int(config.hidden_size),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=stated_positions(config),
         blocks=checkpoint.blocks,
         modules=tuple(module_names(model)),
         order=traced.order if traced.complete else (),

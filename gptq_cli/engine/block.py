@@ -160,7 +160,8 @@ def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> Block
     stream."""
     infos = {block.relative(info): info for info in block.linears}
     modules = {name: block.module.get_submodule(name) for name in infos}
-    probe, short = inputs.probe, inputs.probe_hidden
+    probe, short = inputs.probe.to(block.device), inputs.probe_hidden.to(block.device)
+    inputs.probe, inputs.probe_hidden = probe, short  # where activations rest on the host, too
     stages = find_stages(block.module, modules, probe, short, inputs.probe_tokens)
     residuals = find_residuals(block.module, modules, stages, probe, short) if inputs.paired else {}
     return BlockContext(

@@ -31,7 +31,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine.calls import BlockCall
+from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import StopForward
 from gptq_cli.engine.frames import (
     DATA_DEPENDENT,
@@ -128,7 +128,7 @@ class ReplayedForwards:
                 entering = hidden.to(self._device or hidden.device)
                 self.place, self._beside = place, {BLOCK_INPUT: entering}
                 with suppress(StopForward), torch.no_grad():
-                    call.rehearse(self._block, entering)
+                    call.to(entering.device).rehearse(self._block, entering)
                 del entering
                 while caught:
                     yield caught.pop(0)
@@ -156,8 +156,9 @@ class ReplayedForwards:
                 for call in self._calls:
                     hidden = self._hidden.pop(0)
                     rest = hidden.device
-                    outputs.append(call(self._block, hidden.to(self._device or rest)).to(rest))
-                    del hidden
+                    entering = hidden.to(self._device or rest)
+                    outputs.append(moved(call.to(entering.device)(self._block, entering), rest))
+                    del hidden, entering
                     sharing.end()
         finally:
             for handle in handles:

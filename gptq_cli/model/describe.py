@@ -18,6 +18,7 @@ from gptq_cli.model.facts import (
     dtype_name,
 )
 from gptq_cli.model.parallel import find_splits, head_counts
+from gptq_cli.model.positions import stated_positions
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.trace import Trace
 from gptq_cli.results.kept import KeptDense
@@ -49,7 +50,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         dtype=dtype_name(skeleton.dtype),
         hidden_size=int(config.hidden_size),
         vocab_size=int(getattr(config, "vocab_size", 0) or 0),
-        max_positions=getattr(config, "max_position_embeddings", None),
+        max_positions=stated_positions(config),
         blocks=skeleton.blocks,
         modules=tuple(module_names(model)),
         order=traced.order if traced.complete else (),

@@ -121,6 +121,7 @@ class Unfused:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, in which the linears compute the products."""
         assert isinstance(self, nn.Module)
+        use_eager_forward(self)  # it may have been changed since: `model.set_experts_implementation`
         with ExpertCalls(self, self.fused_tensors, self._product):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 

@@ -71,13 +71,21 @@ def _by_shape(held: list[tuple[str, int, int]], hidden: int) -> dict[str, Split]
 def head_counts(config: Any) -> HeadCounts:
     """The heads of a model, 0 where it has none; where blocks differ, what divides all of their numbers."""
     text = config.get_text_config()
-    queries = _number(getattr(text, "num_attention_heads", 0))
-    keys = _number(getattr(text, "num_key_value_heads", 0)) or queries
-    found = ((label, _number(getattr(text, name, 0))) for name, label in _LINEAR_ATTENTION.items())
+    layers = _layers(text)
+    queries = _number(layers, "num_attention_heads")
+    keys = _number(layers, "num_key_value_heads") or queries
+    found = ((label, _number(layers, name)) for name, label in _LINEAR_ATTENTION.items())
     return HeadCounts(queries, keys, tuple((label, number) for label, number in found if number))
 
 
-def _number(value: Any) -> int:
-    if isinstance(value, (list, tuple)):
-        return math.gcd(*(item for item in value if isinstance(item, int)))
-    return value if isinstance(value, int) else 0
+def _layers(config: Any) -> tuple[Any, ...]:
+    """The config of each layer where they may differ: what differs cannot be read from the whole. Else the
+    config alone."""
+    return tuple(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else (config,)
+
+
+def _number(layers: Iterable[Any], name: str) -> int:
+    """What divides the field `name` of all `layers`; 0 where none has it."""
+    values = [value for layer in layers if (value := getattr(layer, name, 0))]
+    flat = [item for value in values for item in (value if isinstance(value, (list, tuple)) else (value,))]
+    return math.gcd(*(item for item in flat if isinstance(item, int)))

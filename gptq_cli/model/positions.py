@@ -35,12 +35,18 @@ def positions_of(model: nn.Module, config: Any) -> Positions | None:
         return Positions(rows, fixed=True)
     text_config = config.get_text_config()
     full = _FULL_BIAS.get(getattr(text_config, "model_type", None) or "")
-    named = getattr(text_config, full or "max_position_embeddings", None)
-    if not isinstance(named, int) or isinstance(named, bool) or named < 1:
+    named = stated_positions(text_config, full or "max_position_embeddings")
+    if named is None:
         return None
     if full is not None:
         return Positions(named, fixed=True)
     return Positions(max(named, *_stretched(getattr(text_config, "rope_parameters", None))), fixed=False)
+
+
+def stated_positions(text_config: Any, field: str = "max_position_embeddings") -> int | None:
+    """The number of positions that the config names; None where it names none, as XLNet (-1)."""
+    named = getattr(text_config, field, None)
+    return named if isinstance(named, int) and not isinstance(named, bool) and named > 0 else None
 
 
 def _tables(model: nn.Module) -> Iterator[int]:

@@ -121,6 +121,7 @@ def quantized(
                         execution_device=CPU,
                         replayed=replayed,
                         expert_batch_bytes=1 << 30,
+                        solve_batch_rows=1 << 20,
                     ),
                     module,
                     linears_of(name, module),

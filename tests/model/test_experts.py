@@ -120,6 +120,14 @@ def test_a_weight_is_a_view_of_its_part() -> None:
     ]
 
 
+def test_another_implementation_of_experts_cannot_take_the_place_of_the_linears() -> None:
+    model = model_of("qwen3_moe")
+    expected = logits(model)
+    unfuse(model, find_experts(model, ("model.layers.0", "model.layers.1")).experts)
+    model.set_experts_implementation("batched_mm")
+    assert torch.allclose(logits(model), expected, atol=2e-4, rtol=1e-4)
+
+
 def test_parameters_can_be_dropped_once_the_linears_are_replaced() -> None:
     model = model_of("mixtral")
     expected = logits(model)

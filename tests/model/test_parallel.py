@@ -113,3 +113,23 @@ def test_heads() -> None:
     uneven = Unplanned()
     uneven.num_attention_heads = [12, 16, 20]
     assert head_counts(uneven).queries == 4
+
+
+class Mixed:
+    """A config that refuses to name one number for all layers, as mixed ones of Transformers do."""
+
+    is_heterogeneous = True
+    per_layer_config = tuple(
+        LlamaConfig(hidden_size=96, num_attention_heads=heads, num_key_value_heads=2) for heads in (12, 8)
+    )
+
+    def get_text_config(self) -> Mixed:
+        return self
+
+    @property
+    def num_attention_heads(self) -> int:
+        raise RuntimeError("per-layer attribute")
+
+
+def test_heads_that_differ_by_layer_are_read_from_each() -> None:
+    assert head_counts(Mixed()) == HeadCounts(4, 2)

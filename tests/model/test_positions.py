@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from gptq_cli.model.positions import Positions, positions_of
+from gptq_cli.model.positions import Positions, positions_of, stated_positions
 
 COMMON: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 ROTARY: dict[str, Any] = COMMON | {
@@ -68,3 +69,12 @@ def test_scaled_rotary_positions_reach_as_far_as_they_are_scaled() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 24, "rope_theta": 1e4}
     model = build("llama", rope_parameters=yarn)
     assert positions_of(model, model.config) == Positions(96, fixed=False)
+
+
+@pytest.mark.parametrize(("named", "known"), [(512, 512), (-1, None), (0, None), (None, None), (True, None)])
+def test_a_config_may_name_no_number(named: Any, known: int | None) -> None:
+    assert stated_positions(SimpleNamespace(max_position_embeddings=named)) == known
+
+
+def test_xlnet_has_no_limit() -> None:
+    assert stated_positions(transformers.XLNetConfig()) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from gptq_cli.model.facts import LinearFact
+from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase
@@ -22,34 +22,47 @@ _FUSING: tuple[str, ...] = ("vllm", "sglang")
 def module_pattern(case: JobCase) -> list[Remark]:
     """A pattern of --module covers no linear, or none that can be quantized.
 
-    A setting that is ignored would leave a checkpoint other than the one that was asked for.
+    A setting that is ignored would leave a checkpoint other than the one that was asked for. `dense` may name
+    whatever stays dense anyway, such as routers and norms.
     """
     facts = case.facts
     packed = [linear.name for linear in (*facts.packed, *facts.by_module)]
-    able, dense = NameTree(packed), NameTree(facts.dense_linears)
+    able, dense, modules = NameTree(packed), NameTree(facts.dense_linears), NameTree(facts.modules)
     found = []
     for one in case.work.quantize.modules:
-        if able.covered_by(one.pattern) or (one.dense and dense.covered_by(one.pattern)):
+        there = modules.covered_by(one.pattern)
+        if able.covered_by(one.pattern) or (one.dense and (there or dense.covered_by(one.pattern))):
             continue
         if dense.covered_by(one.pattern):
             tree = {kept.name: kept.reason for kept in facts.kept}
             reasons = {tree[k] for k in tree if NameTree([k]).covered_by(fold(one.pattern))}
             why = f": {names_text(sorted(reasons))}" if reasons else ""
             message, hint = f"what it covers cannot be quantized{why}", "leave it out, or say dense"
+        elif there and not _names_head(one.pattern):
+            message, hint = (
+                "what it covers is no linear, and stays dense as it is",
+                _near(one.pattern, packed, facts),
+            )
         else:
             message, hint = (
                 "it covers no linear of this model",
-                _near(one.pattern, packed, facts.dense_linears),
+                _near(one.pattern, packed, facts),
             )
         found.append(Remark(subject=f"--module {one}", message=message, hint=hint))
     return found
 
 
-def _near(pattern: str, packed: list[str], dense: tuple[str, ...]) -> str:
+def _names_head(pattern: str) -> bool:
+    return re.fullmatch(r"(.*\.)?(lm_head|embed_out|output)", pattern) is not None
+
+
+def _near(pattern: str, packed: list[str], facts: ModelFacts) -> str:
     """Names like `pattern`: of linears, and of what lies above them."""
-    if re.fullmatch(r"(.*\.)?(lm_head|embed_out|output)", pattern):
+    if _names_head(pattern) and facts.head is not None:
+        return f"here the output head is called {facts.head.name}"
+    if _names_head(pattern):
         return "the output head is quantized with --quantize-head"
-    names = dict.fromkeys(fold(name) for name in (*packed, *dense))
+    names = dict.fromkeys(fold(name) for name in (*packed, *facts.dense_linears))
     above = dict.fromkeys(parent for name in names for parent in parents(name))
     asked = re.sub(r"(?<![^.])\d+(-\d+)?(?![^.])", "*", pattern)
     near = difflib.get_close_matches(asked, [*names, *above], n=3, cutoff=0.5)

@@ -54,6 +54,21 @@ def test_a_pattern_that_covers_nothing(text: str, hint: str) -> None:
     assert hint in finding.hint
 
 
+def test_the_head_may_have_another_name() -> None:
+    facts = replace(llama(), head=replace(HEAD, name="language_model.lm_head"))
+    (finding,) = found("module-pattern", facts, modules="lm_head=bits:8", quantize_head=True)
+    assert finding.hint == "here the output head is called language_model.lm_head"
+
+
+def test_dense_may_name_what_is_dense_anyway() -> None:
+    router = "model.layers.*.mlp.gate"  # a module with a matrix that is no linear, as in Qwen3-MoE
+    facts = llama()
+    facts = replace(facts, modules=(*facts.modules, "model.layers.0.mlp.gate"))
+    assert not found("module-pattern", facts, modules=f"{router}=dense")
+    (finding,) = found("module-pattern", facts, modules=f"{router}=bits:8")
+    assert "is no linear, and stays dense" in finding.message
+
+
 def test_patterns_that_cover_something() -> None:
     rules = ["model.layers.0-1.mlp=bits:8", "model.layers.*.self_attn.*_proj=bits:8", "model=sym"]
     assert not found("module-pattern", modules=rules)
