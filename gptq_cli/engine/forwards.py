@@ -31,7 +31,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.engine.calls import BlockCall
+from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import StopForward
 from gptq_cli.engine.frames import (
     DATA_DEPENDENT,
@@ -156,7 +156,7 @@ class ReplayedForwards:
                 for call in self._calls:
                     hidden = self._hidden.pop(0)
                     rest = hidden.device
-                    outputs.append(call(self._block, hidden.to(self._device or rest)).to(rest))
+                    outputs.append(moved(call(self._block, hidden.to(self._device or rest)), rest))
                     del hidden
                     sharing.end()
         finally:

@@ -104,7 +104,7 @@ def _pass_through(
     what was loaded."""
     rest = torch_device(block.schedule.activation_device)
     with working_on(block.device):
-        inputs = states.enter(index, rest)
+        inputs = states.enter(index, block.device, rest)
     with working_on(block.device), block.on_device(), torch.no_grad():
         dense = _run(block, inputs.dense_calls, inputs.dense, rest)
         for linear in block.linears:

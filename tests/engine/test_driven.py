@@ -65,8 +65,8 @@ class Noting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.states, name)
 
-    def enter(self, index: int, device: torch.device) -> BlockInputs:
-        inputs: BlockInputs = self.states.enter(index, device)
+    def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
+        inputs: BlockInputs = self.states.enter(index, device, rest)
         for calls, hidden, into in (
             (inputs.calls, inputs.hidden, self.given),
             (inputs.dense_calls, inputs.dense, self.dense),
@@ -121,6 +121,7 @@ def quantized(
                         execution_device=CPU,
                         replayed=replayed,
                         expert_batch_bytes=1 << 30,
+                        solve_batch_rows=1 << 16,
                     ),
                     module,
                     linears_of(name, module),
