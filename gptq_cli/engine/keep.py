@@ -21,6 +21,7 @@ from gptq_cli.devices.accelerators import torch_device, working_on
 from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
+from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Observer, PhaseAdvanced, phase
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.gptq.quantized import dequantized
@@ -75,6 +76,18 @@ class NothingKept:
 
     def forget_unfinished(self) -> None:
         """See `Keeper.forget_unfinished`."""
+
+
+def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:
+    """Raise `NotPositiveDefinite` where `strict` forbids what an earlier start fell back to."""
+    fallen = [linear.name for report in finished for linear in report.linears if linear.method != "gptq"]
+    if strict and fallen:
+        also = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
+        raise NotPositiveDefinite(
+            f"{fallen[0]!r}{also} of the finished blocks fell back to round-to-nearest, before --strict was "
+            "given",
+            hint="--resume never starts over, with more or more varied text (--samples, --calibration)",
+        )
 
 
 def catch_up(

@@ -302,6 +302,27 @@ def test_resume_never_starts_over(
     assert content(stopped) == reference
 
 
+def test_strict_also_holds_for_what_is_finished(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a strict run would end well with linears that fell back."""
+    out, real = tmp_path / "q", mixed.quantize_linears
+
+    def fallen(*words: Any, **named: Any) -> Any:
+        return [replace(one, method="rtn", attempts=9) for one in real(*words, **named)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixed, "quantize_linears", fallen)
+        stop_after(patch, 1)
+        assert quantized(tiny_llama, out, text).code == 1
+    strict = quantized(tiny_llama, out, text, "--strict")
+    assert strict.code == 5
+    assert "'model.layers.0.self_attn.q_proj' and 6 more of the finished blocks fell back" in strict.stderr
+    (command,) = [w for w in strict.stderr.splitlines() if "to go on without --strict: gptq quantize" in w]
+    assert "--strict" not in command.split("gptq quantize")[-1]
+    assert quantized(tiny_llama, out, text, "--resume", "required").code == 0
+
+
 def test_resume_required_without_work(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     ran = quantized(tiny_llama, tmp_path / "q", text, "--resume", "required", "--json")
     assert ran.code == 3
