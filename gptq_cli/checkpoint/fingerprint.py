@@ -3,7 +3,8 @@
 Equal fingerprints mean equal codes and equal files: the same bytes of the model, the same tokens, the same
 settings, the same maths. The settings are taken from the fields of the job's configuration, all of them, so
 that a new field counts from the day it is added; those that change neither a code nor a file are listed in
-`FREE`. The device map, the batch size, the machine and the display are among them.
+`FREE`. The device map, the batch size, the machine and the display are among them. Whether a repository's own
+code is run is not: it may be another forward, and its files go into the checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ FREE = frozenset(
     {
         "model.model",  # the files themselves are compared
         "model.revision",
-        "model.trust_remote_code",
         "model.dtype",  # "auto" is compared as what it stands for
         "out",
         "calibration.source",  # the tokens themselves are compared
@@ -38,7 +38,8 @@ FREE = frozenset(
         "devices",
         "overwrite",
         "strict",
-        "targets",
+        "targets",  # what readers accept is checked beforehand, on so many ranks as `tp` says
+        "tp",
         "resume",
         "command_line",
     }

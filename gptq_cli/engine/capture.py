@@ -75,8 +75,8 @@ class HiddenStates(Protocol):
         """So many micro-batches, the first ones, are run through the dense model too."""
         ...
 
-    def enter(self, index: int, device: torch.device) -> BlockInputs:
-        """What enters block `index`, on `device`."""
+    def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
+        """What enters block `index`, which is worked on at `device`; the hidden states on `rest`."""
         ...
 
     def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:
@@ -110,13 +110,13 @@ class Captured:
         """Calibration samples in the paired micro-batches."""
         return sum(len(batch) for batch in self.samples[: self.paired])
 
-    def enter(self, index: int, device: torch.device) -> BlockInputs:
+    def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
         """See `HiddenStates.enter`. How the block is called leaves `calls` here."""
-        self.hidden[:] = [hidden.to(device) for hidden in self.hidden]
-        self.dense[:] = [hidden.to(device) for hidden in self.dense]
+        self.hidden[:] = [hidden.to(rest) for hidden in self.hidden]
+        self.dense[:] = [hidden.to(rest) for hidden in self.dense]
         calls = [call.to(device) for call in self.calls[index]]
         self.calls[index] = []
-        sample = self.hidden[0][:1, :PROBE_TOKENS]
+        sample = self.hidden[0][:1, :PROBE_TOKENS].to(device)
         return BlockInputs(
             calls=calls,
             hidden=self.hidden,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
-from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, taken
+from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, moved, taken
 from gptq_cli.engine.capture import (
     PROBE_TOKENS,
     BlockInputs,
@@ -131,6 +131,8 @@ class Driven:
         self._outputs: list[Any] = [None] * len(self._forwards)
         self._dense_outputs: list[Any] = [None] * len(self._dense)
         self._probe_output: Any = None
+        self._device: torch.device | None = None
+        """Where the block before was worked on."""
 
     def start(self, advanced: Callable[[int], None] = lambda done: None) -> None:
         """Let every forward run to the first block; `advanced` hears the number of samples done."""
@@ -151,7 +153,7 @@ class Driven:
                 stack.enter_context(replaced_forward(block, _waiting(number)))
             yield
 
-    def enter(self, index: int, device: torch.device) -> BlockInputs:
+    def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
         """Let every forward run to block `index`; see `HiddenStates.enter`."""
         calls: list[BlockCall] = []
         hidden: list[Tensor] = []
@@ -162,12 +164,12 @@ class Driven:
             for forward in self._forwards:
                 call, entering = self._next(forward, self._outputs.pop(0), index, device)
                 calls.append(call)
-                hidden.append(entering)
+                hidden.append(entering.to(rest))
             for forward in self._dense:
                 call, entering = self._next(forward, self._dense_outputs.pop(0), index, device)
                 dense_calls.append(call)
-                dense.append(entering)
-        self._probe_output = None
+                dense.append(entering.to(rest))
+        self._probe_output, self._device = None, device
         return BlockInputs(
             calls=calls,
             hidden=hidden,
@@ -197,6 +199,8 @@ class Driven:
         self, forward: ModelForward, result: Any, index: int, device: torch.device
     ) -> tuple[BlockCall, Tensor]:
         """How `forward` calls block `index`, and the hidden states that it gives to it."""
+        if self._device is not None:  # what a block returns may have rested elsewhere
+            result = moved(result, self._device)
         arrived, args, kwargs = forward.pending or forward.advance(result)
         forward.pending = None
         name = self._flow.blocks[index]

@@ -156,9 +156,8 @@ class ReplayedForwards:
                 for call in self._calls:
                     hidden = self._hidden.pop(0)
                     rest = hidden.device
-                    entering = hidden.to(self._device or rest)
-                    outputs.append(moved(call.to(entering.device)(self._block, entering), rest))
-                    del hidden, entering
+                    outputs.append(moved(call(self._block, hidden.to(self._device or rest)), rest))
+                    del hidden
                     sharing.end()
         finally:
             for handle in handles:

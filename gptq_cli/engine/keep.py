@@ -21,6 +21,7 @@ from gptq_cli.devices.accelerators import torch_device, working_on
 from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
+from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Observer, PhaseAdvanced, phase
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.gptq.quantized import dequantized
@@ -77,6 +78,18 @@ class NothingKept:
         """See `Keeper.forget_unfinished`."""
 
 
+def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:
+    """Raise `NotPositiveDefinite` where `strict` forbids what an earlier start fell back to."""
+    fallen = [linear.name for report in finished for linear in report.linears if linear.method != "gptq"]
+    if strict and fallen:
+        also = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
+        raise NotPositiveDefinite(
+            f"{fallen[0]!r}{also} of the finished blocks fell back to round-to-nearest, before --strict was "
+            "given",
+            hint="--resume never starts over, with more or more varied text (--samples, --calibration)",
+        )
+
+
 def catch_up(
     blocks: Sequence[Block],
     states: HiddenStates,
@@ -104,7 +117,7 @@ def _pass_through(
     what was loaded."""
     rest = torch_device(block.schedule.activation_device)
     with working_on(block.device):
-        inputs = states.enter(index, rest)
+        inputs = states.enter(index, block.device, rest)
     with working_on(block.device), block.on_device(), torch.no_grad():
         dense = _run(block, inputs.dense_calls, inputs.dense, rest)
         for linear in block.linears:

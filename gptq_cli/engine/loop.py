@@ -82,7 +82,7 @@ def quantize_blocks(
         started = time.perf_counter()
         reset_peak(options.devices)
         with working_on(block.device):
-            inputs = states.enter(index, torch_device(block.schedule.activation_device))
+            inputs = states.enter(index, block.device, torch_device(block.schedule.activation_device))
         with working_on(block.device), block.on_device():
             context = open_block(block, inputs, work)
             observer(_started(context, index, len(blocks)))

@@ -19,7 +19,7 @@ from gptq_cli.engine.block import Block, Store, WorkOptions
 from gptq_cli.engine.capture import Captured, HiddenStates, capture
 from gptq_cli.engine.driven import Driven
 from gptq_cli.engine.head import HeadWork, quantize_head
-from gptq_cli.engine.keep import Keeper, NothingKept
+from gptq_cli.engine.keep import Keeper, NothingKept, check_strict
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
@@ -69,6 +69,7 @@ def quantize_model(
     block with less (`placement.schedule.lighter`), and each step is a warning.
     """
     keeper = keeper or NothingKept()
+    check_strict(keeper.finished, strict=run.options.strict)
     if len(keeper.finished) == len(run.schedule.blocks) and run.skeleton.head is None:
         return Quantized(keeper.finished, None)
     while True:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gptq_cli.jobs.inspecting import inspect_map
     from gptq_cli.jobs.loading import load, open_model
     from gptq_cli.jobs.quantizing import dry_run, quantize
-    from gptq_cli.jobs.trial import trial
+    from gptq_cli.jobs.some_blocks import trial
 
 __all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize", "trial"]
 _MODULES = {
@@ -20,7 +20,7 @@ _MODULES = {
     "load": "loading",
     "open_model": "loading",
     "quantize": "quantizing",
-    "trial": "trial",
+    "trial": "some_blocks",
 }
 
 

@@ -9,14 +9,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.journal import Journal, JournalError, Manifest
 from gptq_cli.checkpoint.place import Place
 from gptq_cli.config import QuantizeJob
-from gptq_cli.errors import DestinationBusy, GptqError, Interrupted, PreflightRefused, UsageError
+from gptq_cli.errors import (
+    DestinationBusy,
+    GptqError,
+    Interrupted,
+    NotPositiveDefinite,
+    PreflightRefused,
+    UsageError,
+)
 from gptq_cli.planning.cases import UnfinishedWork
 from gptq_cli.wording import duration_words
 
@@ -96,8 +103,16 @@ def continuing(job: QuantizeJob) -> Iterator[None]:
     except GptqError as error:
         kept = _kept(job)
         if kept:
-            error.hint = "; ".join(filter(None, (error.hint, f"{kept}; to go on: {command_of(job)}")))
+            how = f"to go on: {command_of(job)}"
+            if isinstance(error, NotPositiveDefinite):  # the same command would come to the same end
+                how = f"to go on without --strict: {command_of(_not_strict(job))}"
+            error.hint = "; ".join(filter(None, (error.hint, f"{kept}; {how}")))
         raise
+
+
+def _not_strict(job: QuantizeJob) -> QuantizeJob:
+    words = tuple(word for word in job.command_line if word != "--strict")
+    return replace(job, command_line=words, strict=False)
 
 
 def _kept(job: QuantizeJob) -> str:

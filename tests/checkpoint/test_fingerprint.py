@@ -47,6 +47,7 @@ def test_the_other_fields_count() -> None:
         *(f"quantize.{item.name}" for item in fields(QuantizeConfig)),
         "calibration.samples",
         "calibration.seq_len",
+        "model.trust_remote_code",
         "max_shard_bytes",
     }
 
@@ -74,7 +75,10 @@ def names(before: Fingerprint, now: Fingerprint) -> set[str]:
         ({"max_shard_bytes": 1_000_001}, {"max_shard_bytes"}),
         ({"out": "elsewhere", "strict": True, "overwrite": True, "resume": "required"}, set()),
         ({"device_map": DeviceMap.parse("cpu"), "targets": ("vllm",), "command_line": ("gptq",)}, set()),
+        ({"targets": ("vllm", "sglang"), "tp": 4}, set()),
         ({"calibration": CalibrationConfig(samples=2, seq_len=16, batch_size=1, seed=9)}, set()),
+        ({"model": ModelRef(model="m", revision="v1", dtype="bfloat16")}, set()),
+        ({"model": ModelRef(model="m", trust_remote_code=True)}, {"model.trust_remote_code"}),
     ],
 )
 def test_settings(change: dict[str, Any], differs: set[str], opened: tuple[Skeleton, TokenBatches]) -> None:

@@ -75,6 +75,14 @@ def forked(argv: list[str], kill_at: int | None, log: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def place_of(point: float | int | str, calls: list[str]) -> int:
+    """The number of a call: itself, a share of all, or `name:-1` for the last one of that name."""
+    if isinstance(point, str):
+        name, number = point.split(":")
+        return [at for at, call in enumerate(calls) if call == name][int(number)]
+    return round(point * (len(calls) - 1)) if isinstance(point, float) else point
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Kill at each point, go on, compare. `share`: of the time that snapshots may take. `again`: calls after
     which the run that goes on is killed as well."""
@@ -111,7 +119,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     calls = json.loads(told.read_text())
     found = []
     for point in job["points"]:
-        at = round(point * (len(calls) - 1)) if isinstance(point, float) else point
+        at = place_of(point, calls)
         clear()
         log.write_text("")
         code = forked(argv, at, log)

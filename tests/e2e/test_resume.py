@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gptq_cli import jobs
 from gptq_cli.checkpoint import journal as journal_module
 from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.writer import CheckpointWriter
@@ -47,7 +48,7 @@ def quantized(model: Path, out: Path, text: Path, *more: str, interrupted: bool 
     return gptq(*words_of(model, out, text, *more), interrupted=interrupted)
 
 
-def killed(argv: list[str], out: Path, points: list[float], **more: Any) -> list[dict[str, Any]]:
+def killed(argv: list[str], out: Path, points: list[float | str], **more: Any) -> list[dict[str, Any]]:
     """What came of killing the run at each point and running it again."""
     job = json.dumps({"argv": argv, "out": str(out), "points": points, **more})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -115,7 +116,7 @@ def test_every_kind_of_block(name: str, share: float, text: Path, tiny: TinyFact
 
     model = tiny(name, dtype=torch.bfloat16)
     out = tmp_path / "q"
-    found = killed(words_of(model, out, text), out, [0.6], share=share)
+    found = killed(words_of(model, out, text), out, ["quantize_linears:-1"], share=share)
     assert_all_resumed(found)
     assert found[0]["first_blocks"] == [0, 1]
 
@@ -300,6 +301,27 @@ def test_resume_never_starts_over(
     assert ran.code == 0
     assert len(ran.document["starts"]) == 1
     assert content(stopped) == reference
+
+
+def test_strict_also_holds_for_what_is_finished(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a strict run would end well with linears that fell back."""
+    out, real = tmp_path / "q", mixed.quantize_linears
+
+    def fallen(*words: Any, **named: Any) -> Any:
+        return [replace(one, method="rtn", attempts=9) for one in real(*words, **named)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mixed, "quantize_linears", fallen)
+        stop_after(patch, 1)
+        assert quantized(tiny_llama, out, text).code == 1
+    strict = quantized(tiny_llama, out, text, "--strict")
+    assert strict.code == 5
+    assert "'model.layers.0.self_attn.q_proj' and 6 more of the finished blocks fell back" in strict.stderr
+    (command,) = [w for w in strict.stderr.splitlines() if "to go on without --strict: gptq quantize" in w]
+    assert "--strict" not in command.split("gptq quantize")[-1]
+    assert quantized(tiny_llama, out, text, "--resume", "required").code == 0
 
 
 def test_resume_required_without_work(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
@@ -548,6 +570,13 @@ def test_a_trial_writes_nothing(tiny_llama: Path, text: Path, tmp_path: Path) ->
     assert "1 block of 3, nothing was written" in shown.stdout
     assert gptq(*words, "--dry-run").code == 2
     assert gptq(*words[:-1], "0").code == 2
+
+
+def test_a_job_has_another_name_than_its_module() -> None:
+    """Else importing the module would put it in the place of the job: a second trial of a process failed."""
+    for name in jobs.__all__:
+        for _ in range(2):
+            assert callable(getattr(jobs, name)), name
 
 
 def test_a_first_block_that_takes_longer_than_planned(

@@ -65,8 +65,8 @@ class Noting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.states, name)
 
-    def enter(self, index: int, device: torch.device) -> BlockInputs:
-        inputs: BlockInputs = self.states.enter(index, device)
+    def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
+        inputs: BlockInputs = self.states.enter(index, device, rest)
         for calls, hidden, into in (
             (inputs.calls, inputs.hidden, self.given),
             (inputs.dense_calls, inputs.dense, self.dense),

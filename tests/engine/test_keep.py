@@ -48,7 +48,7 @@ class Kept(NothingKept):
         if not self.snapshot:
             return 0
         held = {name: (lambda value=value: value) for name, value in self.states[self.snapshot - 1].items()}
-        assert restore(captured, held)
+        assert restore(captured, held, self.snapshot)
         return self.snapshot
 
     def keep(self, report: Any, captured: Captured) -> None:
@@ -136,14 +136,14 @@ def test_a_snapshot_fits_another_batch_size() -> None:
     now = captured([(1,), (3,), (0, 2, 4)], paired=2)
     blank = [tensor.zero_() for tensor in (*now.hidden, *now.dense)]
     assert len(blank) == 5
-    assert restore(now, stored(before))
+    assert restore(now, stored(before), 0)
     assert [tensor[:, 0, 0].tolist() for tensor in now.hidden] == [[1], [3], [0, 2, 4]]
     assert [tensor[:, 0, 0].tolist() for tensor in now.dense] == [[-1], [-3]]
 
 
 def test_a_snapshot_of_other_samples_changes_nothing() -> None:
     now = captured([(0, 1), (2, 3)], paired=1)
-    assert not restore(now, stored(captured([(0, 1), (2, 4)], paired=1)))
+    assert not restore(now, stored(captured([(0, 1), (2, 4)], paired=1)), 0)
     assert now.hidden[1][:, 0, 0].tolist() == [2, 3]
 
 

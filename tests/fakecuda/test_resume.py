@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from gptq_cli.engine import block
+from gptq_cli.engine.driven import Driven
 from gptq_cli.jobs import keeping
+from tests.architectures import build
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import different, quantize, words_for
+from tests.tiny import save_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
 
@@ -57,6 +60,30 @@ def test_every_step_to_less_memory(
     assert len(steps) == len(said)
     assert all(words in step for words, step in zip(said, steps, strict=True)), steps
     assert homes[-1] == "cpu"
+    assert different(less, usual) == []
+
+
+def test_hidden_states_on_the_host_inside_open_forwards(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's own code between the blocks gets back what it gave, on the device that it works on."""
+    model = tmp_path / "model"
+    build("gemma3n_text").save_pretrained(model)
+    save_tokenizer(model)
+    options = ("--device-map", "cuda:0", "--recipe", "balanced")
+    usual = quantize(model, tmp_path / "usual", text, *options, "--batch-size", "1")
+    rested: list[str] = []
+    real = block.quantize_block
+
+    def quantize_block(context: Any, inputs: Any, states: Any) -> Any:
+        assert isinstance(states, Driven)
+        rested.append(inputs.hidden[0].device.type)
+        return real(context, inputs, states)
+
+    monkeypatch.setattr("gptq_cli.engine.loop.quantize_block", quantize_block)
+    fails_until(monkeypatch, lambda moments, x: rested[-1] == "cpu")
+    less = quantize(model, tmp_path / "less", text, *options)
+    assert rested[-4:] == ["cpu"] * 4
     assert different(less, usual) == []
 
 
