@@ -41,6 +41,7 @@ def quantize(
     target: o.QuantizeTargets = None,
     tp: o.QuantizeTensorParallel = 1,
     report: o.Report = None,
+    card: o.Card = "full",
     recipe: o.Recipe = "balanced",
     codes: Codes,
     module: o.Modules = None,
@@ -104,9 +105,10 @@ def quantize(
         return
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
+        from gptq_cli.report.card import card_files
 
         try:
-            result = jobs.quantize(job, observer)
+            result = jobs.quantize(job, observer, card=card_files if card == "full" else None)
         except Interrupted as error:
             session.interrupted = error
             raise

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
@@ -36,6 +37,7 @@ from gptq_cli.errors import (
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.matmul import fast_matmul_supported
+from gptq_cli.jobs.card import Card
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.keeping import keeping
 from gptq_cli.jobs.resuming import Found, continuing, find_work
@@ -58,13 +60,14 @@ from gptq_cli.preflight.report import group_reason, map_report, own_settings, qu
 from gptq_cli.preflight.resolve import Resolution, refusal
 from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.preflight.rules import output as rules_output
+from gptq_cli.results.card import CardMaker
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from gptq_cli.results.run import RunReport
 
 
-def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
-    """Quantize a model and write the checkpoint to `job.out`.
+def quantize(job: QuantizeJob, observer: Observer = ignore, *, card: CardMaker | None = None) -> RunReport:
+    """Quantize a model and write the checkpoint to `job.out`. `card` makes its model card; None: without one.
 
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
     `QualityGateFailed`. Where something would lie on disk, the `PreflightRefused` is a `ValueError` as well.
@@ -75,10 +78,12 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     with continuing(job), watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
         with _claimed(job, tally) as claim:
-            return _quantize(job, claim, watcher, tally, started)
+            return _quantize(job, claim, watcher, tally, started, card)
 
 
-def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
+def _quantize(
+    job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float, make: CardMaker | None
+) -> RunReport:
     checked = check(job, tally, claim)
     announce(checked.findings, tally)
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
@@ -146,7 +151,8 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
             tally=tally,
             kept=keeper,
         )
-        writer.complete(document(report))
+        card = Card(make, job, checked.skeleton, tally) if make is not None else None
+        writer.complete(document(report), partial(card.files, report) if card else None)
         with held_signals() as stop_if_heard:  # one that comes now waits until the run is known to be done
             stop_if_heard()
             writer.put_in_place()

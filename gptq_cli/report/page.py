@@ -59,7 +59,7 @@ def report_html(report: RunReport) -> str:
     if report.blocks:
         body += [
             *_section("Loss per linear", _loss_per_linear(report)),
-            *_section("Loss per block", _loss_per_block(report)),
+            *_section("Loss per block", loss_per_block(report)),
             *_section("Memory per block", _memory(report)),
             *_section("Seconds per block", _seconds(report)),
             *_section("All linears", _linear_table(report.linears)),
@@ -127,7 +127,8 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
     return [*rows, ("phases", spent)] if spent else rows
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def mean_loss(values: Iterable[float]) -> float | None:
+    """The mean of those that are finite; None where none is."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 
@@ -167,9 +168,10 @@ def _tooltip(linear: LinearReport) -> str:
     return f"{linear.name}: {fmt.loss(linear.loss)}, round-to-nearest {fmt.loss(linear.rtn_loss)}{how}"
 
 
-def _loss_per_block(report: RunReport) -> str:
-    ours = tuple(_mean([x.loss for x in block.linears]) for block in report.blocks)
-    nearest = tuple(_mean([x.rtn_loss for x in block.linears]) for block in report.blocks)
+def loss_per_block(report: RunReport) -> str:
+    """The plot of the mean loss of each block, as an `<svg>`."""
+    ours = tuple(mean_loss(x.loss for x in block.linears) for block in report.blocks)
+    nearest = tuple(mean_loss(x.rtn_loss for x in block.linears) for block in report.blocks)
     series = [
         Series(name="round-to-nearest", values=nearest, mark="dashes", style=1),
         Series(name="GPTQ", values=ours, mark="line", style=0),
