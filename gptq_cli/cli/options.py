@@ -274,6 +274,14 @@ Against = Annotated[
         "MODEL",
     ),
 ]
+AgainstSource = Annotated[
+    bool,
+    _flag(
+        "--against-source",
+        "Measure the result against MODEL: KL, top-1 agreement, both perplexities.",
+        CHECKS,
+    ),
+]
 MaxKl = Annotated[
     float | None,
     option("--max-kl", "Exit 5 where KL(dense, quantized) is above this, nats per token.", CHECKS, "X"),

@@ -98,7 +98,6 @@ def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str
     yield "SHA-256 of the weights and configs, as `sha256sum -c` reads it:"
     yield ""
     yield from _fence("", [f"{digest}  {name}" for name, digest in facts.digests])
-    yield f"{code('report.json')} holds the loss and the settings of every linear."
 
 
 def command(report: RunReport, facts: CardFacts) -> list[str]:

@@ -12,6 +12,7 @@ from html import escape
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
 from gptq_cli.report.svg import Series, plot
+from gptq_cli.results.load import LoadReport
 from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 STYLE = """
@@ -53,6 +54,8 @@ def report_html(report: RunReport) -> str:
         f'<p class="sub">{escape(recipe)}, {escape(fmt.duration(report.seconds))}</p>',
         *_section("Result", _facts(_result(report))),
     ]
+    if report.proof is not None:
+        body += _section("Measured", _facts(_measured(report.proof)))
     if report.warnings:
         items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
         body += _section("Warnings", f"<ul>{items}</ul>")
@@ -125,6 +128,32 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
         rows.append((f"peak on {device}", f"{fmt.size(measured)}{expected}"))
     spent = ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in report.phase_seconds)
     return [*rows, ("phases", spent)] if spent else rows
+
+
+def _measured(proof: LoadReport) -> list[tuple[str, str]]:
+    """What was measured of the checkpoint after it was put in place."""
+    rows = [
+        (f"kernel {one.kernel}", f"{fmt.count(one.linears, 'linear')}: {one.reason}") for one in proof.kernels
+    ]
+    if proof.perplexity is not None:
+        over = f"{fmt.count(proof.windows, 'window')} of {proof.seq_len} tokens of {proof.text_source}"
+        rows.append(("perplexity", f"{proof.perplexity:.3f}, {over}"))
+    if proof.agreement is not None:
+        same = f"{fmt.share(proof.agreement.top1)} of {proof.agreement.tokens:,} tokens"
+        rows += [
+            ("dense perplexity", f"{proof.agreement.dense_perplexity:.3f}"),
+            ("KL(dense, quantized)", f"{fmt.loss(proof.agreement.kl)} nats per token"),
+            ("same most likely token", same),
+        ]
+    if proof.bench is not None:
+        for name, speed in (("speed", proof.bench.speed), ("dense speed", proof.bench.dense_speed)):
+            if speed is not None:
+                prompt, decode = speed.prompt.tokens_per_second, speed.decode.tokens_per_second
+                rows.append((name, f"prompt {prompt:.1f}, one by one {decode:.1f} tokens per second"))
+    for gate in proof.gates:
+        verdict = "passed" if gate.passed else "FAILED"
+        rows.append((gate.name, f"{verdict}: limit {gate.limit:g}, found {gate.found:.4g}"))
+    return rows
 
 
 def mean_loss(values: Iterable[float]) -> float | None:
