@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from gptq_cli.config import (
     CalibrationConfig,
@@ -22,9 +22,10 @@ from gptq_cli.config import (
     Recipe,
     parse_shard_size,
 )
+from gptq_cli.errors import QualityGateFailed
 from gptq_cli.events import Event, Observer, ignore, warning_text
-from gptq_cli.fields import Resume
-from gptq_cli.load_job import LoadJob
+from gptq_cli.fields import CardKind, Resume, check_choice
+from gptq_cli.load_job import LoadJob, proof_job
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
 
@@ -51,6 +52,12 @@ def quantize(
     overwrite: bool = False,
     resume: Resume = "auto",
     strict: bool = False,
+    card: CardKind = "full",
+    evaluate: AnyPath | None = None,
+    against_source: bool = False,
+    max_kl: float | None = None,
+    max_perplexity: float | None = None,
+    bench: bool = False,
     observer: Observer = ignore,
     **options: Any,
 ) -> RunReport:
@@ -64,7 +71,11 @@ def quantize(
     devices, or one device, as text, number or `torch.device`. `max_memory`: text, or a mapping of devices to
     sizes. `targets`: readers that must take the result, on `tp` GPUs. `resume`: what to do about unfinished
     work of an interrupted run beside `out`: "auto" goes on with it, "never" removes it, "required" starts
-    nothing without it. `observer` gets every `gptq_cli.events.Event`.
+    nothing without it. `card`: "none" leaves the model card out. `evaluate` (a text),
+    `against_source`, `max_kl`, `max_perplexity` and `bench` measure the checkpoint once it is in place: the
+    figures are the report's `proof`; where a limit is exceeded, the checkpoint stays and `QualityGateFailed`
+    is raised. `observer` gets every event of
+    `gptq_cli.events`.
 
     Returns the report that is also in `out/report.json`. Raises what the command line exits with:
     `UsageError` (2, nothing was started), `PreflightRefused` (3, nothing was written; its text lists the
@@ -88,9 +99,29 @@ def quantize(
         targets=parse_targets((targets,) if isinstance(targets, str) else targets, tp),
         tp=tp,
     )
+    check_choice("card", card, get_args(CardKind))
+    proof = proof_job(
+        job.out,
+        job.model.model,
+        evaluate=None if evaluate is None else os.fspath(evaluate),
+        against_source=against_source,
+        max_kl=max_kl,
+        max_perplexity=max_perplexity,
+        bench=bench,
+        device_map=job.device_map,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     from gptq_cli import jobs
+    from gptq_cli.report.card import card_files
 
-    return jobs.quantize(job, _logged(observer))
+    report = jobs.quantize(job, _logged(observer), card=card_files if card == "full" else None, proof=proof)
+    if report.proof is not None and report.proof.failures:
+        raise QualityGateFailed(
+            "; ".join(report.proof.failures),
+            hint="the checkpoint is complete and stays; the figures are in its report.json",
+        )
+    return report
 
 
 def load(path: AnyPath, device_map: object = None, dtype: DType = "auto") -> Any:

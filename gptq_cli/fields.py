@@ -13,6 +13,9 @@ Resume = Literal["auto", "never", "required"]
 """What to do about unfinished work at the destination: go on where it is of the same job, remove it, or go on
 and nothing else."""
 
+CardKind = Literal["full", "none"]
+"""Whether a checkpoint gets a model card."""
+
 
 def option(default: T, help_text: str, **spelling: str) -> T:
     """A field of a frozen dataclass that is an option of the command line too.

@@ -106,6 +106,44 @@ class LoadJob:
         return any(uses) or not (self.verify or self.targets)
 
 
+def proof_job(
+    path: str,
+    model: str,
+    *,
+    evaluate: str | None = None,
+    against_source: bool = False,
+    max_kl: float | None = None,
+    max_perplexity: float | None = None,
+    bench: bool = False,
+    device_map: DeviceMap | None = None,
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+) -> LoadJob | None:
+    """What to measure of the checkpoint at `path` that is made of `model`; None where nothing is asked for.
+
+    Raises `ConfigError`.
+    """
+    if evaluate == "-":
+        raise ConfigError(
+            "eval is '-', and standard input is not read here", hint="give --eval a file, or pydoc-heldout"
+        )
+    if max_kl is not None and not against_source:
+        raise ConfigError(f"max_kl is {max_kl}, but nothing is measured for it", hint="add --against-source")
+    if not (evaluate or against_source or bench or max_perplexity is not None):
+        return None
+    return LoadJob(
+        path=path,
+        device_map=device_map,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        evaluate=evaluate,
+        against=model if against_source else None,
+        max_kl=max_kl,
+        max_perplexity=max_perplexity,
+        bench=bench,
+    )
+
+
 def _gate(name: str, limit: float | None, measurement: str | None, needed: str) -> None:
     if limit is None:
         return

@@ -54,7 +54,7 @@ def test_quantize_writes_what_the_command_writes(tiny_llama: Path, tmp_path: Pat
 
 def test_every_option_reaches_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[QuantizeJob] = []
-    pretended = SimpleNamespace(quantize=lambda job, observer: jobs.append(job))
+    pretended = SimpleNamespace(quantize=lambda job, observer, **more: jobs.append(job))
     monkeypatch.setitem(sys.modules, "gptq_cli.jobs", pretended)
     monkeypatch.setattr(gptq_cli, "jobs", pretended, raising=False)
     gptq_cli.quantize("M", "O")

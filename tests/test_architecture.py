@@ -35,8 +35,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("gptq",),
     ("devices", "model", "calibration", "targets", "checkpoint", "evaluation", "inference", "engine"),
     ("planning", "preflight"),
-    ("jobs", "api"),
-    ("display", "report", "cli", "__main__"),
+    ("jobs",),
+    ("display", "report", "api", "cli", "__main__"),
 )
 """From the ground up; within a floor, a room may import those that stand before it."""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

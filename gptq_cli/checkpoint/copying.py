@@ -29,7 +29,7 @@ from gptq_cli.model.source import INDEX, SINGLE, ModelFiles, read_json
 from gptq_cli.model.source_files import is_copied, is_needed, outside_target
 from gptq_cli.model.streamed import StreamedReader
 
-_BESIDE = ("README.md", "report.json")
+_BESIDE = ("README.md", "loss_per_block.svg", "report.json")
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 
 

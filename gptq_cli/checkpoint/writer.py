@@ -205,9 +205,12 @@ class CheckpointWriter:
             check()
             return self.put_in_place()
 
-    def complete(self, report: Mapping[str, Any]) -> None:
+    def complete(
+        self, report: Mapping[str, Any], beside: Callable[[Path], Mapping[str, str]] | None = None
+    ) -> None:
         """Write the remaining files, read the result back, and flush everything to the disk.
 
+        `beside`: given the folder with the checkpoint, names and texts of further files.
         Raises `GptqError` where the result could not be opened again.
         """
         missing = sorted(name for names in self._waiting.values() for name in names)
@@ -233,7 +236,10 @@ class CheckpointWriter:
             self._json("quantize_config.json", quantization)
             self._json("report.json", report)
         check_written(self._work, self._skeleton)
+        texts = beside(self._work) if beside is not None else {}
         with self.disk():
+            for name, text in texts.items():
+                (self._work / name).write_text(text, encoding="utf-8")
             for path in self._work.rglob("*"):
                 if path.suffix != ".safetensors":
                     fsync(path)

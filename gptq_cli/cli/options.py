@@ -17,6 +17,7 @@ import typer
 from gptq_cli import config, readers
 from gptq_cli.cli.preset import use_preset
 from gptq_cli.display.choose import Progress as ProgressKind
+from gptq_cli.fields import CardKind
 from gptq_cli.fields import Resume as ResumeKind
 
 OUTPUT = "Output"
@@ -107,6 +108,10 @@ Checkpoint = Annotated[
 Out = Annotated[str | None, option("--out", "Directory to create.", OUTPUT, "DIR")]
 Overwrite = Annotated[bool, _flag("--overwrite", "Replace --out where it exists, at the very end.", OUTPUT)]
 MaxShardSize = Annotated[str, option("--max-shard-size", "Largest file of the checkpoint.", OUTPUT, "SIZE")]
+Card = Annotated[
+    CardKind,
+    option("--card", "Model card (README.md) in the checkpoint: full, none.", OUTPUT, "KIND"),
+]
 DryRun = Annotated[
     bool, _flag("--dry-run", "Say what would be done, and whether it fits; read no weight.", RUN)
 ]
@@ -267,6 +272,14 @@ Against = Annotated[
         "The dense MODEL: adds KL, top-1 agreement and both perplexities, on pydoc-heldout without --eval.",
         CHECKS,
         "MODEL",
+    ),
+]
+AgainstSource = Annotated[
+    bool,
+    _flag(
+        "--against-source",
+        "Measure the result against MODEL: KL, top-1 agreement, both perplexities.",
+        CHECKS,
     ),
 ]
 MaxKl = Annotated[

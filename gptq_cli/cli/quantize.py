@@ -20,9 +20,10 @@ from gptq_cli.config import (
     parse_shard_size,
 )
 from gptq_cli.display.choose import Progress
-from gptq_cli.errors import ConfigError, Interrupted
+from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed
 from gptq_cli.events import Observer, Warned
 from gptq_cli.files import kind_of, reason, shown
+from gptq_cli.load_job import LoadJob, proof_job
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.readers import parse_targets
@@ -41,6 +42,7 @@ def quantize(
     target: o.QuantizeTargets = None,
     tp: o.QuantizeTensorParallel = 1,
     report: o.Report = None,
+    card: o.Card = "full",
     recipe: o.Recipe = "balanced",
     codes: Codes,
     module: o.Modules = None,
@@ -55,6 +57,11 @@ def quantize(
     dry_run: o.DryRun = False,
     blocks: o.Blocks = None,
     strict: o.Strict = False,
+    evaluate: o.Evaluate = None,
+    against_source: o.AgainstSource = False,
+    max_kl: o.MaxKl = None,
+    max_perplexity: o.MaxPerplexity = None,
+    bench: o.Bench = False,
     config: o.Config = None,
     as_json: o.Json = False,
     progress: o.Progress = "auto",
@@ -96,26 +103,50 @@ def quantize(
         resume=resume,
         command_line=("gptq", *session.argv),
     )
+    proof = proof_job(
+        job.out,
+        model,
+        evaluate=evaluate,
+        against_source=against_source,
+        max_kl=max_kl,
+        max_perplexity=max_perplexity,
+        bench=bench,
+        device_map=job.device_map,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
     if dry_run:
-        _plan(session, job, progress, quiet)
+        _plan(session, job, proof, progress, quiet)
         return
     if blocks is not None:
+        if proof is not None:
+            raise ConfigError(
+                "blocks is given, so there will be no checkpoint to measure",
+                hint="leave out --blocks, or --eval, --against-source, --max-perplexity and --bench",
+            )
         _trial(session, job, blocks, progress, quiet)
         return
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
+        from gptq_cli.report.card import card_files
 
         try:
-            result = jobs.quantize(job, observer)
+            maker = card_files if card == "full" else None
+            result = jobs.quantize(job, observer, card=maker, proof=proof)
         except Interrupted as error:
             session.interrupted = error
             raise
         if report is not None:
             result = _write_report(Path(report), result, observer)
 
-    from gptq_cli.display.tables import run_summary
+    from gptq_cli.display.load import quantized_summary
 
-    show(session, result, run_summary)
+    show(session, result, quantized_summary)
+    if result.proof is not None and result.proof.failures:
+        raise QualityGateFailed(
+            "; ".join(result.proof.failures),
+            hint="the checkpoint is complete and stays; the figures are on stdout and in its report.json",
+        )
 
 
 def _check_report_path(path: Path) -> None:
@@ -152,12 +183,12 @@ def _write_report(path: Path, result: RunReport, observer: Observer) -> RunRepor
     return result
 
 
-def _plan(session: Session, job: QuantizeJob, progress: Progress, quiet: bool) -> None:
+def _plan(session: Session, job: QuantizeJob, proof: LoadJob | None, progress: Progress, quiet: bool) -> None:
     """What `--dry-run` does in place of the work. Exit 0, or 3 where the job would be refused."""
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs
 
-        plan = jobs.dry_run(job, observer)
+        plan = jobs.dry_run(job, observer, proof=proof)
 
     from gptq_cli.display.maps import map_summary
 

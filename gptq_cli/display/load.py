@@ -19,6 +19,7 @@ from gptq_cli.display.tables import (
     listed,
     modules_text,
     recipe,
+    run_summary,
     warnings_rows,
     yes,
 )
@@ -34,6 +35,7 @@ from gptq_cli.results.load import (
     RuleResult,
     VerifyReport,
 )
+from gptq_cli.results.run import RunReport
 
 _STYLES: dict[Outcome, str] = {
     "ok": "green",
@@ -55,6 +57,19 @@ def load_summary(report: LoadReport) -> Group:
     return Group(*parts)
 
 
+def quantized_summary(report: RunReport) -> Group:
+    """The result of `gptq quantize`, with what was measured of the checkpoint, where that was asked for."""
+    proof = report.proof
+    if proof is None:
+        return run_summary(report)
+    parts: list[RenderableType] = [run_summary(report), ""]
+    measured = [*listed("kernels", [kernel_text(one) for one in proof.kernels]), *_figures(proof)]
+    parts.append(facts_table(measured))
+    if proof.bench is not None:
+        parts += ["", bench_table(proof.bench)]
+    return Group(*parts)
+
+
 def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     by = f", written by {report.quantizer}" if report.quantizer else ""
     speed = report.weight_bytes / report.load_seconds if report.load_seconds else 0.0
@@ -70,6 +85,11 @@ def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
 
 
 def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
+    yield from _figures(report)
+    yield from warnings_rows(report.warnings, _findings(report.verification))
+
+
+def _figures(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     if report.perplexity is not None:
         of = f" of {report.text_source}" if report.text_source else ""
         over = f" over {fmt.count(report.windows, 'window')} of {report.seq_len} tokens{of}"
@@ -80,7 +100,6 @@ def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
         tokens = fmt.count(report.new_tokens, "token")
         yield "generated", f"{tokens}, {report.tokens_per_second:.1f} per second"
     yield from listed("gates", [gate_text(gate) for gate in report.gates])
-    yield from warnings_rows(report.warnings, _findings(report.verification))
 
 
 def _findings(report: VerifyReport | None) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
@@ -36,12 +37,15 @@ from gptq_cli.errors import (
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.matmul import fast_matmul_supported
+from gptq_cli.jobs.card import Card
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.keeping import keeping
+from gptq_cli.jobs.proof import check_text, prove
 from gptq_cli.jobs.resuming import Found, continuing, find_work
 from gptq_cli.jobs.run_report import Tally, summarize
-from gptq_cli.jobs.steps import announce, placed, watched
+from gptq_cli.jobs.steps import announce, passes_words, placed, watched
 from gptq_cli.jobs.watching import Watcher, watching
+from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.find import find_model
@@ -49,7 +53,7 @@ from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import DeviceBudget, Placement
-from gptq_cli.placement.schedule import ReplayReason, Schedule
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.time import estimate_seconds
@@ -58,28 +62,56 @@ from gptq_cli.preflight.report import group_reason, map_report, own_settings, qu
 from gptq_cli.preflight.resolve import Resolution, refusal
 from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.preflight.rules import output as rules_output
+from gptq_cli.results.card import CardMaker
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from gptq_cli.results.run import RunReport
 
 
-def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
+def quantize(
+    job: QuantizeJob,
+    observer: Observer = ignore,
+    *,
+    card: CardMaker | None = None,
+    proof: LoadJob | None = None,
+) -> RunReport:
     """Quantize a model and write the checkpoint to `job.out`.
+
+    `card` makes its model card; None: without one. `proof`: what to measure of the checkpoint at `job.out`
+    once it is there; a gate that it fails is data, see `LoadReport.ok`.
 
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
     `QualityGateFailed`. Where something would lie on disk, the `PreflightRefused` is a `ValueError` as well.
     Whatever is raised, finished blocks are kept in the working folder, and the same job goes on after them
     (`continuing`); where no block was finished, or the model itself is at fault, no working folder is left.
     """
-    started = time.perf_counter()
-    with continuing(job), watching("quantize", observer) as watcher:
+    asked = _Asked(job, card, proof, time.perf_counter())
+    with watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
-        with _claimed(job, tally) as claim:
-            return _quantize(job, claim, watcher, tally, started)
+        with continuing(job), _claimed(job, tally) as claim:
+            report, skeleton, own_card = _quantize(asked, claim, watcher, tally)
+        if proof is not None:
+            report = prove(report, proof, skeleton, own_card, watcher)
+            watcher(RunFinished(report))
+    return report
 
 
-def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, started: float) -> RunReport:
-    checked = check(job, tally, claim)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a call of `quantize` asks for."""
+
+    job: QuantizeJob
+    card: CardMaker | None
+    proof: LoadJob | None
+    started: float
+
+
+def _quantize(
+    asked: _Asked, claim: Claim, watcher: Watcher, tally: Tally
+) -> tuple[RunReport, Skeleton, Card | None]:
+    """The work up to the checkpoint in place: its report, its model, its card."""
+    job = asked.job
+    checked = check(job, tally, claim, proof=asked.proof)
     announce(checked.findings, tally)
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
@@ -111,7 +143,7 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
             destination=destination,
             skeleton=checked.skeleton,
             devices=tuple(str(device) for device in placement.devices),
-            started=started,
+            started=asked.started,
             observer=tally,
             warnings=lambda: tuple(watcher.warnings),
         ) as keeper,
@@ -146,12 +178,14 @@ def _quantize(job: QuantizeJob, claim: Claim, watcher: Watcher, tally: Tally, st
             tally=tally,
             kept=keeper,
         )
-        writer.complete(document(report))
+        card = Card(asked.card, job, checked.skeleton, tally) if asked.card is not None else None
+        writer.complete(document(report), partial(card.files, report) if card else None)
         with held_signals() as stop_if_heard:  # one that comes now waits until the run is known to be done
             stop_if_heard()
             writer.put_in_place()
-            tally(RunFinished(report))
-    return report
+            if asked.proof is None:  # else the run is not done yet
+                tally(RunFinished(report))
+    return report, checked.skeleton, card
 
 
 @contextmanager
@@ -201,10 +235,10 @@ def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
             raise
 
 
-def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
+def dry_run(job: QuantizeJob, observer: Observer = ignore, *, proof: LoadJob | None = None) -> MapReport:
     """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
     with watching("quantize", observer) as watcher:
-        checked = check(job, watcher)
+        checked = check(job, watcher, proof=proof)
         announce(checked.findings, watcher)
         seconds = _seconds(job, checked)
         return map_report(
@@ -244,7 +278,12 @@ class Checked:
 
 
 def check(
-    job: QuantizeJob, observer: Observer, claim: Claim | None = None, *, goes_on: bool = True
+    job: QuantizeJob,
+    observer: Observer,
+    claim: Claim | None = None,
+    *,
+    goes_on: bool = True,
+    proof: LoadJob | None = None,
 ) -> Checked:
     """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
 
@@ -257,6 +296,8 @@ def check(
         tokens, text_findings = _tokens(job, skeleton, facts)
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
+    if proof is not None and tokens is not None:
+        text_findings += check_text(job, proof, skeleton, facts, observer)
     work = Work(job.quantize, job.calibration).on(facts)
     same = replace(job, quantize=work.quantize)
     unfinished = (
@@ -314,34 +355,12 @@ def _header(
             ("dtype", _dtype_words(checked, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
-            ("passes", _passes_words(schedule)),
+            ("passes", passes_words(schedule)),
         ),
         devices=tuple(str(device) for device in placement.devices),
         blocks=len(checked.skeleton.blocks),
         linears=len(checked.skeleton.packed),
     )
-
-
-_WHY_SEVERAL: dict[ReplayReason, str] = {
-    "memory": "to save memory",
-    "experts": "because of experts",
-    "not-sequential": "because of --no-true-sequential",
-}
-
-
-def _passes_words(schedule: Schedule) -> str:
-    """How often the calibration text goes through a block, and how much of it at a time."""
-    several: dict[ReplayReason, int] = {}
-    for block in schedule.blocks:
-        if block.replayed is not None:
-            several[block.replayed] = several.get(block.replayed, 0) + 1
-    total, count = len(schedule.blocks), schedule.micro_batch_samples
-    if sum(several.values()) == total and len(several) == 1:
-        words = f"several per block {_WHY_SEVERAL[next(iter(several))]}"
-    else:
-        parts = [f"several in {n} of {total} {_WHY_SEVERAL[why]}" for why, n in several.items()]
-        words = ", ".join(["one per block", *parts])
-    return f"{words}, {count} sample{'s' if count > 1 else ''} at a time"
 
 
 def _dtype_words(checked: Checked, placement: Placement) -> str:

@@ -1,4 +1,4 @@
-"""Steps that several commands take: place and check, announce what was found."""
+"""Steps that several commands take: place and check, announce what was found, say what will be done."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.schedule import ReplayReason, Schedule
 from gptq_cli.planning.cases import UnfinishedWork, Work
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.registry import check_quantize
@@ -72,3 +73,25 @@ def announce(report: PreflightReport, observer: Observer) -> None:
 def watched(placement: Placement) -> tuple[Device, ...]:
     """The devices whose memory is shown: those of the placement, and the CPU, which always does something."""
     return tuple(dict.fromkeys((*placement.devices, CPU)))
+
+
+_WHY_SEVERAL: dict[ReplayReason, str] = {
+    "memory": "to save memory",
+    "experts": "because of experts",
+    "not-sequential": "because of --no-true-sequential",
+}
+
+
+def passes_words(schedule: Schedule) -> str:
+    """How often the calibration text goes through a block, and how much of it at a time."""
+    several: dict[ReplayReason, int] = {}
+    for block in schedule.blocks:
+        if block.replayed is not None:
+            several[block.replayed] = several.get(block.replayed, 0) + 1
+    total, count = len(schedule.blocks), schedule.micro_batch_samples
+    if sum(several.values()) == total and len(several) == 1:
+        words = f"several per block {_WHY_SEVERAL[next(iter(several))]}"
+    else:
+        parts = [f"several in {n} of {total} {_WHY_SEVERAL[why]}" for why, n in several.items()]
+        words = ", ".join(["one per block", *parts])
+    return f"{words}, {count} sample{'s' if count > 1 else ''} at a time"

@@ -45,7 +45,7 @@ from gptq_cli.model.source import (
     without_weight_files,
 )
 
-SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 """HTTP clients of the various versions of `huggingface_hub`; their errors are network errors."""
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")

@@ -39,6 +39,22 @@ def names_with_towers(model_type: str) -> tuple[str, ...]:
     return tuple(name for name in dict.fromkeys(names) if name not in causal_names(model_type))
 
 
+_PURPOSES = (
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "text-generation"),
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "image-text-to-text"),
+    ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "any-to-any"),
+    ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "automatic-speech-recognition"),
+)
+"""Transformers' tables, and what the Hub calls the purpose (pipeline_tag) of the classes in them."""
+
+
+def purpose_of(model: Any) -> str:
+    """The Hub's word for what `model` does: that of the first table that holds its class."""
+    kind, name = model.config.model_type, type(model).__name__
+    found = (tag for table, tag in _PURPOSES if name in _listed(table, kind))
+    return next(found, "text-generation")
+
+
 def known_types() -> frozenset[str]:
     """Every model type that Transformers has a generating class for, in its own code."""
     tables = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", *_WITH_TOWERS)

@@ -12,6 +12,7 @@ from html import escape
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
 from gptq_cli.report.svg import Series, plot
+from gptq_cli.results.load import LoadReport
 from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 STYLE = """
@@ -53,13 +54,15 @@ def report_html(report: RunReport) -> str:
         f'<p class="sub">{escape(recipe)}, {escape(fmt.duration(report.seconds))}</p>',
         *_section("Result", _facts(_result(report))),
     ]
+    if report.proof is not None:
+        body += _section("Measured", _facts(_measured(report.proof)))
     if report.warnings:
         items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
         body += _section("Warnings", f"<ul>{items}</ul>")
     if report.blocks:
         body += [
             *_section("Loss per linear", _loss_per_linear(report)),
-            *_section("Loss per block", _loss_per_block(report)),
+            *_section("Loss per block", loss_per_block(report)),
             *_section("Memory per block", _memory(report)),
             *_section("Seconds per block", _seconds(report)),
             *_section("All linears", _linear_table(report.linears)),
@@ -127,7 +130,34 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
     return [*rows, ("phases", spent)] if spent else rows
 
 
-def _mean(values: Sequence[float]) -> float | None:
+def _measured(proof: LoadReport) -> list[tuple[str, str]]:
+    """What was measured of the checkpoint after it was put in place."""
+    rows = [
+        (f"kernel {one.kernel}", f"{fmt.count(one.linears, 'linear')}: {one.reason}") for one in proof.kernels
+    ]
+    if proof.perplexity is not None:
+        over = f"{fmt.count(proof.windows, 'window')} of {proof.seq_len} tokens of {proof.text_source}"
+        rows.append(("perplexity", f"{proof.perplexity:.3f}, {over}"))
+    if proof.agreement is not None:
+        same = f"{fmt.share(proof.agreement.top1)} of {proof.agreement.tokens:,} tokens"
+        rows += [
+            ("dense perplexity", f"{proof.agreement.dense_perplexity:.3f}"),
+            ("KL(dense, quantized)", f"{fmt.loss(proof.agreement.kl)} nats per token"),
+            ("same most likely token", same),
+        ]
+    if proof.bench is not None:
+        for name, speed in (("speed", proof.bench.speed), ("dense speed", proof.bench.dense_speed)):
+            if speed is not None:
+                prompt, decode = speed.prompt.tokens_per_second, speed.decode.tokens_per_second
+                rows.append((name, f"prompt {prompt:.1f}, one by one {decode:.1f} tokens per second"))
+    for gate in proof.gates:
+        verdict = "passed" if gate.passed else "FAILED"
+        rows.append((gate.name, f"{verdict}: limit {gate.limit:g}, found {gate.found:.4g}"))
+    return rows
+
+
+def mean_loss(values: Iterable[float]) -> float | None:
+    """The mean of those that are finite; None where none is."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
 
@@ -167,9 +197,10 @@ def _tooltip(linear: LinearReport) -> str:
     return f"{linear.name}: {fmt.loss(linear.loss)}, round-to-nearest {fmt.loss(linear.rtn_loss)}{how}"
 
 
-def _loss_per_block(report: RunReport) -> str:
-    ours = tuple(_mean([x.loss for x in block.linears]) for block in report.blocks)
-    nearest = tuple(_mean([x.rtn_loss for x in block.linears]) for block in report.blocks)
+def loss_per_block(report: RunReport) -> str:
+    """The plot of the mean loss of each block, as an `<svg>`."""
+    ours = tuple(mean_loss(x.loss for x in block.linears) for block in report.blocks)
+    nearest = tuple(mean_loss(x.rtn_loss for x in block.linears) for block in report.blocks)
     series = [
         Series(name="round-to-nearest", values=nearest, mark="dashes", style=1),
         Series(name="GPTQ", values=ours, mark="line", style=0),

@@ -32,6 +32,10 @@ class Series:
     labels: tuple[str, ...] = ()
 
 
+COLOURS = ("#1f6feb", "#8a6d00", "#c4290a", "#0a7f42"), ("#79b1ff", "#e0b84c", "#ff8b6b", "#63d19b")
+"""Of the series, on light and on dark paper."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Scale:
     low: float
@@ -165,3 +169,27 @@ def _legend(series: Sequence[Series]) -> list[str]:
         parts.append(f'<text class="legend" x="{x + 20:.1f}" y="20">{escape(one.name)}</text>')
         x += 40 + 6.6 * len(one.name)
     return parts
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own, with its colours in it; "" for what is not a plot."""
+    if not svg.startswith("<svg "):
+        return ""
+    opened = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    before, end, after = opened.partition("</desc>")
+    return f"{before}{end}\n<style>{_style()}</style>{after}\n"
+
+
+def _style() -> str:
+    light, dark = COLOURS
+    rules = [
+        "text { font: 12px system-ui, sans-serif; fill: #5b6470; } text.legend { fill: #1b1f24; }",
+        ".grid { stroke: #d5dae0; } .ring, .line, .dashes { fill: none !important; }",
+        ".ring { stroke-width: 1.5; } .line, .dashes { stroke-width: 2; } .dashes { stroke-dasharray: 6 4; }",
+        *(f".s{n} {{ fill: {colour}; stroke: {colour}; }}" for n, colour in enumerate(light)),
+    ]
+    night = [
+        "text { fill: #a2abb6; } text.legend { fill: #e6e9ed; } .grid { stroke: #333a42; }",
+        *(f".s{n} {{ fill: {colour}; stroke: {colour}; }}" for n, colour in enumerate(dark)),
+    ]
+    return f"{' '.join(rules)} @media (prefers-color-scheme: dark) {{ {' '.join(night)} }}"

@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.kept import KeptDense, OwnSettings
+from gptq_cli.results.load import LoadReport
 
 Method = Literal["gptq", "rtn"]
 
@@ -179,6 +180,8 @@ class RunReport:
     blocks: tuple[BlockReport, ...]
     head: LinearReport | None = None
     """The output head, where it was quantized."""
+    proof: LoadReport | None = None
+    """What was measured of the checkpoint after it was put in place; None: nothing was asked for."""
     schedule: Schedule
     """How the run was planned: micro-batch, and per block its devices and whether forwards were parked."""
 

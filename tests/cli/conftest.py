@@ -24,6 +24,7 @@ class FakeJobs:
     action: Callable[[Observer], Any] = lambda observer: None
     job: Any = None
     called: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(
         default_factory=lambda: {
             "quantize": report(),
@@ -33,15 +34,18 @@ class FakeJobs:
         }
     )
 
-    def _run(self, name: str, job: Any, observer: Observer) -> Any:
-        self.called, self.job = name, job
+    def _run(self, name: str, job: Any, observer: Observer, **more: Any) -> Any:
+        self.called, self.job, self.more = name, job, more
         self.action(observer)
         return self.results[name]
 
     def module(self) -> SimpleNamespace:
         """The functions under their names."""
         return SimpleNamespace(
-            **{name: lambda job, observer, name=name: self._run(name, job, observer) for name in self.results}
+            **{
+                name: lambda job, observer, name=name, **more: self._run(name, job, observer, **more)
+                for name in self.results
+            }
         )
 
 

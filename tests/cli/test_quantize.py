@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.load_job import LoadJob
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.results.load import Gate
 from tests.cli.conftest import FakeJobs, Run
+from tests.display.events import load_report, report
 from tests.display.map_reports import refused
 
 EVERY_OPTION = """
@@ -158,3 +161,58 @@ def test_a_fallback_is_said_on_stdout_too(jobs: FakeJobs, run: Run) -> None:
     assert "fell back to round-to-nearest" in run("quantize", "M", "--out", "O").out
     jobs.results["quantize"] = replace(jobs.results["quantize"], fallbacks=0, blocks=())
     assert " fallbacks    none" in run("quantize", "M", "--out", "O").out
+
+
+def test_what_to_measure_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
+    words = [
+        "quantize",
+        "M",
+        "--out",
+        "O",
+        "--eval",
+        "T",
+        "--against-source",
+        "--max-kl",
+        "0.1",
+        "--max-perplexity",
+        "9",
+        "--bench",
+    ]
+    assert run(*words, "--device-map", "cpu").code == 0
+    assert jobs.more["proof"] == LoadJob(
+        path="O",
+        device_map=DeviceMap.parse("cpu"),
+        evaluate="T",
+        against="M",
+        max_kl=0.1,
+        max_perplexity=9.0,
+        bench=True,
+    )
+    assert run("quantize", "M", "--out", "O").code == 0
+    assert jobs.more["proof"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--max-kl", "1"], "add --against-source"),
+        (["--max-perplexity", "1"], "add --eval SOURCE"),
+        (["--eval", "-"], "give --eval a file"),
+        (["--bench", "--blocks", "1"], "leave out --blocks"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_usage_error(
+    words: list[str], hint: str, jobs: FakeJobs, run: Run
+) -> None:
+    outcome = run("quantize", "M", "--out", "O", *words)
+    assert (outcome.code, jobs.called) == (2, "")
+    assert hint in " ".join(outcome.err.split())
+
+
+def test_a_limit_that_is_exceeded_is_exit_5_after_the_result(jobs: FakeJobs, run: Run) -> None:
+    failed = replace(load_report(), gates=(Gate("max_kl", 0.1, 0.2),))
+    jobs.results["quantize"] = replace(report(), proof=failed)
+    outcome = run("quantize", "M", "--out", "O", "--against-source", "--max-kl", "0.1")
+    assert outcome.code == 5
+    assert "FAILED  max_kl 0.1, found 0.2" in outcome.out
+    assert "the checkpoint is complete and stays" in " ".join(outcome.err.split())

@@ -34,5 +34,13 @@ def calibration_text(case: TextCase) -> list[Remark]:
     return [_remark(case.source, case.failure)]
 
 
+@rule("error")
+def evaluation_text(case: TextCase) -> list[Remark]:
+    """The text that the finished checkpoint is to be measured on cannot be read, or holds no window. It is
+    cut before the work, because the measurement comes after hours of it.
+    """
+    return [_remark(case.source, case.failure)]
+
+
 def _remark(subject: str, failure: CalibrationError | ModelError) -> Remark:
     return Remark(subject=subject, message=failure.message, hint=failure.hint or "")

@@ -1,0 +1,267 @@
+"""`card_files(report, facts)`: the model card of a checkpoint, README.md with a plot in a file of its own.
+
+The front matter is what the Hub reads, the text is for people. Times, hosts and paths of this machine are not
+in it: the same model, settings and text give the same bytes, whether or not the run was interrupted. What
+came from outside (names, licence, tags) is written as text, never as markup.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
+from html import escape
+from pathlib import Path
+
+import yaml
+
+from gptq_cli import __version__
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.display import format as fmt
+from gptq_cli.display.escapes import escaped
+from gptq_cli.report.page import loss_per_block, mean_loss
+from gptq_cli.report.svg import standalone
+from gptq_cli.results.card import CARD, CardFacts
+from gptq_cli.results.load import TargetReport
+from gptq_cli.results.run import RunReport
+
+PLOT = "loss_per_block.svg"
+LOSS_EXPLAINED = (
+    "The loss of a linear is the share of its output's energy that is lost, measured on the calibration text."
+)
+_MARKS = re.compile(r"([\\`*_\[\]|~$])")
+_READERS = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "Transformers"}
+
+
+def card_files(report: RunReport, facts: CardFacts) -> Mapping[str, str]:
+    """README.md, and the plot where there is a loss to show; names and texts."""
+    report, facts = escaped(report), escaped(facts)
+    svg = standalone(loss_per_block(report)) if report.blocks else ""
+    text = "\n".join((*_front_matter(report, facts), *_body(report, facts, plotted=bool(svg)))) + "\n"
+    return {CARD: text, PLOT: svg} if svg else {CARD: text}
+
+
+def _front_matter(report: RunReport, facts: CardFacts) -> Iterator[str]:
+    source = facts.source
+    bits = f"{report.bits}-bit"
+    held: dict[str, object] = {
+        "base_model": facts.base_model,
+        "base_model_relation": "quantized" if facts.base_model else "",
+        "license": source.license,
+        "license_name": source.license_name,
+        "license_link": source.license_link,
+        "language": list(source.language),
+        "library_name": "transformers",
+        "pipeline_tag": source.pipeline_tag or facts.pipeline_tag,
+        "quantized_by": "gptq-cli",
+        "tags": list(dict.fromkeys((*source.tags, "gptq", bits, "gptq-cli"))),
+    }
+    given = {name: value for name, value in held.items() if value}
+    yield "---"
+    yield yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=2**20).rstrip("\n")
+    yield "---"
+    yield ""
+
+
+def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str]:
+    base = facts.base_model or "a local model"
+    yield f"# {text(base)}, GPTQ {report.bits} bits"
+    yield ""
+    symmetry = "symmetric" if report.sym else "asymmetric"
+    yield (
+        f"The linears of {text(base)} quantized to {report.bits} bits with GPTQ: "
+        f"{fmt.group(report.group_size)}, {symmetry}, format {code(report.checkpoint_format)}, by "
+        f"gptq-cli {__version__}."
+    )
+    yield ""
+    yield from _fence("console", [shlex.join(command(report, facts))])
+    yield "## Result"
+    yield ""
+    yield from _table(("", ""), _result(report))
+    yield from _measured(report)
+    if plotted:
+        yield "## Loss per block"
+        yield ""
+        yield f"![{text(_plot_words(report))}]({PLOT})"
+        yield ""
+        yield LOSS_EXPLAINED
+        yield ""
+    yield "## Use"
+    yield ""
+    yield from _use(facts)
+    yield "## What stays dense"
+    yield ""
+    yield from _dense(report)
+    yield "## Files"
+    yield ""
+    yield "SHA-256 of the weights and configs, as `sha256sum -c` reads it:"
+    yield ""
+    yield from _fence("", [f"{digest}  {name}" for name, digest in facts.digests])
+
+
+def command(report: RunReport, facts: CardFacts) -> list[str]:
+    """The words of a command that makes these codes: every option that is not at its default."""
+    words = ["gptq", "quantize", facts.base_model or "MODEL"]
+    if report.revision:
+        words += ["--revision", report.revision]
+    words += ["--out", "DIR"]
+    settings = dict(report.settings)
+    for item in fields(QuantizeConfig):
+        value, name = settings.get(item.name), item.metadata.get("name", item.name)
+        option = "--" + name.replace("_", "-")
+        if value is None or value == item.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option if value else "--" + item.metadata.get("off", f"no-{option[2:]}"))
+        elif item.name == "modules":
+            words += [word for rule in str(value).split("; ") for word in (option, rule)]
+        else:
+            words += [option, str(value)]
+    text_used = CalibrationConfig()
+    for option, used, default in (
+        ("--calibration", _public(facts.calibration), text_used.source),
+        ("--samples", report.samples, text_used.samples),
+        ("--seq-len", report.seq_len, text_used.seq_len),
+        ("--seed", report.seed, text_used.seed),
+    ):
+        if used != default:
+            words += [option, str(used)]
+    return words
+
+
+def _public(source: str) -> str:
+    """The name of a file without the directories of this machine; a data set as it is."""
+    return Path(source).name if Path(source).is_absolute() or source.startswith(("./", "../")) else source
+
+
+def _result(report: RunReport) -> Iterator[tuple[str, str]]:
+    before, after = fmt.size(report.size_before_bytes), fmt.size(report.size_after_bytes)
+    yield "size", f"{before} before, {after} after"
+    yield "bits per parameter", f"{report.bits_per_parameter:.3f}, all of the checkpoint"
+    yield "bits per quantized weight", f"{report.bits_per_weight:.3f}"
+    yield "quantized", f"{fmt.share(report.quantized_share)} of the parameters"
+    for one in report.own_settings:
+        yield "by module", f"{code(one.name)}: {one.bits} bits, {fmt.group(one.group_size)}"
+    yield "dtype", code(report.dtype)
+    source = _public(report.calibration_source)
+    yield "calibration", f"{report.samples} x {report.seq_len} tokens of {text(source)}"
+    yield "calibration sha256", code(report.dataset_sha256)
+    ours = mean_loss(x.loss for x in report.linears)
+    nearest = mean_loss(x.rtn_loss for x in report.linears)
+    if ours is not None and nearest is not None:
+        yield "mean loss", f"{fmt.loss(ours)}, round-to-nearest {fmt.loss(nearest)}"
+    count = fmt.count(len(report.linears), "linear")
+    yield "fallbacks", f"{report.fallbacks} of {count} (round-to-nearest)" if report.fallbacks else "none"
+    if report.experts is not None:
+        yield "experts", text(fmt.experts(report.experts))
+
+
+def _measured(report: RunReport) -> Iterator[str]:
+    """Perplexity and divergence, where the run measured them."""
+    proof = report.proof
+    if proof is None or proof.perplexity is None:
+        return
+    yield "## Accuracy"
+    yield ""
+    source = _public(proof.text_source)
+    yield f"{fmt.count(proof.windows, 'window')} of {proof.seq_len} tokens of {text(source)}."
+    yield ""
+    rows = [("perplexity", f"{proof.perplexity:.3f}")]
+    if proof.agreement is not None:
+        rows += [
+            ("perplexity of the dense model", f"{proof.agreement.dense_perplexity:.3f}"),
+            ("KL(dense, quantized)", f"{fmt.loss(proof.agreement.kl)} nats per token"),
+            ("same most likely token", f"{fmt.share(proof.agreement.top1)} of the tokens"),
+        ]
+    yield from _table(("", ""), rows)
+
+
+def _plot_words(report: RunReport) -> str:
+    means = [(block.name, mean_loss(x.loss for x in block.linears)) for block in report.blocks]
+    known = [(name, value) for name, value in means if value is not None]
+    if not known:
+        return "Mean loss of each block"
+    worst, best = max(known, key=lambda one: one[1]), min(known, key=lambda one: one[1])
+    return (
+        f"Mean loss of each of {len(means)} blocks, GPTQ against round-to-nearest: from "
+        f"{fmt.loss(best[1])} ({best[0]}) to {fmt.loss(worst[1])} ({worst[0]})"
+    )
+
+
+def _use(facts: CardFacts) -> Iterator[str]:
+    name = shlex.quote(facts.name)
+    taken = {target.target for target in facts.targets if target.ok}
+    if "vllm" in taken:
+        yield from _fence("console", [f"vllm serve {name}"])
+    if "sglang" in taken:
+        yield from _fence("console", [f"python -m sglang.launch_server --model-path {name}"])
+    if "transformers" in taken:
+        yield "Transformers, with GPTQModel installed:"
+        yield ""
+        yield from _fence(
+            "python",
+            [
+                "from transformers import AutoModelForCausalLM, AutoTokenizer",
+                "",
+                f'model = AutoModelForCausalLM.from_pretrained({facts.name!r}, device_map="auto")',
+                f"tokenizer = AutoTokenizer.from_pretrained({facts.name!r})",
+            ]
+            if facts.pipeline_tag == "text-generation"
+            else [
+                "from transformers import pipeline",
+                "",
+                f'pipe = pipeline({facts.pipeline_tag!r}, model={facts.name!r}, device_map="auto")',
+            ],
+        )
+    yield "Without a server, from a directory that holds these files:"
+    yield ""
+    yield from _fence("console", ["gptq load DIR --prompt 'Once upon a time'"])
+    yield from _not_taken(target for target in facts.targets if not target.ok)
+
+
+def _not_taken(targets: Iterable[TargetReport]) -> Iterator[str]:
+    lines = []
+    for target in targets:
+        error = next(finding for finding in target.findings if finding.level == "error")
+        reader = _READERS.get(target.target, target.target)
+        lines.append(f"- {text(reader)} does not take it: {text(error.message)}")
+    if lines:
+        yield from (*lines, "")
+
+
+def _dense(report: RunReport) -> Iterator[str]:
+    lines = [
+        f"- {code(one.name)}: {text(one.reason)}, {fmt.count(one.linears, 'linear')}"
+        for one in report.kept_dense
+    ]
+    lines += [f"- {code(name)}" for name in report.dense_modules]
+    yield from lines or ["Nothing."]
+    yield ""
+
+
+def text(value: str) -> str:
+    """`value` in Markdown as the words that it is: on one line, no markup, no HTML, no link."""
+    return _MARKS.sub(r"\\\1", escape(" ".join(value.split()), quote=False)).replace("://", "&#58;//")
+
+
+def code(value: str) -> str:
+    """`value` as a code span, also inside a table."""
+    line = " ".join(value.split()).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    ticks = "`" * (longest + 1)
+    return f"{ticks} {line} {ticks}" if longest else f"`{line}`"
+
+
+def _fence(language: str, lines: Iterable[str]) -> Iterator[str]:
+    shown = [" ".join(line.splitlines()) for line in lines]
+    longest = max((len(run) for line in shown for run in re.findall("`+", line)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    yield from (f"{ticks}{language}", *shown, ticks, "")
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    yield f"| {head[0]} | {head[1]} |"
+    yield "|---|---|"
+    yield from (f"| {label} | {value} |" for label, value in rows)
+    yield ""
