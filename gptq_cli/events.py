@@ -18,6 +18,7 @@ from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 FlushPoint = Literal["capture", "block", "end"]
 Phase = Literal[
+    "startup",
     "open",
     "calibration",
     "load",

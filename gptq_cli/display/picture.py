@@ -93,7 +93,7 @@ def _bars(state: State, now: float, width: int) -> Table | None:
     if phase:
         grid.add_row(*_phase_row(_PHASES.get(phase.phase, phase.phase), phase, now))
     elif not (block or state.blocks_done):
-        waiting = PhaseState(phase="open", done=0, total=None, since=state.since)
+        waiting = PhaseState(phase="startup", done=0, total=None, since=state.since)
         grid.add_row(*_phase_row("starting", waiting, now))
     return grid
 

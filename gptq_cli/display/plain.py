@@ -38,9 +38,17 @@ HEARTBEAT_SECONDS = 30.0
 class PlainDisplay:
     """An observer that writes lines to `stream`; a context manager like every display."""
 
-    def __init__(self, stream: TextIO, get_time: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        get_time: Callable[[], float] = time.monotonic,
+        *,
+        stamp: Callable[[], str] | None = None,
+    ) -> None:
+        """`stamp`: what begins a line; None: the elapsed time."""
         self._stream = stream
         self._get_time = get_time
+        self._stamp = stamp
         self._since = get_time()
         self._last_line = self._since
 
@@ -57,8 +65,17 @@ class PlainDisplay:
         quiet_for = now - self._last_line
         for text in lines(event, heartbeat=quiet_for >= HEARTBEAT_SECONDS):
             self._last_line = now
-            self._stream.write(f"[{fmt.clock(now - self._since)}] {text}\n")
+            self._write(text)
         self._stream.flush()
+
+    def record(self, text: str) -> None:
+        """A line that is no event: what a library wrote, or the error that ends the work."""
+        self._write(text)
+        self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        stamp = self._stamp() if self._stamp is not None else fmt.clock(self._get_time() - self._since)
+        self._stream.write(f"[{stamp}] {text}\n")
 
 
 class WarningsDisplay:

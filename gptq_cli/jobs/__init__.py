@@ -1,30 +1,84 @@
 """The steps of each command on one screen: open, check, work, report.
 
-A job comes in as frozen data, events go out through the observer, a report comes back. Torch is imported by
-the first job that needs it, not by what only asks (`about`).
+A job comes in as frozen data, events go out through the observer, a report comes back. What can be refused
+without torch is refused before it is imported, which takes seconds; `about` never needs it.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptq_cli.events import Observer, ignore, phase
+
 if TYPE_CHECKING:
-    from gptq_cli.jobs.inspecting import inspect_map
-    from gptq_cli.jobs.loading import load, open_model
-    from gptq_cli.jobs.quantizing import dry_run, quantize
-    from gptq_cli.jobs.trial import trial
+    from gptq_cli.config import InspectJob, QuantizeJob
+    from gptq_cli.load_job import LoadJob
+    from gptq_cli.results.load import LoadReport, VerifyReport
+    from gptq_cli.results.map import MapReport
+    from gptq_cli.results.run import RunReport
+    from gptq_cli.results.trial import TrialReport
 
 __all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize", "trial"]
-_MODULES = {
-    "dry_run": "quantizing",
-    "inspect_map": "inspecting",
-    "load": "loading",
-    "open_model": "loading",
-    "quantize": "quantizing",
-    "trial": "trial",
-}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
+    """See `quantizing.quantize`."""
+    from gptq_cli.jobs.early import before_quantize
+
+    module = _started("quantizing", lambda: before_quantize(job, observer), observer)
+    report: RunReport = module.quantize(job, observer)
+    return report
+
+
+def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
+    """See `quantizing.dry_run`. Its result lists every finding, so only the model is looked for first."""
+    from gptq_cli.jobs.early import before_plan
+
+    report: MapReport = _started("quantizing", lambda: before_plan(job), observer).dry_run(job, observer)
+    return report
+
+
+def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialReport:
+    """See `trial.trial`."""
+    from gptq_cli.jobs.early import before_quantize
+
+    module = _started("trial", lambda: before_quantize(job, observer), observer)
+    report: TrialReport = module.trial(job, blocks, observer)
+    return report
+
+
+def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
+    """See `inspecting.inspect_map`."""
+    from gptq_cli.jobs.early import before_plan
+
+    report: MapReport = _started("inspecting", lambda: before_plan(job), observer).inspect_map(job, observer)
+    return report
+
+
+def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport:
+    """See `loading.load`."""
+    from gptq_cli.jobs.early import before_load
+
+    module = _started("loading", lambda: before_load(job), observer)
+    report: LoadReport | VerifyReport = module.load(job, observer)
+    return report
+
+
+def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
+    """See `loading.open_model`."""
+    from gptq_cli.jobs.early import before_load
+
+    return _started("loading", lambda: before_load(job), observer).open_model(job, observer)
+
+
+def _started(name: str, check: Callable[[], None], observer: Observer) -> Any:
+    """The module with the steps, after `check`. A phase of its own where torch has yet to be imported."""
+    if "torch" in sys.modules:
+        check()
+        return import_module(f"{__name__}.{name}")
+    with phase(observer, "startup"):
+        check()
+        return import_module(f"{__name__}.{name}")

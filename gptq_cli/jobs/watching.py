@@ -41,6 +41,7 @@ _LESS_MEMORY = {
     "container's)",
 }
 _PHASES: dict[Phase, str] = {
+    "startup": "starting",
     "open": "opening the model",
     "calibration": "reading the calibration text",
     "load": "loading the weights",
