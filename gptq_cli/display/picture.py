@@ -125,10 +125,12 @@ def _phase_row(label: str, phase: PhaseState, now: float) -> tuple[RenderableTyp
     else:
         bar = ProgressBar(total=phase.total, completed=phase.done)
         counted = f"{phase.done}/{phase.total}"
-    return (f" {label}", bar, counted, fmt.clock(spent))
+    left = f", {fmt.clock(max(0.0, phase.until - now))} left" if phase.until is not None else ""
+    return (f" {label}", bar, counted, f"{fmt.clock(spent)}{left}")
 
 
 _PHASES = {
+    "startup": "starting",
     "calibration": "text",
     "verify": "tensors",
     "generate": "tokens",

@@ -109,7 +109,10 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
             return (f"{phase}: started",)
         case PhaseAdvanced(phase, done, total):
             of = f"/{total}" if total is not None else ""
-            return (f"{phase}: {done}{of}",) if heartbeat else ()
+            remaining = event.remaining_seconds
+            early = remaining is not None and done <= 1 and remaining >= HEARTBEAT_SECONDS
+            times = f", {fmt.clock(remaining)} left" if remaining is not None else ""
+            return (f"{phase}: {done}{of}{times}",) if heartbeat or early else ()
         case PhaseFinished(phase, seconds, detail):
             return (f"{phase}: done in {fmt.duration(seconds)}{', ' if detail else ''}{detail}",)
         case TextGenerated(_, tokens):

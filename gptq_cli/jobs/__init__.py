@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.events import Observer, ignore, phase
+from gptq_cli.jobs.watching import Command, out_of_memory_in
 
 if TYPE_CHECKING:
     from gptq_cli.config import InspectJob, QuantizeJob
@@ -28,7 +29,7 @@ def quantize(job: QuantizeJob, observer: Observer = ignore) -> RunReport:
     """See `quantizing.quantize`."""
     from gptq_cli.jobs.early import before_quantize
 
-    module = _started("quantizing", lambda: before_quantize(job, observer), observer)
+    module = _started("quantizing", "quantize", lambda: before_quantize(job, observer), observer)
     report: RunReport = module.quantize(job, observer)
     return report
 
@@ -37,7 +38,9 @@ def dry_run(job: QuantizeJob, observer: Observer = ignore) -> MapReport:
     """See `quantizing.dry_run`. Its result lists every finding, so only the model is looked for first."""
     from gptq_cli.jobs.early import before_plan
 
-    report: MapReport = _started("quantizing", lambda: before_plan(job), observer).dry_run(job, observer)
+    report: MapReport = _started("quantizing", "quantize", lambda: before_plan(job), observer).dry_run(
+        job, observer
+    )
     return report
 
 
@@ -45,7 +48,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
     """See `trial.trial`."""
     from gptq_cli.jobs.early import before_quantize
 
-    module = _started("trial", lambda: before_quantize(job, observer), observer)
+    module = _started("trial", "quantize", lambda: before_quantize(job, observer), observer)
     report: TrialReport = module.trial(job, blocks, observer)
     return report
 
@@ -54,7 +57,9 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     """See `inspecting.inspect_map`."""
     from gptq_cli.jobs.early import before_plan
 
-    report: MapReport = _started("inspecting", lambda: before_plan(job), observer).inspect_map(job, observer)
+    report: MapReport = _started("inspecting", "inspect-map", lambda: before_plan(job), observer).inspect_map(
+        job, observer
+    )
     return report
 
 
@@ -62,7 +67,7 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
     """See `loading.load`."""
     from gptq_cli.jobs.early import before_load
 
-    module = _started("loading", lambda: before_load(job), observer)
+    module = _started("loading", "load", lambda: before_load(job), observer)
     report: LoadReport | VerifyReport = module.load(job, observer)
     return report
 
@@ -71,14 +76,18 @@ def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
     """See `loading.open_model`."""
     from gptq_cli.jobs.early import before_load
 
-    return _started("loading", lambda: before_load(job), observer).open_model(job, observer)
+    return _started("loading", "load", lambda: before_load(job), observer).open_model(job, observer)
 
 
-def _started(name: str, check: Callable[[], None], observer: Observer) -> Any:
+def _started(name: str, command: Command, check: Callable[[], None], observer: Observer) -> Any:
     """The module with the steps, after `check`. A phase of its own where torch has yet to be imported."""
     if "torch" in sys.modules:
-        check()
-        return import_module(f"{__name__}.{name}")
+        return _checked(name, command, check)
     with phase(observer, "startup"):
+        return _checked(name, command, check)
+
+
+def _checked(name: str, command: Command, check: Callable[[], None]) -> Any:
+    with out_of_memory_in(command, "while opening the model"):
         check()
-        return import_module(f"{__name__}.{name}")
+    return import_module(f"{__name__}.{name}")

@@ -176,3 +176,17 @@ def test_torch_is_not_imported_for_it(model: Path, tmp_path: Path, words: list[s
     assert done.returncode == 0, done.stderr
     assert "startup: started" in done.stderr
     assert "error" in done.stderr
+
+
+def test_a_lack_of_memory_is_told_as_in_the_job(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptq_cli import jobs
+    from gptq_cli.errors import OutOfDeviceMemory
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("gptq_cli.model.source.read_header", full)
+    with pytest.raises(OutOfDeviceMemory, match="while opening the model"):
+        jobs.quantize(job_of(model, tmp_path / "out"))
