@@ -18,6 +18,7 @@ from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 
 FlushPoint = Literal["capture", "block", "end"]
 Phase = Literal[
+    "startup",
     "open",
     "calibration",
     "load",
@@ -81,6 +82,8 @@ class PhaseAdvanced:
     phase: Phase
     done: int
     total: int | None = None
+    remaining_seconds: float | None = None
+    """Time left, from that of the steps so far; None where it is not known, or nothing is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,3 +236,18 @@ def phase(observer: Observer, name: Phase, total: int | None = None) -> Iterator
     words: list[str] = []
     yield words
     observer(PhaseFinished(name, time.perf_counter() - started, ", ".join(words)))
+
+
+def counted(observer: Observer, name: Phase, *, uncounted: int = 0) -> Callable[[int, int], None]:
+    """A callback for (steps done, steps in all) that announces each with the time left.
+
+    `uncounted`: steps that are run but not counted, such as a warm-up: they take time as well.
+    """
+    started = time.perf_counter()
+
+    def advanced(done: int, total: int) -> None:
+        ran = done + uncounted
+        left = (time.perf_counter() - started) / ran * (total - done) if ran and done < total else None
+        observer(PhaseAdvanced(name, done, total, left))
+
+    return advanced

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import field
 from typing import Literal, TypeVar
 
@@ -28,9 +29,12 @@ def option(default: T, help_text: str, **spelling: str) -> T:
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
-    """Raise `ConfigError` unless `value` is in `allowed`."""
+    """Raise `ConfigError` unless `value` is in `allowed`. `hint` None: the nearest of them."""
     if value not in allowed:
         listed = ", ".join(str(item) for item in allowed)
+        near = difflib.get_close_matches(str(value), [str(item) for item in allowed], n=1, cutoff=0.6)
+        if hint is None and near:
+            hint = f"did you mean {near[0]}?"
         raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
 
 

@@ -1,8 +1,15 @@
-"""Text sources -> token batches, seeded: for the Hessians and for perplexity."""
+"""Text sources -> token batches, seeded: for the Hessians and for perplexity.
 
-from gptq_cli.calibration.batches import TokenBatches, evaluation_windows, make_batches, open_tokenizer
-from gptq_cli.calibration.documents import Documents
-from gptq_cli.calibration.text import read_documents
+Torch is imported with the first name that needs it; the sources themselves do without.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gptq_cli.calibration.batches import TokenBatches, evaluation_windows, make_batches, open_tokenizer
+    from gptq_cli.calibration.documents import Documents
+    from gptq_cli.calibration.text import read_documents
 
 __all__ = [
     "Documents",
@@ -12,3 +19,10 @@ __all__ = [
     "open_tokenizer",
     "read_documents",
 ]
+_MODULES = {"Documents": "documents", "read_documents": "text"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'batches')}"), name)

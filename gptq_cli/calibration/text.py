@@ -44,6 +44,8 @@ from gptq_cli.calibration.utf8 import PACKED, SOURCES_HINT, STANDARD_INPUT, chun
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import Kind, expanded, kind_of, reason, shown
 
+TOKENS_PER_BYTE = 12
+"""More than any tokenizer makes of a text: normalization writes out a ligature of 3 bytes in 33."""
 TABLES = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
 
 
@@ -76,6 +78,25 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
             )
         return Documents(name, _text_file(path))
     return Documents(name, rows_to_pieces(reader(path, column), str(path), column, render))
+
+
+def check_source(source: str) -> None:
+    """Raise the `CalibrationError` that reading `source` would begin with. Nothing is read, no Hub asked."""
+    if source in ("-", "pydoc", "pydoc-heldout"):
+        return
+    if find_file(source) is None:
+        _refuse_missing_path(source)
+    else:
+        read_documents(source)  # which opens nothing yet
+
+
+def too_few_bytes(source: str, tokens: int) -> int | None:
+    """The bytes of a plain text that cannot make so many tokens, whatever the tokenizer; else None."""
+    found = find_file(source) if source not in ("-", "pydoc", "pydoc-heldout") else None
+    if found is None or found[0].suffix.lower() in {*TABLES, *PACKED} or not found[0].is_file():
+        return None
+    size = found[0].stat().st_size
+    return size if size * TOKENS_PER_BYTE < tokens else None
 
 
 def find_file(source: str) -> tuple[Path, str | None] | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
-from gptq_cli.checkpoint.open import CONFIG_FILES
+from gptq_cli.checkpoint.configs import CONFIG_FILES
 from gptq_cli.checkpoint.side_files import copy_sidecars
 from gptq_cli.checkpoint.zeros import read_zeros, store_zeros
 from gptq_cli.errors import CheckpointError, ConfigError

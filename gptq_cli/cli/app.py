@@ -3,6 +3,7 @@
     0  done                         3  refused by preflight: nothing was written
     1  failed, the traceback stays  4  out of memory on a device
     2  usage or configuration       5  a quality gate failed              130  interrupted
+                                                                          141  the reader of stdout went away
 
 Typer brings its own copy of Click. Its errors are recognised by their attributes, never by importing
 either: a usage error has `format_message` and an `exit_code`.
@@ -23,6 +24,7 @@ import typer
 
 from gptq_cli import __version__
 from gptq_cli.cli import about, failure
+from gptq_cli.cli.environment import unread_variables
 from gptq_cli.cli.inspect_map import inspect_map
 from gptq_cli.cli.load import load
 from gptq_cli.cli.output import Output, OutputLostError, Session, Unbreakable
@@ -66,7 +68,10 @@ def _version(value: bool) -> None:
 @app.callback(epilog=EPILOG)
 def root(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", metavar="", is_eager=True, callback=_version
+        ),
     ] = False,
 ) -> None:
     """Quantize a Hugging Face causal language model to a GPTQ checkpoint that real servers load."""
@@ -98,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(OutputLostError):
             output.flush()
         failure.report_lost_output(output)
+        if output.reader_gone and code in (0, 1):
+            return failure.READER_GONE
         return code if output.failure is None else code or 1
 
 
@@ -135,6 +142,7 @@ def _asks_for_json(environ: Mapping[str, str]) -> bool:
 
 def _run(session: Session) -> int:
     command = typer.main.get_command(app)
+    session.warned = tuple(unread_variables(command, os.environ))
     result = command.main(args=list(session.argv), prog_name="gptq", standalone_mode=False, obj=session)
     return result if isinstance(result, int) else 0
 

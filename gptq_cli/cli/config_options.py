@@ -16,10 +16,17 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gptq_cli.cli import completion
 from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, option
 from gptq_cli.config import RECIPE_FIELDS, CalibrationConfig, QuantizeConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+_COMPLETED = {
+    "bits": completion.bits,
+    "group_size": completion.group_sizes,
+    "source": completion.texts,
+}
+"""Fields whose values a shell can complete."""
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
 
 
@@ -47,6 +54,7 @@ class ConfigFields:
                 text,
                 self.panel,
                 item.metadata.get("metavar", _metavar(kind)),
+                complete=_COMPLETED.get(item.name),
             )
             yield (
                 item.name,

@@ -8,13 +8,13 @@ Names, paths and messages of libraries in it pass `display.escapes`: an error is
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from gptq_cli.cli.output import Output, OutputLostError, write_document
+from gptq_cli.cli.usage import usage_words
 from gptq_cli.display.escapes import console_for, escaped, many_lines, one_line
 from gptq_cli.errors import DeviceMapError, GptqError, Interrupted, PreflightRefused
 from gptq_cli.files import reason
@@ -22,6 +22,8 @@ from gptq_cli.findings import Finding
 from gptq_cli.results.document import SCHEMA_VERSION, Json, to_json
 
 INTERRUPTED = 130
+READER_GONE = 141
+"""What a shell reports of a program that SIGPIPE ended, as in `gptq … | head -1`."""
 
 
 def error_document(error: BaseException, exit_code: int) -> dict[str, Json]:
@@ -83,12 +85,7 @@ def report_usage(error: Exception, message: str, exit_code: int, *, as_json: boo
     """A usage error of Typer, in our words."""
     if not message:  # no arguments at all: Typer has shown the help page
         return exit_code
-    message = message[0].lower() + message[1:].rstrip(".")
-    variable = getattr(getattr(error, "param", None), "envvar", None)
-    if isinstance(variable, str) and variable in os.environ:
-        message += f" ({variable} is {os.environ[variable]!r} in the environment)"
-    context = getattr(error, "ctx", None)
-    hint = f"{context.command_path} --help" if context is not None else "gptq --help"
+    message, hint = usage_words(error, message)
     _write_error(message, hint)
     if as_json:
         body: dict[str, Json] = {

@@ -41,6 +41,8 @@ def inspect_map(
     config: o.Config = None,
     as_json: o.Json = False,
     progress: o.Progress = "auto",
+    log_file: o.LogFile = None,
+    events: o.EventsFile = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Show where every module of MODEL would go, what each device would hold, and whether that is allowed.

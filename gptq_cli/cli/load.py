@@ -43,6 +43,8 @@ def load(
     config: o.Config = None,
     as_json: o.Json = False,
     progress: o.Progress = "auto",
+    log_file: o.LogFile = None,
+    events: o.EventsFile = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Open the GPTQ checkpoint DIR, show where it was placed and why, and check it: text, accuracy, speed.

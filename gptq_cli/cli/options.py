@@ -15,10 +15,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from gptq_cli import config, readers
+from gptq_cli.cli import completion
+from gptq_cli.cli.completion import Complete
+from gptq_cli.cli.output import write_document
 from gptq_cli.cli.preset import use_preset
 from gptq_cli.display.choose import Progress as ProgressKind
 from gptq_cli.fields import CardKind
 from gptq_cli.fields import Resume as ResumeKind
+from gptq_cli.results.document import document
 
 OUTPUT = "Output"
 RECIPE = "Recipe"
@@ -46,8 +50,12 @@ def option(
     *,
     is_eager: bool = False,
     callback: Callable[..., Any] | None = None,
+    complete: Complete | None = None,
 ) -> Any:
-    """An option with its environment variable; `names` as `--group-size`, or `--sym/--asym` for a flag."""
+    """An option with its environment variable; `names` as `--group-size`, or `--sym/--asym` for a flag.
+
+    `complete`: values that begin with what was typed so far.
+    """
     name = names.split("/")[0].removeprefix("--")
     return typer.Option(
         names,
@@ -58,6 +66,7 @@ def option(
         show_envvar=False,
         is_eager=is_eager,
         callback=callback,
+        autocompletion=complete,
     )
 
 
@@ -79,12 +88,29 @@ def _remember_json(context: typer.Context, value: bool) -> bool:
     return value
 
 
+def _remember(name: str) -> Callable[[typer.Context, str | None], str | None]:
+    """A callback that leaves the value in the session, where `watch` finds it."""
+
+    def remember(context: typer.Context, value: str | None) -> str | None:
+        if context.obj is not None:
+            setattr(context.obj, name, value)
+        return value
+
+    return remember
+
+
 def _explain(context: typer.Context, value: str | None) -> str | None:
     """`--explain RULE`: print what a rule means, and stop; no model is needed."""
     if value is not None and not context.resilient_parsing:
-        from gptq_cli.preflight.registry import explain
+        if context.obj is not None and context.obj.as_json:
+            from gptq_cli.jobs.about import rule
 
-        sys.stdout.write(explain(value).rstrip("\n") + "\n")
+            write_document(document(rule(value)))
+            context.obj.documented = True
+        else:
+            from gptq_cli.preflight.registry import explain
+
+            sys.stdout.write(explain(value).rstrip("\n") + "\n")
         raise typer.Exit
     return value
 
@@ -151,6 +177,26 @@ Progress = Annotated[
     ),
 ]
 Quiet = Annotated[bool, _flag("--quiet", "Only errors on stderr.", RUN)]
+LogFile = Annotated[
+    str | None,
+    option(
+        "--log-file",
+        "Also append a line per event, with the time of day, to this file.",
+        RUN,
+        "FILE",
+        callback=_remember("log_file"),
+    ),
+]
+EventsFile = Annotated[
+    str | None,
+    option(
+        "--events",
+        "Also append a JSON line per event to this file.",
+        RUN,
+        "FILE",
+        callback=_remember("events"),
+    ),
+]
 Config = Annotated[
     str | None,
     option(
@@ -161,6 +207,7 @@ Config = Annotated[
         "PRESET",
         is_eager=True,
         callback=use_preset,
+        complete=completion.presets,
     ),
 ]
 
@@ -194,6 +241,7 @@ DeviceMapText = Annotated[
         "auto, balanced, sequential, a device, NAME=DEVICE,…, inline JSON, or @FILE.",
         PLACEMENT,
         "SPEC",
+        complete=completion.device_maps,
     ),
 ]
 LoadDeviceMap = Annotated[
@@ -203,6 +251,7 @@ LoadDeviceMap = Annotated[
         "As for quantize; default: the current accelerator, cpu where there is none.",
         PLACEMENT,
         "SPEC",
+        complete=completion.device_maps,
     ),
 ]
 MaxMemoryText = Annotated[
@@ -223,6 +272,7 @@ Explain = Annotated[
         "RULE",
         is_eager=True,
         callback=_explain,
+        complete=completion.rules,
     ),
 ]
 
@@ -261,6 +311,7 @@ Evaluate = Annotated[
         "Measure perplexity on a source as for --calibration, such as pydoc-heldout.",
         CHECKS,
         "SOURCE",
+        complete=completion.texts,
     ),
 ]
 EvalSeqLen = Annotated[int, option("--seq-len", "Tokens per window.", CHECKS, "N")]
@@ -302,6 +353,7 @@ Targets = Annotated[
         f"Exit 5 where this reader will not take it: {', '.join(get_args(readers.Target))}. Repeatable.",
         CHECKS,
         "NAME",
+        complete=completion.targets,
     ),
 ]
 _RANKS = "over this many GPUs by tensor parallelism in vLLM and SGLang, or those of them that --target names."
@@ -314,6 +366,7 @@ QuantizeTargets = Annotated[
         f"Refuse settings that this reader will not take: {', '.join(get_args(readers.Target))}. Repeatable.",
         OUTPUT,
         "NAME",
+        complete=completion.targets,
     ),
 ]
 Kernel = Annotated[

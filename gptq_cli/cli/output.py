@@ -15,7 +15,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO, TypeVar, cast
@@ -25,8 +25,17 @@ from gptq_cli.devices.host_threads import cap_openmp_threads
 from gptq_cli.display.choose import Progress, choose
 from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines
 from gptq_cli.display.jsonl import JsonlDisplay
+from gptq_cli.display.recorded import Recorder, recorders
 from gptq_cli.errors import ConfigError, Interrupted
-from gptq_cli.events import Event, FindingRaised, Observer, RunFinished, TextGenerated, warning_text
+from gptq_cli.events import (
+    Event,
+    FindingRaised,
+    Observer,
+    RunFinished,
+    TextGenerated,
+    Warned,
+    warning_text,
+)
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
 from gptq_cli.results.document import document
@@ -63,6 +72,12 @@ class Session:
     """The result is in place: a signal after that does not interrupt the work."""
     interrupted: Interrupted | None = None
     """What an interrupted run says: what is kept of it, and how to go on."""
+    warned: tuple[Warned, ...] = ()
+    """What is said before the work begins, on every display."""
+    log_file: str | None = None
+    """Where a line per event goes, with the time of day."""
+    events: str | None = None
+    """Where a JSON line per event goes."""
     documented: bool = False
     """The one JSON document is on stdout already; an error after that does not write another."""
 
@@ -216,13 +231,17 @@ def watch(
             stack.callback(text.end)
         display = choose(progress, quiet=silent, stream=stream, environ=os.environ, beside_text=shared)
         observer = stack.enter_context(display)
+        records = stack.enter_context(_recorded(session, observer))
         as_json = isinstance(display, JsonlDisplay)
         log = getattr(display, "log", None)
-        if log is not None:
-            sink = LineSink(log)
+        if log is None and not silent:
+            escaping = Escaping(stderr)
+            log = _line_writer(escaping) if records else None
+        if log is not None or records:
+            sink = LineSink(_all_of((*([log] if log is not None else []), *(one.log for one in records))))
             stack.callback(sink.finish)
             stack.enter_context(redirect_stderr(cast(TextIO, sink)))
-        elif quiet or stderr is None:
+        elif silent:
             stack.enter_context(redirect_stderr(io.StringIO()))
         else:
             stack.enter_context(redirect_stderr(cast(TextIO, Escaping(stderr))))
@@ -239,11 +258,49 @@ def watch(
                 session.done = True
             if text is not None and not isinstance(event, TextGenerated):
                 text.end()
-            observer(event if as_json else escaped(event))
+            plain = escaped(event)
+            observer(event if as_json else plain)
+            for record in records:
+                record(event if record.as_json else plain)
             if text is not None and isinstance(event, TextGenerated):
                 text.write(event.text)
 
+        for warned in session.warned:
+            observe(warned)
         yield observe
+
+
+@contextmanager
+def _recorded(session: Session, observer: Observer) -> Iterator[tuple[Recorder, ...]]:
+    """The files of --log-file and --events: the error that ends the work is their last line."""
+    records = recorders(session.log_file, session.events)
+    try:
+        yield records
+    except BaseException as error:
+        for record in records:
+            record.failed(error)
+        raise
+    finally:
+        for record in records:
+            record.close()
+            if record.failure is not None:
+                observer(Warned(f"{record.path} is incomplete: {reason(record.failure)}"))
+
+
+def _line_writer(stream: TextIO | Escaping) -> Callable[[str], None]:
+    def write(line: str) -> None:
+        stream.write(f"{line}\n")
+        stream.flush()
+
+    return write
+
+
+def _all_of(takers: Sequence[Callable[[str], None]]) -> Callable[[str], None]:
+    def take(line: str) -> None:
+        for one in takers:
+            one(line)
+
+    return take
 
 
 def _require_working_directory() -> None:

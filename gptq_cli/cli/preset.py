@@ -44,6 +44,20 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """What a name looks like; a path has a dot or a slash somewhere."""
 _LONG_KEY = re.compile(rb"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 """A key of so many parts that `tomllib`, whose time grows with their square, would take minutes to say no."""
+_PLACE = re.compile(r"\(at line (\d+), column (\d+)\)")
+_TOML_HINT = "a line is NAME = VALUE; texts stand in quotes, flags are true or false"
+_TOML_WORDS = (
+    ("Cannot", "the name was given before"),
+    ("Duplicate", "the name was given before"),
+    ("Expected '=' after a key", "there is no = after the name"),
+    ("Invalid value", "this is no value"),
+    ("Expected newline", "something follows the value"),
+    ("Unclosed", "a bracket is not closed"),
+    ("Unterminated", "a quotation mark is missing"),
+    ('Expected "\'"', "a quotation mark is missing"),
+    ("Illegal character", "a quotation mark is missing, or a control character is in a text"),
+)
+"""Beginnings of what `tomllib` says, and our words for it; what it says otherwise is about rare forms."""
 NOT_IN_PRESETS = ("config", "explain")
 _KINDS: dict[type, str] = {
     bool: "true or false",
@@ -142,13 +156,30 @@ def _table(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels") from error
     except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
-        raise ConfigError(f"{where} is not valid TOML: {error}") from error
+        raise ConfigError(f"{where} is not valid TOML: {_toml_words(raw, error)}", hint=_TOML_HINT) from error
     level: list[Any] = [table]
     for _ in range(DEEPEST + 1):
         level = [item for held in level for item in _inside(held)]
     if level:
         raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels")
     return table
+
+
+def _toml_words(raw: bytes, error: ValueError) -> str:
+    """What is wrong with a TOML text: where, what stands there, and why if `tomllib` says so."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
+    found = _PLACE.search(str(error))
+    why = next((words for begin, words in _TOML_WORDS if str(error).startswith(begin)), "")
+    lines = raw.decode("utf-8").splitlines() or [""]
+    if "(at end of document)" in str(error):
+        last = next((line for line in reversed(lines) if line.strip()), "").strip()
+        return f"the last line, {shown(last)!r}: {why or 'it ends too early'}"
+    if found is None:
+        return why or "a value cannot be read"
+    text = lines[min(int(found[1]), len(lines)) - 1].strip()
+    place = f"line {found[1]}, column {found[2]} of {shown(text)!r}"
+    return f"{place}: {why or 'this cannot be read'}"
 
 
 def _inside(held: Any) -> list[Any]:

@@ -65,6 +65,8 @@ def quantize(
     config: o.Config = None,
     as_json: o.Json = False,
     progress: o.Progress = "auto",
+    log_file: o.LogFile = None,
+    events: o.EventsFile = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to --out.

@@ -93,7 +93,7 @@ def _bars(state: State, now: float, width: int) -> Table | None:
     if phase:
         grid.add_row(*_phase_row(_PHASES.get(phase.phase, phase.phase), phase, now))
     elif not (block or state.blocks_done):
-        waiting = PhaseState(phase="open", done=0, total=None, since=state.since)
+        waiting = PhaseState(phase="startup", done=0, total=None, since=state.since)
         grid.add_row(*_phase_row("starting", waiting, now))
     return grid
 
@@ -125,10 +125,12 @@ def _phase_row(label: str, phase: PhaseState, now: float) -> tuple[RenderableTyp
     else:
         bar = ProgressBar(total=phase.total, completed=phase.done)
         counted = f"{phase.done}/{phase.total}"
-    return (f" {label}", bar, counted, fmt.clock(spent))
+    left = f", {fmt.clock(max(0.0, phase.until - now))} left" if phase.until is not None else ""
+    return (f" {label}", bar, counted, f"{fmt.clock(spent)}{left}")
 
 
 _PHASES = {
+    "startup": "starting",
     "calibration": "text",
     "verify": "tensors",
     "generate": "tokens",

@@ -38,9 +38,17 @@ HEARTBEAT_SECONDS = 30.0
 class PlainDisplay:
     """An observer that writes lines to `stream`; a context manager like every display."""
 
-    def __init__(self, stream: TextIO, get_time: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        stream: TextIO,
+        get_time: Callable[[], float] = time.monotonic,
+        *,
+        stamp: Callable[[], str] | None = None,
+    ) -> None:
+        """`stamp`: what begins a line; None: the elapsed time."""
         self._stream = stream
         self._get_time = get_time
+        self._stamp = stamp
         self._since = get_time()
         self._last_line = self._since
 
@@ -57,8 +65,17 @@ class PlainDisplay:
         quiet_for = now - self._last_line
         for text in lines(event, heartbeat=quiet_for >= HEARTBEAT_SECONDS):
             self._last_line = now
-            self._stream.write(f"[{fmt.clock(now - self._since)}] {text}\n")
+            self._write(text)
         self._stream.flush()
+
+    def record(self, text: str) -> None:
+        """A line that is no event: what a library wrote, or the error that ends the work."""
+        self._write(text)
+        self._stream.flush()
+
+    def _write(self, text: str) -> None:
+        stamp = self._stamp() if self._stamp is not None else fmt.clock(self._get_time() - self._since)
+        self._stream.write(f"[{stamp}] {text}\n")
 
 
 class WarningsDisplay:
@@ -92,7 +109,10 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
             return (f"{phase}: started",)
         case PhaseAdvanced(phase, done, total):
             of = f"/{total}" if total is not None else ""
-            return (f"{phase}: {done}{of}",) if heartbeat else ()
+            remaining = event.remaining_seconds
+            early = remaining is not None and done <= 1 and remaining >= HEARTBEAT_SECONDS
+            times = f", {fmt.clock(remaining)} left" if remaining is not None else ""
+            return (f"{phase}: {done}{of}{times}",) if heartbeat or early else ()
         case PhaseFinished(phase, seconds, detail):
             return (f"{phase}: done in {fmt.duration(seconds)}{', ' if detail else ''}{detail}",)
         case TextGenerated(_, tokens):

@@ -42,6 +42,8 @@ class PhaseState:
     done: int
     total: int | None
     since: float
+    until: float | None = None
+    """When it is expected to end; None where that is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +122,10 @@ def advance(state: State, event: Event, now: float) -> State:
             return replace(state, phase=PhaseState(phase=event.phase, done=0, total=event.total, since=now))
         case PhaseAdvanced():
             since = state.phase.since if state.phase and state.phase.phase == event.phase else now
-            phase = PhaseState(phase=event.phase, done=event.done, total=event.total, since=since)
+            until = None if event.remaining_seconds is None else now + event.remaining_seconds
+            phase = PhaseState(
+                phase=event.phase, done=event.done, total=event.total, since=since, until=until
+            )
             return replace(state, phase=phase)
         case TextGenerated(_, tokens):
             return replace(state, phase=state.phase and replace(state.phase, done=tokens))

@@ -1,30 +1,99 @@
 """The steps of each command on one screen: open, check, work, report.
 
-A job comes in as frozen data, events go out through the observer, a report comes back. Torch is imported by
-the first job that needs it, not by what only asks (`about`).
+A job comes in as frozen data, events go out through the observer, a report comes back. What can be refused
+without torch is refused before it is imported, which takes seconds; `about` never needs it.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptq_cli.events import Observer, ignore, phase
+from gptq_cli.jobs.watching import Command, out_of_memory_in
+
 if TYPE_CHECKING:
-    from gptq_cli.jobs.inspecting import inspect_map
-    from gptq_cli.jobs.loading import load, open_model
-    from gptq_cli.jobs.quantizing import dry_run, quantize
-    from gptq_cli.jobs.some_blocks import trial
+    from gptq_cli.config import InspectJob, QuantizeJob
+    from gptq_cli.load_job import LoadJob
+    from gptq_cli.results.card import CardMaker
+    from gptq_cli.results.load import LoadReport, VerifyReport
+    from gptq_cli.results.map import MapReport
+    from gptq_cli.results.run import RunReport
+    from gptq_cli.results.trial import TrialReport
 
 __all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize", "trial"]
-_MODULES = {
-    "dry_run": "quantizing",
-    "inspect_map": "inspecting",
-    "load": "loading",
-    "open_model": "loading",
-    "quantize": "quantizing",
-    "trial": "some_blocks",
-}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+def quantize(
+    job: QuantizeJob,
+    observer: Observer = ignore,
+    *,
+    card: CardMaker | None = None,
+    proof: LoadJob | None = None,
+) -> RunReport:
+    """See `quantizing.quantize`."""
+    from gptq_cli.jobs.early import before_quantize
+
+    module = _started("quantizing", "quantize", lambda: before_quantize(job, observer), observer)
+    report: RunReport = module.quantize(job, observer, card=card, proof=proof)
+    return report
+
+
+def dry_run(job: QuantizeJob, observer: Observer = ignore, *, proof: LoadJob | None = None) -> MapReport:
+    """See `quantizing.dry_run`. Its result lists every finding, so only the model is looked for first."""
+    from gptq_cli.jobs.early import before_plan
+
+    module = _started("quantizing", "quantize", lambda: before_plan(job), observer)
+    report: MapReport = module.dry_run(job, observer, proof=proof)
+    return report
+
+
+def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialReport:
+    """See `some_blocks.trial`."""
+    from gptq_cli.jobs.early import before_quantize
+
+    module = _started("some_blocks", "quantize", lambda: before_quantize(job, observer), observer)
+    report: TrialReport = module.trial(job, blocks, observer)
+    return report
+
+
+def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
+    """See `inspecting.inspect_map`."""
+    from gptq_cli.jobs.early import before_plan
+
+    report: MapReport = _started("inspecting", "inspect-map", lambda: before_plan(job), observer).inspect_map(
+        job, observer
+    )
+    return report
+
+
+def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport:
+    """See `loading.load`."""
+    from gptq_cli.jobs.early import before_load
+
+    module = _started("loading", "load", lambda: before_load(job), observer)
+    report: LoadReport | VerifyReport = module.load(job, observer)
+    return report
+
+
+def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
+    """See `loading.open_model`."""
+    from gptq_cli.jobs.early import before_load
+
+    return _started("loading", "load", lambda: before_load(job), observer).open_model(job, observer)
+
+
+def _started(name: str, command: Command, check: Callable[[], None], observer: Observer) -> Any:
+    """The module with the steps, after `check`. A phase of its own where torch has yet to be imported."""
+    if "torch" in sys.modules:
+        return _checked(name, command, check)
+    with phase(observer, "startup"):
+        return _checked(name, command, check)
+
+
+def _checked(name: str, command: Command, check: Callable[[], None]) -> Any:
+    with out_of_memory_in(command, "while opening the model"):
+        check()
+    return import_module(f"{__name__}.{name}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from gptq_cli.config import RECIPES
-from gptq_cli.preflight.registry import RULES
+from gptq_cli.preflight.registry import RULES, find_rule
 from gptq_cli.readers import Target
 from gptq_cli.results.about import (
     RecipeFact,
@@ -22,6 +22,11 @@ from gptq_cli.rules import Rule
 def rules() -> RulesReport:
     """Every rule, in the order of docs/rules.md."""
     return RulesReport(rules=_facts(RULES.values()))
+
+
+def rule(name: str) -> RuleFact:
+    """One rule. Raises `ConfigError`, with the nearest names, for an unknown one."""
+    return next(iter(_facts((find_rule(name),))))
 
 
 def targets() -> TargetsReport:

@@ -17,7 +17,7 @@ from gptq_cli.evaluation.divergence import check_comparable, compare
 from gptq_cli.evaluation.generation import generate
 from gptq_cli.evaluation.perplexity import perplexity
 from gptq_cli.evaluation.speed import measure_speed
-from gptq_cli.events import Observer, PhaseAdvanced, TextGenerated, phase
+from gptq_cli.events import Observer, TextGenerated, counted, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.inference.load import resident_bytes
 from gptq_cli.jobs.steps import announce, watched
@@ -134,7 +134,7 @@ def _speed(model: Any, positions: Positions | None, observer: Observer) -> Speed
             prompt_tokens=max(1, min(PROMPT_TOKENS, places - new_tokens)),
             new_tokens=new_tokens,
             rounds=ROUNDS,
-            on_round=lambda done, total: observer(PhaseAdvanced("bench", done, total)),
+            on_round=counted(observer, "bench", uncounted=1),  # the warm-up
         )
 
 
@@ -148,18 +148,15 @@ def measured(
 ) -> LoadReport:
     """Perplexity, and against a dense model also KL, top-1 agreement, and its speed where that of the
     quantized model was measured."""
-
-    def advanced(done: int, total: int) -> None:
-        observer(PhaseAdvanced("evaluate", done, total))
-
     report = replace(report, windows=windows.samples, seq_len=windows.seq_len, text_source=windows.source)
     if dense is None:
         with phase(observer, "evaluate", windows.samples):
+            advanced = counted(observer, "evaluate")
             return replace(report, perplexity=perplexity(model, windows.input_ids, advanced).value)
     with phase(observer, "dense"):
         other = language_model(load_resident(dense.skeleton, dense.placement))
     with phase(observer, "evaluate", windows.samples):
-        agreement = compare(model, other, windows.input_ids, advanced)
+        agreement = compare(model, other, windows.input_ids, counted(observer, "evaluate"))
     bench = report.bench
     if bench is not None:
         bench = replace(

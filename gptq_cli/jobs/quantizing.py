@@ -56,7 +56,7 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
-from gptq_cli.planning.time import estimate_seconds
+from gptq_cli.planning.time import estimate_seconds, time_words
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
@@ -123,7 +123,8 @@ def _quantize(
     if found is not None and not found.facts.continued:
         destination.start_over()
         found = None
-    tally(_header(job, checked, placement, schedule, tokens))
+    done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
+    tally(_header(job, checked, placement, schedule, tokens, done))
     job = replace(job, quantize=checked.work.quantize)
     devices = watched(placement)
     run = EngineRun(
@@ -337,8 +338,15 @@ def _tokens(
 
 
 def _header(
-    job: QuantizeJob, checked: Checked, placement: Placement, schedule: Schedule, tokens: TokenBatches
+    job: QuantizeJob,
+    checked: Checked,
+    placement: Placement,
+    schedule: Schedule,
+    tokens: TokenBatches,
+    finished: int,
 ) -> RunStarted:
+    left = " for what is left" if finished else ""
+    took = time_words(checked.facts, checked.work, schedule, placement.main_device, finished=finished)
     config = checked.work.quantize
     reason = group_reason(job.quantize.group_size)
     group = f"group {config.group_columns}{f' ({reason})' if reason else ''}"
@@ -356,6 +364,7 @@ def _header(
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
             ("passes", passes_words(schedule)),
+            ("time", f"{took}{left}"),
         ),
         devices=tuple(str(device) for device in placement.devices),
         blocks=len(checked.skeleton.blocks),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal, TextIO
 
@@ -33,7 +33,8 @@ from gptq_cli.events import (
     warning_text,
 )
 
-_LESS_MEMORY = {
+Command = Literal["quantize", "load", "inspect-map"]
+_LESS_MEMORY: dict[Command, str] = {
     "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
     "or see what needs memory: gptq quantize … --dry-run",
     "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
@@ -41,6 +42,7 @@ _LESS_MEMORY = {
     "container's)",
 }
 _PHASES: dict[Phase, str] = {
+    "startup": "starting",
     "open": "opening the model",
     "calibration": "reading the calibration text",
     "load": "loading the weights",
@@ -84,8 +86,13 @@ class Watcher:
         self.observer(event)
 
 
+def out_of_memory_in(command: Command, doing: str) -> AbstractContextManager[None]:
+    """What raises `OutOfDeviceMemory` for a step outside of `watching`, such as one before torch is there."""
+    return out_of_memory_told(lambda: doing, _LESS_MEMORY[command])
+
+
 @contextmanager
-def watching(command: Literal["quantize", "load", "inspect-map"], observer: Observer) -> Iterator[Watcher]:
+def watching(command: Command, observer: Observer) -> Iterator[Watcher]:
     """Yield the observer for the steps of `command`. Raises `OutOfDeviceMemory`, exit code 4."""
     watcher = Watcher(observer)
     reported = nullcontext() if observer is ignore else _python_warnings_as_events(watcher)

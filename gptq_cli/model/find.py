@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from gptq_cli.config import ModelRef
@@ -29,9 +30,33 @@ def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None
     Raises `ModelError` when the model does not exist or has no config.json, and when the Hub cannot be
     reached.
     """
-    path = local_directory(ref.model, ModelError)
+    path = _directory(ref)
     if path is not None:
         return _with_config_checked(scan_directory(path, source=ref.model))
+    from gptq_cli.model.hub import fetch
+
+    return _with_config_checked(fetch(ref, weights=weights, progress=progress))
+
+
+def glance_at_model(ref: ModelRef) -> ModelFiles:
+    """What there is of the model without fetching a weight; without `problems` where weights may be missing.
+
+    Raises what `find_model` raises.
+    """
+    path = _directory(ref)
+    if path is not None:
+        return _with_config_checked(scan_directory(path, source=ref.model))
+    from gptq_cli.model.hub import fetch_small
+
+    files = scan_directory(fetch_small(ref), source=ref.model)
+    return _with_config_checked(replace(files, problems=()))
+
+
+def _directory(ref: ModelRef) -> Path | None:
+    """The directory that holds the model; None: it has the form of a Hub model id. Raises `ModelError`."""
+    path = local_directory(ref.model, ModelError)
+    if path is not None:
+        return path
     if os.path.lexists(os.path.expanduser(ref.model.replace("\0", ""))):
         raise ModelError(
             f"{ref.model} is a file; allowed: a directory or a Hub model id",
@@ -42,9 +67,7 @@ def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None
             f"no such directory: {shown(ref.model)}",
             hint="give a directory with config.json and safetensors files, or a Hub model id (org/name)",
         )
-    from gptq_cli.model.hub import fetch
-
-    return _with_config_checked(fetch(ref, weights=weights, progress=progress))
+    return None
 
 
 def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:

@@ -53,9 +53,7 @@ LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gg
 
 def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFiles:
     """Download `ref` (or find it in the cache) and list its tensors. Raises `ModelError` with a hint."""
-    patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
-    with _explained(ref):
-        directory = _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
+    directory = fetch_small(ref)
     if not weights:
         files = scan_directory(directory, source=ref.model)
         if not files.tensors:
@@ -67,6 +65,13 @@ def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFi
         if any(problem.kind == "no-weights" for problem in files.problems):
             files = _name_pickles(ref, files)
     return replace(files, revision=_commit(directory))
+
+
+def fetch_small(ref: ModelRef) -> Path:
+    """Download configs, tokenizer and licence of `ref` (or find them in the cache). Raises `ModelError`."""
+    patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
+    with _explained(ref):
+        return _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
 
 
 def _snapshot(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
@@ -25,9 +26,9 @@ from gptq_cli.placement.schedule import HEAD_ROWS, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.timing import fastest
+from gptq_cli.wording import duration_words
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 MULTIPLY_ADDS = 8
@@ -52,15 +53,39 @@ class MachineRates:
     weight_seconds: float
 
 
-def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
-    """Probe `device` with numbers of `dtype`; about two seconds, a few megabytes, no global generator."""
+SHORT_SECONDS = 60.0
+_SLOW = MachineRates(
+    forward_rate=2e9, hessian_rate=2e9, matmul_rate=2e9, column_seconds=1e-3, weight_seconds=2e-7
+)
+"""A slow machine: what takes less than `SHORT_SECONDS` there is not worth a probe."""
+
+
+def measure(
+    device: Device,
+    dtype: str,
+    config: QuantizeConfig,
+    *,
+    attempts: int = _ATTEMPTS,
+    min_seconds: float = _MIN_SECONDS,
+) -> MachineRates:
+    """Probe `device` with numbers of `dtype`; about two seconds, a few megabytes, no global generator.
+
+    Fewer `attempts` in less time make it shorter and less exact.
+    """
     import torch
 
+    from gptq_cli.devices.accelerators import synchronize
     from gptq_cli.devices.fp32_matmul import matmul_scope
     from gptq_cli.gptq.hessian import Hessian
     from gptq_cli.gptq.solver import quantize_linears
 
     place, number = torch.device(str(device)), getattr(torch, dtype)
+
+    def seconds_of(work: Callable[[], object]) -> float:
+        """Of one call: the fastest of several, since whatever disturbs a call makes it slower."""
+        settle = partial(synchronize, place)
+        return max(1e-9, fastest(work, attempts=attempts, min_seconds=min_seconds, settle=settle))
+
     generator = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:
@@ -68,16 +93,16 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
 
     x, w = made(_TOKENS, _K).to(number), made(4 * _K, _K).to(number)
     with matmul_scope(number, place):  # as the engine runs forwards
-        forward = _seconds(lambda: x @ w.T, place)
+        forward = seconds_of(lambda: x @ w.T)
     x32, w32 = x.float(), w.float()
-    matmul = _seconds(lambda: x32 @ w32.T, place)
+    matmul = seconds_of(lambda: x32 @ w32.T)
     with Hessian(_K, place) as moment:
-        collect = _seconds(lambda: moment.add(x), place)
+        collect = seconds_of(lambda: moment.add(x))
         hessian = moment.matrix()
     plain = replace(config, group_size=128)
     few, many = made(_LOW_ROWS, _K), made(_HIGH_ROWS, _K)
-    low = _seconds(lambda: quantize_linears([few], hessian, plain), place)
-    high = _seconds(lambda: quantize_linears([many], hessian, plain), place)
+    low = seconds_of(lambda: quantize_linears([few], hessian, plain))
+    high = seconds_of(lambda: quantize_linears([many], hessian, plain))
     multiply_adds = _TOKENS * _K * 4 * _K
     weight_seconds = max(0.0, high - low) / ((_HIGH_ROWS - _LOW_ROWS) * _K)
     return MachineRates(
@@ -89,19 +114,13 @@ def measure(device: Device, dtype: str, config: QuantizeConfig) -> MachineRates:
     )
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: the fastest of several, since whatever disturbs a call makes it slower."""
-    from gptq_cli.devices.accelerators import synchronize
-
-    seconds = fastest(work, attempts=_ATTEMPTS, min_seconds=_MIN_SECONDS, settle=lambda: synchronize(device))
-    return max(seconds, 1e-9)
-
-
-def job_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> float:
-    """The counting part: seconds of the whole job at `speed`."""
+def job_seconds(
+    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, *, finished: int = 0
+) -> float:
+    """The counting part: seconds of the whole job at `speed`, without its first `finished` blocks."""
     total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
     total += facts.decoded.elements / DECODED_PER_SECOND if facts.decoded is not None else 0.0
-    total += sum(block_seconds(facts, work, schedule, speed).values())
+    total += sum(list(block_seconds(facts, work, schedule, speed).values())[finished:])
     tokens = work.calibration.samples * work.calibration.seq_len
     return total + (_head_seconds(facts.head, tokens, speed) if facts.head is not None else 0.0)
 
@@ -186,3 +205,13 @@ def _weights_run(stages: Sequence[StageShape], block: BlockSchedule, routed_shar
 def estimate_seconds(facts: ModelFacts, work: Work, schedule: Schedule, device: Device) -> float:
     """Probe `device`, then count: seconds that quantizing the model of `facts` there will take."""
     return job_seconds(facts, work, schedule, measure(device, facts.dtype, work.quantize))
+
+
+def time_words(
+    facts: ModelFacts, work: Work, schedule: Schedule, device: Device, *, finished: int = 0
+) -> str:
+    """`about 12 min`, for a header: from a probe of under a second, without the `finished` first blocks."""
+    if job_seconds(facts, work, schedule, _SLOW, finished=finished) < SHORT_SECONDS:
+        return "less than a minute"
+    speed = measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
+    return f"about {duration_words(job_seconds(facts, work, schedule, speed, finished=finished))}"

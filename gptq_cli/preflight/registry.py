@@ -46,13 +46,18 @@ RULES: Mapping[str, Rule[Any]] = MappingProxyType(
 
 def explain(rule: str) -> str:
     """What a rule means and why it exists. Raises `ConfigError` for an unknown id."""
+    return find_rule(rule).explanation
+
+
+def find_rule(rule: str) -> Rule[Any]:
+    """The rule with this id. Raises `ConfigError`, with the nearest ids, where there is none."""
     found = RULES.get(rule)
     if found is None:
         close = difflib.get_close_matches(rule, RULES, n=2)
         if close:
             raise ConfigError(f"{rule!r} is not a rule", hint=f"did you mean {' or '.join(close)}?")
         raise ConfigError(f"{rule!r} is not a rule; available: {', '.join(RULES)}", hint="see docs/rules.md")
-    return found.explanation
+    return found
 
 
 def check_quantize(

@@ -183,9 +183,21 @@ def test_nohup_is_respected(jobs: FakeJobs, run: Run) -> None:
     ("argv", "message", "hint"),
     [
         (("quantize",), "missing argument", "gptq quantize --help"),
-        (("quantize", "M", "--bitz", "4"), "no such option: --bitz", "gptq quantize --help"),
-        (("quantize", "M", "--bits", "four"), "invalid value for '--bits'", "gptq quantize --help"),
-        (("quantize", "M", "--dtype", "int8"), "'int8' is not one of", "gptq quantize --help"),
+        (
+            ("quantize", "M", "--bitz", "4"),
+            "no such option: --bitz",
+            "did you mean --bits? gptq quantize --help lists all",
+        ),
+        (
+            ("quantize", "M", "--bits", "four"),
+            "--bits is 'four'; allowed: a whole number",
+            "gptq quantize --help",
+        ),
+        (
+            ("quantize", "M", "--dtype", "int8"),
+            "--dtype is 'int8'; allowed: auto, float16",
+            "gptq quantize --help",
+        ),
         (("quantise", "M"), "did you mean 'quantize'", "gptq --help"),
         (("load", "A", "B"), "unexpected extra argument", "gptq load --help"),
     ],
@@ -267,6 +279,37 @@ def test_a_json_lines_stream_is_json_whatever_libraries_print(jobs: FakeJobs, ru
     json.loads(outcome.out)
 
 
+@pytest.mark.parametrize("progress", ["none", "plain", "jsonl", "rich"])
+def test_files_record_beside_every_display(jobs: FakeJobs, run: Run, tmp_path: Path, progress: str) -> None:
+    def chatter(observer: Observer) -> None:
+        observer(PhaseStarted("load"))
+        observer(Warned("be warned"))
+        print("a library prints")
+        raise errors.ConfigError("m", hint="h")
+
+    jobs.action = chatter
+    log, events = tmp_path / "run.log", tmp_path / "run.jsonl"
+    outcome = run(*QUANTIZE, "--progress", progress, "--log-file", str(log), "--events", str(events))
+    assert (outcome.code, jobs.called) == (2, "quantize")
+    words = [line.partition("] ")[2] for line in log.read_text().splitlines()]
+    assert words == ["load: started", "warning: be warned", "a library prints", "error: m"]
+    found = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [one["event"] for one in found] == ["PhaseStarted", "Warned", "Log", "Failed"]
+    alone = run(*QUANTIZE, "--progress", progress)
+    if progress == "plain":
+        assert outcome.err == alone.err
+
+
+def test_files_record_what_quiet_hides(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    jobs.action = lambda observer: observer(Warned("be warned"))
+    log = tmp_path / "run.log"
+    assert run(*QUANTIZE, "--quiet", "--log-file", str(log)).err == ""
+    assert "warning: be warned" in log.read_text()
+    outcome = run(*QUANTIZE, "--events", str(tmp_path / "no" / "x"))
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: events is ")
+
+
 def test_json_may_come_from_the_environment(
     jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,8 +343,26 @@ def test_a_reader_of_stdout_that_went_away_is_no_traceback() -> None:
         stderr=subprocess.PIPE,
     )
     os.close(write)
-    assert done.returncode == 1
+    assert done.returncode == 141
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["rules"], ["load", "--help"], ["targets", "--json"]])
+def test_what_only_tells_ends_the_same_way(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "gptq_cli", *words],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_a_reader_of_stderr_that_went_away_does_not_end_the_work() -> None:

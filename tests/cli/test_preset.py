@@ -106,7 +106,12 @@ def test_the_items_of_a_list_are_judged(jobs: FakeJobs, run: Run, preset: Path) 
         ("device_map = 0", "device_map is 0; allowed: a text in quotes, a table of names and values", ""),
         ("calibration = { a = 1 }", 'calibration is {"a": 1}; allowed: a text in quotes', ""),
         ("seed = 1979-05-27", 'seed is "1979-05-27"; allowed: a whole number', ""),
-        ("bits = ", "is not valid TOML", ""),
+        ("bits = ", "is not valid TOML: the last line, 'bits =': this is no value", "NAME = VALUE"),
+        ("bits = four\nseed = 1", "line 1, column 8 of 'bits = four': this is no value", "in quotes"),
+        ("bits = 4\nbits = 3\nseed = 1", "of 'bits = 3': the name was given before", ""),
+        ("out = 'a", "a quotation mark is missing", ""),
+        ("bits 4", "of 'bits 4': there is no = after the name", ""),
+        ("bits = 4 seed = 1", "something follows the value", ""),
         ("group_size = 1\ngroup-size = 2", "has 'group_size' twice", ""),
     ],
 )

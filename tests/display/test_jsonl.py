@@ -2,16 +2,19 @@
 
 import io
 import json
+from datetime import UTC, datetime
 
 from gptq_cli.display.jsonl import JsonlDisplay
 from tests.display.events import sample_run
 from tests.display.test_plain import Clock
 from tests.golden import check_golden
 
+NOON = "2026-11-26T12:00:00.000+00:00"
+
 
 def written(blocks: int) -> str:
     clock, stream = Clock(), io.StringIO()
-    with JsonlDisplay(stream, clock) as display:
+    with JsonlDisplay(stream, clock, lambda: NOON) as display:
         for clock.now, event in sample_run(blocks):
             display(event)
     return stream.getvalue()
@@ -30,9 +33,17 @@ def test_every_line_is_an_object_that_names_its_event() -> None:
 
 def test_a_foreign_line_is_an_event_as_well() -> None:
     stream = io.StringIO()
-    JsonlDisplay(stream, Clock()).log('UserWarning: "x"')
+    JsonlDisplay(stream, Clock(), lambda: NOON).log('UserWarning: "x"')
     assert json.loads(stream.getvalue()) == {
         "event": "Log",
+        "time": NOON,
         "elapsed_seconds": 0.0,
         "text": 'UserWarning: "x"',
     }
+
+
+def test_lines_carry_the_time_of_day_with_its_zone() -> None:
+    stream = io.StringIO()
+    JsonlDisplay(stream).log("x")
+    told = datetime.fromisoformat(json.loads(stream.getvalue())["time"])
+    assert abs((datetime.now(UTC) - told).total_seconds()) < 60

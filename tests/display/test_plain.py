@@ -59,3 +59,13 @@ def test_a_long_text_is_not_silent() -> None:
 def test_a_phase_without_a_total() -> None:
     assert lines(e.PhaseAdvanced("generate", 3), heartbeat=True) == ("generate: 3",)
     assert lines(e.PhaseAdvanced("generate", 3)) == ()
+
+
+def test_the_time_left_is_said_at_the_first_step_of_what_takes_long() -> None:
+    first = e.PhaseAdvanced("evaluate", 1, 64, 600.0)
+    assert lines(first) == ("evaluate: 1/64, 0:10:00 left",)
+    assert lines(e.PhaseAdvanced("evaluate", 2, 64, 590.0)) == ()
+    assert lines(e.PhaseAdvanced("evaluate", 2, 64, 590.0), heartbeat=True) == (
+        "evaluate: 2/64, 0:09:50 left",
+    )
+    assert lines(e.PhaseAdvanced("evaluate", 1, 64, 5.0)) == ()

@@ -217,3 +217,12 @@ def test_an_error_while_text_is_written_leaves_the_cursor_alone() -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     assert terminal.stream.getvalue().count(HIDE) == terminal.stream.getvalue().count(SHOW) == 1
+
+
+def test_a_phase_says_how_much_time_is_left() -> None:
+    terminal = Terminal(80)
+    terminal.clock.now = 30.0
+    terminal.display(e.PhaseAdvanced("evaluate", 16, 64, 90.0))
+    terminal.clock.now = 40.0
+    assert "16/64" in terminal.picture()
+    assert "0:01:20 left" in terminal.picture()

@@ -19,6 +19,7 @@ from gptq_cli.planning.time import (
     MachineRates,
     job_seconds,
     measure,
+    time_words,
 )
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama
@@ -150,3 +151,28 @@ def test_the_probe_measures_without_touching_the_global_generator() -> None:
     assert 0 <= speed.column_seconds < 1
     assert 0 <= speed.weight_seconds < 1e-3
     assert speed.column_seconds + speed.weight_seconds > 0
+
+
+def test_finished_blocks_take_no_time_any_more() -> None:
+    speed = replace(IDLE, forward_rate=1e9)
+    plan = schedule(FACTS, WORK, parked=True)
+    whole = job_seconds(FACTS, WORK, plan, speed) - FIXED
+    assert job_seconds(FACTS, WORK, plan, speed, finished=1) - FIXED == pytest.approx(whole / 2)
+    assert job_seconds(FACTS, WORK, plan, speed, finished=2) == pytest.approx(FIXED)
+
+
+def test_a_header_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a probe where no machine takes long."""
+    probes: list[str] = []
+
+    def probed(*_: object, **__: object) -> MachineRates:
+        probes.append("probed")
+        return replace(IDLE, forward_rate=1e9)
+
+    monkeypatch.setattr("gptq_cli.planning.time.measure", probed)
+    tiny = llama(blocks=2, hidden=64, inner=128)
+    short = Work(WORK.quantize, CalibrationConfig(samples=2, seq_len=16))
+    assert time_words(tiny, short, schedule(tiny, short, parked=True), CPU) == "less than a minute"
+    assert probes == []
+    found = time_words(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU)
+    assert (found, probes) == ("about 6 min", ["probed"])

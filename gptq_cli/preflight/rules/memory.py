@@ -34,6 +34,9 @@ class PlannedCase:
         return self.plan.plans if self.plan is not None and self.plan.placement is not None else ()
 
 
+NO_DISK = "disk offload is not supported with GPTQ quantization"
+
+
 @rule("error")
 def disk_offload(planned: PlannedCase) -> list[Remark]:
     """Something would have to go to disk: because the device map says so, or because nothing else has room.
@@ -47,7 +50,7 @@ def disk_offload(planned: PlannedCase) -> list[Remark]:
         return [
             Remark(
                 subject=", ".join(pattern or "rest" for pattern in patterns),
-                message="disk offload is not supported with GPTQ quantization",
+                message=NO_DISK,
                 hint=_without_disk(case, fits),
                 modules=tuple(patterns),
                 size_bytes=_bytes_of(case, patterns),

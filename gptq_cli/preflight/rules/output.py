@@ -9,7 +9,7 @@ from gptq_cli.findings import Finding
 from gptq_cli.placement.device import format_size
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.planning.memory import quantized_bytes
-from gptq_cli.rules import Remark, rule
+from gptq_cli.rules import Remark, Rule, rule
 
 _OTHER_FILES_BYTES = 64_000_000
 """Tokenizer, reports, headers."""
@@ -148,6 +148,18 @@ def busy_finding(message: str, hint: str) -> Finding:
 
 def _busy(message: str, hint: str) -> Remark:
     return Remark(subject="--out", message=message, hint=hint)
+
+
+KNOWN_EARLY: tuple[Rule[JobCase], ...] = (
+    output_is_model,
+    output_exists,
+    output_name_too_long,
+    output_name_not_text,
+    output_unwritable,
+    output_folder_taken,
+    output_busy,
+)
+"""Errors that follow from the state of the output alone."""
 
 
 @rule("warning")

@@ -100,7 +100,11 @@ def _group_hint(case: JobCase, group: int, wrong: list[LinearFact]) -> str:
         fitting = [size for size in _SIZES if common % size == 0]
         listed = ", ".join(map(str, fitting)) or "none of the usual sizes"
         return f"{listed} divide them; -1: one group per row"
-    common = math.gcd(*(x.in_features for x in case.facts.packed))
+    return group_size_hint(math.gcd(*(x.in_features for x in case.facts.packed)))
+
+
+def group_size_hint(common: int) -> str:
+    """Sizes that divide all input columns, whose greatest common divisor is `common`."""
     fitting = [size for size in _SIZES if size <= common and common % size == 0]
     if not fitting:
         return "--group-size -1 (one group per row; no usual size divides all)"

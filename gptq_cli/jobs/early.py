@@ -1,0 +1,48 @@
+"""What is checked before torch is imported, which takes seconds: is there a model, may the output be written?
+
+Each function raises what the job would raise, in the same words; all else is left to the job.
+"""
+
+from __future__ import annotations
+
+from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
+from gptq_cli.checkpoint.place import Place
+from gptq_cli.config import InspectJob, ModelRef, QuantizeJob
+from gptq_cli.events import FindingRaised, Observer
+from gptq_cli.load_job import LoadJob
+from gptq_cli.model.find import glance_at_model
+from gptq_cli.preflight.early import early_findings
+from gptq_cli.preflight.facts import output_facts
+from gptq_cli.preflight.resolve import refusal
+
+
+def before_quantize(job: QuantizeJob, observer: Observer) -> None:
+    """Raise `ModelError` where there is no model, and `PreflightRefused` with every error that is certain.
+
+    Where an ended run left something to put in order, the output is left to the job, which does so.
+    """
+    files = glance_at_model(job.model)
+    unsettled = Place.of(job.out.replace("\0", "?")).is_begun
+    place = None if unsettled else output_facts(job.out, files.directory, resume=job.resume)
+    report = early_findings(job, files, place)
+    if not report.ok:
+        for finding in report.ordered():
+            observer(FindingRaised(finding))
+        raise refusal(report)
+
+
+def before_plan(job: InspectJob | QuantizeJob) -> None:
+    """Raise `ModelError` where there is no model; the result lists everything else."""
+    glance_at_model(job.model)
+
+
+def before_load(job: LoadJob) -> None:
+    """Raise `CheckpointError` where there is no checkpoint, `ModelError` where there is no dense model.
+
+    What is wrong inside a checkpoint is the answer of --verify, and no error there.
+    """
+    if job.verify or job.targets:
+        return
+    read_formats(checkpoint_directory(job.path))
+    if job.against is not None:
+        glance_at_model(ModelRef(model=job.against, trust_remote_code=job.trust_remote_code))

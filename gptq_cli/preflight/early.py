@@ -1,0 +1,169 @@
+"""What preflight can say before torch is imported: about the output, the files, and sizes in config.json.
+
+Each finding carries the id of the rule that would say the same later, with all facts. What is not certain
+from the headers of the files alone is left to that rule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from gptq_cli.calibration.text import check_source, too_few_bytes
+from gptq_cli.config import QuantizeJob
+from gptq_cli.errors import CalibrationError
+from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.readable import unreadable_files
+from gptq_cli.model.source import ModelFiles, read_json
+from gptq_cli.placement.names import fold
+from gptq_cli.planning.cases import JobCase, OutputFacts, Work
+from gptq_cli.preflight.rules import calibration, memory, model_files, output, quantization
+from gptq_cli.rules import Remark, rules_in
+
+_HIDDEN = ("hidden_size", "n_embd", "d_model")
+"""How configs call the width of the hidden states, which most linears of a block read or write."""
+_INNER = "intermediate_size"
+_DEPTH = 2
+"""How deep to look for the config of the text part: thinker_config has a text_config."""
+
+
+def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | None) -> PreflightReport:
+    """Errors that are certain before the model is built; `place` None leaves out those about the output."""
+    facts = ModelFacts(model=files.source, architecture="", dtype="", hidden_size=0)
+    problems = (*files.problems, *unreadable_files(files.directory, code=job.model.trust_remote_code))
+    case = JobCase(
+        facts=facts,
+        work=Work(job.quantize, job.calibration),
+        output=place,
+        overwrite=job.overwrite,
+        problems=problems,
+    )
+    known = {problem.kind for problem in problems}
+    about_files = [rule for rule in rules_in(model_files) if rule.id in known]
+    found = [finding for rule in (*about_files, *output.KNOWN_EARLY) for finding in rule(case)]
+    found += _size_findings(job, files)
+    text = _text_findings(job, files)
+    found += text
+    if not text and any(finding.level == "error" for finding in found):
+        found += _besides(job, files)
+    return PreflightReport(PreflightReport(tuple(found)).ordered())
+
+
+def _text_findings(job: QuantizeJob, files: ModelFiles) -> list[Finding]:
+    try:
+        check_source(job.calibration.source)
+    except CalibrationError as error:
+        return _about_text(job, files, error)
+    return []
+
+
+def _about_text(job: QuantizeJob, files: ModelFiles, error: CalibrationError) -> list[Finding]:
+    case = calibration.TextCase(model=files.source, source=job.calibration.source, failure=error)
+    return calibration.calibration_text(case)
+
+
+def _besides(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
+    """What is said beside other errors. Alone it is left to its rule, which works out the best remedy."""
+    patterns = [entry.pattern for entry in job.device_map.rules if entry.device.kind == "disk"]
+    if patterns:
+        yield memory.disk_offload.finding(
+            Remark(
+                subject=", ".join(pattern or "rest" for pattern in patterns),
+                message=memory.NO_DISK,
+                hint="gptq inspect-map with the same options says which change avoids it",
+                modules=tuple(patterns),
+            )
+        )
+    data = job.calibration
+    size = too_few_bytes(data.source, data.samples * (data.seq_len - 1))
+    if size is not None:
+        words = f"{data.source} has {size} bytes, too few for {data.samples} windows of {data.seq_len} tokens"
+        hint = "give a longer text, or lower --samples and --seq-len"
+        yield from _about_text(job, files, CalibrationError(words, hint=hint))
+
+
+def _size_findings(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
+    """Whether groups and codes fit the sizes in config.json. Settings by module are left to the rules."""
+    config = job.quantize
+    columns = input_columns(files)
+    if config.modules or not columns:
+        return
+    named = {size: f"{size} ({key} in config.json)" for key, size in columns.items()}
+    group = config.group_size
+    if isinstance(group, int) and group != -1:
+        for rule, verb, wrong in (
+            (quantization.group_too_large, "is larger than", [k for k in named if group > k]),
+            (quantization.group_divides, "does not divide", [k for k in named if group <= k and k % group]),
+        ):
+            if wrong:
+                yield rule.finding(
+                    Remark(
+                        subject=f"--group-size {group}",
+                        message=f"group size {group} {verb} the input columns "
+                        f"{', '.join(named[k] for k in sorted(wrong))}",
+                        hint=quantization.group_size_hint(math.gcd(*named)),
+                    )
+                )
+    wrong = [size for size in named if size * config.bits % 32]
+    if wrong:
+        multiple = 32 // math.gcd(32, config.bits)
+        fitting = [bits for bits in (8, 4, 2) if all(size * bits % 32 == 0 for size in named)]
+        yield quantization.packing_rows.finding(
+            Remark(
+                subject=f"--bits {config.bits}",
+                message=f"{config.bits}-bit codes fill 32-bit words only where the input columns are a "
+                f"multiple of {multiple}; found {', '.join(named[k] for k in sorted(wrong))}",
+                hint=f"--bits {fitting[0]}"
+                if fitting
+                else "no bit width packs these sizes; leave this model dense",
+            )
+        )
+
+
+def input_columns(files: ModelFiles) -> dict[str, int]:
+    """Input columns (K) that linears of the decoder blocks certainly have, by the key in config.json.
+
+    A width is certain where most matrices of the largest family of numbered modules have it on one side; the
+    inner one where a matrix leads from there back to the width. Empty where config.json names neither.
+    """
+    matrices = _block_matrices(files)
+    if not matrices:
+        return {}
+    try:
+        raw = read_json(files.directory / "config.json")
+    except (OSError, ValueError):
+        return {}  # opening the model says what is wrong with it
+    for config in _configs(raw):
+        for key in _HIDDEN:
+            width = config.get(key)
+            if type(width) is not int or 2 * sum(width in shape for shape in matrices) <= len(matrices):
+                continue
+            inner = config.get(_INNER)
+            found = {key: width}
+            if type(inner) is int and inner != width and (width, inner) in matrices:
+                found[_INNER] = inner
+            return found
+    return {}
+
+
+def _configs(raw: Any, depth: int = _DEPTH) -> Iterator[Mapping[str, Any]]:
+    """config.json and the configs inside it."""
+    if isinstance(raw, Mapping):
+        yield raw
+        for inner in raw.values() if depth else ():
+            yield from _configs(inner, depth - 1)
+
+
+def _block_matrices(files: ModelFiles) -> Sequence[tuple[int, ...]]:
+    """Shapes of the matrices in the list of modules that holds most weights."""
+    weights: Counter[str] = Counter()
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for tensor in files.tensors:
+        family, star, _ = fold(tensor.name).partition(".*.")
+        if star and tensor.name.endswith(".weight") and len(tensor.shape) == 2:
+            weights[family] += math.prod(tensor.shape)
+            shapes.setdefault(family, []).append(tuple(tensor.shape))
+    return shapes[weights.most_common(1)[0][0]] if weights else ()

@@ -1,0 +1,192 @@
+"""What is refused before torch is imported: the same rules as later, all at once, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
+from gptq_cli.events import Event, FindingRaised
+from gptq_cli.jobs.early import before_load, before_quantize
+from gptq_cli.load_job import LoadJob
+from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.find import glance_at_model
+from gptq_cli.model.source import ModelFiles
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.preflight.early import early_findings, input_columns
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Width 64, inner width 128."""
+    return save_tiny("llama", tmp_path_factory.mktemp("early") / "model")
+
+
+def job_of(model: Path | str, out: Path, **codes: object) -> QuantizeJob:
+    return QuantizeJob(
+        model=ModelRef(model=str(model)),
+        out=str(out),
+        quantize=QuantizeConfig.of("balanced", **codes),
+        calibration=CalibrationConfig(samples=2, seq_len=16),
+        device_map=DeviceMap.parse("cpu"),
+    )
+
+
+def refused_rules(job: QuantizeJob) -> list[str]:
+    events: list[Event] = []
+    with pytest.raises(PreflightRefused) as refused:
+        before_quantize(job, events.append)
+    found = [finding.rule for finding in refused.value.report.findings]
+    assert [event.finding.rule for event in events if isinstance(event, FindingRaised)] == found
+    return found
+
+
+def test_every_cheap_error_is_reported_at_once(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "something").touch()
+    assert refused_rules(job_of(model, tmp_path, bits=2, group_size=48)) == ["output-exists", "group-divides"]
+    assert refused_rules(job_of(model, model, group_size=128)) == ["output-is-model", "group-too-large"]
+
+
+def test_disk_and_a_short_text_are_named_beside_other_errors(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("little")
+    job = job_of(model, tmp_path / "out", group_size=48)
+    job = replace(
+        job,
+        device_map=DeviceMap.parse("model.layers.0=disk,rest=cpu"),
+        calibration=CalibrationConfig(source=str(text), samples=8, seq_len=48),
+    )
+    assert set(refused_rules(job)) == {"group-divides", "disk-offload", "calibration-text"}
+    before_quantize(replace(job, quantize=QuantizeConfig()), lambda _: None)
+
+
+@pytest.mark.parametrize("source", ["/nosuch.txt", ".", "FILE:column"])
+def test_a_text_that_is_no_source(model: Path, tmp_path: Path, source: str) -> None:
+    text = tmp_path / "long.txt"
+    text.write_text("word " * 1000)
+    job = job_of(model, tmp_path / "out")
+    data = CalibrationConfig(source=source.replace("FILE", str(text)), samples=2, seq_len=16)
+    assert refused_rules(replace(job, calibration=data)) == ["calibration-text"]
+
+
+@pytest.mark.parametrize("group", [48, 128, 96])
+def test_the_complete_preflight_finds_the_same(model: Path, tmp_path: Path, group: int) -> None:
+    from gptq_cli.jobs.quantizing import check
+
+    job = job_of(model, tmp_path / "out", group_size=group)
+    early = refused_rules(job)
+    late = {f.rule: f for f in check(job, lambda _: None).findings.findings if f.level == "error"}
+    assert set(early) <= set(late)
+    assert late[early[0]].subject == f"--group-size {group}"
+
+
+def test_what_fits_is_not_refused(model: Path, tmp_path: Path) -> None:
+    before_quantize(job_of(model, tmp_path / "out", group_size=32), lambda _: None)
+    before_quantize(job_of(model, tmp_path / "out", group_size="auto", bits=8), lambda _: None)
+    rules = {"group_size": 128, "modules": ("*.down_proj=group:64", "*=dense")}
+    before_quantize(job_of(model, tmp_path / "out", **rules), lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon", "mixtral", "qwen3_moe"])
+def test_other_layouts_are_not_refused_for_what_fits(name: str, tmp_path: Path) -> None:
+    path = save_tiny(name, tmp_path / "model")
+    assert early_findings(
+        job_of(path, tmp_path / "out", group_size=8), glance_at_model(ModelRef(model=str(path))), None
+    ).ok
+
+
+def test_widths_are_those_of_the_part_whose_blocks_hold_most(tmp_path: Path) -> None:
+    config = {
+        "vision_config": {"hidden_size": 40},
+        "text_config": {"hidden_size": 96, "intermediate_size": 160},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def matrix(name: str, *shape: int) -> TensorInfo:
+        return TensorInfo(name, shape, "float32", 0, "model.safetensors")
+
+    files = ModelFiles(
+        directory=tmp_path,
+        source="m",
+        tensors=(
+            matrix("vision.layers.0.q.weight", 40, 40),
+            matrix("text.layers.0.q.weight", 64, 96),
+            matrix("text.layers.0.up.weight", 160, 96),
+            matrix("text.layers.0.down.weight", 96, 160),
+            matrix("embed.weight", 1000, 96),
+        ),
+    )
+    assert input_columns(files) == {"hidden_size": 96, "intermediate_size": 160}
+    assert input_columns(replace(files, tensors=files.tensors[:1])) == {"hidden_size": 40}
+    assert input_columns(replace(files, tensors=files.tensors[-1:])) == {}
+
+
+def test_what_an_ended_run_left_is_the_jobs_to_put_in_order(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "d").mkdir(parents=True)
+    assert refused_rules(job_of(model, out)) == ["output-exists"]
+    from gptq_cli.checkpoint.place import Place
+    from gptq_cli.checkpoint.working_folder import WorkingFolder
+
+    place = Place.of(out)
+    folder = WorkingFolder(place.folder, place.out)
+    folder.claim()
+    try:
+        before_quantize(job_of(model, out), lambda _: None)
+    finally:
+        folder.clear()
+
+
+def test_models_and_checkpoints_that_are_not_there(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such directory"):
+        before_quantize(job_of(tmp_path / "nosuch", tmp_path / "out"), lambda _: None)
+    with pytest.raises(CheckpointError, match="no such directory"):
+        before_load(LoadJob(path=str(tmp_path / "nosuch")))
+    with pytest.raises(CheckpointError, match="is not a GPTQ checkpoint"):
+        before_load(LoadJob(path=str(model)))
+    before_load(LoadJob(path=str(tmp_path / "nosuch"), verify=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["load", "/nosuch"], 2),
+        (["inspect-map", "/nosuch"], 2),
+        (["quantize", "/nosuch", "--out", "OUT"], 2),
+        (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], 3),
+        (["quantize", "MODEL", "--out", "MODEL"], 3),
+    ],
+)
+def test_torch_is_not_imported_for_it(model: Path, tmp_path: Path, words: list[str], code: int) -> None:
+    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    argv = [places.get(word, word) for word in words]
+    program = (
+        "import sys\nfrom gptq_cli.cli.app import main\n"
+        f"assert main({argv!r}) == {code}\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "startup: started" in done.stderr
+    assert "error" in done.stderr
+
+
+def test_a_lack_of_memory_is_told_as_in_the_job(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gptq_cli import jobs
+    from gptq_cli.errors import OutOfDeviceMemory
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("gptq_cli.model.source.read_header", full)
+    with pytest.raises(OutOfDeviceMemory, match="while opening the model"):
+        jobs.quantize(job_of(model, tmp_path / "out"))
