@@ -30,6 +30,7 @@ Phase = Literal[
     "bench",
     "dense",
     "evaluate",
+    "upload",
 ]
 
 

@@ -53,6 +53,7 @@ _PHASES: dict[Phase, str] = {
     "bench": "measuring speed",
     "dense": "loading the dense model",
     "evaluate": "evaluating",
+    "upload": "uploading",
 }
 
 
