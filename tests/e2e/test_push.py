@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 from tests.hub_server import Hub, hub_server
+
+NO_HOME = str(Path(tempfile.gettempdir()) / "no-such-folder-of-the-hub")
+"""Where no token is kept."""
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def client(hub: Hub, *words: object, **environ: str) -> Ran:
     """`gptq words…` in a process of its own: the address of the Hub is read when its client is imported."""
     done = subprocess.run(
         [sys.executable, "-m", "gptq_cli", *map(str, words)],
-        env={**os.environ, **hub.environ, "HF_HOME": os.devnull, **environ},
+        env={**os.environ, **hub.environ, "HF_HOME": NO_HOME, **environ},
         capture_output=True,
         text=True,
         timeout=300,
@@ -110,6 +114,7 @@ def test_quantize_uploads_its_result_after_its_gates(
     assert "report.json" not in hub.files["team/q"]
 
 
+@pytest.mark.slow  # a process for each
 @pytest.mark.parametrize(
     ("repo", "environ", "held", "rule"),
     [
