@@ -22,12 +22,13 @@ from gptq_cli.config import (
     Recipe,
     parse_shard_size,
 )
-from gptq_cli.errors import QualityGateFailed
+from gptq_cli.errors import ConfigError, QualityGateFailed
 from gptq_cli.events import Event, Observer, ignore, warning_text
 from gptq_cli.fields import CardKind, Resume, check_choice
 from gptq_cli.load_job import LoadJob, proof_job
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
+from gptq_cli.results.push import PushConfig
 
 if TYPE_CHECKING:
     from gptq_cli.results.run import RunReport
@@ -58,6 +59,8 @@ def quantize(
     max_kl: float | None = None,
     max_perplexity: float | None = None,
     bench: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     observer: Observer = ignore,
     **options: Any,
 ) -> RunReport:
@@ -74,8 +77,8 @@ def quantize(
     nothing without it. `card`: "none" leaves the model card out. `evaluate` (a text),
     `against_source`, `max_kl`, `max_perplexity` and `bench` measure the checkpoint once it is in place: the
     figures are the report's `proof`; where a limit is exceeded, the checkpoint stays and `QualityGateFailed`
-    is raised. `observer` gets every event of
-    `gptq_cli.events`.
+    is raised. `push_to_hub`: the Hub id to upload the result to, `private` or not. `observer` gets every
+    event of `gptq_cli.events`.
 
     Returns the report that is also in `out/report.json`. Raises what the command line exits with:
     `UsageError` (2, nothing was started), `PreflightRefused` (3, nothing was written; its text lists the
@@ -100,6 +103,9 @@ def quantize(
         tp=tp,
     )
     check_choice("card", card, get_args(CardKind))
+    push = None if push_to_hub is None else PushConfig(repo_id=push_to_hub, private=private)
+    if private and push is None:
+        raise ConfigError("private is True, but nothing is uploaded", hint="give push_to_hub, too")
     proof = proof_job(
         job.out,
         job.model.model,
@@ -115,7 +121,9 @@ def quantize(
     from gptq_cli import jobs
     from gptq_cli.report.card import card_files
 
-    report = jobs.quantize(job, _logged(observer), card=card_files if card == "full" else None, proof=proof)
+    report = jobs.quantize(
+        job, _logged(observer), card=card_files if card == "full" else None, proof=proof, push=push
+    )
     if report.proof is not None and report.proof.failures:
         raise QualityGateFailed(
             "; ".join(report.proof.failures),

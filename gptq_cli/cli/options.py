@@ -138,6 +138,15 @@ Card = Annotated[
     CardKind,
     option("--card", "Model card (README.md) in the checkpoint: full, none.", OUTPUT, "KIND"),
 ]
+RepoId = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="user/name on the Hub.", envvar="GPTQ_PUSH_ID", show_envvar=False),
+]
+PushToHub = Annotated[
+    str | None,
+    option("--push-to-hub", "Upload the verified result to the Hub as user/name.", OUTPUT, "ID"),
+]
+Private = Annotated[bool, _flag("--private", "Make the repository on the Hub private.", OUTPUT)]
 DryRun = Annotated[
     bool, _flag("--dry-run", "Say what would be done, and whether it fits; read no weight.", RUN)
 ]

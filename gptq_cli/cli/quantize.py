@@ -27,6 +27,7 @@ from gptq_cli.load_job import LoadJob, proof_job
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.readers import parse_targets
+from gptq_cli.results.push import PushConfig
 from gptq_cli.results.run import RunReport
 
 
@@ -43,6 +44,8 @@ def quantize(
     tp: o.QuantizeTensorParallel = 1,
     report: o.Report = None,
     card: o.Card = "full",
+    push_to_hub: o.PushToHub = None,
+    private: o.Private = False,
     recipe: o.Recipe = "balanced",
     codes: Codes,
     module: o.Modules = None,
@@ -117,14 +120,17 @@ def quantize(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    if private and push_to_hub is None:
+        raise ConfigError("private is given, but nothing is uploaded", hint="add --push-to-hub user/name")
+    push = None if push_to_hub is None else PushConfig(repo_id=push_to_hub, private=private)
     if dry_run:
-        _plan(session, job, proof, progress, quiet)
+        _plan(session, job, proof, push, progress, quiet)
         return
     if blocks is not None:
-        if proof is not None:
+        if proof is not None or push is not None:
             raise ConfigError(
-                "blocks is given, so there will be no checkpoint to measure",
-                hint="leave out --blocks, or --eval, --against-source, --max-perplexity and --bench",
+                "blocks is given, so there will be no checkpoint to measure or upload",
+                hint="leave out --blocks, or --eval, --against-source, --bench and --push-to-hub",
             )
         _trial(session, job, blocks, progress, quiet)
         return
@@ -134,7 +140,7 @@ def quantize(
 
         try:
             maker = card_files if card == "full" else None
-            result = jobs.quantize(job, observer, card=maker, proof=proof)
+            result = jobs.quantize(job, observer, card=maker, proof=proof, push=push)
         except Interrupted as error:
             session.interrupted = error
             raise
@@ -185,12 +191,19 @@ def _write_report(path: Path, result: RunReport, observer: Observer) -> RunRepor
     return result
 
 
-def _plan(session: Session, job: QuantizeJob, proof: LoadJob | None, progress: Progress, quiet: bool) -> None:
+def _plan(
+    session: Session,
+    job: QuantizeJob,
+    proof: LoadJob | None,
+    push: PushConfig | None,
+    progress: Progress,
+    quiet: bool,
+) -> None:
     """What `--dry-run` does in place of the work. Exit 0, or 3 where the job would be refused."""
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs
 
-        plan = jobs.dry_run(job, observer, proof=proof)
+        plan = jobs.dry_run(job, observer, proof=proof, push=push)
 
     from gptq_cli.display.maps import map_summary
 

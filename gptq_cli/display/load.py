@@ -35,6 +35,7 @@ from gptq_cli.results.load import (
     RuleResult,
     VerifyReport,
 )
+from gptq_cli.results.push import PushReport
 from gptq_cli.results.run import RunReport
 
 _STYLES: dict[Outcome, str] = {
@@ -59,12 +60,24 @@ def load_summary(report: LoadReport) -> Group:
 
 def quantized_summary(report: RunReport) -> Group:
     """The result of `gptq quantize`, with what was measured of the checkpoint, where that was asked for."""
-    proof = report.proof
-    if proof is None:
-        return run_summary(report)
-    parts: list[RenderableType] = [run_summary(report), ""]
+    parts: list[RenderableType] = [run_summary(report)]
+    if report.proof is not None:
+        parts += ["", _measured(report.proof)]
+    if report.pushed is not None:
+        parts += ["", push_summary(report.pushed)]
+    return Group(*parts)
+
+
+def push_summary(report: PushReport) -> Text:
+    """The result of an upload."""
+    shown = Text(f" {report.repo_id}", style="bold green", overflow="fold")
+    took = f" is on the Hub after {fmt.duration(report.seconds)}: {report.url}"
+    return shown.append(took, style="default not bold")
+
+
+def _measured(proof: LoadReport) -> Group:
     measured = [*listed("kernels", [kernel_text(one) for one in proof.kernels]), *_figures(proof)]
-    parts.append(facts_table(measured))
+    parts: list[RenderableType] = [facts_table(measured)]
     if proof.bench is not None:
         parts += ["", bench_table(proof.bench)]
     return Group(*parts)

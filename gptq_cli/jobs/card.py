@@ -28,6 +28,8 @@ class Card:
     job: QuantizeJob
     skeleton: Skeleton
     observer: Observer
+    name: str = "DIR"
+    """What commands in it call the checkpoint."""
     _facts: CardFacts | None = field(default=None, init=False)
 
     def files(self, report: RunReport, directory: Path) -> dict[str, str]:
@@ -40,7 +42,7 @@ class Card:
         files, code = self.skeleton.files, self.skeleton.ref.trust_remote_code
         verified = check_targets(directory, get_args(Target), trust_remote_code=code)
         return CardFacts(
-            name="DIR",
+            name=self.name,
             base_model=base_model_of(files.source, files.directory),
             calibration=self.job.calibration.source,
             source=self._source_card(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
-from gptq_cli.checkpoint.place import Place, check_destination
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.accelerators import read_memory
@@ -27,20 +26,20 @@ from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, quantize_model
 from gptq_cli.errors import (
     CalibrationError,
-    ConfigError,
-    DestinationBusy,
     GptqError,
     ModelError,
     NonFinite,
     SourceChanged,
 )
-from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, Warned, ignore, phase
+from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.jobs.card import Card
+from gptq_cli.jobs.claiming import claimed
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.keeping import keeping
 from gptq_cli.jobs.proof import check_text, prove
+from gptq_cli.jobs.pushing import check_push, uploaded
 from gptq_cli.jobs.resuming import Found, continuing, find_work
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.steps import announce, passes_words, placed, watched
@@ -61,10 +60,10 @@ from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
 from gptq_cli.preflight.rules import calibration as rules_text
-from gptq_cli.preflight.rules import output as rules_output
 from gptq_cli.results.card import CardMaker
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
+from gptq_cli.results.push import PushConfig
 from gptq_cli.results.run import RunReport
 
 
@@ -74,24 +73,29 @@ def quantize(
     *,
     card: CardMaker | None = None,
     proof: LoadJob | None = None,
+    push: PushConfig | None = None,
 ) -> RunReport:
     """Quantize a model and write the checkpoint to `job.out`.
 
     `card` makes its model card; None: without one. `proof`: what to measure of the checkpoint at `job.out`
-    once it is there; a gate that it fails is data, see `LoadReport.ok`.
+    once it is there; a gate that it fails is data, see `LoadReport.ok`. `push`: upload it at the end, unless
+    it failed a gate.
 
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
     `QualityGateFailed`. Where something would lie on disk, the `PreflightRefused` is a `ValueError` as well.
     Whatever is raised, finished blocks are kept in the working folder, and the same job goes on after them
     (`continuing`); where no block was finished, or the model itself is at fault, no working folder is left.
     """
-    asked = _Asked(job, card, proof, time.perf_counter())
+    asked = _Asked(job, card, proof, push, time.perf_counter())
     with watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
-        with continuing(job), _claimed(job, tally) as claim:
+        with continuing(job), claimed(job, tally) as claim:
             report, skeleton, own_card = _quantize(asked, claim, watcher, tally)
         if proof is not None:
             report = prove(report, proof, skeleton, own_card, watcher)
+        if push is not None and not (report.proof and report.proof.failures):
+            report = replace(report, pushed=uploaded(job.out, push, watcher))
+        if asked.goes_on:
             watcher(RunFinished(report))
     return report
 
@@ -103,7 +107,18 @@ class _Asked:
     job: QuantizeJob
     card: CardMaker | None
     proof: LoadJob | None
+    push: PushConfig | None
     started: float
+
+    @property
+    def name(self) -> str:
+        """What the card calls the checkpoint."""
+        return self.push.repo_id if self.push is not None else "DIR"
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is more to do once the checkpoint is in place."""
+        return self.proof is not None or self.push is not None
 
 
 def _quantize(
@@ -111,7 +126,7 @@ def _quantize(
 ) -> tuple[RunReport, Skeleton, Card | None]:
     """The work up to the checkpoint in place: its report, its model, its card."""
     job = asked.job
-    checked = check(job, tally, claim, proof=asked.proof)
+    checked = check(job, tally, claim, proof=asked.proof, push=asked.push)
     announce(checked.findings, tally)
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
@@ -179,12 +194,12 @@ def _quantize(
             tally=tally,
             kept=keeper,
         )
-        card = Card(asked.card, job, checked.skeleton, tally) if asked.card is not None else None
+        card = Card(asked.card, job, checked.skeleton, tally, asked.name) if asked.card is not None else None
         writer.complete(document(report), partial(card.files, report) if card else None)
         with held_signals() as stop_if_heard:  # one that comes now waits until the run is known to be done
             stop_if_heard()
             writer.put_in_place()
-            if asked.proof is None:  # else the run is not done yet
+            if not asked.goes_on:
                 tally(RunFinished(report))
     return report, checked.skeleton, card
 
@@ -199,47 +214,16 @@ def _nothing_kept_of_a_faulty_model(destination: Destination) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _claimed(job: QuantizeJob, observer: Observer) -> Iterator[Claim]:
-    """Hold the output for this run: before anything is read, so that a second run ends at once.
-
-    Where it cannot be had because it is unsuitable, preflight says so among all else. Raises
-    `PreflightRefused` while another run has it.
-    """
-    out = Path(job.out)
-
-    def warn(message: str, hint: str) -> None:
-        observer(Warned(message, hint))
-
-    with ExitStack() as stack:
-        destination: Destination | None = None
-        failure = ""
-        try:
-            _check_unless_left_over(out, overwrite=job.overwrite)
-            destination = stack.enter_context(Destination(out, overwrite=job.overwrite, warn=warn))
-        except DestinationBusy as error:
-            busy = rules_output.busy_finding(error.message, error.hint or "")
-            raise refusal(PreflightReport((busy,))) from error
-        except (ConfigError, ValueError):
-            pass  # a rule of preflight finds the same, and reports it with all other findings
-        except OSError as error:
-            failure = f"{error.filename or out}: {error.strerror}"
-        yield Claim(destination, failure)
-
-
-def _check_unless_left_over(out: Path, *, overwrite: bool) -> None:
-    """Raise `ConfigError` for an unsuitable output, unless an ended run left something to put in order."""
-    try:
-        check_destination(out, None, overwrite=overwrite)
-    except ConfigError:
-        if not Place.of(out).is_begun:
-            raise
-
-
-def dry_run(job: QuantizeJob, observer: Observer = ignore, *, proof: LoadJob | None = None) -> MapReport:
+def dry_run(
+    job: QuantizeJob,
+    observer: Observer = ignore,
+    *,
+    proof: LoadJob | None = None,
+    push: PushConfig | None = None,
+) -> MapReport:
     """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
     with watching("quantize", observer) as watcher:
-        checked = check(job, watcher, proof=proof)
+        checked = check(job, watcher, proof=proof, push=push)
         announce(checked.findings, watcher)
         seconds = _seconds(job, checked)
         return map_report(
@@ -285,6 +269,7 @@ def check(
     *,
     goes_on: bool = True,
     proof: LoadJob | None = None,
+    push: PushConfig | None = None,
 ) -> Checked:
     """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
 
@@ -297,6 +282,7 @@ def check(
         tokens, text_findings = _tokens(job, skeleton, facts)
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
+    text_findings += check_push(push)
     if proof is not None and tokens is not None:
         text_findings += check_text(job, proof, skeleton, facts, observer)
     work = Work(job.quantize, job.calibration).on(facts)

@@ -25,6 +25,7 @@ from gptq_cli.preflight.rules import (
     modules,
     output,
     placement,
+    push,
     quantization,
     resume,
     targets,
@@ -35,7 +36,7 @@ from gptq_cli.targets.rules import MODULES as TARGET_MODULES
 
 _JOB: tuple[ModuleType, ...] = (model_files, quantization, modules, targets, output, resume)
 _MAP: tuple[ModuleType, ...] = (device_map, placement, memory)
-MODULES: tuple[ModuleType, ...] = (calibration, *_JOB, *_MAP, *TARGET_MODULES, verify_rules)
+MODULES: tuple[ModuleType, ...] = (calibration, push, *_JOB, *_MAP, *TARGET_MODULES, verify_rules)
 """Where rules are defined; the docstring of each begins with what they are about."""
 
 RULES: Mapping[str, Rule[Any]] = MappingProxyType(

@@ -10,6 +10,7 @@ from typing import Literal, Self
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
+from gptq_cli.results.push import PushReport
 
 Method = Literal["gptq", "rtn"]
 
@@ -182,6 +183,8 @@ class RunReport:
     """The output head, where it was quantized."""
     proof: LoadReport | None = None
     """What was measured of the checkpoint after it was put in place; None: nothing was asked for."""
+    pushed: PushReport | None = None
+    """The upload to the Hub; in report.json, which is written before it, None."""
     schedule: Schedule
     """How the run was planned: micro-batch, and per block its devices and whether forwards were parked."""
 
