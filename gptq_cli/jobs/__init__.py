@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gptq_cli.results.card import CardMaker
     from gptq_cli.results.load import LoadReport, VerifyReport
     from gptq_cli.results.map import MapReport
+    from gptq_cli.results.push import PushConfig
     from gptq_cli.results.run import RunReport
     from gptq_cli.results.trial import TrialReport
 
@@ -32,21 +33,28 @@ def quantize(
     *,
     card: CardMaker | None = None,
     proof: LoadJob | None = None,
+    push: PushConfig | None = None,
 ) -> RunReport:
     """See `quantizing.quantize`."""
     from gptq_cli.jobs.early import before_quantize
 
     module = _started("quantizing", "quantize", lambda: before_quantize(job, observer), observer)
-    report: RunReport = module.quantize(job, observer, card=card, proof=proof)
+    report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
     return report
 
 
-def dry_run(job: QuantizeJob, observer: Observer = ignore, *, proof: LoadJob | None = None) -> MapReport:
+def dry_run(
+    job: QuantizeJob,
+    observer: Observer = ignore,
+    *,
+    proof: LoadJob | None = None,
+    push: PushConfig | None = None,
+) -> MapReport:
     """See `quantizing.dry_run`. Its result lists every finding, so only the model is looked for first."""
     from gptq_cli.jobs.early import before_plan
 
     module = _started("quantizing", "quantize", lambda: before_plan(job), observer)
-    report: MapReport = module.dry_run(job, observer, proof=proof)
+    report: MapReport = module.dry_run(job, observer, proof=proof, push=push)
     return report
 
 
