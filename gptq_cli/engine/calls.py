@@ -9,7 +9,7 @@ that is updated in place) must not be there in the next run, so every run but th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +54,10 @@ class BlockCall:
         return call(block, hidden.clone() if self.writes else hidden)
 
     def to(self, device: torch.device) -> BlockCall:
-        """The same call with every tensor on `device`; containers whose tensors are all there stay the same
-        objects."""
-        return BlockCall(moved(self.args, device), moved(self.kwargs, device), self.carrier, self.writes)
+        """The same call with every tensor on `device`; what the block can write into stays the same object,
+        see `moved`."""
+        kwargs = moved(dict(self.kwargs), device)
+        return BlockCall(moved(self.args, device), kwargs, self.carrier, self.writes)
 
 
 def taken(
@@ -82,19 +83,37 @@ def hidden_of(output: object) -> Tensor:
     return first
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in it on `device`; `value` itself where they all are."""
+def moved(value: Any, device: torch.device, seen: set[int] | None = None) -> Any:
+    """`value` with every tensor in it on `device`; `value` itself where they all are.
+
+    What a block can write into, and later blocks read (lists, mappings, objects with tensors), stays the same
+    object: its tensors are replaced in it. `seen`: objects that have been looked at.
+    """
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, tuple | list):
-        items = [moved(item, device) for item in value]
+    seen = set() if seen is None else seen
+    if isinstance(value, tuple):
+        items = [moved(item, device, seen) for item in value]
         if all(a is b for a, b in zip(items, value, strict=True)):
             return value
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        named = {key: moved(item, device) for key, item in value.items()}
-        return value if all(named[key] is item for key, item in value.items()) else named
+    if id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, list):
+        value[:] = [moved(item, device, seen) for item in value]
+    elif isinstance(value, MutableMapping):
+        _replace_in(value, device, seen)
+    elif not _is_plain(value):
+        _replace_in(vars(value), device, seen)
     return value
+
+
+def _replace_in(held: MutableMapping[Any, Any], device: torch.device, seen: set[int]) -> None:
+    for key, item in list(held.items()):
+        new = moved(item, device, seen)
+        if new is not item:
+            held[key] = new
 
 
 def _copied(value: Any, copies: dict[int, Any], tensors: bool) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections import UserDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -356,6 +358,21 @@ def test_forwards_end_when_they_are_closed() -> None:
     driven.close()
     assert count_forwards() == 0
     assert not any("forward" in layer.__dict__ for layer in model.layers)
+
+
+def test_what_blocks_write_into_stays_one_object_on_its_way_to_another_device() -> None:
+    state = UserDict(keys=torch.zeros(2))
+    entries = [torch.zeros(2), state]
+    holder = SimpleNamespace(values=torch.zeros(2), holder=None)
+    holder.holder = holder
+    call = BlockCall((entries,), {"holder": holder, "mask": torch.zeros(2)}, "hidden")
+    other = call.to(torch.device("meta"))
+    assert other.args[0] is entries
+    assert entries[1] is state
+    assert other.kwargs["holder"] is holder
+    devices = {one.device.type for one in tensors_in((other.args, other.kwargs))}
+    assert devices == {"meta"}
+    assert call.kwargs["mask"].device.type == "cpu"
 
 
 def test_a_rehearsal_leaves_the_arguments_as_they_were() -> None:
