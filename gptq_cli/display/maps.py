@@ -201,8 +201,9 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
         ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits per parameter"),
     ]
     needed = plan.size_after_bytes + 2 * plan.snapshot_bytes
-    resumable = f"{fmt.size(2 * plan.snapshot_bytes)} so that an interrupted run goes on quickly"
-    rows.append(("disk", f"{fmt.size(needed)} while the run works: the checkpoint, and {resumable}"))
+    also = f"{fmt.size(2 * plan.snapshot_bytes)} so that an interrupted run goes on quickly"
+    also = f": the checkpoint, and {also}" if plan.snapshot_bytes else ""
+    rows.append(("disk", f"{fmt.size(needed)} while the run works{also}"))
     if plan.seconds is not None:
         rows.append(("time", f"about {fmt.duration(plan.seconds)} (an estimate from a short probe)"))
     table = Table.grid(padding=(0, 2, 0, 0))

@@ -151,7 +151,11 @@ class Driven:
         with self._between(), ExitStack() as stack:
             for number, block in enumerate(self._blocks):
                 stack.enter_context(replaced_forward(block, _waiting(number)))
-            yield
+            try:
+                yield
+            except BaseException:
+                self.close()  # as long as a forward still stops at the next block, which may be soon
+                raise
 
     def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
         """Let every forward run to block `index`; see `HiddenStates.enter`."""

@@ -195,7 +195,10 @@ def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
 
 
 def snapshot_bytes(facts: ModelFacts, work: Work) -> int:
-    """Bytes of the hidden states of all samples, in both streams."""
+    """Bytes of the hidden states of all samples, in both streams; 0 where they live inside open forwards, of
+    which there are no snapshots."""
+    if facts.between:
+        return 0
     samples = work.calibration.samples
     both = samples + work.quantize.paired_samples(samples)
     return both * work.calibration.seq_len * facts.hidden_size * facts.dtype_bytes

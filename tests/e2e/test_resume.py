@@ -177,7 +177,7 @@ def test_it_says_what_is_kept_and_what_it_found(
     assert planned.code == 0
     said = findings(planned)["work-continued"]["message"]
     assert said.startswith("found block 0 of 3 from 20")
-    assert said.endswith("the run goes on after them")
+    assert said.endswith("the run goes on from there")
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         second = quantized(tiny_llama, out, text)

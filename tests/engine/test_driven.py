@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections import UserDict
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -318,6 +319,40 @@ def test_architectures(name: str) -> None:
     randomize(model, 0)
     model.requires_grad_(False)
     check(model, list(find_blocks(model)[1]), direct=direct)
+
+
+def test_an_interrupt_does_not_let_forwards_run_through_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward that runs ends at its next block; the blocks themselves may take minutes."""
+    model = shapes.toy(shapes.Between)
+    names = [f"layers.{i}" for i in range(shapes.BLOCKS)]
+    modules, flow = [model.get_submodule(name) for name in names], flow_of(model, names)
+    ran: list[nn.Module] = []
+    for module in modules:
+        module.get_submodule("up").register_forward_hook(lambda module, *_: ran.append(module))
+    own = [module.forward for module in modules]
+    inside = threading.Event()
+
+    def embedding(module: nn.Module, args: Any, output: Tensor) -> None:
+        inside.set()
+        time.sleep(0.3)
+
+    model.embed.register_forward_hook(embedding)
+    ids = torch.arange(40).reshape(4, 10)
+    driven = Driven(model, modules, ids, flow, batch_size=2, input_device=ids.device)
+
+    def interrupted(forward: ModelForward, result: Any = None) -> Any:
+        forward.start()
+        forward._go.release()
+        assert inside.wait(10)  # it runs, and the engine's thread hears a signal
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelForward, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        driven.start()
+    driven.close()
+    assert [module.forward for module in modules] == own
+    assert not [thread for thread in threading.enumerate() if isinstance(thread, ModelForward)]
+    assert ran == []
 
 
 def obstacle(kind: type[shapes.Decoder]) -> str:

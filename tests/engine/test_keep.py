@@ -13,6 +13,7 @@ from torch import Tensor
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.engine import run as run_module
 from gptq_cli.engine.capture import Captured
+from gptq_cli.engine.driven import Driven
 from gptq_cli.engine.keep import NothingKept, by_sample, restore
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, quantize_model
@@ -26,6 +27,7 @@ from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.resolve import resolve
+from tests.architectures import build
 from tests.conftest import TinyFactory
 
 
@@ -107,6 +109,33 @@ def test_every_form_of_codes(name: str, config: dict[str, Any], tiny: TinyFactor
     gone_on = Kept(whole, 1)
     quantized(tiny(name), gone_on, **config)
     assert same(gone_on.states[1], whole.states[1])
+
+
+class KeptOpen(Kept):
+    """For forwards that are kept open: their hidden states do not come by sample."""
+
+    def keep(self, report: Any, captured: Any) -> None:
+        assert isinstance(captured, Driven)
+        assert by_sample(captured) is None
+        self.finished = (*self.finished, report)
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_forwards_that_are_kept_open(done: int, tmp_path: Path) -> None:
+    """They run through the finished blocks again: in the dense copy, then with the codes' weights."""
+    build("gemma3n_text").save_pretrained(tmp_path)
+    whole = KeptOpen()
+    quantized(tmp_path, whole, solve_for="dense")
+    gone_on = KeptOpen(whole, done)
+    wanted = dict(whole.stored)
+    for name in wanted:
+        if int(name.split(".")[2]) >= done:
+            del gone_on.stored[name]
+    quantized(tmp_path, gone_on, solve_for="dense")
+    assert gone_on.stored.keys() == wanted.keys()
+    for name, packed in wanted.items():
+        assert torch.equal(packed.qweight, gone_on.stored[name].qweight), name
+        assert torch.equal(packed.scales, gone_on.stored[name].scales), name
 
 
 def test_a_finished_model_is_not_even_opened(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

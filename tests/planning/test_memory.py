@@ -195,3 +195,9 @@ def test_more_positions_than_linears() -> None:
     bare = replace(FACTS, linears=())
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig())
     assert work_sets(bare, work, schedule(bare, work, parked=True))["model.layers.0"].total_bytes == 0
+
+
+def test_there_are_no_snapshots_of_forwards_that_are_kept_open() -> None:
+    facts, work = llama(), Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=8, seq_len=64))
+    assert budget.snapshot_bytes(facts, work) == 8 * 64 * facts.hidden_size * facts.dtype_bytes
+    assert budget.snapshot_bytes(replace(facts, between="it adds what was there before"), work) == 0

@@ -20,7 +20,7 @@ def work_continued(case: JobCase) -> list[Remark]:
     work = case.output.work if case.output is not None else None
     if work is None or not work.continued:
         return []
-    return [Remark(subject="--out", message=f"found {work.words}; the run goes on after them")]
+    return [Remark(subject="--out", message=f"found {work.words}; the run goes on from there")]
 
 
 @rule("error")
