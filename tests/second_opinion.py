@@ -157,9 +157,9 @@ def second_opinion(model_class: Any, source: Path, out: Path, *, nearest: bool =
 
 
 def dequantized(parts: Mapping[str, Tensor], config: Mapping[str, Any]) -> Tensor:  # (N, K) float32
-    """The weights of one packed linear; 2, 4 and 8 bits."""
-    bits, add = config["bits"], 0 if config["checkpoint_format"] == "gptq_v2" else 1
-    group = parts["g_idx"].long()
+    """The weights of one packed linear; 2, 4 and 8 bits, whatever its words hold."""
+    group, add = parts["g_idx"].long(), 0 if config["checkpoint_format"] == "gptq_v2" else 1
+    bits = 32 * len(parts["qweight"]) // len(group)
     codes = _unpacked(parts["qweight"], bits)[: len(group)]  # (K, N)
     zeros = _unpacked(parts["qzeros"].t(), bits).t()[:, : codes.shape[1]] + add  # (groups, N)
     return ((codes - zeros[group]) * parts["scales"].float()[group]).t()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
 from gptq_cli.model.blocks import is_linear
-from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.model.expert_linears import ExpertLinear, is_interleaved
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.text_part import output_head
@@ -37,6 +37,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True,
                 sym=info.format.sym,
                 desc_act=info.format.desc_act,
                 split=splits[info.name],
+                interleaved=is_interleaved(checkpoint.model.get_submodule(info.name)),
             )
             for info in packed
         ),

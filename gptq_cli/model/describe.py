@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gptq_cli.model.beside import LEFT_OUT
 from gptq_cli.model.blocks import is_linear
-from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.model.expert_linears import ExpertLinear, is_interleaved
 from gptq_cli.model.facts import (
     BesideFact,
     LinearFact,
@@ -42,6 +42,8 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             routed=traced.complete and info.name in traced.idle and bool(info.block),
             split=splits[info.name],
             part_of=_part_of(model, info.name),
+            source_name=info.source_name,
+            interleaved=is_interleaved(model.get_submodule(info.name)),
         )
 
     return ModelFacts(

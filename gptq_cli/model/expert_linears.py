@@ -113,6 +113,11 @@ class ExpertLinear(nn.Linear):
         return self._owner[0]
 
 
+def is_interleaved(linear: nn.Module) -> bool:
+    """Whether its rows alternate with those of another linear in a tensor of fused experts."""
+    return isinstance(linear, ExpertLinear) and linear.tensor.interleaved
+
+
 class Unfused:
     """The mixin before the class of a module that `unfuse` has changed."""
 

@@ -143,6 +143,10 @@ class LinearFact:
     split: Split = "whole"
     part_of: str = ""
     """The tensor of all experts that holds its weight; "" where it has a weight of its own."""
+    source_name: str = ""
+    """Its name in the files."""
+    interleaved: bool = False
+    """Its rows alternate with those of another linear in the tensor `part_of`."""
 
 
 @dataclass(frozen=True, slots=True)

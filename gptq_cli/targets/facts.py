@@ -25,7 +25,7 @@ def is_expert(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TargetLinear:
-    """One quantized linear, under its name in the files: K = in_features, N = out_features."""
+    """One quantized linear: K = in_features, N = out_features."""
 
     name: str
     in_features: int
@@ -35,6 +35,10 @@ class TargetLinear:
     sym: bool = True
     desc_act: bool = False
     split: Split = "whole"
+    source_name: str = ""
+    """Its name in the files where `name` is that in the model."""
+    interleaved: bool = False
+    """The model's class has its rows alternate with those of another linear, in a tensor of fused experts."""
 
     @property
     def is_expert(self) -> bool:

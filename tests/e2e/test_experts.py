@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq_cli.checkpoint.open import open_checkpoint
+from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.inference.load import default_placement, load_quantized
+from gptq_cli.placement.names import leaf
 from tests.checkpoint.unquantized import opened, write_checkpoint
 from tests.e2e.commands import FAST, gptq, write_text
 from tests.tiny import randomize, save_tokenizer
@@ -290,6 +292,9 @@ def test_names_in_the_files(name: str, tmp_path: Path) -> None:
     }
     config = json.loads((tmp_path / "q" / "quantize_config.json").read_text())
     assert not [key for key in config["dynamic"] if re.match(key.removeprefix("-:"), f"{start}3.{roles[0]}")]
+    facts = target_facts(open_checkpoint(tmp_path / "q"))
+    mixed = {leaf(linear.name) for linear in facts.linears if linear.interleaved}
+    assert mixed == ({"gate_proj", "up_proj"} if name == "gpt_oss" else set())
     if name == "gpt_oss":
         merged = load_file(source / "model.safetensors")["model.layers.1.mlp.experts.gate_up_proj_bias"]
         stored = load_file(tmp_path / "q" / "model.safetensors")[f"{start}5.up_proj.bias"]

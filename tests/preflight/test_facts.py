@@ -18,7 +18,9 @@ from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.trace import trace
 from gptq_cli.planning.units import units_of
 from gptq_cli.preflight.facts import environment_facts
+from tests import architectures
 from tests.fabricated import apparent_bytes, config_70b, fabricate
+from tests.second_opinion import save_source
 from tests.tiny import TINY
 
 Tiny = Callable[..., Path]
@@ -95,6 +97,16 @@ def test_tied_and_fused(tiny: Tiny) -> None:
     below = [name for name in moe.modules if "experts." in name]
     assert below == ["model.layers.1.mlp.experts.act_fn"], "linears of experts have no tensors to place"
     assert "model.layers.1.mlp.experts.down_proj" in {tensor.name for tensor in moe.tensors}
+
+
+def test_names_in_the_files_and_rows_that_alternate(tmp_path: Path, tiny: Tiny) -> None:
+    experts = [x for x in model_facts(skeleton_of(tiny("mixtral"))).linears if x.part_of]
+    assert {x.source_name.rpartition(".")[2] for x in experts} == {"w1", "w2", "w3"}
+    assert not any(x.interleaved for x in experts)
+    source = save_source(architectures.build("gpt_oss"), tmp_path)
+    linears = model_facts(skeleton_of(source)).linears
+    assert {x.name.rpartition(".")[2] for x in linears if x.interleaved} == {"gate_proj", "up_proj"}
+    assert {x.name.rpartition(".")[2] for x in linears if x.part_of and not x.interleaved} == {"down_proj"}
 
 
 def test_a_model_that_cannot_be_traced_has_stages_by_shape(tiny: Tiny) -> None:

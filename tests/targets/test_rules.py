@@ -256,6 +256,27 @@ def test_every_fused_family_agrees(name: str, sibling: str) -> None:
     assert levels("vllm", replace(facts, dense=(f"model.layers.1.x.{sibling}",))) == {}
 
 
+def test_gptqmodel_finds_experts_by_the_names_that_it_gives_them() -> None:
+    def experts(*names: str, **changed: Any) -> TargetFacts:
+        found = (linear(f"model.layers.0.mlp.experts.7.{name}", **changed) for name in names)
+        return replace(PORTABLE, linears=tuple(found))
+
+    usual = ("gate_proj", "up_proj", "down_proj")
+    assert levels("gptqmodel", experts(*usual)) == {}
+    for refused in (
+        experts("w1", "w3", "w2"),
+        experts("gate_proj", source_name="model.layers.0.block_sparse_moe.experts.7.w1"),
+        experts(*usual, interleaved=True),
+    ):
+        assert levels("gptqmodel", refused) == {"defused-experts": "error"}
+        assert "defused-experts" not in levels("vllm", refused)
+    (error,) = check_target("gptqmodel", experts("w1", "w3", "w2"))
+    assert "experts are called w1, w3, w2 in the files; GPTQModel finds gate_proj, up_proj" in error.message
+    (error,) = check_target("gptqmodel", experts("3", "4"))
+    assert "experts are called N in the files" in error.message
+    assert levels("gptqmodel", replace(PORTABLE, linears=(linear("model.layers.0.feed_forward.w1"),))) == {}
+
+
 def test_activation_order_of_one_linear() -> None:
     own = replace(PORTABLE, linears=(linear(desc_act=True),))
     assert levels("vllm", own) == {"activation-order": "error"}

@@ -181,6 +181,8 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
                 sym=config.of_linear(linear.name).sym,
                 desc_act=config.desc_act,
                 split=linear.split,
+                source_name=linear.source_name,
+                interleaved=linear.interleaved,
             )
             for linear in linears
         ),

@@ -1,4 +1,7 @@
-"""Rules about GPTQModel 7.7, which reads everything that it writes, and so nearly all that there is."""
+"""Rules about GPTQModel 7.7, which reads everything that it writes, and so nearly all that there is.
+
+`scripts/interop_models.py` tries them, with release 7.6.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import Case
 
 _GATES = ("in_proj_a", "in_proj_b", "in_proj_ba")
+_EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
+_ANOTHER = "serve it with another reader, or leave the experts dense"
 GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -32,6 +37,26 @@ def gates_stay_dense(case: Case) -> Iterator[Remark]:
     if packed:
         message = "GPTQModel expects these gates dense, and fills packed ones with nothing"
         yield case.remark(message, "leave them dense", packed)
+
+
+@rule("error", topics=("gptqmodel",))
+def defused_experts(case: Case) -> Iterator[Remark]:
+    """GPTQModel cuts fused experts into halves, and calls them gate_proj and up_proj.
+
+    It takes them from files under these names alone (its release 7.6 does not find w1, w2 and w3, as files
+    of Mixtral have them). Where the rows of both alternate, as in gpt-oss, its halves hold rows of both: it
+    reads its own files, but computes something else from the gate_proj and up_proj that others read.
+    """
+    other = {x: leaf(x.source_name or x.name) for x in case.experts}
+    other = {x: name for x, name in other.items() if name not in _EXPERT_LINEARS}
+    if other:
+        called = ", ".join(dict.fromkeys("N" if name.isdecimal() else name for name in other.values()))
+        message = f"experts are called {called} in the files; GPTQModel finds {', '.join(_EXPERT_LINEARS)}"
+        yield case.remark(message, _ANOTHER, tuple(other))
+    mixed = [x for x in case.experts if x.interleaved]
+    if mixed:
+        message = "GPTQModel reads rows of gate and up that alternate as if they followed one another"
+        yield case.remark(message, _ANOTHER, mixed)
 
 
 @rule("warning", topics=("gptqmodel",))
