@@ -96,7 +96,7 @@ CASES: dict[str, Case] = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="MODEL", help=f"all if none is given: {', '.join(CASES)}")
+    parser.add_argument("names", nargs="*", metavar="MODEL", help=f"all if none is given: {'; '.join(CASES)}")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-interop", help="the readers' environment")
     parser.add_argument("--keep", type=Path, help="work here and leave everything")
     parser.add_argument("--client", type=Path, help=argparse.SUPPRESS)
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     names = options.names or list(CASES)
     if unknown := sorted(set(names) - set(CASES)):
-        parser.error(f"unknown: {', '.join(unknown)}; available: {', '.join(CASES)}")
+        parser.error(f"unknown: {', '.join(unknown)}; available: {'; '.join(CASES)}")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     python = environment(options.venv)
     folder = options.keep or Path(tempfile.mkdtemp(prefix="gptq-interop-"))
