@@ -16,8 +16,10 @@ import torch
 import gptq_cli
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.errors import CheckpointError, ConfigError, DeviceMapError, PreflightRefused
-from gptq_cli.events import Event, RunFinished
+from gptq_cli.events import Event, Observer, RunFinished
+from gptq_cli.load_job import LoadJob
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from gptq_cli.results.push import PushConfig
 from tests.e2e.commands import FAST, gptq, write_text
 
 
@@ -54,10 +56,19 @@ def test_quantize_writes_what_the_command_writes(tiny_llama: Path, tmp_path: Pat
 
 def test_every_option_reaches_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs: list[QuantizeJob] = []
-    pretended = SimpleNamespace(quantize=lambda job, observer, **more: jobs.append(job))
+    asked: list[dict[str, Any]] = []
+
+    def quantize(job: QuantizeJob, observer: Observer, **more: Any) -> SimpleNamespace:
+        jobs.append(job)
+        asked.append(more)
+        return SimpleNamespace(proof=None)
+
+    pretended = SimpleNamespace(quantize=quantize)
     monkeypatch.setitem(sys.modules, "gptq_cli.jobs", pretended)
     monkeypatch.setattr(gptq_cli, "jobs", pretended, raising=False)
-    gptq_cli.quantize("M", "O")
+    gptq_cli.quantize("M", "O", against_source=True, push_to_hub="me/m", private=True)
+    assert asked[0]["proof"] == LoadJob(path="O", against="M", device_map=DeviceMap.parse("auto"))
+    assert asked[0]["push"] == PushConfig(repo_id="me/m", private=True)
     gptq_cli.quantize(
         Path("M"), Path("O"), recipe="best", bits=3, group_size="auto", sym=False, sweeps=2, calibration="c4",
         samples=7, seq_len=99, seed=5, batch_size=2, device_map={"model": 0, "lm_head": "cpu"},
