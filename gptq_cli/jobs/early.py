@@ -6,14 +6,10 @@ Each function raises what the job would raise, in the same words; all else is le
 from __future__ import annotations
 
 from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
-from gptq_cli.checkpoint.place import Place
 from gptq_cli.config import InspectJob, ModelRef, QuantizeJob
 from gptq_cli.events import FindingRaised, Observer
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.find import glance_at_model
-from gptq_cli.preflight.early import early_findings
-from gptq_cli.preflight.facts import output_facts
-from gptq_cli.preflight.resolve import refusal
 
 
 def before_quantize(job: QuantizeJob, observer: Observer) -> None:
@@ -22,6 +18,11 @@ def before_quantize(job: QuantizeJob, observer: Observer) -> None:
     Where an ended run left something to put in order, the output is left to the job, which does so.
     """
     files = glance_at_model(job.model)
+    from gptq_cli.checkpoint.place import Place  # not at the top: `gptq load` answers without them
+    from gptq_cli.preflight.early import early_findings
+    from gptq_cli.preflight.facts import output_facts
+    from gptq_cli.preflight.resolve import refusal
+
     unsettled = Place.of(job.out.replace("\0", "?")).is_begun
     place = None if unsettled else output_facts(job.out, files.directory, resume=job.resume)
     report = early_findings(job, files, place)

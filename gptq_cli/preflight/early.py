@@ -86,7 +86,7 @@ def _besides(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
 
 
 def _size_findings(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
-    """Whether groups and codes fit the sizes in config.json. Settings by module are left to the rules."""
+    """Whether groups fit the sizes in config.json. Bits and settings by module are left to the rules."""
     config = job.quantize
     columns = input_columns(files)
     if config.modules or not columns:
@@ -104,23 +104,11 @@ def _size_findings(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
                         subject=f"--group-size {group}",
                         message=f"group size {group} {verb} the input columns "
                         f"{', '.join(named[k] for k in sorted(wrong))}",
-                        hint=quantization.group_size_hint(math.gcd(*named)),
+                        hint=quantization.group_size_hint(
+                            math.gcd(*named, *(shape[-1] for shape in _block_matrices(files)))
+                        ),
                     )
                 )
-    wrong = [size for size in named if size * config.bits % 32]
-    if wrong:
-        multiple = 32 // math.gcd(32, config.bits)
-        fitting = [bits for bits in (8, 4, 2) if all(size * bits % 32 == 0 for size in named)]
-        yield quantization.packing_rows.finding(
-            Remark(
-                subject=f"--bits {config.bits}",
-                message=f"{config.bits}-bit codes fill 32-bit words only where the input columns are a "
-                f"multiple of {multiple}; found {', '.join(named[k] for k in sorted(wrong))}",
-                hint=f"--bits {fitting[0]}"
-                if fitting
-                else "no bit width packs these sizes; leave this model dense",
-            )
-        )
 
 
 def input_columns(files: ModelFiles) -> dict[str, int]:
