@@ -24,7 +24,7 @@ from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
 from gptq_cli.jobs import evaluating, inspecting, loading, quantizing, steps
-from gptq_cli.model import skeleton, source, streamed, weights
+from gptq_cli.model import model_class, skeleton, source, streamed
 from tests.e2e.commands import FAST, gptq, write_text
 
 FACES: dict[str, Callable[[], BaseException]] = {
@@ -40,7 +40,7 @@ BLOCK = "while quantizing block model.layers.0 (1/3) on cpu"
 QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "find": (quantizing, "find_model", OPENING),
     "headers": (source, "read_header", OPENING),
-    "skeleton": (skeleton.AutoModelForCausalLM, "from_config", OPENING),
+    "skeleton": (model_class.AutoModelForCausalLM, "from_config", OPENING),
     "trace": (skeleton, "trace", OPENING),
     "facts": (quantizing, "model_facts", OPENING),
     "tokenizer": (quantizing, "open_tokenizer", TEXT),
@@ -63,7 +63,7 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
 }
 INSPECT: dict[str, tuple[Any, str, str]] = {
     "find": (inspecting, "find_model", OPENING),
-    "skeleton": (skeleton.AutoModelForCausalLM, "from_config", OPENING),
+    "skeleton": (model_class.AutoModelForCausalLM, "from_config", OPENING),
     "plan": (steps, "resolve", "after opening the model"),
     "report": (inspecting, "map_report", "after opening the model"),
     "table": (output, "write_document", "outside of the work"),
@@ -77,7 +77,7 @@ LOAD: dict[str, tuple[Any, str, str]] = {
     "pack": (opening, "read_packed", "while loading the weights"),
     "generate": (evaluating, "generate", "while generating text"),
     "bench": (evaluating, "measure_speed", "while measuring speed"),
-    "dense": (weights.AutoModelForCausalLM, "from_pretrained", "while loading the dense model"),
+    "dense": (model_class.AutoModelForCausalLM, "from_pretrained", "while loading the dense model"),
     "evaluate": (evaluating, "compare", "while evaluating"),
 }
 
