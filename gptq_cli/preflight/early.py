@@ -13,6 +13,7 @@ from typing import Any
 
 from gptq_cli.calibration.text import check_source, too_few_bytes
 from gptq_cli.config import QuantizeJob
+from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.errors import CalibrationError
 from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.model.facts import ModelFacts
@@ -28,6 +29,7 @@ _HIDDEN = ("hidden_size", "n_embd", "d_model")
 _INNER = "intermediate_size"
 _DEPTH = 2
 """How deep to look for the config of the text part: thinker_config has a text_config."""
+_LESS_TEXT = "give a smaller text, or free memory on this machine"
 
 
 def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | None) -> PreflightReport:
@@ -45,7 +47,8 @@ def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | Non
     about_files = [rule for rule in rules_in(model_files) if rule.id in known]
     found = [finding for rule in (*about_files, *output.KNOWN_EARLY) for finding in rule(case)]
     found += _size_findings(job, files)
-    text = _text_findings(job, files)
+    with out_of_memory_told(lambda: "while reading the calibration text", _LESS_TEXT):
+        text = _text_findings(job, files)
     found += text
     if not text and any(finding.level == "error" for finding in found):
         found += _besides(job, files)
