@@ -140,10 +140,14 @@ FIELDS: dict[str, dict[str, Any]] = {
 def types() -> dict[str, str]:
     """Model type -> class name, of everything that generates text beside another tower."""
     found: dict[str, str] = {}
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     for name in MAPPINGS:
         for kind, cls in getattr(modeling_auto, name, {}).items():
             first = cls if isinstance(cls, str) else cls[0]
-            found.setdefault(kind, first)
+            if not (
+                kind in causal and "SEQ" in name
+            ):  # BART and its like: the decoder alone is the language model
+                found.setdefault(kind, first)
     return found
 
 
