@@ -23,8 +23,8 @@ from dataclasses import dataclass, fields
 from gptq_cli.placement.names import fold, leaf, parents
 from gptq_cli.targets.names import fused_names
 
-_WRAPPER = "model"
-"""Readers take it away from the names of towers, or put `language_model.` in front: it stands for nothing."""
+_WRAPPERS = ("model", "language_model", "model.language_model")
+"""Readers take them away from names, or put them in front: they stand for nothing."""
 _NUMBERS_IN_A_PATTERN = 100
 """Longer lists are split: readers, this one too, limit the length of a pattern."""
 
@@ -112,7 +112,7 @@ def _highest(name: str, forbidden: Collection[str], *, whole: bool) -> str:
     """The highest module over `name`, or itself, that is not in `forbidden`; not above the numbers unless
     `whole`."""
     for parent in parents(name):
-        if parent in forbidden or parent == _WRAPPER or not (whole or _has_number(parent)):
+        if parent in forbidden or parent in _WRAPPERS or not (whole or _has_number(parent)):
             break
         name = parent
     return name

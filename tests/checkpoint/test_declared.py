@@ -13,7 +13,6 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_in_block
-from gptq_cli.checkpoint.dynamic import Override
 from gptq_cli.checkpoint.dynamic_rules import parse_dynamic
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.target_facts import target_facts
@@ -138,12 +137,12 @@ def test_blocks_that_optimum_would_not_find(tmp_path: Path, tiny: TinyFactory) -
 
 
 def test_settings_of_single_linears_come_back(hybrid: Skeleton) -> None:
-    downs = {x.name: Override(bits=8) for x in hybrid.linears if x.name.endswith("down_proj")}
+    downs = {x.source_name: {"bits": 8} for x in hybrid.linears if x.name.endswith("down_proj")}
     dynamic = declared_dynamic(hybrid, downs)
     assert dynamic[r"+:(.*\.)?layers\.\d+\.mlp\.down_proj(\..*)?$"] == {"bits": 8}
     rules = parse_dynamic(dynamic, "here")
     for linear in hybrid.linears:
-        assert rules.of(linear.source_name) == (False, {"bits": 8} if linear.name in downs else {})
+        assert rules.of(linear.source_name) == (False, {"bits": 8} if linear.source_name in downs else {})
     assert rules.of("model.visual.blocks.0.mlp.down_proj") == (True, {})
 
 

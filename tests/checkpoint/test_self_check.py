@@ -20,7 +20,8 @@ Breaks = Callable[[pytest.MonkeyPatch], None]
 
 
 def a_pattern_covers_a_quantized_linear(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(writer_module, "dense_patterns", lambda skeleton: (r"model\.layers\.\d+\.mlp(\..*)?$",))
+    covers = {r"-:model\.layers\.\d+\.mlp(\..*)?$": {}}
+    patch.setattr(writer_module, "declared_dynamic", lambda skeleton, changed: covers)
 
 
 def the_config_says_other_bits(patch: pytest.MonkeyPatch) -> None:
@@ -35,8 +36,8 @@ def the_config_says_other_bits(patch: pytest.MonkeyPatch) -> None:
 def the_config_is_another_models(patch: pytest.MonkeyPatch) -> None:
     real = writer_module.checkpoint_config
 
-    def wrong(*args: Any) -> dict[str, Any]:
-        return real(*args) | {"intermediate_size": 96}
+    def wrong(*args: Any, **fields: Any) -> dict[str, Any]:
+        return real(*args, **fields) | {"intermediate_size": 96}
 
     patch.setattr(writer_module, "checkpoint_config", wrong)
 
@@ -100,4 +101,4 @@ def test_the_command_says_that_it_is_a_defect(
     ran = gptq("quantize", tiny_llama, *words)
     assert ran.code == 1
     assert "a defect of gptq" in ran.document["error"]["hint"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".q.gptq", "text.txt"]  # the blocks are kept

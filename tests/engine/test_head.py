@@ -38,6 +38,8 @@ class Run:
         rows, columns = weight_matrix(self.head).shape
         self.work = HeadWork(
             model=model,
+            module=self.head,
+            flow=self.opened.flow,
             blocks=[SimpleNamespace(module=block, device=CPU) for block in self.opened.blocks],  # type: ignore[misc]
             info=LinearInfo(
                 name=next(name for name, module in model.named_modules() if module is self.head),

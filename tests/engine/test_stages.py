@@ -124,7 +124,7 @@ class Gated(nn.Module):
 def found(block: nn.Module, numbers: list[float]) -> list[tuple[str, ...]]:
     x = torch.tensor(numbers)[None, :, None].expand(1, -1, 4)
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    stages = find_stages(block, linears, BlockCall((), {}, None), x)
+    stages = find_stages(block, linears, BlockCall((), {}), x)
     assert not any(stage.once for stage in stages)
     return [stage.linears for stage in stages]
 

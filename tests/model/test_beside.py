@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from gptq_cli.checkpoint.layout import _prefixes, dense_patterns
+from gptq_cli.checkpoint.declared import declared_dynamic
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.architecture import load_config
@@ -109,7 +109,7 @@ def test_dense_parts_and_patterns(name: str, tiny: TinyFactory) -> None:
     skeleton = opened(tiny(name))
     assert sum(item.share for item in skeleton.dense) + skeleton.quantized_share == pytest.approx(1, abs=0.01)
     assert not any(block.startswith(part.name) for part in skeleton.beside for block in skeleton.blocks)
-    patterns = [re.compile(pattern) for pattern in dense_patterns(skeleton)]
+    patterns = [re.compile(key.removeprefix("-:")) for key in declared_dynamic(skeleton)]
     beside = [source for part in skeleton.beside for source in part.sources if source.endswith(".weight")]
     assert beside
     assert all(any(p.match(source.removesuffix(".weight")) for p in patterns) for source in beside)
@@ -148,12 +148,6 @@ def test_layers_that_the_class_leaves_out() -> None:
         ("mtp", LEFT_OUT, 32),
     ]
     assert TOWER not in {part.reason for part in parts}
-
-
-def test_prefixes_cover_all_names_and_none_that_is_avoided() -> None:
-    names = ["model.visual.a.weight", "model.visual.b.weight", "mtp.fc.weight", "model.layers.9.up.weight"]
-    avoided = ["model.layers.0.up", "model.layers.10.up", "model.language.q"]
-    assert list(_prefixes(names, avoided)) == ["model.visual", "model.layers.9", "mtp"]
 
 
 def _vision_text(kind: str, **more: Any) -> Callable[[], Any]:

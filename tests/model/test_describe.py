@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gptq_cli.model.describe import stage_numbers
+from gptq_cli.model.flow import Flow
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.trace import Trace
 
@@ -32,6 +33,7 @@ def traced(*, problem: str = "") -> Trace:
         stages=(("layers.0.q", "layers.0.k", "layers.0.router"),),
         idle=frozenset(x.name for x in LINEARS[2:]),
         read_not_called=frozenset(),
+        flow=Flow(shapes={}),
         problem=problem,
     )
 
