@@ -183,9 +183,12 @@ def _fused_again(
     for kind, dims in (("weight", 3), ("bias", 2)):
         roles = sorted({role for _, role, found in experts if found == kind})
         stacks = [torch.stack([experts[expert, role, kind] for expert in range(count)]) for role in roles]
-        above = f"{owner.rpartition('.')[0]}."  # the files may call the module of the experts otherwise
-        for name, original in originals.items():
-            if stacks and name.startswith(above) and original.ndim == dims and len(original) == count:
+        inside = [name for name in originals if name.startswith(f"{owner}.")]
+        if not inside:  # the files call the module of the experts otherwise
+            inside = [name for name in originals if name.startswith(f"{owner.rpartition('.')[0]}.")]
+        for name in inside if stacks else ():
+            original = originals[name]
+            if original.ndim == dims and len(original) == count and ("bias" in name) == (kind == "bias"):
                 result[name] = _laid_out_as(original, stacks, bias=kind == "bias")
     return result
 

@@ -43,7 +43,7 @@ from gptq_cli.jobs.pushing import check_push, uploaded
 from gptq_cli.jobs.resuming import Found, continuing, find_work
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.steps import announce, passes_words, placed, watched
-from gptq_cli.jobs.watching import Watcher, watching
+from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.facts import ModelFacts
@@ -89,7 +89,7 @@ def quantize(
     asked = _Asked(job, card, proof, push, time.perf_counter())
     with watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
-        with continuing(job), claimed(job, tally) as claim:
+        with continuing(job), out_of_memory_while(watcher, "quantize"), claimed(job, tally) as claim:
             report, skeleton, own_card = _quantize(asked, claim, watcher, tally)
         if proof is not None:
             report = prove(report, proof, skeleton, own_card, watcher)

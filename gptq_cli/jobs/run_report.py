@@ -99,13 +99,13 @@ def summarize(
 ) -> RunReport:
     """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
     g_idx."""
-    config = job.quantize
+    config, starts = job.quantize, kept.starts  # the last one goes on
     weights = sum(info.in_features * info.out_features for info in skeleton.packed)
     linears = [linear for block in blocks for linear in block.linears] + ([head] if head else [])
     block_seconds = sum(block.seconds for block in blocks)
     peaks = dict(tally.peak_bytes)
     for device, peak in (entry for block in blocks for entry in block.peak_bytes):
-        if len(kept.starts) > 1:  # those of earlier starts are known from their blocks
+        if len(starts) > 1:  # those of earlier starts are known from their blocks
             peaks[device] = max(peak, peaks.get(device, 0))
     return RunReport(
         model=skeleton.files.source,
@@ -139,8 +139,8 @@ def summarize(
         fallbacks=sum(linear.method != "gptq" for linear in linears),
         experts=ExpertsReport.of(linears),
         warnings=kept.all_warnings,
-        seconds=sum(start.seconds for start in kept.starts),
-        starts=kept.starts,
+        seconds=sum(start.seconds for start in starts),
+        starts=starts,
         snapshot_bytes=kept.snapshot_bytes,
         phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds), *kept.phase_seconds),
         versions=versions(),

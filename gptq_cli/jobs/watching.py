@@ -92,6 +92,11 @@ def out_of_memory_in(command: Command, doing: str) -> AbstractContextManager[Non
     return out_of_memory_told(lambda: doing, _LESS_MEMORY[command])
 
 
+def out_of_memory_while(watcher: Watcher, command: Command) -> AbstractContextManager[None]:
+    """What raises `OutOfDeviceMemory` for a part of what is watched, for those who add to its hint."""
+    return out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command])
+
+
 @contextmanager
 def watching(command: Command, observer: Observer) -> Iterator[Watcher]:
     """Yield the observer for the steps of `command`. Raises `OutOfDeviceMemory`, exit code 4."""

@@ -130,7 +130,7 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("readers-lost", "smol", "--group-size 16"),
 )
 OUTPUTS = ("output-is-model", "output-exists")
-BY_HAND = ("bfloat16-support", "work-required", "work-of-another-job")
+BY_HAND = ("bfloat16-support", "work-required", "work-of-another-job", "module-pattern")
 """Speak of cards that `--devices` cannot describe, and of unfinished work (tests/e2e/test_resume.py)."""
 PROSE = set(RULES) - {rule for rule, _, _ in CASES} - {*OUTPUTS, *BY_HAND}
 """Rules whose hints are advice and no options."""

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from gptq_cli import load as load_model
 from gptq_cli.checkpoint.open import open_checkpoint
-from gptq_cli.config import ModelRef
+from gptq_cli.config import ModelRef, QuantizeConfig
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.model.blocks import assign
+from gptq_cli.model.expert_linears import unfuse
+from gptq_cli.model.experts import find_experts
 from gptq_cli.model.find import find_model
+from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, gptq, write_text
@@ -60,7 +63,7 @@ def quantized(source: Path, out: Path, text: Path, *more: object) -> Any:
 
 def skeleton_of(path: Path) -> Skeleton:
     ref = ModelRef(model=str(path))
-    return open_skeleton(find_model(ref), ref)
+    return select_linears(open_skeleton(find_model(ref), ref), QuantizeConfig(group_size=16))
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +82,7 @@ def test_the_decoder_is_quantized_and_the_rest_is_kept(name: str, tiny: TinyFact
 
     packed = {linear.source_name for linear in skeleton.linears}
     assert {name.removesuffix(".qweight") for name in after if name.endswith(".qweight")} == packed
-    dense = {name for name in before if name.removesuffix(".weight") not in packed}
+    dense = before.keys() - {linear.source_key for linear in skeleton.linears}
     assert dense == {name for name in after if name.rpartition(".")[2] not in PARTS}
     assert all(before[key].dtype == after[key].dtype for key in dense)
     assert all(torch.equal(before[key], after[key]) for key in dense)
@@ -117,7 +120,8 @@ def text_part(name: str, model: Any) -> Any:
 def dequantize_into(model: Any, out: Path) -> None:
     """Put the values that the codes of a checkpoint stand for into a dense model."""
     checkpoint, tensors = open_checkpoint(out), tensors_of(out)
-    for info in checkpoint.linears:
+    unfuse(model, find_experts(model, checkpoint.blocks).experts)
+    for info in (*checkpoint.linears, *checkpoint.experts):
         parts = {part: tensors[f"{info.source_name}.{part}"] for part in PARTS}
         sizes = (info.in_features, info.out_features)
         codes, zeros = unpack(PackedTensors(**parts), 4, checkpoint.checkpoint_format, *sizes)

@@ -247,7 +247,8 @@ def test_what_cannot_be_solved_is_named() -> None:
 def report_of(name: str, tokens: int, *, routed: bool = True) -> LinearReport:
     return LinearReport(
         name=name, in_features=K, out_features=8, bits=4, group_size=32, loss=0.1, rtn_loss=0.2,
-        damp_percent=0.05, attempts=1, method="gptq", tokens=tokens, routed=routed, pooled=K / (K + tokens), seconds=0.1,
+        damp_percent=0.05, attempts=1, method="gptq", tokens=tokens, routed=routed,
+        pooled=K / (K + tokens), seconds=0.1,
     )  # fmt: skip
 
 
