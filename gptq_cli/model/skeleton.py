@@ -192,7 +192,7 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         tied=tied,
         beside=beside,
         parameters=parameters,
-        problems=(*files.problems, *_mismatches(model, files, keys)),
+        problems=(*files.problems, *(() if already else _mismatches(model, files, keys))),
         kept=kept,
     )
 
