@@ -256,7 +256,7 @@ def _read_values(checkpoint: QuantizedCheckpoint, reader: StreamedReader, on_ten
         if tensor.name in packed_names:
             continue
         values = reader.get(tensor.name)
-        if values.is_floating_point() and values.element_size() > 1 and not _finite(values):
+        if values.is_floating_point() and values.element_size() > 1 and not _sound(values):
             not_finite.append(tensor.name)
         done += 1
         on_tensor(done, total)
@@ -270,6 +270,11 @@ def _untied(checkpoint: QuantizedCheckpoint, reader: StreamedReader) -> Iterator
         for other in held[1:]:
             if not torch.equal(reader.get(held[0]), reader.get(other)):
                 yield other, held[0]
+
+
+def _sound(values: Tensor) -> bool:
+    """Finite; or one infinite value alone, which is a bound that bounds nothing, as of Gemma 4's clamps."""
+    return _finite(values) or (values.numel() == 1 and not bool(values.isnan().any()))
 
 
 def _finite(values: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.target_facts import target_facts
-from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
+from gptq_cli.checkpoint.verify import _sound, check_targets, verify_checkpoint
 from gptq_cli.findings import Finding
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.readers import Target
@@ -342,3 +342,11 @@ def test_a_quantized_head_is_declared_and_of_its_own(tiny: TinyFactory, tmp_path
         finding = found(verify_checkpoint(path), "head-agrees")
         assert (finding.level, finding.subject) == ("warning", "lm_head")
         assert words in finding.message
+
+
+@pytest.mark.parametrize(
+    ("values", "sound"),
+    [([float("inf")], True), ([float("-inf")], True), ([float("nan")], False), ([1.0, float("inf")], False)],
+)
+def test_one_infinite_value_alone_is_a_bound(values: list[float], sound: bool) -> None:
+    assert _sound(torch.tensor(values)) == sound
