@@ -57,7 +57,8 @@ class Outcome:
     kind: str
     recipe: str
     status: str = ""
-    """"right", "refused" or "not built"; else "crash", or what `Examination.problem` says."""
+    """"right", "refused", "not built", or "not compared" where the second reading cannot put experts back into the
+    source's tensors; else "crash", or what `Examination.problem` says."""
     note: str = ""
     share: float | None = None
     logits: float | None = None
@@ -69,8 +70,8 @@ class Outcome:
 
     @property
     def bad(self) -> bool:
-        """Neither right, nor refused, nor beyond the generator of tiny models."""
-        return self.status not in ("right", "refused", "not built")
+        """Neither right, nor refused, nor beyond the generator of tiny models or the second reading."""
+        return self.status not in ("right", "refused", "not built", "not compared")
 
 
 def main() -> int:
@@ -129,6 +130,8 @@ def _try_kind(kind: str, recipes: Sequence[str], folder: Path, show: bool) -> It
             outcome.status, outcome.note = "refused", str(error).replace("\n", "; ")[:400]
         except GptqError as error:
             outcome.status, outcome.note = "crash", f"{type(error).__name__}: {error.message}"[:400]
+        except AssertionError as error:  # of the second reading
+            outcome.status, outcome.note = "not compared", _first_line(error)
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             outcome.status = "crash"
