@@ -57,8 +57,8 @@ class Outcome:
     kind: str
     recipe: str
     status: str = ""
-    """"right", "refused", "not built", or "not compared" where the second reading cannot put experts back into the
-    source's tensors; else "crash", or what `Examination.problem` says."""
+    """"right", "refused", "not built", or "not compared" where the second reading cannot put experts back
+    into the source's tensors; else "crash", or what `Examination.problem` says."""
     note: str = ""
     share: float | None = None
     logits: float | None = None
