@@ -29,6 +29,7 @@ from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
 from gptq_cli.engine.finite import non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
+from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.residuals import find_residuals
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
@@ -350,23 +351,15 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
         check_fallback(context.options, info, quantized, tokens)
         assign(module, quantized.dequantize(weight_matrix(module).dtype))
         context.options.store(info, pack(quantized, own.bits, config.checkpoint_format))
-        report = LinearReport(
-            name=info.name,
-            in_features=info.in_features,
-            out_features=info.out_features,
-            bits=own.bits,
-            group_size=own.group_columns,
-            loss=quantized.loss,
-            rtn_loss=quantized.rtn_loss,
-            damp_percent=quantized.damp_percent,
-            attempts=quantized.attempts,
-            method=quantized.method,
-            alpha=step.alpha,
-            target_damp_percent=step.damp_percent,
+        report = linear_report(
+            info,
+            own,
+            quantized,
             tokens=tokens,
+            seconds=seconds,
+            step=step,
             routed=routed,
             pooled=solved.pooled,
-            seconds=seconds,
         )
         context.options.observer(LinearQuantized(context.block.name, report))
         yield report

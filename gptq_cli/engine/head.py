@@ -26,6 +26,7 @@ from gptq_cli.engine.block import Block, WorkOptions, check_fallback
 from gptq_cli.engine.calls import taken
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
 from gptq_cli.engine.finite import non_finite_error
+from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
 from gptq_cli.gptq.hessian import Hessian
@@ -85,20 +86,7 @@ def quantize_head(
     check_fallback(options, info, quantized, tokens)
     options.store(info, packed)
     own = options.config.of_linear(info.name)
-    report = LinearReport(
-        name=info.name,
-        in_features=info.in_features,
-        out_features=info.out_features,
-        bits=own.bits,
-        group_size=own.group_columns,
-        loss=quantized.loss,
-        rtn_loss=quantized.rtn_loss,
-        damp_percent=quantized.damp_percent,
-        attempts=quantized.attempts,
-        method=quantized.method,
-        tokens=tokens,
-        seconds=time.perf_counter() - started,
-    )
+    report = linear_report(info, own, quantized, tokens=tokens, seconds=time.perf_counter() - started)
     options.observer(LinearQuantized("", report))
     return report
 
