@@ -29,75 +29,47 @@ from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, moved, taken
 from gptq_cli.engine.capture import (
     PROBE_TOKENS,
     BlockInputs,
-    StopForward,
     paired_batches,
     replaced_forward,
 )
+from gptq_cli.engine.pausing_forward import PausingForward
 from gptq_cli.errors import GptqError
 from gptq_cli.model.flow import Carrier, Flow, find_carrier
 
 
-class ModelForward(threading.Thread):
-    """One micro-batch's forward of the model, which waits at each block. The engine's thread and this one
-    never run at the same time."""
+class ModelForward(PausingForward):
+    """One micro-batch's forward of the model, which pauses at each block."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
-        super().__init__(daemon=True, name="gptq-model")
+        super().__init__("gptq-model")
         self._model, self._ids = model, ids
         self.tokens = ids.shape[1]
         self.pending: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
         """Where it waits already, until that is asked for."""
-        self._go, self._yielded = threading.Semaphore(0), threading.Semaphore(0)
         self._arrived: tuple[int, tuple[Any, ...], dict[str, Any]] | None = None
         self._result: Any = None
-        self._error: BaseException | None = None
-        self._cancelled = False
 
     def advance(self, result: Any = None) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
         """Let the forward run to its next block, with the `result` of the one that it waits at: the number
         of the next block and its arguments. Raises `GptqError` where there is none."""
         self._result = result
-        if self.ident is None:
-            self.start()
-        self._go.release()
-        self._yielded.acquire()
-        if self._error is not None:
-            raise self._error
+        self.resume()
         arrived, self._arrived = self._arrived, None
         if arrived is None:
             raise GptqError("the model's forward never called its last block", hint=UNSUPPORTED)
         return arrived
 
-    def cancel(self) -> None:
-        """End the forward where it waits; its memory is free when this returns."""
-        if self.ident is not None and self.is_alive():
-            self._cancelled = True
-            self._go.release()
-            self.join()
-
     def wait_at(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Called in this thread in place of block `index`; returns what the engine gives back."""
         self._arrived = (index, args, kwargs)
         del args, kwargs
-        self._yielded.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise StopForward
+        self.pause()
         result, self._result = self._result, None
         return result
 
-    def run(self) -> None:
-        """The forward."""
-        self._go.acquire()
-        try:
-            if not self._cancelled:
-                with working_on(self._ids.device), torch.no_grad():
-                    self._model(input_ids=self._ids, use_cache=False)
-        except StopForward:
-            pass
-        except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
-            self._error = error
-        self._yielded.release()
+    def forward(self) -> None:
+        with working_on(self._ids.device), torch.no_grad():
+            self._model(input_ids=self._ids, use_cache=False)
 
 
 class Driven:

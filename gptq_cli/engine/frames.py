@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.engine.calls import BlockCall
-from gptq_cli.engine.capture import StopForward
+from gptq_cli.engine.pausing_forward import PausingForward
 from gptq_cli.engine.residuals import BLOCK_INPUT
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
@@ -106,13 +106,13 @@ def sharing_error(leader: str, name: str) -> GptqError:
     )
 
 
-class Frame(threading.Thread):
-    """One micro-batch's forward. The engine's thread and this one never run at the same time."""
+class Frame(PausingForward):
+    """One micro-batch's forward of a block, which parks where a stage begins."""
 
     def __init__(
         self, block: nn.Module, call: BlockCall, hidden: list[Tensor], *, keeps_input: bool = False
     ) -> None:
-        super().__init__(daemon=True, name="gptq-forward")
+        super().__init__("gptq-forward")
         self.parked_at: str | None = None
         self.sharing = Sharing()
         self.beside: dict[str, Tensor] = {}
@@ -121,23 +121,14 @@ class Frame(threading.Thread):
         self._block = block
         self._call = call
         self._hidden: list[Tensor] = hidden
-        self._go = threading.Semaphore(0)
-        self._yielded = threading.Semaphore(0)
         self._input: Tensor | None = None
         self._output: Any = None
-        self._error: BaseException | None = None
-        self._cancelled = False
 
     # -- the engine's side
 
     def advance(self) -> Tensor | None:
         """Let the forward run to its next park; that stage's input, or None when it came to its end."""
-        if self.ident is None:
-            self.start()
-        self._go.release()
-        self._yielded.acquire()
-        if self._error is not None:
-            raise self._error
+        self.resume()
         x, self._input = self._input, None
         return x
 
@@ -148,31 +139,18 @@ class Frame(threading.Thread):
             raise GptqError("a forward ended without an output")
         return output
 
-    def cancel(self) -> None:
-        """End the forward where it is parked; its memory is free when this returns."""
-        if self.ident is not None and self.is_alive():
-            self._cancelled = True
-            self._go.release()
-            self.join()
-
     # -- the forward's side
 
-    def run(self) -> None:
-        self._go.acquire()
+    def forward(self) -> None:
         try:
-            if not self._cancelled:
-                entering = self._hidden.pop(0)
-                if self._keeps_input:
-                    self.beside[BLOCK_INPUT] = entering
-                with working_on(entering.device), torch.no_grad():
-                    self._output = self._call(self._block, entering)
-                self.sharing.end()
-        except StopForward:
-            self._output = None
-        except BaseException as error:  # noqa: BLE001 - carried to the engine's thread, raised there
-            self._error = error
-        self.parked_at = None
-        self._yielded.release()
+            entering = self._hidden.pop(0)
+            if self._keeps_input:
+                self.beside[BLOCK_INPUT] = entering
+            with working_on(entering.device), torch.no_grad():
+                self._output = self._call(self._block, entering)
+            self.sharing.end()
+        finally:
+            self.parked_at = None
 
     def park(self, stage: Stage, x: Tensor) -> None:
         """Hand `x` to the engine and wait until the stage is quantized."""
@@ -180,7 +158,4 @@ class Frame(threading.Thread):
         self._input = x
         self.sharing.lead(stage, x)
         del x
-        self._yielded.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise StopForward
+        self.pause()
