@@ -61,6 +61,7 @@ class _Watch:
         self._until = time.thread_time() + CPU_SECONDS
         self._max_bytes = self._process.memory_info().rss + GROWTH_BYTES
         self._lines = 0
+        self._stopped = False
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> _Watch | None:
         self._lines += 1
@@ -69,10 +70,14 @@ class _Watch:
         return self if frame.f_code.co_filename == "<template>" else None
 
     def read(self) -> None:
-        """Raise `_Stop` where a bound is exceeded."""
+        """Raise `_Stop` where a bound is exceeded; once, because the code that handles it is traced too."""
+        if self._stopped:
+            return
         if time.thread_time() > self._until:
+            self._stopped = True
             raise _Stop(f"it runs for more than {CPU_SECONDS:g} s")
         if self._process.memory_info().rss > self._max_bytes:
+            self._stopped = True
             raise _Stop(f"it takes more than {GROWTH_BYTES >> 20} MiB of memory")
 
     def check(self, size: int) -> None:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from gptq_cli.calibration import open_tokenizer
+from gptq_cli.calibration import chat, open_tokenizer
 from gptq_cli.calibration.chat import CPU_SECONDS, SIZE, chat_text
 from gptq_cli.errors import ModelError
 
@@ -115,6 +115,23 @@ def test_it_ends(template: str, tokenizer: Any) -> None:
         chat_text(tokenizer, MESSAGES)
     assert "template" in str(caught.value.hint)
     assert psutil.Process().memory_info().rss - before < 1 << 30
+
+
+def test_what_handles_a_stop_is_not_stopped_itself(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is seen after a large value, outside the trace function, which therefore stays set."""
+    monkeypatch.setattr(chat, "_LINES", 1 << 60)
+    seconds = iter([0.0])
+
+    def clock() -> float:
+        now = next(seconds, 9.0)
+        if now > 0:
+            monkeypatch.setattr(chat, "_LINES", 1)
+        return now
+
+    monkeypatch.setattr(chat.time, "thread_time", clock)
+    tokenizer.chat_template = "{{ 'x' * 200000 }}"
+    with pytest.raises(ModelError, match="the chat template was stopped: it runs for more than 1 s"):
+        chat_text(tokenizer, MESSAGES)
 
 
 def test_it_ends_on_another_thread_and_leaves_no_trace_function(tokenizer: Any) -> None:
