@@ -69,8 +69,9 @@ def quantize(
         report = gptq_cli.quantize("MODEL", out="DIR", bits=4, samples=256, device_map={"": "cpu"})
 
     `options`: the fields of `QuantizeConfig` (`bits`, `group_size`, `sym`, `desc_act`, …), which win over
-    `recipe`, and of `CalibrationConfig` with `calibration` for its `source` (`samples`, `seq_len`, `seed`,
-    `batch_size`); None means "not given". `device_map`: every form of `--device-map`, a mapping of names to
+    `recipe`, and of `CalibrationConfig` (`samples`, `seq_len`, `seed`, `batch_size`), with `calibration` for
+    its sources: a text or a path, or several with weights, as in `["chat.jsonl:messages*0.5", "pydoc*0.5"]`;
+    None means "not given". `device_map`: every form of `--device-map`, a mapping of names to
     devices, or one device, as text, number or `torch.device`. `max_memory`: text, or a mapping of devices to
     sizes. `targets`: readers that must take the result, on `tp` GPUs. `resume`: what to do about unfinished
     work of an interrupted run beside `out`: "auto" goes on with it, "never" removes it, "required" starts
@@ -92,7 +93,7 @@ def quantize(
         ),
         out=os.fspath(out),
         quantize=QuantizeConfig.of(recipe, **config),
-        calibration=CalibrationConfig(**calibration),
+        calibration=CalibrationConfig.of(**calibration),
         device_map=DeviceMap.parse(device_map),
         max_memory=None if max_memory is None else MaxMemory.parse(max_memory),
         max_shard_bytes=parse_shard_size(max_shard_size),
@@ -162,11 +163,7 @@ def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     given = {name: value for name, value in options.items() if value is not None}
     return (
         {name: value for name, value in given.items() if name in codes},
-        {
-            text[name]: os.fspath(value) if text[name] == "source" else value
-            for name, value in given.items()
-            if name in text
-        },
+        {text[name]: value for name, value in given.items() if name in text},
     )
 
 

@@ -24,6 +24,7 @@ from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.readers import Target, parse_targets
+from gptq_cli.text_sources import TextSource, check_sources, parse_sources, shares
 
 ActOrder = Literal["none", "static"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
@@ -256,10 +257,10 @@ RECIPE_FIELDS = frozenset(name for overrides in RECIPES.values() for name in ove
 class CalibrationConfig:
     """Which text the Hessians are made of."""
 
-    source: str = option(
-        "pydoc",
+    sources: tuple[TextSource, ...] = option(
+        (TextSource("pydoc"),),
         "pydoc (offline), a text, JSONL or parquet file, - for stdin, wikitext2, c4, or a Hub data set "
-        "id:config:split:column.",
+        "id:config:split:column; several with weights: FILE*0.7, pydoc*0.3. Repeatable; default: pydoc.",
         name="calibration",
         metavar="SOURCE",
     )
@@ -269,14 +270,32 @@ class CalibrationConfig:
     """Of a local generator; the global ones are left alone."""
     batch_size: int | None = option(None, "Windows per forward; default: 2048 tokens' worth.")
 
+    @classmethod
+    def of(cls, sources: object = None, **given: Any) -> CalibrationConfig:
+        """The configuration with these sources, as a person gives them (`text_sources.parse_sources`).
+
+        A value of None means "not given". Raises `ConfigError`.
+        """
+        own = {name: value for name, value in given.items() if value is not None}
+        return cls(**own) if sources is None else cls(sources=parse_sources(sources), **own)
+
     def __post_init__(self) -> None:
-        if not self.source:
-            raise ConfigError("calibration is empty; allowed: pydoc, a file, '-', or a Hub data set")
-        check_int("samples", self.samples, 1)
+        check_sources(self.sources)
+        many = len(self.sources)
+        check_int("samples", self.samples, many, "one window for each source" if many > 1 else None)
         check_int("seq_len", self.seq_len, 2)
         check_int("seed", self.seed, 0, maximum=INT64)
         if self.batch_size is not None:
             check_int("batch_size", self.batch_size, 1)
+
+    @property
+    def words(self) -> str:
+        """The sources as they are given: `chat.jsonl:messages*0.5, pydoc*0.5`."""
+        return ", ".join(map(str, self.sources))
+
+    def windows_by_source(self) -> tuple[int, ...]:
+        """How many of the samples come from each source."""
+        return shares([source.weight for source in self.sources], self.samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

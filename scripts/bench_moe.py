@@ -179,7 +179,7 @@ def rows_of(
                 model=ModelRef(model=str(model)),
                 out=f"{folder}/out",
                 quantize=config,
-                calibration=CalibrationConfig(source="pydoc", samples=text[0], seq_len=text[1]),
+                calibration=CalibrationConfig(samples=text[0], seq_len=text[1]),
             )
             started = time.process_time()
             report = jobs.quantize(job)

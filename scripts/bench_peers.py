@@ -223,7 +223,7 @@ def token_ids(options: argparse.Namespace, model: Path, calibration: str, held_o
     from gptq_cli.config import CalibrationConfig
 
     tokenizer = open_tokenizer(model)
-    wanted = CalibrationConfig(source=calibration, samples=options.samples, seq_len=options.seq_len)
+    wanted = CalibrationConfig.of(calibration, samples=options.samples, seq_len=options.seq_len)
     windows = evaluation_windows(tokenizer, held_out, options.eval_seq_len, options.windows)
     return {
         "ids": make_batches(tokenizer, wanted).input_ids.tolist(),

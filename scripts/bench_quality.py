@@ -203,7 +203,7 @@ def bench(
 
     evaluator = Evaluator(model, texts[1], options)
     rows = [{"row": "round to nearest", "cpu_seconds": 0.0, **evaluator.nearest(setting)}]
-    calibration = CalibrationConfig(source=texts[0], samples=options.samples, seq_len=options.seq_len)
+    calibration = CalibrationConfig.of(texts[0], samples=options.samples, seq_len=options.seq_len)
     for row, changed in setting.rows.items():
         with tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
             job = QuantizeJob(

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "placement",
         "readers",
         "module_settings",
+        "text_sources",
         "config",
         "load_job",
         "results",

@@ -53,7 +53,7 @@ def test_the_standard_preset_is_the_default() -> None:
     ]  # fmt: skip
     text = CalibrationConfig()
     assert (values["calibration"], values["samples"], values["seq_len"]) == (
-        text.source,
+        [text.words],
         text.samples,
         text.seq_len,
     )

@@ -8,6 +8,9 @@ every seed, and different seeds take different windows. Evaluation takes the fir
 Where the tokenizer puts a begin-of-text token before every text, every window begins with it too, as one of
 its tokens: models trained with one (Llama, Gemma) behave differently without it.
 
+Several sources are cut and drawn each by itself, their windows mixed by their shares of the samples
+(`gptq_cli.text_sources`).
+
 A text is read only as far as needed: about `POOL` times the tokens required. The row then ends where a piece
 ended, which depends only on the text, the tokenizer and the size of the request.
 """
@@ -15,7 +18,7 @@ ended, which depends only on the text, the tokenizer and the size of the request
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +35,8 @@ from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.model.source_files import has_tokenizer
+from gptq_cli.results.run import TextShare
+from gptq_cli.text_sources import TextSource, interleaved
 from gptq_cli.wording import first_line
 
 POOL = 8
@@ -46,8 +51,8 @@ class TokenBatches:
 
     input_ids: Tensor
     """(samples, seq_len) int64, on the CPU."""
-    source: str
-    """The source's name in reports: `pydoc (Python 3.11.7)`."""
+    shares: tuple[TextShare, ...]
+    """The sources and what was taken of each, in the order in which they were given."""
     sha256: str
     """Hex digest of `input_ids` as little-endian int64, row by row."""
     seed: int | None
@@ -58,6 +63,13 @@ class TokenBatches:
     """Windows that the tokens fill; `samples` of them were taken."""
     read_to_end: bool
     """True when the text was read to its end."""
+
+    @property
+    def source(self) -> str:
+        """Name in reports: `pydoc (Python 3.11.7)`; of several with their windows."""
+        if len(self.shares) == 1:
+            return self.shares[0].source
+        return ", ".join(f"{share.samples} of {share.source}" for share in self.shares)
 
     @property
     def samples(self) -> int:
@@ -110,19 +122,52 @@ def make_batches(
     vocab_size: int | None = None,
     stdin: BinaryIO | None = None,
 ) -> TokenBatches:
-    """Cut `config.source` into `config.samples` windows of `config.seq_len` tokens.
+    """Cut the sources of `config` into `config.samples` windows of `config.seq_len` tokens.
 
     `vocab_size` is the number of rows of the model's embedding, to detect another model's tokenizer.
-    The same text, tokenizer and config give the same ids on every machine. Raises `CalibrationError`.
+    The same text, tokenizer and config give the same ids on every machine. Raises `CalibrationError`, whose
+    message names the source.
     """
-    documents = read_documents(config.source, render=_renderer(tokenizer), stdin=stdin)
-    row = _tokenize(tokenizer, documents, POOL * config.samples * config.seq_len)
+    parts = [
+        _drawn(tokenizer, source, samples, config, vocab_size, stdin)
+        for source, samples in zip(config.sources, config.windows_by_source(), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else _mixed(parts, config.seed)
+
+
+def _drawn(
+    tokenizer: Any,
+    source: TextSource,
+    samples: int,
+    config: CalibrationConfig,
+    vocab_size: int | None,
+    stdin: BinaryIO | None,
+) -> TokenBatches:
+    """`samples` windows of one source."""
+    documents = read_documents(source.name, render=_renderer(tokenizer), stdin=stdin)
+    row = _tokenize(tokenizer, documents, POOL * samples * config.seq_len)
     windows = _cut_windows(tokenizer, row.ids, config.seq_len)
-    if windows.shape[0] < config.samples:
-        raise _too_little(documents.label, row.ids.numel(), windows.shape[0], config)
+    if windows.shape[0] < samples:
+        raise _too_little(documents.label, row.ids.numel(), windows.shape[0], samples, config)
     generator = torch.Generator().manual_seed(config.seed)
-    drawn = _one_of_each_stretch(windows.shape[0], config.samples, generator)
-    return _batches(windows[drawn], documents.label, row, windows.shape[0], config.seed, vocab_size)
+    drawn = _one_of_each_stretch(windows.shape[0], samples, generator)
+    label = documents.label
+    return _batches(windows[drawn], label, row, windows.shape[0], config.seed, vocab_size, source.weight)
+
+
+def _mixed(parts: Sequence[TokenBatches], seed: int) -> TokenBatches:
+    """The windows of several sources, in an order in which every stretch holds them by their shares."""
+    order = interleaved([part.samples for part in parts])
+    ids = torch.stack([parts[source].input_ids[index] for source, index in order])
+    return TokenBatches(
+        input_ids=ids,
+        shares=tuple(share for part in parts for share in part.shares),
+        sha256=_digest(ids),
+        seed=seed,
+        tokens_available=sum(part.tokens_available for part in parts),
+        windows_available=sum(part.windows_available for part in parts),
+        read_to_end=all(part.read_to_end for part in parts),
+    )
 
 
 def evaluation_windows(
@@ -230,7 +275,13 @@ def _one_of_each_stretch(windows: int, samples: int, generator: torch.Generator)
 
 
 def _batches(
-    ids: Tensor, label: str, row: _TokenRow, available: int, seed: int | None, vocab_size: int | None
+    ids: Tensor,
+    label: str,
+    row: _TokenRow,
+    available: int,
+    seed: int | None,
+    vocab_size: int | None,
+    weight: float = 1.0,
 ) -> TokenBatches:
     largest = int(ids.max())
     if vocab_size is not None and largest >= vocab_size:
@@ -238,11 +289,11 @@ def _batches(
             f"the tokenizer makes token {largest}, but the model's embedding has {vocab_size} rows",
             hint="the tokenizer belongs to another model; copy the model's own tokenizer files beside it",
         )
-    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+    share = TextShare(source=label, weight=weight, samples=ids.shape[0], tokens=ids.numel())
     return TokenBatches(
         input_ids=ids,
-        source=label,
-        sha256=digest,
+        shares=(share,),
+        sha256=_digest(ids),
         seed=seed,
         tokens_available=row.ids.numel(),
         windows_available=available,
@@ -250,19 +301,26 @@ def _batches(
     )
 
 
-def _too_little(label: str, tokens: int, windows: int, config: CalibrationConfig) -> CalibrationError:
+def _digest(ids: Tensor) -> str:
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def _too_little(
+    label: str, tokens: int, windows: int, samples: int, config: CalibrationConfig
+) -> CalibrationError:
     """The error with the number of windows there are, and settings that would work."""
+    many = len(config.sources) > 1
     ways = []
-    if windows:
+    if windows and not many:
         ways.append(f"--samples {windows} --seq-len {config.seq_len}")
-    shorter = 1 << (tokens // config.samples).bit_length() >> 1  # the power of two below
+    if windows and many:
+        ways.append(f"a smaller weight for it, or --samples {max(1, config.samples * windows // samples)}")
+    shorter = 1 << (tokens // samples).bit_length() >> 1  # the power of two below
     if shorter >= MIN_WINDOW:
         ways.append(f"--samples {config.samples} --seq-len {shorter}")
-    ways.append(
-        "a longer text" if config.source.startswith("pydoc") else "a longer text (--calibration pydoc)"
-    )
+    ways.append("a longer text" if label.startswith("pydoc") else "a longer text (--calibration pydoc)")
     return CalibrationError(
         f"{label} holds {windows} windows of {config.seq_len} tokens ({tokens} tokens); "
-        f"{config.samples} windows are required",
+        f"{samples} windows are required",
         hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

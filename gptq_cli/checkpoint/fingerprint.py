@@ -30,7 +30,7 @@ FREE = frozenset(
         "model.revision",
         "model.dtype",  # "auto" is compared as what it stands for
         "out",
-        "calibration.source",  # the tokens themselves are compared
+        "calibration.sources",  # the tokens themselves are compared
         "calibration.seed",
         "calibration.batch_size",
         "device_map",

@@ -17,14 +17,14 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gptq_cli.cli import completion
-from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, option
+from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, lines_of_variable, option
 from gptq_cli.config import RECIPE_FIELDS, CalibrationConfig, QuantizeConfig
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _COMPLETED = {
     "bits": completion.bits,
     "group_size": completion.group_sizes,
-    "source": completion.texts,
+    "sources": completion.texts,
 }
 """Fields whose values a shell can complete."""
 _METAVARS: dict[Any, str] = {bool: "", int: "N", float: "X"}
@@ -45,6 +45,8 @@ class ConfigFields:
             if item.name not in self.names:
                 continue
             kind, default, text = _typed(kinds[item.name]), item.default, item.metadata["help"]
+            if kind == list[str] | None:
+                default = None
             if self.config is QuantizeConfig and item.name in RECIPE_FIELDS:
                 kind, default = kind | None, None
                 text = text.removesuffix(".") + "; default: --recipe's."
@@ -55,6 +57,7 @@ class ConfigFields:
                 self.panel,
                 item.metadata.get("metavar", _metavar(kind)),
                 complete=_COMPLETED.get(item.name),
+                callback=lines_of_variable if kind == list[str] | None else None,
             )
             yield (
                 item.name,
@@ -117,7 +120,10 @@ def with_config_options(command: Command) -> Command:
 
 
 def _typed(kind: Any) -> Any:
-    """The type that the command line reads: a number or a word is text, which the configuration reads."""
+    """The type that the command line reads: a number or a word is text, which the configuration reads; so is
+    each of several things, for which the option is repeated."""
+    if get_origin(kind) is tuple:
+        return list[str] | None
     if get_origin(kind) in (Union, UnionType) and any(get_origin(part) is Literal for part in get_args(kind)):
         return str
     return kind

@@ -58,7 +58,7 @@ def inspect_map(
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
         quantize=QuantizeConfig.of(recipe, **codes, **solver, modules=module),
-        calibration=CalibrationConfig(**text),
+        calibration=CalibrationConfig.of(**text),
         targets=parse_targets(target or (), tp),
         tp=tp,
         asked=frozenset(name for name in CODES if _given(context, name)) | ({"modules"} if module else set()),

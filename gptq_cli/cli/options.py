@@ -8,6 +8,7 @@ the environment, the environment over a preset, a preset over the default.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, get_args
@@ -97,6 +98,16 @@ def _remember(name: str) -> Callable[[typer.Context, str | None], str | None]:
         return value
 
     return remember
+
+
+def lines_of_variable(
+    context: typer.Context, parameter: typer.CallbackParam, value: list[str] | None
+) -> list[str] | None:
+    """The values of a repeatable option, one a line in its variable: a path may hold spaces."""
+    origin = context.get_parameter_source(parameter.name or "")
+    if origin is None or origin.name != "ENVIRONMENT":
+        return value
+    return [line for line in os.environ[str(parameter.envvar)].splitlines() if line.strip()]
 
 
 def _explain(context: typer.Context, value: str | None) -> str | None:

@@ -96,7 +96,7 @@ def quantize(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         out=out or "",
         quantize=quantize_config,
-        calibration=CalibrationConfig(**text),
+        calibration=CalibrationConfig.of(**text),
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,

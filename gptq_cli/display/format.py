@@ -6,7 +6,7 @@ import math
 import re
 
 from gptq_cli.placement.device import format_size, three_digits
-from gptq_cli.results.run import ExpertsReport
+from gptq_cli.results.run import ExpertsReport, RunReport, TextShare
 from gptq_cli.wording import names_text
 
 ELLIPSIS = "…"
@@ -129,6 +129,15 @@ def wrap_command(command: str, width: int) -> list[str]:
         else:
             lines.append(f"  {group}")
     return [*(f"{line} \\" for line in lines[:-1]), lines[-1]]
+
+
+def share_size(share: TextShare, report: RunReport) -> str:
+    """`128 x 512 tokens`; where there are several sources, also the tokens and the share of all."""
+    size = f"{share.samples} x {report.seq_len} tokens"
+    if len(report.calibration_texts) == 1:
+        return size
+    part = f"{share.tokens / report.tokens:.0%}"
+    return f"{share.samples} x {report.seq_len} = {share.tokens:,} tokens ({part})"
 
 
 def experts(found: ExpertsReport) -> str:

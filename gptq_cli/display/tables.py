@@ -163,7 +163,6 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     sizes = f"{fmt.size(report.size_before_bytes)} -> {fmt.size(report.size_after_bytes)}"
     revision = f" @ {report.revision[:12]}" if report.revision else ""
     dense = f"; dense: {', '.join(report.dense_modules)}" if report.dense_modules else ""
-    tokens = f"{report.samples} x {report.seq_len} = {report.tokens:,} tokens"
     blocks = sum(block.seconds for block in report.blocks)
     spent = [*report.phase_seconds]
     if blocks and "blocks" not in dict(spent):
@@ -179,7 +178,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         ),
         ("quantized", f"{quantized_text(report)}{dense}"),
         *own_settings_rows(report.own_settings, report.kept_dense),
-        ("calibration", f"{report.calibration_source}, {tokens}, seed {report.seed}"),
+        *listed("calibration", _calibration(report)),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),
         ("time", ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in spent)),
@@ -197,6 +196,15 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     rows.append(("fallbacks", _fallbacks(report)))
     rows += warnings_rows(report.warnings)
     return rows
+
+
+def _calibration(report: RunReport) -> list[str]:
+    """`pydoc, 128 x 512 = 65,536 tokens, seed 0`; of several sources, one line each below that of all."""
+    tokens = f"{report.samples} x {report.seq_len} = {report.tokens:,} tokens, seed {report.seed}"
+    texts = report.calibration_texts
+    if len(texts) == 1:
+        return [f"{texts[0].source}, {tokens}"]
+    return [f"{len(texts)} sources, {tokens}", *(f"{x.source}, {fmt.share_size(x, report)}" for x in texts)]
 
 
 def quantized_text(report: RunReport | QuantizePlan) -> str:

@@ -44,7 +44,7 @@ class Card:
         return CardFacts(
             name=self.name,
             base_model=base_model_of(files.source, files.directory),
-            calibration=self.job.calibration.source,
+            calibration=tuple(map(str, self.job.calibration.sources)),
             source=self._source_card(),
             pipeline_tag=purpose_of(self.skeleton.model),
             targets=verified.targets,

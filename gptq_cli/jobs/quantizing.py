@@ -319,7 +319,7 @@ def _tokens(
     except (CalibrationError, ModelError) as error:
         if is_out_of_memory(error):
             raise
-        case = rules_text.TextCase(model=job.model.model, source=job.calibration.source, failure=error)
+        case = rules_text.TextCase(model=job.model.model, source=job.calibration.words, failure=error)
         return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
 
 

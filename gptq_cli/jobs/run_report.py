@@ -135,6 +135,7 @@ def summarize(
         tokens=tokens.tokens,
         dataset_sha256=tokens.sha256,
         calibration_source=tokens.source,
+        calibration_texts=tokens.shares,
         seed=job.calibration.seed,
         fallbacks=sum(linear.method != "gptq" for linear in linears),
         experts=ExpertsReport.of(linears),

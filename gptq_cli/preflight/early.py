@@ -56,15 +56,16 @@ def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | Non
 
 
 def _text_findings(job: QuantizeJob, files: ModelFiles) -> list[Finding]:
-    try:
-        check_source(job.calibration.source)
-    except CalibrationError as error:
-        return _about_text(job, files, error)
+    for source in job.calibration.sources:
+        try:
+            check_source(source.name)
+        except CalibrationError as error:
+            return _about_text(source.name, files, error)
     return []
 
 
-def _about_text(job: QuantizeJob, files: ModelFiles, error: CalibrationError) -> list[Finding]:
-    case = calibration.TextCase(model=files.source, source=job.calibration.source, failure=error)
+def _about_text(source: str, files: ModelFiles, error: CalibrationError) -> list[Finding]:
+    case = calibration.TextCase(model=files.source, source=source, failure=error)
     return calibration.calibration_text(case)
 
 
@@ -81,11 +82,13 @@ def _besides(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
             )
         )
     data = job.calibration
-    size = too_few_bytes(data.source, data.samples * (data.seq_len - 1))
-    if size is not None:
-        words = f"{data.source} has {size} bytes, too few for {data.samples} windows of {data.seq_len} tokens"
-        hint = "give a longer text, or lower --samples and --seq-len"
-        yield from _about_text(job, files, CalibrationError(words, hint=hint))
+    for source, samples in zip(data.sources, data.windows_by_source(), strict=True):
+        name = source.name
+        size = too_few_bytes(name, samples * (data.seq_len - 1))
+        if size is not None:
+            words = f"{name} has {size} bytes, too few for {samples} windows of {data.seq_len} tokens"
+            hint = "give a longer text, or lower --samples and --seq-len"
+            yield from _about_text(name, files, CalibrationError(words, hint=hint))
 
 
 def _size_findings(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:

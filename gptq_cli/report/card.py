@@ -119,8 +119,9 @@ def command(report: RunReport, facts: CardFacts) -> list[str]:
         else:
             words += [option, str(value)]
     text_used = CalibrationConfig()
+    if facts.calibration != tuple(map(str, text_used.sources)):
+        words += [word for source in facts.calibration for word in ("--calibration", _public(source))]
     for option, used, default in (
-        ("--calibration", _public(facts.calibration), text_used.source),
         ("--samples", report.samples, text_used.samples),
         ("--seq-len", report.seq_len, text_used.seq_len),
         ("--seed", report.seed, text_used.seed),
@@ -144,8 +145,8 @@ def _result(report: RunReport) -> Iterator[tuple[str, str]]:
     for one in report.own_settings:
         yield "by module", f"{code(one.name)}: {one.bits} bits, {fmt.group(one.group_size)}"
     yield "dtype", code(report.dtype)
-    source = _public(report.calibration_source)
-    yield "calibration", f"{report.samples} x {report.seq_len} tokens of {text(source)}"
+    for share in report.calibration_texts:
+        yield "calibration", f"{fmt.share_size(share, report)} of {text(_public(share.source))}"
     yield "calibration sha256", code(report.dataset_sha256)
     ours = mean_loss(x.loss for x in report.linears)
     nearest = mean_loss(x.rtn_loss for x in report.linears)

@@ -116,7 +116,10 @@ def _result(report: RunReport) -> list[tuple[str, str]]:
         ),
         ("dense", ", ".join(report.dense_modules) or "nothing"),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {_plain(report.use_cuda_fp16)}"),
-        ("calibration", f"{report.calibration_source}: {report.samples} x {report.seq_len} tokens"),
+        *(
+            ("calibration", f"{share.source}: {fmt.share_size(share, report)}")
+            for share in report.calibration_texts
+        ),
         ("data sha256", report.dataset_sha256),
         ("seed", str(report.seed)),
         ("fallbacks", fallbacks if report.fallbacks else "none"),

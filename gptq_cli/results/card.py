@@ -32,8 +32,8 @@ class CardFacts:
     """What commands in the card call the checkpoint: a Hub id, or the name of its directory."""
     base_model: str
     """A Hub id, or the name of a local directory; "" where the name is none that the Hub allows."""
-    calibration: str
-    """The source of the text as it was given."""
+    calibration: tuple[str, ...]
+    """The sources of the text as they were given."""
     source: SourceCard
     pipeline_tag: str
     """Where the source's card has none: what the model's class does."""

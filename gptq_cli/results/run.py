@@ -119,6 +119,18 @@ class StartReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextShare:
+    """What a run took of one source of calibration text."""
+
+    source: str
+    weight: float
+    """As it was given, relative to those of the other sources."""
+    samples: int
+    """Windows."""
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """The result of `gptq quantize`."""
 
@@ -158,6 +170,9 @@ class RunReport:
     tokens: int
     dataset_sha256: str
     calibration_source: str
+    """All sources as one text."""
+    calibration_texts: tuple[TextShare, ...]
+    """What was taken of each source."""
     seed: int
     fallbacks: int
     """Linears whose method is not "gptq"."""

@@ -36,7 +36,7 @@ def corpus(tmp_path: Path) -> str:
 
 
 def config(source: str, **fields: Any) -> CalibrationConfig:
-    return CalibrationConfig(source=source, **({"samples": 4, "seq_len": 32} | fields))
+    return CalibrationConfig.of(source, **({"samples": 4, "seq_len": 32} | fields))
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -233,3 +233,34 @@ class TestTokenizers:
         assert found.source.startswith("pydoc (Python 3.")
         held = evaluation_windows(tokenizer, "pydoc-heldout", 512, 64)
         assert held.samples == 64
+
+
+class TestSeveralSources:
+    def test_windows_are_those_of_each_source_by_itself(self, tokenizer: Any, tmp_path: Path) -> None:
+        names = [tmp_path / "one.txt", tmp_path / "other.txt"]
+        for word, name in zip(("apple", "stone"), names, strict=True):
+            name.write_text("".join(f"The {word} has number {i}.\n" for i in range(600)))
+        sources = [f"{names[0]}*3", f"{names[1]}*1"]
+        found = make_batches(tokenizer, CalibrationConfig.of(sources, samples=8, seq_len=32))
+        alone = [
+            make_batches(tokenizer, CalibrationConfig.of(str(name), samples=samples, seq_len=32))
+            for name, samples in zip(names, (6, 2), strict=True)
+        ]
+        rows = [tuple(row) for row in found.input_ids.tolist()]
+        expected = [tuple(row) for part in alone for row in part.input_ids.tolist()]
+        assert sorted(rows) == sorted(expected)
+        assert rows != expected  # mixed by their shares, not one after the other
+        assert [(share.source, share.weight, share.samples, share.tokens) for share in found.shares] == [
+            (str(names[0]), 3.0, 6, 192),
+            (str(names[1]), 1.0, 2, 64),
+        ]
+        assert found.source == f"6 of {names[0]}, 2 of {names[1]}"
+        again = make_batches(tokenizer, CalibrationConfig.of(sources, samples=8, seq_len=32))
+        assert again.sha256 == found.sha256
+
+    def test_the_source_that_is_too_short_is_named(self, tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+        short = tmp_path / "short.txt"
+        short.write_text(TEXT[:400])
+        with pytest.raises(CalibrationError, match=r"short\.txt holds \d+ windows") as caught:
+            make_batches(tokenizer, CalibrationConfig.of([corpus, str(short)], samples=64, seq_len=32))
+        assert "a smaller weight for it, or --samples" in str(caught.value.hint)

@@ -95,7 +95,8 @@ def test_help_and_default_are_the_field_s(name: str) -> None:
                 continue
             found += 1
             of_recipe = field.name in RECIPE_FIELDS
-            assert made.default == (None if of_recipe or field.name == "modules" else field.default)
+            repeatable = field.name in ("modules", "sources")
+            assert made.default == (None if of_recipe or repeatable else field.default)
             assert made.help.startswith(field.metadata["help"].removesuffix("."))
             assert ("default: --recipe's" in made.help) is of_recipe
     assert found == {"quantize": 21, "inspect-map": 12}[name]

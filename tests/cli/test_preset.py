@@ -54,7 +54,7 @@ def test_a_preset_may_hold_everything_even_model_and_destination(
     job = jobs.job
     assert (job.model.model, job.out, job.model.dtype, job.strict) == ("M", "O", "float16", True)
     assert job.quantize == QuantizeConfig(sym=False, desc_act=True, damp_percent=0.1)
-    assert (job.calibration.source, job.max_shard_bytes) == ("a.txt", 10**9)
+    assert (job.calibration.words, job.max_shard_bytes) == ("a.txt", 10**9)
     assert job.device_map == DeviceMap.parse("model.embed_tokens=0,rest=cpu")
     assert job.max_memory == MaxMemory.parse("0=20GiB,cpu=48GiB")
 
@@ -80,6 +80,26 @@ def test_an_option_that_repeats_is_a_list(jobs: FakeJobs, run: Run, preset: Path
     assert jobs.job.targets == (("vllm", "sglang") if "[" in text else ("vllm",))
     assert run("load", "DIR", "--config", str(preset), "--target", "gptqmodel").code == 0
     assert jobs.job.targets == ("gptqmodel",)
+
+
+def test_sources_with_weights_are_a_list(
+    jobs: FakeJobs, run: Run, preset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset.write_text('calibration = ["a.txt*0.5", "pydoc*0.5"]')
+    assert run("quantize", "M", "--out", "O", "--config", str(preset)).code == 0
+    assert jobs.job.calibration.words == "a.txt*0.5, pydoc*0.5"
+    monkeypatch.setenv("GPTQ_CALIBRATION", "my notes.txt*2\n\npydoc\n")  # one a line: paths hold spaces
+    assert run("quantize", "M", "--out", "O", "--config", str(preset)).code == 0
+    assert jobs.job.calibration.words == "my notes.txt*2, pydoc"
+    words = ("--calibration", "c.txt", "--calibration", "d.txt")
+    assert run("quantize", "M", "--out", "O", "--config", str(preset), *words).code == 0
+    assert jobs.job.calibration.words == "c.txt, d.txt"
+
+
+def test_a_bad_weight_is_an_error_of_usage(jobs: FakeJobs, run: Run) -> None:
+    outcome = run("quantize", "M", "--out", "O", "--calibration", "pydoc*half")
+    assert (outcome.code, jobs.called) == (2, "")
+    assert "the weight of 'pydoc' is 'half'; allowed: a number above 0" in outcome.err
 
 
 def test_the_items_of_a_list_are_judged(jobs: FakeJobs, run: Run, preset: Path) -> None:

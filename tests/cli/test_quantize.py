@@ -57,7 +57,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
             solve_for="dense",
             column_batch=64,
         ),
-        calibration=CalibrationConfig(source="-", samples=7, seq_len=99, seed=5, batch_size=2),
+        calibration=CalibrationConfig.of("-", samples=7, seq_len=99, seed=5, batch_size=2),
         device_map=DeviceMap.parse("model=0,rest=cpu"),
         max_memory=MaxMemory.parse("0=20GiB"),
         max_shard_bytes=2 * 2**30,
@@ -77,7 +77,7 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
 
     names = set(signature(quantize).parameters)
     assert {field.metadata.get("name", field.name) for field in fields(QuantizeConfig)} <= names
-    assert {field.name for field in fields(CalibrationConfig)} - {"source"} <= names
+    assert {field.name for field in fields(CalibrationConfig)} - {"sources"} <= names
     assert {field.name for field in fields(ModelRef)} <= names
 
 

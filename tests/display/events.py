@@ -22,7 +22,7 @@ from gptq_cli.results.load import (
     TargetReport,
     VerifyReport,
 )
-from gptq_cli.results.run import BlockReport, LinearReport, RunReport
+from gptq_cli.results.run import BlockReport, LinearReport, RunReport, TextShare
 
 GIB = 2**30
 MIB = 2**20
@@ -149,6 +149,7 @@ def report(blocks: int = 3) -> RunReport:
         tokens=65536,
         dataset_sha256="5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef",
         calibration_source="pydoc",
+        calibration_texts=(TextShare(source="pydoc", weight=1.0, samples=128, tokens=65536),),
         seed=0,
         fallbacks=1,
         warnings=("cuda:0 holds 1 MiB more after each flush",),

@@ -8,7 +8,7 @@ from rich.console import Console, RenderableType
 
 from gptq_cli.display.tables import findings_table, run_summary
 from gptq_cli.results.kept import GATES, KeptDense, OwnSettings
-from gptq_cli.results.run import ExpertsReport
+from gptq_cli.results.run import ExpertsReport, TextShare
 from tests.display.events import DENSE, OFFLOAD, REFUSED, report
 from tests.golden import check_golden
 
@@ -33,6 +33,17 @@ def test_a_summary_names_every_fallback_and_the_next_command() -> None:
     assert text.endswith(" next: gptq load smol-w4g64\n")
     clean = replace(report(), fallbacks=0, warnings=(), blocks=report().blocks[:1])
     assert "FALLBACK" not in rendered(run_summary(clean))
+
+
+def test_a_summary_says_what_each_source_of_text_gave() -> None:
+    shares = (
+        TextShare(source="chat.jsonl:messages", weight=3.0, samples=96, tokens=49152),
+        TextShare(source="pydoc", weight=1.0, samples=32, tokens=16384),
+    )
+    text = rendered(run_summary(replace(report(), calibration_texts=shares)), 160)
+    assert "calibration  2 sources, 128 x 512 = 65,536 tokens, seed 0\n" in text
+    assert " chat.jsonl:messages, 96 x 512 = 49,152 tokens (75%)\n" in text
+    assert " pydoc, 32 x 512 = 16,384 tokens (25%)\n" in text
 
 
 def test_a_summary_says_in_one_line_how_many_tokens_the_experts_saw() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -60,3 +61,14 @@ def test_a_card_of_the_source_that_cannot_be_read_is_a_warning(model: Path, tmp_
     assert made.code == 0, made.stderr
     assert "README.md of the model cannot be used" in made.stderr
     assert "license" not in yaml.safe_load((out / "README.md").read_text().split("---\n")[1])
+
+
+def test_several_sources_of_text(model: Path, tmp_path: Path) -> None:
+    text, out = write_text(tmp_path / "text.txt"), tmp_path / "q"
+    words = (*FAST, "--calibration", f"{text}*3", "--calibration", "pydoc*1", "--json")
+    made = gptq("quantize", model, "--out", out, *words)
+    assert made.code == 0, made.stderr
+    texts = json.loads((out / "report.json").read_text())["calibration_texts"]
+    assert [(one["weight"], one["samples"], one["tokens"]) for one in texts] == [(3, 6, 288), (1, 2, 96)]
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "--calibration 'text.txt*3' --calibration pydoc" in " ".join(card.replace("\\", " ").split())

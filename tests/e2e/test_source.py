@@ -93,7 +93,7 @@ def job(place: Path, model: Path) -> QuantizeJob:
         model=ModelRef(model=str(model)),
         out=str(place / "out" / "q"),
         quantize=QuantizeConfig(group_size=32),
-        calibration=CalibrationConfig(source=str(place / "text.txt"), samples=8, seq_len=48),
+        calibration=CalibrationConfig.of(str(place / "text.txt"), samples=8, seq_len=48),
         device_map=DeviceMap.parse("cpu"),
     )
 

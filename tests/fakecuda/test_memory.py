@@ -188,7 +188,7 @@ def test_an_error_that_is_kept_keeps_no_memory(
         model=ModelRef(model=str(tiny("llama"))),
         out=str(tmp_path / "out"),
         quantize=QuantizeConfig(group_size=32),
-        calibration=CalibrationConfig(source=str(text), samples=8, seq_len=48),
+        calibration=CalibrationConfig.of(str(text), samples=8, seq_len=48),
         device_map=DeviceMap.parse("cuda:0"),
     )
     with pytest.raises(OutOfDeviceMemory) as caught:
@@ -231,7 +231,7 @@ def test_two_jobs_at_once(tiny: Tiny, text: Path, tmp_path: Path) -> None:
             model=ModelRef(model=str(tiny("llama"))),
             out=str(tmp_path / str(number)),
             quantize=QuantizeConfig(group_size=32),
-            calibration=CalibrationConfig(source=str(text), samples=8, seq_len=48),
+            calibration=CalibrationConfig.of(str(text), samples=8, seq_len=48),
             device_map=DeviceMap.parse(f"cuda:{number}"),
         )
         return jobs.quantize(made).devices

@@ -61,7 +61,7 @@ def test_disk_and_a_short_text_are_named_beside_other_errors(model: Path, tmp_pa
     job = replace(
         job,
         device_map=DeviceMap.parse("model.layers.0=disk,rest=cpu"),
-        calibration=CalibrationConfig(source=str(text), samples=8, seq_len=48),
+        calibration=CalibrationConfig.of(str(text), samples=8, seq_len=48),
     )
     assert set(refused_rules(job)) == {"group-divides", "disk-offload", "calibration-text"}
     before_quantize(replace(job, quantize=QuantizeConfig()), lambda _: None)
@@ -72,7 +72,7 @@ def test_a_text_that_is_no_source(model: Path, tmp_path: Path, source: str) -> N
     text = tmp_path / "long.txt"
     text.write_text("word " * 1000)
     job = job_of(model, tmp_path / "out")
-    data = CalibrationConfig(source=source.replace("FILE", str(text)), samples=2, seq_len=16)
+    data = CalibrationConfig.of(source.replace("FILE", str(text)), samples=2, seq_len=16)
     assert refused_rules(replace(job, calibration=data)) == ["calibration-text"]
 
 

@@ -22,7 +22,7 @@ def test_quantize_and_inspect_map_refuse_what_a_named_reader_would(tiny_llama: P
         model=model,
         out=str(tmp_path / "out"),
         quantize=three_bits,
-        calibration=CalibrationConfig(source=str(text), samples=4, seq_len=32),
+        calibration=CalibrationConfig.of(str(text), samples=4, seq_len=32),
         targets=("vllm",),
     )
     with pytest.raises(PreflightRefused) as caught:
@@ -44,7 +44,7 @@ def test_a_number_of_gpus_that_cannot_share_the_result(tiny_llama: Path, tmp_pat
         model=ModelRef(model=str(tiny_llama), dtype="bfloat16"),
         out=str(tmp_path / "out"),
         quantize=QuantizeConfig(group_size=32),
-        calibration=CalibrationConfig(source=str(text), samples=4, seq_len=32),
+        calibration=CalibrationConfig.of(str(text), samples=4, seq_len=32),
         targets=("vllm",),
     )
     plan = jobs.dry_run(replace(job, tp=3))

@@ -90,8 +90,8 @@ def measure(case: Case, model: Path, text: Path, out: Path) -> Measured:
             model=ModelRef(model=str(model)),
             out=str(out),
             quantize=QuantizeConfig(group_size=128, **case.recipe),
-            calibration=CalibrationConfig(
-                source=str(text), samples=case.samples, seq_len=case.seq_len, batch_size=case.samples
+            calibration=CalibrationConfig.of(
+                str(text), samples=case.samples, seq_len=case.seq_len, batch_size=case.samples
             ),
         ),
         note,

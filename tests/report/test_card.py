@@ -16,7 +16,7 @@ from gptq_cli.report.card import PLOT, card_files, code, command, text
 from gptq_cli.results.card import CARD, CardFacts, SourceCard
 from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.load import Agreement, RuleResult, TargetReport
-from gptq_cli.results.run import RunReport
+from gptq_cli.results.run import RunReport, TextShare
 from tests.display.events import load_report, report
 
 EVIL = "<img src=x onerror=alert(1)> [a](http://evil) `x` | **b**\n# no\u202e"
@@ -27,7 +27,7 @@ def facts(**changes: Any) -> CardFacts:
     held: dict[str, Any] = {
         "name": "org/quantized",
         "base_model": "HuggingFaceTB/SmolLM2-135M",
-        "calibration": "pydoc",
+        "calibration": ("pydoc",),
         "source": SourceCard(license="apache-2.0", language=("en",), tags=("chat",)),
         "pipeline_tag": "text-generation",
         "targets": (
@@ -44,6 +44,10 @@ def front(card: str) -> dict[str, Any]:
     held = yaml.safe_load(card.split("---\n")[1])
     assert isinstance(held, dict)
     return held
+
+
+def one_text(source: str) -> TextShare:
+    return TextShare(source=source, weight=1.0, samples=128, tokens=65536)
 
 
 def made(run: RunReport | None = None, **changes: Any) -> str:
@@ -79,12 +83,21 @@ def test_only_the_readers_that_take_it_are_named_with_a_command() -> None:
 
 
 def test_times_hosts_and_paths_of_the_machine_are_not_in_it() -> None:
-    run = replace(report(), out="/home/me/out", calibration_source="/home/me/text.txt")
+    run = replace(report(), out="/home/me/out", calibration_texts=(one_text("/home/me/text.txt"),))
     later = replace(run, seconds=9e4, phase_seconds=(("open", 77.0),), out="/elsewhere", devices=("cuda:7",))
-    one, other = (card_files(x, facts(calibration="/home/me/text.txt")) for x in (run, later))
+    one, other = (card_files(x, facts(calibration=("/home/me/text.txt",))) for x in (run, later))
     assert one == other
     assert "/home" not in "".join(one.values())
     assert "--calibration text.txt" in one[CARD]
+
+
+def test_every_source_of_text_is_named() -> None:
+    shares = (one_text("/home/me/chat.jsonl:messages"), one_text("pydoc"))
+    run = replace(report(), tokens=131072, calibration_texts=shares)
+    card = made(run, calibration=("/home/me/chat.jsonl:messages*0.5", "pydoc*0.5"))
+    assert "--calibration 'chat.jsonl:messages*0.5' --calibration 'pydoc*0.5'" in " ".join(card.split())
+    assert "128 x 512 = 65,536 tokens (50%) of chat.jsonl:messages" in card
+    assert "/home" not in card
 
 
 def test_the_command_names_every_option_that_is_not_a_default() -> None:
@@ -123,7 +136,7 @@ def test_the_plot_is_a_file_of_its_own_with_a_text_alternative() -> None:
 
 def test_nothing_from_outside_becomes_markup() -> None:
     kept = (KeptDense(name=EVIL, reason=EVIL, linears=1, weights=9),)
-    run = replace(report(), kept_dense=kept, calibration_source=EVIL, dense_modules=(EVIL,))
+    run = replace(report(), kept_dense=kept, calibration_texts=(one_text(EVIL),), dense_modules=(EVIL,))
     files = card_files(run, facts(name=EVIL, base_model=EVIL, source=SourceCard(license=EVIL, tags=(EVIL,))))
     card = files[CARD]
     assert "\u202e" not in card
