@@ -28,7 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"$(PYTHON) is Python {v[0]}.{v[1]}; 3.11 or newer is needed: make PYTHON=python3.12")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ($(TORCH) first; some minutes the first time)"
-	@{ echo "$(TORCH)"; grep -v '^torch==' constraints.txt; } > $(VENV)/constraints.txt
+	@# a torch with CUDA brings its own Triton
+	@{ echo "$(TORCH)"; grep -v -e '^torch==' -e '^triton==' constraints.txt; } > $(VENV)/constraints.txt
 	@$(PIP) install -qq --progress-bar off -c $(VENV)/constraints.txt "$(TORCH)"
 	@$(PIP) install -qq --progress-bar off -c $(VENV)/constraints.txt -e '.[dev,demo]'
 	@touch $@

@@ -9,8 +9,8 @@
 
 That is Algorithm 1 of the paper. Two things are computed differently, with the same result: columns that are
 not due yet are left alone and get all their feedback in one matmul when their batch begins
-(`factor.columns_with_feedback`), and a batch is processed in sub-blocks of 16 columns, so that most of its
-updates are small matmuls too.
+(`factor.columns_with_feedback`), and a batch is cut into runs, of 16 columns or as many as the device takes
+in one go (walk.py), so that most of its updates are small matmuls too.
 
 Group parameters are either *dynamic*, computed from the current columns, feedback included, when the first
 column of the group is due; or *static*, computed from W before the loop, which lets the solver take columns
@@ -29,12 +29,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.batch import add_product_, add_weighted_rows_, diagonal_of, rows_of, subtract_outer_
+from gptq_cli.gptq.batch import add_product_, diagonal_of, rows_of
 from gptq_cli.gptq.factor import columns_with_feedback
 from gptq_cli.gptq.grid import Grid
 from gptq_cli.gptq.search import group_parameters
-
-_SUB_BLOCK = 16
+from gptq_cli.gptq.walk import SolveRun, Walk
 
 
 def gptq(
@@ -49,6 +48,7 @@ def gptq(
     *,
     dynamic: bool,
     column_batch: int,
+    walk: Walk,
 ) -> tuple[Tensor, Tensor]:  # codes uint8 (…, K, N) in solving order, Σ E² (…, N)
     """The loop of the paper. No value is read back from the device.
 
@@ -61,13 +61,13 @@ def gptq(
     for i1 in range(0, K, column_batch):
         i2 = min(i1 + column_batch, K)
         B, UT = columns_with_feedback(W, RT, i1, i2)
-        U = UT / diagonal_of(UT).unsqueeze(
-            -2
-        )  # column j holds U_j,: / U_jj, so that E below stays in units of weights
-        E, L = torch.empty_like(B), torch.empty_like(B)
+        # column j holds U_j,: / U_jj, so that E below stays in units of weights
+        U = UT / diagonal_of(UT).unsqueeze(-2)
+        weight = diagonal_of(UT).square().reciprocal_()
+        E = torch.empty_like(B)
         s1 = i1
         while s1 < i2:
-            s2 = min(s1 + _SUB_BLOCK, i2)
+            s2 = min(s1 + walk.columns, i2)
             if dynamic:
                 group = s1 // group_size
                 end = min((group + 1) * group_size, K)
@@ -78,19 +78,16 @@ def gptq(
                         X = columns_with_feedback(W, RT, s1, end)[0]
                     found = group_parameters(X, diagonal[..., s1:end], end - s1, grid)
                     scales[..., group, :], zeros[..., group, :] = found[0][..., 0, :], found[1][..., 0, :]
-            a, b = s1 - i1, s2 - i1
-            S, Z = rows_of(scales, group_of[..., s1:s2]), rows_of(zeros, group_of[..., s1:s2])
-            blocks = (B[..., a:b, :], L[..., a:b, :], E[..., a:b, :], S, Z)
-            columns = (X.unbind(-2) for X in blocks)
-            for j, (w, level, error, s, z) in enumerate(zip(*columns, strict=True), start=a):
-                grid.levels(w, s, z, out=level)
-                torch.addcmul(w, level, s, value=-1, out=error)
-                if j + 1 < b:
-                    subtract_outer_(B[..., j + 1 : b, :], U[..., j + 1 : b, j], error)
-            if b < i2 - i1:
-                add_product_(B[..., b:, :], U[..., b:, a:b], E[..., a:b, :], alpha=-1)
-            W[..., s1:s2, :].addcmul_(L[..., a:b, :], S, value=-1)
-            codes[..., s1:s2, :] = L[..., a:b, :].add_(Z)
+            run, due = slice(s1 - i1, s2 - i1), slice(s1, s2)
+            walk.solve(
+                SolveRun(
+                    B=B[..., run, :], U=U[..., run, run], weight=weight[..., run],
+                    S=rows_of(scales, group_of[..., due]), Z=rows_of(zeros, group_of[..., due]),
+                    W=W[..., due, :], codes=codes[..., due, :], E=E[..., run, :], damped=damped,
+                ),
+                grid,
+            )  # fmt: skip
+            if s2 < i2:
+                add_product_(B[..., s2 - i1 :, :], U[..., s2 - i1 :, run], E[..., run, :], alpha=-1)
             s1 = s2
-        add_weighted_rows_(damped, E.square_(), diagonal_of(UT).square().reciprocal_())
     return codes, damped

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.batch import add_product_
+from gptq_cli.gptq.batch import add_product_, diagonal_of
+from gptq_cli.gptq.grid import Grid, round_to_nearest
+from gptq_cli.gptq.matmul import fast_matmul
+from gptq_cli.gptq.search import group_parameters
 
 _BLOCK_ROWS = 8
 
@@ -31,6 +34,21 @@ def row_losses(
             add_product_(P, H[..., a:b, :a], D[..., :a, :], alpha=2)
         total += P.mul_(D[..., a:b, :]).sum(-2)
     return total
+
+
+def baseline_losses(
+    W: Tensor, goal: Tensor | None, H: Tensor, g: int, grid: Grid
+) -> tuple[Tensor, Tensor]:  # (…, N), (…, N)
+    """Row losses of W itself, and of round-to-nearest with min/max scales.
+
+    Round-to-nearest rounds W, because it does not know the goal; its loss is measured against the goal.
+    """
+    plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
+    with fast_matmul():
+        energy = row_losses(W, H)
+        scales, zeros = group_parameters(W, diagonal_of(H), g, plain)
+        D = round_to_nearest(W, scales, zeros, g, plain).D
+        return energy, row_losses(D if goal is None else D.add_(goal).sub_(W), H)
 
 
 def relative_losses(

@@ -27,12 +27,10 @@ from gptq_cli.gptq.batch import (
     diagonal_of,
     rows_of,
     set_rows_,
-    subtract_outer_,
 )
-from gptq_cli.gptq.grid import FP16_MAX, Solution
+from gptq_cli.gptq.grid import FP16_MAX, Grid, Solution
 from gptq_cli.gptq.matmul import fast_matmul
-
-_SUB_BLOCK = 16
+from gptq_cli.gptq.walk import SweepRun, Walk
 
 
 def refine_once(
@@ -43,6 +41,7 @@ def refine_once(
     sweep: bool,
     refit: bool,
     column_batch: int,
+    walk: Walk,
 ) -> None:
     """One pass: every group's scale (`refit`), then its codes (`sweep`)."""
     K, g = H.shape[-1], solution.group_size
@@ -50,12 +49,12 @@ def refine_once(
     for a in range(0, K, width):
         b = min(a + width, K)
         if b - a <= column_batch:
-            _block(solution, H, damping, a, b, sweep=sweep, refit=refit)
+            _block(solution, H, damping, a, b, walk, sweep=sweep, refit=refit)
             continue
         if refit:
             _refit_wide_group(solution, H, damping, a, b, column_batch)
         for p in range(a, b, column_batch) if sweep else ():
-            _block(solution, H, damping, p, min(p + column_batch, b), sweep=True, refit=False)
+            _block(solution, H, damping, p, min(p + column_batch, b), walk, sweep=True, refit=False)
 
 
 def _slope(
@@ -69,7 +68,7 @@ def _slope(
 
 
 def _block(
-    solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, *, sweep: bool, refit: bool
+    solution: Solution, H: Tensor, damping: Tensor, a: int, b: int, walk: Walk, *, sweep: bool, refit: bool
 ) -> None:
     """Columns a..b of the group order: complete groups, or a piece of one (then without refit)."""
     index = solution.columns[..., a:b]
@@ -91,7 +90,7 @@ def _block(
             G[..., later, :] -= Hb[..., later, here] @ (L * step[..., None, :])
             s += step
         if sweep:
-            _sweep(L, G[..., later, :], Hb[..., later, later], s, z, solution)
+            _sweep(L, G[..., later, :], Hb[..., later, later], s, z, solution.grid, walk)
         add_rows_(solution.D, columns, before.addcmul_(L, s[..., None, :], value=-1))
         set_rows_(solution.codes, columns, L.add_(z[..., None, :]).to(torch.uint8))
         p = r
@@ -103,20 +102,18 @@ def _sweep(
     H: Tensor,  # (…, m, m) damped
     s: Tensor,  # (…, N)
     z: Tensor,  # (…, N)
-    solution: Solution,
+    grid: Grid,
+    walk: Walk,
 ) -> None:
     n = L.shape[-2]
-    curve = diagonal_of(H)[..., :n, None] * s[..., None, :]
     C = torch.empty_like(L)  # the change of every weight
-    for s1 in range(0, n, _SUB_BLOCK):
-        s2 = min(s1 + _SUB_BLOCK, n)
-        columns = (X[..., s1:s2, :].unbind(-2) for X in (G, curve, L, C))
-        for j, (slope, bend, level, change) in enumerate(zip(*columns, strict=True), start=s1):
-            best = solution.grid.clamp_(torch.div(slope, bend).add_(level).round_(), z)
-            torch.sub(best, level, out=change).mul_(s)
-            level.copy_(best)
-            subtract_outer_(G[..., j + 1 : s2, :], H[..., j + 1 : s2, j], change)
-        add_product_(G[..., s2:, :], H[..., s2:, s1:s2], C[..., s1:s2, :], alpha=-1)
+    for s1 in range(0, n, walk.columns):
+        s2 = min(s1 + walk.columns, n)
+        run = slice(s1, s2)
+        walk.sweep(
+            SweepRun(L=L[..., run, :], G=G[..., run, :], H=H[..., run, run], s=s, z=z, C=C[..., run, :]), grid
+        )
+        add_product_(G[..., s2:, :], H[..., s2:, run], C[..., run, :], alpha=-1)
 
 
 def _scale_step(s: Tensor, along: Tensor, curve: Tensor) -> Tensor:  # (…, N)

@@ -29,11 +29,13 @@ from gptq_cli.gptq.columns import gptq
 from gptq_cli.gptq.factor import dead_columns, factorize_each
 from gptq_cli.gptq.grid import Grid, Solution, round_to_nearest
 from gptq_cli.gptq.inputs import refuse_unsolvable, stack_rows
-from gptq_cli.gptq.losses import relative_losses, row_losses
-from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
+from gptq_cli.gptq.losses import baseline_losses, relative_losses, row_losses
+from gptq_cli.gptq.matmul import exact_matmul
 from gptq_cli.gptq.quantized import QuantizedLinear, cut_stages
 from gptq_cli.gptq.refine import refine_once
 from gptq_cli.gptq.search import group_parameters
+from gptq_cli.gptq.walk import Walk
+from gptq_cli.gptq.walk_choice import walk_on
 
 
 def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (…, K) int64
@@ -97,7 +99,7 @@ def _quantized(
 
     aims = stages if goals is None else goals
     goal = None if goals is None else stack_rows(goals, H)
-    energy, rtn_error = _baseline(stack_rows(stages, H), goal, H, g, grid)
+    energy, rtn_error = baseline_losses(stack_rows(stages, H), goal, H, g, grid)
     del goal
     order = column_order(H, config)
     RT, factors = factorize_each(H.view(-1, K, K), order, config.damp_percent)
@@ -107,10 +109,11 @@ def _quantized(
         del RT
         return _apart(stages, H, works, config)
     if works[0]:
-        solution, damped = _solve(stack_rows(aims, H), H, order, RT.view(H.shape), g, grid, config)
+        walk = walk_on(H.device, H.dtype)
+        solution, damped = _solve(stack_rows(aims, H), H, order, RT.view(H.shape), g, grid, config, walk)
         del RT  # K² numbers, no longer needed
         damping = torch.stack([factor.damping for factor in factors]).view(H.shape[:-2])
-        error = _refined(solution, damped, H, damping, config)
+        error = _refined(solution, damped, H, damping, config, walk)
     else:
         W = stack_rows(aims, H)
         solution = round_to_nearest(W, *group_parameters(W, diagonal_of(H), g, grid), g, grid)
@@ -135,7 +138,7 @@ def _apart(
 
 
 def _solve(
-    W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig
+    W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig, walk: Walk
 ) -> tuple[Solution, Tensor]:  # and the damped loss of every row (…, N)
     """GPTQ with the configured order and groups; the result is in the original order."""
     K, N = W.shape[-2:]
@@ -152,7 +155,7 @@ def _solve(
     W = rows_of(W, order)
     codes, damped = gptq(
         W, RT, diagonal.gather(-1, order.expand(diagonal.shape)), group_of, scales, zeros, g, grid,
-        dynamic=not static, column_batch=config.column_batch,
+        dynamic=not static, column_batch=config.column_batch, walk=walk,
     )  # fmt: skip
     back = torch.argsort(order)
     codes, D = rows_of(codes, back), rows_of(W, back)
@@ -163,7 +166,7 @@ def _solve(
 
 
 def _refined(
-    solution: Solution, damped: Tensor, H: Tensor, damping: Tensor, config: QuantizeConfig
+    solution: Solution, damped: Tensor, H: Tensor, damping: Tensor, config: QuantizeConfig, walk: Walk
 ) -> Tensor:  # (…, N)
     """Refine in place and undo rows whose damped loss did not fall; returns the undamped loss of every
     row."""
@@ -175,7 +178,7 @@ def _refined(
     for i in range(passes):
         refine_once(
             solution, H, damping,
-            sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch,
+            sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch, walk=walk,
         )  # fmt: skip
     with exact_matmul():
         after = row_losses(solution.D, H)
@@ -183,18 +186,3 @@ def _refined(
     solution.codes.copy_(torch.where(worse.unsqueeze(-2), codes, solution.codes))
     solution.scales.copy_(torch.where(worse.unsqueeze(-2), scales, solution.scales))
     return torch.where(worse, before, after)
-
-
-def _baseline(
-    W: Tensor, goal: Tensor | None, H: Tensor, g: int, grid: Grid
-) -> tuple[Tensor, Tensor]:  # (…, N), (…, N)
-    """Row losses of W itself, and of round-to-nearest with min/max scales.
-
-    Round-to-nearest rounds W, because it does not know the goal; its loss is measured against the goal.
-    """
-    plain = Grid(bits=grid.bits, sym=grid.sym, positive_scales=False, search="minmax")
-    with fast_matmul():
-        energy = row_losses(W, H)
-        scales, zeros = group_parameters(W, diagonal_of(H), g, plain)
-        D = round_to_nearest(W, scales, zeros, g, plain).D
-        return energy, row_losses(D if goal is None else D.add_(goal).sub_(W), H)

@@ -114,7 +114,8 @@ def watching(command: Command, observer: Observer) -> Iterator[Watcher]:
 
 @contextmanager
 def _python_warnings_as_events(observer: Observer) -> Iterator[None]:
-    """Turn the warnings of libraries into events, instead of text on stderr."""
+    """Turn the warnings of libraries into events, instead of text on stderr; the same one once."""
+    told: set[str] = set()
 
     def report(
         message: Warning | str,
@@ -124,7 +125,10 @@ def _python_warnings_as_events(observer: Observer) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        observer(Warned(f"{category.__name__}: {' '.join(str(message).split())}"))
+        text = f"{category.__name__}: {' '.join(str(message).split())}"
+        if text not in told:
+            told.add(text)
+            observer(Warned(text))
 
     with warnings.catch_warnings():
         warnings.showwarning = report
