@@ -39,7 +39,7 @@ def test_a_kernel_that_fails_in_every_solve_is_told_once_and_kept_in_the_report(
         model=ModelRef(model=str(tiny("llama"))),
         out=str(tmp_path / "out"),
         quantize=QuantizeConfig(group_size=16),
-        calibration=CalibrationConfig(source=str(text), samples=2, seq_len=16),
+        calibration=CalibrationConfig.of(str(text), samples=2, seq_len=16),
     )
     report = jobs.quantize(job, events.append)
     said = [event.message for event in events if isinstance(event, Warned) and "walk" in event.message]
