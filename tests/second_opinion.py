@@ -188,14 +188,15 @@ def _fused_again(
             inside = [name for name in originals if name.startswith(f"{owner.rpartition('.')[0]}.")]
         for name in inside if stacks else ():
             original = originals[name]
-            if original.ndim == dims and len(original) == count and ("bias" in name) == (kind == "bias"):
+            held = len(original) == count if original.ndim == dims else original.ndim == 2 == dims - 1
+            if held and len(original) % count == 0 and ("bias" in name) == (kind == "bias"):
                 result[name] = _laid_out_as(original, stacks, bias=kind == "bias")
     return result
 
 
 def _laid_out_as(original: Tensor, parts: Sequence[Tensor], *, bias: bool = False) -> Tensor:
     """The parts as the source's file has them: one of them, or two concatenated or interleaved, transposed or
-    not, whichever comes nearest to the original."""
+    not, all experts' rows in one dimension or not, whichever comes nearest to the original."""
     rows = parts[0].ndim - (1 if bias else 2)
     candidates: list[Tensor] = []
     for some in [*itertools.permutations(parts, 1), *itertools.permutations(parts, 2)]:
@@ -205,6 +206,8 @@ def _laid_out_as(original: Tensor, parts: Sequence[Tensor], *, bias: bool = Fals
         interleaved = torch.stack(some, rows + 1).reshape(concatenated.shape)
         for whole in (concatenated, interleaved):
             candidates += [whole] if bias else [whole, whole.transpose(-1, -2)]
+    if original.ndim == parts[0].ndim - 1:
+        candidates = [candidate.flatten(0, 1) for candidate in candidates]
     fitting = [candidate for candidate in candidates if candidate.shape == original.shape]
     if not fitting:
         raise AssertionError(f"no layout of {[tuple(p.shape) for p in parts]} gives {tuple(original.shape)}")

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key
-from gptq_cli.model.expert_linears import FusedExperts, FusedTensor
 from gptq_cli.model.experts import FoundExperts
+from gptq_cli.model.fused import FusedExperts, FusedTensor
 
 _WEIGHT = ".weight"
 _LAYER = re.compile(r"\A(.*?\.\d+)\.(.+)\Z")

@@ -22,7 +22,7 @@ DENSE = (
     "cohere2",
     "modernbert-decoder",
 )
-EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "jetmoe")
+EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "jetmoe", "dbrx")
 HYBRID = ("mamba", "bamba", "zamba2", "qwen3_next", "gemma3n_text")
 TOWERS = ("qwen2_5_vl", "gemma3", "llava", "llama4")
 

@@ -14,7 +14,8 @@ from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.errors import CheckpointError
 from gptq_cli.inference.experts import drop_packed, expert_linear, put_bias
 from gptq_cli.inference.load import default_placement, load_quantized, packed_linears
-from gptq_cli.model.expert_linears import ExpertLinear, FusedExperts, FusedTensor, unfuse
+from gptq_cli.model.expert_linears import ExpertLinear, unfuse
+from gptq_cli.model.fused import FusedExperts, FusedTensor
 from tests.checkpoint.checkpoints import Recipe, quantize_directory
 from tests.conftest import TinyFactory
 
@@ -68,7 +69,7 @@ def biased() -> nn.Module:
         interleaved=True,
         bias="both_bias",
     )
-    unfuse(model, [FusedExperts(name="experts", tensors=(tensor,))])
+    unfuse(model, [FusedExperts(name="experts", tensors=(tensor,), user="experts")])
     return model
 
 

@@ -11,9 +11,10 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_cli.errors import ModelError
-from gptq_cli.model.blocks import assign, find_linears
-from gptq_cli.model.expert_linears import ExpertLinear, FusedTensor, drop_parameters, unfuse
+from gptq_cli.model.blocks import assign, find_blocks, find_linears
+from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters, unfuse
 from gptq_cli.model.experts import find_experts
+from gptq_cli.model.fused import FusedTensor, as_matrices
 from tests.model.test_trace import EXPERTS, SMALL
 from tests.tiny import randomize
 
@@ -34,7 +35,17 @@ NEMOTRON: dict[str, Any] = SMALL | {
     "moe_intermediate_size": 24,
     "moe_shared_expert_intermediate_size": 24,
 }
+DBRX: dict[str, Any] = {
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 2,
+    "vocab_size": 512,
+    "max_seq_len": 128,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+}
 MODELS = EXPERTS | {
+    "dbrx": ("DbrxConfig", DBRX),
     "jetmoe": ("JetMoeConfig", JETMOE),
     "nemotron_h": ("NemotronHConfig", NEMOTRON),
     "minimax": ("MiniMaxConfig", SMALL | {"num_local_experts": 4, "head_dim": 16}),
@@ -60,7 +71,7 @@ def logits(model: Any) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_linears_compute_what_the_fused_module_computes(name: str) -> None:
     model = model_of(name)
-    blocks = tuple(f"model.layers.{index}" for index in range(2))
+    blocks = find_blocks(model)[1]
     expected, parameters = logits(model), dict(model.named_parameters())
     found = find_experts(model, blocks)
     assert found.dense == {}
@@ -72,7 +83,8 @@ def test_the_linears_compute_what_the_fused_module_computes(name: str) -> None:
 
     (linear, *_) = [m for m in model.modules() if isinstance(m, ExpertLinear)]
     linear.weight.zero_()
-    held = linear.owner.get_parameter(linear.tensor.leaf)[linear.expert]
+    parameter = linear.owner.get_parameter(linear.tensor.leaf)
+    held = as_matrices(parameter, linear.tensor.experts)[linear.expert]
     assert int((held == 0).sum()) == linear.in_features * linear.out_features
     called: list[Tensor] = []
     linears = [m for m in model.modules() if isinstance(m, ExpertLinear)]
@@ -198,6 +210,123 @@ def test_experts_that_no_library_knows() -> None:
             leaf="down", experts=4, in_features=32, out_features=32, transposed=True, roles=("down",)
         ),
     )
+
+
+class Stacks(nn.Module):
+    """Two dimensions: the rows of one expert after those of another. Subclasses take them apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts, self.inner, self.width = 4, 24, 32
+        self.up = nn.Parameter(torch.randn(4 * 24, 32))
+        self.down = nn.Parameter(torch.randn(4 * 24, 32))
+
+    def matrix(self, stack: Tensor, expert: int) -> Tensor:
+        return stack.view(self.num_experts, self.inner, self.width)[expert]
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(index == expert)
+            inner = hidden_states[token] @ self.matrix(self.up, expert).T
+            y = inner.relu() @ self.matrix(self.down, expert)
+            out.index_add_(0, token, y * weights[token, slot, None])
+        return out
+
+
+class Chunks(Stacks):
+    """By `chunk`."""
+
+    def matrix(self, stack: Tensor, expert: int) -> Tensor:
+        return stack.chunk(self.num_experts)[expert]
+
+
+class Splits(Stacks):
+    """By `split`."""
+
+    def matrix(self, stack: Tensor, expert: int) -> Tensor:
+        return torch.split(stack, self.inner, dim=0)[expert]
+
+
+class Rows(Stacks):
+    """By a range of rows."""
+
+    def matrix(self, stack: Tensor, expert: int) -> Tensor:
+        return stack[expert * self.inner : (expert + 1) * self.inner]
+
+
+class Unbound(Stacks):
+    """By `unbind`, after a view."""
+
+    def matrix(self, stack: Tensor, expert: int) -> Tensor:
+        return stack.reshape(self.num_experts, -1, self.width).unbind(0)[expert]
+
+
+class Shifted(Stacks):
+    """By rows that are not those of one expert."""
+
+    def matrix(self, stack: Tensor, expert: int) -> Tensor:
+        return stack.roll(1, 0)[expert * self.inner : (expert + 1) * self.inner]
+
+
+class Held(Stacks):
+    """Is given the matrices by the module above it."""
+
+    def forward(self, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return x.matmul(up.T).relu() @ down
+
+
+class Above(nn.Module):
+    """Takes the matrices out of the parameters of a module inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = Held()
+        self.num_experts = 4
+
+    def forward(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(index == expert)
+            up = self.held.up.view(-1, self.held.inner, self.held.width)[expert]
+            down = self.held.down.view(-1, self.held.inner, self.held.width)[expert]
+            y = self.held(hidden_states[token], up, down)
+            out.index_add_(0, token, y * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("kind", [Stacks, Chunks, Splits, Rows, Unbound, Above])
+def test_stacks_of_two_dimensions(kind: type[nn.Module]) -> None:
+    module = kind()
+    given = (torch.randn(5, 32), torch.tensor([[0, 2]] * 4 + [[1, 3]]), torch.rand(5, 2))
+    with torch.no_grad():
+        expected = module(*given)
+    model = nn.Module()
+    model.block = nn.Module()
+    model.block.experts = module.requires_grad_(False)
+    (found,) = find_experts(copy.deepcopy(model).to("meta"), ("block",)).experts
+    assert found.user == "block.experts"
+    assert found.name == ("block.experts.held" if kind is Above else "block.experts")
+    assert [(t.leaf, t.experts, t.in_features, t.out_features, t.transposed) for t in found.tensors] == [
+        ("up", 4, 32, 24, False),
+        ("down", 4, 24, 32, True),
+    ]
+    unfuse(model, [found])
+    linears = [m for m in model.modules() if isinstance(m, ExpertLinear)]
+    assert len(linears) == 8
+    called: list[int] = []
+    for linear in linears:
+        linear.register_forward_pre_hook(lambda m, args: called.append(m.expert))
+    assert torch.allclose(module(*given), expected, atol=1e-4)
+    assert called == [0, 0, 1, 1, 2, 2, 3, 3]
+    linears[0].weight.zero_()
+    holder = module.held if kind is Above else module
+    assert int((holder.up == 0).sum()) == 24 * 32
+
+
+def test_rows_of_several_experts_are_no_stack() -> None:
+    found = find_experts(block_of(Shifted()), ("block",))
+    assert (found.experts, found.dense) == ((), {})
 
 
 @pytest.mark.parametrize(
