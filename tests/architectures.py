@@ -221,7 +221,11 @@ def model_class(model_type: str) -> Any:
 
 def build(model_type: str, *, seed: int = 0) -> Any:
     """The tiny model with random float32 weights, the same every time."""
-    config = tiny_config(model_type)
+    return build_config(model_type, tiny_config(model_type), seed=seed)
+
+
+def build_config(model_type: str, config: Any, *, seed: int = 0) -> Any:
+    """The model of `config` with random float32 weights, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(model_type)._from_config(config, dtype=torch.float32)

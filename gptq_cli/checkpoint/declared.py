@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from gptq_cli.checkpoint.dynamic import Override, render
+from gptq_cli.checkpoint.layout import rewritten
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import output_head
@@ -51,7 +52,7 @@ def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
     )
     if not partly:
         return ()
-    packed = {x.source_key for x in skeleton.linears}
+    packed = {source for x in skeleton.linears for source in x.sources}
     dense = {owner(t.name) for t in skeleton.files.tensors if len(t.shape) > 1 and t.name not in packed}
     dense |= {name for _, name in _dense_modules(skeleton)}
     short = tuple(dict.fromkeys(map(_inside_block, skeleton.linears)))
@@ -90,6 +91,7 @@ def _dense_modules(skeleton: Skeleton) -> Iterator[tuple[str, str]]:
     quantized = {linear.name for linear in skeleton.linears}
     fused = {module.name for module in skeleton.experts.experts}
     head = output_head(model)
+    own_names = rewritten(skeleton)
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         if name in quantized or name in fused or module is head or isinstance(module, nn.Embedding):
@@ -98,9 +100,9 @@ def _dense_modules(skeleton: Skeleton) -> Iterator[tuple[str, str]]:
             continue
         sources = [
             source
-            for leaf in own
-            if (origin := skeleton.keys.origins.get(f"{name}.{leaf}")) is not None
-            for source in origin.sources
+            for target in (f"{name}.{leaf}" for leaf in own)
+            if (origin := skeleton.keys.origins.get(target)) is not None
+            for source in ((own_names[target],) if target in own_names else origin.sources)
         ]
         yield (_common_parent(sources) if sources else name), name
     yield from _dense_experts(skeleton, quantized)

@@ -30,6 +30,9 @@ class PlannedTensor:
     """Where a dense tensor is copied from; None for a packed one."""
     cut: BiasCut | None = None
     """Which part of the source it is; None for all of it."""
+    target: str = ""
+    """The model's tensor that it is, where that is computed from tensors of the source (`source` is the first
+    of them); "" where it is the source itself."""
 
     @property
     def size_bytes(self) -> int:
@@ -109,27 +112,57 @@ def plan_checkpoint(skeleton: Skeleton, quantize: QuantizeConfig, max_shard_byte
 
 def _tensor_groups(skeleton: Skeleton, quantize: QuantizeConfig) -> Iterator[list[PlannedTensor]]:
     """Tensors in natural order of their names; the parts of one linear stay together in a file."""
-    packed: dict[str, list[LinearInfo]] = {}
-    cut: dict[str, list[LinearInfo]] = {}
-    for linear in skeleton.packed:
-        packed.setdefault(linear.source_key, []).append(linear)
-        if linear.bias_cut is not None:
-            cut.setdefault(linear.bias_cut.source_key, []).append(linear)
-    known = {tensor.name for tensor in skeleton.files.tensors}
     stored, run = main_dtype(skeleton.files), dtype_name(skeleton.dtype)
+    files = {tensor.name: tensor for tensor in skeleton.files.tensors}
+
+    def dtype(tensor: TensorInfo) -> str:
+        return run if tensor.dtype == stored else tensor.dtype
+
+    replaced = {source for linear in skeleton.packed for source in linear.sources}
+    instead: dict[str, list[list[PlannedTensor]]] = {}
+    for linear in skeleton.packed:
+        instead.setdefault(linear.source_key, []).append(_packed_tensors(linear, quantize))
+    for linear in skeleton.packed:
+        if (cut := linear.bias_cut) is not None:
+            source = files[cut.source_key]
+            bias = PlannedTensor(
+                f"{linear.source_name}.bias", dtype(source), (linear.out_features,), source, cut
+            )
+            instead.setdefault(source.name, []).append([bias])
+            replaced.add(source.name)
+    for target, name in rewritten(skeleton).items():
+        origin = skeleton.keys.origins[target]
+        source = files[origin.sources[0]]
+        shape = tuple(skeleton.model.state_dict()[target].shape)
+        part = PlannedTensor(name, dtype(source), shape, source, target=target)
+        instead.setdefault(source.name, []).append([part])
+        replaced |= {*origin.sources}
     for tensor in sorted(skeleton.files.tensors, key=lambda t: natural_key(t.name)):
-        dtype = run if tensor.dtype == stored else tensor.dtype
-        for linear in packed.get(tensor.name, ()):
-            yield _packed_tensors(linear, quantize)
-        for linear in cut.get(tensor.name, ()):
-            shape = (linear.out_features,)
-            yield [PlannedTensor(f"{linear.source_name}.bias", dtype, shape, tensor, linear.bias_cut)]
-        if tensor.name not in packed and tensor.name not in cut:
-            yield [PlannedTensor(tensor.name, dtype, tensor.shape, tensor)]
-    for source, linears in packed.items():
-        if source not in known:  # a head whose weight is the embedding's in the source
-            for linear in linears:
-                yield _packed_tensors(linear, quantize)
+        yield from instead.pop(tensor.name, ())
+        if tensor.name not in replaced:
+            yield [PlannedTensor(tensor.name, dtype(tensor), tensor.shape, tensor)]
+    for groups in instead.values():  # of a head whose weight is the embedding's in the source
+        yield from groups
+
+
+def rewritten(skeleton: Skeleton) -> dict[str, str]:
+    """Dense tensors of the model that are stored as they are -> their names: those that Transformers computes
+    from the same tensors of the files as weights that are packed now, and biases of these."""
+    quantized = {linear.name for linear in skeleton.packed}
+    packed = {f"{linear.name}.weight" for linear in skeleton.packed} | {
+        f"{module.name}.{tensor.leaf}"
+        for module in skeleton.experts.experts
+        for tensor in module.tensors
+        if all(name in quantized for name in module.linears_of(tensor))
+    }
+    biases = {f"{linear.name}.bias" for linear in skeleton.packed if linear.stored_as}
+    origins = skeleton.keys.origins
+    used = {id(origins[target]) for target in packed | biases if target in origins}
+    return {
+        target: name
+        for target, name in skeleton.own_names.items()
+        if target not in packed and id(origins[target]) in used
+    }
 
 
 def _packed_tensors(linear: LinearInfo, quantize: QuantizeConfig) -> list[PlannedTensor]:

@@ -17,7 +17,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_in_block
+from gptq_cli.checkpoint.dense_values import dense_values
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.format import PARTS, quantization_dict
 from gptq_cli.checkpoint.held_signals import held_signals
@@ -48,7 +49,6 @@ from gptq_cli.model.headers import StoredTensor, read_header
 from gptq_cli.model.selection import changed_settings
 from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
-from gptq_cli.model.streamed import StreamedReader
 
 _CHUNK_BYTES = 1 << 24
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -172,15 +172,16 @@ class CheckpointWriter:
         Raises `NonFinite` when a cast overflows, and what `StreamedReader.get` raises.
         """
         wanted: dict[str, list[tuple[PlannedTensor, str]]] = {}
-        coded: list[tuple[PlannedTensor, str]] = []
+        valued: list[PlannedTensor] = []
         for tensor in self._planned.values():
             if tensor.source is None or tensor.name not in self._waiting[self._shard_of[tensor.name].file]:
                 continue
-            if tensor.source.coded is not None:
-                coded.append((tensor, tensor.source.name))
+            if tensor.target or tensor.source.coded is not None:
+                valued.append(tensor)
             else:
                 wanted.setdefault(tensor.source.shard, []).append((tensor, tensor.source.name))
-        self._copy_decoded(coded)
+        for tensor, values in dense_values(self._skeleton, valued):
+            self._put(tensor.name, _cast(tensor.name, values, as_torch_dtype(tensor.dtype)))
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
             self._skeleton.files.check(shard)
@@ -188,15 +189,6 @@ class CheckpointWriter:
             with path.open("rb") as file:
                 for tensor, source in tensors:
                     self._copy(file, stored[source], tensor)
-
-    def _copy_decoded(self, tensors: Sequence[tuple[PlannedTensor, str]]) -> None:
-        files = self._skeleton.files
-        with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
-            for tensor, source in tensors:
-                values = reader.get(source)
-                if tensor.cut is not None:
-                    values = tensor.cut.of(values)
-                self._put(tensor.name, _cast(tensor.name, values, as_torch_dtype(tensor.dtype)))
 
     def finish(self, report: Mapping[str, Any]) -> int:
         """Write the remaining files and put the checkpoint in place; return its bytes on the disk."""

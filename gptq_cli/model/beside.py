@@ -18,6 +18,7 @@ from torch import nn
 from gptq_cli.errors import ModelError
 from gptq_cli.model.conversion import KeyMap
 from gptq_cli.model.facts import TensorInfo
+from gptq_cli.model.fused import FusedExperts
 from gptq_cli.model.model_class import names_with_towers
 from gptq_cli.model.text_part import beside_the_text, language_model
 from gptq_cli.model.trace import Trace
@@ -70,15 +71,20 @@ def check_runs_on_text(source: str, model: Any, blocks: tuple[str, ...], traced:
     )
 
 
-def unreached_linears(model: Any, linears: Mapping[str, str], traced: Trace) -> Iterator[str]:
+def unreached_linears(
+    model: Any, linears: Mapping[str, str], experts: Iterable[FusedExperts], traced: Trace
+) -> Iterator[str]:
     """Linears (name -> block) that only images or sounds reach, such as adapters and cross-attention: those
-    that did not run and are not one of several experts."""
+    that did not run and are not one of several experts; and all those of `experts` that were not called."""
     if not traced.complete or not has_towers(model):
         return
     for name, block in linears.items():
         inside = name.removeprefix(f"{block}.").split(".")
         if name in traced.idle and not any(part.isdigit() for part in inside):
             yield name
+    for module in experts:
+        if module.user not in traced.order:
+            yield from (name for name, *_ in module.linears())
 
 
 def parts_beside(

@@ -67,6 +67,8 @@ class KeyMap:
     """Names in the files that the model has no place for."""
     missing: tuple[str, ...]
     """Parameters without an origin, after ties and the model's own exceptions."""
+    names: frozenset[str] = frozenset()
+    """All names in the files."""
 
     def source_of(self, target: str) -> str | None:
         """The one file tensor that *is* the model tensor `target`, or None."""
@@ -105,6 +107,23 @@ class Conversion:
         pattern = self.target_of(source)[1]
         return 0 if pattern is None else list(self._by_pattern[pattern].source_patterns).index(pattern)
 
+    def own_names(self, origin: Origin, keys: KeyMap) -> dict[str, str]:
+        """What the model tensors that are computed from `origin` can be called in files where each is stored
+        as the model has it: beside its sources if such a name leads back, else its name in the model.
+
+        {} where one of them has no such name.
+        """
+        names: dict[str, str] = {}
+        for target in self._results(origin.target, self.target_of(origin.sources[0])[1]):
+            module, _, kind = target.rpartition(".")
+            beside = origin.sources[0].removesuffix(f".{kind}").rpartition(".")[0]
+            near = f"{beside}.{module.rpartition('.')[2]}.{kind}"
+            found = [n for n in (near, target) if n not in keys.names and self.target_of(n) == (target, None)]
+            if not found:
+                return {}
+            names[target] = found[0]
+        return names
+
     def source_names(self, targets: Iterable[str]) -> tuple[str, ...]:
         """The names in files that Transformers would give the model tensors `targets` on saving them.
 
@@ -125,7 +144,8 @@ class Conversion:
         collected: dict[str, list[str]] = {}
         patterns: dict[str, str | None] = {}
         unexpected: list[str] = []
-        for name in sorted({*names, *placed}, key=natural_key):
+        all_names = {*names, *placed}
+        for name in sorted(all_names, key=natural_key):
             target, pattern = (placed[name], _BY_PLACE) if name in placed else self.target_of(name)
             if target is None:
                 unexpected.append(name)
@@ -137,7 +157,7 @@ class Conversion:
             origin = Origin(target, tuple(sources), patterns[target] is not None)
             for result in self._results(target, patterns[target]):
                 origins[result] = origin
-        return KeyMap(origins, tuple(unexpected), self._missing(origins))
+        return KeyMap(origins, tuple(unexpected), self._missing(origins), frozenset(all_names))
 
     def convert(self, origin: Origin, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute the model's tensors of `origin` from its `tensors` (file name -> value)."""

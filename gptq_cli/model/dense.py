@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from gptq_cli.model.beside import LEFT_OUT, BesideInfo
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.experts import FoundExperts, stacked_parameters
 from gptq_cli.model.text_part import output_head
 from gptq_cli.placement.names import fold, parents
+
+BIASES = "biases of experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +26,9 @@ class DenseInfo:
     kind: str
     """Class name."""
     reason: str
-    """embedding | head | fused experts | router | tied | read, not called | converted at load |
-    outside the blocks | vector | other, and those of `beside` and `results.kept`"""
+    """embedding | head | router | tied | read, not called | converted at load | outside the blocks | vector |
+    biases of experts | convolution | no linear | not computed matrix by matrix (of three dimensions: see
+    `FoundExperts.dense`), and those of `beside` and `results.kept`"""
     modules: int
     """Number of modules under the folded name."""
     parameters: int
@@ -50,6 +54,10 @@ def fold_dense(
         for tensor in module.tensors
         if all(name in quantized for name in module.linears_of(tensor))
     }
+    together = {
+        module.name: next((kept[name] for name, *_ in module.linears() if name in kept), "")
+        for module in experts.experts
+    }
     head = output_head(model)
     towers = {part.name for part in beside if part.reason != LEFT_OUT}
     inside = tuple(f"{block}." for block in blocks)
@@ -65,9 +73,13 @@ def fold_dense(
         if name in quantized:
             counted.update(id(p) for p in own.values())
             continue
-        size = sum(p.numel() for p in own.values() if id(p) not in counted)
+        left = [p for p in own.values() if id(p) not in counted]
+        size = sum(p.numel() for p in left)
         counted.update(id(p) for p in own.values())
-        reason = kept.get(name) or _reason(name, module, head, name.startswith(inside))
+        reason = kept.get(name) or together.get(name)
+        if not reason:
+            biases = name in together and max(p.ndim for p in left) < 3
+            reason = BIASES if biases else _reason(module, left, head, in_block=name.startswith(inside))
         key = (fold(name), reason)
         kind, modules, parameters = folded.get(key, (type(module).__name__, 0, 0))
         folded[key] = (kind, modules + 1, parameters + size)
@@ -85,16 +97,18 @@ def fold_dense(
     )
 
 
-def _reason(name: str, module: nn.Module, head: nn.Module | None, in_block: bool) -> str:
-    dimensions = [p.ndim for p in module.parameters(recurse=False)]
+def _reason(module: nn.Module, own: Sequence[nn.Parameter], head: nn.Module | None, *, in_block: bool) -> str:
+    """Why the parameters `own` of a module stay dense, where no linear of it was looked at."""
     if module is head:
         return "head"
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if in_block and stacked_parameters(module):
-        return "fused experts"
-    if max(dimensions) < 2:
+    if max(p.ndim for p in own) < 2:
         return "vector"
-    if is_linear(module):
-        return "converted at load" if in_block else "outside the blocks"
-    return "other"
+    if isinstance(module, _ConvNd):
+        return "convolution"
+    if not in_block:
+        return "outside the blocks"
+    if stacked_parameters(module):
+        return "not computed matrix by matrix"
+    return "converted at load" if is_linear(module) else "no linear"

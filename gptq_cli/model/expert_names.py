@@ -55,8 +55,9 @@ class ExpertSource:
 
     name: str
     """Its own name, under which it is stored packed: `…experts.7.w1`."""
-    tensor: str
-    """The tensor that holds its weight now: `…experts.7.w1.weight`, or a merged one."""
+    tensors: tuple[str, ...]
+    """The tensor that holds its weight now: `…experts.7.w1.weight`, or a merged one; or those that the merged
+    one is made of."""
     place: ExpertPlace
 
 
@@ -123,13 +124,16 @@ class ExpertNames:
         """The names of the linears of one parameter."""
         target = f"{module.name}.{tensor.leaf}"
         origin = keys.origins.get(target)
-        if origin is not None and len(origin.sources) > 1:
-            return self._accepted(target, ((name.removesuffix(_WEIGHT), name) for name in origin.sources))
-        held = target if origin is None else origin.sources[0]
-        parent = held.removesuffix(f".{tensor.leaf}") if held.endswith(f".{tensor.leaf}") else module.name
+        held = (target,) if origin is None else origin.sources
+        if len(held) > 1:
+            single = self._accepted(target, ((name.removesuffix(_WEIGHT), (name,)) for name in held))
+            if single:
+                return single
+        whole = held[0]
+        parent = whole.removesuffix(f".{tensor.leaf}") if whole.endswith(f".{tensor.leaf}") else module.name
         if derived:
             tails = [name.removesuffix(_WEIGHT) for name in derived]
-            near = [_moved(tail, held) for tail in tails]
+            near = [_moved(tail, whole) for tail in tails]
             return self._accepted(target, zip(near, [held] * len(near), strict=True)) or self._accepted(
                 target, zip(tails, [held] * len(tails), strict=True)
             )
@@ -144,14 +148,14 @@ class ExpertNames:
                 return found
         return {}
 
-    def _accepted(self, target: str, names: Iterable[tuple[str, str]]) -> dict[str, ExpertSource]:
-        """(name, tensor) pairs by the linear that each leads back to; {} if one leads elsewhere."""
+    def _accepted(self, target: str, names: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, ExpertSource]:
+        """(name, tensors) pairs by the linear that each leads back to; {} if one leads elsewhere."""
         result: dict[str, ExpertSource] = {}
         for name, held in names:
             place = self.place(name)
             if place is None or place.target != target or place.linear in result:
                 return {}
-            result[place.linear] = ExpertSource(name=name, tensor=held, place=place)
+            result[place.linear] = ExpertSource(name=name, tensors=held, place=place)
         return result
 
     def _derived(self, keys: KeyMap) -> dict[str, list[str]]:

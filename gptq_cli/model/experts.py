@@ -32,6 +32,8 @@ from gptq_cli.model.fused import FusedExperts, FusedTensor, as_matrices
 
 _TOKENS = 7
 _TOP_K = 2
+_MOST_ARGUMENTS = 3
+"""The tokens, the experts of each, their weights."""
 _LARGEST = 1 << 20
 """Elements of a parameter of a tiny copy."""
 _GATED = ("gate_proj", "up_proj")
@@ -133,6 +135,9 @@ def _examine(module: nn.Module, parent: nn.Module | None) -> _Found | str:
 
 def _examine_in(user: nn.Module, module: nn.Module, experts: int) -> tuple[FusedTensor, ...] | str:
     """The same, by the forward of `user`, which is the module or holds it."""
+    needed = [name for name, p in _parameters(user).items() if p.default is p.empty]
+    if len(needed) > _MOST_ARGUMENTS:
+        return f"{type(user).__name__} is not called as experts are: its forward takes {', '.join(needed)}"
     try:
         with torch.device("cpu"), torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -195,8 +200,7 @@ class _Examination:
         These are (tokens, experts of each, their weights), tokens sorted by expert with the number of each
         expert's, tokens with their weight for every expert, or a copy of the tokens for every expert.
         """
-        names = inspect.signature(type(self.tiny).forward).parameters.values()
-        count = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in names) - 1
+        count = len(_parameters(self.tiny))
         parameters = [getattr(self.holder, leaf) for leaf in self.leaves]
         shapes = [_matrices_shape(p.shape, self.few) for p in parameters]
         experts = self.few
@@ -310,6 +314,13 @@ class _Examination:
 
         self._run(arguments, tensors, product)
         return caught
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    """What the module's forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = inspect.signature(type(module).forward).parameters
+    return {name: p for name, p in list(taken.items())[1:] if p.kind in kinds}
 
 
 def _plain(module: nn.Module) -> Callable[[FusedTensor, int, Tensor], Tensor]:

@@ -67,7 +67,7 @@ class LinearInfo:
     """In the model: `transformer.h.0.attn.c_attn`."""
     block: str
     source_key: str
-    """The checkpoint's tensor that is its weight: `h.0.attn.c_attn.weight`."""
+    """The checkpoint's tensor that is its weight, or holds a part of it: `h.0.attn.c_attn.weight`."""
     in_features: int
     """K."""
     out_features: int
@@ -76,7 +76,9 @@ class LinearInfo:
     transposed: bool
     """Conv1D: the weight is stored (K, N)."""
     stored_as: str = ""
-    """For one of several linears in the tensor `source_key`: its own name in the checkpoint."""
+    """Where `source_key` is not its weight alone, or not all of it: its own name in the checkpoint."""
+    held_with: tuple[str, ...] = ()
+    """The other tensors that hold a part of its weight."""
     bias_cut: BiasCut | None = None
     """Where the bias is, if it is a part of a tensor."""
 
@@ -84,6 +86,11 @@ class LinearInfo:
     def source_name(self) -> str:
         """The linear's own name in the checkpoint, used for its `qweight` and the other packed tensors."""
         return self.stored_as or self.source_key.removesuffix(".weight")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All tensors of the checkpoint that its weight is made of."""
+        return (self.source_key, *self.held_with)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +125,9 @@ class Skeleton:
     """Of the files, and of files and model together: weights that are missing or have the wrong shape."""
     kept: Mapping[str, str]
     """Linears of the blocks that stay dense -> why."""
+    own_names: Mapping[str, str]
+    """Tensors of the model that Transformers computes from others in the files -> what each is called where
+    it is stored as it is: see `Conversion.own_names`."""
     by_module: tuple[LinearInfo, ...] = ()
     """Those of them that `--module` names, see `model.selection`."""
     head: LinearInfo | None = None
@@ -164,10 +174,11 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     blocks = traced.flow.blocks
     candidates = _candidates(model, blocks)
     kept = _kept_dense(model, traced, candidates, tied)
-    kept |= dict.fromkeys(unreached_linears(model, candidates, traced), UNREACHED)
+    kept |= dict.fromkeys(unreached_linears(model, candidates, experts.experts, traced), UNREACHED)
     routed = {name for name in candidates if isinstance(model.get_submodule(name), ExpertLinear)}
     traced = replace(traced, idle=traced.idle | routed)  # they stood in a 3-D tensor when it was made
-    found = tuple(_linears(model, blocks, keys, kept, sources, known=bool(files.tensors)))
+    own_names = _own_names(conversion, keys, candidates, experts)
+    found = tuple(_linears(model, blocks, keys, kept, sources, own_names, known=bool(files.tensors)))
     in_part = linears_in_part(experts, {linear.name for linear in found})
     linears = tuple(linear for linear in found if linear.name not in in_part)
     beside = parts_beside(model, unreached, keys, files.tensors)
@@ -194,7 +205,28 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         parameters=parameters,
         problems=(*files.problems, *(() if already else _mismatches(model, files, keys))),
         kept=kept,
+        own_names=own_names,
     )
+
+
+def _own_names(
+    conversion: Conversion, keys: KeyMap, linears: Collection[str], experts: FoundExperts
+) -> dict[str, str]:
+    """`Skeleton.own_names` of everything that is computed together with a weight or a bias of `linears`, or
+    with a parameter of `experts`."""
+    names: dict[str, str] = {}
+    targets = [f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")]
+    targets += [f"{module.name}.{tensor.leaf}" for module in experts.experts for tensor in module.tensors]
+    for target in targets:
+        origin = keys.origins.get(target)
+        if origin is not None and origin.converted and target not in names:
+            names |= conversion.own_names(origin, keys)
+    for linear in linears:  # a bias that is a tensor of the files follows its weight
+        name = names.get(f"{linear}.weight", "").removesuffix("weight") + "bias"
+        source = keys.source_of(f"{linear}.bias")
+        if f"{linear}.weight" in names and source not in (None, name):
+            names[f"{linear}.bias"] = name
+    return names
 
 
 def _traced(model: Any) -> tuple[str, tuple[str, ...], Trace]:
@@ -267,11 +299,12 @@ def _linears(
     keys: KeyMap,
     kept: Mapping[str, str],
     experts: Mapping[str, ExpertSource] = MappingProxyType({}),
+    own_names: Mapping[str, str] = MappingProxyType({}),
     *,
     known: bool,
 ) -> Iterator[LinearInfo]:
-    """Quantizable linears with a tensor of their own in the files; a module shared by two blocks is listed
-    once."""
+    """Quantizable linears whose weight has a name in the files, or can have one; a module shared by two
+    blocks is listed once."""
     seen: set[int] = set()
     for block in blocks:
         for name, linear in all_linears(model.get_submodule(block)).items():
@@ -280,22 +313,33 @@ def _linears(
             if expert is not None and full not in kept:
                 yield _expert_linear(block, expert, keys)
                 continue
-            source = keys.source_of(f"{full}.weight")
-            if source is None and not known:
-                source = f"{full}.weight"
-            if source is None or not source.endswith(".weight") or id(linear) in seen or full in kept:
+            held, stored_as = _held(f"{full}.weight", keys, own_names)
+            if not held and not known:
+                held = (f"{full}.weight",)
+            if not held or id(linear) in seen or full in kept:
                 continue
             seen.add(id(linear))
             rows, columns = shape(linear)
             yield LinearInfo(
                 name=full,
                 block=block,
-                source_key=source,
+                source_key=held[0],
+                held_with=held[1:],
+                stored_as=stored_as,
                 in_features=columns,
                 out_features=rows,
                 bias=getattr(linear, "bias", None) is not None,
                 transposed=isinstance(linear, Conv1D),
             )
+
+
+def _held(target: str, keys: KeyMap, own_names: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """The tensors of the files that a weight is made of, and its own name where that is not the tensor's; ()
+    where it has none."""
+    source = keys.source_of(target)
+    if source is None and target in own_names:
+        return keys.origins[target].sources, own_names[target].removesuffix(".weight")
+    return ((source,) if source is not None and source.endswith(".weight") else ()), ""
 
 
 def _expert_linear(block: str, expert: ExpertSource, keys: KeyMap) -> LinearInfo:
@@ -305,7 +349,8 @@ def _expert_linear(block: str, expert: ExpertSource, keys: KeyMap) -> LinearInfo
     return LinearInfo(
         name=place.linear,
         block=block,
-        source_key=expert.tensor,
+        source_key=expert.tensors[0],
+        held_with=expert.tensors[1:],
         in_features=tensor.in_features,
         out_features=tensor.out_features // len(tensor.roles),
         bias=place.bias_target is not None,

@@ -31,7 +31,7 @@ def sources(name: str, files: list[str] | None = None) -> dict[str, tuple[str, s
     _, conversion, found = built(name)
     keys = conversion.map(files or [])
     named = ExpertNames(conversion, found.experts).sources(keys)
-    return {linear: (source.name, source.tensor) for linear, source in named.items()}
+    return {linear: (source.name, source.tensors[0]) for linear, source in named.items()}
 
 
 @pytest.mark.parametrize(

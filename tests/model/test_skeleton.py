@@ -137,7 +137,7 @@ def test_experts_that_cannot_be_taken_apart_are_named(
 
     monkeypatch.setattr(Qwen3MoeExperts, "forward", forward)
     skeleton = opened(tiny_moe)
-    (experts,) = [item for item in skeleton.dense if item.reason == "fused experts"]
+    (experts,) = [item for item in skeleton.dense if item.reason == "not computed matrix by matrix"]
     assert (experts.name, experts.modules) == ("model.layers.*.mlp.experts", 1)
     assert experts.share == pytest.approx(4 * 3 * 64 * 32 / skeleton.parameters)
     assert set(skeleton.experts.dense) == {
