@@ -19,7 +19,8 @@ from gptq_cli.display.escapes import console_for, escaped, many_lines, one_line
 from gptq_cli.errors import DeviceMapError, GptqError, Interrupted, PreflightRefused
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
-from gptq_cli.results.document import SCHEMA_VERSION, Json, to_json
+from gptq_cli.results.document import Json, document
+from gptq_cli.results.failure import FailureFacts, FailureReport
 
 INTERRUPTED = 130
 READER_GONE = 141
@@ -28,19 +29,20 @@ READER_GONE = 141
 
 def error_document(error: BaseException, exit_code: int) -> dict[str, Json]:
     """What `--json` writes in place of a result."""
-    body: dict[str, Json] = {
-        "type": type(error).__name__,
-        "message": _message(error),
-        "hint": getattr(error, "hint", None),
-        "exit_code": exit_code,
-    }
-    if isinstance(error, PreflightRefused):
-        body["findings"] = to_json(error.report.ordered())
-    return {"schema_version": SCHEMA_VERSION, "error": body}
+    return _document(
+        type(error).__name__,
+        error.message if isinstance(error, GptqError) else str(error),
+        getattr(error, "hint", None),
+        exit_code,
+        error.report.ordered() if isinstance(error, PreflightRefused) else None,
+    )
 
 
-def _message(error: BaseException) -> str:
-    return error.message if isinstance(error, GptqError) else str(error)
+def _document(
+    kind: str, message: str, hint: str | None, exit_code: int, findings: tuple[Finding, ...] | None = None
+) -> dict[str, Json]:
+    facts = FailureFacts(type=kind, message=message, hint=hint, exit_code=exit_code, findings=findings)
+    return document(FailureReport(error=facts))
 
 
 def _write_document(body: dict[str, Json]) -> None:
@@ -88,13 +90,7 @@ def report_usage(error: Exception, message: str, exit_code: int, *, as_json: boo
     message, hint = usage_words(error, message)
     _write_error(message, hint)
     if as_json:
-        body: dict[str, Json] = {
-            "type": "UsageError",
-            "message": message,
-            "hint": hint,
-            "exit_code": exit_code,
-        }
-        _write_document({"schema_version": SCHEMA_VERSION, "error": body})
+        _write_document(_document("UsageError", message, hint, exit_code))
     return exit_code
 
 
@@ -105,13 +101,7 @@ def report_interrupted(error: Interrupted | None, *, as_json: bool) -> int:
     if hint:
         _write(f"  hint: {hint}")
     if as_json:
-        body: dict[str, Json] = {
-            "type": "Interrupted",
-            "message": message,
-            "hint": hint,
-            "exit_code": INTERRUPTED,
-        }
-        _write_document({"schema_version": SCHEMA_VERSION, "error": body})
+        _write_document(_document("Interrupted", message, hint, INTERRUPTED))
     return INTERRUPTED
 
 

@@ -221,8 +221,8 @@ Config = Annotated[
     str | None,
     option(
         "--config",
-        "A shipped preset such as w4g128, or a TOML file with any of these options; flags and GPTQ_* "
-        "variables override it.",
+        "A shipped preset such as w4g128, a TOML file with any of these options, or report.json of a run, to "
+        "run it again; flags and GPTQ_* variables override it.",
         RUN,
         "PRESET",
         is_eager=True,

@@ -7,6 +7,8 @@
     [modules]                                                settings by module, --module on the command line
     "model.layers.*.mlp.down_proj" = "bits:8,group:64"       or a table: { bits = 8, group = 64 }
 
+`--config report.json` takes the settings of a run in place of a preset: see `cli.run_again`.
+
 Flags and GPTQ_* variables override it. A preset may serve all commands: options of another command are
 skipped, unknown ones are an error. Paths in it are relative to the working directory. Those in
 `gptq_cli/presets/` are found by name; a file of the same name is found as `./w4g128`.
@@ -28,6 +30,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from gptq_cli.cli.run_again import read_settings
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import open_once, reason, shown
 from gptq_cli.module_settings import MODULE_KEYS, ModuleRule
@@ -138,11 +141,14 @@ def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    """The TOML at `path` (a file, or a pipe that is read once), small and flat as a preset is."""
+    """The TOML at `path` (a file, or a pipe that is read once), small and flat as a preset is; where it is
+    the report of a run, its settings."""
     where = f"preset {shown(path)!r}"
     try:
         with open_once(path) as stream:
             raw = stream.read(LARGEST_BYTES + 1)
+            if raw.lstrip()[:1] == b"{":
+                return read_settings(where, raw, stream)
     except OSError as error:
         shipped = path.stem in shipped_presets() and isinstance(error, FileNotFoundError)
         hint = f"did you mean --config {path.stem}, which comes with gptq?" if shipped else None

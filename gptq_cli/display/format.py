@@ -6,6 +6,7 @@ import math
 import re
 
 from gptq_cli.placement.device import format_size, three_digits
+from gptq_cli.results.load import LoadReport
 from gptq_cli.results.run import ExpertsReport, RunReport, TextShare
 from gptq_cli.wording import names_text
 
@@ -138,6 +139,11 @@ def share_size(share: TextShare, report: RunReport) -> str:
         return size
     part = f"{share.tokens / report.tokens:.0%}"
     return f"{share.samples} x {report.seq_len} = {share.tokens:,} tokens ({part})"
+
+
+def windows(report: LoadReport) -> str:
+    """`8 windows of 512 tokens`: what a perplexity was measured on."""
+    return f"{count(report.windows or 0, 'window')} of {report.seq_len or 0} tokens"
 
 
 def experts(found: ExpertsReport) -> str:

@@ -105,13 +105,13 @@ def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
 def _figures(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     if report.perplexity is not None:
         of = f" of {report.text_source}" if report.text_source else ""
-        over = f" over {fmt.count(report.windows, 'window')} of {report.seq_len} tokens{of}"
+        over = f" over {fmt.windows(report)}{of}"
         yield "perplexity", Text(f"{report.perplexity:.3f}", style="bold").append(over, style="not bold")
     if report.agreement is not None:
         yield from _compared(report.against or "", report.agreement)
     if report.new_tokens:
-        tokens = fmt.count(report.new_tokens, "token")
-        yield "generated", f"{tokens}, {report.tokens_per_second:.1f} per second"
+        rate = f", {report.tokens_per_second:.1f} per second" if report.tokens_per_second else ""
+        yield "generated", f"{fmt.count(report.new_tokens, 'token')}{rate}"
     yield from listed("gates", [gate_text(gate) for gate in report.gates])
 
 
@@ -156,7 +156,7 @@ def bench_table(bench: Bench) -> Table:
         (f" {speed.new_tokens} one by one", speed.decode, dense and dense.decode, bench.decode_ratio),
     ):
         table.add_row(label, rate_text(ours), *((rate_text(theirs), f"{ratio:.2f}") if theirs else ()))
-    beside = (fmt.size(bench.dense_weight_bytes), f"{bench.weight_ratio:.2f}") if dense else ()
+    beside = (fmt.size(bench.dense_weight_bytes or 0), f"{bench.weight_ratio:.2f}") if dense else ()
     table.add_row(" weights", fmt.size(bench.weight_bytes), *beside)
     for device, used in bench.memory:
         table.add_row(f" memory of {device}", fmt.size(used), *(("", "") if dense else ()))
@@ -173,9 +173,10 @@ def verify_summary(report: VerifyReport) -> Group:
     verdict, style = ("is sound", "bold green") if report.sound else ("is not sound", "bold red")
     complete = len(report.checks) > 1
     title = Text(f" {report.path}", style=style if complete or not report.sound else "bold green")
-    counted = f"{fmt.count(report.tensors, 'tensor')}, {fmt.count(report.linears, 'quantized linear')}"
-    share = f"{fmt.share(report.coverage)} of the weights in the blocks"
-    facts = f": {counted}, {share}" if report.tensors else ""
+    tensors, linears = report.tensors or 0, report.linears or 0
+    counted = f"{fmt.count(tensors, 'tensor')}, {fmt.count(linears, 'quantized linear')}"
+    share = f"{fmt.share(report.coverage or 0.0)} of the weights in the blocks"
+    facts = f": {counted}, {share}" if tensors else ""
     shown = verdict if complete or not report.sound else "is readable"
     title.append(f" {shown}{facts}", style="default not bold")
     parts: list[RenderableType] = [title, "", rules_table(report.checks)]

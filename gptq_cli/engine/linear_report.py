@@ -36,7 +36,7 @@ def linear_report(
         attempts=quantized.attempts,
         method=quantized.method,
         alpha=step.alpha,
-        target_damp_percent=step.damp_percent,
+        target_damp_percent=step.damp_percent if step.alpha else None,
         tokens=tokens,
         routed=routed,
         pooled=pooled,

@@ -39,10 +39,10 @@ class Generation:
     first_token_seconds: float
 
     @property
-    def tokens_per_second(self) -> float:
-        """Decoding speed: tokens after the first over the time after the first; 0 for a single token."""
+    def tokens_per_second(self) -> float | None:
+        """Decoding speed: tokens after the first over the time after the first; None for a single token."""
         after = self.seconds - self.first_token_seconds
-        return (self.new_tokens - 1) / after if self.new_tokens > 1 and after > 0 else 0.0
+        return (self.new_tokens - 1) / after if self.new_tokens > 1 and after > 0 else None
 
 
 class TextPieces:

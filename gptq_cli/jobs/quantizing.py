@@ -42,6 +42,7 @@ from gptq_cli.jobs.proof import check_text, prove
 from gptq_cli.jobs.pushing import check_push, uploaded
 from gptq_cli.jobs.resuming import Found, continuing, find_work
 from gptq_cli.jobs.run_report import Tally, summarize
+from gptq_cli.jobs.settings import settings_of
 from gptq_cli.jobs.steps import announce, passes_words, placed, watched
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
@@ -193,6 +194,12 @@ def _quantize(
             size_after_bytes=writer.plan.size_bytes,
             tally=tally,
             kept=keeper,
+            settings=settings_of(
+                job,
+                revision=checked.skeleton.files.revision or job.model.revision,
+                card=asked.card is not None,
+                proof=asked.proof,
+            ),
         )
         card = Card(asked.card, job, checked.skeleton, tally, asked.name) if asked.card is not None else None
         writer.complete(document(report), partial(card.files, report) if card else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,13 +10,13 @@ from typing import Protocol
 
 from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
-from gptq_cli.config import QuantizeConfig, QuantizeJob
+from gptq_cli.config import QuantizeJob
 from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.kept import KeptDense, OwnSettings
-from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport, StartReport
+from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport, Setting, StartReport
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 """Those that compute, or decide what is computed."""
@@ -96,6 +95,7 @@ def summarize(
     size_after_bytes: int,
     tally: Tally,
     kept: Kept,
+    settings: tuple[tuple[str, Setting], ...],
 ) -> RunReport:
     """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
     g_idx."""
@@ -146,7 +146,7 @@ def summarize(
         phase_seconds=(*tally.phase_seconds.items(), ("blocks", block_seconds), *kept.phase_seconds),
         versions=versions(),
         command_line=job.command_line,
-        settings=settings_of(config),
+        settings=settings,
         schedule=schedule,
         blocks=blocks,
         head=head,
@@ -160,9 +160,3 @@ def versions() -> tuple[tuple[str, str], ...]:
         ("python", platform.python_version()),
         *((name, version(name)) for name in LIBRARIES),
     )
-
-
-def settings_of(config: QuantizeConfig) -> tuple[tuple[str, str | int | float | bool | None], ...]:
-    """Every field of the config in force, in the order of its definition; rules by module as one text."""
-    found = ((item.name, getattr(config, item.name)) for item in dataclasses.fields(config))
-    return tuple((name, "; ".join(map(str, v)) or None if isinstance(v, tuple) else v) for name, v in found)

@@ -108,14 +108,15 @@ def command(report: RunReport, facts: CardFacts) -> list[str]:
     words += ["--out", "DIR"]
     settings = dict(report.settings)
     for item in fields(QuantizeConfig):
-        value, name = settings.get(item.name), item.metadata.get("name", item.name)
+        name = item.metadata.get("name", item.name)
+        value = settings.get(name)
         option = "--" + name.replace("_", "-")
         if value is None or value == item.default:
             continue
         if isinstance(value, bool):
             words.append(option if value else "--" + item.metadata.get("off", f"no-{option[2:]}"))
-        elif item.name == "modules":
-            words += [word for rule in str(value).split("; ") for word in (option, rule)]
+        elif isinstance(value, tuple):
+            words += [word for one in value for word in (option, one)]
         else:
             words += [option, str(value)]
     text_used = CalibrationConfig()
@@ -165,8 +166,8 @@ def _measured(report: RunReport) -> Iterator[str]:
         return
     yield "## Accuracy"
     yield ""
-    source = _public(proof.text_source)
-    yield f"{fmt.count(proof.windows, 'window')} of {proof.seq_len} tokens of {text(source)}."
+    source = _public(proof.text_source or "")
+    yield f"{fmt.windows(proof)} of {text(source)}."
     yield ""
     rows = [("perplexity", f"{proof.perplexity:.3f}")]
     if proof.agreement is not None:

@@ -13,7 +13,7 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
 from gptq_cli.report.svg import Series, plot
 from gptq_cli.results.load import LoadReport
-from gptq_cli.results.run import BlockReport, LinearReport, RunReport
+from gptq_cli.results.run import BlockReport, LinearReport, RunReport, Setting
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5b6470; --line: #d5dae0;
@@ -89,9 +89,11 @@ def _facts(rows: Iterable[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in rows) + "</dl>"
 
 
-def _plain(value: str | float | bool | None) -> str:
-    if value is None:
+def _plain(value: Setting) -> str:
+    if value in (None, ()):
         return "default"
+    if isinstance(value, tuple):
+        return ", ".join(value)
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
@@ -139,7 +141,7 @@ def _measured(proof: LoadReport) -> list[tuple[str, str]]:
         (f"kernel {one.kernel}", f"{fmt.count(one.linears, 'linear')}: {one.reason}") for one in proof.kernels
     ]
     if proof.perplexity is not None:
-        over = f"{fmt.count(proof.windows, 'window')} of {proof.seq_len} tokens of {proof.text_source}"
+        over = f"{fmt.windows(proof)} of {proof.text_source}"
         rows.append(("perplexity", f"{proof.perplexity:.3f}, {over}"))
     if proof.agreement is not None:
         same = f"{fmt.share(proof.agreement.top1)} of {proof.agreement.tokens:,} tokens"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gptq_cli.findings import Level
 
@@ -77,6 +77,8 @@ class Check:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorReport:
     """`gptq doctor`."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("ok",)
 
     checks: tuple[Check, ...]
 

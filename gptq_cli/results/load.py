@@ -64,7 +64,7 @@ class Bench:
     memory: tuple[tuple[str, int], ...]
     """(device, allocated bytes after the rounds; resident set size on cpu), the dense model not yet there."""
     dense_speed: Speed | None = None
-    dense_weight_bytes: int = 0
+    dense_weight_bytes: int | None = None
 
     @property
     def prompt_ratio(self) -> float | None:
@@ -157,10 +157,11 @@ class VerifyReport:
     """Part by part; parts that could not be checked are missing. Only "files" where nothing but targets was
     asked for."""
     targets: tuple[TargetReport, ...] = ()
-    tensors: int = 0
-    linears: int = 0
-    size_bytes: int = 0
-    coverage: float = 0.0
+    tensors: int | None = None
+    """This and the following are None where the files cannot be read."""
+    linears: int | None = None
+    size_bytes: int | None = None
+    coverage: float | None = None
     """Share of the weights of all linears in the blocks that is packed, 0 to 1."""
     warnings: tuple[str, ...] = ()
     """All that were given: the findings of that level, and what else came up on the way."""
@@ -226,13 +227,14 @@ class LoadReport:
     """(device, allocated bytes after loading; resident set size on cpu)."""
     prompt: str | None = None
     text: str | None = None
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    tokens_per_second: float = 0.0
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    tokens_per_second: float | None = None
+    """Of the tokens after the first; None where there is only one."""
     perplexity: float | None = None
-    windows: int = 0
-    seq_len: int = 0
-    text_source: str = ""
+    windows: int | None = None
+    seq_len: int | None = None
+    text_source: str | None = None
     """What was measured on."""
     against: str | None = None
     agreement: Agreement | None = None

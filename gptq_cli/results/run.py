@@ -13,6 +13,8 @@ from gptq_cli.results.load import LoadReport
 from gptq_cli.results.push import PushReport
 
 Method = Literal["gptq", "rtn"]
+Setting = str | int | float | bool | tuple[str, ...] | None
+"""The value of an option."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,8 @@ class LinearReport:
     """"rtn" is a fallback, and is announced as one."""
     alpha: float = 0.0
     """How far the goal moved from the layer's own output (0) towards the dense model's (1)."""
-    target_damp_percent: float = 0.0
-    """The damping of that step (a fraction of the mean diagonal); 0 where there was none."""
+    target_damp_percent: float | None = None
+    """The damping of that step (a fraction of the mean diagonal); None where there was none."""
     tokens: int
     """Calibration tokens that it saw; an expert sees those that are routed to it."""
     routed: bool = False
@@ -191,8 +193,9 @@ class RunReport:
     snapshots, so that an interrupted run could have gone on."""
     versions: tuple[tuple[str, str], ...]
     command_line: tuple[str, ...]
-    settings: tuple[tuple[str, str | int | float | bool | None], ...]
-    """Every field of the QuantizeConfig in force, recipe resolved."""
+    settings: tuple[tuple[str, Setting], ...]
+    """Every option that it takes to run this again (`gptq quantize --config report.json`), by its name in a
+    preset; recipe, group size and revision are resolved."""
     blocks: tuple[BlockReport, ...]
     head: LinearReport | None = None
     """The output head, where it was quantized."""

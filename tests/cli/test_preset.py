@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from pathlib import Path
@@ -348,3 +349,56 @@ def test_a_wrong_table_of_modules(run: Run, preset: Path, text: str, message: st
     assert outcome.code == 2
     assert message in outcome.err
     assert str(preset) in outcome.err
+
+
+def a_report(**settings: object) -> str:
+    """What --config needs of the report of a run."""
+    body = {"schema_version": 1, "command_line": ["gptq"], "settings": {"model": "M", "out": "O"} | settings}
+    return json.dumps(body)
+
+
+def test_the_report_of_a_run_is_a_preset(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(
+        a_report(bits=8, module=["a.b=dense"], calibration=["x.txt*2", "pydoc"], max_memory=None)
+    )
+    assert run("quantize", "--config", str(report), "--out", "P").code == 0
+    assert (jobs.job.model.model, jobs.job.out, jobs.job.quantize.bits) == ("M", "P", 8)
+    assert jobs.job.quantize.modules == parse_module_rules(["a.b=dense"])
+    assert jobs.job.calibration.words == "x.txt*2, pydoc"
+
+
+def test_a_report_does_not_decide_whether_code_may_run(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(a_report(trust_remote_code=True))
+    assert run("quantize", "--config", str(report)).code == 0
+    assert not jobs.job.model.trust_remote_code
+    assert run("quantize", "--config", str(report), "--trust-remote-code").code == 0
+    assert jobs.job.model.trust_remote_code
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "cannot be read at line 1, column 2"),
+        ('{"model_type": "llama"}', "is not the report of a gptq quantize run"),
+        ('{"schema_version": 1, "command_line": [], "settings": {"bits": 4}}', "of another version of gptq"),
+        (a_report(bits="four"), "bits is"),
+        (a_report(colour="red"), "unknown key 'colour'"),
+        ('{"settings": ' + "[" * 100_000, "is nested too deeply"),
+    ],
+)
+def test_another_json_document_is_named(
+    text: str, said: str, jobs: FakeJobs, run: Run, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(text)
+    outcome = run("quantize", "--config", str(report))
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_a_report_larger_than_a_preset_may_be_is_read(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    report.write_text(a_report()[:-1] + ', "blocks": "' + "x" * (2 << 20) + '"}')
+    assert run("quantize", "--config", str(report)).code == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from gptq_cli.cli.app import main
 from gptq_cli.cli.failure import INTERRUPTED
+from tests.documents import checked_document
 
 FAST = ("--samples", "8", "--seq-len", "48", "--group-size", "32", "--progress", "none")
 
@@ -26,8 +26,8 @@ class Ran:
 
     @property
     def document(self) -> Any:
-        """stdout of a command with --json: exactly one document."""
-        return json.loads(self.stdout)
+        """stdout of a command with --json: exactly one document, as its schema says."""
+        return checked_document(self.stdout)
 
 
 def gptq(*words: object, interrupted: bool = False) -> Ran:

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from gptq_cli.config import QuantizeConfig
+from gptq_cli.config import ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.findings import Finding
-from gptq_cli.jobs.run_report import settings_of
+from gptq_cli.jobs.settings import settings_of
 from gptq_cli.report.card import PLOT, card_files, code, command, text
 from gptq_cli.results.card import CARD, CardFacts, SourceCard
 from gptq_cli.results.kept import KeptDense
@@ -102,7 +102,9 @@ def test_every_source_of_text_is_named() -> None:
 
 def test_the_command_names_every_option_that_is_not_a_default() -> None:
     config = QuantizeConfig(bits=3, group_size=64, sym=False, refit=False, desc_act=True)
-    words = command(replace(report(), settings=settings_of(config)), facts())
+    job = QuantizeJob(model=ModelRef(model="M"), out="O", quantize=config)
+    settings = settings_of(job, revision=None, card=True, proof=None)
+    words = command(replace(report(), settings=settings), facts())
     assert words[:5] == ["gptq", "quantize", "HuggingFaceTB/SmolLM2-135M", "--revision", report().revision]
     assert {"--bits", "3", "--asym", "--no-refit", "--desc-act"} <= set(words)
     assert "--sweeps" not in words
