@@ -279,3 +279,20 @@ def gptq_original(
             Q[:, i1 + j] = q
         W[:, i2:] -= E @ U[i1:i2, i2:]
     return Q
+
+
+def goal_behind_a_norm(
+    W: Tensor,  # (N, K)
+    gamma: Tensor,  # (N,)
+    eps: float,
+    x: Tensor,  # (tokens, K)
+    dense: Tensor,  # (tokens, K)
+    gap: Tensor,  # (tokens, N) residual of the dense stream, less that of x
+) -> Tensor:  # (N, K)
+    """The Q that minimises Σ ‖gap + norm(W dense) - γ ⊙ Q x / rms(W x)‖², row after row."""
+    rms, dense_rms = ((t @ W.T).square().mean(1, keepdim=True).add(eps).sqrt() for t in (x, dense))
+    rows = []
+    for n in range(W.shape[0]):
+        wanted = gap[:, n : n + 1] + gamma[n] * (dense @ W[n])[:, None] / dense_rms
+        rows.append(torch.linalg.lstsq(gamma[n] * x / rms, wanted).solution[:, 0])
+    return torch.stack(rows)

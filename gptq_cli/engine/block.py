@@ -31,7 +31,7 @@ from gptq_cli.engine.finite import non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.engine.mixed import solve_mixed
-from gptq_cli.engine.residuals import find_residuals
+from gptq_cli.engine.residuals import Residual, find_residuals
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced, Warned
@@ -98,8 +98,8 @@ class BlockContext:
     infos: Mapping[str, LinearInfo]
     modules: Mapping[str, nn.Module]
     stages: tuple[Stage, ...]
-    residuals: Mapping[str, str]
-    """Linear -> where the residual is seen that its output is added to, see `engine.residuals`."""
+    residuals: Mapping[str, Residual]
+    """Linear -> what its output is added to, see `engine.residuals`."""
 
     def configs(self, stage: Stage) -> tuple[QuantizeConfig, ...]:
         """The settings of each linear of the stage."""
@@ -157,14 +157,13 @@ class _Streams:
 
 
 def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> BlockContext:
-    """Trace a short sample through the block; where samples are paired look for residuals too, for the dense
-    stream."""
+    """Trace a short sample through the block, for its stages and its residuals."""
     infos = {block.relative(info): info for info in block.linears}
     modules = {name: block.module.get_submodule(name) for name in infos}
     probe, short = inputs.probe.to(block.device), inputs.probe_hidden.to(block.device)
     inputs.probe, inputs.probe_hidden = probe, short  # where activations rest on the host, too
     stages = find_stages(block.module, modules, probe, short, inputs.probe_tokens)
-    residuals = find_residuals(block.module, modules, stages, probe, short) if inputs.paired else {}
+    residuals = find_residuals(block.module, modules, stages, probe, short)
     return BlockContext(
         block=block, options=options, infos=infos, modules=modules, stages=stages, residuals=residuals
     )
@@ -257,13 +256,16 @@ def _collect(
 
 def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense: bool) -> StageMoments:
     """Empty moments for a stage. `dense`: the paired samples come with their dense copy."""
-    weight = weight_matrix(context.modules[stage.leader])
+    module = context.modules[stage.leader]
+    weight, residual = weight_matrix(module), context.residuals.get(stage.leader)
     return StageMoments(
         weight.shape[1],
         context.block.device,
         samples=paired_samples,
         dense=dense,
-        weight=weight if stage.leader in context.residuals else None,
+        weight=None if residual is None else weight,
+        bias=None if residual is None else getattr(module, "bias", None),
+        gain=None if residual is None else residual.gain,
     )
 
 

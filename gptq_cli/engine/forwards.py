@@ -24,7 +24,7 @@ and the residual and the MLP's inner activation at the down projection.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol, Self
 
@@ -42,7 +42,7 @@ from gptq_cli.engine.frames import (
     residuals_of_frame,
     sharing_hook,
 )
-from gptq_cli.engine.residuals import BLOCK_INPUT
+from gptq_cli.engine.residuals import BLOCK_INPUT, Residual, Source
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
 
@@ -67,7 +67,8 @@ class Forwards(Protocol):
 
     def residual(self, stage: Stage) -> Tensor | None:
         """What the output of the stage's linear is added to (batch, seq_len, hidden_size), for the
-        micro-batch that `inputs` gave last; None where that is not known. To be called once a micro-batch.
+        micro-batch that `inputs` gave last, as far as it is known; None where it is not. To be called once a
+        micro-batch.
         """
         ...
 
@@ -86,7 +87,7 @@ class ReplayedForwards:
         stages: Sequence[Stage],
         calls: Sequence[BlockCall],
         hidden: list[Tensor],
-        residuals: Mapping[str, str] | None = None,
+        residuals: Mapping[str, Residual] | None = None,
         device: torch.device | None = None,
     ) -> None:
         """`device`: where the block is, if hidden states rest elsewhere."""
@@ -95,8 +96,8 @@ class ReplayedForwards:
         self._calls = calls
         self._hidden = hidden
         self._stages = stages
-        self._sources = residuals or {}
-        self._beside: dict[str, Tensor] = {}
+        self._sources = {name: residual.sources for name, residual in (residuals or {}).items()}
+        self._beside: dict[Source, Tensor] = {}
         self.place = 0
 
     def __enter__(self) -> Self:
@@ -119,10 +120,8 @@ class ReplayedForwards:
             return hook
 
         handles = [self._linears[stage.leader].register_forward_pre_hook(hook_of(stage)) for stage in stages]
-        for source in {self._sources[stage.leader] for stage in stages if stage.leader in self._sources}:
-            if source != BLOCK_INPUT:
-                module = self._block.get_submodule(source)
-                handles.append(module.register_forward_pre_hook(_noting(source, lambda: self._beside)))
+        wanted = {source for stage in stages for source in self._sources.get(stage.leader, ())}
+        handles += _notes(self._block, wanted, lambda: self._beside)
         try:
             for place, (call, hidden) in enumerate(zip(self._calls, self._hidden, strict=True)):
                 entering = hidden.to(self._device or hidden.device)
@@ -139,8 +138,7 @@ class ReplayedForwards:
 
     def residual(self, stage: Stage) -> Tensor | None:
         """See `Forwards.residual`."""
-        source = self._sources.get(stage.leader)
-        return None if source is None else self._beside.get(source)
+        return _total(self._sources.get(stage.leader, ()), self._beside)
 
     def finish(self) -> list[Any]:
         """See `Forwards.finish`. Also proves what the traced sample promised, as `ParkedForwards` does."""
@@ -175,17 +173,16 @@ class ParkedForwards:
         stages: Sequence[Stage],
         calls: Sequence[BlockCall],
         hidden: list[Tensor],
-        residuals: Mapping[str, str] | None = None,
+        residuals: Mapping[str, Residual] | None = None,
     ) -> None:
-        self._sources = residuals or {}
-        keeps_input = BLOCK_INPUT in self._sources.values()
+        self._sources = {name: residual.sources for name, residual in (residuals or {}).items()}
+        wanted = {source for sources in self._sources.values() for source in sources}
+        self._last_use = {s: stage.leader for stage in stages for s in self._sources.get(stage.leader, ())}
+        keeps_input = BLOCK_INPUT in wanted
         self._frames = [Frame(block, call, hidden, keeps_input=keeps_input) for call in calls]
         self._last: Frame | None = None
         self.place = 0
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for source in set(self._sources.values()) - {BLOCK_INPUT}:
-            module = block.get_submodule(source)
-            self._hooks.append(module.register_forward_pre_hook(_noting(source, residuals_of_frame)))
+        self._hooks = _notes(block, wanted, residuals_of_frame)
         for stage in stages:
             self._hooks.append(linears[stage.leader].register_forward_pre_hook(leader_hook(stage)))
             for name in stage.linears[1:]:
@@ -218,8 +215,14 @@ class ParkedForwards:
 
     def residual(self, stage: Stage) -> Tensor | None:
         """See `Forwards.residual`."""
-        source = self._sources.get(stage.leader)
-        return None if source is None or self._last is None else self._last.beside.pop(source, None)
+        if self._last is None:
+            return None
+        sources, beside = self._sources.get(stage.leader, ()), self._last.beside
+        total = _total(sources, beside)
+        for source in sources:
+            if self._last_use[source] == stage.leader:
+                beside.pop(source, None)
+        return total
 
     def finish(self) -> list[Any]:
         """See `Forwards.finish`."""
@@ -248,14 +251,29 @@ def unhooked_copy(block: nn.Module) -> nn.Module:
     return dense
 
 
-def _noting(
-    source: str, place: Callable[[], dict[str, Tensor] | None]
-) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """Keeps the first input of the module `source` for the forward that runs."""
+def _notes(
+    block: nn.Module, sources: Iterable[Source], place: Callable[[], dict[Source, Tensor] | None]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Hooks that keep what is seen at `sources` for the forward that runs."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(source: Source, value: Any) -> None:
         beside = place()
         if beside is not None:
-            beside[source] = args[0]
+            beside[source] = value
 
-    return hook
+    handles = []
+    for source in sorted(set(sources) - {BLOCK_INPUT}):
+        module = block.get_submodule(source.module)
+        if source.output:
+            handles.append(module.register_forward_hook(lambda _, args, output, at=source: note(at, output)))
+        else:
+            handles.append(module.register_forward_pre_hook(lambda _, args, at=source: note(at, args[0])))
+    return handles
+
+
+def _total(sources: Sequence[Source], beside: Mapping[Source, Tensor]) -> Tensor | None:
+    """The sum of what was seen at `sources`, in float32 where there are several; None where one is missing."""
+    if not sources or any(source not in beside for source in sources):
+        return None
+    first, *others = (beside[source] for source in sources)
+    return sum((other.float().view_as(first) for other in others), first.float()) if others else first

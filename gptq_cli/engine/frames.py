@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.pausing_forward import PausingForward
-from gptq_cli.engine.residuals import BLOCK_INPUT
+from gptq_cli.engine.residuals import BLOCK_INPUT, Source
 from gptq_cli.engine.stages import Stage
 from gptq_cli.errors import GptqError
 from gptq_cli.model.reads import Read
@@ -26,7 +26,7 @@ DATA_DEPENDENT = (
 )
 
 
-def residuals_of_frame() -> dict[str, Tensor] | None:
+def residuals_of_frame() -> dict[Source, Tensor] | None:
     frame = threading.current_thread()
     return frame.beside if isinstance(frame, Frame) else None
 
@@ -115,7 +115,7 @@ class Frame(PausingForward):
         super().__init__("gptq-forward")
         self.parked_at: str | None = None
         self.sharing = Sharing()
-        self.beside: dict[str, Tensor] = {}
+        self.beside: dict[Source, Tensor] = {}
         """Residuals, by where they were found, until the stage that needs them takes them."""
         self._keeps_input = keeps_input
         self._block = block

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gptq_cli.gptq.gain import Gain
 from gptq_cli.gptq.goal import StepChoice, asymmetric_step, choose_step
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
@@ -34,7 +35,8 @@ class StageMoments:
     """Hessian of a stage, and with `dense` the cross moments for its goal; freed on leaving `with`.
 
     `samples`: how many will have a dense copy. `weight` (N, K), dense: given where the linear's output is
-    added to a residual. The goal then also corrects the residual's error, which `add` takes as `gap`.
+    added to a residual. The goal then also corrects the residual's error, which `add` takes as `gap`. `gain`:
+    what happens to the output before; tokens then count for what it leaves of them.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class StageMoments:
         samples: int,
         dense: bool,
         weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        gain: Gain | None = None,
     ) -> None:
-        self._weight = weight
+        self._weight, self._bias, self._gain = weight, bias, gain
         self._fit_samples = samples - samples // HELD_OUT_SHARE
         self._device = device
         self._stack = ExitStack()
@@ -91,7 +95,7 @@ class StageMoments:
     ) -> None:
         """Add a micro-batch."""
         if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
-            self._fit.add(x)
+            self._fit.add(self._scaled(x)[0])
             return
         cut = min(max(self._fit_samples - first_sample, 0), x.shape[0])
         for part, hessian, cross in (
@@ -99,13 +103,32 @@ class StageMoments:
             (slice(cut, None), self._held, self._held_error),
         ):
             if len(x[part]):
-                hessian.add(x[part])
-                error = dense[part] - x[part]
-                if self._weight is not None:
-                    error = _outputs(error, self._weight)
-                    if gap is not None:
-                        error += gap[part].view_as(error)
-                cross.add(error, x[part])
+                inputs, error = self._error(x[part], dense[part], None if gap is None else gap[part])
+                hessian.add(inputs)
+                cross.add(error, inputs)
+
+    def _error(
+        self, x: Tensor, dense: Tensor, gap: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # x̃ and what Q x̃ should have more: of the input, or of the output
+        if self._weight is None:
+            return x, dense - x
+        if self._gain is None:
+            error = _outputs(dense - x, self._weight)
+            return x, error if gap is None else error.add_(gap.view_as(error))
+        inputs, outputs = self._scaled(x)
+        error = self._scaled(dense)[1].sub_(outputs)
+        if gap is not None:
+            error.add_(gap.view_as(error).float() * self._gain.inverse)
+        return inputs, error.to(x.dtype)
+
+    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:  # x̃ = s·x in x's dtype, s·y in float32
+        if self._weight is None or self._gain is None:
+            return x, x
+        y = _outputs(x, self._weight).float()
+        if self._bias is not None:
+            y += self._bias
+        s = self._gain.of_tokens(y)
+        return (x * s).to(x.dtype), y.mul_(s)
 
     def hessian(self) -> Tensor:  # (K, K)
         """H over every token; zeros where there was none."""
@@ -134,6 +157,9 @@ class StageMoments:
         M_fit, M_held = fit_error.matrix(), held_error.matrix()
         asked = slice(None, None, max(1, W.shape[0] // ROWS_ASKED))
         B_fit, B_held = self._wanted(W, M_fit, asked), self._wanted(W, M_held, asked)
+        if self._gain is not None:  # rows count for what the residual gets of them
+            gamma = self._gain.gamma.to(B_fit.device)[asked, None]
+            B_fit, B_held = B_fit * gamma, B_held * gamma
         choice = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
         if choice.alpha == 0.0:
             return None, choice
