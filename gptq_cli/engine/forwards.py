@@ -272,7 +272,7 @@ def _notes(
 
 
 def _total(sources: Sequence[Source], beside: Mapping[Source, Tensor]) -> Tensor | None:
-    """The sum of what was seen at `sources`, in float32 where there are several; None where one is missing."""
+    """The sum of what was seen at `sources`, in float32 if there are several; None if one is missing."""
     if not sources or any(source not in beside for source in sources):
         return None
     first, *others = (beside[source] for source in sources)

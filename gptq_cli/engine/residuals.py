@@ -4,8 +4,8 @@ The last linear of an attention or an MLP does not put out what the next block r
 the residual stream, and that sum is read. In a model whose earlier blocks are quantized the residual has an
 error of its own, part of which follows from the linear's input, so the linear can be asked to make up for
 it: see `gptq.goal`. Which tensors are the residual is found by looking, not by a table of architectures.
-While one sample runs through the block, every addition of two tensors as wide as the hidden states is noted. A
-linear takes part in one if an operand is its output, as it is, scaled or normed: a `Gain` says what lies
+While one sample runs through the block, every addition of two tensors as wide as the hidden states is noted.
+A linear takes part in one if an operand is its output, as it is, scaled or normed: a `Gain` says what lies
 between. The residual is everything else in the sum, and in the sums that go on from there, that is known
 before the linear runs: what enters the block, the inputs and outputs of modules. In a block whose MLP runs
 beside its attention that is the hidden states, and for the one that runs last the other one's output too.
@@ -141,8 +141,8 @@ def find_residuals(
 ) -> dict[str, Residual]:
     """Linear -> what its output is added to.
 
-    Only linears that run once and alone in their stage, whose residual is there, in part at least, before they
-    run.
+    Only linears that run once and alone in their stage, whose residual is there, at least in part, before
+    they run.
     """
     alone = {stage.leader for stage in stages if stage.once and len(stage.linears) == 1}
     wanted = {linears[name]: name for name in alone}

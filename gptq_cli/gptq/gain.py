@@ -1,15 +1,15 @@
 """What happens to the output of a linear on its way into a sum.
 
-The output y = W x of the last linear of an attention or an MLP is added to the residual stream: as it is, times
-a number (Granite, MiniCPM), or normed first (Gemma 2 and 3, OLMo 2), γ ⊙ y / rms(y). All of these are
+The output y = W x of the last linear of an attention or an MLP is added to the residual stream: as it is,
+times a number (Granite, MiniCPM), or normed first (Gemma 2 and 3, OLMo 2), γ ⊙ y / rms(y). All of these are
 
     z = s · γ ⊙ y,    1/s² = c · mean(y²) + d
 
 with one number s per token and one γ per row: c = 0 where the output is scaled, d = c · ε where it is normed.
-With s known, z is linear in W again. An error of z is s · γ_n · (error of y_n), so a linear is solved on inputs
-x̃ = s · x, which count a token for what the norm leaves of it; γ_n is common to a whole row, whose codes do not
-depend on it. The residual's error r_dense - r, which the row is asked to make up for (`gptq.goal`), is worth
-(r_dense - r)_n / γ_n of its outputs.
+With s known, z is linear in W again. An error of y_n is an error of s · γ_n as much in z. So a linear is
+solved on inputs x̃ = s · x, which count a token for what the norm leaves of it; γ_n is common to a whole row,
+whose codes do not depend on it. To make up for the residual's error r_dense - r (`gptq.goal`), row n has to
+put out (r_dense - r)_n / γ_n more.
 
 What the module between is called, and how it is written, does not matter: `find_gain` is told y and z of some
 tokens, and says whether they are related like this.
@@ -24,8 +24,11 @@ from torch import Tensor
 
 TOLERANCE = 0.02
 """Of z that the formula may miss, as a norm: bf16 rounds to 2⁻⁹, a norm that takes a mean off misses more."""
-_STEPS, _FIRST_LOOK = 40, 4
+_TURNS, _FIRST_LOOK, _FAR_OFF = 40, 4, 0.3
+_LARGEST = 64.0
+"""s of a token: as large as float16 inputs can bear, and more than tokens of real text differ."""
 _LEAST = 0.01
+"""Of the largest γ: rows below are not asked to make up for anything, which would take huge weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,9 +47,9 @@ class Gain:
         return torch.where(enough, 1 / torch.where(enough, self.gamma, 1.0), 0.0)
 
     def of_tokens(self, y: Tensor) -> Tensor:  # (..., N) -> s (..., 1), float32
-        """s of every token, from the linear's output."""
+        """s of every token, from the output of the linear; bounded, for tokens that are next to nothing."""
         power = y.float().square().mean(-1, keepdim=True)
-        return power.mul_(self.c).add_(self.d).rsqrt_()
+        return power.mul_(self.c).add_(self.d).clamp_(min=_LARGEST**-2).rsqrt_()
 
 
 def find_gain(
@@ -55,8 +58,9 @@ def find_gain(
 ) -> Gain | None:
     """The gain between `y` and `z`; None where z is not s · γ ⊙ y.
 
-    s and γ are the rank-one factors of z/y, weighted with y², found by turns (each is the least squares solution
-    given the other); c and d the line through 1/s² with the smallest relative error. One token says nothing.
+    s and γ are the rank-one factors of z/y, weighted with y², found by turns (each is the least squares
+    solution given the other); c and d the line through 1/s² with the smallest relative error. One token says
+    nothing.
     """
     if y.shape != z.shape or y.shape[0] < 2 or y.shape[1] < 2:
         return None
@@ -67,8 +71,8 @@ def find_gain(
         return None
     s = (z.square().mean(1) / power).sqrt()[:, None]
     gamma = y.new_ones(y.shape[1])
-    for step in range(_STEPS):
-        if step == _FIRST_LOOK and (z - s * gamma * y).square().sum() > 0.1 * total:
+    for turn in range(_TURNS):
+        if turn == _FIRST_LOOK and (z - s * gamma * y).square().sum() > _FAR_OFF**2 * total:
             return None
         sy = s * y
         gamma = _ratio((z * sy).sum(0), sy.square().sum(0))

@@ -12,7 +12,7 @@ instead of W. That is the target for linears whose output something reads. The o
 an attention or an MLP is added to the residual stream, and the sum is read: there the goal is
 r_dense + W x_dense where r + Q x will be. With B = E[(W (x_dense - x) + r_dense - r) xᵀ] in the place of W D
 the same formula holds, and the linear corrects what earlier blocks did to the stream, as far as x predicts
-it.
+it. Where the output is normed or scaled on its way into the sum, see gain.py.
 
 D and B may be estimated from only some of the tokens in H. Their signal is small, and held-out tokens show
 how much of it is real. With few tokens per column, or where most of the error is unrelated to x (a residual

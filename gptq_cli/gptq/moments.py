@@ -94,6 +94,11 @@ class StageMoments:
         gap: Tensor | None = None,  # (batch, seq_len, N) residual of the dense stream, less that of x
     ) -> None:
         """Add a micro-batch."""
+        if self._gain is not None and len(x) > 1:  # outputs are widened to float32: one sample's at a time
+            for i in range(len(x)):
+                one = slice(i, i + 1)
+                self.add(x[one], _part(dense, one), first_sample + i, _part(gap, one))
+            return
         if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
             self._fit.add(self._scaled(x)[0])
             return
@@ -103,13 +108,13 @@ class StageMoments:
             (slice(cut, None), self._held, self._held_error),
         ):
             if len(x[part]):
-                inputs, error = self._error(x[part], dense[part], None if gap is None else gap[part])
+                inputs, error = self._error(x[part], dense[part], _part(gap, part))
                 hessian.add(inputs)
                 cross.add(error, inputs)
 
     def _error(
         self, x: Tensor, dense: Tensor, gap: Tensor | None
-    ) -> tuple[Tensor, Tensor]:  # x̃ and what Q x̃ should have more: of the input, or of the output
+    ) -> tuple[Tensor, Tensor]:  # x̃, and what W x̃ lacks; without a residual, what x̃ itself lacks
         if self._weight is None:
             return x, dense - x
         if self._gain is None:
@@ -178,6 +183,10 @@ class StageMoments:
             return M[rows]
         with exact_matmul():
             return W[rows] @ M
+
+
+def _part(x: Tensor | None, samples: slice) -> Tensor | None:
+    return None if x is None else x[samples]
 
 
 def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype

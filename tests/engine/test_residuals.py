@@ -123,7 +123,14 @@ class OddBlock(nn.Module):
 
 @pytest.mark.parametrize(
     ("way", "gamma"),
-    [("scaled", 0.22), ("alpha", 0.5), ("in place", 1.0), ("wider", 1.0), ("layer norm", None), ("none", None)],
+    [
+        ("scaled", 0.22),
+        ("alpha", 0.5),
+        ("in place", 1.0),
+        ("wider", 1.0),
+        ("layer norm", None),
+        ("none", None),
+    ],
 )
 def test_other_ways_to_add(way: str, gamma: float | None) -> None:
     torch.manual_seed(0)

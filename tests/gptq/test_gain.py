@@ -76,7 +76,7 @@ def test_the_goal_is_the_least_squares_solution_behind_the_norm() -> None:
     """Per row, the weighted problem of the oracle; the streams differ, and so do the residuals."""
     x = activations(SAMPLES * LENGTH, K).float().reshape(SAMPLES, LENGTH, K)
     x *= torch.linspace(0.2, 5.0, LENGTH)[:, None]
-    W, A = (weights(N, K, seed).float() for seed in (1, 9))
+    W, A = (20 * weights(N, K, seed).float() for seed in (1, 9))
     gain = Gain(GAMMA, 1.0, 1e-6)
     dense = x @ (torch.eye(K) + 0.05 * weights(K, K, 77).float() / 0.02 / K**0.5)
     gap = normed(x @ W.T) * 0.2 + gain.of_tokens(x @ W.T) * GAMMA * (x @ A.T)
@@ -89,7 +89,7 @@ def test_the_goal_is_the_least_squares_solution_behind_the_norm() -> None:
     assert choice.alpha > 0.95
     flat = [part.reshape(-1, part.shape[-1]).double() for part in (x, dense, gap)]
     want = reference.goal_behind_a_norm(W.double(), GAMMA.double(), 1e-6, *flat)
-    torch.testing.assert_close(W + (goals[0] - W) / choice.alpha, want.float(), rtol=1e-2, atol=2e-4)
+    torch.testing.assert_close(W + (goals[0] - W) / choice.alpha, want.float(), rtol=1e-2, atol=2e-3)
     scaled = torch.stack([r / r.square().mean().add(1e-6).sqrt() for r in (x @ W.T).reshape(-1, N)])
     s = (scaled / (x @ W.T).reshape(-1, N))[:, :1]
     torch.testing.assert_close(H, reference.hessian(flat[0] * s.double()).float(), rtol=1e-3, atol=1e-4)
@@ -114,6 +114,16 @@ def test_a_bias_is_normed_too() -> None:
 def test_rows_that_hardly_arrive_make_up_for_nothing() -> None:
     gain = Gain(torch.tensor([1.0, 1e-4, 0.0, -0.5]), 1.0, 0.0)
     assert gain.inverse.tolist() == [1.0, 0.0, 0.0, -2.0]
+
+
+def test_a_token_of_nothing_does_not_outweigh_the_others() -> None:
+    x = activations(LENGTH, K).float()[None]
+    x[:, 3] = 0
+    with StageMoments(
+        K, CPU, samples=0, dense=False, weight=weights(N, K, 1).float(), gain=Gain(GAMMA, 1.0, 0.0)
+    ) as moments:
+        moments.add(x, None, 0)
+        assert moments.is_finite()
 
 
 def test_norm_modules_are_found_by_what_they_do() -> None:

@@ -15,6 +15,10 @@ DIGESTS: dict[tuple[int, Recipe], str] = {
     (1, "fast"): "124830e0d66b6ef9",
     (1, "balanced"): "9a2bad409bd6d69c",
     (1, "best"): "782d7c3dbe5a6348",
+    # 2: other goals where an output is normed before it is added, or attention and MLP run side by side
+    (2, "fast"): "124830e0d66b6ef9",
+    (2, "balanced"): "9a2bad409bd6d69c",
+    (2, "best"): "782d7c3dbe5a6348",
 }
 """(maths version, recipe) -> digest of codes and scales. Where one differs because the maths changed: raise
 `MATHS_VERSION`, so that no run goes on with blocks of the maths before, and put the new digests here."""
