@@ -27,7 +27,7 @@ from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
-from gptq_cli.engine.finite import non_finite_error
+from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.engine.mixed import solve_mixed
@@ -233,7 +233,7 @@ def _collect(
     }
     starts = [0, *accumulate(len(batch) for batch in inputs.samples)]
     dense_inputs = streams.dense.inputs(step.stages) if streams.dense is not None and paired else None
-    reached = 0
+    reached, notes = 0, FiniteNotes[tuple[Stage, int]]()
     for stage, x in streams.quantized.inputs(step.stages):
         place = streams.quantized.place
         if place > reached:  # not by the last stage: it may be an expert that no token reaches
@@ -245,13 +245,28 @@ def _collect(
         beside = dense_inputs if place < inputs.paired else None
         x, x_dense, gap = _inputs(streams, stage, x, beside, len(batch))
         moments[stage].add(x, x_dense, starts[place], gap)
-        if not moments[stage].is_finite():
-            raise non_finite_error((x, x_dense, gap), batch, context.block.name, stage.leader)
+        notes.add((stage, place), moments[stage].finite())
     _advanced(context, step, starts[-1], starts[-1])
     if dense_inputs is not None and next(dense_inputs, None) is not None:
         raise GptqError("the dense and the quantized stream of a block do not run in step")
+    bad = notes.first_bad()
+    if bad is not None:
+        raise _look_again(context, streams, *bad, inputs)
     _trim(context.block.device)
     return moments
+
+
+def _look_again(
+    context: BlockContext, streams: _Streams, stage: Stage, place: int, inputs: BlockInputs
+) -> NonFinite:
+    """The error that says what micro-batch number `place` brought to `stage`."""
+    batch = inputs.samples[place]
+    paired = streams.dense is not None and stage.once and place < inputs.paired
+    seen = streams.quantized.again(stage, place)
+    seen += streams.dense.again(stage, place) if paired and streams.dense is not None else []
+    if stage.once:
+        seen = [_by_sample(x, len(batch), stage.batch_dim) for x in seen]
+    return non_finite_error(seen, batch, context.block.name, stage.leader)
 
 
 def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense: bool) -> StageMoments:
@@ -327,6 +342,8 @@ def _solve(
     try:
         solved = solve_mixed(weights, hessian, context.configs(stage), goals)
     except NonFinite as error:
+        for name, weight in zip(stage.linears, weights, strict=True):
+            check_tensor(f"{infos[name].name}.weight", weight)  # says where it is not finite
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
     del hessian, goals, weights
@@ -335,11 +352,8 @@ def _solve(
 
 
 def _weights(context: BlockContext, stage: Stage) -> list[Tensor]:  # (N_i, K) each
-    """The weights of the stage's linears. Raises `NonFinite` for one that is not finite."""
-    weights = [weight_matrix(context.modules[name]) for name in stage.linears]
-    for name, weight in zip(stage.linears, weights, strict=True):
-        check_tensor(f"{context.infos[name].name}.weight", weight)
-    return weights
+    """The weights of the stage's linears."""
+    return [weight_matrix(context.modules[name]) for name in stage.linears]
 
 
 def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Iterator[LinearReport]:

@@ -27,6 +27,7 @@ from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.pool import Pool, shrink_to_pooled
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_stages
+from gptq_cli.model.weights import check_tensor
 from gptq_cli.placement.schedule import BlockSchedule
 from gptq_cli.results.run import ExpertsReport, LinearReport
 from gptq_cli.wording import names_text
@@ -35,7 +36,7 @@ _NAMED = 4
 _HINT = "more --samples, or text like that which the model will read, reach more experts"
 
 Weights = Callable[[Stage], list[Tensor]]
-"""The weights (N_i, K) of a stage's linears, checked to be finite."""
+"""The weights (N_i, K) of a stage's linears."""
 Configs = Callable[[Stage], tuple[QuantizeConfig, ...]]
 """The settings of each linear of a stage."""
 _Kind = tuple[tuple[int, ...], tuple[QuantizeConfig, ...]]
@@ -152,7 +153,10 @@ class ExpertSolver:
             configs = [config for stage in stages for config in self._configs(stage)]
             return solve_mixed(weights, hessian, configs)
         except NonFinite as error:
-            names = ", ".join(f"{self._schedule.name}.{name}" for stage in stages for name in stage.linears)
+            linears = [f"{self._schedule.name}.{name}" for stage in stages for name in stage.linears]
+            for name, weight in zip(linears, weights, strict=True):
+                check_tensor(f"{name}.weight", weight)  # says where it is not finite
+            names = ", ".join(linears)
             raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
 
 

@@ -1,18 +1,47 @@
 """Naming the sample that brought NaN or infinity.
 
 A Hessian shows that something was not finite: every value lands on its diagonal, squared. The cross
-moment with the dense stream shows it in any of its columns. So after each micro-batch one number of each is
-read, K additions instead of a pass over the activations, and only when it is not finite are those searched.
+moment with the dense stream shows it in any of its columns. So after each micro-batch one bool of each is
+noted, for K additions instead of a pass over the activations. It stays on the device: reading it would make
+the host wait for the device, micro-batch after micro-batch. All are read when a stage is collected, and only
+where one is False are the activations looked at again, and searched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gptq_cli.errors import NonFinite
+
+Place = TypeVar("Place")
+
+_SQUARES_FIT = 1e12
+"""Squares of smaller values do not reach float32's end, for any number of tokens."""
+
+
+class FiniteNotes(Generic[Place]):
+    """For each micro-batch, or stage and micro-batch, whether everything up to it was finite."""
+
+    def __init__(self) -> None:
+        self._places: list[Place] = []
+        self._finite: list[Tensor] = []
+
+    def add(self, place: Place, finite: Tensor) -> None:
+        """After `place` the sums are `finite`: a bool, on the device."""
+        self._places.append(place)
+        self._finite.append(finite)
+
+    def first_bad(self) -> Place | None:
+        """The place that brought the first value which is not finite; None where there is none. One read
+        from the device."""
+        if not self._finite:
+            return None
+        answers = torch.stack(self._finite).tolist()
+        return next((place for place, good in zip(self._places, answers, strict=True) if not good), None)
 
 
 def non_finite_error(
@@ -23,14 +52,21 @@ def non_finite_error(
 ) -> NonFinite:
     """The error that names the block, the linear and the first sample that is not finite.
 
-    `streams` are what went into the moments: the input, and with a dense stream its input and the difference
-    of the residuals. Where tokens are routed, which sample one came from is lost, and all are named. When
-    every value is finite, their squares overflowed in float32.
+    `streams` are what went into the moments: the input, and with a dense stream its input. Where tokens are
+    routed, which sample one came from is lost, and all are named. When every value is finite, their squares
+    overflowed in float32; where they are too small for that, it was the residual that the linear's output is
+    added to, which is not kept.
     """
     tensors = [stream for stream in streams if stream is not None]
     x = next((tensor for tensor in tensors if not bool(torch.isfinite(tensor).all())), None)
     if x is None:
-        largest = max(float(tensor.abs().max()) for tensor in tensors)
+        largest = max((float(tensor.abs().max()) for tensor in tensors if tensor.numel()), default=0.0)
+        if largest < _SQUARES_FIT:
+            return NonFinite(
+                f"the residual beside {linear!r} in block {block!r} is not finite for {_named(samples)} of "
+                "the calibration",
+                hint="run with --dtype float32 or bfloat16, or leave that sample out",
+            )
         return NonFinite(
             f"the input of {linear!r} in block {block!r} reaches {largest:.3g}: its square overflows float32",
             hint="the model overflows on this text: leave out " + _named(samples),

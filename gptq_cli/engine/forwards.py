@@ -65,6 +65,11 @@ class Forwards(Protocol):
         """
         ...
 
+    def again(self, stage: Stage, place: int) -> list[Tensor]:
+        """The input of `stage` for micro-batch number `place` once more, after `inputs` came to its end; one
+        for each time that its linear ran."""
+        ...
+
     def residual(self, stage: Stage) -> Tensor | None:
         """What the output of the stage's linear is added to (batch, seq_len, hidden_size), for the
         micro-batch that `inputs` gave last, as far as it is known; None where it is not. To be called once a
@@ -135,6 +140,16 @@ class ReplayedForwards:
             self._beside = {}
             for handle in handles:
                 handle.remove()
+
+    def again(self, stage: Stage, place: int) -> list[Tensor]:
+        """See `Forwards.again`; all forwards up to that one are run again."""
+        found = []
+        for _, x in self.inputs([stage]):
+            if self.place > place:
+                break
+            if self.place == place:
+                found.append(x)
+        return found
 
     def residual(self, stage: Stage) -> Tensor | None:
         """See `Forwards.residual`."""
@@ -212,6 +227,11 @@ class ParkedForwards:
             self._last, self.place = frame, place
             yield stage, x
             del x
+
+    def again(self, stage: Stage, place: int) -> list[Tensor]:
+        """See `Forwards.again`; the forward is parked there and holds it."""
+        x = self._frames[place].parked_input
+        return [] if x is None else [x]
 
     def residual(self, stage: Stage) -> Tensor | None:
         """See `Forwards.residual`."""

@@ -114,6 +114,8 @@ class Frame(PausingForward):
     ) -> None:
         super().__init__("gptq-forward")
         self.parked_at: str | None = None
+        self.parked_input: Tensor | None = None
+        """What the stage reads where it is parked; the forward itself holds it as long."""
         self.sharing = Sharing()
         self.beside: dict[Source, Tensor] = {}
         """Residuals, by where they were found, until the stage that needs them takes them."""
@@ -121,16 +123,15 @@ class Frame(PausingForward):
         self._block = block
         self._call = call
         self._hidden: list[Tensor] = hidden
-        self._input: Tensor | None = None
         self._output: Any = None
 
     # -- the engine's side
 
     def advance(self) -> Tensor | None:
         """Let the forward run to its next park; that stage's input, or None when it came to its end."""
+        self.parked_input = None
         self.resume()
-        x, self._input = self._input, None
-        return x
+        return self.parked_input
 
     def take_output(self) -> Any:
         """What the block returned, once."""
@@ -155,7 +156,7 @@ class Frame(PausingForward):
     def park(self, stage: Stage, x: Tensor) -> None:
         """Hand `x` to the engine and wait until the stage is quantized."""
         self.parked_at = stage.leader
-        self._input = x
+        self.parked_input = x
         self.sharing.lead(stage, x)
         del x
         self.pause()

@@ -25,7 +25,7 @@ from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.engine.block import Block, WorkOptions, check_fallback
 from gptq_cli.engine.calls import taken
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
-from gptq_cli.engine.finite import non_finite_error
+from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
@@ -73,14 +73,17 @@ def quantize_head(
     started = time.perf_counter()
     with phase(options.observer, "head", len(input_ids)), working_on(work.device):
         with Hessian(info.in_features, work.device) as moment:
-            done = 0
-            for batch in captured.samples:
-                x = _input(work, captured, input_ids[list(batch)]).to(work.device)
-                moment.add(x)
-                if not moment.is_finite():
-                    raise non_finite_error((x,), batch, "the model's end", info.name)
+            done, notes = 0, FiniteNotes[int]()
+            for place, batch in enumerate(captured.samples):
+                moment.add(_input(work, captured, input_ids, place))
+                notes.add(place, moment.finite())
                 done += len(batch)
                 options.observer(PhaseAdvanced("head", done, len(input_ids)))
+            bad = notes.first_bad()
+            if bad is not None:
+                x = _input(work, captured, input_ids, bad)
+                raise non_finite_error((x,), captured.samples[bad], "the model's end", info.name)
+            captured.hidden.clear()
             hessian, tokens = moment.matrix(), moment.tokens
         quantized, packed = _solved(work, weight_matrix(work.module), hessian)
     check_fallback(options, info, quantized, tokens)
@@ -91,9 +94,9 @@ def quantize_head(
     return report
 
 
-def _input(work: HeadWork, captured: Captured, ids: Tensor) -> Tensor:
-    """What enters the head for the next micro-batch (batch, seq_len, K)."""
-    hidden = captured.hidden.pop(0)
+def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) -> Tensor:
+    """What enters the head for micro-batch number `place`, on its device (batch, seq_len, K)."""
+    hidden, ids = captured.hidden[place], input_ids[list(captured.samples[place])]
     caught: list[Tensor] = []
 
     def catch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -120,7 +123,7 @@ def _input(work: HeadWork, captured: Captured, ids: Tensor) -> Tensor:
             f"the head {work.info.name} got {found} for {ids.numel()} tokens",
             hint="leave --quantize-head out, and report it with the model's config.json",
         )
-    return caught[0]
+    return caught[0].to(work.device)
 
 
 def _stand_in(given: Tensor | None, shape: BlockShape) -> Callable[..., Any]:
@@ -142,7 +145,7 @@ def _solved(
     config = work.options.config.of_linear(work.info.name)
     pieces: list[PackedTensors] = []
     solved: list[QuantizedLinear] = []
-    energies: list[float] = []
+    energies: list[Tensor] = []
     for rows in torch.split(weight, HEAD_ROWS):
         piece = rows.to(work.device)
         try:
@@ -151,14 +154,15 @@ def _solved(
             raise NonFinite(f"{work.info.name}: {error.message}", hint=error.hint) from error
         pieces.append(pack(found, config.bits, work.options.config.checkpoint_format))
         with fast_matmul():
-            energies.append(float(row_losses(piece.T.to(hessian.dtype), hessian).sum()))
+            energies.append(row_losses(piece.T.to(hessian.dtype), hessian).sum())
         # the codes are packed: what goes on is the account
         solved.append(replace(found, codes=found.codes[:0], scales=found.scales[:0], zeros=found.zeros[:0]))
-    total = sum(energies) or 1.0
+    shares: list[float] = torch.stack(energies).tolist()
+    total = sum(shares) or 1.0
     whole = replace(
         solved[0],
-        loss=sum(one.loss * energy for one, energy in zip(solved, energies, strict=True)) / total,
-        rtn_loss=sum(one.rtn_loss * energy for one, energy in zip(solved, energies, strict=True)) / total,
+        loss=sum(one.loss * energy for one, energy in zip(solved, shares, strict=True)) / total,
+        rtn_loss=sum(one.rtn_loss * energy for one, energy in zip(solved, shares, strict=True)) / total,
         method="rtn" if any(one.method == "rtn" for one in solved) else "gptq",
     )
     return whole, PackedTensors(

@@ -24,6 +24,8 @@ from gptq_cli.gptq.batch import add_product_, diagonal_of
 from gptq_cli.gptq.matmul import fast_matmul
 
 _MAX_DAMPING = 1.0
+_NOTHING = -1
+"""In the place of what a factorisation says: H is all zero."""
 _GATHER_ROWS = 256
 """Rows of H that are reordered at a time: the temporary copy has this many."""
 
@@ -83,7 +85,7 @@ def factorize_each(
     reverse = order.expand(H.shape[0], K).flip(-1)
     fill = torch.where(dead, mean.unsqueeze(-1), torch.zeros_like(mean).unsqueeze(-1)).gather(-1, reverse)
     A = torch.empty_like(H)
-    waiting = [e for e, empty in enumerate(dead.all(-1).tolist()) if not empty]
+    waiting = list(range(H.shape[0]))
     for attempt, damp in enumerate(damping_steps(damp_percent), start=1):
         if not waiting:
             break
@@ -97,8 +99,11 @@ def factorize_each(
         L = tried.mT  # column-major, as LAPACK and cuSOLVER want it, so that the factor replaces A in place
         info = torch.empty(len(waiting), dtype=torch.int32, device=H.device)
         torch.linalg.cholesky_ex(L, out=(L, info))
+        problems = info if attempt > 1 else torch.where(dead.all(-1), _NOTHING, info)
         failed = []
-        for e, found, problem in zip(waiting, tried, info.tolist(), strict=True):
+        for e, found, problem in zip(waiting, tried, problems.tolist(), strict=True):
+            if problem == _NOTHING:
+                continue
             factors[e] = Factor(RT=None, damping=damping[e], damp_percent=damp, attempts=attempt)
             if problem:
                 failed.append(e)

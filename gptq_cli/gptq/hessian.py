@@ -7,12 +7,13 @@ second derivative); a common factor changes neither codes nor scales nor relativ
 Sums are kept, not running means, and divided once: beyond fp32 rounding, the result does not depend on how
 the tokens were split into batches. H is symmetric, so only the lower block triangle is summed, and mirrored
 once, in `matrix()`. The product of two bf16 numbers is exact in fp32, so bf16 activations use the fast matmul
-(see matmul.py) and lose nothing; so do fp16 activations with TF32; everything else is multiplied in plain
-fp32.
+(see matmul.py) and lose nothing, on CUDA without being widened first; so do fp16 activations with TF32;
+everything else is multiplied in plain fp32.
 """
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -20,7 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
+from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported, product_into
 
 _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
@@ -29,7 +30,9 @@ _CACHED_ROWS, _CACHED_VALUES = 512, 1 << 20
 """Smaller chunks on a CPU, so that they stay in the cache, but with enough rows that moving H stays cheap."""
 
 
-def _chunk_rows(width: int, device: torch.device) -> int:
+def _chunk_rows(width: int, device: torch.device, *, widened: bool) -> int:
+    if device.type != "cpu" and not widened:
+        return sys.maxsize
     rows = max(1, _CHUNK_VALUES // width)
     return min(rows, max(_CACHED_ROWS, _CACHED_VALUES // width)) if device.type == "cpu" else rows
 
@@ -109,17 +112,19 @@ class Hessian(_Moment):
         H, K = self._growing(), self.in_features
         rows = self._rows(x)
         step = max(1, -(-K // _BLOCK_ROWS))
-        for part in torch.split(rows, _chunk_rows(K, H.device)):
-            X = part.to(device=H.device, dtype=H.dtype)
+        add_product_, dtype = product_into(H, x.dtype)
+        for part in torch.split(rows, _chunk_rows(K, H.device, widened=dtype != x.dtype)):
+            X = part.to(device=H.device, dtype=dtype)
             with _matmul_scope(x.dtype, H.device):
                 for a in range(0, K, step):
                     b = min(a + step, K)
-                    H[a:b, :b].addmm_(X[:, a:b].T, X[:, :b])
+                    add_product_(H[a:b, :b], X[:, a:b].T, X[:, :b])
         self.tokens += rows.shape[0]
 
-    def is_finite(self) -> bool:
-        """False when NaN or infinity came in. Reads the diagonal alone: every value lands there squared."""
-        return bool(torch.isfinite(self._open.diagonal().sum()).item())
+    def finite(self) -> Tensor:
+        """A bool on the device, False when NaN or infinity came in. Looks at the diagonal alone: every value
+        lands there squared."""
+        return torch.isfinite(self._open.diagonal().sum())
 
     def matrix(self) -> Tensor:  # (K, K), fp32 unless made otherwise
         """The mean, exactly symmetric; zeros when no token was added (the solver then rounds to nearest).
@@ -157,18 +162,20 @@ class CrossMoment(_Moment):
         if E.shape[0] != X.shape[0]:
             raise ValueError(f"the error has {E.shape[0]} tokens, the input {X.shape[0]}")
         wider = torch.promote_types(error.dtype, x.dtype)
-        chunk = _chunk_rows(max(C.shape), C.device)
+        add_product_, dtype = product_into(C, wider)
+        chunk = _chunk_rows(max(C.shape), C.device, widened=dtype != wider)
         for e, q in zip(torch.split(E, chunk), torch.split(X, chunk), strict=True):
             if wider == torch.bfloat16 and C.device.type == "cpu" and fast_matmul_supported(wider, "cpu"):
                 C += e.T @ q  # twice the speed of widening both
                 continue
             with _matmul_scope(wider, C.device):
-                C.addmm_(e.to(C.device, C.dtype).T, q.to(C.device, C.dtype))
+                add_product_(C, e.to(C.device, dtype).T, q.to(C.device, dtype))
         self.tokens += X.shape[0]
 
-    def is_finite(self) -> bool:
-        """False when NaN or infinity came in with an error. Reads one column: each error lands there once."""
-        return bool(torch.isfinite(self._open[:, 0].sum()).item())
+    def finite(self) -> Tensor:
+        """A bool on the device, False when NaN or infinity came in with an error. Looks at one column: each
+        error lands there once."""
+        return torch.isfinite(self._open[:, 0].sum())
 
     def matrix(self) -> Tensor:  # (N, K)
         """The mean. It is this object's own memory: afterwards `add` raises."""

@@ -12,22 +12,24 @@ from gptq_cli.gptq.grid import FP16_MAX, Grid
 
 
 def refuse_unsolvable(
-    weights: Sequence[Tensor],  # (N_i, K) each, of one stage
-    H: Tensor,  # (K, K)
+    stages: Sequence[Sequence[Tensor]],  # per stage its linears' weights (N_i, K)
+    H: Tensor,  # (E, K, K) of each stage
     grid: Grid,
 ) -> None:
     """Raise `NonFinite` for NaN, infinity, and weights whose scales float16 cannot hold; `ValueError` for
-    shapes that do not match."""
-    if H.ndim != 2 or H.shape[0] != H.shape[1]:
-        raise ValueError(f"H has shape {tuple(H.shape)}; expected a square matrix")
-    if not bool(torch.isfinite(torch.stack(torch.aminmax(H))).all().item()):
+    shapes that do not match. One read from the device, however many they are."""
+    if H.ndim != 3 or H.shape[1] != H.shape[2]:
+        raise ValueError(f"H has shape {tuple(H.shape[1:])}; expected a square matrix")
+    weights = [weight for stage in stages for weight in stage]
+    for weight in weights:
+        if weight.ndim != 2 or weight.shape[1] != H.shape[1]:
+            raise ValueError(f"a weight has shape {tuple(weight.shape)}; H has {H.shape[1]} features")
+    most, *reached = torch.stack([_largest(X).to(H.device, H.dtype) for X in (H, *weights)]).tolist()
+    if not most < torch.inf:
         raise NonFinite(
             "the Hessian holds NaN or infinity", hint="an activation overflowed: try --dtype bfloat16"
         )
-    for weight in weights:
-        if weight.ndim != 2 or weight.shape[1] != H.shape[0]:
-            raise ValueError(f"a weight has shape {tuple(weight.shape)}; H has {H.shape[0]} features")
-        largest = float(torch.stack(torch.aminmax(weight)).abs().max().item())
+    for largest in reached:
         if not largest < torch.inf:
             raise NonFinite("the weight holds NaN or infinity")
         if largest / grid.half > FP16_MAX:
@@ -35,6 +37,11 @@ def refuse_unsolvable(
                 f"the weight reaches {largest:.3g}: its scales would be infinite in float16, "
                 f"which ends at {FP16_MAX:.0f}"
             )
+
+
+def _largest(X: Tensor) -> Tensor:
+    """The largest magnitude; NaN where there is one."""
+    return torch.stack(torch.aminmax(X)).abs().max()
 
 
 def stack_rows(

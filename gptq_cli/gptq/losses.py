@@ -52,21 +52,18 @@ def baseline_losses(
 
 
 def relative_losses(
-    error: Tensor,  # (N,) row losses of W - Q
+    errors: Sequence[Tensor],  # (N,) each: row losses of W - Q, for several Q
     energy: Tensor,  # (N,) row losses of W
     rows: Sequence[int],  # output features of each linear, stacked
-) -> list[float]:
-    """Σ error / Σ energy of every linear; 0/0 is 0: a linear whose output is 0 loses nothing."""
-    ratios: list[float] = []
-    totals = torch.stack(
-        [torch.stack(parts) for parts in zip(_sums(error, rows), _sums(energy, rows), strict=True)]
-    )
-    for lost, total in totals.tolist():
-        # rounding can leave a tiny negative number where the exact sum is 0
-        lost, total = max(lost, 0.0), max(total, 0.0)
-        ratios.append(lost / total if total else (math.inf if lost else 0.0))
-    return ratios
+) -> list[list[float]]:
+    """Σ error / Σ energy of every linear, for each of `errors`; 0/0 is 0: a linear whose output is 0 loses
+    nothing. One read from the device."""
+    sums = [torch.stack([part.sum() for part in torch.split(X, list(rows))]) for X in (energy, *errors)]
+    totals, *lost = torch.stack(sums).tolist()
+    return [[_ratio(*pair) for pair in zip(one, totals, strict=True)] for one in lost]
 
 
-def _sums(values: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    return [part.sum() for part in torch.split(values, list(rows))]
+def _ratio(lost: float, total: float) -> float:
+    # rounding can leave a tiny negative number where the exact sum is 0
+    lost, total = max(lost, 0.0), max(total, 0.0)
+    return lost / total if total else (math.inf if lost else 0.0)

@@ -81,10 +81,10 @@ class StageMoments:
         """Tokens seen in all."""
         return self._fit.tokens + (self._held.tokens if self._held else 0)
 
-    def is_finite(self) -> bool:
-        """False when NaN or infinity came in, in either stream."""
+    def finite(self) -> Tensor:
+        """A bool on the device, False when NaN or infinity came in, in either stream."""
         parts = (self._fit, self._held, self._fit_error, self._held_error)
-        return all(part.is_finite() for part in parts if part is not None)
+        return torch.stack([part.finite() for part in parts if part is not None]).all()
 
     def add(
         self,

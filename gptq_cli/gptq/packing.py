@@ -24,8 +24,9 @@ from gptq_cli.gptq.quantized import QuantizedLinear
 
 V1, V2 = "gptq", "gptq_v2"
 _WORD = 32
-_CACHED_WORDS = 1 << 17
-"""Words processed at once: half a MiB, so that repeated passes over them stay in a core's cache."""
+_CACHED_WORDS, _DEVICE_WORDS = 1 << 17, 1 << 24
+"""Words processed at once. On a CPU half a MiB, so that repeated passes over them stay in a core's cache;
+elsewhere enough that launching the passes costs little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -43,6 +44,10 @@ def _block(bits: int) -> tuple[int, int]:
     return (_WORD, bits) if _WORD % bits else (_WORD // bits, 1)
 
 
+def _words_at_once(values: Tensor) -> int:
+    return _CACHED_WORDS if values.device.type == "cpu" else _DEVICE_WORDS
+
+
 def pack_rows(
     values: Tensor,  # uint8 (R, C), each below 2^bits
     bits: int,
@@ -52,7 +57,7 @@ def pack_rows(
     per, words = _block(bits)
     blocks = -(-R // per)
     out = torch.zeros(blocks, words, C, dtype=torch.int32, device=values.device)
-    step = max(1, _CACHED_WORDS // (words * C))
+    step = max(1, _words_at_once(values) // (words * C))
     for first in range(0, blocks, step):
         here, there = values[first * per : (first + step) * per], out[first : first + step]
         for i in range(per):
@@ -82,7 +87,7 @@ def unpack_rows(
     view = packed.view(blocks, words, -1)
     out = torch.empty(R, packed.shape[1], dtype=torch.uint8, device=packed.device)
     mask = 2**bits - 1
-    step = max(1, _CACHED_WORDS // (words * max(1, packed.shape[1])))
+    step = max(1, _words_at_once(packed) // (words * max(1, packed.shape[1])))
     for first in range(0, blocks, step):
         here, there = view[first : first + step], out[first * per : (first + step) * per]
         for i in range(per):

@@ -26,6 +26,8 @@ from gptq_cli.gptq.grid import Grid, minmax_parameters, round_scale_to_fp16, zer
 
 _CHUNK_VALUES = 1 << 18
 """Weights processed at once: two fp32 buffers of this size stay in a core's cache."""
+_DEVICE_CHUNK_VALUES = 1 << 24
+"""The same for a device that is launched and has the bandwidth: enough that launching costs little."""
 
 
 def group_parameters(
@@ -47,9 +49,10 @@ def group_parameters(
         X = W[..., a:b, :].reshape(-1, size, N)  # of all stages: to the search a group is a group
         c = weight[..., a:b].reshape(-1, 1, size)
         found = W.new_empty(2, X.shape[0], N)
-        wide = max(1, _CHUNK_VALUES // size)
+        chunk = _CHUNK_VALUES if W.device.type == "cpu" else _DEVICE_CHUNK_VALUES
+        wide = max(1, chunk // size)
         for n in range(0, N, wide):
-            tall = max(1, _CHUNK_VALUES // (size * min(wide, N)))
+            tall = max(1, chunk // (size * min(wide, N)))
             for g in range(0, X.shape[0], tall):
                 scale, zero = _find(X[g : g + tall, :, n : n + wide], c[g : g + tall], grid)
                 found[0, g : g + tall, n : n + wide], found[1, g : g + tall, n : n + wide] = scale, zero

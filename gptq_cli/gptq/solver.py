@@ -64,7 +64,7 @@ def quantize_linears(
     """
     grid = Grid.of(config)
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
-    refuse_unsolvable([*weights, *(goals or ())], H, grid)
+    refuse_unsolvable([[*weights, *(goals or ())]], H.unsqueeze(0), grid)
     return _quantized([weights], None if goals is None else [goals], H, grid, config)[0]
 
 
@@ -79,8 +79,7 @@ def quantize_stages(
     """
     grid = Grid.of(config)
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
-    for weights, one in zip(stages, H, strict=True):
-        refuse_unsolvable(weights, one, grid)
+    refuse_unsolvable(stages, H, grid)
     return _quantized(stages, None, H if len(stages) > 1 else H[0], grid, config)
 
 
@@ -118,9 +117,8 @@ def _quantized(
         W = stack_rows(aims, H)
         solution = round_to_nearest(W, *group_parameters(W, diagonal_of(H), g, grid), g, grid)
         error = row_losses(solution.D, H)
-    losses, rtn_losses = (
-        relative_losses(part.flatten(), energy.flatten(), rows * len(stages)) for part in (error, rtn_error)
-    )
+    both = (error.flatten(), rtn_error.flatten())
+    losses, rtn_losses = relative_losses(both, energy.flatten(), rows * len(stages))
     return cut_stages(solution, rows, factors, losses, rtn_losses, "gptq" if works[0] else "rtn")
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from gptq_cli.engine.finite import non_finite_error
+from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 
 
 def test_the_first_bad_sample_is_named() -> None:
@@ -38,3 +38,17 @@ def test_no_sample_is_invented_where_tokens_are_routed() -> None:
         "for one of the samples 4, 6 of the calibration"
         in non_finite_error((x, None), (4, 6), "b", "l").message
     )
+
+
+def test_a_residual_is_told_from_an_input() -> None:
+    error = non_finite_error((torch.ones(2, 3, 2), torch.ones(2, 3, 2)), (4, 6), "b", "o_proj")
+    assert "the residual beside 'o_proj' in block 'b' is not finite" in error.message
+    assert "one of the samples 4, 6" in error.message
+
+
+def test_notes_name_the_first_place_that_was_bad() -> None:
+    notes = FiniteNotes[str]()
+    assert notes.first_bad() is None
+    for place, good in (("a", True), ("b", True), ("c", False), ("d", False)):
+        notes.add(place, torch.tensor(good))
+    assert notes.first_bad() == "c"

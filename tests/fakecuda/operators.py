@@ -21,12 +21,26 @@ def register() -> None:
         "_convert_weight_to_int4pack", lambda *args: here["convert_weight_to_int4pack"](*args), "CUDA"
     )
     library.impl("_weight_int4pack_mm", lambda *args: here["weight_int4pack_mm"](*args), "CUDA")
+    library.impl("addmm.dtype_out", lambda *args, **options: here["addmm_into"](*args, **options), "CUDA")
+    library.impl("mm.dtype", lambda *args: here["mm_into"](*args), "CUDA")
     _registered.append(library)
 
 
 def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:  # noqa: A002 - torch's names
     """torch.histc, which on CUDA counts integers as well: Transformers counts the tokens of experts so."""
     return torch.histc(x.cpu().float(), bins, min, max).to(x.dtype).to(x.device)
+
+
+def addmm_into(
+    C: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, *, beta: float = 1, alpha: float = 1, out: Tensor
+) -> Tensor:
+    """torch.addmm of 16-bit factors with a result of `dtype`."""
+    return out.copy_(beta * C.to(dtype) + alpha * mm_into(A, B, dtype))
+
+
+def mm_into(A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """torch.mm of 16-bit factors with a result of `dtype`."""
+    return A.to(dtype) @ B.to(dtype)
 
 
 def convert_weight_to_int4pack(

@@ -100,10 +100,10 @@ def test_bf16_streams_are_summed_within_a_stated_bound(batch: int, fast: str) ->
 def test_one_bad_value_shows_on_the_diagonal(bad: float) -> None:
     hessian, X = Hessian(8), torch.ones(5, 8)
     hessian.add(X)
-    assert hessian.is_finite()
+    assert hessian.finite()
     X[2, 3] = bad
     hessian.add(X)
-    assert not hessian.is_finite()
+    assert not hessian.finite()
 
 
 @pytest.fixture(params=[True, False], ids=["units", "no-units"])
@@ -193,13 +193,27 @@ def test_shrinking_weighs_by_tokens() -> None:
     torch.testing.assert_close(shrink(H, 0, pool), pool)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_matmuls_on_a_gpu_are_exact(dtype: torch.dtype) -> None:
-    X = activations(900, 333).to(dtype).cuda()
-    with Hessian(333, "cuda") as hessian:
-        hessian.add(X)
+@pytest.mark.parametrize("K", [7, 333])
+def test_bf16_that_is_not_widened_gives_the_same_sums(K: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: the factors stay bf16, products and sums are fp32; emulated with fp32 factors."""
+    seen: set[torch.dtype] = set()
+
+    def added(C: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> None:
+        seen.update((A.dtype, B.dtype))
+        C += A.float() @ B.float()
+
+    monkeypatch.setattr(hessian_module, "product_into", lambda C, dtype: (added, dtype))
+    X = activations(900, K).bfloat16()
+    with Hessian(K) as hessian:
+        for x in X.split(500):
+            hessian.add(x)
         H = hessian.matrix()
     exact = X.double().T @ X.double() / 900
+    assert seen == {torch.bfloat16}
     assert float((H - exact).norm() / exact.norm()) < 2e-6
+
+
+def test_a_cpu_widens() -> None:
+    assert precision.exact_bf16_product(torch.device("cpu")) is None
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert precision.product_into(torch.zeros(2, 2), dtype) == (torch.Tensor.addmm_, torch.float32)

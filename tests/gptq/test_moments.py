@@ -115,21 +115,21 @@ def test_infinity_is_noticed_wherever_it_comes_in() -> None:
     for sample in (0, 7):
         with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
             moments.add(quant, dense, 0)
-            assert moments.is_finite()
+            assert moments.finite()
             bad = quant.clone()
             bad[sample, 3, 2] = torch.inf
             moments.add(bad, dense, 0)
-            assert not moments.is_finite()
+            assert not moments.finite()
         with StageMoments(K, CPU, samples=SAMPLES, dense=True) as moments:
             bad = dense.clone()
             bad[sample, 3, 2] = torch.nan
             moments.add(quant, bad, 0)
-            assert not moments.is_finite()
+            assert not moments.finite()
         with StageMoments(K, CPU, samples=SAMPLES, dense=True, weight=torch.ones(3, K)) as moments:
             gap = torch.zeros(SAMPLES, LENGTH, 3)
             gap[sample, 3, 1] = torch.inf
             moments.add(quant, dense, 0, gap)
-            assert not moments.is_finite()
+            assert not moments.finite()
 
 
 def test_the_residual_is_made_up_for() -> None:

@@ -339,17 +339,3 @@ def test_shapes_that_do_not_belong_together() -> None:
         quantize_linears([weights(4, 12)], torch.eye(16), QuantizeConfig())
     with pytest.raises(ValueError, match="square"):
         quantize_linears([weights(4, 12)], torch.ones(12, 13), QuantizeConfig())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("options", [{}, {"desc_act": True}, {"sym": False, "act_order": "none"}], ids=str)
-def test_a_gpu_answers_like_the_cpu(options: dict[str, Any]) -> None:
-    H, W = reference.hessian(activations(300, 96)), weights(40, 96)
-    config = QuantizeConfig(group_size=32, **options)
-    (cpu,) = quantize_linears([W], H, config)
-    (gpu,) = quantize_linears([W.cuda()], H.cuda(), config)
-    assert torch.equal(cpu.codes, gpu.codes.cpu())
-    assert torch.equal(cpu.scales, gpu.scales.cpu())
-    (fast,) = quantize_linears([W.cuda().bfloat16()], H.cuda().float(), config)
-    assert fast.loss == pytest.approx(cpu.loss, rel=0.02)

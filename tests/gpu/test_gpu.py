@@ -76,7 +76,8 @@ def job_for(model: Path, out: Path, device_map: str, text: str = "", **changed: 
         device_map=DeviceMap.parse(device_map),
     )
     made = replace(made, **changed)
-    return replace(made, calibration=replace(made.calibration, source=text)) if text else made
+    sources = CalibrationConfig.of(text).sources if text else made.calibration.sources
+    return replace(made, calibration=replace(made.calibration, sources=sources))
 
 
 def size_bytes(model: Path) -> int:
