@@ -44,7 +44,7 @@ def modules_in_block(skeleton: Skeleton) -> tuple[str, ...]:
     Otherwise full names are listed, or nothing where that would be no better; or where there are experts,
     which Transformers does not read.
     """
-    quantized = {linear.name for linear in skeleton.linears}
+    quantized = {linear.name for linear in skeleton.linears} | skeleton.shared
     partly = any(
         is_linear(module) and f"{block}.{name}" not in quantized
         for block in skeleton.blocks
@@ -88,7 +88,7 @@ def _dense_modules(skeleton: Skeleton) -> Iterator[tuple[str, str]]:
     Embeddings and the head are dense wherever nothing is said.
     """
     model = skeleton.model
-    quantized = {linear.name for linear in skeleton.linears}
+    quantized = {linear.name for linear in skeleton.linears} | skeleton.shared
     fused = {module.name for module in skeleton.experts.experts}
     head = output_head(model)
     own_names = rewritten(skeleton)

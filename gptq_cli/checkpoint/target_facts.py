@@ -6,10 +6,12 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
 from gptq_cli.model.blocks import is_linear
+from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear, is_interleaved
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.text_part import output_head
+from gptq_cli.placement.names import owner
 from gptq_cli.targets.check import TargetFacts, TargetLinear
 from gptq_cli.targets.names import finds_blocks
 
@@ -43,6 +45,7 @@ def target_facts(checkpoint: QuantizedCheckpoint, *, trivial_g_idx: bool = True,
         ),
         dense=_all_dense_linears(checkpoint),
         dense_experts=_dense_experts(checkpoint),
+        shared=_shared(checkpoint),
         scale_dtype=min(scales - {"float16"}, default="float16"),
         lm_head=head_of(checkpoint) is not None,
         modules_listed=bool(checkpoint.config_dict.get("modules_in_block_to_quantize")),
@@ -69,13 +72,25 @@ def head_name(checkpoint: QuantizedCheckpoint) -> str | None:
 
 def _all_dense_linears(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
     """Names in the files of the linears of the blocks that are not packed, routers among them."""
-    packed = {info.name for info in checkpoint.linears}
+    packed = {info.name for info in checkpoint.linears} | {*_shared(checkpoint)}
     return tuple(
         (checkpoint.keys.source_of(f"{full}.weight") or f"{full}.weight").removesuffix(".weight")
         for block in checkpoint.blocks
         for name, module in checkpoint.model.get_submodule(block).named_modules()
         if is_linear(module) and not isinstance(module, ExpertLinear)
         if (full := f"{block}.{name}") not in packed
+    )
+
+
+def _shared(checkpoint: QuantizedCheckpoint) -> tuple[str, ...]:
+    """Linears of the blocks whose weight is that of a packed one."""
+    packed = {f"{info.name}.weight" for info in checkpoint.linears}
+    return tuple(
+        owner(name)
+        for group in tied_groups(checkpoint.model)
+        if packed & {*group}
+        for name in group
+        if name not in packed and name not in checkpoint.keys.origins
     )
 
 

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 
@@ -32,6 +32,7 @@ from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards,
 from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.residuals import Residual, find_residuals
+from gptq_cli.engine.shared import Places, SharedWeights
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced, Warned
@@ -60,6 +61,8 @@ class Block:
     schedule: BlockSchedule
     module: nn.Module
     linears: tuple[LinearInfo, ...]
+    shared: Places = field(default_factory=dict)
+    """Its linears whose weights are those of linears of earlier blocks."""
     on_device: Callable[[], AbstractContextManager[object]] = nullcontext
     """A context that has the block on its execution device and takes it back to its storage device."""
 
@@ -72,6 +75,11 @@ class Block:
     def device(self) -> torch.device:
         """Where it is worked on."""
         return torch_device(self.schedule.execution_device)
+
+    @property
+    def own(self) -> dict[str, LinearInfo]:
+        """The linears that are quantized here, by their names inside the block."""
+        return {self.relative(info): info for info in self.linears}
 
     def relative(self, info: LinearInfo) -> str:
         """The name of a linear inside the block: `self_attn.q_proj`."""
@@ -87,6 +95,7 @@ class WorkOptions:
     """End the run rather than fall back to round-to-nearest."""
     store: Store
     observer: Observer
+    shared: SharedWeights | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +167,9 @@ class _Streams:
 
 def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> BlockContext:
     """Trace a short sample through the block, for its stages and its residuals."""
-    infos = {block.relative(info): info for info in block.linears}
+    if options.shared is not None:
+        options.shared.make_dense(block.module, block.shared)
+    infos = block.own
     modules = {name: block.module.get_submodule(name) for name in infos}
     probe, short = inputs.probe.to(block.device), inputs.probe_hidden.to(block.device)
     inputs.probe, inputs.probe_hidden = probe, short  # where activations rest on the host, too
@@ -198,6 +209,9 @@ def quantize_block(
         outputs = streams.quantized.finish()
         dense = [] if streams.dense is None else streams.dense.finish()
         states.leave(context.block.module, inputs, outputs, dense)
+    block, shared = context.block, context.options.shared
+    if shared is not None:
+        shared.leave(block.module, block.own, block.shared)
     return tuple(reports)
 
 
@@ -207,6 +221,9 @@ def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack)
     if inputs.paired:
         copy = unhooked_copy(context.block.module)
         dense = opened.enter_context(_forwards(context, copy, inputs.dense_calls, inputs.dense))
+    block, shared = context.block, context.options.shared
+    if shared is not None:
+        shared.make_quantized(block.module, block.shared)
     quantized = opened.enter_context(_forwards(context, context.block.module, inputs.calls, inputs.hidden))
     return _Streams(quantized, dense)
 

@@ -21,6 +21,7 @@ from gptq_cli.devices.accelerators import torch_device, working_on
 from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
+from gptq_cli.engine.shared import SharedWeights
 from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Observer, PhaseAdvanced, phase
 from gptq_cli.gptq.packing import PackedTensors, unpack
@@ -95,6 +96,7 @@ def catch_up(
     states: HiddenStates,
     keeper: Keeper,
     config: QuantizeConfig,
+    shared: SharedWeights,
     observer: Observer,
 ) -> int:
     """Bring `states` to what enters the first unfinished block; return that block's number."""
@@ -105,13 +107,34 @@ def catch_up(
         begun = keeper.restore(states)
         for index in range(begun, done):
             observer(PhaseAdvanced("resume", index, done))
-            _pass_through(blocks[index], index, states, keeper, config)
+            _pass_through(blocks[index], index, states, keeper, config, shared)
         words.append(f"{begun} of {done} blocks from a snapshot, {done - begun} run again")
     return done
 
 
+def shared_weights(
+    blocks: Sequence[Block], keeper: Keeper, config: QuantizeConfig, *, dense: bool
+) -> SharedWeights:
+    """What several of the blocks share; `dense`: dense copies of blocks will be made."""
+    dtypes = {info.name: _dtype(block, name) for block in blocks for name, info in block.shared.items()}
+
+    def finished(info: LinearInfo) -> Tensor:
+        return _weights(keeper.packed(info), info, config, dtypes[info.name])
+
+    return SharedWeights(((block.module, block.shared) for block in blocks), finished, dense=dense)
+
+
+def _dtype(block: Block, linear: str) -> torch.dtype:
+    return weight_matrix(block.module.get_submodule(linear)).dtype
+
+
 def _pass_through(
-    block: Block, index: int, states: HiddenStates, keeper: Keeper, config: QuantizeConfig
+    block: Block,
+    index: int,
+    states: HiddenStates,
+    keeper: Keeper,
+    config: QuantizeConfig,
+    shared: SharedWeights,
 ) -> None:
     """Replace the hidden states by the outputs of a finished block: first those of its dense copy, which is
     what was loaded."""
@@ -119,12 +142,15 @@ def _pass_through(
     with working_on(block.device):
         inputs = states.enter(index, block.device, rest)
     with working_on(block.device), block.on_device(), torch.no_grad():
+        shared.make_dense(block.module, block.shared)
         dense = _run(block, inputs.dense_calls, inputs.dense, rest)
-        for linear in block.linears:
-            module = block.module.get_submodule(block.relative(linear))
-            assign(module, _weights(keeper.packed(linear), linear, config, weight_matrix(module).dtype))
+        for name, linear in block.own.items():
+            weights = _weights(keeper.packed(linear), linear, config, _dtype(block, name))
+            assign(block.module.get_submodule(name), weights)
+        shared.make_quantized(block.module, block.shared)
         outputs = _run(block, inputs.calls, inputs.hidden, rest)
         states.leave(block.module, inputs, outputs, dense)
+        shared.leave(block.module, block.own, block.shared)
 
 
 def _run(block: Block, calls: Sequence[BlockCall], hidden: list[Tensor], rest: torch.device) -> list[Any]:

@@ -31,7 +31,7 @@ from gptq_cli.devices.leaks import LeakWatch
 from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_block, quantize_block
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.experts import FewTokens
-from gptq_cli.engine.keep import Keeper, NothingKept, catch_up
+from gptq_cli.engine.keep import Keeper, NothingKept, catch_up, shared_weights
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -71,9 +71,10 @@ def quantize_blocks(
     would be needed and `options.strict` forbids it.
     """
     _flush("capture", "", options, observer)
-    work = WorkOptions(config=config, strict=options.strict, store=store, observer=observer)
     keeper = keeper or NothingKept()
-    first = catch_up(blocks, states, keeper, config, observer)
+    shared = shared_weights(blocks, keeper, config, dense=states.paired > 0)
+    work = WorkOptions(config=config, strict=options.strict, store=store, observer=observer, shared=shared)
+    first = catch_up(blocks, states, keeper, config, shared, observer)
     reports = list(keeper.finished[:first])
     leaks, few_tokens, unplanned = LeakWatch(), FewTokens(observer), False
     for report in reports:

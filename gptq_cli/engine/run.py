@@ -24,7 +24,7 @@ from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.expert_linears import unfuse
-from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU, Device
@@ -167,10 +167,23 @@ def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]
             schedule,
             model.get_submodule(schedule.name),
             run.skeleton.linears_of(schedule.name),
+            shared=_shared(run.skeleton, schedule.name),
             on_device=partial(provider.on_device, schedule.name),
         )
         for schedule in run.schedule.blocks
     ]
+
+
+def _shared(skeleton: Skeleton, block: str) -> dict[str, LinearInfo]:
+    """The linears of the block whose weights are those of linears of earlier blocks."""
+    order = skeleton.blocks.index
+    return {
+        name.removeprefix(f"{block}."): linear
+        for linear in skeleton.linears
+        if order(linear.block) < order(block)
+        for name in linear.also_at
+        if name.startswith(f"{block}.")
+    }
 
 
 def _head(

@@ -33,12 +33,14 @@ from gptq_cli.inference.gptqmodel_linear import GptqmodelKernels, GptqmodelLinea
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
+from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.text_part import language_model, output_head
 from gptq_cli.model.weights import fill_dense
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.names import owner
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from gptq_cli.results.load import KernelCount
 
@@ -147,8 +149,11 @@ class _LinearReplacer:
     def replace_linears(self) -> None:
         """Replace every quantized linear, and every fused experts module, by a packed module."""
         model = self.checkpoint.model
+        places = self._places()
         for info in self.checkpoint.linears:
-            model.set_submodule(info.name, self._pack(info, info.name))
+            packed = self._pack(info, info.name)
+            for name in (info.name, *places.get(info.name, ())):
+                model.set_submodule(name, packed)
         owners: dict[nn.Module, str] = {}
         for info in self.checkpoint.experts:
             linear = expert_linear(self.checkpoint, info)
@@ -156,6 +161,15 @@ class _LinearReplacer:
             model.set_submodule(info.name, self._pack(info, info.name, linear))
         for module, name in owners.items():
             drop_packed(name, module)
+
+    def _places(self) -> dict[str, tuple[str, ...]]:
+        """Packed linear -> others that have its weight in the model, and none in the files."""
+        places: dict[str, tuple[str, ...]] = {}
+        for names in tied_groups(self.checkpoint.model):
+            stored = [name for name in names if name in self.checkpoint.keys.origins]
+            others = tuple(owner(name) for name in names if name not in stored)
+            places |= {owner(name): others for name in stored[:1]}
+        return places
 
     def _pack(
         self, info: PackedInfo, module_name: str, expert: ExpertLinear | None = None

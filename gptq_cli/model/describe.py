@@ -67,6 +67,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         kept=_kept(skeleton),
         routed_share=traced.routed_share,
         fused=tuple(StackFact(name, reason) for name, reason in skeleton.experts.dense.items()),
+        shared=tuple(sorted(skeleton.shared)),
         dense_linears=_dense_linears(skeleton),
         heads=head_counts(skeleton.config),
         already_quantized=skeleton.already_quantized,
@@ -145,7 +146,7 @@ def _tensors(model: nn.Module) -> tuple[TensorFact, ...]:
 
 def _dense_linears(skeleton: Skeleton) -> tuple[str, ...]:
     """Linears of the blocks that stay dense, routers among them."""
-    quantized = {linear.name for linear in skeleton.linears}
+    quantized = {linear.name for linear in skeleton.linears} | skeleton.shared
     return tuple(
         full
         for block in skeleton.blocks

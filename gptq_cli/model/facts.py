@@ -206,6 +206,8 @@ class ModelFacts:
     is not known."""
     fused: tuple[StackFact, ...] = ()
     """Parameters of three dimensions inside blocks that stay dense."""
+    shared: tuple[str, ...] = ()
+    """Linears of the blocks whose weight is that of a quantized one."""
     dense_linears: tuple[str, ...] = ()
     """Linears of the blocks that stay dense, by their names."""
     listed: bool = False

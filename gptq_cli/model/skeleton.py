@@ -7,7 +7,7 @@ weight.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +29,8 @@ from gptq_cli.model.beside import (
     parts_beside,
     unreached_linears,
 )
-from gptq_cli.model.blocks import ROUTER_NAMES, all_linears, find_blocks, shape
+from gptq_cli.model.blocks import all_linears, find_blocks, shape
+from gptq_cli.model.candidates import candidates_of, kept_dense, own_names_of, shared_linears
 from gptq_cli.model.conversion import Conversion, KeyMap, natural_key, tied_groups
 from gptq_cli.model.dense import DenseInfo, fold_dense
 from gptq_cli.model.expert_linears import ExpertLinear, unfuse
@@ -40,7 +41,6 @@ from gptq_cli.model.few_bits import decoded_files
 from gptq_cli.model.meta import build_meta
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem
 from gptq_cli.model.trace import Trace, trace
-from gptq_cli.placement.names import leaf
 
 _FLOATS = {"float16", "bfloat16", "float32", "float64"}
 
@@ -79,6 +79,9 @@ class LinearInfo:
     """Where `source_key` is not its weight alone, or not all of it: its own name in the checkpoint."""
     held_with: tuple[str, ...] = ()
     """The other tensors that hold a part of its weight."""
+    also_at: tuple[str, ...] = ()
+    """The other linears that have this weight, where it is shared (Zamba's transformer): they run later, or
+    not at all."""
     bias_cut: BiasCut | None = None
     """Where the bias is, if it is a part of a tensor."""
 
@@ -149,6 +152,11 @@ class Skeleton:
         """Everything that is quantized: the linears of the blocks, and the head where it is."""
         return self.linears if self.head is None else (*self.linears, self.head)
 
+    @property
+    def shared(self) -> frozenset[str]:
+        """Linears whose weight is that of one of the quantized linears."""
+        return frozenset(name for linear in self.linears for name in linear.also_at)
+
     def linears_of(self, block: str) -> tuple[LinearInfo, ...]:
         """The linears of one block in module order."""
         return tuple(linear for linear in self.linears if linear.block == block)
@@ -172,13 +180,14 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     unfuse(model, experts.experts)
     unreached = tuple(block for block in blocks if block not in traced.flow.blocks)
     blocks = traced.flow.blocks
-    candidates = _candidates(model, blocks)
-    kept = _kept_dense(model, traced, candidates, tied)
+    candidates = candidates_of(model, blocks)
+    shared = shared_linears(tied, candidates, keys, traced)
+    kept = kept_dense(model, traced, candidates, tied, shared)
     kept |= dict.fromkeys(unreached_linears(model, candidates, experts.experts, traced), UNREACHED)
     routed = {name for name in candidates if isinstance(model.get_submodule(name), ExpertLinear)}
     traced = replace(traced, idle=traced.idle | routed)  # they stood in a 3-D tensor when it was made
-    own_names = _own_names(conversion, keys, candidates, experts)
-    found = tuple(_linears(model, blocks, keys, kept, sources, own_names, known=bool(files.tensors)))
+    own_names = own_names_of(conversion, keys, candidates, experts)
+    found = tuple(_linears(model, blocks, keys, kept, sources, own_names, shared, known=bool(files.tensors)))
     in_part = linears_in_part(experts, {linear.name for linear in found})
     linears = tuple(linear for linear in found if linear.name not in in_part)
     beside = parts_beside(model, unreached, keys, files.tensors)
@@ -209,32 +218,12 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
     )
 
 
-def _own_names(
-    conversion: Conversion, keys: KeyMap, linears: Collection[str], experts: FoundExperts
-) -> dict[str, str]:
-    """`Skeleton.own_names` of everything that is computed together with a weight or a bias of `linears`, or
-    with a parameter of `experts`."""
-    names: dict[str, str] = {}
-    targets = [f"{linear}.{kind}" for linear in linears for kind in ("weight", "bias")]
-    targets += [f"{module.name}.{tensor.leaf}" for module in experts.experts for tensor in module.tensors]
-    for target in targets:
-        origin = keys.origins.get(target)
-        if origin is not None and origin.converted and target not in names:
-            names |= conversion.own_names(origin, keys)
-    for linear in linears:  # a bias that is a tensor of the files follows its weight
-        name = names.get(f"{linear}.weight", "").removesuffix("weight") + "bias"
-        source = keys.source_of(f"{linear}.bias")
-        if f"{linear}.weight" in names and source not in (None, name):
-            names[f"{linear}.bias"] = name
-    return names
-
-
 def _traced(model: Any) -> tuple[str, tuple[str, ...], Trace]:
     """The decoder's blocks: of all lists of blocks that a forward on text calls the one with most weights."""
     left_out: tuple[str, ...] = ()
     while True:
         prefix, blocks = find_blocks(model, left_out)
-        traced = trace(model, _candidates(model, blocks), blocks)
+        traced = trace(model, candidates_of(model, blocks), blocks)
         if traced.flow.blocks:
             return prefix, blocks, traced
         left_out = (*left_out, prefix)  # an encoder of images or sound
@@ -271,28 +260,6 @@ def as_torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _candidates(model: nn.Module, blocks: tuple[str, ...]) -> dict[str, str]:
-    """Every linear of the blocks -> its block."""
-    return {f"{block}.{name}": block for block in blocks for name in all_linears(model.get_submodule(block))}
-
-
-def _kept_dense(
-    model: nn.Module, traced: Trace, candidates: Collection[str], tied: tuple[tuple[str, ...], ...]
-) -> dict[str, str]:
-    """Linears that stay dense -> why: their weight is shared with another module, or used without a call, or
-    they choose.
-
-    Where the trace is not complete, the name of a router is taken for one.
-    """
-    shared = {name.removesuffix(".weight") for group in tied for name in group}
-    kept = dict.fromkeys(traced.choosing, "router")
-    for name in candidates:
-        if shape(model.get_submodule(name))[0] == 1 or (not traced.complete and leaf(name) in ROUTER_NAMES):
-            kept[name] = "router"
-    kept |= dict.fromkeys(traced.read_not_called, "read, not called")
-    return kept | {name: "tied" for name in candidates if name in shared}
-
-
 def _linears(
     model: nn.Module,
     blocks: tuple[str, ...],
@@ -300,12 +267,13 @@ def _linears(
     kept: Mapping[str, str],
     experts: Mapping[str, ExpertSource] = MappingProxyType({}),
     own_names: Mapping[str, str] = MappingProxyType({}),
+    shared: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     *,
     known: bool,
 ) -> Iterator[LinearInfo]:
-    """Quantizable linears whose weight has a name in the files, or can have one; a module shared by two
-    blocks is listed once."""
-    seen: set[int] = set()
+    """Quantizable linears whose weight has a name in the files, or can have one; those of one weight are
+    listed once."""
+    later = {name for others in shared.values() for name in others}
     for block in blocks:
         for name, linear in all_linears(model.get_submodule(block)).items():
             full = f"{block}.{name}"
@@ -313,12 +281,14 @@ def _linears(
             if expert is not None and full not in kept:
                 yield _expert_linear(block, expert, keys)
                 continue
-            held, stored_as = _held(f"{full}.weight", keys, own_names)
+            others = shared.get(full, ())
+            names = [f"{name}.weight" for name in (full, *others)]
+            target = next((name for name in names if name in keys.origins), names[0])
+            held, stored_as = _held(target, keys, own_names)
             if not held and not known:
-                held = (f"{full}.weight",)
-            if not held or id(linear) in seen or full in kept:
+                held = (target,)
+            if not held or full in later or full in kept:
                 continue
-            seen.add(id(linear))
             rows, columns = shape(linear)
             yield LinearInfo(
                 name=full,
@@ -326,6 +296,7 @@ def _linears(
                 source_key=held[0],
                 held_with=held[1:],
                 stored_as=stored_as,
+                also_at=others,
                 in_features=columns,
                 out_features=rows,
                 bias=getattr(linear, "bias", None) is not None,

@@ -68,6 +68,8 @@ class TargetFacts:
     """Linears of the blocks that are not quantized."""
     dense_experts: tuple[str, ...] = ()
     """Tensors of fused experts that are not quantized."""
+    shared: tuple[str, ...] = ()
+    """Linears whose weight is that of a packed one: it is stored once."""
     scale_dtype: str = "float16"
     lm_head: bool = False
     """The head is quantized."""

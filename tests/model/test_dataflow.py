@@ -13,8 +13,8 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
+from gptq_cli.model.candidates import candidates_of, kept_dense
 from gptq_cli.model.meta import build_meta
-from gptq_cli.model.skeleton import _candidates, _kept_dense
 from gptq_cli.model.trace import Trace, trace
 from gptq_cli.placement.names import fold
 from tests.model.test_trace import EXPERTS, LATENT, SMALL, peeking
@@ -52,7 +52,7 @@ CHOOSING: dict[str, set[str]] = {
 
 def followed(config: Any) -> tuple[Any, dict[str, str], Trace]:
     model = build_meta(config, ModelRef(model="tiny"), torch.bfloat16)
-    candidates = _candidates(model, find_blocks(model)[1])
+    candidates = candidates_of(model, find_blocks(model)[1])
     return model, candidates, trace(model, candidates)
 
 
@@ -71,7 +71,7 @@ def test_what_chooses_in_models_with_experts(name: str) -> None:
         assert folded == CHOOSING.get(name, {"mlp.gate"})
     if name in ("qwen3_moe", "deepseek_v3", "jetmoe", "dbrx"):
         assert found.routed_share == 0.5
-    kept = _kept_dense(model, found, candidates, ())
+    kept = kept_dense(model, found, candidates, ())
     assert {kept[choosing] for choosing in found.choosing} == {"router"}
 
 
@@ -248,10 +248,10 @@ def test_a_forward_that_stops_shows_what_it_saw_and_names_are_taken_for_the_rest
     found = trace(model, candidates)
     assert not found.complete
     assert found.choosing == {"layer"}, "what else `before` would have reached is not known"
-    assert _kept_dense(model, found, candidates, ()) == {"layer": "router", "gate": "router"}
+    assert kept_dense(model, found, candidates, ()) == {"layer": "router", "gate": "router"}
 
 
 def test_gates_of_one_output_stay_dense() -> None:
     model, candidates, found = followed(transformers.Qwen2MoeConfig(**EXPERTS["qwen2_moe"][1]))
-    kept = {fold(name) for name, why in _kept_dense(model, found, candidates, ()).items() if why == "router"}
+    kept = {fold(name) for name, why in kept_dense(model, found, candidates, ()).items() if why == "router"}
     assert kept == {"model.layers.*.mlp.gate", "model.layers.*.mlp.shared_expert_gate"}

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
+from gptq_cli.model.candidates import candidates_of
 from gptq_cli.model.gates import GateFlow, small_gates
 from gptq_cli.model.meta import build_meta
-from gptq_cli.model.skeleton import _candidates
 from gptq_cli.model.trace import trace
 
 SHAPE: dict[str, Any] = {
@@ -38,7 +38,7 @@ def gating(class_name: str, **fields: Any) -> set[str]:
     """Last components of the gates of a model on the meta device, with default sizes where none are given."""
     config = getattr(transformers, class_name)(**SHAPE | fields)
     model = build_meta(config, ModelRef(model="made here"), torch.bfloat16, tensors=100_000)
-    found = trace(model, _candidates(model, find_blocks(model)[1]))
+    found = trace(model, candidates_of(model, find_blocks(model)[1]))
     assert found.complete
     return {name.rpartition(".")[2] for name in found.gating}
 

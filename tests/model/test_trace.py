@@ -14,9 +14,10 @@ from transformers import MambaConfig, MambaForCausalLM, ZambaConfig
 from gptq_cli.checkpoint.declared import declared_dynamic, modules_in_block
 from gptq_cli.config import ModelRef
 from gptq_cli.model.blocks import find_blocks
+from gptq_cli.model.candidates import candidates_of, kept_dense, shared_linears
 from gptq_cli.model.conversion import Conversion, tied_groups
 from gptq_cli.model.meta import build_meta
-from gptq_cli.model.skeleton import _candidates, _kept_dense, _linears
+from gptq_cli.model.skeleton import _linears
 from gptq_cli.model.trace import Trace, trace
 from tests.checkpoint.unquantized import opened
 from tests.tiny import TINY
@@ -66,7 +67,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def traced(config: Any, dtype: torch.dtype) -> tuple[Any, dict[str, str], Trace]:
     model = build_meta(config, ModelRef(model="tiny"), dtype)
     blocks = find_blocks(model)[1]
-    candidates = _candidates(model, blocks)
+    candidates = candidates_of(model, blocks)
     return model, candidates, trace(model, candidates, blocks)
 
 
@@ -201,17 +202,32 @@ def test_mamba(tmp_path: Path) -> None:
     assert modules_in_block(skeleton) == ("mixer.in_proj", "mixer.x_proj", "mixer.out_proj")
 
 
-def test_shared_blocks() -> None:
-    """Zamba's attention blocks are one set of weights under several names."""
-    model = build_meta(ZambaConfig(), ModelRef(model="zamba"), torch.bfloat16)
+@pytest.mark.parametrize("copies", [False, True], ids=["one tensor", "copies"])
+def test_shared_blocks(copies: bool) -> None:
+    """Zamba's attention blocks are one set of weights under several names: listed once, where it runs first.
+    Copies in the files may differ: they stay dense."""
+    config = ZambaConfig(num_hidden_layers=18, hidden_size=64, intermediate_size=64, vocab_size=64)
+    model = build_meta(config, ModelRef(model="zamba"), torch.bfloat16)
     blocks = find_blocks(model)[1]
-    keys = Conversion(model).map(model.state_dict())
-    candidates = _candidates(model, blocks)
-    kept = _kept_dense(model, trace(model, candidates, blocks), candidates, tied_groups(model))
-    linears = list(_linears(model, blocks, keys, kept, known=False))
-    assert "tied" in kept.values()
-    assert not any("shared_transf" in linear.name for linear in linears)
-    assert sum(x.in_features * x.out_features for x in linears) < sum(p.numel() for p in model.parameters())
+    groups = tied_groups(model)
+    left_out = set() if copies else {name for first, *others in groups for name in others}
+    keys = Conversion(model).map(model.state_dict().keys() - left_out)
+    candidates = candidates_of(model, blocks)
+    traced = trace(model, candidates, blocks)
+    shared = shared_linears(groups, candidates, keys, traced)
+    kept = kept_dense(model, traced, candidates, groups, shared)
+    linears = {x.name: x for x in _linears(model, blocks, keys, kept, shared=shared, known=False)}
+    found = [linear for name, linear in linears.items() if "shared_transf" in name]
+    if copies:
+        assert (shared, found) == ({}, [])
+        assert "tied" in kept.values()
+        return
+    first, *others = (i for i, kind in enumerate(config.layers_block_type) if kind == "hybrid")
+    assert len(found) == 7
+    assert {linear.block for linear in found} == {f"model.layers.{first}"}
+    linear = linears[f"model.layers.{first}.shared_transf.self_attn.q_proj"]
+    assert linear.also_at == tuple(f"model.layers.{i}.shared_transf.self_attn.q_proj" for i in others)
+    assert "tied" not in kept.values()
 
 
 def test_a_forward_leaves_nothing_behind() -> None:

@@ -140,6 +140,11 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
         {"exllamav2": {"half-scales": "warning"}, "gptqmodel": {"half-scales": "warning"}},
     ),
     (
+        "one weight at several places",
+        replace(PORTABLE, shared=("model.layers.6.shared_transf.self_attn.q_proj",)),
+        dict.fromkeys(TARGETS, {"stored-once": "warning"}),
+    ),
+    (
         "siblings differ",
         MIXED,
         {

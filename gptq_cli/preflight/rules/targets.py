@@ -188,6 +188,7 @@ def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFact
         ),
         dense=tuple(name for name in model.dense_linears if name not in packed),
         dense_experts=tuple(stack.name for stack in model.fused),
+        shared=model.shared,
         lm_head=head is not None,
         modules_listed=model.listed,
         heads=model.heads,

@@ -36,6 +36,21 @@ def whole_groups(case: Case) -> Iterator[Remark]:
         yield case.remark(message, "use a --group-size that divides every input size, or -1", odd)
 
 
+@rule("warning", topics=TARGETS)
+def stored_once(case: Case) -> Iterator[Remark]:
+    """Packed linears at several places of a model (Zamba's transformer) are stored under the first of them.
+
+    `gptq load` puts them at every place. No other reader was tried with such a model; one that looks for
+    packed tensors at every place leaves the others without values.
+    """
+    if case.facts.shared:
+        message = (
+            f"{len(case.facts.shared)} linears have the weights of others, which are stored once: not tried "
+            f"with {case.target}"
+        )
+        yield case.remark(message, "compare its output with that of gptq load, or leave them dense: --module")
+
+
 @rule("warning", topics=("exllamav2", "gptqmodel"))
 def half_scales(case: Case) -> Iterator[Remark]:
     """Scales are converted to float16, which rounds those that are stored in another type."""
