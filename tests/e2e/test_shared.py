@@ -65,7 +65,7 @@ def test_stored_once_and_read_at_every_place(
     quantized(source, out)
     model = gptq_cli.load(out, device_map="cpu")
     assert any(
-        finding.rule == "stored-once" for finding in verify_checkpoint(out, targets=("vllm",)).findings
+        finding.rule == "stored-once" for finding in verify_checkpoint(out, targets=("gptqmodel",)).findings
     )
     first, second = (model.get_submodule(f"model.layers.{use}.{SHARED}") for use in (1, 4))
     assert first is second

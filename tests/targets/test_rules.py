@@ -142,7 +142,7 @@ CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     (
         "one weight at several places",
         replace(PORTABLE, shared=("model.layers.6.shared_transf.self_attn.q_proj",)),
-        dict.fromkeys(TARGETS, {"stored-once": "warning"}),
+        {target: {"stored-once": "warning"} for target in TARGETS},
     ),
     (
         "siblings differ",
