@@ -32,7 +32,7 @@ from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards,
 from gptq_cli.engine.linear_report import linear_report
 from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.residuals import Residual, find_residuals
-from gptq_cli.engine.shared import Places, SharedWeights
+from gptq_cli.engine.shared import Places, SharedWeights, nothing_shared
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced, Warned
@@ -95,7 +95,7 @@ class WorkOptions:
     """End the run rather than fall back to round-to-nearest."""
     store: Store
     observer: Observer
-    shared: SharedWeights | None = None
+    shared: SharedWeights = field(default_factory=nothing_shared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +167,7 @@ class _Streams:
 
 def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> BlockContext:
     """Trace a short sample through the block, for its stages and its residuals."""
-    if options.shared is not None:
-        options.shared.make_dense(block.module, block.shared)
+    options.shared.make_dense(block.module, block.shared)
     infos = block.own
     modules = {name: block.module.get_submodule(name) for name in infos}
     probe, short = inputs.probe.to(block.device), inputs.probe_hidden.to(block.device)
@@ -209,9 +208,8 @@ def quantize_block(
         outputs = streams.quantized.finish()
         dense = [] if streams.dense is None else streams.dense.finish()
         states.leave(context.block.module, inputs, outputs, dense)
-    block, shared = context.block, context.options.shared
-    if shared is not None:
-        shared.leave(block.module, block.own, block.shared)
+    block = context.block
+    context.options.shared.leave(block.module, block.own, block.shared)
     return tuple(reports)
 
 
@@ -221,9 +219,7 @@ def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack)
     if inputs.paired:
         copy = unhooked_copy(context.block.module)
         dense = opened.enter_context(_forwards(context, copy, inputs.dense_calls, inputs.dense))
-    block, shared = context.block, context.options.shared
-    if shared is not None:
-        shared.make_quantized(block.module, block.shared)
+    context.options.shared.make_quantized(context.block.module, context.block.shared)
     quantized = opened.enter_context(_forwards(context, context.block.module, inputs.calls, inputs.hidden))
     return _Streams(quantized, dense)
 

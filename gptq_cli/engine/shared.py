@@ -70,3 +70,12 @@ class SharedWeights:
             if not self._uses[info.name]:
                 self._dense.pop(info.name, None)
                 self._quantized.pop(info.name, None)
+
+
+def nothing_shared() -> SharedWeights:
+    """For blocks whose weights are their own."""
+
+    def finished(info: LinearInfo) -> Tensor:
+        raise KeyError(info.name)
+
+    return SharedWeights((), finished, dense=False)
