@@ -29,17 +29,16 @@ from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
-from gptq_cli.engine.linear_report import linear_report
+from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.residuals import Residual, find_residuals
 from gptq_cli.engine.shared import Places, SharedWeights, nothing_shared
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
-from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
-from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced, Warned
+from gptq_cli.errors import GptqError, NonFinite
+from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced
 from gptq_cli.gptq.goal import StepChoice
 from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.packing import PackedTensors, pack
-from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
@@ -377,7 +376,7 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
     for name, own in zip(solved.stage.linears, context.configs(solved.stage), strict=True):
         quantized = solved.linears.pop(0)
         info, module = context.infos[name], context.modules[name]
-        check_fallback(context.options, info, quantized, tokens)
+        check_fallback(info, quantized, tokens, context.options.observer, strict=context.options.strict)
         assign(module, quantized.dequantize(weight_matrix(module).dtype))
         context.options.store(info, pack(quantized, own.bits, config.checkpoint_format))
         report = linear_report(
@@ -392,19 +391,3 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
         )
         context.options.observer(LinearQuantized(context.block.name, report))
         yield report
-
-
-def check_fallback(options: WorkOptions, info: LinearInfo, quantized: QuantizedLinear, tokens: int) -> None:
-    """Warn of a linear that was rounded to nearest. Raises `NotPositiveDefinite` where that is forbidden."""
-    if quantized.method == "gptq":
-        return
-    why = (
-        "no calibration token reached it"
-        if quantized.attempts == 0 and tokens == 0
-        else f"its Hessian is not positive definite up to damping {quantized.damp_percent:g}"
-        f" ({quantized.attempts} attempts, {tokens} tokens)"
-    )
-    hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
-    if options.strict:
-        raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
-    options.observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))

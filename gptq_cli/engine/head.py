@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
-from gptq_cli.engine.block import Block, WorkOptions, check_fallback
+from gptq_cli.engine.block import Block, WorkOptions
 from gptq_cli.engine.calls import taken
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
-from gptq_cli.engine.linear_report import linear_report
+from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
 from gptq_cli.gptq.hessian import Hessian
@@ -86,7 +86,7 @@ def quantize_head(
             captured.hidden.clear()
             hessian, tokens = moment.matrix(), moment.tokens
         quantized, packed = _solved(work, weight_matrix(work.module), hessian)
-    check_fallback(options, info, quantized, tokens)
+    check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
     options.store(info, packed)
     own = options.config.of_linear(info.name)
     report = linear_report(info, own, quantized, tokens=tokens, seconds=time.perf_counter() - started)

@@ -1,8 +1,10 @@
-"""What the report says of one quantized linear, in a block or as the head."""
+"""What a run says of one quantized linear, in a block or as the head: in its report, and where it fell back."""
 
 from __future__ import annotations
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.errors import NotPositiveDefinite
+from gptq_cli.events import Observer, Warned
 from gptq_cli.gptq.goal import StepChoice
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.model.skeleton import LinearInfo
@@ -42,3 +44,21 @@ def linear_report(
         pooled=pooled,
         seconds=seconds,
     )
+
+
+def check_fallback(
+    info: LinearInfo, quantized: QuantizedLinear, tokens: int, observer: Observer, *, strict: bool
+) -> None:
+    """Warn of a linear that was rounded to nearest. Raises `NotPositiveDefinite` where that is forbidden."""
+    if quantized.method == "gptq":
+        return
+    why = (
+        "no calibration token reached it"
+        if quantized.attempts == 0 and tokens == 0
+        else f"its Hessian is not positive definite up to damping {quantized.damp_percent:g}"
+        f" ({quantized.attempts} attempts, {tokens} tokens)"
+    )
+    hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
+    if strict:
+        raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
+    observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))
