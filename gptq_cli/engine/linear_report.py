@@ -1,4 +1,4 @@
-"""What a run says of one quantized linear, in a block or as the head: in its report, and where it fell back."""
+"""What a run says of one quantized linear, in a block or as the head: its report, and that it fell back."""
 
 from __future__ import annotations
 
