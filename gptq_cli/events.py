@@ -31,6 +31,7 @@ Phase = Literal[
     "bench",
     "dense",
     "evaluate",
+    "tasks",
     "upload",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Literal, TypeVar
 
@@ -28,13 +29,19 @@ def option(default: T, help_text: str, **spelling: str) -> T:
     return made
 
 
+def nearest(value: str, allowed: Sequence[str]) -> str | None:
+    """The one of `allowed` that `value` may have been meant to be."""
+    near = difflib.get_close_matches(value, allowed, n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
 def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
     """Raise `ConfigError` unless `value` is in `allowed`. `hint` None: the nearest of them."""
     if value not in allowed:
         listed = ", ".join(str(item) for item in allowed)
-        near = difflib.get_close_matches(str(value), [str(item) for item in allowed], n=1, cutoff=0.6)
-        if hint is None and near:
-            hint = f"did you mean {near[0]}?"
+        near = nearest(str(value), [str(item) for item in allowed])
+        if hint is None and near is not None:
+            hint = f"did you mean {near}?"
         raise ConfigError(f"{name} is {value!r}; allowed: {listed}", hint=hint)
 
 

@@ -6,6 +6,7 @@ A wrong field raises `ConfigError`, as in `gptq_cli.config`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -43,6 +44,79 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskConfig:
+    """Which tasks of lm-evaluation-harness to measure, and what they must score."""
+
+    names: tuple[str, ...]
+    directory: str | None = None
+    """A folder of task files, searched before the harness' own tasks."""
+    limit: int | None = None
+    """Questions of each task, at most; None: all."""
+    shots: int | None = None
+    """Examples in front of each question; None: as the task says."""
+    min_scores: tuple[tuple[str, float], ...] = ()
+    """(task, the least that its main metric may be)."""
+
+    def __post_init__(self) -> None:
+        if not self.names or not all(self.names):
+            raise ConfigError(
+                "tasks holds an empty name; allowed: names of tasks with commas between them",
+                hint="--tasks arc_easy,hellaswag",
+            )
+        if self.limit is not None:
+            check_int("task_limit", self.limit, 1)
+        if self.shots is not None:
+            check_int("shots", self.shots, 0)
+        for name, least in self.min_scores:
+            if name not in self.names:
+                raise ConfigError(
+                    f"min_score is about {name!r}, which is not measured; measured: {', '.join(self.names)}",
+                    hint=f"add it: --tasks {','.join((*self.names, name))}",
+                )
+            if not math.isfinite(least):
+                raise ConfigError(f"min_score of {name} is {least}; allowed: a number")
+
+
+def task_config(
+    names: str | None,
+    *,
+    directory: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    min_scores: Iterable[str] = (),
+) -> TaskConfig | None:
+    """The tasks as a person writes them: names with commas between them, limits as `TASK=0.4`.
+
+    None where none is named. Raises `ConfigError`.
+    """
+    limits = tuple(map(_min_score, min_scores))
+    if names is None:
+        given = {"task_dir": directory, "task_limit": limit, "shots": shots, "min_score": limits or None}
+        for name in (name for name, value in given.items() if value is not None):
+            raise ConfigError(f"{name} is given, but no task is measured", hint="add --tasks NAME")
+        return None
+    return TaskConfig(
+        names=tuple(name.strip() for name in names.split(",")),
+        directory=directory,
+        limit=limit,
+        shots=shots,
+        min_scores=limits,
+    )
+
+
+def _min_score(text: str) -> tuple[str, float]:
+    name, _, number = text.rpartition("=")
+    try:
+        return name.strip(), float(number)
+    except ValueError as error:
+        raise ConfigError(
+            f"min_score is {text!r}; allowed: TASK=NUMBER", hint="--min-score arc_easy=0.4"
+        ) from error
+
+
 HELD_OUT = "pydoc-heldout"
 """The text to measure on where none is named: calibration leaves it out by default."""
 
@@ -73,6 +147,8 @@ class LoadJob:
     max_kl: float | None = None
     """The job fails (exit 5) where KL(dense ‖ quantized) is above this."""
     max_perplexity: float | None = None
+    tasks: TaskConfig | None = None
+    """Tasks of lm-evaluation-harness."""
     bench: bool = False
     verify: bool = False
     targets: tuple[Target, ...] = ()
@@ -102,8 +178,9 @@ class LoadJob:
     @property
     def opens(self) -> bool:
         """Whether the model itself is needed; --verify and --target alone read the files."""
-        uses = (self.prompt is not None, self.evaluate is not None, self.against is not None, self.bench)
-        return any(uses) or not (self.verify or self.targets)
+        texts = (self.prompt, self.evaluate, self.against, self.tasks)
+        uses = self.bench or any(one is not None for one in texts)
+        return uses or not (self.verify or self.targets)
 
 
 def proof_job(
@@ -114,6 +191,7 @@ def proof_job(
     against_source: bool = False,
     max_kl: float | None = None,
     max_perplexity: float | None = None,
+    tasks: TaskConfig | None = None,
     bench: bool = False,
     device_map: DeviceMap | None = None,
     dtype: DType = "auto",
@@ -129,7 +207,7 @@ def proof_job(
         )
     if max_kl is not None and not against_source:
         raise ConfigError(f"max_kl is {max_kl}, but nothing is measured for it", hint="add --against-source")
-    if not (evaluate or against_source or bench or max_perplexity is not None):
+    if not (evaluate or against_source or bench or tasks or max_perplexity is not None):
         return None
     return LoadJob(
         path=path,
@@ -140,6 +218,7 @@ def proof_job(
         against=model if against_source else None,
         max_kl=max_kl,
         max_perplexity=max_perplexity,
+        tasks=tasks,
         bench=bench,
     )
 

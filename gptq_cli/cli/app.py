@@ -30,6 +30,7 @@ from gptq_cli.cli.load import load
 from gptq_cli.cli.output import Output, OutputLostError, Session, Unbreakable
 from gptq_cli.cli.push import push
 from gptq_cli.cli.quantize import quantize
+from gptq_cli.cli.report import report
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.errors import GptqError
 
@@ -82,6 +83,7 @@ app.command("quantize", epilog=EPILOG)(quantize)
 app.command("load", epilog=EPILOG)(load)
 app.command("inspect-map", epilog=EPILOG)(inspect_map)
 app.command("push", epilog=EPILOG)(push)
+app.command("report", epilog=EPILOG)(report)
 for asked in (about.doctor, about.rules, about.targets, about.recipes):
     app.command(asked.__name__, epilog=EPILOG)(asked)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
 from gptq_cli.cli import options as o
+from gptq_cli.cli import task_options as task
 from gptq_cli.cli.output import Session, show, watch
+from gptq_cli.cli.page_file import check_page, with_page
 from gptq_cli.errors import ConfigError, QualityGateFailed
-from gptq_cli.load_job import LoadJob, Sampling
+from gptq_cli.load_job import LoadJob, Sampling, task_config
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.readers import parse_targets
 from gptq_cli.results.load import LoadReport
@@ -31,10 +34,16 @@ def load(
     against: o.Against = None,
     max_kl: o.MaxKl = None,
     max_perplexity: o.MaxPerplexity = None,
+    tasks: task.Tasks = None,
+    task_dir: task.TaskDir = None,
+    task_limit: task.TaskLimit = None,
+    shots: task.Shots = None,
+    min_score: task.MinScore = None,
     bench: o.Bench = False,
     verify: o.Verify = False,
     target: o.Targets = None,
     tp: o.TensorParallel = 1,
+    report: o.Report = None,
     device_map: o.LoadDeviceMap = None,
     kernel: o.Kernel = "auto",
     compile: o.Compile = False,  # noqa: A002  # the option's name
@@ -76,25 +85,34 @@ def load(
         against=against,
         max_kl=max_kl,
         max_perplexity=max_perplexity,
+        tasks=task_config(
+            tasks, directory=task_dir, limit=task_limit, shots=shots, min_scores=min_score or ()
+        ),
         bench=bench,
         verify=verify,
         targets=parse_targets(target or (), tp),
         tp=tp,
     )
+    if report is not None:
+        check_page("report", Path(report))
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
 
-        report = jobs.load(job, observer)
+        result = jobs.load(job, observer)
+        if report is not None:
+            from gptq_cli.report.load_page import load_html
+
+            result = with_page(Path(report), result, load_html, observer, "the figures are on stdout")
 
     from gptq_cli.display.load import load_summary, verify_summary
 
-    if isinstance(report, LoadReport):
-        show(session, report, load_summary)
+    if isinstance(result, LoadReport):
+        show(session, result, load_summary)
     else:
-        show(session, report, verify_summary)
-    if report.failures:
+        show(session, result, verify_summary)
+    if result.failures:
         raise QualityGateFailed(
-            "; ".join(report.failures), hint="the figures are on stdout; docs/load.md says what they mean"
+            "; ".join(result.failures), hint="the figures are on stdout; docs/load.md says what they mean"
         )
 
 

@@ -180,9 +180,8 @@ Blocks = Annotated[
     ),
 ]
 Strict = Annotated[bool, _flag("--strict", "A fallback to round-to-nearest is an error (exit 5).", RUN)]
-Report = Annotated[
-    str | None, option("--report", "Also write the run as one HTML page with plots.", OUTPUT, "FILE")
-]
+Report = Annotated[str | None, option("--report", "Also write the result as one HTML page.", OUTPUT, "FILE")]
+Page = Annotated[str | None, option("--out", "Write the page to this HTML file.", OUTPUT, "FILE")]
 Json = Annotated[
     bool,
     _flag("--json", "One JSON document on stdout.", RUN, is_eager=True, callback=_remember_json),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
 
 import typer
 
 from gptq_cli.cli import options as o
+from gptq_cli.cli import task_options as task
 from gptq_cli.cli.config_options import Codes, Solver, Text, with_config_options
 from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
+from gptq_cli.cli.page_file import check_page, with_page
 from gptq_cli.config import (
     CalibrationConfig,
     ModelRef,
@@ -21,14 +21,11 @@ from gptq_cli.config import (
 )
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed
-from gptq_cli.events import Observer, Warned
-from gptq_cli.files import kind_of, reason, shown
-from gptq_cli.load_job import LoadJob, proof_job
+from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.readers import parse_targets
 from gptq_cli.results.push import PushConfig
-from gptq_cli.results.run import RunReport
 
 
 @with_config_options
@@ -64,6 +61,11 @@ def quantize(
     against_source: o.AgainstSource = False,
     max_kl: o.MaxKl = None,
     max_perplexity: o.MaxPerplexity = None,
+    tasks: task.Tasks = None,
+    task_dir: task.TaskDir = None,
+    task_limit: task.TaskLimit = None,
+    shots: task.Shots = None,
+    min_score: task.MinScore = None,
     bench: o.Bench = False,
     config: o.Config = None,
     as_json: o.Json = False,
@@ -91,7 +93,7 @@ def quantize(
         group = "" if size == "auto" else f"g{size}"
         out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
     if report is not None:
-        _check_report_path(Path(report))
+        check_page("report", Path(report))
     job = QuantizeJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         out=out or "",
@@ -115,6 +117,9 @@ def quantize(
         against_source=against_source,
         max_kl=max_kl,
         max_perplexity=max_perplexity,
+        tasks=task_config(
+            tasks, directory=task_dir, limit=task_limit, shots=shots, min_scores=min_score or ()
+        ),
         bench=bench,
         device_map=job.device_map,
         dtype=dtype,
@@ -145,7 +150,9 @@ def quantize(
             session.interrupted = error
             raise
         if report is not None:
-            result = _write_report(Path(report), result, observer)
+            from gptq_cli.report.page import report_html
+
+            result = with_page(Path(report), result, report_html, observer, "report.json holds the same")
 
     from gptq_cli.display.load import quantized_summary
 
@@ -155,40 +162,6 @@ def quantize(
             "; ".join(result.proof.failures),
             hint="the checkpoint is complete and stays; the figures are on stdout and in its report.json",
         )
-
-
-def _check_report_path(path: Path) -> None:
-    """Raise `ConfigError` where no file can be written: before the work, not after it."""
-    try:
-        kinds = (kind_of(path), kind_of(path.parent))
-    except OSError as error:
-        raise ConfigError(
-            f"report is {shown(path)!r}, which cannot be written: {reason(error)}",
-            hint="give --report a file in a directory that you can write to",
-        ) from error
-    if kinds[0] == "directory":
-        raise ConfigError(
-            f"report is {str(path)!r}, which is a directory", hint=f"--report {path / 'run.html'}"
-        )
-    if kinds[1] != "directory" or not os.access(path if kinds[0] else path.parent, os.W_OK):
-        raise ConfigError(
-            f"report is {str(path)!r}, which cannot be written",
-            hint="give --report a file in a directory that you can write to",
-        )
-
-
-def _write_report(path: Path, result: RunReport, observer: Observer) -> RunReport:
-    """The page beside a checkpoint that is in place: if it cannot be written, that is one more warning."""
-    from gptq_cli.report.page import report_html
-
-    try:
-        path.write_text(report_html(result), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        hint = "the checkpoint is complete, and holds the same in report.json"
-        warned = Warned(f"the report {path} was not written: {reason(error)}", hint)
-        observer(warned)
-        return replace(result, warnings=(*result.warnings, warned.message))
-    return result
 
 
 def _plan(

@@ -64,6 +64,11 @@ def loss(value: float) -> str:
     return f"{value:.1e}"
 
 
+def score(value: float | None) -> str:
+    """Of a task: `0.4213`; empty where there is none."""
+    return "" if value is None else f"{value:.4f}"
+
+
 def change(value: float, reference: float) -> str:
     """The relative difference of `value` from `reference`: `-61 %`, `+4 %`; empty where it is undefined."""
     if not (math.isfinite(value) and math.isfinite(reference)) or reference <= 0:

@@ -5,7 +5,7 @@ As in `tables.py`, frames and colours carry no meaning that the text does not, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -33,6 +33,7 @@ from gptq_cli.results.load import (
     Outcome,
     Rate,
     RuleResult,
+    TaskScore,
     VerifyReport,
 )
 from gptq_cli.results.push import PushReport
@@ -51,8 +52,7 @@ def load_summary(report: LoadReport) -> Group:
     title = Text(f" {report.path}", style="bold green")
     title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
     parts: list[RenderableType] = [title, "", facts_table([*_opened(report), *_proved(report)])]
-    if report.bench is not None:
-        parts += ["", bench_table(report.bench)]
+    parts += _tables(report)
     if report.verification is not None:
         parts += ["", verify_summary(report.verification)]
     return Group(*parts)
@@ -77,10 +77,17 @@ def push_summary(report: PushReport) -> Text:
 
 def _measured(proof: LoadReport) -> Group:
     measured = [*listed("kernels", [kernel_text(one) for one in proof.kernels]), *_figures(proof)]
-    parts: list[RenderableType] = [facts_table(measured)]
-    if proof.bench is not None:
-        parts += ["", bench_table(proof.bench)]
-    return Group(*parts)
+    return Group(facts_table(measured), *_tables(proof))
+
+
+def _tables(report: LoadReport) -> list[RenderableType]:
+    """What is measured in several rows, each after an empty line."""
+    parts: list[RenderableType] = []
+    if report.tasks:
+        parts += ["", tasks_table(report.tasks)]
+    if report.bench is not None:
+        parts += ["", bench_table(report.bench)]
+    return parts
 
 
 def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
@@ -138,7 +145,31 @@ def kernel_text(kernel: KernelCount) -> str:
 def gate_text(gate: Gate) -> Text:
     """`passed  max_kl 0.05, found 0.0213`."""
     word, style = ("passed", "green") if gate.passed else ("FAILED", "bold red")
-    return Text(f"{word}  {gate.name} {gate.limit:g}, found {gate.found:.4g}", style=style)
+    about = f" {gate.subject}" if gate.subject else ""
+    return Text(f"{word}  {gate.name}{about} {gate.limit:g}, found {gate.found:.4g}", style=style)
+
+
+def tasks_table(scores: Sequence[TaskScore]) -> Table:
+    """A row per metric of each task: its score, and where it was measured the dense model's."""
+    dense = any(one.dense is not None for one in scores)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(2):
+        table.add_column(overflow="fold")
+    for _ in range(4 if dense else 2):
+        table.add_column(justify="right", no_wrap=True)
+    table.add_row(" task", "metric", "score", *(("dense", "lost") if dense else ()), "asked", style="bold")
+    task = ""
+    for one in scores:
+        beside = (fmt.score(one.dense), fmt.score(one.lost)) if dense else ()
+        asked = "" if one.samples is None else f"{one.samples:,}"
+        table.add_row(f" {one.task}" if one.task != task else "", one.metric, score_text(one), *beside, asked)
+        task = one.task
+    return table
+
+
+def score_text(one: TaskScore) -> str:
+    """`0.4213 ± 0.0101`: the score and its standard error."""
+    return fmt.score(one.value) if one.stderr is None else f"{fmt.score(one.value)} ± {fmt.score(one.stderr)}"
 
 
 def bench_table(bench: Bench) -> Table:

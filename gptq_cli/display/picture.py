@@ -136,6 +136,7 @@ _PHASES = {
     "generate": "tokens",
     "bench": "rounds",
     "evaluate": "windows",
+    "tasks": "requests",
 }
 """What a phase's bar counts, used as the label where the phase's own name would not fit."""
 

@@ -185,10 +185,8 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         *_starts_rows(report),
         *listed("peak memory", peaks(report)),
     ]
-    linears = report.linears
-    if linears:
-        mean = sum(linear.loss for linear in linears) / len(linears)
-        nearest = sum(linear.rtn_loss for linear in linears) / len(linears)
+    mean, nearest = report.mean_loss, report.mean_rtn_loss
+    if mean is not None and nearest is not None:
         change = fmt.change(mean, nearest)
         rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
     if report.experts is not None:

@@ -36,8 +36,10 @@ def quantize(
     push: PushConfig | None = None,
 ) -> RunReport:
     """See `quantizing.quantize`."""
-    from gptq_cli.jobs.early import before_quantize
+    from gptq_cli.jobs.early import before_quantize, check_harness
 
+    if proof is not None:
+        check_harness(proof.tasks)
     module = _started("quantizing", "quantize", lambda: before_quantize(job, observer), observer)
     report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
     return report
@@ -51,8 +53,10 @@ def dry_run(
     push: PushConfig | None = None,
 ) -> MapReport:
     """See `quantizing.dry_run`. Its result lists every finding, so only the model is looked for first."""
-    from gptq_cli.jobs.early import before_plan
+    from gptq_cli.jobs.early import before_plan, check_harness
 
+    if proof is not None:
+        check_harness(proof.tasks)
     module = _started("quantizing", "quantize", lambda: before_plan(job), observer)
     report: MapReport = module.dry_run(job, observer, proof=proof, push=push)
     return report

@@ -5,10 +5,14 @@ Each function raises what the job would raise, in the same words; all else is le
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
 from gptq_cli.config import InspectJob, ModelRef, QuantizeJob
+from gptq_cli.errors import ConfigError
 from gptq_cli.events import FindingRaised, Observer
-from gptq_cli.load_job import LoadJob
+from gptq_cli.load_job import LoadJob, TaskConfig
 from gptq_cli.model.find import glance_at_model
 
 
@@ -42,8 +46,25 @@ def before_load(job: LoadJob) -> None:
 
     What is wrong inside a checkpoint is the answer of --verify, and no error there.
     """
+    check_harness(job.tasks)
     if job.verify or job.targets:
         return
     read_formats(checkpoint_directory(job.path))
     if job.against is not None:
         glance_at_model(ModelRef(model=job.against, trust_remote_code=job.trust_remote_code))
+
+
+def check_harness(config: TaskConfig | None) -> None:
+    """Raise `ConfigError` where the harness is not installed, or `config.directory` is none."""
+    if config is None:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ConfigError(
+            f"tasks is {','.join(config.names)!r}, but lm-evaluation-harness is not installed",
+            hint="pip install 'gptq-cli[eval]'",
+        )
+    if config.directory is not None and not Path(config.directory).is_dir():
+        raise ConfigError(
+            f"task_dir is {config.directory!r}, which is not a directory",
+            hint="give --task-dir the folder that holds the YAML files of the tasks",
+        )

@@ -6,6 +6,8 @@ weight is read, opened last, and kept only for the comparison: no figure of the 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from gptq_cli.evaluation.divergence import check_comparable, compare
 from gptq_cli.evaluation.generation import generate
 from gptq_cli.evaluation.perplexity import perplexity
 from gptq_cli.evaluation.speed import measure_speed
+from gptq_cli.evaluation.tasks import Tasks, score
 from gptq_cli.events import Observer, TextGenerated, counted, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.inference.load import resident_bytes
@@ -35,9 +38,10 @@ from gptq_cli.planning.cases import JobCase, Work
 from gptq_cli.preflight.facts import environment_facts
 from gptq_cli.preflight.resolve import refusal, resolve
 from gptq_cli.preflight.rules import model_files
-from gptq_cli.results.load import Bench, Gate, LoadReport, Speed
+from gptq_cli.results.load import Bench, Gate, LoadReport, Speed, TaskScore
 from gptq_cli.rules import rules_in
 
+Scorer = Callable[[Any], tuple[TaskScore, ...]]
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 5
 """For --bench; the tokens are fewer where the model has fewer positions."""
 
@@ -145,9 +149,10 @@ def measured(
     report: LoadReport,
     positions: Positions | None,
     observer: Observer,
+    scorer: Scorer | None = None,
 ) -> LoadReport:
-    """Perplexity, and against a dense model also KL, top-1 agreement, and its speed where that of the
-    quantized model was measured."""
+    """Perplexity, and against a dense model also KL, top-1 agreement, and its speed and scores on tasks where
+    those of the quantized model were measured."""
     report = replace(report, windows=windows.samples, seq_len=windows.seq_len, text_source=windows.source)
     if dense is None:
         with phase(observer, "evaluate", windows.samples):
@@ -164,8 +169,10 @@ def measured(
             dense_speed=_speed(other, positions, observer),
             dense_weight_bytes=resident_bytes(other),
         )
+    tasks = report.tasks if scorer is None else _beside(report.tasks, scorer(other))
     return replace(
         report,
+        tasks=tasks,
         against=dense.skeleton.ref.model,
         perplexity=agreement.perplexity,
         agreement=agreement,
@@ -173,11 +180,35 @@ def measured(
     )
 
 
+def _beside(ours: tuple[TaskScore, ...], dense: tuple[TaskScore, ...]) -> tuple[TaskScore, ...]:
+    """Scores with those of the dense model on the same tasks."""
+    known = {(one.task, one.metric): one.value for one in dense}
+    return tuple(replace(one, dense=known.get((one.task, one.metric))) for one in ours)
+
+
+def scorer_of(tokenizer: Any, tasks: Tasks | None, positions: Positions | None, observer: Observer) -> Scorer:
+    """A function from a model to its scores on `tasks`; without any, to nothing."""
+
+    def scored(model: Any) -> tuple[TaskScore, ...]:
+        if tasks is None:
+            return ()
+        with phase(observer, "tasks") as words:
+            places = None if positions is None else positions.tokens
+            found = score(model, tokenizer, tasks, places, counted(observer, "tasks"))
+            words.append(", ".join(tasks.names))
+        return found
+
+    return scored
+
+
 def apply_gates(job: LoadJob, report: LoadReport) -> LoadReport:
-    """The report with --max-kl and --max-perplexity checked against the measured values."""
+    """The report with every limit that was asked for checked against what was measured."""
     gates = []
     if job.max_kl is not None and report.agreement is not None:
         gates.append(Gate("max_kl", job.max_kl, report.agreement.kl))
     if job.max_perplexity is not None and report.perplexity is not None:
         gates.append(Gate("max_perplexity", job.max_perplexity, report.perplexity))
+    main = {one.task: one.value for one in reversed(report.tasks)}  # a task's main metric comes first
+    for name, least in job.tasks.min_scores if job.tasks is not None else ():
+        gates.append(Gate("min_score", least, main.get(name, math.nan), name))
     return replace(report, gates=tuple(gates))

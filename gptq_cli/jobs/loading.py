@@ -16,6 +16,7 @@ from gptq_cli.checkpoint.describe import checkpoint_facts
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
 from gptq_cli.devices.accelerators import flush, present_devices, read_memory
+from gptq_cli.evaluation.tasks import Tasks, open_tasks
 from gptq_cli.events import FindingRaised, Observer, PhaseAdvanced, Warned, ignore, phase
 from gptq_cli.inference.load import (
     compile_forward,
@@ -24,7 +25,15 @@ from gptq_cli.inference.load import (
     load_quantized,
     resident_bytes,
 )
-from gptq_cli.jobs.evaluating import DensePlan, apply_gates, generated, measured, plan_dense, timed
+from gptq_cli.jobs.evaluating import (
+    DensePlan,
+    apply_gates,
+    generated,
+    measured,
+    plan_dense,
+    scorer_of,
+    timed,
+)
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
@@ -66,8 +75,10 @@ def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
         report = generated(job, text, plan.tokenizer, report, observer)
     if job.bench:
         report = timed(text, plan.placement, report, plan.positions, observer)
+    scorer = scorer_of(plan.tokenizer, plan.tasks, plan.positions, observer)
+    report = replace(report, tasks=scorer(text))
     if plan.windows is not None:
-        report = measured(text, plan.windows, plan.dense, report, plan.positions, observer)
+        report = measured(text, plan.windows, plan.dense, report, plan.positions, observer, scorer)
     report = replace(report, kernels=kernel_counts(model))  # an operator may have failed meanwhile
     accelerated = plan.placement.main_device.is_accelerator
     del model, text, plan
@@ -104,6 +115,7 @@ class _Plan:
     tokenizer: Any
     """None where no text is needed."""
     windows: TokenBatches | None
+    tasks: Tasks | None
     dense: DensePlan | None
     warnings: tuple[Warned, ...]
     """About the texts; about the checkpoint: its `notes`."""
@@ -143,7 +155,7 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
     vocabulary = language_model(checkpoint.model).get_input_embeddings().num_embeddings
     warnings = [] if job.text is None else check_windows(job.seq_len, positions)
     tokenizer, windows = None, None
-    if job.prompt is not None or job.text is not None:
+    if job.prompt is not None or job.text is not None or job.tasks is not None:
         tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
     if job.prompt is not None:
         warnings += check_prompt(job, job.prompt, checkpoint, tokenizer, positions)
@@ -155,6 +167,7 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
         positions=positions,
         tokenizer=tokenizer,
         windows=windows,
+        tasks=None if job.tasks is None else open_tasks(job.tasks),
         dense=plan_dense(job, checkpoint, placement, observer),
         warnings=tuple(warnings),
     )

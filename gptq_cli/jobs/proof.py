@@ -28,6 +28,7 @@ from gptq_cli.errors import (
     PreflightRefused,
     QualityGateFailed,
 )
+from gptq_cli.evaluation.tasks import open_tasks
 from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.files import reason
 from gptq_cli.findings import PreflightReport
@@ -52,7 +53,12 @@ def fitted(proof: LoadJob, skeleton: Skeleton) -> LoadJob:
 def check_text(
     job: QuantizeJob, proof: LoadJob, skeleton: Skeleton, facts: ModelFacts, observer: Observer
 ) -> PreflightReport:
-    """A finding where the text to measure on cannot be read, or is too short."""
+    """A finding where the text to measure on cannot be read, or is too short.
+
+    Raises `ConfigError` where a task cannot be opened.
+    """
+    if proof.tasks is not None:
+        open_tasks(proof.tasks)
     if proof.text is None:
         return PreflightReport()
     fits = fitted(proof, skeleton)
@@ -121,11 +127,21 @@ def _complete_anyway(proof: LoadJob) -> Iterator[None]:
 
 def _words(proof: LoadJob) -> list[str]:
     """The command that measures the same of a finished checkpoint."""
-    given = {
+    given: dict[str, object] = {
         "--eval": proof.evaluate,
         "--against": proof.against,
         "--max-kl": proof.max_kl,
         "--max-perplexity": proof.max_perplexity,
     }
+    tasks = proof.tasks
+    if tasks is not None:
+        given |= {
+            "--tasks": ",".join(tasks.names),
+            "--task-dir": tasks.directory,
+            "--task-limit": tasks.limit,
+            "--shots": tasks.shots,
+        }
     words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    for name, least in tasks.min_scores if tasks is not None else ():
+        words += ["--min-score", f"{name}={least:g}"]
     return ["gptq", "load", proof.path, *words, *(["--bench"] if proof.bench else [])]

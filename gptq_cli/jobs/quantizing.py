@@ -56,7 +56,7 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
-from gptq_cli.planning.time import estimate_seconds, time_words
+from gptq_cli.planning.time import Estimate, estimate_seconds, quick_estimate, time_words
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import Resolution, refusal
@@ -140,7 +140,8 @@ def _quantize(
         destination.start_over()
         found = None
     done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
-    tally(_header(job, checked, placement, schedule, tokens, done))
+    estimate = quick_estimate(checked.facts, checked.work, schedule, placement.main_device, finished=done)
+    tally(_header(job, checked, placement, schedule, tokens, estimate, done))
     job = replace(job, quantize=checked.work.quantize)
     devices = watched(placement)
     run = EngineRun(
@@ -192,6 +193,8 @@ def _quantize(
             kept_dense=checked.facts.kept,
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
             size_after_bytes=writer.plan.size_bytes,
+            findings=checked.findings.ordered(),
+            estimate=estimate,
             tally=tally,
             kept=keeper,
             settings=settings_of(
@@ -336,10 +339,10 @@ def _header(
     placement: Placement,
     schedule: Schedule,
     tokens: TokenBatches,
+    estimate: Estimate | None,
     finished: int,
 ) -> RunStarted:
     left = " for what is left" if finished else ""
-    took = time_words(checked.facts, checked.work, schedule, placement.main_device, finished=finished)
     config = checked.work.quantize
     reason = group_reason(job.quantize.group_size)
     group = f"group {config.group_columns}{f' ({reason})' if reason else ''}"
@@ -357,7 +360,7 @@ def _header(
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
             ("passes", passes_words(schedule)),
-            ("time", f"{took}{left}"),
+            ("time", f"{time_words(estimate)}{left}"),
         ),
         devices=tuple(str(device) for device in placement.devices),
         blocks=len(checked.skeleton.blocks),

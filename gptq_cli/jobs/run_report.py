@@ -12,9 +12,11 @@ from gptq_cli import __version__
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.config import QuantizeJob
 from gptq_cli.events import BlockFinished, CacheFlushed, DeviceMemory, Event, Observer, PhaseFinished
+from gptq_cli.findings import Finding
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
+from gptq_cli.planning.time import Estimate
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport, Setting, StartReport
 
@@ -93,6 +95,8 @@ def summarize(
     kept_dense: tuple[KeptDense, ...],
     packed_bytes: int,
     size_after_bytes: int,
+    findings: tuple[Finding, ...],
+    estimate: Estimate | None,
     tally: Tally,
     kept: Kept,
     settings: tuple[tuple[str, Setting], ...],
@@ -139,7 +143,10 @@ def summarize(
         seed=job.calibration.seed,
         fallbacks=sum(linear.method != "gptq" for linear in linears),
         experts=ExpertsReport.of(linears),
+        findings=findings,
         warnings=kept.all_warnings,
+        predicted_seconds=None if estimate is None else estimate.seconds,
+        predicted_block_seconds=() if estimate is None else tuple(estimate.block_seconds.items()),
         seconds=sum(start.seconds for start in starts),
         starts=starts,
         snapshot_bytes=kept.snapshot_bytes,

@@ -55,6 +55,7 @@ _PHASES: dict[Phase, str] = {
     "bench": "measuring speed",
     "dense": "loading the dense model",
     "evaluate": "evaluating",
+    "tasks": "scoring tasks",
     "upload": "uploading",
 }
 

@@ -14,7 +14,7 @@ It is an estimate: other processes, clocks and caches may move it by a factor of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -207,11 +207,32 @@ def estimate_seconds(facts: ModelFacts, work: Work, schedule: Schedule, device: 
     return job_seconds(facts, work, schedule, measure(device, facts.dtype, work.quantize))
 
 
-def time_words(
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run should take."""
+
+    seconds: float
+    """Of the whole job."""
+    left_seconds: float
+    """Of what an earlier start did not finish."""
+    block_seconds: Mapping[str, float]
+
+
+def quick_estimate(
     facts: ModelFacts, work: Work, schedule: Schedule, device: Device, *, finished: int = 0
-) -> str:
-    """`about 12 min`, for a header: from a probe of under a second, without the `finished` first blocks."""
+) -> Estimate | None:
+    """For a header, from a probe of under a second; `finished`: blocks that are done already. None for what
+    takes less than `SHORT_SECONDS` even on a slow machine."""
     if job_seconds(facts, work, schedule, _SLOW, finished=finished) < SHORT_SECONDS:
-        return "less than a minute"
+        return None
     speed = measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
-    return f"about {duration_words(job_seconds(facts, work, schedule, speed, finished=finished))}"
+    return Estimate(
+        seconds=job_seconds(facts, work, schedule, speed),
+        left_seconds=job_seconds(facts, work, schedule, speed, finished=finished),
+        block_seconds=block_seconds(facts, work, schedule, speed),
+    )
+
+
+def time_words(estimate: Estimate | None) -> str:
+    """`about 12 min`: of what is left to do."""
+    return "less than a minute" if estimate is None else f"about {duration_words(estimate.left_seconds)}"

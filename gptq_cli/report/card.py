@@ -20,16 +20,14 @@ from gptq_cli import __version__
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
-from gptq_cli.report.page import loss_per_block, mean_loss
-from gptq_cli.report.svg import standalone
+from gptq_cli.report.plots import LOSS_EXPLAINED, loss_per_block
+from gptq_cli.report.style import plot_style
+from gptq_cli.report.svg import drawing, standalone
 from gptq_cli.results.card import CARD, CardFacts
 from gptq_cli.results.load import TargetReport
-from gptq_cli.results.run import RunReport
+from gptq_cli.results.run import RunReport, finite_mean
 
 PLOT = "loss_per_block.svg"
-LOSS_EXPLAINED = (
-    "The loss of a linear is the share of its output's energy that is lost, measured on the calibration text."
-)
 _MARKS = re.compile(r"([\\`*_\[\]|~$])")
 _READERS = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "Transformers"}
 
@@ -37,7 +35,7 @@ _READERS = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "Transformers"}
 def card_files(report: RunReport, facts: CardFacts) -> Mapping[str, str]:
     """README.md, and the plot where there is a loss to show; names and texts."""
     report, facts = escaped(report), escaped(facts)
-    svg = standalone(loss_per_block(report)) if report.blocks else ""
+    svg = standalone(drawing(loss_per_block(report)), plot_style()) if report.blocks else ""
     text = "\n".join((*_front_matter(report, facts), *_body(report, facts, plotted=bool(svg)))) + "\n"
     return {CARD: text, PLOT: svg} if svg else {CARD: text}
 
@@ -149,8 +147,7 @@ def _result(report: RunReport) -> Iterator[tuple[str, str]]:
     for share in report.calibration_texts:
         yield "calibration", f"{fmt.share_size(share, report)} of {text(_public(share.source))}"
     yield "calibration sha256", code(report.dataset_sha256)
-    ours = mean_loss(x.loss for x in report.linears)
-    nearest = mean_loss(x.rtn_loss for x in report.linears)
+    ours, nearest = report.mean_loss, report.mean_rtn_loss
     if ours is not None and nearest is not None:
         yield "mean loss", f"{fmt.loss(ours)}, round-to-nearest {fmt.loss(nearest)}"
     count = fmt.count(len(report.linears), "linear")
@@ -180,7 +177,7 @@ def _measured(report: RunReport) -> Iterator[str]:
 
 
 def _plot_words(report: RunReport) -> str:
-    means = [(block.name, mean_loss(x.loss for x in block.linears)) for block in report.blocks]
+    means = [(block.name, finite_mean(x.loss for x in block.linears)) for block in report.blocks]
     known = [(name, value) for name, value in means if value is not None]
     if not known:
         return "Mean loss of each block"

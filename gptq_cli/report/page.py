@@ -1,287 +1,239 @@
 """`report_html(report)`: a run as one HTML page that can be mailed. No script, font or image from elsewhere.
 
-It follows the reader's light or dark setting, has headings, and repeats the data of its plots in a table.
+It follows the reader's light or dark setting, fits a telephone, and has every figure of its plots in a table
+or a description too. `measured_tiles` and `measured` are what was proved of a checkpoint, which the page of
+`gptq load` shows as well.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from html import escape
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from gptq_cli import __version__
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
-from gptq_cli.report.svg import Series, plot
-from gptq_cli.results.load import LoadReport
-from gptq_cli.results.run import BlockReport, LinearReport, RunReport, Setting
+from gptq_cli.display.tables import recipe, yes
+from gptq_cli.events import FindingRaised, warning_text
+from gptq_cli.findings import PreflightReport
+from gptq_cli.report import html
+from gptq_cli.report.experts import experts
+from gptq_cli.report.html import Cell, Markup, Section, Tile
+from gptq_cli.report.measured import measured, measured_tiles
+from gptq_cli.report.plots import (
+    LOSS_EXPLAINED,
+    kind_of,
+    loss_per_block,
+    loss_per_linear,
+    memory_per_block,
+    seconds_per_block,
+)
+from gptq_cli.results.run import LinearReport, RunReport, finite_mean
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --soft: #5b6470; --line: #d5dae0;
-        --s0: #1f6feb; --s1: #8a6d00; --s2: #c4290a; --s3: #0a7f42; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --paper: #14171b; --soft: #a2abb6;
-        --line: #333a42; --s0: #79b1ff; --s1: #e0b84c; --s2: #ff8b6b; --s3: #63d19b; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem; max-width: 60rem; font: 16px/1.5 system-ui, sans-serif;
-       color: var(--ink); background: var(--paper); }
-h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-p.sub { color: var(--soft); margin: .2rem 0 1rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-code { font-family: ui-monospace, monospace; font-size: .9em; overflow-wrap: anywhere; }
-.bad { color: var(--s2); font-weight: 600; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); }
-th.n, td.n { text-align: right; }
-svg { width: 100%; height: auto; display: block; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } svg text.legend { fill: var(--ink); }
-.grid { stroke: var(--line); stroke-width: 1; }
-.s0 { fill: var(--s0); stroke: var(--s0); } .s1 { fill: var(--s1); stroke: var(--s1); }
-.s2 { fill: var(--s2); stroke: var(--s2); } .s3 { fill: var(--s3); stroke: var(--s3); }
-.ring { fill: none; stroke-width: 1.5; } .line, .dashes { fill: none; stroke-width: 2; }
-.dashes { stroke-dasharray: 6 4; } .bar { stroke: none; }
-"""
+WORST = 10
+MOST_ROWS = 2000
+"""Linears with a row each; of more than that, the experts of a block have one together."""
+MADE_BY = f"Made by gptq-cli {__version__}. Every figure is in report.json."
 
 
 def report_html(report: RunReport) -> str:
     """The complete page. The same report gives the same bytes."""
     report = escaped(report)  # in a page, too, no character may reverse the text
-    title = f"GPTQ run: {report.model}, {report.bits} bits"
-    command = " ".join(report.command_line)  # "" for a run from Python
-    recipe = f"{report.bits} bits, group size {report.group_size}, format {report.checkpoint_format}"
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f'<p class="sub">{escape(recipe)}, {escape(fmt.duration(report.seconds))}</p>',
-        *_section("Result", _facts(_result(report))),
-    ]
+    return html.page(
+        report.model,
+        f"Quantized with GPTQ: {recipe(report)}",
+        list(_tiles(report)),
+        _sections(report),
+        MADE_BY,
+    )
+
+
+def _sections(report: RunReport) -> Iterator[Section]:
+    yield Section("Findings", _findings(report))
+    yield Section("Measured", measured(report.proof) if report.proof is not None else ())
+    yield Section("Loss", list(_loss(report)))
+    yield Section("Experts", experts(report))
+    yield Section("Memory and time", list(_memory_and_time(report)) if report.blocks else ())
+    yield Section("Checkpoint", [html.facts(_checkpoint(report))])
+    yield Section("Calibration", [html.facts(_calibration(report))])
+    yield Section("Linears", _linears(report))
+    yield Section("How it was made", list(_how(report)))
+
+
+def _tiles(report: RunReport) -> Iterator[Tile]:
+    before, after = report.size_before_bytes, report.size_after_bytes
+    smaller = f", {before / after:.2f} times smaller" if after else ""
+    yield Tile("size", fmt.size(after), f"{fmt.size(before)} before{smaller}")
+    ours, nearest = report.mean_loss, report.mean_rtn_loss
+    if ours is not None:
+        change = fmt.change(ours, nearest) if nearest is not None else ""
+        yield Tile("mean loss", fmt.loss(ours), f"{change} against round-to-nearest" if change else "")
     if report.proof is not None:
-        body += _section("Measured", _facts(_measured(report.proof)))
-    if report.warnings:
-        items = "".join(f"<li>{escape(warning)}</li>" for warning in report.warnings)
-        body += _section("Warnings", f"<ul>{items}</ul>")
-    if report.blocks:
-        body += [
-            *_section("Loss per linear", _loss_per_linear(report)),
-            *_section("Loss per block", loss_per_block(report)),
-            *_section("Memory per block", _memory(report)),
-            *_section("Seconds per block", _seconds(report)),
-            *_section("All linears", _linear_table(report.linears)),
-        ]
-    body += [
-        *_section("Settings", _facts([(name, _plain(value)) for name, value in report.settings])),
-        *_section("Versions", _facts(report.versions)),
-        *(_section("Command", f"<p><code>{escape(command)}</code></p>") if command else ()),
-    ]
-    head = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>"
-    )
-    inner = "\n".join(body)
-    return f"{head}\n<body>\n<main>\n{inner}\n</main>\n</body>\n</html>\n"
-
-
-def _section(title: str, inner: str) -> list[str]:
-    return [f"<section>\n<h2>{escape(title)}</h2>", inner, "</section>"]
-
-
-def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in rows) + "</dl>"
-
-
-def _plain(value: Setting) -> str:
-    if value in (None, ()):
-        return "default"
-    if isinstance(value, tuple):
-        return ", ".join(value)
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
-def _result(report: RunReport) -> list[tuple[str, str]]:
-    fallbacks = f"{report.fallbacks} of {fmt.count(len(report.linears), 'linear')} (round-to-nearest)"
+        yield from measured_tiles(report.proof)
+    estimate = report.predicted_seconds
+    beside = f"estimated {fmt.duration(estimate)}" if estimate is not None else ""
+    yield Tile("time", fmt.duration(report.seconds), beside)
     predicted = dict(report.predicted_peak_bytes)
-    rows = [
-        ("model", report.model),
-        ("revision", report.revision or "local"),
-        ("checkpoint", report.out),
-        ("size", f"{fmt.size(report.size_before_bytes)} before, {fmt.size(report.size_after_bytes)} after"),
-        ("bits per parameter", f"{report.bits_per_parameter:.3f}, all of the checkpoint"),
-        ("bits per quantized weight", f"{report.bits_per_weight:.3f}"),
-        ("quantized", f"{fmt.share(report.quantized_share)} of the parameters"),
-        *(
-            ("by module", f"{one.name}: {one.bits} bits, {fmt.group(one.group_size)}")
-            for one in report.own_settings
-        ),
-        *(
-            ("stays dense", f"{one.name}: {one.reason}, {fmt.count(one.linears, 'linear')}")
-            for one in report.kept_dense
-        ),
-        ("dense", ", ".join(report.dense_modules) or "nothing"),
-        ("dtype", f"{report.dtype}, use_cuda_fp16 {_plain(report.use_cuda_fp16)}"),
-        *(
-            ("calibration", f"{share.source}: {fmt.share_size(share, report)}")
-            for share in report.calibration_texts
-        ),
-        ("data sha256", report.dataset_sha256),
-        ("seed", str(report.seed)),
-        ("fallbacks", fallbacks if report.fallbacks else "none"),
-    ]
-    if report.experts is not None:
-        rows.append(("experts", fmt.experts(report.experts)))
-    for device, measured in report.measured_peak_bytes:
-        expected = f", predicted {fmt.size(predicted[device])}" if device in predicted else ""
-        rows.append((f"peak on {device}", f"{fmt.size(measured)}{expected}"))
-    spent = ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in report.phase_seconds)
-    return [*rows, ("phases", spent)] if spent else rows
+    for device, peak in report.measured_peak_bytes:
+        plan = f"predicted {fmt.size(predicted[device])}" if device in predicted else ""
+        yield Tile(f"peak memory, {device}", fmt.size(peak), plan)
+    failed = report.fallbacks
+    of = f"of {fmt.count(len(report.linears), 'linear')}"
+    yield Tile("fallbacks", str(failed) if failed else "none", of, "bad" if failed else "")
 
 
-def _measured(proof: LoadReport) -> list[tuple[str, str]]:
-    """What was measured of the checkpoint after it was put in place."""
-    rows = [
-        (f"kernel {one.kernel}", f"{fmt.count(one.linears, 'linear')}: {one.reason}") for one in proof.kernels
-    ]
-    if proof.perplexity is not None:
-        over = f"{fmt.windows(proof)} of {proof.text_source}"
-        rows.append(("perplexity", f"{proof.perplexity:.3f}, {over}"))
-    if proof.agreement is not None:
-        same = f"{fmt.share(proof.agreement.top1)} of {proof.agreement.tokens:,} tokens"
-        rows += [
-            ("dense perplexity", f"{proof.agreement.dense_perplexity:.3f}"),
-            ("KL(dense, quantized)", f"{fmt.loss(proof.agreement.kl)} nats per token"),
-            ("same most likely token", same),
-        ]
-    if proof.bench is not None:
-        for name, speed in (("speed", proof.bench.speed), ("dense speed", proof.bench.dense_speed)):
-            if speed is not None:
-                prompt, decode = speed.prompt.tokens_per_second, speed.decode.tokens_per_second
-                rows.append((name, f"prompt {prompt:.1f}, one by one {decode:.1f} tokens per second"))
-    for gate in proof.gates:
-        verdict = "passed" if gate.passed else "FAILED"
-        rows.append((gate.name, f"{verdict}: limit {gate.limit:g}, found {gate.found:.4g}"))
-    return rows
+def _findings(report: RunReport) -> list[Markup]:
+    """Findings, and warnings that are none."""
+    known = {warning_text(FindingRaised(finding)) for finding in report.findings}
+    shown = html.findings(PreflightReport(report.findings).ordered())
+    others = html.warnings(text for text in report.warnings if text not in known)
+    return [part for part in (shown, others) if part]
 
 
-def mean_loss(values: Iterable[float]) -> float | None:
-    """The mean of those that are finite; None where none is."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
-
-
-def _block_names(blocks: Sequence[BlockReport]) -> list[str]:
-    return [block.name.rpartition(".")[2] for block in blocks]
-
-
-def _loss_per_linear(report: RunReport) -> str:
-    linears = report.linears
-    labels = tuple(_tooltip(linear) for linear in linears)
-    owners = [
-        name
-        for block, name in zip(report.blocks, _block_names(report.blocks), strict=True)
-        for _ in block.linears
-    ] + (["head"] if report.head is not None else [])
-
-    def losses_of(fallback: bool) -> tuple[float | None, ...]:
-        return tuple(x.loss if (x.method != "gptq") is fallback else None for x in linears)
-
-    nearest = tuple(x.rtn_loss for x in linears)
-    series = [
-        Series(name="round-to-nearest", values=nearest, mark="ring", style=1, labels=labels),
-        Series(name="GPTQ", values=losses_of(False), mark="disc", style=0, labels=labels),
-    ]
-    if report.fallbacks:
-        series.append(
-            Series(name="fallback", values=losses_of(True), mark="triangle", style=2, labels=labels)
+def _loss(report: RunReport) -> Iterator[Markup]:
+    if not report.linears:
+        return
+    yield html.paragraph(LOSS_EXPLAINED)
+    ours, nearest = report.mean_loss, report.mean_rtn_loss
+    if ours is not None and nearest is not None:
+        yield html.paragraph(
+            f"The mean of all linears is {fmt.loss(ours)}, that of round-to-nearest {fmt.loss(nearest)}."
         )
-    better = sum(1 for x in linears if x.loss < x.rtn_loss)
-    about = f"{better} of {len(linears)} linears have a lower loss than round-to-nearest; logarithmic axis"
-    return plot("Relative loss of each linear", about, series, x_names=owners, unit=_number, log=True)
+    for plot in (loss_per_block(report), loss_per_linear(report)):
+        yield html.figure(plot, plot.description)
+    yield html.heading("Worst linears")
+    yield _worst(report)
 
 
-def _tooltip(linear: LinearReport) -> str:
-    how = "" if linear.method == "gptq" else f", FALLBACK {linear.method}"
-    return f"{linear.name}: {fmt.loss(linear.loss)}, round-to-nearest {fmt.loss(linear.rtn_loss)}{how}"
-
-
-def loss_per_block(report: RunReport) -> str:
-    """The plot of the mean loss of each block, as an `<svg>`."""
-    ours = tuple(mean_loss(x.loss for x in block.linears) for block in report.blocks)
-    nearest = tuple(mean_loss(x.rtn_loss for x in block.linears) for block in report.blocks)
-    series = [
-        Series(name="round-to-nearest", values=nearest, mark="dashes", style=1),
-        Series(name="GPTQ", values=ours, mark="line", style=0),
+def _worst(report: RunReport) -> Markup:
+    rows = [
+        (x.name, _method(x), fmt.loss(x.loss), fmt.loss(x.rtn_loss), fmt.change(x.loss, x.rtn_loss))
+        for x in sorted(report.linears, key=lambda x: x.loss, reverse=True)[:WORST]
     ]
-    about = "Mean relative loss of the linears of each block, GPTQ against round-to-nearest"
-    return plot("Mean loss of each block", about, series, x_names=_block_names(report.blocks), unit=_number)
+    heads = ("linear", "method", "loss", "round-to-nearest", "change")
+    return html.table(heads, rows, "The linears with the highest loss", words=2)
 
 
-def _memory(report: RunReport) -> str:
-    devices = dict.fromkeys(device for block in report.blocks for device, _ in block.peak_bytes)
+def _memory_and_time(report: RunReport) -> Iterator[Markup]:
+    memory, seconds = memory_per_block(report), seconds_per_block(report)
+    yield html.figure(memory, memory.description)
+    yield html.figure(seconds, seconds.description)
     predicted = dict(report.predicted_peak_bytes)
-    series = []
-    for number, device in enumerate(devices):
-        held = tuple(dict(block.peak_bytes).get(device) for block in report.blocks)
-        style = (0, 3, 1, 2)[number % 4]
-        values = tuple(None if value is None else value / 2**30 for value in held)
-        series.append(Series(name=device, values=values, mark="line", style=style))
-        if device in predicted:
-            flat = (predicted[device] / 2**30,) * len(report.blocks)
-            series.append(Series(name=f"{device} predicted", values=flat, mark="dashes", style=style))
-    about = "Highest allocated bytes on each device while a block was quantized, and the prediction"
-    return plot("Peak memory of each block", about, series, x_names=_block_names(report.blocks), unit=_gib)
+    rows = [
+        (f"peak on {device}", fmt.size(peak), *_beside(peak, predicted.get(device), fmt.size))
+        for device, peak in report.measured_peak_bytes
+    ]
+    beside = _beside(report.seconds, report.predicted_seconds, fmt.duration)
+    rows.append(("time", fmt.duration(report.seconds), *beside))
+    yield html.table(("", "measured", "predicted", "difference"), rows, "Measured and predicted")
+    spent = [(phase, fmt.duration(seconds)) for phase, seconds in report.phase_seconds]
+    yield html.heading("Phases")
+    yield html.facts(spent)
+    if len(report.starts) > 1:
+        yield html.heading("Starts")
+        yield html.facts(
+            (
+                start.started[:16].replace("T", " "),
+                f"{fmt.duration(start.seconds)}, {fmt.count(start.blocks, 'block')} from {start.first_block}",
+            )
+            for start in report.starts
+        )
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}"
+def _beside(value: float, predicted: float | None, words: Callable[[float], str]) -> tuple[str, str]:
+    return ("", "") if predicted is None else (words(predicted), fmt.change(value, predicted))
 
 
-def _gib(value: float) -> str:
-    return f"{value:.3g} GiB"
+def _checkpoint(report: RunReport) -> Iterator[tuple[str, str]]:
+    yield "directory", report.out
+    yield "source", f"{report.model} @ {report.revision}" if report.revision else f"{report.model}, local"
+    if report.source_format != "dense":
+        yield "source format", report.source_format
+    yield "bits per parameter", f"{report.bits_per_parameter:.3f}, all of the checkpoint"
+    yield "bits per quantized weight", f"{report.bits_per_weight:.3f}"
+    yield "quantized", f"{fmt.share(report.quantized_share)} of the parameters"
+    for own in report.own_settings:
+        yield "by module", f"{own.name}: {own.bits} bits, {fmt.group(own.group_size)}"
+    for kept in report.kept_dense:
+        yield "stays dense", f"{kept.name}: {kept.reason}, {fmt.count(kept.linears, 'linear')}"
+    yield "dense modules", ", ".join(report.dense_modules) or "none"
+    yield "dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"
+    if report.pushed is not None:
+        yield "on the Hub", report.pushed.repo_id
 
 
-def _seconds(report: RunReport) -> str:
-    values = tuple(block.seconds for block in report.blocks)
-    labels = tuple(f"{block.name}: {fmt.duration(block.seconds)}" for block in report.blocks)
-    series = [Series(name="seconds", values=values, mark="bar", style=0, labels=labels)]
-    about = f"Wall seconds of each block, {sum(values):.1f} in all"
-    return plot(
-        "Seconds of each block", about, series, x_names=_block_names(report.blocks), unit=lambda x: f"{x:g} s"
-    )
+def _calibration(report: RunReport) -> Iterator[tuple[str, str]]:
+    for share in report.calibration_texts:
+        yield "text", f"{share.source}: {fmt.share_size(share, report)}"
+    if not report.calibration_texts:
+        yield "text", report.calibration_source
+    yield "windows", f"{report.samples} x {report.seq_len} = {report.tokens:,} tokens"
+    yield "seed", str(report.seed)
+    yield "sha256", report.dataset_sha256
 
 
-def _linear_table(linears: Sequence[LinearReport]) -> str:
-    numbers = (
-        "out x in",
-        "bits",
-        "group",
-        "loss",
-        "nearest",
-        "change",
-        "damping",
-        "tries",
-        "tokens",
-        "seconds",
-    )
-    heads = "".join(f'<th scope="col" class="n">{name}</th>' for name in numbers)
-    rows = []
-    for x in linears:
-        cells = [
-            f"{x.out_features} x {x.in_features}",
-            str(x.bits),
-            str(x.group_size),
+def _linears(report: RunReport) -> list[Markup]:
+    linears = report.linears
+    if not linears:
+        return []
+    if len(linears) <= MOST_ROWS:
+        whole = _linear_table(linears, "All linears")
+        return [html.folded(f"All {fmt.count(len(linears), 'linear')}", whole)]
+    folded = {
+        f"{block.name}.{kind}": [x for x in block.linears if kind_of(x, block.name) == kind]
+        for block in report.blocks
+        for kind in dict.fromkeys(kind_of(x, block.name) for x in block.linears)
+    }
+    rows = _table_of_kinds(folded)
+    return [html.folded(f"All {fmt.count(len(linears), 'linear')}, those of experts together", rows)]
+
+
+def _table_of_kinds(folded: Mapping[str, Sequence[LinearReport]]) -> Markup:
+    rows: list[tuple[str, ...]] = []
+    for name, held in folded.items():
+        ours, nearest = finite_mean(x.loss for x in held), finite_mean(x.rtn_loss for x in held)
+        most = max(x.loss for x in held)
+        change = fmt.change(ours, nearest) if ours is not None and nearest is not None else ""
+        cells = [fmt.loss(value) if value is not None else "" for value in (ours, nearest)]
+        rows.append((name, str(len(held)), *cells, change, fmt.loss(most)))
+    heads = ("linears", "count", "mean loss", "nearest", "change", "highest loss")
+    return html.table(heads, rows, "All linears, those of experts together")
+
+
+def _linear_table(linears: Sequence[LinearReport], about: str) -> Markup:
+    heads = ["linear", "method", "loss", "nearest", "change", "out x in"]
+    heads += ["bits", "group", "damping", "tries", "tokens", "seconds"]
+    rows = [
+        (
+            x.name,
+            _method(x),
             fmt.loss(x.loss),
             fmt.loss(x.rtn_loss),
             fmt.change(x.loss, x.rtn_loss),
+            f"{x.out_features} x {x.in_features}",
+            str(x.bits),
+            str(x.group_size),
             f"{x.damp_percent:g}",
             str(x.attempts),
             f"{x.tokens:,}",
             f"{x.seconds:.2f}",
-        ]
-        figures = "".join(f'<td class="n">{escape(cell)}</td>' for cell in cells)
-        method = x.method if x.method == "gptq" else f'<span class="bad">FALLBACK {escape(x.method)}</span>'
-        rows.append(f"<tr><td>{escape(x.name)}</td>{figures}<td>{method}</td></tr>")
-    head = f'<thead><tr><th scope="col">linear</th>{heads}<th scope="col">method</th></tr></thead>'
-    body = "\n".join(rows)
-    summary = f"<summary>{fmt.count(len(linears), 'linear')}</summary>"
-    return (
-        f'<details>{summary}<div class="wide"><table>{head}<tbody>\n{body}\n</tbody></table></div></details>'
-    )
+        )
+        for x in linears
+    ]
+    return html.table(heads, rows, about, words=2)
+
+
+def _method(linear: LinearReport) -> Cell:
+    failed = linear.method != "gptq"
+    return Cell(f"FALLBACK {linear.method}", "bad") if failed else Cell(linear.method)
+
+
+def _how(report: RunReport) -> Iterator[Markup]:
+    if report.command_line:  # none for a run from Python
+        yield html.preformatted(shlex.join(report.command_line))
+    yield html.heading("Settings")
+    yield html.facts((name, fmt.setting(value)) for name, value in report.settings)
+    yield html.heading("Versions")
+    yield html.facts(report.versions)
+
+

@@ -1,23 +1,26 @@
-"""Plots as inline SVG: series of points over an axis of indices, linear or logarithmic, without a library.
+"""Plots as inline SVG: series of values over an axis of places, linear or logarithmic, without a library.
 
-Colours come from the page's CSS classes `s0`, `s1`, …, so that one drawing works in light and dark mode.
-Every series has a mark of its own (disc, ring, triangle, bar), so that no colour is needed. A plot has a
-title and a description for screen readers, and every point a tooltip.
+Every series has a mark of its own, so that no colour is needed; colours are CSS classes `s0`, `s1`, …, so
+that one drawing works in light and dark mode. A plot has a title and a description for those who hear it, and
+its points have tooltips. `responsive` draws it twice, wide and narrow, and CSS shows the one that fits: a
+drawing that is scaled down to a telephone has letters that nobody can read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-WIDTH, HEIGHT = 760, 260
-LEFT, RIGHT, TOP, BOTTOM = 74, 16, 34, 46
+Mark = Literal["disc", "square", "diamond", "triangle", "cross", "ring", "tick", "bar", "line", "dashes"]
+POINTS: tuple[Mark, ...] = ("disc", "square", "triangle", "diamond", "cross")
+"""Marks that can be told apart beside each other."""
 MAX_TICKS = 6
-
-Mark = Literal["disc", "ring", "triangle", "bar", "line", "dashes"]
+LEFT, RIGHT, BOTTOM = 58, 10, 44
+_LEGEND_LINE, _LETTER = 20, 6.6
+"""Pixels of a line of the legend, and of a letter on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,33 +33,79 @@ class Series:
     style: int
     """Number of the CSS class."""
     labels: tuple[str, ...] = ()
+    joined: bool = False
+    """A faint line leads from mark to mark."""
 
 
-COLOURS = ("#1f6feb", "#8a6d00", "#c4290a", "#0a7f42"), ("#79b1ff", "#e0b84c", "#ff8b6b", "#63d19b")
-"""Of the series, on light and on dark paper."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plot:
+    """What is to be drawn. `x_names`: the name of each place; `unit` formats a value of y."""
+
+    title: str
+    description: str
+    series: Sequence[Series]
+    x_names: Sequence[str]
+    unit: Callable[[float], str]
+    log: bool = False
+    x_title: str = "block"
+
+    @property
+    def shown(self) -> list[float]:
+        """The values that can be drawn."""
+        return [x for one in self.series for x in one.values if x is not None and self.can_draw(x)]
+
+    def can_draw(self, value: float) -> bool:
+        """Whether a value has a place on the axis."""
+        return math.isfinite(value) and (value > 0 or not self.log)
+
+    @property
+    def places(self) -> int:
+        """Places on the axis of x."""
+        return max(len(one.values) for one in self.series)
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
+class Size:
+    """Pixels of a drawing, and how many names fit below it."""
+
+    name: str
+    width: int
+    height: int
+    names: int
+
+
+WIDE, NARROW = Size("wide", 848, 300, 16), Size("narrow", 352, 260, 7)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """From a value to its height in the drawing."""
+
     low: float
     high: float
     log: bool
+    top: float
+    bottom: float
 
     def y(self, value: float) -> float:
+        """Pixels from the upper edge."""
         if self.log:
             share = math.log10(value / self.low) / math.log10(self.high / self.low)
         else:
             share = (value - self.low) / (self.high - self.low)
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * share
+        return self.bottom - (self.bottom - self.top) * share
 
     @property
     def ticks(self) -> list[float]:
-        if self.log:
-            decades = range(round(math.log10(self.low)), round(math.log10(self.high)) + 1)
-            step = -(-len(decades) // MAX_TICKS)
-            return [10.0**decade for decade in decades[::step]]
-        width = nice_step(self.high / MAX_TICKS)
-        return [width * index for index in range(int(self.high / width + 1e-9) + 1)]
+        """Round values, from low to high."""
+        if not self.log:
+            width = nice_step(self.high / MAX_TICKS)
+            return [width * index for index in range(int(self.high / width + 1e-9) + 1)]
+        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+        every = [10.0**decade * factor for decade in decades for factor in factors]
+        inside = [value for value in every if self.low * 0.999 <= value <= self.high * 1.001]
+        return inside[:: -(-len(inside) // (MAX_TICKS + 2))]
 
 
 def nice_step(minimum: float) -> float:
@@ -67,129 +116,136 @@ def nice_step(minimum: float) -> float:
     return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= minimum * (1 - 1e-12))
 
 
-def plot(
-    title: str,
-    description: str,
-    series: Sequence[Series],
-    *,
-    x_names: Sequence[str],
-    unit: Callable[[float], str],
-    log: bool = False,
-) -> str:
-    """An `<svg>` of `series`. `x_names`: the block at each x; `unit` formats a value of y."""
-    shown = [
-        value
-        for one in series
-        for value in one.values
-        if value is not None and math.isfinite(value) and (value > 0 or not log)
-    ]
-    if not shown:
-        return f"<p>{escape(title)}: nothing to show.</p>"
-    scale = _scale(shown, log=log)
-    places = max(len(one.values) for one in series)
-    slug = "".join(c if c.isalnum() else "-" for c in title.lower())
+def responsive(plot: Plot) -> str:
+    """The plot for wide and for narrow windows; CSS hides one of them, also from a screen reader."""
+    return "\n".join(drawing(plot, size) for size in (WIDE, NARROW)) if plot.shown else _nothing(plot)
+
+
+def drawing(plot: Plot, size: Size = WIDE) -> str:
+    """The plot as one `<svg>`."""
+    if not plot.shown:
+        return _nothing(plot)
+    legend = list(_legend(plot.series, size))
+    top = _LEGEND_LINE * (1 + max((line for _, _, line in legend), default=0)) + 16
+    scale = _scale(plot, top, size.height - BOTTOM)
+    slug = "".join(c if c.isalnum() else "-" for c in plot.title.lower()) + f"-{size.name}"
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{slug}-t {slug}-d">',
-        f'<title id="{slug}-t">{escape(title)}</title><desc id="{slug}-d">{escape(description)}</desc>',
-        *_axes(scale, places, x_names, unit),
+        f'<svg class="{size.name}" viewBox="0 0 {size.width} {size.height}" role="img" '
+        f'aria-labelledby="{slug}-t {slug}-d">',
+        f'<title id="{slug}-t">{escape(plot.title)}</title>'
+        f'<desc id="{slug}-d">{escape(plot.description)}</desc>',
+        *_axes(plot, scale, size),
     ]
-    for one in series:
-        parts += _draw(one, scale, places, unit)
-    return "\n".join([*parts, *_legend(series), "</svg>"])
+    for one in plot.series:
+        parts += _draw(one, plot, scale, size)
+    for one, x, line in legend:
+        parts += _legend_entry(one, x, 14 + _LEGEND_LINE * line)
+    return "\n".join([*parts, "</svg>"])
 
 
-def _scale(values: Sequence[float], *, log: bool) -> _Scale:
-    if log:
-        low = math.floor(math.log10(min(values)))
-        high = math.ceil(math.log10(max(values)))
-        return _Scale(10.0**low, 10.0 ** max(high, low + 1), log=True)
-    step = nice_step(max(max(values), 1e-9) / MAX_TICKS)
-    return _Scale(0.0, step * math.ceil(max(max(values), 1e-9) / step - 1e-9), log=False)
+def _nothing(plot: Plot) -> str:
+    return f"<p>{escape(plot.title)}: nothing to show.</p>"
 
 
-def _x(index: int, places: int) -> float:
-    return LEFT + (WIDTH - LEFT - RIGHT) * (index + 0.5) / places
+def _scale(plot: Plot, top: float, bottom: float) -> Scale:
+    least, most = min(plot.shown), max(plot.shown)
+    if plot.log:
+        high = nice_step(most)
+        low = 1 / nice_step(1 / least)  # 1, 2, 5 mirrored are 1, 1/2, 1/5: the largest that is at most it
+        return Scale(min(low, high / 10), high, True, top, bottom)
+    step = nice_step(max(most, 1e-9) / MAX_TICKS)
+    return Scale(0.0, step * math.ceil(max(most, 1e-9) / step - 1e-9), False, top, bottom)
 
 
-def _axes(scale: _Scale, places: int, x_names: Sequence[str], unit: Callable[[float], str]) -> list[str]:
-    parts = []
+def _x(index: float, places: int, size: Size) -> float:
+    return LEFT + (size.width - LEFT - RIGHT) * (index + 0.5) / places
+
+
+def _axes(plot: Plot, scale: Scale, size: Size) -> Iterator[str]:
+    right, bottom = size.width - RIGHT, scale.bottom
     for tick in scale.ticks:
         y = scale.y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(unit(tick))}</text>'
-        )
-    step = max(1, -(-places // 12))
-    for index in range(0, min(places, len(x_names)), step):
-        at = f'x="{_x(index, places):.1f}" y="{HEIGHT - BOTTOM + 16}"'
-        parts.append(f'<text class="tick" {at} text-anchor="middle">{escape(x_names[index])}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - 8}" text-anchor="middle">block</text>')
-    return parts
+        yield f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>'
+        label = escape(plot.unit(tick))
+        yield f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+    step = max(1, round(nice_step(plot.places / size.names)))
+    for index in range(0, min(plot.places, len(plot.x_names)), step):
+        x = _x(index, plot.places, size)
+        yield f'<path class="axis" d="M{x:.1f} {bottom:.1f}v4"/>'
+        name = escape(plot.x_names[index])
+        yield f'<text x="{x:.1f}" y="{bottom + 18:.1f}" text-anchor="middle">{name}</text>'
+    yield f'<path class="axis" d="M{LEFT} {bottom:.1f}H{right}"/>'
+    yield f'<text x="{right}" y="{bottom + 36:.1f}" text-anchor="end">{escape(plot.x_title)}</text>'
 
 
-def _draw(series: Series, scale: _Scale, places: int, unit: Callable[[float], str]) -> list[str]:
+def _draw(series: Series, plot: Plot, scale: Scale, size: Size) -> Iterator[str]:
     points = [
-        (index, _x(index, places), scale.y(value), value)
+        (index, _x(index, plot.places, size), scale.y(value), value)
         for index, value in enumerate(series.values)
-        if value is not None and math.isfinite(value) and (value > 0 or not scale.log)
+        if value is not None and plot.can_draw(value)
     ]
-    if series.mark in ("line", "dashes") and len(points) > 1:
+    lines = series.mark in ("line", "dashes")
+    if len(points) > 1 and (lines or series.joined):
         path = " ".join(f"{x:.1f},{y:.1f}" for _, x, y, _ in points)
-        return [f'<polyline class="s{series.style} {series.mark}" points="{path}"/>']
-    parts = []
+        yield f'<polyline class="s{series.style} {series.mark if lines else "joined"}" points="{path}"/>'
+    if lines and len(points) > 1:
+        return
     for index, x, y, value in points:
-        label = series.labels[index] if index < len(series.labels) else unit(value)
-        shape = _shape(series.mark, x, y, places)
+        label = series.labels[index] if index < len(series.labels) else plot.unit(value)
+        shape = _bar(x, y, plot.places, scale, size) if series.mark == "bar" else _shape(series.mark, x, y)
         tooltip = f"<title>{escape(label)}</title>"
-        parts.append(f'<g class="s{series.style} {series.mark}">{tooltip}{shape}</g>')
-    return parts
+        yield f'<g class="s{series.style} {series.mark}">{tooltip}{shape}</g>'
 
 
-def _shape(mark: Mark, x: float, y: float, places: int) -> str:
-    if mark == "bar":
-        width = min(40.0, 0.7 * (WIDTH - LEFT - RIGHT) / places)
-        height = HEIGHT - BOTTOM - y
-        return f'<rect x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
-    if mark == "triangle":
-        return f'<path d="M{x:.1f} {y - 6:.1f} l6 10 h-12 z"/>'
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if mark == "disc" else 3.5}"/>'
+def _bar(x: float, y: float, places: int, scale: Scale, size: Size) -> str:
+    width = min(36.0, 0.72 * (size.width - LEFT - RIGHT) / places)
+    at = f'x="{x - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" height="{scale.bottom - y:.1f}"'
+    return f'<rect {at} rx="{min(2.0, width / 4):.1f}"/>'
 
 
-def _legend(series: Sequence[Series]) -> list[str]:
-    parts, x = [], float(LEFT)
+def _shape(mark: Mark, x: float, y: float) -> str:
+    """A point of about eight pixels."""
+    match mark:
+        case "square":
+            return f'<rect x="{x - 3:.1f}" y="{y - 3:.1f}" width="6" height="6"/>'
+        case "diamond":
+            return f'<path d="M{x:.1f} {y - 4.4:.1f}l4.4 4.4-4.4 4.4-4.4-4.4z"/>'
+        case "triangle":
+            return f'<path d="M{x:.1f} {y - 4.5:.1f}l4.4 7.5h-8.8z"/>'
+        case "cross":
+            return f'<path d="M{x - 3:.1f} {y - 3:.1f}l6 6m0-6l-6 6"/>'
+        case "tick":
+            return f'<path d="M{x - 5:.1f} {y:.1f}h10"/>'
+        case "ring":
+            return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7"/>'
+        case _:
+            return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.2"/>'
+
+
+def _legend(series: Iterable[Series], size: Size) -> Iterator[tuple[Series, float, int]]:
+    """(series, pixels from the left edge, line) of each entry."""
+    x, line = 8.0, 0
     for one in series:
-        if one.mark in ("line", "dashes"):
-            parts.append(
-                f'<polyline class="s{one.style} {one.mark}" points="{x - 2:.1f},16 {x + 14:.1f},16"/>'
-            )
-        else:
-            mark: Mark = "disc" if one.mark == "bar" else one.mark
-            parts.append(f'<g class="s{one.style} {mark}">{_shape(mark, x + 6, 16, 1)}</g>')
-        parts.append(f'<text class="legend" x="{x + 20:.1f}" y="20">{escape(one.name)}</text>')
-        x += 40 + 6.6 * len(one.name)
-    return parts
+        width = 34 + _LETTER * len(one.name)
+        if x > 8.0 and x + width > size.width:
+            x, line = 8.0, line + 1
+        yield one, x, line
+        x += width
 
 
-def standalone(svg: str) -> str:
-    """A plot as a file of its own, with its colours in it; "" for what is not a plot."""
+def _legend_entry(series: Series, x: float, y: float) -> Iterator[str]:
+    if series.mark in ("line", "dashes"):
+        yield f'<polyline class="s{series.style} {series.mark}" points="{x:.1f},{y} {x + 16:.1f},{y}"/>'
+    else:
+        mark: Mark = "square" if series.mark == "bar" else series.mark
+        yield f'<g class="s{series.style} {mark}">{_shape(mark, x + 8, y)}</g>'
+    yield f'<text class="legend" x="{x + 22:.1f}" y="{y + 4}">{escape(series.name)}</text>'
+
+
+def standalone(svg: str, style: str) -> str:
+    """A drawing as a file of its own, with `style` in it; "" for what is not a drawing."""
     if not svg.startswith("<svg "):
         return ""
     opened = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     before, end, after = opened.partition("</desc>")
-    return f"{before}{end}\n<style>{_style()}</style>{after}\n"
-
-
-def _style() -> str:
-    light, dark = COLOURS
-    rules = [
-        "text { font: 12px system-ui, sans-serif; fill: #5b6470; } text.legend { fill: #1b1f24; }",
-        ".grid { stroke: #d5dae0; } .ring, .line, .dashes { fill: none !important; }",
-        ".ring { stroke-width: 1.5; } .line, .dashes { stroke-width: 2; } .dashes { stroke-dasharray: 6 4; }",
-        *(f".s{n} {{ fill: {colour}; stroke: {colour}; }}" for n, colour in enumerate(light)),
-    ]
-    night = [
-        "text { fill: #a2abb6; } text.legend { fill: #e6e9ed; } .grid { stroke: #333a42; }",
-        *(f".s{n} {{ fill: {colour}; stroke: {colour}; }}" for n, colour in enumerate(dark)),
-    ]
-    return f"{' '.join(rules)} @media (prefers-color-scheme: dark) {{ {' '.join(night)} }}"
+    return f"{before}{end}\n<style>{style}</style>{after}\n"

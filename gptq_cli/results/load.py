@@ -84,6 +84,34 @@ class Bench:
         return self.weight_bytes / self.dense_weight_bytes if self.dense_weight_bytes else None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One metric of one task of lm-evaluation-harness."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("lost",)
+
+    task: str
+    metric: str
+    """As the harness calls it: "acc", "acc_norm", "exact_match (strict-match)"."""
+    value: float
+    stderr: float | None
+    """Standard error of `value`; None where the harness has none."""
+    higher_is_better: bool
+    samples: int | None
+    """Questions that were asked; None for a mean over tasks."""
+    shots: int | None
+    """Examples in front of each question."""
+    dense: float | None = None
+    """Of the dense model, where that was measured too."""
+
+    @property
+    def lost(self) -> float | None:
+        """How much worse it is than the dense model's; below 0: better."""
+        if self.dense is None:
+            return None
+        return self.dense - self.value if self.higher_is_better else self.value - self.dense
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """A limit on a measurement, and what was found."""
@@ -91,20 +119,29 @@ class Gate:
     json_properties: ClassVar[tuple[str, ...]] = ("passed",)
 
     name: str
-    """The option: "max_kl", "max_perplexity"."""
+    """The option: "max_kl", "max_perplexity", "min_score"."""
     limit: float
     found: float
+    subject: str = ""
+    """The task that "min_score" is about."""
 
     @property
     def passed(self) -> bool:
         """True when what was found is a number within the limit."""
-        return self.found <= self.limit
+        return self.found >= self.limit if self.name.startswith("min_") else self.found <= self.limit
+
+    @property
+    def option(self) -> str:
+        """`--max-kl 0.05`, `--min-score arc_easy=0.4`: as it was given."""
+        about = f"{self.subject}=" if self.subject else ""
+        return f"--{self.name.replace('_', '-')} {about}{self.limit:g}"
 
     @property
     def failure(self) -> str:
         """`kl is 0.0813, above --max-kl 0.05`."""
-        measured = self.name.removeprefix("max_")
-        return f"{measured} is {self.found:.4g}, above --{self.name.replace('_', '-')} {self.limit:g}"
+        measured = self.subject or self.name.removeprefix("max_")
+        beyond = "below" if self.name.startswith("min_") else "above"
+        return f"{measured} is {self.found:.4g}, {beyond} {self.option}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +275,8 @@ class LoadReport:
     """What was measured on."""
     against: str | None = None
     agreement: Agreement | None = None
+    tasks: tuple[TaskScore, ...] = ()
+    """Of lm-evaluation-harness; a task's main metric first."""
     bench: Bench | None = None
     gates: tuple[Gate, ...] = ()
     """The limits that were asked for; "passed" where the checkpoint is within."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import median_low
-from typing import Literal, Self
+from statistics import fmean, median_low
+from typing import ClassVar, Literal, Self
 
+from gptq_cli.findings import Finding
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
@@ -15,6 +17,12 @@ from gptq_cli.results.push import PushReport
 Method = Literal["gptq", "rtn"]
 Setting = str | int | float | bool | tuple[str, ...] | None
 """The value of an option."""
+
+
+def finite_mean(values: Iterable[float]) -> float | None:
+    """The mean of those that are finite; None where none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return fmean(finite) if finite else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +80,9 @@ class ExpertsReport:
     @classmethod
     def of(cls, linears: Iterable[LinearReport]) -> Self | None:
         """What `linears` say of the experts among them, by the modules that hold these; None without any."""
-        tokens: dict[str, int] = {}
-        few: set[str] = set()
-        for linear in linears:
-            if linear.routed:
-                expert = linear.name.rpartition(".")[0]
-                tokens[expert] = min(linear.tokens, tokens.get(expert, linear.tokens))
-                if linear.tokens < linear.in_features:
-                    few.add(expert)
+        held = tuple(linears)
+        tokens = tokens_of_experts(held)
+        few = {_expert_of(x) for x in held if x.routed and x.tokens < x.in_features}
         if not tokens:
             return None
         return cls(
@@ -90,6 +93,20 @@ class ExpertsReport:
             few=len(few),
             unreached=tuple(name for name, seen in tokens.items() if seen == 0),
         )
+
+
+def tokens_of_experts(linears: Iterable[LinearReport]) -> dict[str, int]:
+    """Calibration tokens that each expert among `linears` saw, by the module that holds its linears."""
+    tokens: dict[str, int] = {}
+    for linear in linears:
+        if linear.routed:
+            expert = _expert_of(linear)
+            tokens[expert] = min(linear.tokens, tokens.get(expert, linear.tokens))
+    return tokens
+
+
+def _expert_of(linear: LinearReport) -> str:
+    return linear.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +153,8 @@ class TextShare:
 class RunReport:
     """The result of `gptq quantize`."""
 
+    json_properties: ClassVar[tuple[str, ...]] = ("mean_loss", "mean_rtn_loss")
+
     model: str
     revision: str | None
     out: str
@@ -173,17 +192,24 @@ class RunReport:
     dataset_sha256: str
     calibration_source: str
     """All sources as one text."""
-    calibration_texts: tuple[TextShare, ...]
+    calibration_texts: tuple[TextShare, ...] = ()
     """What was taken of each source."""
     seed: int
     fallbacks: int
     """Linears whose method is not "gptq"."""
     experts: ExpertsReport | None = None
     """None: the model has no experts that are quantized one by one."""
+    findings: tuple[Finding, ...] = ()
+    """What preflight found, errors excepted: with one of these there is no run."""
     warnings: tuple[str, ...]
     """All that were given: preflight's findings of that level, the engine's, and those of libraries."""
     seconds: float
     """Of all starts together."""
+    predicted_seconds: float | None = None
+    """What the whole run should have taken, from a probe of the machine at its start; None: it was too short
+    to be worth a probe."""
+    predicted_block_seconds: tuple[tuple[str, float], ...] = ()
+    """(block, its share of that)."""
     starts: tuple[StartReport, ...] = ()
     """Every start of the command, this one last: more than one where it was interrupted and run again."""
     snapshot_bytes: int = 0
@@ -205,6 +231,16 @@ class RunReport:
     """The upload to the Hub; in report.json, which is written before it, None."""
     schedule: Schedule
     """How the run was planned: micro-batch, and per block its devices and whether forwards were parked."""
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The mean loss of all linears that have one."""
+        return finite_mean(linear.loss for linear in self.linears)
+
+    @property
+    def mean_rtn_loss(self) -> float | None:
+        """The same of plain round-to-nearest."""
+        return finite_mean(linear.rtn_loss for linear in self.linears)
 
     @property
     def linears(self) -> tuple[LinearReport, ...]:
