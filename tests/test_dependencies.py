@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-USED_WHERE_INSTALLED = {"gptqmodel", "triton"}
+USED_WHERE_INSTALLED = {"gptqmodel", "lm_eval", "triton"}
 """Packages with kernels: `--kernel gptqmodel` says so where it is missing; torch for CUDA brings Triton."""
 NOT_IMPORTED = {"safetensors": "Transformers reads resident models with it; the range is ours"}
 """Dependencies that are declared for another reason, and that reason."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -20,11 +20,12 @@ from gptq_cli import __version__
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
+from gptq_cli.display.load import score_text
 from gptq_cli.report.plots import LOSS_EXPLAINED, loss_per_block
 from gptq_cli.report.style import plot_style
 from gptq_cli.report.svg import drawing, standalone
 from gptq_cli.results.card import CARD, CardFacts
-from gptq_cli.results.load import TargetReport
+from gptq_cli.results.load import LoadReport, TargetReport, TaskScore
 from gptq_cli.results.run import RunReport, finite_mean
 
 PLOT = "loss_per_block.svg"
@@ -55,6 +56,8 @@ def _front_matter(report: RunReport, facts: CardFacts) -> Iterator[str]:
         "quantized_by": "gptq-cli",
         "tags": list(dict.fromkeys((*source.tags, "gptq", bits, "gptq-cli"))),
     }
+    if report.proof is not None and report.proof.tasks:
+        held["model-index"] = [{"name": _title(report, facts), "results": _results(report.proof.tasks)}]
     given = {name: value for name, value in held.items() if value}
     yield "---"
     yield yaml.safe_dump(given, sort_keys=False, allow_unicode=True, width=2**20).rstrip("\n")
@@ -62,9 +65,25 @@ def _front_matter(report: RunReport, facts: CardFacts) -> Iterator[str]:
     yield ""
 
 
+def _results(scores: Iterable[TaskScore]) -> list[dict[str, object]]:
+    """Scores as the Hub reads them (`model-index`)."""
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": one.task, "type": one.task},
+            "metrics": [{"type": one.metric, "value": round(one.value, 6)}],
+        }
+        for one in scores
+    ]
+
+
+def _title(report: RunReport, facts: CardFacts) -> str:
+    return f"{facts.base_model or 'a local model'}, GPTQ {report.bits} bits"
+
+
 def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str]:
     base = facts.base_model or "a local model"
-    yield f"# {text(base)}, GPTQ {report.bits} bits"
+    yield f"# {text(_title(report, facts))}"
     yield ""
     symmetry = "symmetric" if report.sym else "asymmetric"
     yield (
@@ -157,16 +176,23 @@ def _result(report: RunReport) -> Iterator[tuple[str, str]]:
 
 
 def _measured(report: RunReport) -> Iterator[str]:
-    """Perplexity and divergence, where the run measured them."""
+    """Perplexity, divergence and scores on tasks, where the run measured them."""
     proof = report.proof
-    if proof is None or proof.perplexity is None:
+    if proof is None or (proof.perplexity is None and not proof.tasks):
         return
     yield "## Accuracy"
     yield ""
+    if proof.perplexity is not None:
+        yield from _perplexity(proof, proof.perplexity)
+    if proof.tasks:
+        yield from _tasks(proof.tasks)
+
+
+def _perplexity(proof: LoadReport, perplexity: float) -> Iterator[str]:
     source = _public(proof.text_source or "")
     yield f"{fmt.windows(proof)} of {text(source)}."
     yield ""
-    rows = [("perplexity", f"{proof.perplexity:.3f}")]
+    rows = [("perplexity", f"{perplexity:.3f}")]
     if proof.agreement is not None:
         rows += [
             ("perplexity of the dense model", f"{proof.agreement.dense_perplexity:.3f}"),
@@ -174,6 +200,22 @@ def _measured(report: RunReport) -> Iterator[str]:
             ("same most likely token", f"{fmt.share(proof.agreement.top1)} of the tokens"),
         ]
     yield from _table(("", ""), rows)
+
+
+def _tasks(scores: Sequence[TaskScore]) -> Iterator[str]:
+    """One table; the dense model's scores where they were measured."""
+    dense = any(one.dense is not None for one in scores)
+    yield "Tasks of lm-evaluation-harness:"
+    yield ""
+    rows = [
+        (
+            *(code(one.task), code(one.metric), score_text(one)),
+            *((fmt.score(one.dense),) if dense else ()),
+            *("" if one.shots is None else str(one.shots), "" if one.samples is None else f"{one.samples:,}"),
+        )
+        for one in scores
+    ]
+    yield from _table(("task", "metric", "score", *(("dense",) if dense else ()), "shots", "questions"), rows)
 
 
 def _plot_words(report: RunReport) -> str:
@@ -259,8 +301,8 @@ def _fence(language: str, lines: Iterable[str]) -> Iterator[str]:
     yield from (f"{ticks}{language}", *shown, ticks, "")
 
 
-def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    yield f"| {head[0]} | {head[1]} |"
-    yield "|---|---|"
-    yield from (f"| {label} | {value} |" for label, value in rows)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
     yield ""

@@ -13,7 +13,7 @@ from gptq_cli.cli.app import app
 from tests.golden import check_golden
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("quantize", "load", "inspect-map", "push", "doctor", "rules", "targets", "recipes")
+COMMANDS = ("quantize", "load", "inspect-map", "push", "report", "doctor", "rules", "targets", "recipes")
 DRAWN_BY = "0.29.2"
 """The Typer whose drawing the golden pages hold: another one may draw the same facts otherwise."""
 

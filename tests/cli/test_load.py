@@ -7,12 +7,13 @@ import json
 import os
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import Observer, PhaseFinished, PhaseStarted, TextGenerated
-from gptq_cli.load_job import LoadJob, Sampling
+from gptq_cli.load_job import LoadJob, Sampling, TaskConfig
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.results.load import Gate, LoadReport
 from tests.cli.conftest import FakeJobs, Run
@@ -30,6 +31,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         --eval pydoc --seq-len 128 --windows 4 --against DENSE --max-kl 0.1 --max-perplexity 20 --bench
         --verify --target vllm --target sglang --target vllm --tp 4 --device-map cpu --kernel dequantize
         --compile --dtype bfloat16 --trust-remote-code
+        --tasks arc_easy,mine --task-dir T --task-limit 9 --shots 2 --min-score mine=0.4
     """
     outcome = run(*words.split())
     assert outcome.code == 0, outcome.err
@@ -50,6 +52,9 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         against="DENSE",
         max_kl=0.1,
         max_perplexity=20.0,
+        tasks=TaskConfig(
+            names=("arc_easy", "mine"), directory="T", limit=9, shots=2, min_scores=(("mine", 0.4),)
+        ),
         bench=True,
         verify=True,
         targets=("vllm", "sglang"),
@@ -66,6 +71,12 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
         ("--max-kl 0.1", "max_kl is 0.1, but nothing is measured for it", "add --against DENSE"),
         ("--max-perplexity 9", "max_perplexity is 9.0, but nothing", "add --eval SOURCE"),
         ("--prompt x --top-p 0.5", "top_p is 0.5, but temperature is 0", "add --temperature 0.7"),
+        ("--shots 1", "shots is given, but no task is measured", "add --tasks NAME"),
+        ("--tasks a,,b", "tasks holds an empty name", "--tasks arc_easy,hellaswag"),
+        ("--tasks a --min-score b=1", "min_score is about 'b', which is not measured", "--tasks a,b"),
+        ("--tasks a --min-score a", "min_score is 'a'; allowed: TASK=NUMBER", "--min-score arc_easy=0.4"),
+        ("--tasks a --min-score a=nan", "min_score of a is nan", ""),
+        ("--tasks a --task-limit 0", "task_limit is 0; allowed", ""),
         ("--target vlm", "target is 'vlm'; allowed: vllm, sglang, transformers", ""),
     ],
 )
@@ -151,7 +162,8 @@ def test_a_closed_gate_is_one_document(jobs: FakeJobs, run: Run) -> None:
     assert outcome.code == 5
     body = json.loads(outcome.out)
     assert (body["ok"], body["perplexity"]) == (False, 23.456)
-    assert body["gates"][0] == {"name": "max_kl", "limit": 0.05, "found": 0.0813, "passed": False}
+    expected = {"name": "max_kl", "limit": 0.05, "found": 0.0813, "subject": "", "passed": False}
+    assert body["gates"][0] == expected
 
 
 @pytest.mark.parametrize(("sound", "code"), [(True, 0), (False, 5)])
@@ -264,3 +276,25 @@ def test_standard_input_that_gives_nothing_is_an_error(
     outcome = run("load", "DIR", "--prompt", "-")
     assert (outcome.code, jobs.called) == (2, "")
     assert outcome.err.startswith("error: prompt is '-', but standard input is")
+
+
+def test_a_page_is_written_beside_the_result(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    page = tmp_path / "load.html"
+    assert run("load", "DIR", "--report", str(page)).code == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    jobs.called = ""
+    refused = run("load", "DIR", "--report", str(tmp_path))
+    assert (refused.code, jobs.called) == (2, "")
+    assert "which is a directory" in refused.err
+
+
+def test_a_page_that_cannot_be_written_any_more_is_a_warning(
+    jobs: FakeJobs, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    jobs.action = lambda observer: folder.rmdir()
+    outcome = run("load", "DIR", "--report", str(folder / "x.html"), "--json")
+    assert outcome.code == 0
+    assert "was not written: no such file" in outcome.err
+    assert "was not written" in json.loads(outcome.out)["warnings"][-1]

@@ -19,6 +19,7 @@ from gptq_cli.planning.time import (
     MachineRates,
     job_seconds,
     measure,
+    quick_estimate,
     time_words,
 )
 from tests.planning.schedules import schedule
@@ -172,7 +173,13 @@ def test_a_header_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("gptq_cli.planning.time.measure", probed)
     tiny = llama(blocks=2, hidden=64, inner=128)
     short = Work(WORK.quantize, CalibrationConfig(samples=2, seq_len=16))
-    assert time_words(tiny, short, schedule(tiny, short, parked=True), CPU) == "less than a minute"
+    quick = quick_estimate(tiny, short, schedule(tiny, short, parked=True), CPU)
+    assert (quick, time_words(quick)) == (None, "less than a minute")
     assert probes == []
-    found = time_words(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU)
-    assert (found, probes) == ("about 6 min", ["probed"])
+    found = quick_estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU)
+    assert (time_words(found), probes) == ("about 6 min", ["probed"])
+    left = quick_estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU, finished=1)
+    assert found is not None
+    assert left is not None
+    assert left.left_seconds < left.seconds == found.seconds
+    assert sum(found.block_seconds.values()) < found.seconds

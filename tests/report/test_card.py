@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from gptq_cli.config import ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.findings import Finding
@@ -18,6 +19,7 @@ from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.load import Agreement, RuleResult, TargetReport
 from gptq_cli.results.run import RunReport, TextShare
 from tests.display.events import load_report, report
+from tests.report.pages import scores
 
 EVIL = "<img src=x onerror=alert(1)> [a](http://evil) `x` | **b**\n# no\u202e"
 
@@ -154,3 +156,25 @@ def test_nothing_from_outside_becomes_markup() -> None:
 def test_text_and_code_hold_one_line() -> None:
     assert text("a_b\n*c* <d>") == r"a\_b \*c\* &lt;d&gt;"
     assert code("a`b|c") == r"`` a`b\|c ``"
+
+
+def test_scores_on_tasks_are_one_table_and_stand_in_the_front_matter() -> None:
+    card = made(replace(report(), proof=replace(load_report(), perplexity=None, tasks=scores())))
+    assert "| `arc_easy` | `acc_norm` | 0.4213 ± 0.0101 | 0.4312 | 0 | 2,376 |" in card
+    assert "| `a_group` | `acc` | 0.4213 |  |  |  |" in card
+    assert "perplexity" not in card
+    results = ModelCard(card).data.eval_results
+    assert results is not None
+    found = [(one.dataset_name, one.metric_type, one.metric_value) for one in results]
+    assert found == [("arc_easy", "acc_norm", 0.4213), ("a_group", "acc", 0.4213)]
+
+
+def test_the_hubs_own_reader_takes_the_front_matter() -> None:
+    """`ModelCard` parses it, and what it would write again says the same."""
+    for changes in ({}, {"base_model": "", "source": SourceCard()}):
+        card = made(report(), **changes)
+        data = ModelCard(card).data
+        assert data.to_dict() == front(card)
+        assert ModelCardData(**front(card)).to_dict() == front(card)
+        assert data.library_name == "transformers"
+        assert data.license == front(card).get("license")

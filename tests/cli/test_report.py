@@ -1,0 +1,68 @@
+"""`gptq report`: a table, a document, a page; errors before anything is written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.results.document import document
+from tests.cli.conftest import Run
+from tests.display.events import report, verify_report
+from tests.report.pages import full_report, measured_load
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(document(full_report())))
+    return path
+
+
+def test_one_run_is_shown_as_it_ended(run: Run, file: Path) -> None:
+    shown = run("report", str(file))
+    assert (shown.code, shown.err) == (0, "")
+    assert "smol-w4g64 is ready after 31.4 s" in shown.out
+    assert "arc_easy" in shown.out
+    assert json.loads(run("report", str(file), "--json").out) == json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("made", [measured_load(), verify_report(sound=True)], ids=["load", "verify"])
+def test_documents_of_load_have_their_table_and_their_page(made: object, run: Run, tmp_path: Path) -> None:
+    file, page = tmp_path / "load.json", tmp_path / "load.html"
+    file.write_text(json.dumps(document(made)))
+    assert run("report", str(file), "--out", str(page)).code == 0
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_two_are_compared(run: Run, file: Path, tmp_path: Path) -> None:
+    other, page = tmp_path / "other.json", tmp_path / "both.html"
+    other.write_text(json.dumps(document(report())))
+    shown = run("report", str(file), str(other), "--out", str(page))
+    assert shown.code == 0
+    assert "A  " in shown.out
+    assert "mean loss" in shown.out
+    assert "2 checkpoints side by side" in page.read_text(encoding="utf-8")
+
+
+def test_a_page_that_cannot_be_written_is_an_error_before_anything_is_read(run: Run, tmp_path: Path) -> None:
+    refused = run("report", "nosuch", "--out", str(tmp_path))
+    assert refused.code == 2
+    assert f"out is '{tmp_path}', which is a directory" in refused.err
+
+
+def test_an_error_is_a_document_too(run: Run, tmp_path: Path) -> None:
+    failed = run("report", str(tmp_path / "nosuch"), "--json")
+    assert failed.code == 2
+    assert json.loads(failed.out)["error"]["message"].startswith("no such directory")
+
+
+def test_it_needs_no_torch(file: Path) -> None:
+    code = (
+        f"import sys\nfrom gptq_cli.cli.app import main\nassert main(['report', {str(file)!r}]) == 0\n"
+        "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
