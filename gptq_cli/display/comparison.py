@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
-from gptq_cli.display.tables import facts_table, listed, yes
-from gptq_cli.results.comparison import Compared, Comparison, Setting
+from gptq_cli.display.tables import facts_table, listed
+from gptq_cli.results.comparison import Compared, Comparison
 
 NOT_KNOWN = "-"
 _COLUMN = 10
@@ -49,19 +49,12 @@ def setting_rows(comparison: Comparison) -> list[Row]:
         Row(
             name,
             tuple(
-                setting_text(dict(run.settings)[name]) if name in dict(run.settings) else NOT_KNOWN
+                fmt.setting(dict(run.settings)[name]) if name in dict(run.settings) else NOT_KNOWN
                 for run in comparison.runs
             ),
         )
         for name in names
     ]
-
-
-def setting_text(value: Setting) -> str:
-    """A setting in words."""
-    if value is None:
-        return "default"
-    return yes(value) if isinstance(value, bool) else str(value)
 
 
 def figure_rows(comparison: Comparison) -> list[Row]:

@@ -7,7 +7,7 @@ import re
 
 from gptq_cli.placement.device import format_size, three_digits
 from gptq_cli.results.load import LoadReport
-from gptq_cli.results.run import ExpertsReport, RunReport, TextShare
+from gptq_cli.results.run import ExpertsReport, RunReport, Setting, TextShare
 from gptq_cli.wording import names_text
 
 ELLIPSIS = "…"
@@ -144,6 +144,15 @@ def share_size(share: TextShare, report: RunReport) -> str:
         return size
     part = f"{share.tokens / report.tokens:.0%}"
     return f"{share.samples} x {report.seq_len} = {share.tokens:,} tokens ({part})"
+
+
+def setting(value: Setting) -> str:
+    """The value of an option in words."""
+    if value is None or value == ():
+        return "default"
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def windows(report: LoadReport) -> str:

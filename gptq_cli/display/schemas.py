@@ -12,6 +12,7 @@ from typing import get_args
 
 from gptq_cli.events import Event
 from gptq_cli.results.about import DoctorReport, RecipesReport, RuleFact, RulesReport, TargetsReport
+from gptq_cli.results.comparison import Comparison
 from gptq_cli.results.failure import FailureReport
 from gptq_cli.results.load import LoadReport, VerifyReport
 from gptq_cli.results.map import MapReport
@@ -31,6 +32,7 @@ DOCUMENTS: dict[str, tuple[type, str]] = {
         "what `gptq load --verify --json` prints, also with `--target`, where no model is opened",
     ),
     "push_report": (PushReport, "what `gptq push --json` prints"),
+    "comparison": (Comparison, "what `gptq report DIR DIR … --json` prints"),
     "rules": (RulesReport, "what `gptq rules --json` prints"),
     "rule": (RuleFact, "what `--explain RULE --json` prints"),
     "targets": (TargetsReport, "what `gptq targets --json` prints"),

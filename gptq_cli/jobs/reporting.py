@@ -15,14 +15,20 @@ from pathlib import Path
 from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.files import kind_of, open_once, reason, shown
-from gptq_cli.results.comparison import Compared, Comparison, Setting
+from gptq_cli.results.comparison import Compared, Comparison
 from gptq_cli.results.document import Json
 from gptq_cli.results.load import LoadReport, VerifyReport
 from gptq_cli.results.reading import read_document
-from gptq_cli.results.run import RunReport, finite_mean
+from gptq_cli.results.run import RunReport, Setting, finite_mean
 
 Report = RunReport | LoadReport | VerifyReport
 FILE = "report.json"
+_NO_DIFFERENCE = frozenset(
+    {"model", "out", "card", "eval", "against_source", "max_kl", "max_perplexity", "bench"}
+    | {"tasks", "task_dir", "task_limit", "shots", "min_score", "dtype"}
+)
+"""Settings that say where a result lies, and what was measured of it, but not how it was made. The dtype is
+taken from the result."""
 _LARGEST_BYTES = 1 << 30
 _KINDS: tuple[tuple[str, type[Report]], ...] = (
     ("dataset_sha256", RunReport),
@@ -127,14 +133,10 @@ def _of_run(path: str, report: RunReport) -> Compared:
 
 
 def _settings(report: RunReport) -> Iterator[tuple[str, Setting]]:
-    yield from report.settings
+    yield from ((name, value) for name, value in report.settings if name not in _NO_DIFFERENCE)
     yield "format", report.checkpoint_format
     yield "dtype", report.dtype
     yield "source", report.source_format
-    yield "calibration", report.calibration_source
-    yield "samples", report.samples
-    yield "seq_len", report.seq_len
-    yield "seed", report.seed
     yield "calibration sha256", report.dataset_sha256[:12]
     yield "device", ", ".join(report.devices)
     yield from report.versions

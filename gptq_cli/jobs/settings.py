@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from gptq_cli.config import QuantizeJob
-from gptq_cli.load_job import LoadJob
+from gptq_cli.load_job import LoadJob, TaskConfig
 from gptq_cli.results.run import Setting
 
 
@@ -46,6 +46,16 @@ def _measured(proof: LoadJob | None) -> Iterator[tuple[str, Setting]]:
         yield "max_kl", proof.max_kl
         yield "max_perplexity", proof.max_perplexity
         yield "bench", proof.bench
+        yield from _tasks(proof.tasks)
+
+
+def _tasks(tasks: TaskConfig | None) -> Iterator[tuple[str, Setting]]:
+    if tasks is not None:
+        yield "tasks", ",".join(tasks.names)
+        yield "task_dir", tasks.directory
+        yield "task_limit", tasks.limit
+        yield "shots", tasks.shots
+        yield "min_score", tuple(f"{name}={least:g}" for name, least in tasks.min_scores)
 
 
 def _fields(config: object) -> Iterator[tuple[str, Setting]]:

@@ -70,8 +70,8 @@ def _all_findings(report: VerifyReport) -> list[Finding]:
 def _generated(report: LoadReport, text: str) -> Iterator[Markup]:
     yield html.preformatted(report.prompt or "")
     yield html.preformatted(text)
-    tokens = fmt.count(report.new_tokens or 0, "token")
-    yield html.paragraph(f"{tokens}, {report.tokens_per_second or 0:.1f} per second.")
+    rate = f", {report.tokens_per_second:.1f} per second" if report.tokens_per_second else ""
+    yield html.paragraph(f"{fmt.count(report.new_tokens or 0, 'token')}{rate}.")
 
 
 def _opened(report: LoadReport) -> Iterator[tuple[str, str]]:
@@ -86,7 +86,9 @@ def _verified_tiles(report: VerifyReport) -> Iterator[Tile]:
     yield Tile(
         "files",
         "sound" if report.sound else "not sound",
-        f"{fmt.count(report.tensors, 'tensor')}, {fmt.size(report.size_bytes)}" if report.tensors else "",
+        f"{fmt.count(report.tensors, 'tensor')}, {fmt.size(report.size_bytes or 0)}"
+        if report.tensors
+        else "",
         "good" if report.sound else "bad",
     )
     for target in report.targets:

@@ -61,7 +61,7 @@ def measured(report: LoadReport) -> list[Markup]:
 
 def _figures(report: LoadReport) -> Iterator[tuple[str, str]]:
     if report.perplexity is not None:
-        over = f"{fmt.count(report.windows, 'window')} of {report.seq_len} tokens of {report.text_source}"
+        over = f"{fmt.windows(report)} of {report.text_source or 'a text'}"
         yield "perplexity", f"{report.perplexity:.3f}, {over}"
     if report.agreement is not None:
         held = report.agreement
@@ -102,7 +102,7 @@ def _speed(bench: Bench) -> Markup:
         beside = (_rate(theirs, most), f"{ratio:.2f}") if theirs and ratio is not None else ()
         rows.append((f"tokens per second, {label}", _rate(ours, most), *beside))
     ratio = bench.weight_ratio
-    weights = (fmt.size(bench.dense_weight_bytes), f"{ratio:.2f}") if ratio is not None and dense else ()
+    weights = (fmt.size(bench.dense_weight_bytes or 0), f"{ratio:.2f}") if ratio is not None and dense else ()
     rows.append(("weights", fmt.size(bench.weight_bytes), *weights))
     empty = ("", "") if dense else ()
     rows += [(f"memory of {device}", fmt.size(used), *empty) for device, used in bench.memory]

@@ -235,5 +235,3 @@ def _how(report: RunReport) -> Iterator[Markup]:
     yield html.facts((name, fmt.setting(value)) for name, value in report.settings)
     yield html.heading("Versions")
     yield html.facts(report.versions)
-
-

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from gptq_cli.results.load import TaskScore
+from gptq_cli.results.run import Setting
 
-Setting = str | int | float | bool | None
 Origin = Literal["report.json", "config", "load --json"]
 """Where the figures are from; "config": the quantization config and the sizes of the files alone."""
 

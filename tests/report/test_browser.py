@@ -22,7 +22,7 @@ PAGES = {
     "run": lambda: report_html(expert_report(experts=64, layers=30)),
     "load": lambda: load_html(measured_load()),
     "comparison": lambda: comparison_html(
-        Comparison(runs=tuple(run(f"a/long/path/of/run-{n}", kl=n / 100) for n in range(1, 8)) + (BARE,))
+        Comparison(runs=(*(run(f"a/long/path/of/run-{n}", kl=n / 100) for n in range(1, 8)), BARE))
     ),
 }
 OVERFLOWING = """
@@ -50,12 +50,16 @@ CONTRAST = """
   };
   const words = [...document.querySelectorAll('body *')].filter(
     e => [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) && !e.closest('svg'));
-  const marks = [...document.querySelectorAll('svg g[class], svg polyline.line, svg polyline.dashes')];
+  const all = selector => [...document.querySelectorAll(selector)];
   const low = (list, colour, least) => list.filter(
-    e => ratio(light(colour(getComputedStyle(e))), light(paper(e))) < least).map(e => e.outerHTML.slice(0, 80));
+    e => ratio(light(colour(getComputedStyle(e))), light(paper(e))) < least
+  ).map(e => e.outerHTML.slice(0, 80));
   const drawn = s => s.fill === 'none' || s.fill === 'rgba(0, 0, 0, 0)' ? s.stroke : s.fill;
-  return [...low(words, s => s.color, 4.5), ...low([...document.querySelectorAll('svg text')], s => s.fill, 4.5),
-          ...low(marks, drawn, 3)];
+  return [
+    ...low(words, s => s.color, 4.5),
+    ...low(all('svg text'), s => s.fill, 4.5),
+    ...low(all('svg g[class], svg polyline.line, svg polyline.dashes'), drawn, 3),
+  ];
 })()
 """
 SHOWN = "[...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width)"
@@ -108,15 +112,14 @@ def test_each_plot_is_shown_once_and_has_a_text_alternative(
 def test_letters_of_plots_are_as_large_as_those_of_tables(browser: Browser, pages: dict[str, Path]) -> None:
     for width in (400, 1200):
         browser.open(pages["run"], width=width, dark=False)
-        scale = browser.value(
-            f"{SHOWN}.filter(e => e.getCTM && e.querySelector('text')).map(e => e.getCTM().a)"
-        )
+        scale = browser.value(f"{SHOWN}.filter(e => e.querySelector('text')).map(e => e.getCTM().a)")
         assert min(scale) >= 0.9, "letters of 12 pixels become too small"
 
 
 def test_the_checks_above_can_fail(browser: Browser, tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
-    page.write_text('<body style="background:#fff"><p style="width:900px;color:#eee">pale and wide</p>')
+    head = '<meta name="viewport" content="width=device-width"><body style="background:#fff">'
+    page.write_text(f'{head}<p style="width:900px;color:#eee">pale and wide</p>')
     browser.open(page, width=400, dark=False)
     assert len(browser.value(OVERFLOWING)) == 1
     assert len(browser.value(CONTRAST)) == 1
