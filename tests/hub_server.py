@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+TOKENS = {"hf_test": "write", "hf_read": "read"}
+"""Tokens that it knows, and what they may do."""
+
 
 @dataclass
 class Hub:
@@ -74,9 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
-            if self.headers.get("Authorization") != "Bearer hf_test":
+            role = TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+            if role is None:
                 return self._answer({"error": "Invalid credentials"}, 401)
-            return self._answer({"name": "me", "type": "user", "orgs": [{"name": "team"}]})
+            auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
+            user = {"name": "me", "type": "user", "orgs": [{"name": "team"}], "auth": auth}
+            return self._answer(user)
         repo = "/".join(path.split("/")[3:5])
         if repo not in self.hub.files:
             return self._answer({"error": "no"}, 404, X_Error_Code="RepoNotFound")

@@ -7,8 +7,10 @@ report.json stays here: it names this machine and its paths.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub import constants as hub_constants
@@ -43,6 +45,7 @@ def look(push: PushConfig) -> HubState:
         state = replace(
             state,
             namespaces=(str(user["name"]), *(str(one["name"]) for one in user.get("orgs", ()))),
+            read_only=reads_only(user),
         )
         info = api.model_info(push.repo_id)
     except RepositoryNotFoundError:
@@ -57,6 +60,19 @@ def look(push: PushConfig) -> HubState:
         is_private=bool(info.private),
         holds_other_weights=weights and "quantize_config.json" not in names,
     )
+
+
+def reads_only(user: Mapping[str, Any]) -> bool:
+    """Whether the token of `user` (what `whoami` says) may write nowhere; False where that is not said."""
+    token = (user.get("auth") or {}).get("accessToken") or {}
+    granted = token.get("fineGrained")
+    if token.get("role") == "fineGrained" and isinstance(granted, Mapping):
+        scopes = [
+            granted.get("global") or (),
+            *(x.get("permissions") or () for x in granted.get("scoped") or ()),
+        ]
+        return not any("write" in str(permission) for scope in scopes for permission in scope)
+    return bool(token.get("role") == "read")
 
 
 def upload(directory: Path, push: PushConfig) -> str:

@@ -25,6 +25,8 @@ class HubState:
     """Why the id is none."""
     offline: bool = False
     has_token: bool = True
+    read_only: bool = False
+    """The token may read the Hub and not write to it."""
     unreachable: str = ""
     """What was said by the network, or by the Hub about the token."""
     namespaces: tuple[str, ...] = ()

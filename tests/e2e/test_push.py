@@ -121,6 +121,7 @@ def test_quantize_uploads_its_result_after_its_gates(
         ("me/model", {"HF_HUB_OFFLINE": "1"}, None, "push-offline"),
         ("me/model", {"HF_TOKEN": ""}, None, "push-token"),
         ("me/model", {"HF_TOKEN": "hf_wrong"}, None, "push-unreachable"),
+        ("me/model", {"HF_TOKEN": "hf_read"}, None, "push-read-only"),
         ("model", {}, None, "push-id"),
         ("me/a b", {}, None, "push-id"),
         ("other/model", {}, None, "push-namespace"),

@@ -31,6 +31,15 @@ def push_token(case: HubState) -> list[Remark]:
 
 
 @rule("error")
+def push_read_only(case: HubState) -> list[Remark]:
+    """An upload is asked for, and the token may only read."""
+    if not case.read_only:
+        return []
+    hint = "make a token that may write at https://huggingface.co/settings/tokens, and set HF_TOKEN to it"
+    return [_remark(case, "the token for the Hub may read and not write", hint)]
+
+
+@rule("error")
 def push_unreachable(case: HubState) -> list[Remark]:
     """An upload is asked for, and the Hub cannot be reached or does not accept the token."""
     if not case.unreachable:

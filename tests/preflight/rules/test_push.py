@@ -37,6 +37,7 @@ def test_nothing_stands_against_it(state: HubState) -> None:
         (replace(FREE, invalid="too long"), "push-id"),
         (replace(FREE, offline=True), "push-offline"),
         (replace(FREE, has_token=False), "push-token"),
+        (replace(FREE, read_only=True), "push-read-only"),
         (replace(FREE, unreachable="401"), "push-unreachable"),
         (replace(FREE, repo_id="other/model"), "push-namespace"),
         (replace(FREE, exists=True, private=True), "push-visibility"),

@@ -1,0 +1,36 @@
+"""What a token may do, from what the Hub says about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gptq_cli.checkpoint.upload import reads_only
+
+
+def token(role: str, **more: Any) -> dict[str, Any]:
+    return {"name": "me", "auth": {"type": "access_token", "accessToken": {"role": role, **more}}}
+
+
+def scoped(*permissions: str) -> dict[str, Any]:
+    return {"fineGrained": {"global": [], "scoped": [{"entity": {"name": "me"}, "permissions": permissions}]}}
+
+
+@pytest.mark.parametrize(
+    "user",
+    [
+        token("write"),
+        token("fineGrained", **scoped("repo.content.read", "repo.write")),
+        token("fineGrained"),
+        {"name": "me"},
+        {"name": "me", "auth": None},
+    ],
+)
+def test_it_may_write_or_nothing_is_said(user: dict[str, Any]) -> None:
+    assert not reads_only(user)
+
+
+@pytest.mark.parametrize("user", [token("read"), token("fineGrained", **scoped("repo.content.read"))])
+def test_it_only_reads(user: dict[str, Any]) -> None:
+    assert reads_only(user)
