@@ -40,24 +40,24 @@ def experts(report: RunReport) -> list[Markup]:
         )
         for name, (found, _) in layers.items()
     ]
-    heads = ("layer", "experts", "fewest tokens", "median", "most", "too few", "never reached")
+    heads = ("layer", "experts", "fewest", "median", "most", "too few", "never")
     strips = [_layer(name, found, tokens) for name, (found, tokens) in layers.items()]
     inside = Markup("\n".join(strips))
     return [
-        paragraph(f"{fmt.experts(report.experts)}."),
+        paragraph(f"There are {fmt.experts(report.experts)}."),
         paragraph(EXPLAINED),
-        table(heads, rows, "Experts of each layer"),
+        table(heads, rows, "Calibration tokens of the experts of each layer"),
         inside if len(strips) <= _OPEN else folded(f"Tokens per expert in {len(strips)} layers", inside),
     ]
 
 
 def _layer(name: str, found: ExpertsReport, tokens: Mapping[str, int]) -> str:
-    unreached = f", never reached: {_short(found.unreached)}" if found.unreached else ""
-    words = (
-        f"Tokens of each of {found.experts} experts of {name}: {found.least_tokens:,} to "
-        f"{found.most_tokens:,}, median {found.median_tokens:,}, too few for {found.few}{unreached}"
-    )
-    return f"{heading(name)}\n{_strip(words, tokens, found)}\n{paragraph(words + '.')}"
+    few = f"; too few for {found.few}" if found.few else ""
+    unreached = f"; never reached: {_short(found.unreached)}" if found.unreached else ""
+    span = f"{found.least_tokens:,} to {found.most_tokens:,} tokens, median {found.median_tokens:,}"
+    words = f"{span}{few}{unreached}."
+    alternative = f"Tokens of each of {found.experts} experts of {name}: {words}"
+    return f"{heading(name)}\n{_strip(alternative, tokens, found)}\n{paragraph(words, soft=True)}"
 
 
 def _short(names: tuple[str, ...]) -> str:

@@ -162,9 +162,10 @@ def heading(text: str) -> Markup:
     return Markup(f"<h3>{escape(text)}</h3>")
 
 
-def paragraph(text: str) -> Markup:
-    """Words."""
-    return Markup(f"<p>{escape(text)}</p>")
+def paragraph(text: str, *, soft: bool = False) -> Markup:
+    """Words; `soft`: those below a figure."""
+    opened = '<p class="soft">' if soft else "<p>"
+    return Markup(f"{opened}{escape(text)}</p>")
 
 
 def preformatted(text: str) -> Markup:

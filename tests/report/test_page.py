@@ -106,7 +106,7 @@ def test_each_layer_of_experts_has_its_tokens() -> None:
     assert "model.layers.0 8 0 4,003 4,007 2 1" in read
     assert "never reached: 0" in read
     assert page.count('<svg class="strip"') == 2
-    assert 'aria-label="Tokens of each of 8 experts of model.layers.1' in page
+    assert 'aria-label="Tokens of each of 8 experts of model.layers.1: 0 to 4,007 tokens' in page
     assert "Experts" not in text_of(report_html(full_report()))
 
 
