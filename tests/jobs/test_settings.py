@@ -10,7 +10,7 @@ from gptq_cli.cli.app import app
 from gptq_cli.cli.preset import options_of
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.jobs.settings import settings_of
-from gptq_cli.load_job import LoadJob
+from gptq_cli.load_job import LoadJob, TaskConfig
 
 NOT_SETTINGS = {
     "recipe": "its fields are there",
@@ -33,7 +33,7 @@ NOT_SETTINGS = {
 
 def made() -> dict[str, object]:
     job = QuantizeJob(model=ModelRef(model="M"), out="O", quantize=QuantizeConfig(group_size=64))
-    proof = LoadJob(path="O", against="M")
+    proof = LoadJob(path="O", against="M", tasks=TaskConfig(names=("t",), min_scores=(("t", 0.4),)))
     return dict(settings_of(job, revision="abc", card=True, proof=proof))
 
 
@@ -51,3 +51,7 @@ def test_every_field_of_the_configurations_is_there() -> None:
 def test_what_depends_on_the_model_is_resolved() -> None:
     found = made()
     assert (found["revision"], found["group_size"], found["max_shard_size"]) == ("abc", 64, "5000000000B")
+
+
+def test_limits_of_tasks_are_written_as_they_are_given() -> None:
+    assert (made()["tasks"], made()["min_score"]) == ("t", ("t=0.4",))
