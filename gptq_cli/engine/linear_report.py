@@ -39,6 +39,8 @@ def linear_report(
         method=quantized.method,
         alpha=step.alpha,
         target_damp_percent=step.damp_percent if step.alpha else None,
+        moved=step.moved if step.alpha else None,
+        bounded_rows=step.bounded_rows,
         tokens=tokens,
         routed=routed,
         pooled=pooled,

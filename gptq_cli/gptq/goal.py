@@ -21,6 +21,10 @@ which x has the most energy and noise the least weight. Neither has to be guesse
 is a parabola in α with a known minimum, and λ is raised from the solver's own value as long as that minimum
 falls (`choose_step`).
 
+Nothing in this keeps W' near W: to make up for a residual whose error is a thousand times larger than what
+the linear puts out, its rows would have to grow as much, and with them the steps between their levels. So a
+row moves by its own size at most (`bounded_step`).
+
 Sources: Qronos (arXiv 2505.11695), GPTAQ (2504.02692), which apply the same correction column by column, and
 LoaQ (2509.06297), which also counts the residual.
 """
@@ -38,6 +42,9 @@ from gptq_cli.gptq.matmul import fast_matmul
 _DAMP_FACTOR, _MAX_DAMP = 4.0, 4.0
 """Factor from one λ tried to the next, and the last λ: the loss is flat, a factor of 2 costs 1 to 7 %."""
 
+FARTHEST = 1.0
+"""So many times its size a row moves at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepChoice:
@@ -47,6 +54,10 @@ class StepChoice:
     """0: not at all."""
     damp_percent: float = 0.0
     """λ of the step, as a fraction of the mean diagonal of H."""
+    moved: float = 0.0
+    """‖W' - W‖ / ‖W‖, of all rows of the stage."""
+    bounded_rows: int = 0
+    """Rows that would have moved farther than `bounded_step` lets them."""
 
 
 def asymmetric_step(
@@ -65,6 +76,25 @@ def asymmetric_step(
     half = torch.linalg.solve_triangular(factor.RT, B.to(H.dtype), upper=False, left=False)
     V: Tensor = torch.linalg.solve_triangular(factor.RT.T, half, upper=True, left=False)
     return V, factor.damp_percent
+
+
+def bounded_step(
+    V: Tensor,  # (N, K) the step; changed in place
+    W: Tensor,  # (N, K)
+) -> tuple[float, int]:  # ‖V‖ / ‖W‖ afterwards, and how many rows were shortened
+    """Shorten rows of the step that are longer than `FARTHEST` times the row of W.
+
+    A row of W that is shorter than the others (their root mean square) counts as long as these are: it may
+    be all 0.
+    """
+    size = torch.linalg.vector_norm(W, dim=1)
+    typical = size.square().mean().sqrt()
+    limit, length = FARTHEST * torch.maximum(size, typical), torch.linalg.vector_norm(V, dim=1)
+    too_long = length > limit
+    V *= torch.where(too_long, limit / torch.where(too_long, length, 1.0), 1.0)[:, None]
+    total = float(torch.linalg.vector_norm(W))
+    moved = float(torch.linalg.vector_norm(V)) / total if total else 0.0
+    return moved, int(too_long.sum())
 
 
 def held_out_alpha(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gptq_cli.gptq.gain import Gain
-from gptq_cli.gptq.goal import StepChoice, asymmetric_step, choose_step
+from gptq_cli.gptq.goal import StepChoice, asymmetric_step, bounded_step, choose_step
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
 
@@ -172,10 +171,9 @@ class StageMoments:
         step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, choice.damp_percent)
         if step is None:
             return None, StepChoice()
-        target = W.add_(step, alpha=choice.alpha)
-        return list(torch.split(target, [weight.shape[0] for weight in weights])), replace(
-            choice, damp_percent=used
-        )
+        moved, bounded = bounded_step(step.mul_(choice.alpha), W)
+        goals = torch.split(W.add_(step), [weight.shape[0] for weight in weights])
+        return list(goals), StepChoice(choice.alpha, used, moved, bounded)
 
     def _wanted(self, W: Tensor, M: Tensor, rows: slice) -> Tensor:  # B (rows, K)
         """The B of the step: M is B itself, or the D in W D."""

@@ -53,6 +53,11 @@ class LinearReport:
     """How far the goal moved from the layer's own output (0) towards the dense model's (1)."""
     target_damp_percent: float | None = None
     """The damping of that step (a fraction of the mean diagonal); None where there was none."""
+    moved: float | None = None
+    """How far the goal is from the weights, as a share of their size: ‖W' - W‖ / ‖W‖, of all linears of the
+    stage; None where it did not move."""
+    bounded_rows: int = 0
+    """Rows of the stage that were to move by more than their size; they moved by just that."""
     tokens: int
     """Calibration tokens that it saw; an expert sees those that are routed to it."""
     routed: bool = False

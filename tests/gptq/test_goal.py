@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.goal import StepChoice, asymmetric_step, choose_step, held_out_alpha
+from gptq_cli.gptq.goal import StepChoice, asymmetric_step, bounded_step, choose_step, held_out_alpha
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.solver import quantize_linears
 from tests.gptq.cases import activations, weights
@@ -127,3 +127,15 @@ def test_a_step_that_held_out_tokens_speak_against_is_not_taken() -> None:
     assert choose_step(W @ D, H, -W @ D, H, 0.05) == StepChoice()
     nothing = torch.zeros_like(H)
     assert choose_step(W @ D, nothing, W @ D, H, 0.05) == StepChoice()
+
+
+def test_a_row_moves_by_its_own_size_at_most() -> None:
+    W = torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.0, 0.0], [5.0, 0.0]])
+    V = torch.tensor([[0.3, -0.4], [30.0, 40.0], [0.0, 640.0], [0.0, -5.0]])
+    moved, shortened = bounded_step(V, W)
+    typical = ((25 + 1 + 0 + 25) / 4) ** 0.5  # of a row that is shorter, this counts
+    want = torch.tensor([[0.3, -0.4], [0.6 * typical, 0.8 * typical], [0.0, typical], [0.0, -5.0]])
+    torch.testing.assert_close(V, want)
+    assert shortened == 2
+    assert moved == pytest.approx(float(want.norm() / W.norm()), rel=1e-6)
+    assert bounded_step(torch.zeros(2, 3), torch.zeros(2, 3)) == (0.0, 0)

@@ -159,3 +159,17 @@ def test_the_residual_is_made_up_for() -> None:
         (target,), _ = moments.goal([W], moments.hessian(), 0.05)
         goals.append(target)
     torch.testing.assert_close(*goals, rtol=1e-3, atol=1e-4)
+
+
+def test_a_residual_that_is_lost_does_not_ask_for_huge_weights() -> None:
+    """A residual a thousand times larger than the output, whose error x foretells exactly."""
+    dense, quant = two_streams()
+    W = weights(5, K, 1).float()
+    gap = 640 * quant @ weights(5, K, 9).float().T
+    with StageMoments(K, CPU, samples=SAMPLES, dense=True, weight=W) as moments:
+        moments.add(quant, dense, 0, gap)
+        goals, choice = moments.goal([W], moments.hessian(), 0.05)
+    assert goals is not None
+    assert choice.bounded_rows == 5
+    assert choice.moved == pytest.approx(1.0, rel=0.5)
+    assert float((goals[0] - W).norm()) == pytest.approx(choice.moved * float(W.norm()), rel=1e-3)
