@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +39,8 @@ from gptq_cli.results.load import (
 from gptq_cli.results.push import PushReport
 from gptq_cli.results.run import RunReport
 
+NARROW = 70
+"""Columns below which scores are words."""
 _STYLES: dict[Outcome, str] = {
     "ok": "green",
     "note": LEVEL_STYLES["note"],
@@ -149,8 +151,32 @@ def gate_text(gate: Gate) -> Text:
     return Text(f"{word}  {gate.name}{about} {gate.limit:g}, found {gate.found:.4g}", style=style)
 
 
-def tasks_table(scores: Sequence[TaskScore]) -> Table:
+def tasks_table(scores: Sequence[TaskScore]) -> RenderableType:
     """A row per metric of each task: its score, and where it was measured the dense model's."""
+    return _Scores(scores)
+
+
+class _Scores:
+    """Columns where they fit, and below `NARROW` a line of words for each score."""
+
+    def __init__(self, scores: Sequence[TaskScore]) -> None:
+        self._scores = scores
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if options.max_width < NARROW:
+            yield facts_table([(f"{one.task}, {one.metric}", score_words(one)) for one in self._scores])
+        else:
+            yield _score_columns(self._scores)
+
+
+def score_words(one: TaskScore) -> str:
+    """`0.4213 ± 0.0101 (dense 0.4312, lost 0.0099), 2,376 asked`."""
+    beside = f" (dense {fmt.score(one.dense)}, lost {fmt.score(one.lost)})" if one.dense is not None else ""
+    asked = "" if one.samples is None else f", {one.samples:,} asked"
+    return f"{score_text(one)}{beside}{asked}"
+
+
+def _score_columns(scores: Sequence[TaskScore]) -> Table:
     dense = any(one.dense is not None for one in scores)
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(2):

@@ -11,6 +11,7 @@ from gptq_cli.results.load import Rate
 from tests.display.events import full_load_report, load_report, verify_report
 from tests.display.test_tables import rendered
 from tests.golden import check_golden
+from tests.report.pages import measured_load
 
 
 def test_the_summary_of_a_load() -> None:
@@ -57,3 +58,12 @@ def test_a_rate_has_its_spread() -> None:
 def test_a_path_is_never_cut() -> None:
     path = "/very/long/" + "x" * 150
     assert path in rendered(load_summary(replace(load_report(), path=path))).replace("\n", "")
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 160])
+def test_scores_of_tasks_are_whole_at_every_width(width: int) -> None:
+    text = rendered(load_summary(measured_load()), width)
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.split())
+    for figure in ("arc_easy", "acc_norm", "0.4213", "0.0101", "0.4312", "0.0099", "2,376", "a_group"):
+        assert figure in words
