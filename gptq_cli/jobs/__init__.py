@@ -40,7 +40,7 @@ def quantize(
 
     if proof is not None:
         check_harness(proof.tasks)
-    module = _started("quantizing", "quantize", lambda: before_quantize(job, observer), observer)
+    module = _started("quantizing", "quantize", lambda: before_quantize(job, observer, push), observer)
     report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
     return report
 

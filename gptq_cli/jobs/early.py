@@ -12,11 +12,13 @@ from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
 from gptq_cli.config import InspectJob, ModelRef, QuantizeJob
 from gptq_cli.errors import ConfigError
 from gptq_cli.events import FindingRaised, Observer
+from gptq_cli.findings import PreflightReport
 from gptq_cli.load_job import LoadJob, TaskConfig
 from gptq_cli.model.find import glance_at_model
+from gptq_cli.results.push import PushConfig
 
 
-def before_quantize(job: QuantizeJob, observer: Observer) -> None:
+def before_quantize(job: QuantizeJob, observer: Observer, push: PushConfig | None = None) -> None:
     """Raise `ModelError` where there is no model, and `PreflightRefused` with every error that is certain.
 
     Where an ended run left something to put in order, the output is left to the job, which does so.
@@ -29,7 +31,7 @@ def before_quantize(job: QuantizeJob, observer: Observer) -> None:
 
     unsettled = Place.of(job.out.replace("\0", "?")).is_begun
     place = None if unsettled else output_facts(job.out, files.directory, resume=job.resume)
-    report = early_findings(job, files, place)
+    report = check_push(push) + early_findings(job, files, place)
     if not report.ok:
         for finding in report.ordered():
             observer(FindingRaised(finding))
@@ -52,6 +54,20 @@ def before_load(job: LoadJob) -> None:
     read_formats(checkpoint_directory(job.path))
     if job.against is not None:
         glance_at_model(ModelRef(model=job.against, trust_remote_code=job.trust_remote_code))
+
+
+def check_push(push: PushConfig | None) -> PreflightReport:
+    """What stands against an upload; nothing where none is asked for."""
+    if push is None:
+        return PreflightReport()
+    from gptq_cli.checkpoint.upload import (
+        look,
+    )  # not at the top: the client of the Hub is of no use elsewhere
+    from gptq_cli.preflight.rules import push as rules_push
+    from gptq_cli.rules import rules_in
+
+    state = look(push)
+    return PreflightReport(tuple(finding for one in rules_in(rules_push) for finding in one(state)))
 
 
 def check_harness(config: TaskConfig | None) -> None:

@@ -9,25 +9,15 @@ import shlex
 import time
 from pathlib import Path
 
-from gptq_cli.checkpoint.upload import look, upload
+from gptq_cli.checkpoint.upload import upload
 from gptq_cli.checkpoint.verify import verify_checkpoint
 from gptq_cli.errors import GptqError, Interrupted, QualityGateFailed
 from gptq_cli.events import Observer, PhaseAdvanced, ignore, phase
-from gptq_cli.findings import PreflightReport
+from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.steps import announce
 from gptq_cli.jobs.watching import watching
 from gptq_cli.preflight.resolve import refusal
-from gptq_cli.preflight.rules import push as rules_push
 from gptq_cli.results.push import PushConfig, PushReport
-from gptq_cli.rules import rules_in
-
-
-def check_push(push: PushConfig | None) -> PreflightReport:
-    """What stands against an upload; nothing where none is asked for."""
-    if push is None:
-        return PreflightReport()
-    state = look(push)
-    return PreflightReport(tuple(finding for one in rules_in(rules_push) for finding in one(state)))
 
 
 def push(path: str, config: PushConfig, observer: Observer = ignore) -> PushReport:

@@ -36,10 +36,11 @@ from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.jobs.card import Card
 from gptq_cli.jobs.claiming import claimed
+from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.keeping import keeping
 from gptq_cli.jobs.proof import check_text, prove
-from gptq_cli.jobs.pushing import check_push, uploaded
+from gptq_cli.jobs.pushing import uploaded
 from gptq_cli.jobs.resuming import Found, continuing, find_work
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of

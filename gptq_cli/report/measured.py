@@ -15,17 +15,19 @@ KL_EXPLAINED = "KL(dense, quantized): how far the predictions moved, in nats per
 
 def measured_tiles(report: LoadReport) -> Iterator[Tile]:
     """The figures that are read first; a gate that failed colours them."""
-    failed = {gate.name for gate in report.gates if not gate.passed}
+    failed = {gate.name: f"above {gate.option}" for gate in report.gates if not gate.passed}
     if report.agreement is not None:
         same = f"{fmt.share(report.agreement.top1)} of the tokens have the same prediction"
-        yield Tile("KL to the dense model", fmt.loss(report.agreement.kl), same, _tone("max_kl" in failed))
+        tone = _tone("max_kl" in failed)
+        yield Tile("KL to the dense model", fmt.loss(report.agreement.kl), failed.get("max_kl", same), tone)
     if report.perplexity is not None:
         beside = ""
         if report.agreement is not None:
             gap = 100 * report.agreement.perplexity_gap
             beside = f"dense {report.agreement.dense_perplexity:.3f} ({gap:+.2f} %)"
         tone = _tone("max_perplexity" in failed)
-        yield Tile("perplexity", f"{report.perplexity:.3f}", beside, tone)
+        figure = f"{report.perplexity:.3f}"
+        yield Tile("perplexity", figure, failed.get("max_perplexity", beside), tone)
     if report.bench is not None:
         ratio = report.bench.decode_ratio
         beside = f"{ratio:.2f} times the dense model" if ratio is not None else "one by one"

@@ -20,6 +20,7 @@ from gptq_cli.model.find import glance_at_model
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.preflight.early import early_findings, input_columns
+from gptq_cli.results.push import PushConfig
 from tests.tiny import save_tiny
 
 
@@ -39,10 +40,10 @@ def job_of(model: Path | str, out: Path, **codes: object) -> QuantizeJob:
     )
 
 
-def refused_rules(job: QuantizeJob) -> list[str]:
+def refused_rules(job: QuantizeJob, push: PushConfig | None = None) -> list[str]:
     events: list[Event] = []
     with pytest.raises(PreflightRefused) as refused:
-        before_quantize(job, events.append)
+        before_quantize(job, events.append, push)
     found = [finding.rule for finding in refused.value.report.findings]
     assert [event.finding.rule for event in events if isinstance(event, FindingRaised)] == found
     return found
@@ -52,6 +53,15 @@ def test_every_cheap_error_is_reported_at_once(model: Path, tmp_path: Path) -> N
     (tmp_path / "something").touch()
     assert refused_rules(job_of(model, tmp_path, bits=2, group_size=48)) == ["output-exists", "group-divides"]
     assert refused_rules(job_of(model, model, group_size=128)) == ["output-is-model", "group-too-large"]
+
+
+def test_an_upload_that_cannot_be_is_one_of_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    job = job_of(model, tmp_path / "out", group_size=48)
+    assert refused_rules(job, PushConfig(repo_id="me/model")) == ["push-offline", "group-divides"]
+    assert refused_rules(replace(job, quantize=QuantizeConfig()), PushConfig(repo_id="a b")) == ["push-id"]
 
 
 def test_disk_and_a_short_text_are_named_beside_other_errors(model: Path, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_bits_of_every_linear_and_the_head() -> None:
 
 def test_what_was_measured_is_shown_with_its_gates_and_tasks() -> None:
     read = text_of(report_html(full_report()))
+    assert "KL to the dense model 0.0213 above --max-kl 0.02" in read
     assert "--max-kl 0.02 0.0213 FAILED" in read
     assert "--max-perplexity 30 23.46 passed" in read
     assert "arc_easy acc_norm 0.4213 ± 0.0101 0.4312 0.0099 0 2,376" in read
