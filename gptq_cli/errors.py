@@ -11,6 +11,7 @@
      ├─ PreflightRefused           3   the facts forbid the job: nothing was written
      │   └─ DiskOffloadRefused         … because something would lie on disk; a ValueError as well
      ├─ SourceChanged              1   a file of the model changed while the run worked: nothing was written
+     ├─ RankLost                   1   a process that worked along is gone; finished blocks are kept
      ├─ OutOfDeviceMemory          4   a device ran out of memory; finished blocks are kept
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
@@ -124,6 +125,10 @@ class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
     """A device ran out of memory."""
 
     exit_code = 4
+
+
+class RankLost(GptqError):  # noqa: N818 - it says what happened
+    """One of the processes that work together ended, or does not answer."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -23,7 +23,7 @@ from typing import Annotated, TextIO, cast
 import typer
 
 from gptq_cli import __version__
-from gptq_cli.cli import about, failure
+from gptq_cli.cli import about, failure, ranks
 from gptq_cli.cli.environment import unread_variables
 from gptq_cli.cli.inspect_map import inspect_map
 from gptq_cli.cli.load import load
@@ -101,15 +101,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             stack.enter_context(redirect_stdout(cast(TextIO, output)))
         if sys.stderr is not None:
             stack.enter_context(redirect_stderr(cast(TextIO, Unbreakable(sys.stderr))))
+        if ranks.follows(os.environ, words):
+            return ranks.followed(session, _ended)
         code = _ended(session)
         if output is None:
-            return code
+            return ranks.left(session, code)
         with suppress(OutputLostError):
             output.flush()
         failure.report_lost_output(output)
         if output.reader_gone and code in (0, 1):
             return failure.READER_GONE
-        return code if output.failure is None else code or 1
+        return ranks.left(session, code if output.failure is None else code or 1)
 
 
 def _ended(session: Session) -> int:

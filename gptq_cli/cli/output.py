@@ -78,8 +78,14 @@ class Session:
     """Where a line per event goes, with the time of day."""
     events: str | None = None
     """Where a JSON line per event goes."""
+    joined: bool = False
+    """The ranks that a launcher started have met: what goes wrong in one is told to the first."""
     documented: bool = False
     """The one JSON document is on stdout already; an error after that does not write another."""
+
+    def join(self) -> None:
+        """The ranks have met."""
+        self.joined = True
 
 
 class LineSink(io.TextIOBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import typer
@@ -24,6 +25,7 @@ from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed
 from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
+from gptq_cli.ranks.launch import Launch
 from gptq_cli.readers import parse_targets
 from gptq_cli.results.push import PushConfig
 
@@ -94,6 +96,9 @@ def quantize(
         out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
     if report is not None:
         check_page("report", Path(report))
+    launch = Launch.of(os.environ)
+    if launch is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every rank that leaves
     job = QuantizeJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         out=out or "",
@@ -108,7 +113,7 @@ def quantize(
         targets=parse_targets(target or (), tp),
         tp=tp,
         resume=resume,
-        command_line=("gptq", *session.argv),
+        command_line=(*(("gptq",) if launch is None else launch.command), *session.argv),
     )
     proof = proof_job(
         job.out,
@@ -128,6 +133,10 @@ def quantize(
     if private and push_to_hub is None:
         raise ConfigError("private is given, but nothing is uploaded", hint="add --push-to-hub user/name")
     push = None if push_to_hub is None else PushConfig(repo_id=push_to_hub, private=private)
+    if launch is not None and not launch.leads:
+        if not dry_run and blocks is None:  # rank 0 does these by itself
+            _follow(session, job, launch)
+        return
     if dry_run:
         _plan(session, job, proof, push, progress, quiet)
         return
@@ -145,7 +154,9 @@ def quantize(
 
         try:
             maker = card_files if card == "full" else None
-            result = jobs.quantize(job, observer, card=maker, proof=proof, push=push)
+            result = jobs.quantize(
+                job, observer, card=maker, proof=proof, push=push, launch=launch, heard=session.join
+            )
         except Interrupted as error:
             session.interrupted = error
             raise
@@ -162,6 +173,14 @@ def quantize(
             "; ".join(result.proof.failures),
             hint="the checkpoint is complete and stays; the figures are on stdout and in its report.json",
         )
+
+
+def _follow(session: Session, job: QuantizeJob, launch: Launch) -> None:
+    """What every rank but the first does."""
+    with watch(session, "none", quiet=True):
+        from gptq_cli import jobs
+
+        jobs.follow(job, launch, session.join)
 
 
 def _plan(

@@ -29,11 +29,13 @@ from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
+from gptq_cli.engine.leaf_sums import LeafSums
 from gptq_cli.engine.linear_report import check_fallback, linear_report
-from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.residuals import Residual, find_residuals
 from gptq_cli.engine.shared import Places, SharedWeights, nothing_shared
+from gptq_cli.engine.shared_solve import StageShare
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
+from gptq_cli.engine.streams import Streams, samples_first
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced
 from gptq_cli.gptq.goal import StepChoice
@@ -44,6 +46,7 @@ from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
 from gptq_cli.placement.names import fold
 from gptq_cli.placement.schedule import BlockSchedule
+from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import LinearReport
 
 _TRIM_EVERY = 4
@@ -95,6 +98,7 @@ class WorkOptions:
     store: Store
     observer: Observer
     shared: SharedWeights = field(default_factory=nothing_shared)
+    team: Team = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +116,10 @@ class BlockContext:
     def configs(self, stage: Stage) -> tuple[QuantizeConfig, ...]:
         """The settings of each linear of the stage."""
         return tuple(self.options.config.of_linear(self.infos[name].name) for name in stage.linears)
+
+    def rows(self, stage: Stage) -> tuple[int, ...]:
+        """N of each linear of the stage."""
+        return tuple(self.infos[name].out_features for name in stage.linears)
 
     def family(self, stage: Stage) -> tuple[str, int]:
         """What the stages that are like it have in common: their folded names and K."""
@@ -156,14 +164,6 @@ class _Pass:
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Streams:
-    """The samples on their way through the block, and the paired ones through its dense copy."""
-
-    quantized: Forwards
-    dense: Forwards | None
-
-
 def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> BlockContext:
     """Trace a short sample through the block, for its stages and its residuals."""
     options.shared.make_dense(block.module, block.shared)
@@ -171,8 +171,13 @@ def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> Block
     modules = {name: block.module.get_submodule(name) for name in infos}
     probe, short = inputs.probe.to(block.device), inputs.probe_hidden.to(block.device)
     inputs.probe, inputs.probe_hidden = probe, short  # where activations rest on the host, too
-    stages = find_stages(block.module, modules, probe, short, inputs.probe_tokens)
-    residuals = find_residuals(block.module, modules, stages, probe, short)
+
+    def found() -> tuple[tuple[Stage, ...], dict[str, Residual]]:
+        stages = find_stages(block.module, modules, probe, short, inputs.probe_tokens)
+        return stages, find_residuals(block.module, modules, stages, probe, short)
+
+    stages, residuals = options.team.decided(found)
+    residuals = {name: residual.to(block.device) for name, residual in residuals.items()}
     return BlockContext(
         block=block, options=options, infos=infos, modules=modules, stages=stages, residuals=residuals
     )
@@ -189,7 +194,13 @@ def quantize_block(
     """
     reports: list[LinearReport] = []
     passes = context.passes()
-    experts = ExpertSolver(context.configs, context.block.schedule, lambda stage: _weights(context, stage))
+    experts = ExpertSolver(
+        context.configs,
+        context.block.schedule,
+        lambda stage: _weights(context, stage),
+        context.rows,
+        context.options.team,
+    )
     with ExitStack() as opened:
         streams = _open_streams(context, inputs, opened)
         for index, stages in enumerate(passes):
@@ -212,7 +223,7 @@ def quantize_block(
     return tuple(reports)
 
 
-def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack) -> _Streams:
+def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack) -> Streams:
     """The stream through the block, and where samples are paired the one through a copy that stays dense."""
     dense: Forwards | None = None
     if inputs.paired:
@@ -220,7 +231,7 @@ def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack)
         dense = opened.enter_context(_forwards(context, copy, inputs.dense_calls, inputs.dense))
     context.options.shared.make_quantized(context.block.module, context.block.shared)
     quantized = opened.enter_context(_forwards(context, context.block.module, inputs.calls, inputs.hidden))
-    return _Streams(quantized, dense)
+    return Streams(quantized, dense)
 
 
 def _forwards(
@@ -235,16 +246,18 @@ def _forwards(
 
 
 def _collect(
-    context: BlockContext, streams: _Streams, step: _Pass, inputs: BlockInputs, memory: ExitStack
+    context: BlockContext, streams: Streams, step: _Pass, inputs: BlockInputs, memory: ExitStack
 ) -> dict[Stage, StageMoments]:
     """The moments of each stage over every micro-batch; the inputs are checked to be finite."""
-    paired = streams.dense is not None and all(stage.once for stage in step.stages)
+    paired = inputs.share.pairs > 0 and all(stage.once for stage in step.stages)
     moments = {
-        stage: memory.enter_context(_moments(context, stage, inputs.paired_samples, dense=paired))
+        stage: memory.enter_context(_moments(context, stage, inputs.share.pairs, dense=paired))
         for stage in step.stages
     }
     starts = [0, *accumulate(len(batch) for batch in inputs.samples)]
     dense_inputs = streams.dense.inputs(step.stages) if streams.dense is not None and paired else None
+    parts = [part for moment in moments.values() for part in moment.parts]
+    sums = LeafSums(context.options.team, inputs.share.leaves, parts)
     reached, notes = 0, FiniteNotes[tuple[Stage, int]]()
     for stage, x in streams.quantized.inputs(step.stages):
         place = streams.quantized.place
@@ -253,10 +266,11 @@ def _collect(
             if place % _TRIM_EVERY == 0:
                 _trim(context.block.device)
             reached = place
+        sums.reach(place)
         batch = inputs.samples[place]
         beside = dense_inputs if place < inputs.paired else None
-        x, x_dense, gap = _inputs(streams, stage, x, beside, len(batch))
-        moments[stage].add(x, x_dense, starts[place], gap)
+        x, x_dense, gap = streams.inputs_of(stage, x, beside, len(batch))
+        moments[stage].add(x, x_dense, inputs.share.first_pair + starts[place], gap)
         notes.add((stage, place), moments[stage].finite())
     _advanced(context, step, starts[-1], starts[-1])
     if dense_inputs is not None and next(dense_inputs, None) is not None:
@@ -264,12 +278,13 @@ def _collect(
     bad = notes.first_bad()
     if bad is not None:
         raise _look_again(context, streams, *bad, inputs)
+    sums.finish()
     _trim(context.block.device)
     return moments
 
 
 def _look_again(
-    context: BlockContext, streams: _Streams, stage: Stage, place: int, inputs: BlockInputs
+    context: BlockContext, streams: Streams, stage: Stage, place: int, inputs: BlockInputs
 ) -> NonFinite:
     """The error that says what micro-batch number `place` brought to `stage`."""
     batch = inputs.samples[place]
@@ -277,7 +292,7 @@ def _look_again(
     seen = streams.quantized.again(stage, place)
     seen += streams.dense.again(stage, place) if paired and streams.dense is not None else []
     if stage.once:
-        seen = [_by_sample(x, len(batch), stage.batch_dim) for x in seen]
+        seen = [samples_first(x, len(batch), stage.batch_dim) for x in seen]
     return non_finite_error(seen, batch, context.block.name, stage.leader)
 
 
@@ -294,36 +309,6 @@ def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense:
         bias=None if residual is None else getattr(module, "bias", None),
         gain=None if residual is None else residual.gain,
     )
-
-
-def _inputs(
-    streams: _Streams,
-    stage: Stage,
-    x: Tensor,
-    dense_inputs: Iterator[tuple[Stage, Tensor]] | None,
-    samples: int,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The input of a stage for one micro-batch, (samples, tokens, K), or (tokens, K) where tokens are routed;
-    the same of the dense stream; and what its residual has more than that of the quantized one.
-    """
-    x_dense = next(dense_inputs)[1] if dense_inputs is not None else None
-    residual = streams.quantized.residual(stage)
-    dense_residual = streams.dense.residual(stage) if streams.dense and dense_inputs is not None else None
-    gap = None if residual is None or dense_residual is None else dense_residual - residual
-    if not stage.once:
-        return x, x_dense, gap
-    # some blocks flatten (batch, seq_len) before a linear; the moments tell samples apart
-    at = stage.batch_dim
-    return _by_sample(x, samples, at), _optional(x_dense, samples, at), _optional(gap, samples, at)
-
-
-def _by_sample(x: Tensor, samples: int, at: int) -> Tensor:  # (samples, tokens, features)
-    """The samples are dimension `at`."""
-    return x.movedim(at, 0).reshape(samples, -1, x.shape[-1])
-
-
-def _optional(x: Tensor | None, samples: int, at: int) -> Tensor | None:
-    return None if x is None else _by_sample(x, samples, at)
 
 
 def _trim(device: torch.device) -> None:
@@ -349,16 +334,19 @@ def _solve(
     started = time.perf_counter()
     weights = _weights(context, stage)
     tokens = moments.tokens
-    goals, step = moments.goal(weights, hessian, config.damp_percent)
+    share = StageShare.of(context.options.team, weights)
+    decided = context.options.team.decided
+    goals, step = moments.goal(weights, hessian, config.damp_percent, part=share.part, decided=decided)
+    step = share.whole(step)
     moments.free()
     try:
-        solved = solve_mixed(weights, hessian, context.configs(stage), goals)
+        solved = share.solve(hessian, context.configs(stage), goals)
     except NonFinite as error:
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)  # says where it is not finite
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
-    del hessian, goals, weights
+    del hessian, goals, weights, share
     seconds = time.perf_counter() - started
     yield from _finish(context, SolvedStage(stage, solved, tokens, 0.0, seconds), step)
 
@@ -376,9 +364,11 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
     for name, own in zip(solved.stage.linears, context.configs(solved.stage), strict=True):
         quantized = solved.linears.pop(0)
         info, module = context.infos[name], context.modules[name]
-        check_fallback(info, quantized, tokens, context.options.observer, strict=context.options.strict)
+        options = context.options
+        check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
         assign(module, quantized.dequantize(weight_matrix(module).dtype))
-        context.options.store(info, pack(quantized, own.bits, config.checkpoint_format))
+        if options.team.rank == 0:  # one of them writes
+            options.store(info, pack(quantized, own.bits, config.checkpoint_format))
         report = linear_report(
             info,
             own,

@@ -28,6 +28,8 @@ from gptq_cli.devices.accelerators import working_on
 from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, hidden_of, taken
 from gptq_cli.errors import GptqError
 from gptq_cli.model.flow import Flow
+from gptq_cli.ranks.leaves import Share
+from gptq_cli.ranks.team import ALONE, Team, share_samples
 
 PROBE_TOKENS = 16
 """Length of the sample that `find_stages` traces: enough to run every linear, too short to cost anything."""
@@ -53,18 +55,18 @@ class BlockInputs:
     """How the block is called for the first tokens of the first sample alone, batch 1."""
     probe_hidden: Tensor
     probe_tokens: int
-    samples: list[tuple[int, ...]]
-    """Which calibration samples make up each micro-batch."""
+    share: Share
+    """The calibration samples, in micro-batches."""
+
+    @property
+    def samples(self) -> list[tuple[int, ...]]:
+        """Which calibration samples make up each micro-batch."""
+        return self.share.batches
 
     @property
     def paired(self) -> int:
         """So many micro-batches, the first ones, are run through the dense model too."""
-        return len(self.dense_calls)
-
-    @property
-    def paired_samples(self) -> int:
-        """Calibration samples in the paired micro-batches."""
-        return sum(len(batch) for batch in self.samples[: self.paired])
+        return self.share.paired
 
 
 class HiddenStates(Protocol):
@@ -98,17 +100,20 @@ class Captured:
     """`calls[block][micro_batch]`."""
     probes: list[BlockCall]
     """How each block is called for the first `PROBE_TOKENS` tokens of the first sample alone."""
-    samples: list[tuple[int, ...]] = field(default_factory=list)
-    """Which calibration samples make up each micro-batch."""
-    paired: int = 0
-    """So many micro-batches, the first ones, are run through the dense model too."""
+    share: Share
+    """The calibration samples, in micro-batches."""
     dense: list[Tensor] = field(default_factory=list)
     """`hidden` of the paired micro-batches for the model as it was before anything was quantized."""
 
     @property
-    def paired_samples(self) -> int:
-        """Calibration samples in the paired micro-batches."""
-        return sum(len(batch) for batch in self.samples[: self.paired])
+    def samples(self) -> list[tuple[int, ...]]:
+        """Which calibration samples make up each micro-batch."""
+        return self.share.batches
+
+    @property
+    def paired(self) -> int:
+        """So many micro-batches, the first ones, are run through the dense model too."""
+        return self.share.paired
 
     def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
         """See `HiddenStates.enter`. How the block is called leaves `calls` here."""
@@ -125,7 +130,7 @@ class Captured:
             probe=self.probes[index].to(device),
             probe_hidden=sample,
             probe_tokens=sample.shape[1],
-            samples=self.samples,
+            share=self.share,
         )
 
     def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:
@@ -140,11 +145,6 @@ class Captured:
 def spread(count: int, wanted: int) -> tuple[int, ...]:
     """`wanted` evenly spread numbers of 0 … count - 1, the last one among them."""
     return tuple((i + 1) * count // wanted - 1 for i in range(wanted))
-
-
-def micro_batches(samples: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
-    """`samples` in pieces of `batch_size`; the last may be short."""
-    return [tuple(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size)]
 
 
 class _Interner:
@@ -209,8 +209,9 @@ def capture(
     rest_device: torch.device | None = None,
     paired_samples: int = 0,
     advanced: Callable[[int], None] = lambda done: None,
+    team: Team = ALONE,
 ) -> Captured:
-    """Run the embedding over all samples and note how every block is called; the flow is direct.
+    """Run the embedding over this rank's samples and note how every block is called; the flow is direct.
 
     `model` is the decoder without its head (`model.base_model`); `input_ids` enter it on `input_device`,
     hidden states stay where the model left them, or go to `rest_device`. `paired_samples` of them, evenly
@@ -221,9 +222,9 @@ def capture(
     """
     probe, recorder = _Recorder(flow, len(blocks)), _Recorder(flow, len(blocks))
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
-    batches, paired = paired_batches(len(input_ids), paired_samples, batch_size)
+    share = samples_of(team, len(input_ids), paired_samples, batch_size)
     done = 0
-    for batch in batches:
+    for batch in share.batches:
         _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
         if rest_device is not None:
             recorder.hidden[-1] = recorder.hidden[-1].to(rest_device)
@@ -233,18 +234,16 @@ def capture(
         hidden=recorder.hidden,
         calls=recorder.calls,
         probes=[calls[0] for calls in probe.calls],
-        samples=batches,
-        paired=paired,
-        dense=[hidden.clone() if flow.written else hidden for hidden in recorder.hidden[:paired]],
+        share=share,
+        dense=[hidden.clone() if flow.written else hidden for hidden in recorder.hidden[: share.paired]],
     )
 
 
-def paired_batches(samples: int, paired_samples: int, batch_size: int) -> tuple[list[tuple[int, ...]], int]:
-    """The samples in micro-batches, and how many of these, the first ones, are paired."""
+def samples_of(team: Team, samples: int, paired_samples: int, batch_size: int) -> Share:
+    """The samples that this rank works on, in micro-batches, of which the first ones are paired."""
     pairs = spread(samples, paired_samples)
-    alone = [number for number in range(samples) if number not in set(pairs)]
-    paired = micro_batches(pairs, batch_size)
-    return [*paired, *micro_batches(alone, batch_size)], len(paired)
+    others = [number for number in range(samples) if number not in set(pairs)]
+    return share_samples(team, pairs, others, batch_size)
 
 
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder: _Recorder) -> None:

@@ -29,12 +29,13 @@ from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, moved, taken
 from gptq_cli.engine.capture import (
     PROBE_TOKENS,
     BlockInputs,
-    paired_batches,
     replaced_forward,
+    samples_of,
 )
 from gptq_cli.engine.pausing_forward import PausingForward
 from gptq_cli.errors import GptqError
 from gptq_cli.model.flow import Carrier, Flow, find_carrier
+from gptq_cli.ranks.team import ALONE, Team
 
 
 class ModelForward(PausingForward):
@@ -89,16 +90,17 @@ class Driven:
         batch_size: int,
         input_device: torch.device,
         paired_samples: int = 0,
+        team: Team = ALONE,
         between: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._blocks, self._flow, self._between = list(blocks), flow, between
-        self.samples, self.paired = paired_batches(len(input_ids), paired_samples, batch_size)
+        self.share = samples_of(team, len(input_ids), paired_samples, batch_size)
 
         def opened(batch: tuple[int, ...]) -> ModelForward:
             return ModelForward(model, input_ids[list(batch)].to(input_device))
 
-        self._forwards = [opened(batch) for batch in self.samples]
-        self._dense = [opened(batch) for batch in self.samples[: self.paired]]
+        self._forwards = [opened(batch) for batch in self.share.batches]
+        self._dense = [opened(batch) for batch in self.share.batches[: self.paired]]
         self._probe = ModelForward(model, input_ids[:1, :PROBE_TOKENS].to(input_device))
         self._outputs: list[Any] = [None] * len(self._forwards)
         self._dense_outputs: list[Any] = [None] * len(self._dense)
@@ -106,13 +108,18 @@ class Driven:
         self._device: torch.device | None = None
         """Where the block before was worked on."""
 
+    @property
+    def paired(self) -> int:
+        """See `HiddenStates.paired`."""
+        return self.share.paired
+
     def start(self, advanced: Callable[[int], None] = lambda done: None) -> None:
         """Let every forward run to the first block; `advanced` hears the number of samples done."""
         done = 0
         with self._running():
             for forward in (self._probe, *self._dense):
                 forward.pending = forward.advance()
-            for batch, forward in zip(self.samples, self._forwards, strict=True):
+            for batch, forward in zip(self.share.batches, self._forwards, strict=True):
                 forward.pending = forward.advance()
                 done += len(batch)
                 advanced(done)
@@ -154,7 +161,7 @@ class Driven:
             probe=probe,
             probe_hidden=probe_hidden,
             probe_tokens=self._probe.tokens if probe_hidden.dim() > 3 else _rows(probe_hidden),
-            samples=self.samples,
+            share=self.share,
         )
 
     def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:

@@ -13,14 +13,17 @@ when the first is seen and again at the end: `FewTokens`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine.mixed import solve_mixed
+from gptq_cli.engine.shared_solve import Dealt
 from gptq_cli.engine.stages import Stage
+from gptq_cli.engine.wire import Shape
 from gptq_cli.errors import NonFinite
 from gptq_cli.events import Observer, Warned
 from gptq_cli.gptq.moments import StageMoments
@@ -29,6 +32,7 @@ from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_stages
 from gptq_cli.model.weights import check_tensor
 from gptq_cli.placement.schedule import BlockSchedule
+from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import ExpertsReport, LinearReport
 from gptq_cli.wording import names_text
 
@@ -37,6 +41,8 @@ _HINT = "more --samples, or text like that which the model will read, reach more
 
 Weights = Callable[[Stage], list[Tensor]]
 """The weights (N_i, K) of a stage's linears."""
+Rows = Callable[[Stage], tuple[int, ...]]
+"""N of each linear of a stage."""
 Configs = Callable[[Stage], tuple[QuantizeConfig, ...]]
 """The settings of each linear of a stage."""
 _Kind = tuple[tuple[int, ...], tuple[QuantizeConfig, ...]]
@@ -59,10 +65,13 @@ class SolvedStage:
 class ExpertSolver:
     """Solves the routed stages of one block, batch after batch; keeps a pool for each family."""
 
-    def __init__(self, configs: Configs, schedule: BlockSchedule, weights: Weights) -> None:
-        self._configs = configs
+    def __init__(
+        self, configs: Configs, schedule: BlockSchedule, weights: Weights, rows: Rows, team: Team = ALONE
+    ) -> None:
+        self._configs, self._rows = configs, rows
         self._schedule = schedule
         self._weights = weights
+        self._team = team
         self._pool = Pool()
         self._unreached: list[Stage] = []
 
@@ -73,46 +82,79 @@ class ExpertSolver:
         before the message.
         """
         tokens = {stage: moment.tokens for stage, moment in moments.items()}
-        hessians = shrink_to_pooled(list(moments.values()), self._pool)
+        shrunk = shrink_to_pooled(list(moments.values()), self._pool)
+        hessians = dict(zip(tokens, shrunk, strict=True))
+        del shrunk
         moments.clear()
-        kinds: dict[_Kind, list[tuple[Stage, list[Tensor], Tensor]]] = {}
-        for stage in tokens:
-            hessian = hessians.pop(0)
-            if tokens[stage]:
-                weights = self._weights(stage)
-                rows = tuple(weight.shape[0] for weight in weights)
-                kind = (rows, self._configs(stage))
-                kinds.setdefault(kind, []).append((stage, weights, hessian))
-            else:
-                self._unreached.append(stage)
-            del hessian
-        for rows, configs in list(kinds):
-            alike = kinds.pop((rows, configs))
-            while alike:
-                size = self._schedule.experts_per_solve(alike[0][2].shape[0], sum(rows))
-                batch = [alike.pop(0) for _ in range(min(size, len(alike)))]
-                yield from self._solved(batch, configs, tokens)
+        device = self._pool.hessian().device
+        self._unreached += [stage for stage in tokens if not tokens[stage]]
+        for stage in self._unreached:
+            hessians.pop(stage, None)
+        reached = self._by_kind([stage for stage in tokens if tokens[stage]])
+        columns = self._pool.hessian().shape[0]
+
+        def told(stage: Stage, linears: list[QuantizedLinear], seconds: float) -> SolvedStage:
+            return SolvedStage(stage, linears, tokens[stage], self._pooled(tokens[stage], columns), seconds)
+
+        work = Dealt(self._shapes, lambda own: self._solved(own, hessians, tokens), told)
+        yield from work.solved(self._team, reached, device)
         if last:
-            yield from self._solved_by_pool()
+            by_pool = Dealt(self._shapes, self._solved_by_pool, self._told_by_pool)
+            yield from by_pool.solved(self._team, self._unreached, device)
             self._pool, self._unreached = Pool(), []
 
+    def _kind(self, stage: Stage) -> _Kind:
+        return self._rows(stage), self._configs(stage)
+
+    def _by_kind(self, stages: Sequence[Stage]) -> list[Stage]:
+        """Those of one kind side by side, in the order in which kinds first come."""
+        kinds: dict[_Kind, list[Stage]] = {}
+        for stage in stages:
+            kinds.setdefault(self._kind(stage), []).append(stage)
+        return [stage for alike in kinds.values() for stage in alike]
+
+    def _shapes(self, stage: Stage) -> list[Shape]:
+        columns = self._pool.hessian().shape[0]
+        each = zip(self._rows(stage), self._configs(stage), strict=True)
+        return [Shape(rows, columns, config.groups(columns)) for rows, config in each]
+
+    def _pooled(self, seen: int, columns: int) -> float:
+        return columns / (seen + columns) if self._pool.tokens > seen else 0.0
+
+    def _told_by_pool(self, stage: Stage, linears: list[QuantizedLinear], seconds: float) -> SolvedStage:
+        return SolvedStage(stage, linears, 0, 1.0 if self._pool.tokens else 0.0, seconds)
+
     def _solved(
-        self,
-        batch: list[tuple[Stage, list[Tensor], Tensor]],
-        configs: tuple[QuantizeConfig, ...],
-        tokens: dict[Stage, int],
+        self, stages: Sequence[Stage], hessians: dict[Stage, Tensor], tokens: Mapping[Stage, int]
     ) -> Iterator[SolvedStage]:
-        """Stages of one kind, each with its weights and its Hessian; `batch` is consumed."""
+        """Stages that tokens reached, those of one kind side by side; their `hessians` are consumed, and all
+        others are dropped."""
+        for stage in set(hessians) - set(stages):
+            del hessians[stage]
+        for (rows, configs), alike in groupby(stages, self._kind):
+            waiting = list(alike)
+            while waiting:
+                size = self._schedule.experts_per_solve(hessians[waiting[0]].shape[0], sum(rows))
+                batch, waiting = waiting[:size], waiting[size:]
+                yield from self._solved_together(batch, configs, hessians, tokens)
+
+    def _solved_together(
+        self,
+        stages: Sequence[Stage],
+        configs: tuple[QuantizeConfig, ...],
+        of_stages: dict[Stage, Tensor],
+        tokens: Mapping[Stage, int],
+    ) -> Iterator[SolvedStage]:
+        """Stages of one kind, each with its Hessian, which is consumed."""
         started = time.perf_counter()
-        columns = batch[0][2].shape[0]
-        stages = [stage for stage, _, _ in batch]
-        weights = [one for _, one, _ in batch]
-        if len(batch) == 1:
-            hessians = batch.pop()[2].unsqueeze(0)
+        weights = [self._weights(stage) for stage in stages]
+        columns = of_stages[stages[0]].shape[0]
+        if len(stages) == 1:
+            hessians = of_stages.pop(stages[0]).unsqueeze(0)
         else:
-            hessians = batch[0][2].new_empty(len(batch), columns, columns)
-            for place in range(len(batch)):
-                hessians[place] = batch.pop(0)[2]
+            hessians = of_stages[stages[0]].new_empty(len(stages), columns, columns)
+            for place, stage in enumerate(stages):
+                hessians[place] = of_stages.pop(stage)
         try:
             if len(set(configs)) == 1:
                 solved = quantize_stages(weights, hessians, configs[0])
@@ -127,24 +169,22 @@ class ExpertSolver:
         seconds = (time.perf_counter() - started) / len(stages)
         for stage in stages:
             seen = tokens[stage]
-            pooled = columns / (seen + columns) if self._pool.tokens > seen else 0.0
-            yield SolvedStage(stage, solved.pop(0), seen, pooled, seconds)
+            yield SolvedStage(stage, solved.pop(0), seen, self._pooled(seen, columns), seconds)
 
-    def _solved_by_pool(self) -> Iterator[SolvedStage]:
+    def _solved_by_pool(self, stages: Sequence[Stage]) -> Iterator[SolvedStage]:
         """The stages that no token reached: one Hessian, so their rows are stacked like those of one
         stage."""
-        while self._unreached:
+        waiting = list(stages)
+        while waiting:
             started = time.perf_counter()
             hessian = self._pool.hessian()
-            rows = sum(weight.shape[0] for weight in self._weights(self._unreached[0]))
-            size = self._schedule.experts_per_solve(hessian.shape[0], rows)
-            batch, self._unreached = self._unreached[:size], self._unreached[size:]
+            size = self._schedule.experts_per_solve(hessian.shape[0], sum(self._rows(waiting[0])))
+            batch, waiting = waiting[:size], waiting[size:]
             weights = [self._weights(stage) for stage in batch]
             solved = self._alone(batch, [one for stage in weights for one in stage], hessian)
             seconds = (time.perf_counter() - started) / len(batch)
             for stage, own in zip(batch, weights, strict=True):
-                linears = [solved.pop(0) for _ in own]
-                yield SolvedStage(stage, linears, 0, 1.0 if self._pool.tokens else 0.0, seconds)
+                yield self._told_by_pool(stage, [solved.pop(0) for _ in own], seconds)
 
     def _alone(
         self, stages: Sequence[Stage], weights: Sequence[Tensor], hessian: Tensor

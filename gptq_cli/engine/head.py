@@ -12,7 +12,7 @@ output. The model's weight is left as it is, because it may be the embedding too
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,12 +26,13 @@ from gptq_cli.engine.block import Block, WorkOptions
 from gptq_cli.engine.calls import taken
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
+from gptq_cli.engine.leaf_sums import LeafSums
 from gptq_cli.engine.linear_report import check_fallback, linear_report
+from gptq_cli.engine.shared_solve import Dealt
+from gptq_cli.engine.wire import Shape, joined
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
 from gptq_cli.gptq.hessian import Hessian
-from gptq_cli.gptq.losses import row_losses
-from gptq_cli.gptq.matmul import fast_matmul
 from gptq_cli.gptq.packing import PackedTensors, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
@@ -73,8 +74,10 @@ def quantize_head(
     started = time.perf_counter()
     with phase(options.observer, "head", len(input_ids)), working_on(work.device):
         with Hessian(info.in_features, work.device) as moment:
+            sums = LeafSums(options.team, captured.share.leaves, [moment])
             done, notes = 0, FiniteNotes[int]()
             for place, batch in enumerate(captured.samples):
+                sums.reach(place)
                 moment.add(_input(work, captured, input_ids, place))
                 notes.add(place, moment.finite())
                 done += len(batch)
@@ -84,6 +87,7 @@ def quantize_head(
                 x = _input(work, captured, input_ids, bad)
                 raise non_finite_error((x,), captured.samples[bad], "the model's end", info.name)
             captured.hidden.clear()
+            sums.finish()
             hessian, tokens = moment.matrix(), moment.tokens
         quantized, packed = _solved(work, weight_matrix(work.module), hessian)
     check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
@@ -136,6 +140,13 @@ def _stand_in(given: Tensor | None, shape: BlockShape) -> Callable[..., Any]:
     return forward
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A piece of the head's rows, solved."""
+
+    linears: list[QuantizedLinear]
+
+
 def _solved(
     work: HeadWork,
     weight: Tensor,  # (N, K)
@@ -143,29 +154,28 @@ def _solved(
 ) -> tuple[QuantizedLinear, PackedTensors]:
     """Every piece of rows solved and packed; the first tensor that is returned has the losses of all."""
     config = work.options.config.of_linear(work.info.name)
+    columns = work.info.in_features
+
+    def shapes(rows: Tensor) -> list[Shape]:
+        return [Shape(rows.shape[0], columns, config.groups(columns))]
+
+    def solve(parts: list[Tensor]) -> Iterator[_Rows]:
+        for rows in parts:
+            try:
+                found = quantize_linears([rows.to(work.device)], hessian, config)
+            except NonFinite as error:
+                raise NonFinite(f"{work.info.name}: {error.message}", hint=error.hint) from error
+            yield _Rows(found)
+
+    rows = Dealt(shapes, solve, lambda part, linears, seconds: _Rows(linears))
     pieces: list[PackedTensors] = []
     solved: list[QuantizedLinear] = []
-    energies: list[Tensor] = []
-    for rows in torch.split(weight, HEAD_ROWS):
-        piece = rows.to(work.device)
-        try:
-            (found,) = quantize_linears([piece], hessian, config)
-        except NonFinite as error:
-            raise NonFinite(f"{work.info.name}: {error.message}", hint=error.hint) from error
+    for piece in rows.solved(work.options.team, torch.split(weight, HEAD_ROWS), work.device):
+        (found,) = piece.linears
         pieces.append(pack(found, config.bits, work.options.config.checkpoint_format))
-        with fast_matmul():
-            energies.append(row_losses(piece.T.to(hessian.dtype), hessian).sum())
         # the codes are packed: what goes on is the account
         solved.append(replace(found, codes=found.codes[:0], scales=found.scales[:0], zeros=found.zeros[:0]))
-    shares: list[float] = torch.stack(energies).tolist()
-    total = sum(shares) or 1.0
-    whole = replace(
-        solved[0],
-        loss=sum(one.loss * energy for one, energy in zip(solved, shares, strict=True)) / total,
-        rtn_loss=sum(one.rtn_loss * energy for one, energy in zip(solved, shares, strict=True)) / total,
-        method="rtn" if any(one.method == "rtn" for one in solved) else "gptq",
-    )
-    return whole, PackedTensors(
+    return joined(solved), PackedTensors(
         qweight=torch.cat([piece.qweight for piece in pieces], 1),
         qzeros=torch.cat([piece.qzeros for piece in pieces], 1),
         scales=torch.cat([piece.scales for piece in pieces], 1),

@@ -193,21 +193,27 @@ def by_sample(states: HiddenStates) -> Iterator[tuple[str, Tensor]] | None:
     )
 
 
+def samples_wanted(states: HiddenStates) -> set[str] | None:
+    """The names of the samples that `restore` needs; None where the hidden states cannot be replaced."""
+    if not isinstance(states, Captured):
+        return None
+    streams = ((HIDDEN, states.hidden), (DENSE, states.dense))
+    return {
+        f"{name}.{sample}"
+        for name, stream in streams
+        for batch in states.samples[: len(stream)]
+        for sample in batch
+    }
+
+
 def restore(states: HiddenStates, stored: Mapping[str, Callable[[], Tensor]], block: int) -> bool:
     """Put stored samples, which enter block number `block`, in place of the hidden states that enter block
     number 0; False where some are missing, which changes nothing."""
-    if not isinstance(states, Captured):
+    wanted = samples_wanted(states)
+    if not isinstance(states, Captured) or wanted is None or not wanted <= set(stored):
         return False
     captured = states
     streams = ((HIDDEN, captured.hidden), (DENSE, captured.dense))
-    wanted = [
-        f"{name}.{sample}"
-        for name, stream in streams
-        for batch in captured.samples[: len(stream)]
-        for sample in batch
-    ]
-    if not all(name in stored for name in wanted):
-        return False
     for name, stream in streams:
         for place, batch in enumerate(captured.samples[: len(stream)]):
             device, stream[place] = stream[place].device, stream[place].new_empty(0)

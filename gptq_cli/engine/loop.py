@@ -42,17 +42,21 @@ from gptq_cli.events import (
     Warned,
 )
 from gptq_cli.placement.device import Device
+from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import BlockReport
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopOptions:
-    """What the loop does besides its work; nothing here changes what is computed."""
+    """What the loop does besides its work; nothing here changes what is computed, but for the order of
+    sums."""
 
     strict: bool
     """End the run rather than fall back to round-to-nearest."""
     devices: tuple[Device, ...]
     """Every device in use: watched, flushed, reported."""
+    team: Team = ALONE
+    """The ranks that work together."""
 
 
 def quantize_blocks(
@@ -73,7 +77,14 @@ def quantize_blocks(
     _flush("capture", "", options, observer)
     keeper = keeper or NothingKept()
     shared = shared_weights(blocks, keeper, config, dense=states.paired > 0)
-    work = WorkOptions(config=config, strict=options.strict, store=store, observer=observer, shared=shared)
+    work = WorkOptions(
+        config=config,
+        strict=options.strict,
+        store=store,
+        observer=observer,
+        shared=shared,
+        team=options.team,
+    )
     first = catch_up(blocks, states, keeper, config, shared, observer)
     reports = list(keeper.finished[:first])
     leaks, few_tokens, unplanned = LeakWatch(), FewTokens(observer), False
@@ -81,6 +92,7 @@ def quantize_blocks(
         few_tokens.block(report.name, report.linears, told=False)
     for index, block in enumerate(blocks[first:], start=first):
         started = time.perf_counter()
+        options.team.at(block.name)
         reset_peak(options.devices)
         with working_on(block.device):
             inputs = states.enter(index, block.device, torch_device(block.schedule.activation_device))

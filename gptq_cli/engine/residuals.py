@@ -14,7 +14,7 @@ beside its attention that is the hidden states, and for the one that runs last t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,12 @@ class Residual:
     """Their sum is the residual, as far as it is known before the linear runs."""
     gain: Gain | None = None
     """What happens to the output before; None: nothing."""
+
+    def to(self, device: torch.device) -> Residual:
+        """The same for a linear on `device`: another rank may have found it, on its own."""
+        if self.gain is None:
+            return self
+        return replace(self, gain=replace(self.gain, gamma=self.gain.gamma.to(device)))
 
 
 class _Sum(NamedTuple):

@@ -66,7 +66,8 @@ def quantize_model(
 
     The model lives and dies in here: when this returns, its memory is free. Raises what
     `quantize_blocks` raises. Where a device runs out of memory at work, it goes on after the last finished
-    block with less (`placement.schedule.lighter`), and each step is a warning.
+    block with less (`placement.schedule.lighter`), and each step is a warning; but not where several ranks
+    work together, which would all have to.
     """
     keeper = keeper or NothingKept()
     check_strict(keeper.finished, strict=run.options.strict)
@@ -77,7 +78,7 @@ def quantize_model(
             return _attempt(run, input_ids, store, observer, keeper)
         except _MemoryRanOut as error:
             failure = error.__cause__ or error
-        less = lighter(run.schedule)
+        less = lighter(run.schedule) if run.options.team.size == 1 else None
         if less is None:
             raise failure
         said = first_line(out_of_memory_cause(failure) or failure)
@@ -210,7 +211,13 @@ def _head(
         info=run.skeleton.head,
         device=torch_device(run.schedule.head_device or main),
         input_device=_input_device(text, main),
-        options=WorkOptions(config=run.config, strict=run.options.strict, store=store, observer=observer),
+        options=WorkOptions(
+            config=run.config,
+            strict=run.options.strict,
+            store=store,
+            observer=observer,
+            team=run.options.team,
+        ),
     )
     return quantize_head(head, states, input_ids)
 
@@ -249,6 +256,7 @@ def _capture(
             batch_size=batch_size,
             input_device=input_device,
             paired_samples=paired,
+            team=run.options.team,
             between=provider.for_capture,
         )
         try:
@@ -268,4 +276,5 @@ def _capture(
             rest_device=torch_device(CPU) if run.schedule.blocks[0].activations_on_host else None,
             paired_samples=paired,
             advanced=advanced,
+            team=run.options.team,
         )

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from gptq_cli.gptq.matmul import fast_matmul, fast_matmul_supported
 
 TOLERANCE = 0.02
 """Of z that the formula may miss, as a norm: bf16 rounds to 2⁻⁹, a norm that takes a mean off misses more."""
@@ -110,3 +113,11 @@ def _line(x: Tensor, q: Tensor) -> tuple[float, float]:
         return float((line[0] * a + line[1] * b - 1).square().mean().sqrt())
 
     return next((line for line in found if missed(line) < TOLERANCE / 4), min(found, key=missed))
+
+
+def outputs_of(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
+    """x Wᵀ, in bf16 where the device is fast in it, else in fp32 and rounded once."""
+    if fast_matmul_supported(x.dtype, x.device.type):
+        return functional.linear(x, W.to(x.dtype))
+    with fast_matmul():
+        return functional.linear(x.float(), W.float()).to(x.dtype)

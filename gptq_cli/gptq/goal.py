@@ -31,6 +31,7 @@ LoaQ (2509.06297), which also counts the residual.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,20 @@ class StepChoice:
     """‖W' - W‖ / ‖W‖, of all rows of the stage."""
     bounded_rows: int = 0
     """Rows that would have moved farther than `bounded_step` lets them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the stacked rows of a stage."""
+
+    rows: slice
+    lengths: tuple[int, ...]
+    """Into which they are cut, so that each belongs to one linear."""
+
+
+def decided_here(choose: Callable[[], StepChoice]) -> StepChoice:
+    """The choice of one process that does all the work."""
+    return choose()
 
 
 def asymmetric_step(

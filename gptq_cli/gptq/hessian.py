@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported, product_into
+from gptq_cli.gptq.moment import Moment
 
 _BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
@@ -43,60 +42,7 @@ def _matmul_scope(dtype: torch.dtype, device: torch.device) -> AbstractContextMa
     return fast_matmul() if lossless else exact_matmul()
 
 
-class _Moment:
-    """A sum over tokens of outer products, and the number of tokens; frees its memory on leaving `with`."""
-
-    def __init__(
-        self,
-        in_features: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        *,
-        rows: int | None = None,
-    ) -> None:
-        self.in_features = in_features
-        self.tokens = 0
-        shape = (in_features if rows is None else rows, in_features)
-        self._sum: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
-        self._finished = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.free()
-
-    def free(self) -> None:
-        """Give the memory back; the tensor that `matrix()` returned stays valid."""
-        self._sum = None
-
-    @property
-    def _open(self) -> Tensor:
-        if self._sum is None:
-            raise RuntimeError("this moment was freed: it lives inside its `with` block")
-        return self._sum
-
-    def _growing(self) -> Tensor:
-        if self._finished:
-            raise RuntimeError("matrix() was called: no tokens can be added to a finished moment")
-        return self._open
-
-    def _rows(self, x: Tensor) -> Tensor:
-        """`x` (..., K) as (tokens, K)."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"activations have {x.shape[-1]} features, this moment has {self.in_features}")
-        return x.reshape(-1, self.in_features)
-
-    def _mean(self) -> Tensor:
-        total = self._open
-        if not self._finished and self.tokens:
-            total.div_(self.tokens)
-        return total
-
-
-class Hessian(_Moment):
+class Hessian(Moment):
     """H = sum of x xᵀ over calibration tokens / tokens. The only mutable object of the maths.
 
     >>> with Hessian(64) as hessian:
@@ -121,6 +67,11 @@ class Hessian(_Moment):
                     add_product_(H[a:b, :b], X[:, a:b].T, X[:, :b])
         self.tokens += rows.shape[0]
 
+    def _stored(self, total: Tensor) -> list[Tensor]:
+        step = max(1, -(-self.in_features // _BLOCK_ROWS))
+        ends = (min(a + step, self.in_features) for a in range(0, self.in_features, step))
+        return [total[a:b, :b] for a, b in zip(range(0, self.in_features, step), ends, strict=True)]
+
     def finite(self) -> Tensor:
         """A bool on the device, False when NaN or infinity came in. Looks at the diagonal alone: every value
         lands there squared."""
@@ -143,7 +94,7 @@ class Hessian(_Moment):
         return H
 
 
-class CrossMoment(_Moment):
+class CrossMoment(Moment):
     """Sum of e xᵀ / tokens: the cross moment of an error e and the quantized model's input x.
 
     With e = x_dense - x it is the D of goal.py, with errors of the output it is the B. On a CPU with fast

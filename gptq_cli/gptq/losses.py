@@ -55,12 +55,12 @@ def relative_losses(
     errors: Sequence[Tensor],  # (N,) each: row losses of W - Q, for several Q
     energy: Tensor,  # (N,) row losses of W
     rows: Sequence[int],  # output features of each linear, stacked
-) -> list[list[float]]:
-    """Σ error / Σ energy of every linear, for each of `errors`; 0/0 is 0: a linear whose output is 0 loses
-    nothing. One read from the device."""
+) -> tuple[list[list[float]], list[float]]:
+    """Σ error / Σ energy of every linear, for each of `errors`, and Σ energy; 0/0 is 0: a linear whose output
+    is 0 loses nothing. One read from the device."""
     sums = [torch.stack([part.sum() for part in torch.split(X, list(rows))]) for X in (energy, *errors)]
     totals, *lost = torch.stack(sums).tolist()
-    return [[_ratio(*pair) for pair in zip(one, totals, strict=True)] for one in lost]
+    return [[_ratio(*pair) for pair in zip(one, totals, strict=True)] for one in lost], totals
 
 
 def _ratio(lost: float, total: float) -> float:

@@ -10,19 +10,18 @@ these and all samples. With fewer than four pairs there is nothing to decide on,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from gptq_cli.gptq.gain import Gain
-from gptq_cli.gptq.goal import StepChoice, asymmetric_step, bounded_step, choose_step
+from gptq_cli.gptq.gain import Gain, outputs_of
+from gptq_cli.gptq.goal import Part, StepChoice, asymmetric_step, bounded_step, choose_step, decided_here
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
-from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported
+from gptq_cli.gptq.matmul import exact_matmul
 
 HELD_OUT_SHARE = 4
 """One pair in so many is held out: the last ones, which come from another part of the text."""
@@ -80,10 +79,15 @@ class StageMoments:
         """Tokens seen in all."""
         return self._fit.tokens + (self._held.tokens if self._held else 0)
 
+    @property
+    def parts(self) -> tuple[Hessian | CrossMoment, ...]:
+        """The sums that it is made of."""
+        parts = (self._fit, self._held, self._fit_error, self._held_error)
+        return tuple(part for part in parts if part is not None)
+
     def finite(self) -> Tensor:
         """A bool on the device, False when NaN or infinity came in, in either stream."""
-        parts = (self._fit, self._held, self._fit_error, self._held_error)
-        return torch.stack([part.finite() for part in parts if part is not None]).all()
+        return torch.stack([part.finite() for part in self.parts]).all()
 
     def add(
         self,
@@ -117,7 +121,7 @@ class StageMoments:
         if self._weight is None:
             return x, dense - x
         if self._gain is None:
-            error = _outputs(dense - x, self._weight)
+            error = outputs_of(dense - x, self._weight)
             return x, error if gap is None else error.add_(gap.view_as(error))
         inputs, outputs = self._scaled(x)
         error = self._scaled(dense)[1].sub_(outputs)
@@ -128,7 +132,7 @@ class StageMoments:
     def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:  # x̃ = s·x in x's dtype, s·y in float32
         if self._weight is None or self._gain is None:
             return x, x
-        y = _outputs(x, self._weight).float()
+        y = outputs_of(x, self._weight).float()
         if self._bias is not None:
             y += self._bias
         s = self._gain.of_tokens(y)
@@ -147,10 +151,14 @@ class StageMoments:
         weights: Sequence[Tensor],  # (N_i, K)
         H: Tensor,  # (K, K), from `hessian`
         damp_percent: float,
+        *,
+        part: Part | None = None,
+        decided: Callable[[Callable[[], StepChoice]], StepChoice] = decided_here,
     ) -> tuple[list[Tensor] | None, StepChoice]:
         """(the weights to approximate, the step's α and λ); None where the samples support no correction.
 
-        Call it once: it overwrites the cross moments.
+        Where several processes have some rows each, `part` says which are wanted here, and `decided` gives
+        all of them the choice of one. Call it once: it overwrites the cross moments.
         """
         held, fit_error, held_error = self._held, self._fit_error, self._held_error
         if held is None or fit_error is None or held_error is None:
@@ -164,15 +172,18 @@ class StageMoments:
         if self._gain is not None:  # rows count for what the residual gets of them
             gamma = self._gain.gamma.to(B_fit.device)[asked, None]
             B_fit, B_held = B_fit * gamma, B_held * gamma
-        choice = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent)
+        fit, of_held = self._fit.matrix(), held.matrix()
+        choice = decided(lambda: choose_step(B_fit, fit, B_held, of_held, damp_percent))
         if choice.alpha == 0.0:
             return None, choice
         M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
-        step, used = asymmetric_step(self._wanted(W, M, slice(None)), H, choice.damp_percent)
+        part = part or Part(slice(None), tuple(weight.shape[0] for weight in weights))
+        step, used = asymmetric_step(self._wanted(W, M, part.rows), H, choice.damp_percent)
         if step is None:
             return None, StepChoice()
+        W = W[part.rows]
         moved, bounded = bounded_step(step.mul_(choice.alpha), W)
-        goals = torch.split(W.add_(step), [weight.shape[0] for weight in weights])
+        goals = torch.split(W.add_(step), list(part.lengths))
         return list(goals), StepChoice(choice.alpha, used, moved, bounded)
 
     def _wanted(self, W: Tensor, M: Tensor, rows: slice) -> Tensor:  # B (rows, K)
@@ -185,11 +196,3 @@ class StageMoments:
 
 def _part(x: Tensor | None, samples: slice) -> Tensor | None:
     return None if x is None else x[samples]
-
-
-def _outputs(x: Tensor, W: Tensor) -> Tensor:  # (..., N), in x's dtype
-    """x Wᵀ, in bf16 where the device is fast in it, else in fp32 and rounded once."""
-    if fast_matmul_supported(x.dtype, x.device.type):
-        return functional.linear(x, W.to(x.dtype))
-    with fast_matmul():
-        return functional.linear(x.float(), W.float()).to(x.dtype)

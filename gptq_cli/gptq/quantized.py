@@ -37,6 +37,8 @@ class QuantizedLinear:
     """Factorisations tried; 0 when H was all zero and there was nothing to factorise."""
     method: Method
     """"rtn" when no damping made H positive definite."""
+    energy: float = 0.0
+    """tr(W H Wᵀ), which the losses are relative to; with it those of a linear's pieces can be added."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:  # (N, K)
         """The weights that a reader of the checkpoint computes, rounded once, to `dtype`."""
@@ -62,6 +64,7 @@ def cut_stages(
     factors: Sequence[Factor],  # of each stage
     losses: Sequence[float],  # of every linear, stage after stage
     rtn_losses: Sequence[float],
+    energies: Sequence[float],
     method: Method,
 ) -> list[list[QuantizedLinear]]:
     """The linears of every stage, cut from what was solved together; each has memory of its own."""
@@ -75,6 +78,7 @@ def cut_stages(
         (part for X in solution.zeros.view(shape) for part in torch.split(X, list(rows), 1)),
         losses,
         rtn_losses,
+        energies,
         strict=True,
     )
     stages: list[list[QuantizedLinear]] = []
@@ -93,8 +97,9 @@ def cut_stages(
                     damp_percent=factor.damp_percent,
                     attempts=factor.attempts,
                     method=method,
+                    energy=max(energy, 0.0),
                 )
-                for codes, scales, zeros, loss, rtn_loss in islice(parts, len(rows))
+                for codes, scales, zeros, loss, rtn_loss, energy in islice(parts, len(rows))
             ]
         )
     return stages

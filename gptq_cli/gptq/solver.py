@@ -117,9 +117,9 @@ def _quantized(
         W = stack_rows(aims, H)
         solution = round_to_nearest(W, *group_parameters(W, diagonal_of(H), g, grid), g, grid)
         error = row_losses(solution.D, H)
-    both = (error.flatten(), rtn_error.flatten())
-    losses, rtn_losses = relative_losses(both, energy.flatten(), rows * len(stages))
-    return cut_stages(solution, rows, factors, losses, rtn_losses, "gptq" if works[0] else "rtn")
+    both, parts = (error.flatten(), rtn_error.flatten()), rows * len(stages)
+    (losses, rtn_losses), sums = relative_losses(both, energy.flatten(), parts)
+    return cut_stages(solution, rows, factors, losses, rtn_losses, sums, "gptq" if works[0] else "rtn")
 
 
 def _apart(

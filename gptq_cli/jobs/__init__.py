@@ -17,6 +17,7 @@ from gptq_cli.jobs.watching import Command, out_of_memory_in
 if TYPE_CHECKING:
     from gptq_cli.config import InspectJob, QuantizeJob
     from gptq_cli.load_job import LoadJob
+    from gptq_cli.ranks.launch import Launch
     from gptq_cli.results.card import CardMaker
     from gptq_cli.results.load import LoadReport, VerifyReport
     from gptq_cli.results.map import MapReport
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from gptq_cli.results.run import RunReport
     from gptq_cli.results.trial import TrialReport
 
-__all__ = ["dry_run", "inspect_map", "load", "open_model", "quantize", "trial"]
+__all__ = ["dry_run", "follow", "inspect_map", "load", "open_model", "quantize", "trial"]
 
 
 def quantize(
@@ -34,15 +35,36 @@ def quantize(
     card: CardMaker | None = None,
     proof: LoadJob | None = None,
     push: PushConfig | None = None,
+    launch: Launch | None = None,
+    heard: Callable[[], None] = lambda: None,
 ) -> RunReport:
-    """See `quantizing.quantize`."""
+    """See `quantizing.quantize`. `launch`: this process leads those that a launcher started together; `heard`
+    is called when all of them are there."""
     from gptq_cli.jobs.early import before_quantize, check_harness
+
+    def check() -> None:
+        before_quantize(job, observer, push)
 
     if proof is not None:
         check_harness(proof.tasks)
-    module = _started("quantizing", "quantize", lambda: before_quantize(job, observer, push), observer)
-    report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
-    return report
+    if launch is None:
+        module = _started("quantizing", "quantize", check, observer)
+        report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
+        return report
+    module = _started("quantizing", "quantize", lambda: None, observer)
+    from gptq_cli.jobs.together import on_cpu
+    from gptq_cli.ranks.joining import joined
+
+    with joined(launch, job.command_line, on_cpu=on_cpu(job)) as ranks:
+        heard()
+        check()  # not earlier: the other ranks are told what it finds
+        led: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push, joined=ranks)
+    return led
+
+
+def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
+    """See `together.follow`."""
+    _started("together", "quantize", lambda: None, ignore).follow(job, launch, heard)
 
 
 def dry_run(

@@ -29,12 +29,14 @@ from gptq_cli.checkpoint.journal import FinishedBlock, Journal, JournalError, Ma
 from gptq_cli.checkpoint.snapshot import read_snapshot, write_snapshot
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.engine.capture import Captured, HiddenStates
-from gptq_cli.engine.keep import by_sample, restore
+from gptq_cli.engine.keep import by_sample
+from gptq_cli.engine.together import Samples, Stored, collected, restore_together
 from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.run_report import LIBRARIES, versions
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.placement.device import format_size
+from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import BlockReport, StartReport
 
 SNAPSHOT_SHARE = 0.02
@@ -82,7 +84,9 @@ class Keeping:
         clock: Clock,
         observer: Observer,
         warnings: Callable[[], tuple[str, ...]],
+        team: Team = ALONE,
     ) -> None:
+        self._team = team
         self._journal, self._writer, self._destination = journal, writer, destination
         self._skeleton, self._start, self._clock = skeleton, start, clock
         self._observer, self._warnings = observer, warnings
@@ -187,27 +191,33 @@ class Keeping:
 
     def packed(self, linear: LinearInfo) -> PackedTensors:
         """See `Keeper.packed`."""
-        return self._writer.read_packed(linear)
+        return self._team.decided(lambda: self._writer.read_packed(linear))
 
     def restore(self, states: HiddenStates) -> int:
         """See `Keeper.restore`. A snapshot that cannot be used is named in a warning."""
+        block, fitted = restore_together(self._team, states, self._stored)
+        if not fitted:
+            self._warn_of_snapshot("it holds other samples")
+        return block
+
+    def _stored(self) -> tuple[Stored, int] | None:
+        """The samples of the snapshot, and the block that they enter; None where there is none to use."""
         snapshot = self._journal.manifest.snapshot
         if snapshot is None:
-            return 0
+            return None
         try:
-            stored = read_snapshot(self._journal.folder, snapshot.part)
-            if restore(states, stored, snapshot.block):
-                return snapshot.block
-            problem = f"{snapshot.part.file} holds other samples"
+            return read_snapshot(self._journal.folder, snapshot.part), snapshot.block
         except JournalError as error:
-            problem = str(error)
+            self._warn_of_snapshot(str(error))
+            return None
+
+    def _warn_of_snapshot(self, problem: str) -> None:
         self._observer(
             Warned(
                 f"the snapshot cannot be used: {problem}; the samples run through the finished blocks again",
                 "if files change by themselves, check the disk",
             )
         )
-        return 0
 
     def keep(self, report: BlockReport, states: HiddenStates) -> None:
         """See `Keeper.keep`."""
@@ -223,8 +233,8 @@ class Keeping:
                 self._finished.pop()
                 raise
             self._destination.kept = True
-        if len(self._finished) < len(self._skeleton.blocks) and self._room:
-            self._snapshot(states)
+        if self._team.decided(lambda: self._snapshot_due(states)):
+            self._snapshot(collected(self._team, by_sample(states) or ()))
 
     def forget_unfinished(self) -> None:
         """See `Keeper.forget_unfinished`."""
@@ -240,20 +250,24 @@ class Keeping:
     def _commit(self, manifest: Manifest) -> None:
         self._journal.commit(replace(manifest, starts=self.starts, warnings=self.all_warnings))
 
-    def _snapshot(self, states: HiddenStates) -> None:
-        if not isinstance(states, Captured):
-            return  # the samples live inside forwards that are kept open
-        size = sum(h.numel() * h.element_size() for h in (*states.hidden, *states.dense))
+    def _snapshot_due(self, states: HiddenStates) -> bool:
+        """Never where the samples live inside forwards that are kept open."""
+        if len(self._finished) == len(self._skeleton.blocks) or not self._room or by_sample(states) is None:
+            return False
+        assert isinstance(states, Captured)
+        own = sum(h.numel() * h.element_size() for h in (*states.hidden, *states.dense))
         earlier = sum(start.seconds for start in self._before.starts)
-        samples = by_sample(states)
-        if samples is None or not self._clock.snapshot_due(size, earlier):
-            return
+        return self._clock.snapshot_due(own * self._team.size, earlier)
+
+    def _snapshot(self, samples: Samples) -> None:
+        named = dict(samples)
+        size = sum(value.nbytes for value in named.values())
         begun = time.perf_counter()
         before, block = self._journal.manifest.snapshot, len(self._finished)
         path = self._journal.folder / f"hidden-{block}.safetensors"
         with _added(self._clock, "snapshot_seconds"):
             try:
-                part = write_snapshot(path, samples)
+                part = write_snapshot(path, named.items())
                 self._commit(replace(self._journal.manifest, snapshot=Snapshot(block, part)))
                 if before is not None:
                     (self._journal.folder / before.part.file).unlink(missing_ok=True)
@@ -297,6 +311,7 @@ def keeping(
     started: float,
     observer: Observer,
     warnings: Callable[[], tuple[str, ...]],
+    team: Team = ALONE,
 ) -> Iterator[Keeping]:
     """The keeper of a run that began at `started` (of `time.perf_counter`); `found`: the journal of the work
     that it goes on with."""
@@ -322,6 +337,7 @@ def keeping(
         clock=Clock(started),
         observer=observer,
         warnings=warnings,
+        team=team,
     )
     if found is not None:
         with phase(observer, "verify") as words:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
+from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
@@ -21,47 +21,41 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.accelerators import read_memory
 from gptq_cli.devices.host_memory import reset_peak_resident
-from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, quantize_model
 from gptq_cli.errors import (
-    CalibrationError,
     GptqError,
-    ModelError,
     NonFinite,
     SourceChanged,
 )
 from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore, phase
-from gptq_cli.findings import PreflightReport
 from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.jobs.card import Card
+from gptq_cli.jobs.checking import Checked, check
 from gptq_cli.jobs.claiming import claimed
-from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.keeping import keeping
-from gptq_cli.jobs.proof import check_text, prove
+from gptq_cli.jobs.proof import prove
 from gptq_cli.jobs.pushing import uploaded
-from gptq_cli.jobs.resuming import Found, continuing, find_work
+from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
-from gptq_cli.jobs.steps import announce, passes_words, placed, watched
+from gptq_cli.jobs.steps import announce, passes_words, watched
+from gptq_cli.jobs.together import Assignment
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
-from gptq_cli.model.describe import model_facts
-from gptq_cli.model.facts import ModelFacts
-from gptq_cli.model.find import find_model
-from gptq_cli.model.selection import select_linears
-from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU
-from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.time import Estimate, estimate_seconds, quick_estimate, time_words
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import group_reason, map_report, own_settings, quantize_plan
-from gptq_cli.preflight.resolve import Resolution, refusal
-from gptq_cli.preflight.rules import calibration as rules_text
+from gptq_cli.preflight.resolve import refusal
+from gptq_cli.ranks.joining import Joined
+from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.card import CardMaker
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
@@ -76,19 +70,20 @@ def quantize(
     card: CardMaker | None = None,
     proof: LoadJob | None = None,
     push: PushConfig | None = None,
+    joined: Joined | None = None,
 ) -> RunReport:
     """Quantize a model and write the checkpoint to `job.out`.
 
     `card` makes its model card; None: without one. `proof`: what to measure of the checkpoint at `job.out`
     once it is there; a gate that it fails is data, see `LoadReport.ok`. `push`: upload it at the end, unless
-    it failed a gate.
+    it failed a gate. `joined`: the ranks that work together; this one leads.
 
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
     `QualityGateFailed`. Where something would lie on disk, the `PreflightRefused` is a `ValueError` as well.
     Whatever is raised, finished blocks are kept in the working folder, and the same job goes on after them
     (`continuing`); where no block was finished, or the model itself is at fault, no working folder is left.
     """
-    asked = _Asked(job, card, proof, push, time.perf_counter())
+    asked = _Asked(job, card, proof, push, time.perf_counter(), joined)
     with watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
         with continuing(job), out_of_memory_while(watcher, "quantize"), claimed(job, tally) as claim:
@@ -111,11 +106,17 @@ class _Asked:
     proof: LoadJob | None
     push: PushConfig | None
     started: float
+    joined: Joined | None
 
     @property
     def name(self) -> str:
         """What the card calls the checkpoint."""
         return self.push.repo_id if self.push is not None else "DIR"
+
+    @property
+    def team(self) -> Team:
+        """The ranks that work together."""
+        return self.joined.team if self.joined is not None else ALONE
 
     @property
     def goes_on(self) -> bool:
@@ -128,7 +129,7 @@ def _quantize(
 ) -> tuple[RunReport, Skeleton, Card | None]:
     """The work up to the checkpoint in place: its report, its model, its card."""
     job = asked.job
-    checked = check(job, tally, claim, proof=asked.proof, push=asked.push)
+    checked = check(job, tally, claim, proof=asked.proof, push=asked.push, joined=asked.joined)
     announce(checked.findings, tally)
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
@@ -143,21 +144,22 @@ def _quantize(
     done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
     estimate = quick_estimate(checked.facts, checked.work, schedule, placement.main_device, finished=done)
     tally(_header(job, checked, placement, schedule, tokens, estimate, done))
-    job = replace(job, quantize=checked.work.quantize)
+    job, given = replace(job, quantize=checked.work.quantize), job
+    fingerprint = Fingerprint.of(job, checked.skeleton, tokens)
     devices = watched(placement)
     run = EngineRun(
         skeleton=checked.skeleton,
         placement=placement,
         schedule=schedule,
         config=job.quantize,
-        options=LoopOptions(strict=job.strict, devices=devices),
+        options=LoopOptions(strict=job.strict, devices=devices, team=asked.team),
     )
     with (
         _nothing_kept_of_a_faulty_model(destination),
         _writer(job, checked.skeleton, claim, tally) as writer,
         keeping(
             found.journal if found is not None else None,
-            Fingerprint.of(job, checked.skeleton, tokens),
+            fingerprint,
             writer=writer,
             destination=destination,
             skeleton=checked.skeleton,
@@ -165,6 +167,7 @@ def _quantize(
             started=asked.started,
             observer=tally,
             warnings=lambda: tuple(watcher.warnings),
+            team=asked.team,
         ) as keeper,
     ):
         forecast = Forecast(
@@ -175,6 +178,17 @@ def _quantize(
             plans=checked.resolution.devices,
         )
         observer = against_plan(forecast, tally)
+        asked.team.decided(
+            lambda: Assignment(
+                job=given,
+                config=job.quantize,
+                placement=placement,
+                schedule=schedule,
+                tokens=tokens,
+                fingerprint=fingerprint,
+                finished=keeper.finished,
+            )
+        )
         quantized = quantize_model(run, tokens.input_ids, writer.add_packed, observer, keeper)
         with phase(tally, "save"):
             writer.copy_dense()
@@ -256,82 +270,6 @@ def _seconds(job: QuantizeJob, checked: Checked) -> float | None:
     if job.devices is not None or not checked.findings.ok or placement is None or schedule is None:
         return None
     return estimate_seconds(checked.facts, checked.work, schedule, placement.main_device)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """A job after preflight: everything the engine needs, and everything that was found."""
-
-    skeleton: Skeleton
-    facts: ModelFacts
-    work: Work
-    budgets: tuple[DeviceBudget, ...]
-    tokens: TokenBatches | None
-    resolution: Resolution
-    findings: PreflightReport
-    unfinished: Found | None = None
-    """What an earlier run with the same output had finished."""
-
-
-def check(
-    job: QuantizeJob,
-    observer: Observer,
-    claim: Claim | None = None,
-    *,
-    goes_on: bool = True,
-    proof: LoadJob | None = None,
-    push: PushConfig | None = None,
-) -> Checked:
-    """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
-
-    `goes_on`: what an earlier run with the same output had finished is of interest.
-    """
-    with phase(observer, "open"):
-        skeleton = select_linears(open_skeleton(find_model(job.model), job.model), job.quantize)
-        facts = model_facts(skeleton)
-    with phase(observer, "calibration") as words:
-        tokens, text_findings = _tokens(job, skeleton, facts)
-        if tokens is not None:
-            words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
-    text_findings += check_push(push)
-    if proof is not None and tokens is not None:
-        text_findings += check_text(job, proof, skeleton, facts, observer)
-    work = Work(job.quantize, job.calibration).on(facts)
-    same = replace(job, quantize=work.quantize)
-    unfinished = (
-        find_work(same, lambda: Fingerprint.of(same, skeleton, tokens) if tokens else None)
-        if goes_on
-        else None
-    )
-    known = unfinished.facts if unfinished is not None else None
-    budgets, resolution, findings = placed(job, skeleton, facts, claim, known)
-    return Checked(
-        skeleton=skeleton,
-        facts=facts,
-        work=work,
-        unfinished=unfinished,
-        budgets=budgets,
-        tokens=tokens,
-        resolution=resolution,
-        findings=text_findings + findings,
-    )
-
-
-def _tokens(
-    job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts
-) -> tuple[TokenBatches | None, PreflightReport]:
-    """The calibration windows, or a finding that says why there are none."""
-    if any(problem.kind in ("special-file", "file-too-large") for problem in skeleton.problems):
-        return None, PreflightReport()  # the tokenizer's loader would open it
-    try:
-        tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
-        tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
-        return tokens, PreflightReport()
-    except (CalibrationError, ModelError) as error:
-        if is_out_of_memory(error):
-            raise
-        case = rules_text.TextCase(model=job.model.model, source=job.calibration.words, failure=error)
-        return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
 
 
 def _header(

@@ -12,8 +12,8 @@ from gptq_cli.engine.run import EngineRun, quantize_model
 from gptq_cli.events import Observer, ignore
 from gptq_cli.fields import check_int
 from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.jobs.checking import check
 from gptq_cli.jobs.forecast import Forecast
-from gptq_cli.jobs.quantizing import check
 from gptq_cli.jobs.run_report import Tally
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.watching import watching

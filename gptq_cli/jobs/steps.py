@@ -19,6 +19,7 @@ from gptq_cli.planning.cases import UnfinishedWork, Work
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
+from gptq_cli.ranks.joining import Joined
 
 
 def placed(
@@ -27,17 +28,22 @@ def placed(
     facts: ModelFacts,
     claim: Claim | None = None,
     unfinished: UnfinishedWork | None = None,
+    joined: Joined | None = None,
 ) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
-    """The devices, the map resolved on them, and the findings about both and about the job."""
+    """The devices, the map resolved on them, and the findings about both and about the job. `joined`: the
+    ranks that work together, each on a device of its own."""
     work = Work(job.quantize, job.calibration).on(facts)
-    budgets = job.devices or present_devices()
+    budgets = job.devices or (present_devices() if joined is None else joined.budgets)
+    environment = environment_facts()
+    if joined is not None:
+        environment = replace(environment, local_rank=None)
     resolution = resolve(
         job.device_map,
         facts,
         budgets,
         max_memory=job.max_memory,
         work=work,
-        environment=environment_facts(),
+        environment=environment,
         given=job.devices is not None,
     )
     devices = resolution.placement.devices if resolution.placement else ()

@@ -34,7 +34,7 @@ from gptq_cli.events import (
 )
 
 Command = Literal["quantize", "load", "inspect-map"]
-_LESS_MEMORY: dict[Command, str] = {
+LESS_MEMORY: dict[Command, str] = {
     "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
     "or see what needs memory: gptq quantize … --dry-run",
     "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
@@ -90,12 +90,12 @@ class Watcher:
 
 def out_of_memory_in(command: Command, doing: str) -> AbstractContextManager[None]:
     """What raises `OutOfDeviceMemory` for a step outside of `watching`, such as one before torch is there."""
-    return out_of_memory_told(lambda: doing, _LESS_MEMORY[command])
+    return out_of_memory_told(lambda: doing, LESS_MEMORY[command])
 
 
 def out_of_memory_while(watcher: Watcher, command: Command) -> AbstractContextManager[None]:
     """What raises `OutOfDeviceMemory` for a part of what is watched, for those who add to its hint."""
-    return out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command])
+    return out_of_memory_told(lambda: watcher.doing, LESS_MEMORY[command])
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def watching(command: Command, observer: Observer) -> Iterator[Watcher]:
     watcher = Watcher(observer)
     reported = nullcontext() if observer is ignore else _python_warnings_as_events(watcher)
     try:
-        with out_of_memory_told(lambda: watcher.doing, _LESS_MEMORY[command]), reported:
+        with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY[command]), reported:
             yield watcher
     except OutOfDeviceMemory:
         from gptq_cli.devices.accelerators import flush

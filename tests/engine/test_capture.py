@@ -31,7 +31,7 @@ def test_samples_and_batches() -> None:
     captured = open_tiny("llama", samples=5).capture(batch_size=2)
     assert captured.samples == [(0, 1), (2, 3), (4,)]
     assert [len(hidden) for hidden in captured.hidden] == [2, 2, 1]
-    assert captured.paired == captured.paired_samples == 0
+    assert captured.paired == captured.share.pairs == 0
     assert captured.dense == []
 
 
@@ -41,7 +41,7 @@ def test_which_samples_are_paired_does_not_depend_on_the_micro_batch(batch_size:
     captured = opened.capture(batch_size=batch_size, paired_samples=4)
     twins = [number for batch in captured.samples[: captured.paired] for number in batch]
     assert twins == [0, 2, 4, 6]
-    assert captured.paired_samples == 4
+    assert captured.share.pairs == 4
     assert sorted(number for batch in captured.samples for number in batch) == list(range(7))
     embedded = opened.model.get_input_embeddings()(opened.input_ids)
     for batch, hidden in zip(captured.samples, captured.hidden, strict=True):

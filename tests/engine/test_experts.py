@@ -26,6 +26,7 @@ from gptq_cli.gptq.pool import Pool
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.schedule import BlockSchedule, ReplayReason
+from gptq_cli.ranks.leaves import Share
 from gptq_cli.results.run import ExpertsReport, LinearReport
 from tests.gptq.cases import activations, weights
 
@@ -110,7 +111,10 @@ def quantized(
     hidden = list(activations(8 * 200, K).float().view(4, 2, 200, K))
     call = BlockCall((), {})
     captured = Captured(
-        hidden=hidden, calls=[[call] * 4], probes=[call], samples=[(2 * i, 2 * i + 1) for i in range(4)]
+        hidden=hidden,
+        calls=[[call] * 4],
+        probes=[call],
+        share=Share([(2 * i, 2 * i + 1) for i in range(4)], 0),
     )
     handed: list[tuple[LinearInfo, PackedTensors]] = []
     (report,) = quantize_blocks(

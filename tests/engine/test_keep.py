@@ -27,6 +27,7 @@ from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.resolve import resolve
+from gptq_cli.ranks.leaves import Share
 from tests.architectures import build
 from tests.conftest import TinyFactory
 
@@ -151,7 +152,7 @@ def captured(batches: list[tuple[int, ...]], paired: int) -> Captured:
     """Hidden states whose values say which sample they are of."""
     hidden = [torch.tensor(batch).float().reshape(-1, 1, 1).expand(-1, 3, 2).clone() for batch in batches]
     dense = [-tensor for tensor in hidden[:paired]]
-    return Captured(hidden=hidden, calls=[], probes=[], samples=batches, paired=paired, dense=dense)
+    return Captured(hidden=hidden, calls=[], probes=[], share=Share(batches, paired), dense=dense)
 
 
 def stored(of: Captured) -> dict[str, Callable[[], Tensor]]:

@@ -123,7 +123,7 @@ def test_a_token_of_nothing_does_not_outweigh_the_others() -> None:
         K, CPU, samples=0, dense=False, weight=weights(N, K, 1).float(), gain=Gain(GAMMA, 1.0, 0.0)
     ) as moments:
         moments.add(x, None, 0)
-        assert moments.is_finite()
+        assert moments.finite()
 
 
 def test_norm_modules_are_found_by_what_they_do() -> None:

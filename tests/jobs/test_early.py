@@ -88,7 +88,7 @@ def test_a_text_that_is_no_source(model: Path, tmp_path: Path, source: str) -> N
 
 @pytest.mark.parametrize("group", [48, 128, 96])
 def test_the_complete_preflight_finds_the_same(model: Path, tmp_path: Path, group: int) -> None:
-    from gptq_cli.jobs.quantizing import check
+    from gptq_cli.jobs.checking import check
 
     job = job_of(model, tmp_path / "out", group_size=group)
     early = refused_rules(job)

@@ -1,0 +1,116 @@
+"""Keeping and going on with what is finished, where several ranks work together.
+
+Rank 0 alone has the folder: it reads the packed tensors of finished blocks and the snapshot for all, and
+writes snapshots of what all ranks have. The samples of a snapshot are named, so any number of ranks can go on
+with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptq_cli.engine.capture import HiddenStates
+from gptq_cli.engine.keep import by_sample, restore, samples_wanted
+from gptq_cli.errors import GptqError
+from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.ranks.team import Team
+from gptq_cli.results.run import BlockReport
+
+Samples = Iterable[tuple[str, Tensor]]
+"""Names and values."""
+Stored = Mapping[str, Callable[[], Tensor]]
+
+
+def collected(team: Team, samples: Samples) -> Iterator[tuple[str, Tensor]]:
+    """The samples of all ranks, on the rank that leads; on the others nothing."""
+    if team.size == 1:
+        yield from samples
+        return
+    own = list(samples)
+    described = team.gathered([(name, value.dtype, tuple(value.shape)) for name, value in own])
+    flat = [value.contiguous().flatten().view(torch.uint8) for _, value in own]
+    bytes_of = [[math.prod(shape) * dtype.itemsize for _, dtype, shape in one] for one in described]
+    device = flat[0].device if flat else torch.device("cpu")
+    whole = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
+    parts = team.collected(whole, [sum(sizes) for sizes in bytes_of])
+    for part, names, sizes in zip(parts, described, bytes_of, strict=False):
+        for (name, dtype, shape), data in zip(names, torch.split(part, sizes), strict=True):
+            yield name, data.clone().view(dtype).view(shape)
+
+
+def restore_together(
+    team: Team, states: HiddenStates, find: Callable[[], tuple[Stored, int] | None]
+) -> tuple[int, bool]:
+    """Put a snapshot in place of the hidden states of all ranks: the number of the block that they enter, 0
+    without one; and whether it fitted. `find` is called on the rank that leads: the samples, and the block.
+    """
+    found: list[Stored] = []
+
+    def told() -> tuple[list[str], int] | None:
+        there = find()
+        if there is None:
+            return None
+        found.append(there[0])
+        return sorted(there[0]), there[1]
+
+    snapshot = team.decided(told)
+    if snapshot is None:
+        return 0, True
+    names, block = snapshot
+    wanted = samples_wanted(states)
+    if not all(team.gathered(wanted is not None and wanted <= set(names))):
+        return 0, False
+    if team.size == 1:
+        restore(states, found[0], block)
+        return block, True
+    kept: dict[str, Tensor] = {}
+    for name in names:
+        value = team.decided(partial(_read, found, name))
+        if wanted is not None and name in wanted:
+            kept[name] = value
+    restore(states, {name: partial(kept.__getitem__, name) for name in kept}, block)
+    return block, True
+
+
+def _read(found: Sequence[Stored], name: str) -> Tensor:
+    return found[0][name]()
+
+
+@dataclass(frozen=True, slots=True)
+class FollowingKeeper:
+    """The `Keeper` of every rank but the first."""
+
+    team: Team
+    finished: tuple[BlockReport, ...]
+
+    def packed(self, linear: LinearInfo) -> PackedTensors:
+        """See `Keeper.packed`."""
+        packed: PackedTensors = self.team.decided(_elsewhere)
+        return packed
+
+    def restore(self, states: HiddenStates) -> int:
+        """See `Keeper.restore`."""
+        return restore_together(self.team, states, _elsewhere)[0]
+
+    def keep(self, report: BlockReport, states: HiddenStates) -> None:
+        """See `Keeper.keep`."""
+        due: bool = self.team.decided(_elsewhere)
+        if due:
+            for _ in collected(self.team, by_sample(states) or ()):
+                pass
+
+    def forget_unfinished(self) -> None:
+        """See `Keeper.forget_unfinished`."""
+
+
+def _elsewhere() -> Any:
+    """What only the rank that leads can find out."""
+    raise GptqError("a rank that follows was asked to decide")

@@ -1,0 +1,124 @@
+"""`gptq quantize` in several processes: rank 0 does what one process does, the others follow.
+
+Rank 0 checks, plans, claims the output, shows, writes and keeps. When all is settled it tells the others what
+to do (`Assignment`), and from then on all ranks run the same engine side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gptq_cli.calibration import TokenBatches
+from gptq_cli.checkpoint.fingerprint import Fingerprint
+from gptq_cli.config import QuantizeConfig, QuantizeJob
+from gptq_cli.devices.out_of_memory import out_of_memory_told
+from gptq_cli.engine.loop import LoopOptions
+from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.engine.together import FollowingKeeper
+from gptq_cli.errors import GptqError, ModelError
+from gptq_cli.events import ignore
+from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.jobs.steps import watched
+from gptq_cli.jobs.watching import LESS_MEMORY, Watcher
+from gptq_cli.model.find import find_model
+from gptq_cli.model.selection import select_linears
+from gptq_cli.model.skeleton import LinearInfo, open_skeleton
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.schedule import Schedule
+from gptq_cli.ranks.joining import Joined, joined
+from gptq_cli.ranks.launch import Launch
+from gptq_cli.results.run import BlockReport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What rank 0 tells the others."""
+
+    job: QuantizeJob
+    config: QuantizeConfig
+    """With a number for the group size."""
+    placement: Placement
+    schedule: Schedule
+    tokens: TokenBatches
+    fingerprint: Fingerprint
+    finished: tuple[BlockReport, ...]
+    """Blocks that an earlier run finished."""
+
+
+def on_cpu(job: QuantizeJob) -> bool:
+    """Whether the device map names no accelerator."""
+    rules = job.device_map.rules
+    return bool(rules) and all(rule.device == CPU for rule in rules)
+
+
+def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
+    """What every rank but the first does. `heard` is called once it has joined: from then on rank 0 is told
+    what goes wrong here.
+
+    Raises what `quantize_model` raises, `ModelError` where the model is not the one that rank 0 has, and what
+    ended rank 0.
+    """
+    watcher = Watcher(ignore)
+    with joined(launch, job.command_line, on_cpu=on_cpu(job)) as own:
+        heard()
+        with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY["quantize"]):
+            told: Assignment = own.team.decided(_elsewhere)
+            _work(own, told, watcher)
+
+
+def _work(own: Joined, told: Assignment, watcher: Watcher) -> None:
+    skeleton = select_linears(open_skeleton(find_model(told.job.model), told.job.model), told.job.quantize)
+    settled = replace(told.job, quantize=told.config)
+    differences = told.fingerprint.differences(Fingerprint.of(settled, skeleton, told.tokens))
+    if differences:
+        raise ModelError(
+            f"{told.job.model.model} is another model here than on rank 0: {differences[0]}",
+            hint="all machines need the same files: use a file system that all of them see",
+        )
+    placement = _placement_on(told.placement, own.device)
+    run = EngineRun(
+        skeleton=skeleton,
+        placement=placement,
+        schedule=_schedule_on(told.schedule, own.device),
+        config=told.config,
+        options=LoopOptions(strict=told.job.strict, devices=watched(placement), team=own.team),
+    )
+    keeper = FollowingKeeper(own.team, told.finished)
+    quantize_model(run, told.tokens.input_ids, _written_elsewhere, watcher, keeper)
+
+
+def _placement_on(placement: Placement, own: Device) -> Placement:
+    """Rank 0's placement with this rank's accelerator in the place of its own."""
+    entries = tuple(replace(entry, device=_in_place_of(entry.device, own)) for entry in placement.entries)
+    return Placement(entries, _in_place_of(placement.main_device, own), placement.reason)
+
+
+def _schedule_on(schedule: Schedule, own: Device) -> Schedule:
+    head = schedule.head_device
+    return replace(
+        schedule,
+        head_device=None if head is None else _in_place_of(head, own),
+        blocks=tuple(
+            replace(
+                block,
+                storage_device=_in_place_of(block.storage_device, own),
+                execution_device=_in_place_of(block.execution_device, own),
+            )
+            for block in schedule.blocks
+        ),
+    )
+
+
+def _in_place_of(device: Device, own: Device) -> Device:
+    return own if device.is_accelerator else device
+
+
+def _written_elsewhere(linear: LinearInfo, packed: PackedTensors) -> None:
+    """The store of a rank that follows: rank 0 writes."""
+
+
+def _elsewhere() -> Any:
+    raise GptqError("a rank that follows was asked to decide")

@@ -1,0 +1,177 @@
+"""The ranks of a run over torch.distributed: the collective operations that `Team` promises.
+
+No call blocks: each is started, and this thread looks at it until it is done, so that Ctrl-C is heard and a
+rank that is gone ends the waiting (`watch.py`). Tensors travel from the device of the backend: that of the
+work, or the CPU where the backend (gloo) knows nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gptq_cli.errors import RankLost
+from gptq_cli.ranks.leaves import leaf_count
+from gptq_cli.ranks.team import Nodes
+from gptq_cli.ranks.tree import Node, total
+from gptq_cli.ranks.watch import Watch
+from gptq_cli.wording import first_line
+
+T = TypeVar("T")
+_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3
+_ALIGNED = 8
+"""Bytes: so that a part of what was received can be seen as numbers of any dtype."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a rank has sent, and how long it has waited."""
+
+    sent_bytes: int = 0
+    waited_seconds: float = 0.0
+
+
+class Ranks:
+    """A `Team` of several processes. `device`: where tensors travel from."""
+
+    def __init__(self, rank: int, size: int, device: torch.device, watch: Watch) -> None:
+        self.rank, self.size, self.leaves = rank, size, leaf_count(size)
+        self.traffic = Traffic()
+        self._device, self._watch = device, watch
+
+    def at(self, where: str) -> None:
+        """See `Team.at`."""
+        self._watch.at(where)
+
+    def decided(self, make: Callable[[], T]) -> T:
+        """See `Team.decided`."""
+        if self.rank == 0:
+            value = make()
+            self._broadcast(_pickled(value))
+            return value
+        told: T = pickle.loads(self._broadcast(b""))
+        return told
+
+    def gathered(self, value: T) -> list[T]:
+        """See `Team.gathered`."""
+        own = _as_tensor(_pickled(value))
+        sizes = [int(size) for size in self._gather(torch.tensor([own.numel()])).flatten()]
+        return [pickle.loads(part.numpy().tobytes()) for part in self.exchanged(own, sizes)]
+
+    def exchanged(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """See `Team.exchanged`."""
+        longest = -(-max(sizes) // _ALIGNED) * _ALIGNED
+        if not longest:
+            return [own] * self.size
+        padded = own.new_zeros(longest)
+        padded[: own.numel()] = own
+        received = self._gather(padded).to(own.device)
+        return [row[:size] for row, size in zip(received, sizes, strict=True)]
+
+    def collected(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """See `Team.collected`."""
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
+        padded[: own.numel()] = own
+        rows = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
+        self._wait(dist.gather(padded, rows, 0, async_op=True))
+        if rows is None:
+            self.traffic.sent_bytes += padded.numel()
+            return []
+        return [row[:size].cpu() for row, size in zip(rows, sizes, strict=True)]
+
+    def summed(self, nodes: Nodes, present: Sequence[Sequence[Node]], length: int) -> Tensor | None:
+        """See `Team.summed`. Every rank gets its part of all nodes, adds them, and all get all parts."""
+        own = [value for _, value in nodes if value is not None]
+        device = own[0].device if own else self._device
+        bounds = [length * rank // self.size for rank in range(self.size + 1)]
+        lengths = [b - a for a, b in pairwise(bounds)]
+        sent = [value[a:b] for a, b in pairwise(bounds) for value in own]
+        outgoing = torch.cat(sent).to(self._device) if sent else torch.empty(0, device=self._device)
+        del sent, own
+        nodes.clear()
+        mine = lengths[self.rank]
+        counts = [len(found) for found in present]
+        incoming = torch.empty(mine * sum(counts), device=self._device)
+        self._wait(
+            dist.all_to_all_single(
+                incoming,
+                outgoing,
+                [mine * count for count in counts],
+                [counts[self.rank] * one for one in lengths],
+                async_op=True,
+            )
+        )
+        self.traffic.sent_bytes += 4 * counts[self.rank] * (length - mine)
+        del outgoing
+        parts = iter(incoming.view(sum(counts), mine))
+        whole = total([(node, next(parts)) for found in present for node in found], self.leaves)
+        if whole is None:
+            return None
+        padded = torch.zeros(max(lengths), device=self._device)
+        padded[:mine] = whole
+        rows = self._gather(padded)
+        return torch.cat([row[:one] for row, one in zip(rows, lengths, strict=True)]).to(device)
+
+    def _gather(self, own: Tensor) -> Tensor:  # (ranks, …), on the device of the backend
+        own = own.to(self._device)
+        received = own.new_empty(self.size, *own.shape)
+        self._wait(dist.all_gather(list(received), own, async_op=True))
+        self.traffic.sent_bytes += (self.size - 1) * own.nbytes
+        return received
+
+    def _broadcast(self, data: bytes) -> bytes:
+        """The bytes of rank 0."""
+        size = torch.tensor([len(data)], device=self._device)
+        self._wait(dist.broadcast(size, 0, async_op=True))
+        flat = _as_tensor(data) if data else torch.empty(int(size), dtype=torch.uint8)
+        flat = flat.to(self._device)
+        self._wait(dist.broadcast(flat, 0, async_op=True))
+        self.traffic.sent_bytes += len(data)
+        return data or flat.cpu().numpy().tobytes()
+
+    def _wait(self, work: Any) -> None:
+        """Until `work` is done. Raises the error of a rank that is gone."""
+        begun, pause = time.perf_counter(), _FIRST_PAUSE
+        try:
+            with self._watch.waiting():
+                while not work.is_completed():
+                    self._watch.check()
+                    time.sleep(pause)
+                    pause = min(1.5 * pause, _LONGEST_PAUSE)
+                work.wait()
+        except RuntimeError as error:
+            raise self._watch.blamed() or RankLost(
+                f"the connection between the ranks broke: {first_line(error)}",
+                hint="the network, or a limit of the machine on connections, may be why",
+            ) from error
+        finally:
+            self.traffic.waited_seconds += time.perf_counter() - begun
+
+
+class _OnHost(pickle.Pickler):
+    """Tensors arrive on the CPU: an accelerator's number means another one to another rank."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """See `pickle.Pickler`."""
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            return value.cpu().__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return NotImplemented
+
+
+def _pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    _OnHost(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
