@@ -245,7 +245,7 @@ RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": {"sweeps": 0, "refit": False, "solve_for": "own"},
         "balanced": {},
-        "best": {"sweeps": 4, "dense_share": 0.5},
+        "best": {"sweeps": 4, "dense_share": 1.0},
     }
 )
 """Fields in which a recipe differs from `QuantizeConfig()`; format and bits are the same."""

@@ -71,7 +71,7 @@ LONG: dict[str, dict[str, Any]] = {
     **RECIPE_ROWS,
     "recipe balanced, asymmetric": {**RECIPE_ROWS["recipe balanced"], "sym": False},
     "recipe balanced, desc_act": {**RECIPE_ROWS["recipe balanced"], "desc_act": True},
-    "recipe best, every sample": {**RECIPE_ROWS["recipe best"], "dense_share": 1.0},
+    "recipe best, half paired": {**RECIPE_ROWS["recipe best"], "dense_share": 0.5},
 }
 
 

@@ -44,7 +44,7 @@ def test_every_option_reaches_the_job(jobs: FakeJobs, run: Run) -> None:
             true_sequential=False,
             sweeps=4,
             solve_for="own",
-            dense_share=0.5,
+            dense_share=1.0,
         ),
         calibration=CalibrationConfig(samples=9, seq_len=77, batch_size=3),
         targets=("vllm",),
