@@ -25,7 +25,7 @@ from gptq_cli.config import (
 from gptq_cli.errors import ConfigError, QualityGateFailed
 from gptq_cli.events import Event, Observer, ignore, warning_text
 from gptq_cli.fields import CardKind, Resume, check_choice
-from gptq_cli.load_job import LoadJob, proof_job
+from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
 from gptq_cli.results.push import PushConfig
@@ -58,6 +58,11 @@ def quantize(
     against_source: bool = False,
     max_kl: float | None = None,
     max_perplexity: float | None = None,
+    tasks: Collection[str] | str = (),
+    task_dir: AnyPath | None = None,
+    task_limit: int | None = None,
+    shots: int | None = None,
+    min_scores: Mapping[str, float] | None = None,
     bench: bool = False,
     push_to_hub: str | None = None,
     private: bool = False,
@@ -75,11 +80,12 @@ def quantize(
     devices, or one device, as text, number or `torch.device`. `max_memory`: text, or a mapping of devices to
     sizes. `targets`: readers that must take the result, on `tp` GPUs. `resume`: what to do about unfinished
     work of an interrupted run beside `out`: "auto" goes on with it, "never" removes it, "required" starts
-    nothing without it. `card`: "none" leaves the model card out. `evaluate` (a text),
-    `against_source`, `max_kl`, `max_perplexity` and `bench` measure the checkpoint once it is in place: the
-    figures are the report's `proof`; where a limit is exceeded, the checkpoint stays and `QualityGateFailed`
-    is raised. `push_to_hub`: the Hub id to upload the result to, `private` or not. `observer` gets every
-    event of `gptq_cli.events`.
+    nothing without it. `card`: "none" leaves the model card out. `evaluate` (a text), `against_source`,
+    `max_kl`, `max_perplexity` and `bench` measure the checkpoint once it is in place, and so do `tasks` of
+    lm-evaluation-harness (`task_dir`: a folder of task files, `task_limit`: questions of each, `shots`:
+    examples, `min_scores`: limits): the figures are the report's `proof`; where a limit is exceeded, the
+    checkpoint stays and `QualityGateFailed` is raised. `push_to_hub`: the Hub id to upload the result to,
+    `private` or not. `observer` gets every event of `gptq_cli.events`.
 
     Returns the report that is also in `out/report.json`. Raises what the command line exits with:
     `UsageError` (2, nothing was started), `PreflightRefused` (3, nothing was written; its text lists the
@@ -114,6 +120,13 @@ def quantize(
         against_source=against_source,
         max_kl=max_kl,
         max_perplexity=max_perplexity,
+        tasks=task_config(
+            ",".join((tasks,) if isinstance(tasks, str) else tasks) or None,
+            directory=None if task_dir is None else os.fspath(task_dir),
+            limit=task_limit,
+            shots=shots,
+            min_scores=[f"{name}={least}" for name, least in (min_scores or {}).items()],
+        ),
         bench=bench,
         device_map=job.device_map,
         dtype=dtype,

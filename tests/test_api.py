@@ -17,7 +17,7 @@ import gptq_cli
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.errors import CheckpointError, ConfigError, DeviceMapError, PreflightRefused
 from gptq_cli.events import Event, Observer, RunFinished
-from gptq_cli.load_job import LoadJob
+from gptq_cli.load_job import LoadJob, TaskConfig
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.results.push import PushConfig
 from tests.e2e.commands import FAST, gptq, write_text
@@ -66,8 +66,13 @@ def test_every_option_reaches_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     pretended = SimpleNamespace(quantize=quantize)
     monkeypatch.setitem(sys.modules, "gptq_cli.jobs", pretended)
     monkeypatch.setattr(gptq_cli, "jobs", pretended, raising=False)
-    gptq_cli.quantize("M", "O", against_source=True, push_to_hub="me/m", private=True)
-    assert asked[0]["proof"] == LoadJob(path="O", against="M", device_map=DeviceMap.parse("auto"))
+    limits = {"b": 0.5}
+    gptq_cli.quantize(
+        "M", "O", against_source=True, tasks=["a", "b"], min_scores=limits, push_to_hub="me/m", private=True
+    )
+    tasks = TaskConfig(names=("a", "b"), min_scores=(("b", 0.5),))
+    proof = LoadJob(path="O", against="M", tasks=tasks, device_map=DeviceMap.parse("auto"))
+    assert asked[0]["proof"] == proof
     assert asked[0]["push"] == PushConfig(repo_id="me/m", private=True)
     gptq_cli.quantize(
         Path("M"), Path("O"), recipe="best", bits=3, group_size="auto", sym=False, sweeps=2, calibration="c4",
