@@ -10,7 +10,7 @@ TORCH  ?= torch==2.13.0
 
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-fake lint types fmt golden bench check clean
+.PHONY: help venv demo test test-all test-fake lint types fmt golden bench wheel check clean
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -63,6 +63,9 @@ golden: $(STAMP)     ## write the golden files and the generated parts of the do
 
 bench: $(STAMP)      ## time `gptq quantize` on the demo model; the last line is JSON
 	@$(BIN)/python scripts/bench_quantize.py
+
+wheel: $(STAMP)      ## build dist/*.whl and dist/*.tar.gz
+	@$(BIN)/python -m build --no-isolation
 
 check:               ## what CI runs: lint, types, tests, make-believe CUDA, in an environment of its own
 	@rm -rf .venv-check

@@ -60,6 +60,8 @@ class RunStarted:
     devices: tuple[str, ...]
     blocks: int
     linears: int
+    seconds: float | None = None
+    """How long it will take, by a short probe of the machine; None: too short a time for one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,17 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+BUSY = 0.25
+"""A larger share of the time spent waiting for a processor is worth a word."""
+
+
+def busy_words(waited_share: float | None) -> str:
+    """That other work keeps the processors busy, where the work waited for one for much of its time."""
+    if waited_share is None or waited_share <= BUSY:
+        return ""
+    return f"other work keeps the processors busy: the probe waited for one {waited_share:.0%} of its time"
+
+
 def duration_words(seconds: float) -> str:
     """`38 s`, `41 min`, `3 h 20 min`."""
     if seconds < 99.5:

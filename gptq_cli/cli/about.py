@@ -5,8 +5,9 @@ from __future__ import annotations
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.output import Session, show
+from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.cli.preset import shipped_presets
+from gptq_cli.events import phase
 
 
 def rules(context: typer.Context, *, as_json: o.Json = False) -> None:
@@ -48,7 +49,8 @@ def doctor(context: typer.Context, *, as_json: o.Json = False) -> None:
     from gptq_cli.jobs.doctor import doctor as look
 
     session: Session = context.obj
-    report = look()
+    with watch(session, "auto", quiet=False) as observer, phase(observer, "startup"):
+        report = look()
     show(session, report, doctor_table)
     if not report.ok:
         raise typer.Exit(1)

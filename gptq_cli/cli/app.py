@@ -18,16 +18,17 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
-from typing import Annotated, TextIO, cast
+from typing import Annotated, Any, TextIO, cast
 
 import typer
+import typer.core
 
 from gptq_cli import __version__
 from gptq_cli.cli import about, failure, ranks
 from gptq_cli.cli.environment import unread_variables
 from gptq_cli.cli.inspect_map import inspect_map
 from gptq_cli.cli.load import load
-from gptq_cli.cli.output import Output, OutputLostError, Session, Unbreakable
+from gptq_cli.cli.output import LineSink, Output, OutputLostError, Session, Unbreakable
 from gptq_cli.cli.push import push
 from gptq_cli.cli.quantize import quantize
 from gptq_cli.cli.report import report
@@ -43,8 +44,31 @@ EPILOG = (
 
 _LESS = "free memory on this machine, or raise the limit that this process has (ulimit -v, its container's)"
 
+
+class _Command(typer.core.TyperCommand):
+    """A command whose help page shows no `<bool>` behind a flag, those of Typer included."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+class _Group(typer.core.TyperGroup):
+    """The same for the program itself."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _without_types(super().get_params(ctx))
+
+
+def _without_types(params: list[Any]) -> list[Any]:
+    for one in params:
+        if getattr(one, "is_flag", False):
+            one.metavar = ""
+    return params
+
+
 app = typer.Typer(
     name="gptq",
+    cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -79,13 +103,18 @@ def root(
     """Quantize a Hugging Face causal language model to a GPTQ checkpoint that real servers load."""
 
 
-app.command("quantize", epilog=EPILOG)(quantize)
-app.command("load", epilog=EPILOG)(load)
-app.command("inspect-map", epilog=EPILOG)(inspect_map)
-app.command("push", epilog=EPILOG)(push)
-app.command("report", epilog=EPILOG)(report)
-for asked in (about.doctor, about.rules, about.targets, about.recipes):
-    app.command(asked.__name__, epilog=EPILOG)(asked)
+for name, function in (
+    ("quantize", quantize),
+    ("load", load),
+    ("inspect-map", inspect_map),
+    ("push", push),
+    ("report", report),
+    ("doctor", about.doctor),
+    ("rules", about.rules),
+    ("targets", about.targets),
+    ("recipes", about.recipes),
+):
+    app.command(name, cls=_Command, epilog=EPILOG)(function)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,29 +145,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ended(session: Session) -> int:
     """Run the command; report how it ended and return the exit code for that."""
+    ended: BaseException = KeyboardInterrupt()
     try:
         with _signals_interrupt(session), out_of_memory_told(lambda: "outside of the work", _LESS):
             code = _run(session)
-    except GptqError as error:
-        as_json = session.as_json and not session.documented
-        return failure.report_known(error, session.seen, as_json=as_json, quiet=session.quiet)
+        if code != failure.INTERRUPTED:
+            return code
+    except SystemExit as stop:  # Typer's, where the reader of stdout went away and after --show-completion
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except OutputLostError:
         return 1
-    except KeyboardInterrupt:
+    except BaseException as error:  # noqa: BLE001  # the one place that may: the error is written out below
+        ended = error
+    with ExitStack() as stack:
+        if session.json_lines is not None:  # stderr holds JSON lines alone, the error included
+            stack.callback(session.json_lines.failed, *failure.summary(ended, session.interrupted))
+            sink = LineSink(session.json_lines.log)
+            stack.callback(sink.finish)
+            stack.enter_context(redirect_stderr(cast(TextIO, sink)))
+        return _reported(ended, session)
+
+
+def _reported(error: BaseException, session: Session) -> int:
+    """Write an error out for people, and for programs where they asked; its exit code."""
+    if isinstance(error, GptqError):
+        as_json = session.as_json and not session.documented
+        return failure.report_known(error, session.seen, as_json=as_json, quiet=session.quiet)
+    if isinstance(error, KeyboardInterrupt):
         return failure.report_interrupted(session.interrupted, as_json=session.as_json)
-    except (
-        SystemExit
-    ) as stop:  # Typer ends so when the reader of stdout went away, and after --show-completion
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Exception as error:  # noqa: BLE001  # the one place that may: the error is written out below
-        message = getattr(error, "format_message", None)
-        if message is not None:
-            code = int(getattr(error, "exit_code", 2))
-            return failure.report_usage(error, message(), code, as_json=session.as_json)
-        return failure.report_unknown(error, as_json=session.as_json)
-    if code == failure.INTERRUPTED:
-        return failure.report_interrupted(session.interrupted, as_json=session.as_json)
-    return code
+    if not isinstance(error, Exception):
+        raise error
+    message = getattr(error, "format_message", None)
+    if message is not None:
+        code = int(getattr(error, "exit_code", 2))
+        command = next((word for word in session.argv[:1] if not word.startswith("-")), "")
+        return failure.report_usage(error, message(), code, command=command, as_json=session.as_json)
+    return failure.report_unknown(error, as_json=session.as_json)
 
 
 def _asks_for_json(environ: Mapping[str, str]) -> bool:

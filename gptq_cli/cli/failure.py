@@ -27,6 +27,13 @@ READER_GONE = 141
 """What a shell reports of a program that SIGPIPE ended, as in `gptq … | head -1`."""
 
 
+def summary(error: BaseException, interrupted: Interrupted | None) -> tuple[str, str]:
+    """Kind and message of what ended a command, for the last line of an event stream."""
+    if isinstance(error, KeyboardInterrupt):
+        return "Interrupted", interrupted.message if interrupted is not None else "interrupted"
+    return type(error).__name__, str(getattr(error, "message", "") or error or type(error).__name__)
+
+
 def error_document(error: BaseException, exit_code: int) -> dict[str, Json]:
     """What `--json` writes in place of a result."""
     return _document(
@@ -83,11 +90,11 @@ def report_unknown(error: Exception, *, as_json: bool) -> int:
     return 1
 
 
-def report_usage(error: Exception, message: str, exit_code: int, *, as_json: bool) -> int:
-    """A usage error of Typer, in our words."""
+def report_usage(error: Exception, message: str, exit_code: int, *, command: str, as_json: bool) -> int:
+    """A usage error of Typer, in our words. `command`: the first word of the command line."""
     if not message:  # no arguments at all: Typer has shown the help page
         return exit_code
-    message, hint = usage_words(error, message)
+    message, hint = usage_words(error, message, command)
     _write_error(message, hint)
     if as_json:
         _write_document(_document("UsageError", message, hint, exit_code))

@@ -80,6 +80,8 @@ class Session:
     """Where a JSON line per event goes."""
     joined: bool = False
     """The ranks that a launcher started have met: what goes wrong in one is told to the first."""
+    json_lines: JsonlDisplay | None = None
+    """What writes the JSON lines of `--progress jsonl`; None: stderr is for people."""
     documented: bool = False
     """The one JSON document is on stdout already; an error after that does not write another."""
 
@@ -239,6 +241,7 @@ def watch(
         observer = stack.enter_context(display)
         records = stack.enter_context(_recorded(session, observer))
         as_json = isinstance(display, JsonlDisplay)
+        session.json_lines = display if isinstance(display, JsonlDisplay) else None
         log = getattr(display, "log", None)
         if log is None and not silent:
             escaping = Escaping(stderr)

@@ -17,6 +17,8 @@ def push(
     private: o.Private = False,
     as_json: o.Json = False,
     progress: o.Progress = "auto",
+    log_file: o.LogFile = None,
+    events: o.EventsFile = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Verify the GPTQ checkpoint DIR and upload it to the Hub as ID, in one commit.
@@ -25,9 +27,9 @@ def push(
     """
     session: Session = context.obj
     with watch(session, progress, quiet=quiet) as observer:
-        from gptq_cli.jobs import pushing
+        from gptq_cli import jobs
 
-        report = pushing.push(path, PushConfig(repo_id=repo_id, private=private), observer)
+        report = jobs.push(path, PushConfig(repo_id=repo_id, private=private), observer)
 
     from gptq_cli.display.load import push_summary
 

@@ -18,10 +18,13 @@ _KINDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true 
 _LARGEST = "a whole number of fewer than 4300 digits"
 
 
-def usage_words(error: Exception, message: str) -> tuple[str, str]:
-    """Message and hint for a usage error; `message` is Typer's, and stays where ours has no more to say."""
+def usage_words(error: Exception, message: str, command: str) -> tuple[str, str]:
+    """Message and hint for a usage error; `message` is Typer's, and stays where ours has no more to say.
+
+    `command`: the one that was asked for, where the error does not know it.
+    """
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "gptq"
+    path = context.command_path if context is not None else f"gptq {command}".strip()
     hint = f"{path} --help"
     words = message[0].lower() + message[1:].rstrip(".")
     unknown = getattr(error, "option_name", None)
@@ -30,6 +33,14 @@ def usage_words(error: Exception, message: str) -> tuple[str, str]:
         near = near_options(unknown, error.possibilities or ())
         if near:
             hint = f"did you mean {' or '.join(near)}? {path} --help lists all"
+    elif unknown is not None:
+        takes = "takes no value" if "does not take" in message else "needs a value"
+        words = f"{unknown} {takes}"
+    elif context is not None and hasattr(context.command, "commands") and context.command.commands:
+        asked = command or "no command"
+        words = f"no such command: {shown(asked)}; available: {', '.join(context.command.commands)}"
+        near = difflib.get_close_matches(asked, context.command.commands, n=1, cutoff=0.6)
+        hint = f"did you mean gptq {near[0]}?" if near else hint
     given = _given(error)
     if given is not None:
         name, value, allowed, choices = given

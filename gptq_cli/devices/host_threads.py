@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from gptq_cli.devices.cgroups import ControlGroup, control_groups
@@ -36,6 +37,19 @@ def _quota(group: ControlGroup) -> float | None:
         return int(limit) / int(period) if int(limit) > 0 else None
     except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max": no quota
         return None
+
+
+def waited_seconds(tasks: Path = Path("/proc/self/task")) -> float | None:
+    """How long the threads of this process, all together, were ready to run and waited for a processor since
+    they began. None where the system does not tell."""
+    waited = 0
+    try:
+        for thread in tasks.iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                waited += int((thread / "schedstat").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+    return waited / 1e9
 
 
 def cap_openmp_threads(environ: MutableMapping[str, str]) -> None:

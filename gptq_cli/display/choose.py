@@ -45,6 +45,7 @@ def choose(
         return PlainDisplay(stream)
     if progress == "jsonl":
         return JsonlDisplay(stream)
+    from gptq_cli.display.live import breaks_lines
     from gptq_cli.display.rich import RichDisplay
 
-    return RichDisplay(console_for(stream), beside_text=beside_text)
+    return RichDisplay(console_for(stream), beside_text=beside_text, breaks_lines=breaks_lines(environ))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from gptq_cli.placement.device import format_size, three_digits
 from gptq_cli.results.load import LoadReport
@@ -89,6 +90,11 @@ def shorten(text: str, width: int) -> str:
         return ELLIPSIS[:width]
     head = (width - 1) // 3
     return f"{text[:head]}{ELLIPSIS}{text[len(text) - (width - 1 - head) :]}"
+
+
+def fitting(texts: Sequence[str], width: int) -> str:
+    """The first of `texts`, the longest first, that is no longer than `width`; else the last, cut."""
+    return next((text for text in texts if len(text) <= width), shorten(texts[-1], width))
 
 
 def shorten_name(name: str, width: int) -> str:

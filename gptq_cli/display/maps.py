@@ -29,6 +29,7 @@ from gptq_cli.display.tables import (
 )
 from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
+from gptq_cli.wording import busy_words
 
 GLYPHS = (
     ("█", "cyan"),
@@ -205,7 +206,9 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     also = f": the checkpoint, and {also}" if plan.snapshot_bytes else ""
     rows.append(("disk", f"{fmt.size(needed)} while the run works{also}"))
     if plan.seconds is not None:
-        rows.append(("time", f"about {fmt.duration(plan.seconds)} (an estimate from a short probe)"))
+        busy = busy_words(plan.waited_share)
+        probe = f"an estimate from a short probe{f'; {busy}' if busy else ''}"
+        rows.append(("time", f"about {fmt.duration(plan.seconds)} ({probe})"))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

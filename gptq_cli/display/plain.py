@@ -174,13 +174,18 @@ def flush_title(event: CacheFlushed) -> str:
 
 def flush_text(event: CacheFlushed) -> str:
     """How much memory a flush freed, and on which devices."""
-    given = f"gave back {fmt.size(event.freed_bytes)}"
+    given = freed_text(event)
     moved = [
         f"{before.device} {fmt.gib(before.reserved_bytes)} -> {fmt.gib(after.reserved_bytes)} GiB"
         for before, after in zip(event.before, event.after, strict=True)
         if before.reserved_bytes != after.reserved_bytes
     ]
     return f"{given} ({', '.join(moved)})" if moved else given
+
+
+def freed_text(event: CacheFlushed) -> str:
+    """How much memory a flush freed."""
+    return f"gave back {fmt.size(event.freed_bytes)}"
 
 
 def _flushed(event: CacheFlushed) -> tuple[str, ...]:

@@ -8,20 +8,20 @@ both.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import assert_never
 
 from rich.console import Console, RenderableType
-from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import one_line
+from gptq_cli.display.live import Live
 from gptq_cli.display.picture import WIDE, Picture
-from gptq_cli.display.plain import flush_text, flush_title
+from gptq_cli.display.plain import flush_text, flush_title, freed_text
 from gptq_cli.display.state import State, advance
 from gptq_cli.display.tables import LEVEL_STYLES, findings_table
 from gptq_cli.events import (
@@ -44,6 +44,10 @@ from gptq_cli.events import (
 from gptq_cli.findings import Finding
 
 REFRESHES_PER_SECOND = 8.0
+LABEL_WIDTH = 11
+"""The label of a settled line with the spaces around it."""
+NAME_WANTED, NAME_FROM = 14, 7
+"""The room for the name after it for which facts are left out, all but two and all but one."""
 LEADER_FROM = 40
 """From this many spaces on, dots fill the gap between a name and its facts."""
 
@@ -57,8 +61,12 @@ class RichDisplay:
         get_time: Callable[[], float] = time.monotonic,
         *,
         beside_text: bool = False,
+        breaks_lines: bool = True,
     ) -> None:
-        """`beside_text`: generated text appears on the same terminal; the moving part is hidden meanwhile."""
+        """`beside_text`: generated text appears on the same terminal; the moving part is hidden meanwhile.
+
+        `breaks_lines`: see `live.breaks_lines`.
+        """
         self._console = console
         self._get_time = get_time
         self._state = State(since=get_time())
@@ -67,15 +75,7 @@ class RichDisplay:
         self._execution_device = ""
         self._beside_text = beside_text
         self._makes_way = False
-        self._live = Live(
-            get_renderable=self._picture,
-            console=console,
-            transient=True,
-            refresh_per_second=REFRESHES_PER_SECOND,
-            vertical_overflow="crop",
-            redirect_stdout=False,
-            redirect_stderr=False,  # output of libraries goes to `log`, without its escape sequences
-        )
+        self._live = Live(console, self._picture, per_second=REFRESHES_PER_SECOND, broken=breaks_lines)
 
     def __enter__(self) -> RichDisplay:
         self._live.start()
@@ -118,8 +118,7 @@ class RichDisplay:
         return Picture(self._state, self._get_time())
 
     def _print(self, *lines: RenderableType) -> None:
-        for line in lines:
-            self._console.print(line, markup=False, highlight=False)
+        self._live.print(*lines)
 
     def _print_findings(self) -> None:
         """Print the findings collected so far as one table, when an event of another kind arrives."""
@@ -136,14 +135,16 @@ class RichDisplay:
             case FindingRaised(finding):
                 self._findings += (finding,)
             case PhaseFinished(phase, seconds, detail):
-                self._print(settled("done", phase, f"{detail}  {fmt.duration(seconds)}".strip(), width))
+                self._print(settled("done", phase, (detail, fmt.duration(seconds)), width))
             case CacheFlushed(where="capture" | "end"):
-                self._print(settled("flush", _after(event), flush_text(event), width, "dim"))
+                room = width - LABEL_WIDTH - NAME_FROM - 2
+                freed = fmt.fitting((flush_text(event), freed_text(event), fmt.size(event.freed_bytes)), room)
+                self._print(settled("flush", _after(event), (freed,), width, "dim"))
             case BlockFinished():
                 self._finished = event
                 self._execution_device = self._state.block.device if self._state.block else ""
             case ShardWritten(path, size_bytes, tensors):
-                facts = f"{fmt.count(tensors, 'tensor')}  {fmt.size(size_bytes)}"
+                facts = (fmt.count(tensors, "tensor"), fmt.size(size_bytes))
                 self._print(settled("written", path, facts, width))
             case Warned(message, hint):
                 self._print(warned(message, hint))
@@ -173,8 +174,8 @@ class RichDisplay:
 
 def block_facts(
     event: BlockFinished, flush: CacheFlushed | None, execution_device: str, *, wide: bool
-) -> str:
-    """`loss 0.0203  peak 1.75 GiB  freed 307 MiB  6.6 s`, without facts that are unknown.
+) -> tuple[str, ...]:
+    """`loss 0.0203`, `peak 1.75 GiB`, `freed 307 MiB`, `6.6 s`, without facts that are unknown.
 
     `wide` adds the change against round-to-nearest, the count of fallbacks and the device
     (`execution_device`).
@@ -195,23 +196,31 @@ def block_facts(
         facts.append(f"{f'{device} ' if wide else ''}peak {fmt.size(peak):>8}")
     if flush is not None:
         facts.append(f"freed {fmt.size(flush.freed_bytes):>8}")
-    return "  ".join([*facts, f"{fmt.duration(event.report.seconds):>6}"])
+    return (*facts, f"{fmt.duration(event.report.seconds):>6}")
 
 
 def _after(event: CacheFlushed) -> str:
     return flush_title(event).removeprefix("flush ")
 
 
-def settled(label: str, name: str, facts: str, width: int, style: str = "") -> Text:
-    """One line that stays: a label, a name cut to fit, the facts at the right end."""
-    room = width - 11 - len(facts) - 2
-    shown = fmt.shorten_name(name, max(room, 8))
+def settled(label: str, name: str, facts: Sequence[str], width: int, style: str = "") -> Text:
+    """One line that stays: a label, a name cut to fit, the facts at the right end.
+
+    Where they do not fit, facts are left out from the last but one on: the last says how long it took.
+    """
+    shown = [fact for fact in facts if fact]
+    for kept, least in ((2, min(len(name), NAME_WANTED)), (1, NAME_FROM)):
+        while len(shown) > kept and LABEL_WIDTH + least + 2 + len("  ".join(shown)) > width:
+            del shown[-2]
+    text = "  ".join(shown)
+    room = width - LABEL_WIDTH - len(text) - 2
+    cut = fmt.shorten_name(name, max(room, NAME_FROM))
     line = Text(f" {label:<8}  ", style=style or "green", no_wrap=True, overflow="ellipsis")
-    line.append(shown, style=style or "default")
-    gap = room - len(shown)
+    line.append(cut, style=style or "default")
+    gap = room - len(cut)
     leader = "·" * (gap - 2) if gap > LEADER_FROM else ""
     line.append(f" {leader:<{max(gap - 1, 0)}} ", style="dim")
-    return line.append(facts, style=style or "default")
+    return line.append(text, style=style or "default")
 
 
 def warned(message: str, hint: str) -> Table:

@@ -65,7 +65,7 @@ def _events() -> Schema:
     text = {"type": "string"}
     lines += [
         _line("Log", {"text": text}, "A line that a library wrote to standard error."),
-        _line("Failed", {"type": text, "message": text}, "The error that ends the work, in --events alone."),
+        _line("Failed", {"type": text, "message": text}, "The error that ended the command: the last line."),
     ]
     return complete(
         "gptq events",

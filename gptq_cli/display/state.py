@@ -90,11 +90,14 @@ class State:
     memory: tuple[DeviceMemory, ...] = ()
     flush: CacheFlushed | None = None
     finished: bool = False
+    until: float | None = None
+    """When the run should end by the estimate that was made at its start; None where there is none."""
 
     def remaining_seconds(self, now: float) -> float | None:
-        """Time left for the blocks, from the mean of the last ones; None before the first is finished."""
+        """Time left for the blocks, from the mean of the last ones; before the first is finished, by the
+        estimate that was made at the start. None where neither is known."""
         if not self.block_seconds or not self.blocks_total:
-            return None
+            return None if self.until is None else max(0.0, self.until - now)
         mean = sum(self.block_seconds) / len(self.block_seconds)
         on_device = self.block is not None and not self.block.finished
         spent = min(now - self.block.since, mean) if self.block and on_device else 0.0
@@ -117,7 +120,8 @@ def advance(state: State, event: Event, now: float) -> State:
     """The state after `event`, which happened at `now` seconds."""
     match event:
         case RunStarted():
-            return replace(state, blocks_total=event.blocks)
+            until = None if event.seconds is None else now + event.seconds
+            return replace(state, blocks_total=event.blocks, until=until)
         case PhaseStarted():
             return replace(state, phase=PhaseState(phase=event.phase, done=0, total=event.total, since=now))
         case PhaseAdvanced():

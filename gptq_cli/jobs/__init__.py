@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from gptq_cli.results.card import CardMaker
     from gptq_cli.results.load import LoadReport, VerifyReport
     from gptq_cli.results.map import MapReport
-    from gptq_cli.results.push import PushConfig
+    from gptq_cli.results.push import PushConfig, PushReport
     from gptq_cli.results.run import RunReport
     from gptq_cli.results.trial import TrialReport
 
-__all__ = ["dry_run", "follow", "inspect_map", "load", "open_model", "quantize", "trial"]
+__all__ = ["dry_run", "follow", "inspect_map", "load", "open_model", "push", "quantize", "trial"]
 
 
 def quantize(
@@ -109,6 +109,15 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
 
     module = _started("loading", "load", lambda: before_load(job), observer)
     report: LoadReport | VerifyReport = module.load(job, observer)
+    return report
+
+
+def push(path: str, config: PushConfig, observer: Observer = ignore) -> PushReport:
+    """See `pushing.push`."""
+    from gptq_cli.jobs.early import before_push
+
+    module = _started("pushing", "load", lambda: before_push(path), observer)
+    report: PushReport = module.push(path, config, observer)
     return report
 
 

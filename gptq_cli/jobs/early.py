@@ -43,6 +43,11 @@ def before_plan(job: InspectJob | QuantizeJob) -> None:
     glance_at_model(job.model)
 
 
+def before_push(path: str) -> None:
+    """Raise `CheckpointError` where there is no checkpoint to upload."""
+    read_formats(checkpoint_directory(path))
+
+
 def before_load(job: LoadJob) -> None:
     """Raise `CheckpointError` where there is no checkpoint, `ModelError` where there is no dense model.
 

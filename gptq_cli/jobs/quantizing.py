@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
@@ -28,31 +27,28 @@ from gptq_cli.errors import (
     NonFinite,
     SourceChanged,
 )
-from gptq_cli.events import Observer, RunFinished, RunStarted, ShardWritten, ignore, phase
-from gptq_cli.gptq.matmul import fast_matmul_supported
+from gptq_cli.events import Observer, RunFinished, ShardWritten, ignore, phase
 from gptq_cli.jobs.card import Card
 from gptq_cli.jobs.checking import Checked, check
 from gptq_cli.jobs.claiming import claimed
 from gptq_cli.jobs.forecast import Forecast, against_plan
+from gptq_cli.jobs.header import header
 from gptq_cli.jobs.keeping import keeping
 from gptq_cli.jobs.proof import prove
 from gptq_cli.jobs.pushing import uploaded
 from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
-from gptq_cli.jobs.steps import announce, passes_words, watched
+from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.together import Assignment
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.skeleton import Skeleton
-from gptq_cli.placement.device import CPU
-from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
-from gptq_cli.planning.time import Estimate, estimate_seconds, quick_estimate, time_words
+from gptq_cli.planning.time import Estimate, estimate, quick_estimate
 from gptq_cli.preflight.facts import Claim
-from gptq_cli.preflight.report import group_reason, map_report, own_settings, quantize_plan
+from gptq_cli.preflight.report import map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import refusal
 from gptq_cli.ranks.joining import Joined
 from gptq_cli.ranks.team import ALONE, Team
@@ -142,8 +138,8 @@ def _quantize(
         destination.start_over()
         found = None
     done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
-    estimate = quick_estimate(checked.facts, checked.work, schedule, placement.main_device, finished=done)
-    tally(_header(job, checked, placement, schedule, tokens, estimate, done))
+    expected = quick_estimate(checked.facts, checked.work, schedule, placement.main_device, finished=done)
+    tally(header(job, checked, placement, schedule, tokens, expected, finished=done))
     job, given = replace(job, quantize=checked.work.quantize), job
     fingerprint = Fingerprint.of(job, checked.skeleton, tokens)
     devices = watched(placement)
@@ -209,7 +205,7 @@ def _quantize(
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
             size_after_bytes=writer.plan.size_bytes,
             findings=checked.findings.ordered(),
-            estimate=estimate,
+            estimate=expected,
             tally=tally,
             kept=keeper,
             settings=settings_of(
@@ -250,7 +246,7 @@ def dry_run(
     with watching("quantize", observer) as watcher:
         checked = check(job, watcher, proof=proof, push=push)
         announce(checked.findings, watcher)
-        seconds = _seconds(job, checked)
+        found = _estimate(job, checked)
         return map_report(
             checked.facts,
             checked.resolution,
@@ -259,60 +255,17 @@ def dry_run(
             max_memory=job.max_memory,
             report=checked.findings,
             given=job.devices is not None,
-            plan=quantize_plan(checked.facts, Work(job.quantize, job.calibration), seconds),
+            plan=quantize_plan(checked.facts, Work(job.quantize, job.calibration), found),
             warnings=watcher.warnings,
         )
 
 
-def _seconds(job: QuantizeJob, checked: Checked) -> float | None:
-    """An estimate from a short probe of this machine; None where refused or planned for another."""
+def _estimate(job: QuantizeJob, checked: Checked) -> Estimate | None:
+    """From a short probe of this machine; none where the job is refused or planned for another."""
     placement, schedule = checked.resolution.placement, checked.resolution.schedule
     if job.devices is not None or not checked.findings.ok or placement is None or schedule is None:
         return None
-    return estimate_seconds(checked.facts, checked.work, schedule, placement.main_device)
-
-
-def _header(
-    job: QuantizeJob,
-    checked: Checked,
-    placement: Placement,
-    schedule: Schedule,
-    tokens: TokenBatches,
-    estimate: Estimate | None,
-    finished: int,
-) -> RunStarted:
-    left = " for what is left" if finished else ""
-    config = checked.work.quantize
-    reason = group_reason(job.quantize.group_size)
-    group = f"group {config.group_columns}{f' ({reason})' if reason else ''}"
-    zeros = "symmetric" if config.sym else "asymmetric"
-    decoded = checked.facts.decoded
-    return RunStarted(
-        command="quantize",
-        model=job.model.model,
-        out=job.out,
-        settings=(
-            *((("source", decoded.words),) if decoded is not None else ()),
-            ("bits", f"{config.bits}, {group}, {zeros}"),
-            ("order", "desc_act" if config.desc_act else config.act_order),
-            ("dtype", _dtype_words(checked, placement)),
-            ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
-            ("placement", placement.reason),
-            ("passes", passes_words(schedule)),
-            ("time", f"{time_words(estimate)}{left}"),
-        ),
-        devices=tuple(str(device) for device in placement.devices),
-        blocks=len(checked.skeleton.blocks),
-        linears=len(checked.skeleton.packed),
-    )
-
-
-def _dtype_words(checked: Checked, placement: Placement) -> str:
-    """The dtype of the model, and that of its matmuls where the processor is slow at them in the model's."""
-    dtype = checked.facts.dtype
-    if placement.main_device == CPU and not fast_matmul_supported(checked.skeleton.dtype, "cpu"):
-        return f"{dtype}, multiplied in float32: this cpu does not multiply {dtype} natively"
-    return dtype
+    return estimate(checked.facts, checked.work, schedule, placement.main_device)
 
 
 def _writer(job: QuantizeJob, skeleton: Skeleton, claim: Claim, observer: Observer) -> CheckpointWriter:

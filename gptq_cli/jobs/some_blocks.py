@@ -14,12 +14,13 @@ from gptq_cli.fields import check_int
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.checking import check
 from gptq_cli.jobs.forecast import Forecast
+from gptq_cli.jobs.header import header
 from gptq_cli.jobs.run_report import Tally
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.planning.memory import quantized_bytes, snapshot_bytes
-from gptq_cli.planning.time import DISK_BYTES_PER_SECOND
+from gptq_cli.planning.time import DISK_BYTES_PER_SECOND, quick_estimate
 from gptq_cli.preflight.resolve import refusal
 from gptq_cli.results.trial import TrialReport
 
@@ -45,6 +46,9 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
             device=placement.main_device,
             plans=resolved.devices,
         )
+        blocks = min(blocks, len(schedule.blocks))
+        expected = quick_estimate(checked.facts, checked.work, schedule, placement.main_device)
+        tally(header(job, checked, placement, schedule, tokens, expected, trial=blocks))
         devices = watched(placement)
         run = EngineRun(
             skeleton=replace(checked.skeleton, head=None),

@@ -9,7 +9,8 @@ different height, from which the price of a column and the price of a weight fol
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
               a · K once for experts that are solved side by side
 
-It is an estimate: other processes, clocks and caches may move it by a factor of two.
+It is an estimate: clocks and caches may move it by a factor of two, and other work on the machine by more, so
+the probe also notes how long its threads waited for a processor.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import process_time
 from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.devices.host_threads import waited_seconds
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.schedule import HEAD_ROWS, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.timing import fastest
-from gptq_cli.wording import duration_words
+from gptq_cli.wording import busy_words, duration_words
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +54,22 @@ class MachineRates:
     matmul_rate: float
     column_seconds: float
     weight_seconds: float
+    waited_share: float | None = None
+    """Share of the probe's time that its threads waited for a processor; None where the system does not
+    tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run should take."""
+
+    seconds: float
+    """Of the whole job."""
+    left_seconds: float
+    """Of what an earlier start did not finish."""
+    block_seconds: Mapping[str, float]
+    waited_share: float | None = None
+    """See `MachineRates`."""
 
 
 SHORT_SECONDS = 60.0
@@ -80,6 +99,7 @@ def measure(
     from gptq_cli.gptq.solver import quantize_linears
 
     place, number = torch.device(str(device)), getattr(torch, dtype)
+    waited, ran = waited_seconds(), process_time()
 
     def seconds_of(work: Callable[[], object]) -> float:
         """Of one call: the fastest of several, since whatever disturbs a call makes it slower."""
@@ -111,7 +131,17 @@ def measure(
         matmul_rate=multiply_adds / matmul,
         column_seconds=max(0.0, low - weight_seconds * _LOW_ROWS * _K) / _K,
         weight_seconds=weight_seconds,
+        waited_share=_share_since(waited, ran),
     )
+
+
+def _share_since(waited: float | None, ran: float) -> float | None:
+    """The share of waiting in waiting and working since then. A thread that ended took its waiting along."""
+    now = waited_seconds()
+    if waited is None or now is None:
+        return None
+    waiting, working = max(0.0, now - waited), process_time() - ran
+    return waiting / (waiting + working) if waiting else 0.0
 
 
 def job_seconds(
@@ -202,20 +232,9 @@ def _weights_run(stages: Sequence[StageShape], block: BlockSchedule, routed_shar
     return run + (batches + 1) * sum(weights)
 
 
-def estimate_seconds(facts: ModelFacts, work: Work, schedule: Schedule, device: Device) -> float:
-    """Probe `device`, then count: seconds that quantizing the model of `facts` there will take."""
-    return job_seconds(facts, work, schedule, measure(device, facts.dtype, work.quantize))
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What a run should take."""
-
-    seconds: float
-    """Of the whole job."""
-    left_seconds: float
-    """Of what an earlier start did not finish."""
-    block_seconds: Mapping[str, float]
+def estimate(facts: ModelFacts, work: Work, schedule: Schedule, device: Device) -> Estimate:
+    """Probe `device`, then count: how long quantizing the model of `facts` there will take."""
+    return _counted(facts, work, schedule, measure(device, facts.dtype, work.quantize))
 
 
 def quick_estimate(
@@ -226,13 +245,23 @@ def quick_estimate(
     if job_seconds(facts, work, schedule, _SLOW, finished=finished) < SHORT_SECONDS:
         return None
     speed = measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
+    return _counted(facts, work, schedule, speed, finished)
+
+
+def _counted(
+    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, finished: int = 0
+) -> Estimate:
     return Estimate(
         seconds=job_seconds(facts, work, schedule, speed),
         left_seconds=job_seconds(facts, work, schedule, speed, finished=finished),
         block_seconds=block_seconds(facts, work, schedule, speed),
+        waited_share=speed.waited_share,
     )
 
 
 def time_words(estimate: Estimate | None) -> str:
-    """`about 12 min`: of what is left to do."""
-    return "less than a minute" if estimate is None else f"about {duration_words(estimate.left_seconds)}"
+    """`about 12 min`: of what is left to do; and whether the probe found the machine busy."""
+    if estimate is None:
+        return "less than a minute"
+    busy = busy_words(estimate.waited_share)
+    return f"about {duration_words(estimate.left_seconds)}{f' ({busy})' if busy else ''}"

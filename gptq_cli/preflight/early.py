@@ -7,8 +7,11 @@ from the headers of the files alone is left to that rule.
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from gptq_cli.calibration.text import check_source, too_few_bytes
@@ -21,7 +24,7 @@ from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.source import ModelFiles, read_json
 from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase, OutputFacts, Work
-from gptq_cli.preflight.rules import calibration, memory, model_files, output, quantization
+from gptq_cli.preflight.rules import calibration, device_map, memory, model_files, output, quantization
 from gptq_cli.rules import Remark, rules_in
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
@@ -47,12 +50,41 @@ def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | Non
     about_files = [rule for rule in rules_in(model_files) if rule.id in known]
     found = [finding for rule in (*about_files, *output.KNOWN_EARLY) for finding in rule(case)]
     found += _size_findings(job, files)
+    found += _device_findings(job)
     with out_of_memory_told(lambda: "while reading the calibration text", _LESS_TEXT):
         text = _text_findings(job, files)
     found += text
     if not text and any(finding.level == "error" for finding in found):
         found += _besides(job, files)
     return PreflightReport(PreflightReport(tuple(found)).ordered())
+
+
+def _device_findings(job: QuantizeJob) -> Iterator[Finding]:
+    """Devices that cannot be there. Once torch is imported, their rule asks it, and knows a better map."""
+    if "torch" in sys.modules:
+        return
+    limited = [device for device, _ in job.max_memory.limits] if job.max_memory is not None else []
+    for subject, devices, hint in (
+        (None, job.device_map.devices, "--device-map auto"),
+        ("--max-memory", limited, "leave --max-memory out"),
+    ):
+        for device in devices:
+            why = _impossible(device.kind)
+            if why:
+                message = f"{device} is not on this machine: {why}"
+                remark = Remark(subject=subject or str(device), message=message, hint=hint)
+                yield device_map.device_absent.finding(remark)
+
+
+def _impossible(kind: str) -> str:
+    """Why no device of this kind can be here; "" where one may be."""
+    if kind == "mps" and sys.platform != "darwin":
+        return "mps is of Apple's computers"
+    with suppress(PackageNotFoundError):
+        built = version("torch")
+        if kind in ("cuda", "xpu") and built.endswith("+cpu"):
+            return f"torch {built} is built for the cpu alone"
+    return ""
 
 
 def _text_findings(job: QuantizeJob, files: ModelFiles) -> list[Finding]:

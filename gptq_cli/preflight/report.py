@@ -15,6 +15,7 @@ from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_bytes
 from gptq_cli.planning.schedule import block_linears
+from gptq_cli.planning.time import Estimate
 from gptq_cli.planning.units import units_of
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.results.kept import OwnSettings
@@ -75,8 +76,8 @@ def group_reason(asked: GroupSize) -> str:
     return f"auto: the largest of {listed} that divides every linear" if asked == "auto" else ""
 
 
-def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> QuantizePlan:
-    """What `--dry-run` adds. `seconds` is an estimate made elsewhere, None without one."""
+def quantize_plan(facts: ModelFacts, work: Work, estimate: Estimate | None) -> QuantizePlan:
+    """What `--dry-run` adds. `estimate` is made elsewhere, None without one."""
     reason = group_reason(work.quantize.group_size)
     work = work.on(facts)
     config, data = work.quantize, work.calibration
@@ -101,7 +102,8 @@ def quantize_plan(facts: ModelFacts, work: Work, seconds: float | None) -> Quant
         snapshot_bytes=snapshot_bytes(facts, work),
         samples=data.samples,
         seq_len=data.seq_len,
-        seconds=seconds,
+        seconds=None if estimate is None else estimate.seconds,
+        waited_share=None if estimate is None else estimate.waited_share,
     )
 
 

@@ -135,6 +135,9 @@ class QuantizePlan:
     seq_len: int
     seconds: float | None
     """An estimate from a short probe of this machine; None when no probe was made."""
+    waited_share: float | None = None
+    """Share of the probe's time that its threads waited for a processor, 0 to 1: high where other work keeps
+    this machine busy. None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -59,7 +59,8 @@ def test_every_error_has_its_exit_code(jobs: FakeJobs, run: Run, error: errors.G
     assert outcome.err == "error: m\n  hint: h\n"
     outcome = run(*QUANTIZE, "--json")
     assert outcome.code == code
-    expected = {"type": type(error).__name__, "message": "m", "hint": "h", "exit_code": code}
+    named = {"type": type(error).__name__, "message": "m", "hint": "h"}
+    expected = {**named, "exit_code": code, "findings": None}
     assert json.loads(outcome.out) == {"schema_version": 1, "error": expected}
 
 
@@ -153,7 +154,8 @@ def test_a_signal_interrupts(jobs: FakeJobs, run: Run, number: signal.Signals) -
     assert cleaned == [True]
     assert signal.getsignal(number) == before
     error = json.loads(run(*QUANTIZE, "--json").out)["error"]
-    assert error == {"type": "Interrupted", "message": "interrupted", "hint": None, "exit_code": 130}
+    said = {"type": "Interrupted", "message": "interrupted", "hint": None}
+    assert error == {**said, "exit_code": 130, "findings": None}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -198,7 +200,7 @@ def test_nohup_is_respected(jobs: FakeJobs, run: Run) -> None:
             "--dtype is 'int8'; allowed: auto, float16",
             "gptq quantize --help",
         ),
-        (("quantise", "M"), "did you mean 'quantize'", "gptq --help"),
+        (("quantise", "M"), "no such command: quantise", "did you mean gptq quantize?"),
         (("load", "A", "B"), "unexpected extra argument", "gptq load --help"),
     ],
 )
@@ -208,7 +210,7 @@ def test_usage_errors_exit_2(
     outcome = run(*argv)
     assert (outcome.code, outcome.out, jobs.called) == (2, "", "")
     assert outcome.err.startswith("error: ")
-    assert message in outcome.err.replace("Did", "did")
+    assert message in outcome.err
     assert f"  hint: {hint}\n" in outcome.err
     outcome = run(*argv, "--json")
     error = json.loads(outcome.out)["error"]

@@ -47,6 +47,7 @@ def test_the_help_page(command: tuple[str, ...]) -> None:
     page = help_page(*command)
     assert "\x1b" not in page
     assert max(map(len, page.splitlines())) <= 80
+    assert "<bool>" not in page
     check_golden(f"help/{'-'.join(('gptq', *command))}.txt", page)
 
 

@@ -153,3 +153,25 @@ def test_cards_are_offered_as_the_file_system_shows_them(tmp_path: Path) -> None
     for name in ("nvidia1", "nvidia0", "nvidiactl", "null"):
         (tmp_path / name).touch()
     assert completion._devices(tmp_path)[:3] == ["cpu", "cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "hint"),
+    [
+        (
+            ("quantise", "m"),
+            "no such command: quantise; available: quantize, load",
+            "did you mean gptq quantize?",
+        ),
+        (("frobnicate",), "no such command: frobnicate", "gptq --help"),
+        (("quantize", "m", "--bits"), "--bits needs a value", "gptq quantize --help"),
+        (("rules", "--json=3"), "--json takes no value", "gptq rules --help"),
+        (("--nope",), "no such option: --nope", "gptq --help"),
+    ],
+)
+def test_words_that_are_not_understood(words: tuple[str, ...], said: str, hint: str, run: Run) -> None:
+    outcome = run(*words)
+    assert outcome.code == 2
+    first, second = outcome.err.splitlines()
+    assert first.startswith(f"error: {said}")
+    assert second == f"  hint: {hint}"

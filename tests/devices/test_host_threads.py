@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.devices import host_threads
-from gptq_cli.devices.host_threads import cap_openmp_threads, usable_cores
+from gptq_cli.devices.host_threads import cap_openmp_threads, usable_cores, waited_seconds
 
 
 @pytest.fixture
@@ -62,3 +62,15 @@ def test_a_quota_is_told_to_openmp_unless_it_was_told(monkeypatch: pytest.Monkey
     asked = {"OMP_NUM_THREADS": "4"}
     cap_openmp_threads(asked)
     assert asked == {"OMP_NUM_THREADS": "4"}
+
+
+def test_waiting_is_summed_over_the_threads(tmp_path: Path) -> None:
+    tasks = write(tmp_path, {"7/schedstat": "500 2000000000 3\n", "8/schedstat": "1 500000000 1\n"})
+    (tasks / "9").mkdir()  # a thread that ended
+    assert waited_seconds(tasks) == 2.5
+
+
+@pytest.mark.parametrize("files", [None, {"7/schedstat": "?\n"}])
+def test_a_system_that_does_not_tell(files: dict[str, str] | None, tmp_path: Path) -> None:
+    tasks = tmp_path / "task" if files is None else write(tmp_path, files)
+    assert waited_seconds(tasks) is None

@@ -2,12 +2,15 @@
 
 import io
 import re
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from gptq_cli import events as e
+from gptq_cli.display.plain import lines as plain_lines
 from gptq_cli.display.rich import RichDisplay
+from gptq_cli.results.run import BlockReport
 from tests.display.events import DENSE, OFFLOAD, linear, memory, sample_run
 from tests.display.test_plain import Clock
 from tests.golden import check_golden
@@ -115,11 +118,24 @@ def test_a_low_terminal_gets_fewer_linears() -> None:
     assert sum("gptq" in line for line in lines) >= 1
 
 
-@pytest.mark.parametrize("width", [20, 40, 60])
-def test_a_narrow_terminal_loses_text_but_no_line_wraps(width: int) -> None:
+@pytest.mark.parametrize("width", [40, 55])
+def test_a_narrow_terminal_loses_columns_and_cuts_no_figure(width: int) -> None:
+    terminal = Terminal(width)
+    terminal.play(e.BlockFinished, 2)
+    text = "\n".join(line.rstrip() for line in terminal.picture().splitlines()) + "\n"
+    assert max(map(len, text.splitlines())) <= width
+    check_golden(f"rich/picture_{width}.txt", text)
+    settled = [line.rstrip() for line in terminal.settled.splitlines()]
+    assert max(map(len, settled)) <= width
+    check_golden(f"rich/settled_{width}.txt", "\n".join(settled) + "\n")
+
+
+@pytest.mark.parametrize("width", range(20, 131, 5))
+def test_no_line_wraps_at_any_width(width: int) -> None:
     terminal = Terminal(width)
     terminal.play(e.LinearQuantized, 15)
     assert max(map(len, terminal.picture().splitlines())) <= width
+    assert "…" not in "".join(line for line in terminal.picture().splitlines() if "GiB" in line)
 
 
 def test_names_as_long_as_they_come_do_not_wrap() -> None:
@@ -166,14 +182,14 @@ def test_memory_that_is_nearly_full_is_said_in_words() -> None:
         total_bytes=100 * 2**30,
     )
     terminal.display(e.CacheFlushed(where="capture", subject="", before=memory(0)[:1], after=(full,)))
-    assert "peak 99.0 of 100 GiB  NEARLY FULL\n" in terminal.picture()
+    assert "█ 90.0  ▓ 95.0  peak 99.0 of 100 GiB  NEARLY FULL\n" in terminal.picture()
 
 
 def test_before_the_first_event_it_says_that_it_is_starting() -> None:
     terminal = Terminal(80)
     terminal.clock.now = 3.0
     words = terminal.picture().split()
-    assert (words[0], words[-1]) == ("starting", "0:00:03")
+    assert (words[0], words[-1]) == ("startup", "0:00:03")
     terminal.play(e.PhaseFinished, nth=1)
     assert "done      load" in terminal.settled
 
@@ -217,6 +233,39 @@ def test_an_error_while_text_is_written_leaves_the_cursor_alone() -> None:
     with pytest.raises(KeyboardInterrupt):
         run()
     assert terminal.stream.getvalue().count(HIDE) == terminal.stream.getvalue().count(SHOW) == 1
+
+
+@pytest.mark.parametrize("phase", get_args(e.Phase))
+def test_a_phase_has_one_name_everywhere(phase: e.Phase) -> None:
+    terminal = Terminal(80)
+    terminal.display(e.PhaseStarted(phase))
+    moving = terminal.picture().split()[0]
+    terminal.display(e.PhaseFinished(phase, 1.0))
+    (plain,) = plain_lines(e.PhaseFinished(phase, 1.0))
+    assert (moving, terminal.settled.split()[1], plain.split(":")[0]) == (phase, phase, phase)
+
+
+def test_before_the_first_block_is_done_the_estimate_says_how_much_time_is_left() -> None:
+    terminal = Terminal(80)
+    started = e.RunStarted(
+        command="quantize",
+        model="m",
+        out="o",
+        settings=(),
+        devices=("cpu",),
+        blocks=2,
+        linears=2,
+        seconds=90.0,
+    )
+    terminal.display(started)
+    terminal.clock.now = 20.0
+    stages = (("mlp.up_proj",),)
+    terminal.display(e.BlockStarted(name="b", index=0, total=2, device="cpu", stages=stages))
+    assert "0:00:20, 0:01:10 left" in terminal.picture()
+    terminal.clock.now = 25.0
+    report = BlockReport(name="b", seconds=5.0, peak_bytes=(), linears=())
+    terminal.display(e.BlockFinished(index=0, total=2, report=report, memory=()))
+    assert "0:00:25, 0:00:05 left" in terminal.picture()
 
 
 def test_a_phase_says_how_much_time_is_left() -> None:

@@ -7,18 +7,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
 from gptq_cli.events import Event, FindingRaised
-from gptq_cli.jobs.early import before_load, before_quantize
+from gptq_cli.jobs.early import before_load, before_push, before_quantize
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.find import glance_at_model
 from gptq_cli.model.source import ModelFiles
-from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.preflight.early import early_findings, input_columns
 from gptq_cli.results.push import PushConfig
 from tests.tiny import save_tiny
@@ -200,3 +201,49 @@ def test_a_lack_of_memory_is_told_as_in_the_job(
     monkeypatch.setattr("gptq_cli.model.source.read_header", full)
     with pytest.raises(OutOfDeviceMemory, match="while opening the model"):
         jobs.quantize(job_of(model, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("options", "built", "said"),
+    [
+        (
+            {"device_map": DeviceMap.parse("cuda:0")},
+            "2.13.0+cpu",
+            "torch 2.13.0+cpu is built for the cpu alone",
+        ),
+        ({"device_map": DeviceMap.parse("model.layers=xpu:1,rest=cpu")}, "2.11.0+cpu", "xpu:1 is not on"),
+        ({"max_memory": MaxMemory.parse("0=20GiB,cpu=4GiB")}, "2.13.0+cpu", "cuda:0 is not on"),
+        ({"device_map": DeviceMap.parse("mps")}, "2.13.0", "mps is of Apple's computers"),
+    ],
+)
+def test_a_device_that_cannot_be_there(
+    options: dict[str, Any],
+    built: str,
+    said: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr("gptq_cli.preflight.early.version", lambda name: built)
+    job = replace(job_of(model, tmp_path / "out"), **options)
+    report = early_findings(job, glance_at_model(job.model), None)
+    (finding,) = report.findings
+    assert (finding.rule, finding.level) == ("device-absent", "error")
+    assert said in finding.message
+
+
+@pytest.mark.parametrize("built", ["2.13.0", "2.13.0+cu130", "2.13.0+rocm7.0"])
+def test_a_device_that_may_be_there_is_left_to_torch(
+    built: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr("gptq_cli.preflight.early.version", lambda name: built)
+    job = replace(job_of(model, tmp_path / "out"), device_map=DeviceMap.parse("cuda:0"))
+    assert early_findings(job, glance_at_model(job.model), None).ok
+
+
+def test_nothing_is_uploaded_where_nothing_is() -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        before_push("nosuch")

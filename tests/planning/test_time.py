@@ -16,6 +16,7 @@ from gptq_cli.planning.time import (
     DISK_BYTES_PER_SECOND,
     MULTIPLY_ADDS,
     START_SECONDS,
+    Estimate,
     MachineRates,
     job_seconds,
     measure,
@@ -183,3 +184,24 @@ def test_a_header_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert left is not None
     assert left.left_seconds < left.seconds == found.seconds
     assert sum(found.block_seconds.values()) < found.seconds
+
+
+def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks are those of a machine on which every thread waits as long as it works."""
+    waited = iter((1.0, 4.0))
+    worked = iter((10.0, 13.0))
+    monkeypatch.setattr("gptq_cli.planning.time.waited_seconds", lambda: next(waited))
+    monkeypatch.setattr("gptq_cli.planning.time.process_time", lambda: next(worked))
+    found = measure(CPU, "float32", WORK.quantize, attempts=1, min_seconds=0.0)
+    assert found.waited_share == 0.5
+    busy = Estimate(seconds=900.0, left_seconds=600.0, block_seconds={}, waited_share=found.waited_share)
+    assert time_words(busy) == (
+        "about 10 min (other work keeps the processors busy: the probe waited for one 50% of its time)"
+    )
+    for share in (None, 0.1):
+        assert time_words(replace(busy, waited_share=share)) == "about 10 min"
+
+
+def test_where_waiting_is_not_known_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gptq_cli.planning.time.waited_seconds", lambda: None)
+    assert measure(CPU, "float32", WORK.quantize, attempts=1, min_seconds=0.0).waited_share is None

@@ -15,6 +15,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.time import Estimate
 from gptq_cli.preflight.report import map_report, placement_tree, quantize_plan
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
@@ -110,7 +111,7 @@ def test_verdict_and_schema(spec: str, devices: str, verdict: str) -> None:
 
 def test_plan_of_a_dry_run() -> None:
     facts = llama(blocks=3, hidden=1024, inner=4096)
-    plan = quantize_plan(facts, SMALL_WORK, 12.5)
+    plan = quantize_plan(facts, SMALL_WORK, Estimate(12.5, 12.5, {}, 0.5))
     assert [(s.blocks, s.example, s.linears) for s in plan.stages] == [
         (3, "model.layers.0", tuple((f"self_attn.{n}_proj", 1024, 1024) for n in "qkv")),
         (3, "model.layers.0", (("self_attn.o_proj", 1024, 1024),)),
