@@ -1,1 +1,1 @@
-"""A finished run as one self-contained HTML page. (report.json is `gptq_cli.results.document.document`.)"""
+"""Results as HTML pages that can be mailed, and the model card. (report.json is `results.document`.)"""
