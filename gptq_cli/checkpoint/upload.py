@@ -7,9 +7,11 @@ report.json stays here: it names this machine and its paths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
@@ -19,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from gptq_cli import __version__
 from gptq_cli.errors import GptqError
+from gptq_cli.results.card import CARD, renamed
 from gptq_cli.results.push import HubState, PushConfig
 
 _LEFT_OUT = [".*", "*/.*", "report.json"]
@@ -84,16 +87,35 @@ def upload(directory: Path, push: PushConfig) -> str:
     try:
         api = HfApi()
         api.create_repo(push.repo_id, private=push.private or None, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=push.repo_id,
-            folder_path=directory,
-            commit_message=f"GPTQ checkpoint of gptq-cli {__version__}",
-            ignore_patterns=_LEFT_OUT,
-            delete_patterns=_WEIGHTS,
-        )
+        with _as_uploaded(directory, push.repo_id) as folder:
+            commit = api.upload_folder(
+                repo_id=push.repo_id,
+                folder_path=folder,
+                commit_message=f"GPTQ checkpoint of gptq-cli {__version__}",
+                ignore_patterns=_LEFT_OUT,
+                delete_patterns=_WEIGHTS,
+            )
     except Exception as error:
         raise GptqError(f"the upload to {push.repo_id} did not succeed: {_said(error)}") from error
     return str(commit.commit_url)
+
+
+@contextmanager
+def _as_uploaded(directory: Path, name: str) -> Iterator[Path]:
+    """A folder of links to the files of `directory`, with a card whose commands are about `name`."""
+    with TemporaryDirectory(prefix="gptq-upload-") as made:
+        folder = Path(made)
+        for path in sorted(directory.rglob("*")):
+            if path.is_file():
+                link = folder / path.relative_to(directory)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+        card = folder / CARD
+        if card.exists():
+            text = card.read_text(encoding="utf-8", errors="surrogateescape")
+            card.unlink()
+            card.write_text(renamed(text, name), encoding="utf-8", errors="surrogateescape")
+        yield folder
 
 
 def _said(error: Exception) -> str:

@@ -14,7 +14,7 @@ from gptq_cli.model.model_class import purpose_of
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source_card import base_model_of, read_source_card
 from gptq_cli.readers import Target
-from gptq_cli.results.card import CARD, CardFacts, CardMaker, SourceCard
+from gptq_cli.results.card import CARD, HERE, CardFacts, CardMaker, SourceCard
 from gptq_cli.results.run import RunReport
 
 _LISTED = ("*.safetensors", "*.safetensors.index.json", "config.json", "quantize_config.json")
@@ -28,7 +28,7 @@ class Card:
     job: QuantizeJob
     skeleton: Skeleton
     observer: Observer
-    name: str = "DIR"
+    name: str = HERE
     """What commands in it call the checkpoint."""
     _facts: CardFacts | None = field(default=None, init=False)
 

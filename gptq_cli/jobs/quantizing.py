@@ -52,7 +52,7 @@ from gptq_cli.preflight.report import map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import refusal
 from gptq_cli.ranks.joining import Joined
 from gptq_cli.ranks.team import ALONE, Team
-from gptq_cli.results.card import CardMaker
+from gptq_cli.results.card import HERE, CardMaker
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from gptq_cli.results.push import PushConfig
@@ -107,7 +107,7 @@ class _Asked:
     @property
     def name(self) -> str:
         """What the card calls the checkpoint."""
-        return self.push.repo_id if self.push is not None else "DIR"
+        return self.push.repo_id if self.push is not None else HERE
 
     @property
     def team(self) -> Team:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,20 @@ from gptq_cli.results.run import RunReport
 
 CARD = "README.md"
 """The file of a model card."""
+
+
+HERE = "DIR"
+"""What commands in a card call a checkpoint that has no name on the Hub."""
+_COMMANDS = re.compile(
+    rf"^((?:vllm serve|python -m sglang\.launch_server --model-path) )({HERE})$"
+    rf"|((?:from_pretrained\(|model=)')({HERE})(?=')",
+    re.MULTILINE,
+)
+
+
+def renamed(card: str, name: str) -> str:
+    """The card with its commands about `name` where they are about `HERE`; nothing else is changed."""
+    return _COMMANDS.sub(lambda found: (found[1] or found[3]) + name, card)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

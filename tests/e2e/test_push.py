@@ -57,7 +57,13 @@ def test_a_finished_checkpoint_is_uploaded_in_one_commit(hub: Hub, checkpoint: P
     assert hub.writes == ["create me/model", "commit me/model"]
     assert hub.private["me/model"]
     here = {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name != "report.json"}
-    assert hub.files["me/model"] == here
+    there = dict(hub.files["me/model"])
+    card = there.pop("README.md").decode()
+    assert "vllm serve DIR\n" in here["README.md"].decode()
+    assert card == here.pop("README.md").decode().replace("vllm serve DIR", "vllm serve me/model").replace(
+        "--model-path DIR", "--model-path me/model"
+    ).replace("from_pretrained('DIR'", "from_pretrained('me/model'")
+    assert there == here
 
 
 def test_an_upload_that_failed_sends_no_weight_twice(hub: Hub, checkpoint: Path) -> None:

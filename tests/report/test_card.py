@@ -14,7 +14,7 @@ from gptq_cli.config import ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.findings import Finding
 from gptq_cli.jobs.settings import settings_of
 from gptq_cli.report.card import PLOT, card_files, code, command, text
-from gptq_cli.results.card import CARD, CardFacts, SourceCard
+from gptq_cli.results.card import CARD, HERE, CardFacts, SourceCard, renamed
 from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.load import Agreement, RuleResult, TargetReport
 from gptq_cli.results.run import RunReport, TextShare
@@ -178,3 +178,13 @@ def test_the_hubs_own_reader_takes_the_front_matter() -> None:
         assert ModelCardData(**front(card)).to_dict() == front(card)
         assert data.library_name == "transformers"
         assert data.license == front(card).get("license")
+
+
+def test_a_card_is_renamed_where_it_names_the_directory_and_nowhere_else() -> None:
+    everyone = tuple(TargetReport(target=x, rules=()) for x in ("vllm", "sglang", "transformers"))
+    for purpose in ("text-generation", "image-text-to-text"):
+        here = made(name=HERE, targets=everyone, pipeline_tag=purpose)
+        assert renamed(here, "me/model") == made(name="me/model", targets=everyone, pipeline_tag=purpose)
+    assert renamed("gptq load DIR --prompt x\nvllm serve DIRECTORY\n'DIR'", "n") == (
+        "gptq load DIR --prompt x\nvllm serve DIRECTORY\n'DIR'"
+    )
