@@ -6,14 +6,19 @@ config, shrunk (`tests/architectures.py`), saved,
 quantized with each recipe, verified, opened again, and compared with a second reading that knows nothing of
 this package (`tests/second_opinion.py`). Columns of the table:
 
-    share      quantized part of the two- and three-dimensional weights inside decoder blocks, percent
+    share      quantized part of the two- and three-dimensional weights of decoder blocks that text reaches,
+               percent; all stacks of blocks count, and a shared weight counts once
     difference largest one between the logits of both readings, relative to the largest logit
     KL         mean KL(dense ‖ quantized) in nats, and in brackets that of round-to-nearest
     default    share at the published default size (on the meta device), and what stays dense
 
     python scripts/architectures.py                       all types; recipes fast, balanced: half an hour
     python scripts/architectures.py qwen3_moe mamba       some of them
-    python scripts/architectures.py --write               docs/architectures.md as well
+    python scripts/architectures.py --write               docs/architectures.md as well: these types' rows
+    python scripts/architectures.py --sizes --write       the column of default sizes alone
+
+Of default sizes, what is a thousandth of the blocks' weights or more is named, at most three. The classes of
+some types have no default that can be built; of others it lacks a field (`tests/default_sizes.py` gives it).
 
 The last line is JSON: how many types came to which end. Exit 1 when one crashed, is unreadable, or is wrong.
 """
@@ -43,7 +48,7 @@ import transformers
 
 from gptq_cli.errors import GptqError, ModelError, PreflightRefused, UsageError
 from tests import architectures
-from tests.default_sizes import default_size
+from tests.default_sizes import DefaultSize, default_size
 from tests.second_opinion import examine, logits, save_source
 
 RECIPES = ("fast", "balanced")
@@ -65,8 +70,6 @@ class Outcome:
     kl: float | None = None
     rtn_kl: float | None = None
     seconds: float = 0.0
-    default: str = ""
-    """Parameters of the default size, the quantized share of its block weights, and what stays dense."""
 
     @property
     def bad(self) -> bool:
@@ -82,20 +85,20 @@ def main() -> int:
     warnings.simplefilter("ignore")
     kinds = arguments.kinds or [*architectures.CAUSAL, *architectures.WITH_TOWERS]
     outcomes: list[Outcome] = []
-    for kind in kinds:
+    for kind in () if arguments.sizes else kinds:
         with tempfile.TemporaryDirectory() as folder:
             for outcome in _try_kind(kind, arguments.recipe or RECIPES, Path(folder), arguments.traceback):
                 outcomes.append(outcome)
                 print(_line(outcome), flush=True)
         gc.collect()
-    if arguments.write or arguments.default:
-        for outcome in {outcome.kind: outcome for outcome in reversed(outcomes)}.values():
-            outcome.default = _default(outcome.kind)
-            print(f"{outcome.kind:28} {outcome.default}", flush=True)
+    sizes: dict[str, str] = {}
+    for kind in kinds if arguments.write or arguments.sizes else ():
+        sizes[kind] = default_words(kind)
+        print(f"{kind:28} {sizes[kind]}", flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
     if arguments.write:
-        DOCS.write_text(_page(outcomes))
+        DOCS.write_text(page(merged(rows_of(DOCS.read_text()), rows(outcomes)), sizes))
     bad = [f"{outcome.kind} {outcome.recipe}" for outcome in outcomes if outcome.bad]
     counts = Counter(outcome.status.partition(":")[0] for outcome in outcomes)
     print(json.dumps({"types": len(kinds), **counts, "bad": bad}))
@@ -106,8 +109,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("kinds", nargs="*", help="model types; all if none is given")
     parser.add_argument("--recipe", action="append", help="fast, balanced or best; repeatable")
-    parser.add_argument("--default", action="store_true", help="look at the default sizes, too")
-    parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
+    parser.add_argument("--sizes", action="store_true", help="look at the default sizes alone")
+    parser.add_argument("--write", action="store_true", help="write docs/architectures.md, sizes included")
     parser.add_argument("--json", help="write every outcome to this file")
     parser.add_argument("--traceback", action="store_true", help="print the traceback of what crashes")
     return parser.parse_args()
@@ -152,12 +155,18 @@ def _try(outcome: Outcome, model_class: Any, source: Path, out: Path) -> None:
     outcome.status = found.problem or "right"
 
 
-def _default(kind: str) -> str:
+def default_words(kind: str) -> str:
+    """Parameters of the default size, the quantized share of its block weights, and what stays dense."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = default_size(kind, Path(folder))
         except Exception as error:
-            return f"not looked at: {_first_line(error)}"
+            return f"none: {_first_line(error).replace(folder, 'MODEL')}"
+    return size_words(found)
+
+
+def size_words(found: DefaultSize) -> str:
+    """`30.53 B, 99.9 %; model.layers.*.mlp.gate 0.1 % (router)`."""
     words = f"{found.parameters / 1e9:.2f} B, {100 * found.share:.1f} %"
     large = [(name, why, part) for name, why, part in found.dense if part >= 0.001][:3]
     return "; ".join([words, *(f"{name} {100 * part:.1f} % ({why})" for name, why, part in large)])
@@ -179,33 +188,72 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:240]
 
 
-def _page(outcomes: Sequence[Outcome]) -> str:
+Row = dict[str, str]
+"""Column -> cell."""
+COLUMNS = (
+    *("type", "result", "share, %", "difference", *(f"KL, {recipe}" for recipe in RECIPES)),
+    *("nearest", "default size"),
+)
+
+
+def rows(outcomes: Sequence[Outcome]) -> dict[str, Row]:
+    """Type -> its row; a recipe that was not run has no cell."""
     by_kind: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         by_kind.setdefault(outcome.kind, []).append(outcome)
-    counts = Counter(results[0].status.partition(":")[0] for results in by_kind.values())
+    found = {}
+    for kind, results in by_kind.items():
+        worst = next((outcome for outcome in results if outcome.status != "right"), results[0])
+        words = worst.status if worst.status == "right" else f"{worst.status}: {worst.note}".rstrip(": ")
+        kls = {
+            f"KL, {outcome.recipe}": _figure(outcome.kl) for outcome in results if outcome.recipe in RECIPES
+        }
+        found[kind] = {
+            "type": kind,
+            "result": words,
+            "share, %": "" if worst.share is None else f"{worst.share:.1f}",
+            "difference": _figure(worst.logits),
+            "nearest": _figure(worst.rtn_kl),
+            **kls,
+        }
+    return found
+
+
+def rows_of(text: str) -> dict[str, Row]:
+    """The rows of a page that was written before."""
+    cells = (line.strip("|").split("|") for line in text.splitlines() if line.startswith("| "))
+    whole = [[cell.strip() for cell in row] for row in cells if len(row) == len(COLUMNS)]
+    return {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in whole if row[0] != "type"}
+
+
+def merged(before: dict[str, Row], now: dict[str, Row]) -> dict[str, Row]:
+    """The rows of both; cells that were not filled now stay."""
+    return before | {kind: before.get(kind, {}) | row for kind, row in now.items()}
+
+
+def page(found: dict[str, Row], sizes: dict[str, str]) -> str:
+    """docs/architectures.md: `found`, with the default `sizes` that were looked at now."""
+    order = [*architectures.CAUSAL, *architectures.WITH_TOWERS]
+    kinds = sorted(found, key=lambda kind: order.index(kind) if kind in order else len(order))
+    counts = Counter(found[kind]["result"].partition(":")[0] for kind in kinds)
     totals = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     lines = [
         "# Architectures",
         "",
         "Every causal type, and every type with towers beside its text decoder, of Transformers",
         f"{transformers.__version__} as a tiny random model: quantized, verified, loaded, and compared with",
-        f"a second reading. {len(by_kind)} types: {totals}.",
+        f"a second reading. {len(kinds)} types: {totals}.",
         "Made by `python scripts/architectures.py --write`, whose docstring explains the columns.",
         "",
-        "| type | result | share, % | difference | "
-        + " | ".join(f"KL, {recipe}" for recipe in RECIPES)
-        + " | nearest | default size |",
-        "|---|---|---|---|" + "---|" * len(RECIPES) + "---|---|",
+        "Rows without a figure under a recipe were run with the other alone. *Not built*: the generator of",
+        "tiny models or a package that is missing here (PIL, scipy), encoder-decoders for the most part.",
+        "*None* under default size: the class has no default that can be built, or it is no decoder.",
+        "",
+        *("| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)),
     ]
-    for kind, results in by_kind.items():
-        by_recipe = {outcome.recipe: outcome for outcome in results}
-        worst = next((outcome for outcome in results if outcome.status != "right"), results[0])
-        words = worst.status if worst.status == "right" else f"{worst.status}: {worst.note}".rstrip(": ")
-        kls = [_figure(by_recipe[r].kl if r in by_recipe else None) for r in RECIPES]
-        share = "" if worst.share is None else f"{worst.share:.1f}"
-        figures = [share, _figure(worst.logits), *kls, _figure(worst.rtn_kl)]
-        cells = [kind, words.replace("|", "/"), *figures, results[0].default.replace("|", "/")]
+    for kind in kinds:
+        row = found[kind] | ({"default size": sizes[kind]} if kind in sizes else {})
+        cells = [row.get(column, "").replace("|", "/") for column in COLUMNS]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

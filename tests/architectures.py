@@ -73,6 +73,7 @@ _SPECIAL = re.compile(r"(eos|pad|cls|sep|mask|decoder_start|forced_eos|forced_bo
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _HYBRID = ["linear_attention", "hybrid", "linear_attention"] * 2
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "axk2": {"n_routed_experts": 24},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE | {"mrope_section": [4, 2, 2]}}},
     "dbrx": {
@@ -80,6 +81,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v32": {"n_routed_experts": 16, "index_n_heads": 2},
+    "deepseek_v4": {"n_routed_experts": 32, "hc_mult": 2, "index_n_heads": 2},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 16, "mamba_n_heads": 8},
     "gemma3n_text": {
@@ -89,9 +92,13 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "intermediate_size": [128] * 4,
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    "glm_moe_dsa": {"n_routed_experts": 16, "index_n_heads": 2},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "hy_v4": {"num_experts": 16, "n_routed_experts": 16, "hc_mult": 2, "index_n_heads": 2},
+    "inkling_text": {"rel_extent": 64},
+    "inkling2_text": {"rel_extent": 32},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {
         "num_hidden_layers": 4,
@@ -125,6 +132,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "xlstm": {"num_heads": 4, "embedding_dim": 64, "hidden_size": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
+    "zaya": {"router_hidden_size": 16, "num_experts": 16},
     "zamba": {
         "num_hidden_layers": 6,
         "attn_layer_period": 3,

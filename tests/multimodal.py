@@ -82,7 +82,11 @@ FIELDS: dict[str, dict[str, Any]] = {
         "talker_config.spatial_merge_size": 2,
         "code2wav_config.decoder_dim": 64,
     },
-    "inkling2": {"text_config.unpadded_vocab_size": VOCAB},
+    "inkling2": {
+        "text_config.unpadded_vocab_size": VOCAB,
+        "text_config.rel_extent": 32,
+        "text_config.n_routed_experts": 24,
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 600},
     "cohere_compass": {
         "text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
@@ -102,7 +106,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "kimi_k25": {"text_config.qk_head_dim": 32},
     "mistral4": {"qk_head_dim": 32, "head_dim": 32},
-    "mistral_large4": {"text_config.qk_head_dim": 32},
+    "mistral_large4": {"text_config.qk_head_dim": 32, "text_config.index_n_heads": 2},
     "qwen4_exp": {
         "text_config.indexer_n_heads": 2,
         "text_config.indexer_kv_heads": 1,
@@ -131,7 +135,13 @@ FIELDS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[0, 0], [1, 1]],
         "vision_config.hidden_size": 64,
     },
-    "glm5_next": {"text_config.index_topk": 16, "text_config.index_kpool": 4},
+    "glm5_next": {
+        "text_config.index_topk": 16,
+        "text_config.index_kpool": 4,
+        "text_config.index_n_heads": 2,
+        "text_config.hc_mult": 2,
+        "text_config.n_routed_experts": 32,
+    },
     "t5gemma2": {"encoder.text_config.hidden_size": 64},
 }
 """Type -> dotted field -> its value, after the rest was shrunk."""

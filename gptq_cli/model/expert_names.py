@@ -134,9 +134,11 @@ class ExpertNames:
         if derived:
             tails = [name.removesuffix(_WEIGHT) for name in derived]
             near = [_moved(tail, whole) for tail in tails]
-            return self._accepted(target, zip(near, [held] * len(near), strict=True)) or self._accepted(
+            by_rule = self._accepted(target, zip(near, [held] * len(near), strict=True)) or self._accepted(
                 target, zip(tails, [held] * len(tails), strict=True)
             )
+            if by_rule:
+                return by_rule
         for above in dict.fromkeys((parent, module.name)):
             names = [
                 f"{above}.{tensor.linear(role, expert)}"

@@ -41,6 +41,20 @@ def test_every_script_explains_itself(path: Path) -> None:
     assert "usage:" in done.stdout
 
 
+class TestArchitectures:
+    def test_a_page_keeps_the_rows_that_were_not_run(self, script: Any) -> None:
+        made = script("architectures")
+        right = made.Outcome("llama", "fast", "right", share=0.5, logits=0.0, kl=1e-3, rtn_kl=2e-3)
+        refused = made.Outcome("led", "fast", "refused", "an encoder | decoder")
+        text = made.page(made.rows([right, refused]), {"llama": "8.03 B, 100.0 %"})
+        assert "| llama | right | 0.5 | 0 | 1.0e-03 |  | 2.0e-03 | 8.03 B, 100.0 % |" in text
+        assert "2 types: 1 right, 1 refused" in text
+        again = made.Outcome("llama", "balanced", "right", share=0.5, logits=0.0, kl=5e-4, rtn_kl=2e-3)
+        text = made.page(made.merged(made.rows_of(text), made.rows([again])), {})
+        assert "| llama | right | 0.5 | 0 | 1.0e-03 | 5.0e-04 | 2.0e-03 | 8.03 B, 100.0 % |" in text
+        assert "| led | refused: an encoder / decoder |" in text
+
+
 class TestDemo:
     def test_it_compares_dense_nearest_and_gptq(
         self, script: Any, tiny_llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
