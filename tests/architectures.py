@@ -98,7 +98,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hy_v4": {"num_experts": 16, "n_routed_experts": 16, "hc_mult": 2, "index_n_heads": 2},
     "inkling_text": {"rel_extent": 64},
-    "inkling2_text": {"rel_extent": 32},
+    "inkling2_text": {"rel_extent": 32, "n_routed_experts": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {
         "num_hidden_layers": 4,

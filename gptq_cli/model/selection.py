@@ -65,7 +65,7 @@ def select_linears(skeleton: Skeleton, config: QuantizeConfig) -> Skeleton:
     replaced = linears if chosen.head_is_tied else chosen.packed
     dense = fold_dense(
         skeleton.model,
-        {info.name for info in replaced},
+        {name for info in replaced for name in (info.name, *info.also_at)},
         skeleton.blocks,
         kept,
         skeleton.experts,

@@ -202,7 +202,13 @@ def open_skeleton(files: ModelFiles, ref: ModelRef) -> Skeleton:
         blocks=blocks,
         linears=linears,
         dense=fold_dense(
-            model, {linear.name for linear in linears}, blocks, kept, experts, beside, parameters
+            model,
+            {name for linear in linears for name in (linear.name, *linear.also_at)},
+            blocks,
+            kept,
+            experts,
+            beside,
+            parameters,
         ),
         trace=traced,
         dtype=dtype,
