@@ -9,7 +9,8 @@ matmuls in the same process just before and after, and compares the two:
     moments   the lower block triangle of x xᵀ, and where the recipe wants it the cross moments of the streams
     goal      the step towards the dense model's output
     factor    Cholesky factors, K³/3 operations each, for the solve and for the step
-    solve     scale search, columns, sweeps, losses; thousands of small steps, not counted
+    search, columns, refine, solve    the solver: scales, the loop over columns, sweeps, and the rest, which
+              is losses and copies; thousands of small steps, not counted
     pack      codes to words;   write   words to the disk
 
 "limit" is the counted arithmetic at the measured speed, of bf16 or of fp32 matmuls, whichever this machine
@@ -37,7 +38,8 @@ from typing import Any
 from fetch_demo_model import NAME, ROOT, FetchError, fetch
 
 DEFAULTS = ["--bits", "4", "--group-size", "64", "--samples", "64", "--seq-len", "512", "--recipe", "fast"]
-PARTS = ("load", "capture", "forward", "moments", "goal", "factor", "solve", "pack", "write")
+SOLVER = ("goal", "factor", "search", "columns", "refine", "solve")
+PARTS = ("load", "capture", "forward", "moments", *SOLVER, "pack", "write")
 
 
 class Clock:
@@ -96,9 +98,9 @@ def gemm_rate(now: Callable[[], float], seconds: float = 1.0) -> float:
 def instrument(clock: Clock) -> None:
     """Put the clock around the engine's parts, and count operations where their shapes are known."""
     from gptq_cli.checkpoint.writer import CheckpointWriter
-    from gptq_cli.engine import forwards, loop
+    from gptq_cli.engine import block, experts, forwards, head, mixed
     from gptq_cli.engine import run as engine_run
-    from gptq_cli.gptq import goal, solver
+    from gptq_cli.gptq import goal, losses, solver
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
     from gptq_cli.model import block_stream
@@ -118,39 +120,42 @@ def instrument(clock: Clock) -> None:
     def whole(moment: CrossMoment, error: Any, quant: Any) -> float:
         return 2.0 * error.numel() * moment.in_features
 
-    def cube(H: Any, *rest: Any) -> float:
-        return float(H.shape[0]) ** 3 / 3
+    def cubes(H: Any, *rest: Any) -> float:
+        return float(H.shape[-1]) ** 3 / 3 * (H.shape[0] if H.ndim == 3 else 1)
 
-    place: Any = Hessian
-    place.add = counted("moments", Hessian.add, half)
-    place = CrossMoment
-    place.add = counted("moments", CrossMoment.add, whole)
-    for module in (solver, goal):
-        place = module
-        place.factorize = counted("factor", module.factorize, cube)
-    place = StageMoments
-    place.add = clock.timed("moments", StageMoments.add)
-    place.goal = clock.timed("goal", StageMoments.goal)
-    place.hessian = clock.timed("moments", StageMoments.hessian)
+    def put(place: Any, name: str, part: str, operations: Callable[..., float] | None = None) -> None:
+        plain = getattr(place, name)
+        timed = counted(part, plain, operations) if operations else clock.timed(part, plain)
+        setattr(place, name, timed)
+
+    put(Hessian, "add", "moments", half)
+    put(CrossMoment, "add", "moments", whole)
+    put(StageMoments, "add", "moments")
+    put(StageMoments, "hessian", "moments")
+    put(StageMoments, "goal", "goal")
+    put(solver, "factorize_each", "factor", cubes)
+    put(goal, "factorize", "factor", cubes)
     for kind in (forwards.ParkedForwards, forwards.ReplayedForwards):
-        place = kind
+        place: Any = kind
         place.inputs = clock.timed_items("forward", kind.inputs)
-        place.finish = clock.timed("forward", kind.finish)
-    place = loop
-    place.quantize_linears = clock.timed("solve", loop.quantize_linears)
-    place.find_stages = clock.timed("forward", loop.find_stages)
-    place.pack = clock.timed("pack", loop.pack)
-    place.unhooked_copy = clock.timed("load", loop.unhooked_copy)
-    place = engine_run
-    place.capture = clock.timed("capture", engine_run.capture)
-    place.load_resident = clock.timed("load", engine_run.load_resident)
-    place = block_stream
-    place.fill_stored = clock.timed("load", block_stream.fill_stored)
-    place.fill_dense = clock.timed("load", block_stream.fill_dense)
-    place = CheckpointWriter
-    place.add_packed = clock.timed("write", CheckpointWriter.add_packed)
-    place.copy_dense = clock.timed("write", CheckpointWriter.copy_dense)
-    place.finish = clock.timed("write", CheckpointWriter.finish)
+        put(kind, "finish", "forward")
+    put(block, "find_stages", "forward")
+    for module in (mixed, head):
+        put(module, "quantize_linears", "solve")
+    put(experts, "quantize_stages", "solve")
+    for module in (solver, losses):
+        put(module, "group_parameters", "search")
+    put(solver, "gptq", "columns")
+    put(solver, "refine_once", "refine")
+    for module in (block, head):
+        put(module, "pack", "pack")
+    put(block, "unhooked_copy", "load")
+    put(engine_run, "capture", "capture")
+    put(engine_run, "load_resident", "load")
+    put(block_stream, "fill_stored", "load")
+    put(block_stream, "fill_dense", "load")
+    for name in ("add_packed", "copy_dense", "finish"):
+        put(CheckpointWriter, name, "write")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -192,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     clock.operations["forward"] = 2.0 * weights * report["tokens"] * streams
     limit = sum(clock.operations.values()) / rate
-    engine = sum(clock.seconds[part] for part in ("forward", "moments", "goal", "factor", "solve", "pack"))
+    engine = sum(clock.seconds[part] for part in ("forward", "moments", *SOLVER, "pack"))
     print(f"\n{model.name}, {' '.join(words[4:])}, {torch.get_num_threads()} threads")
     print(f"large matmul: {rate / 1e9:.0f} GFLOP/s\n")
     print(f"{'part':<10}{'seconds':>9}{'share':>7}{'GFLOP':>10}{'GFLOP/s':>9}{'of limit':>9}")

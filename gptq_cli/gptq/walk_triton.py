@@ -16,8 +16,9 @@ The codes are those of `walk.long_torch_walk()`, bit for bit:
 
 Only the damped loss differs in its last bits: it is summed column after column.
 
-The same source runs in Triton's interpreter on a CPU (TRITON_INTERPRET=1 before the import); that is how the
-default tests prove it. The sizes of a tile are guesses: none has been tuned on a card.
+The same source runs in Triton's interpreter on a CPU (TRITON_INTERPRET=1 before the import), and it can be
+compiled for a card that is not there: that is how the default tests prove it. The sizes of a tile are
+guesses: none has been tuned on a card.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def _solve(  # type: ignore[no-untyped-def]
     B, U, weight, S, Z, W, codes, E, damped,
     B_stage, U_stage, U_row, U_column, weight_stage, S_stage, Z_stage, W_stage, codes_stage, E_stage,
     damped_stage,
-    n, N, low, high, zero, top,
-    SYM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    N, low, high, zero, top,
+    n: tl.constexpr, SYM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     stage = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -93,8 +94,8 @@ def _solve(  # type: ignore[no-untyped-def]
 def _sweep(  # type: ignore[no-untyped-def]
     L, G, H, s, z, C,
     L_stage, G_stage, H_stage, H_row, H_column, s_stage, z_stage, C_stage,
-    n, N, low, high, top,
-    SYM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    N, low, high, top,
+    n: tl.constexpr, SYM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     stage = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -139,7 +140,7 @@ class TritonWalk:
             B, U, weight, S, Z, W, codes, E, damped,
             B.stride(0), *U.stride(), weight.stride(0), S.stride(0), Z.stride(0), W.stride(0),
             codes.stride(0), E.stride(0), damped.stride(0),
-            n, N, float(-grid.half), float(grid.half - 1), float(grid.half), float(grid.top),
+            N, float(-grid.half), float(grid.half - 1), float(grid.half), float(grid.top),
             **self._options(n, grid),
         )  # fmt: skip
 
@@ -151,7 +152,7 @@ class TritonWalk:
         _sweep[self._programs(N, stages)](
             L, G, H, s, z, C,
             L.stride(0), G.stride(0), *H.stride(), s.stride(0), z.stride(0), C.stride(0),
-            n, N, float(-grid.half), float(grid.half - 1), float(grid.top),
+            N, float(-grid.half), float(grid.half - 1), float(grid.top),
             **self._options(n, grid),
         )  # fmt: skip
 
@@ -161,6 +162,7 @@ class TritonWalk:
     def _options(self, n: int, grid: Grid) -> dict[str, Any]:
         columns = max(_LEAST_COLUMNS, 1 << (n - 1).bit_length())
         return {
+            "n": n,
             "SYM": grid.sym,
             "COLUMNS": columns,
             "ROWS": self._rows,

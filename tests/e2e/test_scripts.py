@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.fakecuda.build import why_not
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -153,3 +156,109 @@ class TestFetchingTheDemoModel:
             fetch_demo_model.fetch(out, tmp_path)
         assert (out / "config.json").read_text() == "{}"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+class TestOnACard:
+    """bench_gpu.py and gpu_check.sh, as far as they can be shown without a card."""
+
+    @staticmethod
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            words,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+
+    def test_the_arithmetic_is_below_the_goals(self, script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+        assert script("bench_gpu").main(["--limits"]) == 0
+        found = last_line(capsys.readouterr().out)
+        for name, goal in (("Llama-3-8B", 30), ("Llama-3-70B", 360)):
+            assert found["goals"][name] == goal
+            assert goal / 3 < sum(found["limits"][name].values()) < goal
+
+    def test_half_the_tokens_take_half_the_forwards_and_the_same_solve(self, script: Any) -> None:
+        bench = script("bench_gpu")
+        shape, speeds = bench.SHAPES["8b"], bench.H100
+        whole, half = (bench.limit_seconds(shape, tokens, 2048, speeds) for tokens in (4096, 2048))
+        for part in ("forward", "hessian"):
+            assert half[part] == pytest.approx(whole[part] / 2)
+        for part in ("factor", "matmul", "columns", "transfer"):
+            assert half[part] == whole[part]
+        # 262,144 tokens, K² of four stages, 9/16 of the square, two operations each
+        assert bench.limit_seconds(shape, 262_144, 2048, speeds)["hessian"] * 650e12 == pytest.approx(
+            9 / 16 * 2 * 262_144 * (3 * 4096**2 + 14336**2)
+        )
+
+    def test_the_benchmark_runs_in_small(self, tmp_path: Path) -> None:
+        done = self.run(sys.executable, "scripts/bench_gpu.py", "--tiny", "--no-peer", "--out", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        found = last_line(done.stdout)
+        assert json.loads((tmp_path / "bench_gpu.json").read_text()) == found
+        assert len(found["block_seconds"]) == found["blocks"] == 2
+        for part in ("forward", "moments", "factor", "search", "columns", "pack", "write"):
+            assert found["phases_per_block"][part] > 0, part
+        assert found["peaks"][0]["device"] == "cpu"
+        assert found["gptqmodel"] == {"skipped": "--no-peer"}
+
+    @pytest.mark.parametrize("fails", ["", "kernels", "bench"])
+    def test_the_check_does_all_three_and_says_what_failed(self, tmp_path: Path, fails: str) -> None:
+        """With an interpreter that only writes down what it is asked."""
+        python, out = tmp_path / "python", tmp_path / "out"
+        python.write_text(STAND_IN.format(python=sys.executable, log=tmp_path / "asked", fails=fails))
+        python.chmod(0o755)
+        done = self.run("scripts/gpu_check.sh", "--out", str(out), "-k", "offload", PYTHON=str(python))
+        assert done.returncode == (1 if fails else 0), done.stderr
+        found = last_line(done.stdout)
+        assert found["ok"] is not bool(fails)
+        assert found["tests"] == {"passed": 2, "failed": 0, "skipped": 1, "names": []}
+        assert found["kernels"]["names"] == (["test_codes"] if fails == "kernels" else [])
+        assert found["bench"] == (None if fails == "bench" else {"seconds": 1})
+        assert json.loads((out / "check.json").read_text()) == found
+        assert len(list(out.iterdir())) <= 8
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert [line.split()[2 if line.startswith("-m") else 0] for line in asked] == [
+            "tests/gpu",
+            "tests/gptq/kernels.py",
+            "scripts/bench_gpu.py",
+        ]
+        assert asked[0].endswith("-k offload")
+
+    @pytest.mark.slow
+    def test_the_check_without_a_card(self, tmp_path: Path) -> None:
+        pytest.importorskip("triton", reason="Triton is not installed here (the `dev` extra has it on Linux)")
+        if why_not() is not None:
+            pytest.skip(f"no make-believe CUDA here: {why_not()}")
+        words = ("--simulated", "--out", str(tmp_path), "-k", "moments_are_exact")
+        done = self.run("scripts/gpu_check.sh", *words, PYTHON=sys.executable)
+        assert done.returncode == 0, done.stderr
+        found = last_line(done.stdout)
+        assert found["tests"]["passed"] == 9
+        assert found["kernels"]["passed"] > 25
+        assert found["bench"]["shape"] == "tiny"
+
+
+STAND_IN = """#!{python}
+import os, sys
+from pathlib import Path
+words = sys.argv[1:]
+if words[0] == "-":
+    os.execv({python!r}, [{python!r}, *words])
+with open("{log}", "a") as log:
+    print(*words, file=log)
+if "scripts/bench_gpu.py" in words:
+    if "{fails}" == "bench":
+        sys.exit("no memory")
+    Path(words[words.index("--out") + 1], "bench_gpu.json").write_text('{{"seconds": 1}}')
+else:
+    kernels = "tests/gptq/kernels.py" in words
+    failed = kernels and "{fails}" == "kernels"
+    case = '<testcase name="test_codes">' + ("<failure/>" if failed else "") + "</testcase>"
+    counts = f'tests="3" failures="{{int(failed)}}" errors="0" skipped="1"'
+    Path(words[words.index("--junitxml") + 1]).write_text(
+        f"<testsuites><testsuite {{counts}}>{{case}}</testsuite></testsuites>"
+    )
+"""
