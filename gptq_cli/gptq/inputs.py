@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ def refuse_unsolvable(
     for weight in weights:
         if weight.ndim != 2 or weight.shape[1] != H.shape[1]:
             raise ValueError(f"a weight has shape {tuple(weight.shape)}; H has {H.shape[1]} features")
-    most, *reached = torch.stack([_largest(X).to(H.device, H.dtype) for X in (H, *weights)]).tolist()
+    # no comprehension: its frame would keep H alive where this runs out of memory
+    most, *reached = torch.stack(list(map(partial(_largest, like=H), (H, *weights)))).tolist()
     if not most < torch.inf:
         raise NonFinite(
             "the Hessian holds NaN or infinity", hint="an activation overflowed: try --dtype bfloat16"
@@ -39,9 +41,9 @@ def refuse_unsolvable(
             )
 
 
-def _largest(X: Tensor) -> Tensor:
-    """The largest magnitude; NaN where there is one."""
-    return torch.stack(torch.aminmax(X)).abs().max()
+def _largest(X: Tensor, like: Tensor) -> Tensor:
+    """The largest magnitude, on the device of `like` and in its dtype; NaN where there is one."""
+    return torch.stack(torch.aminmax(X)).abs().max().to(like.device, like.dtype)
 
 
 def stack_rows(
