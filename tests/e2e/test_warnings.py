@@ -95,7 +95,7 @@ def test_quantize(
     for told in (LAUNCHED, "memory of xpu:0 grows", "UserWarning: a library has a word"):
         told_everywhere(ran, told, quiet=quiet)
         assert told in written
-        assert told in html
+        assert (told.partition(": ")[2] or told) in html  # rule and subject stand in elements of their own
         assert told in table or display != "plain"
 
 
