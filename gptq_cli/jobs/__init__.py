@@ -116,7 +116,7 @@ def push(path: str, config: PushConfig, observer: Observer = ignore) -> PushRepo
     """See `pushing.push`."""
     from gptq_cli.jobs.early import before_push
 
-    module = _started("pushing", "load", lambda: before_push(path), observer)
+    module = _started("pushing", "load", lambda: before_push(path, config, observer), observer)
     report: PushReport = module.push(path, config, observer)
     return report
 

@@ -27,15 +27,22 @@ def before_quantize(job: QuantizeJob, observer: Observer, push: PushConfig | Non
     from gptq_cli.checkpoint.place import Place  # not at the top: `gptq load` answers without them
     from gptq_cli.preflight.early import early_findings
     from gptq_cli.preflight.facts import output_facts
-    from gptq_cli.preflight.resolve import refusal
 
     unsettled = Place.of(job.out.replace("\0", "?")).is_begun
     place = None if unsettled else output_facts(job.out, files.directory, resume=job.resume)
     report = check_push(push) + early_findings(job, files, place)
-    if not report.ok:
-        for finding in report.ordered():
-            observer(FindingRaised(finding))
-        raise refusal(report)
+    _refuse(report, observer)
+
+
+def _refuse(report: PreflightReport, observer: Observer) -> None:
+    """Raise `PreflightRefused` where it has an error, all findings announced."""
+    if report.ok:
+        return
+    from gptq_cli.preflight.resolve import refusal
+
+    for finding in report.ordered():
+        observer(FindingRaised(finding))
+    raise refusal(report)
 
 
 def before_plan(job: InspectJob | QuantizeJob) -> None:
@@ -43,9 +50,10 @@ def before_plan(job: InspectJob | QuantizeJob) -> None:
     glance_at_model(job.model)
 
 
-def before_push(path: str) -> None:
-    """Raise `CheckpointError` where there is no checkpoint to upload."""
+def before_push(path: str, push: PushConfig, observer: Observer) -> None:
+    """Raise `CheckpointError` where there is no checkpoint, `PreflightRefused` where it cannot be uploaded."""
     read_formats(checkpoint_directory(path))
+    _refuse(check_push(push), observer)
 
 
 def before_load(job: LoadJob) -> None:

@@ -246,4 +246,14 @@ def test_a_device_that_may_be_there_is_left_to_torch(
 
 def test_nothing_is_uploaded_where_nothing_is() -> None:
     with pytest.raises(CheckpointError, match="no such directory"):
-        before_push("nosuch")
+        before_push("nosuch", PushConfig(repo_id="me/model"), lambda _: None)
+
+
+def test_an_upload_is_refused_before_torch_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    events: list[Event] = []
+    with pytest.raises(PreflightRefused) as refused:
+        before_push(str(tmp_path), PushConfig(repo_id="me/model"), events.append)
+    assert [finding.rule for finding in refused.value.report.findings] == ["push-offline"]
+    assert len(events) == 1
