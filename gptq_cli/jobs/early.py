@@ -51,7 +51,7 @@ def before_plan(job: InspectJob | QuantizeJob) -> None:
 
 
 def before_push(path: str, push: PushConfig, observer: Observer) -> None:
-    """Raise `CheckpointError` where there is no checkpoint, `PreflightRefused` where it cannot be uploaded."""
+    """Raise `CheckpointError` where there is no checkpoint, `PreflightRefused` where it may not be sent."""
     read_formats(checkpoint_directory(path))
     _refuse(check_push(push), observer)
 
