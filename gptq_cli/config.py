@@ -24,7 +24,7 @@ from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.readers import Target, parse_targets
-from gptq_cli.text_sources import TextSource, check_sources, parse_sources, shares
+from gptq_cli.text_sources import OWN_TEXT, TextSource, check_sources, parse_sources, shares
 
 ActOrder = Literal["none", "static"]
 ScaleSearch = Literal["minmax", "mse", "hessian"]
@@ -259,8 +259,9 @@ class CalibrationConfig:
 
     sources: tuple[TextSource, ...] = option(
         (TextSource("pydoc"),),
-        "pydoc (offline), a text, JSONL or parquet file, - for stdin, wikitext2, c4, or a Hub data set "
-        "id:config:split:column; several with weights: FILE*0.7, pydoc*0.3. Repeatable; default: pydoc.",
+        "pydoc (offline), self (the model writes it), a text, JSONL or parquet file, - for stdin, wikitext2, "
+        "c4, or a Hub data set id:config:split:column; several with weights: FILE*0.7, "
+        "pydoc*0.3. Repeatable; default: pydoc.",
         name="calibration",
         metavar="SOURCE",
     )
@@ -292,6 +293,12 @@ class CalibrationConfig:
     def words(self) -> str:
         """The sources as they are given: `chat.jsonl:messages*0.5, pydoc*0.5`."""
         return ", ".join(map(str, self.sources))
+
+    @property
+    def own_windows(self) -> int:
+        """How many of the samples the model writes itself."""
+        pairs = zip(self.sources, self.windows_by_source(), strict=True)
+        return sum(windows for source, windows in pairs if source.name == OWN_TEXT)
 
     def windows_by_source(self) -> tuple[int, ...]:
         """How many of the samples come from each source."""

@@ -21,6 +21,7 @@ Phase = Literal[
     "startup",
     "open",
     "calibration",
+    "write",
     "load",
     "capture",
     "head",

@@ -15,6 +15,7 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.fields import INT64, check_choice, check_int, check_utf8
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.readers import Target, parse_targets
+from gptq_cli.text_sources import OWN_TEXT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,7 @@ class LoadJob:
     max_new_tokens: int = 64
     sampling: Sampling = GREEDY
     evaluate: str | None = None
-    """Text to measure perplexity on: any source that `CalibrationConfig.source` takes."""
+    """Text to measure on: one source as for calibration. Of conversations, the answers alone count."""
     seq_len: int = 512
     windows: int = 64
     against: str | None = None
@@ -167,6 +168,11 @@ class LoadJob:
             check_utf8("prompt", self.prompt)
         if self.against == "":
             raise ConfigError("against is empty; allowed: a directory or a Hub model id")
+        if self.evaluate == OWN_TEXT and self.against is None:
+            raise ConfigError(
+                f"eval is {OWN_TEXT}, the text that the dense model writes, and no dense model is named",
+                hint="add --against MODEL",
+            )
         _gate("max_kl", self.max_kl, self.against, "--against DENSE")
         _gate("max_perplexity", self.max_perplexity, self.text, "--eval SOURCE")
 
@@ -204,6 +210,11 @@ def proof_job(
     if evaluate == "-":
         raise ConfigError(
             "eval is '-', and standard input is not read here", hint="give --eval a file, or pydoc-heldout"
+        )
+    if evaluate == OWN_TEXT and not against_source:
+        raise ConfigError(
+            f"eval is {OWN_TEXT}, the text that the dense model writes, and it is not compared with",
+            hint="add --against-source",
         )
     if max_kl is not None and not against_source:
         raise ConfigError(f"max_kl is {max_kl}, but nothing is measured for it", hint="add --against-source")

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from gptq_cli.errors import ConfigError
 
 _NUMBER = re.compile(r"[0-9]{0,20}\.?[0-9]{1,20}(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
-SOURCES = "pydoc, a file, '-', or a Hub data set"
+OWN_TEXT = "self"
+"""The source that stands for what the model itself writes."""
+SOURCES = "pydoc, self, a file, '-', or a Hub data set"
 MAX_SOURCES = 64
 
 

@@ -35,6 +35,18 @@ def heard_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What models write in tests is not kept in the cache of whoever runs them."""
+    before = os.environ.get("GPTQ_CACHE")
+    os.environ["GPTQ_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["GPTQ_CACHE"]
+    else:
+        os.environ["GPTQ_CACHE"] = before
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyFactory:
     """`tiny("qwen2", dtype=torch.bfloat16, seed=0, shards=1) -> Path`, cached for the session.

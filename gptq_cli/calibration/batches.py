@@ -19,15 +19,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from gptq_cli.calibration.answers import conversation_windows
 from gptq_cli.calibration.conversations import Conversations
 from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
+from gptq_cli.calibration.own_text import OwnText
 from gptq_cli.calibration.processor import processor_template
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.text import read_documents
@@ -36,7 +39,7 @@ from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.model.source_files import has_tokenizer
 from gptq_cli.results.run import TextShare
-from gptq_cli.text_sources import TextSource, interleaved
+from gptq_cli.text_sources import OWN_TEXT, TextSource, interleaved
 from gptq_cli.wording import first_line
 
 POOL = 8
@@ -63,6 +66,8 @@ class TokenBatches:
     """Windows that the tokens fill; `samples` of them were taken."""
     read_to_end: bool
     """True when the text was read to its end."""
+    answers: Tensor | None = None
+    """(samples, seq_len) bool: True for tokens of answers, where the text is conversations; else None."""
 
     @property
     def source(self) -> str:
@@ -121,18 +126,56 @@ def make_batches(
     *,
     vocab_size: int | None = None,
     stdin: BinaryIO | None = None,
+    own: OwnText | None = None,
 ) -> TokenBatches:
     """Cut the sources of `config` into `config.samples` windows of `config.seq_len` tokens.
 
-    `vocab_size` is the number of rows of the model's embedding, to detect another model's tokenizer.
-    The same text, tokenizer and config give the same ids on every machine. Raises `CalibrationError`, whose
-    message names the source.
+    `own` is what the model wrote for the source `self`; `vocab_size` is the number of rows of the model's
+    embedding, to detect another model's tokenizer. The same text, tokenizer and config give the same ids on
+    every machine. Raises `CalibrationError`, whose message names the source.
     """
-    parts = [
-        _drawn(tokenizer, source, samples, config, vocab_size, stdin)
+    parts = batches_by_source(tokenizer, config, vocab_size=vocab_size, stdin=stdin)
+    return mixed([own_batches(own, config, vocab_size) if part is None else part for part in parts])
+
+
+def batches_by_source(
+    tokenizer: Any,
+    config: CalibrationConfig,
+    *,
+    vocab_size: int | None = None,
+    stdin: BinaryIO | None = None,
+) -> tuple[TokenBatches | None, ...]:
+    """The windows of each source by itself; None for what the model writes. Raises `CalibrationError`."""
+    return tuple(
+        None if source.name == OWN_TEXT else _drawn(tokenizer, source, samples, config, vocab_size, stdin)
         for source, samples in zip(config.sources, config.windows_by_source(), strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else _mixed(parts, config.seed)
+    )
+
+
+def own_batches(
+    own: OwnText | None, config: CalibrationConfig, vocab_size: int | None = None
+) -> TokenBatches:
+    """What the model wrote, as it stands: its windows are not drawn. Raises `CalibrationError` for None."""
+    if own is None:
+        raise CalibrationError(f"{OWN_TEXT} is what the model writes, and it has not written yet")
+    weight = next((source.weight for source in config.sources if source.name == OWN_TEXT), 1.0)
+    return _own(own, config.seed, vocab_size, weight)
+
+
+def own_windows(own: OwnText, vocab_size: int | None = None) -> TokenBatches:
+    """What a model wrote to be measured on. Raises `CalibrationError` where it wrote no word."""
+    if not bool(own.answers[:, 1:].any()):
+        raise CalibrationError(
+            f"the windows of {own.input_ids.shape[1]} tokens have no room for an answer",
+            hint="give longer ones: --seq-len 512",
+        )
+    return _own(own, None, vocab_size)
+
+
+def _own(own: OwnText, seed: int | None, vocab_size: int | None, weight: float = 1.0) -> TokenBatches:
+    row = _TokenRow(own.input_ids.flatten(), read_to_end=True)
+    found = _batches(own.input_ids, OWN_TEXT, row, len(own.input_ids), seed, vocab_size, weight)
+    return replace(found, answers=own.answers)
 
 
 def _drawn(
@@ -155,15 +198,17 @@ def _drawn(
     return _batches(windows[drawn], label, row, windows.shape[0], config.seed, vocab_size, source.weight)
 
 
-def _mixed(parts: Sequence[TokenBatches], seed: int) -> TokenBatches:
+def mixed(parts: Sequence[TokenBatches]) -> TokenBatches:
     """The windows of several sources, in an order in which every stretch holds them by their shares."""
+    if len(parts) == 1:
+        return parts[0]
     order = interleaved([part.samples for part in parts])
     ids = torch.stack([parts[source].input_ids[index] for source, index in order])
     return TokenBatches(
         input_ids=ids,
         shares=tuple(share for part in parts for share in part.shares),
         sha256=_digest(ids),
-        seed=seed,
+        seed=parts[0].seed,
         tokens_available=sum(part.tokens_available for part in parts),
         windows_available=sum(part.windows_available for part in parts),
         read_to_end=all(part.read_to_end for part in parts),
@@ -181,9 +226,20 @@ def evaluation_windows(
 ) -> TokenBatches:
     """The first `windows` consecutive windows of `source`, in order; fewer where the text ends before.
 
-    Raises `CalibrationError` when the text does not fill one window.
+    Of conversations that go through the chat template, the windows hold whole ones, and their answers are
+    marked (`answers`). Raises `CalibrationError` when the text does not fill one window.
     """
     documents = read_documents(source, render=_renderer(tokenizer), stdin=stdin)
+    first = next(documents.pieces, None)
+    if first is not None and first.answers is not None:
+        found = conversation_windows(tokenizer, chain((first,), documents.pieces), seq_len, windows)
+        if found is not None:
+            ids, answers = found
+            whole = _TokenRow(ids.flatten(), read_to_end=False)
+            return replace(_batches(ids, documents.label, whole, len(ids), None, vocab_size), answers=answers)
+        documents = read_documents(source, render=_renderer(tokenizer), stdin=stdin)
+    elif first is not None:
+        documents = Documents(documents.label, chain((first,), documents.pieces))
     row = _tokenize(tokenizer, documents, windows * seq_len)
     cut = _cut_windows(tokenizer, row.ids, seq_len)
     if cut.shape[0] == 0:

@@ -128,7 +128,7 @@ def row_text(value: Any, place: str, render: Render | None) -> str:
         raise CalibrationError(
             f"{place} is a JSON {kind(value)}; allowed: text, or a list of messages with a role and a content"
         )
-    messages = [_message(item, f"{place}: message {number}") for number, item in enumerate(value, start=1)]
+    messages = messages_of(value, place)
     if render is None:
         return "\n\n".join(message["content"] for message in messages)
     try:
@@ -140,6 +140,11 @@ def row_text(value: Any, place: str, render: Render | None) -> str:
             f"{place}: the model's chat template refuses the conversation: {error}",
             hint="name a column of plain text after a colon: FILE:COLUMN",
         ) from error
+
+
+def messages_of(value: list[Any], place: str) -> list[dict[str, Any]]:
+    """The messages of a conversation, their contents as text. Raises `CalibrationError` naming `place`."""
+    return [_message(item, f"{place}: message {number}") for number, item in enumerate(value, start=1)]
 
 
 def kind(value: Any) -> str:

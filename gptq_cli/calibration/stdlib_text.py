@@ -19,7 +19,7 @@ import re
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.util import decode_source
 from pathlib import Path
@@ -35,13 +35,15 @@ MIN_DOCSTRING = 40
 """Characters; shorter ones ("Return True.") say too little to be useful."""
 
 _UNDERLINE = re.compile(r"^\s*([=*~^\"'#+.-])\1{2,}\s*$")
+_UNDERLINES = tuple("=*~^\"'#+.-")
 _MARKUP = (
-    (re.compile(r"^(\s*)\.\. [\w:-]+::[ \t]*", re.MULTILINE), r"\1"),  # .. note::
-    (re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]+?)(?:\s*<[^>`]*>)?`"), r"\1"),  # :class:`int`
-    (re.compile(r"``([^`\n]+)``"), r"\1"),  # ``literal``
-    (re.compile(r"(?<![\w*\\])\*\*([A-Za-z][^*\n]*[\w.)])\*\*(?![\w*])"), r"\1"),  # **bold**
-    (re.compile(r"::[ \t]*$", re.MULTILINE), ":"),  # the mark of a code block
+    (".. ", re.compile(r"^(\s*)\.\. [\w:-]+::[ \t]*", re.MULTILINE), r"\1"),  # .. note::
+    (":`", re.compile(r":[a-z]+(?::[a-z]+)?:`~?([^`<]+?)(?:\s*<[^>`]*>)?`"), r"\1"),  # :class:`int`
+    ("``", re.compile(r"``([^`\n]+)``"), r"\1"),  # ``literal``
+    ("**", re.compile(r"(?<![\w*\\])\*\*([A-Za-z][^*\n]*[\w.)])\*\*(?![\w*])"), r"\1"),  # **bold**
+    ("::", re.compile(r"::[ \t]*$", re.MULTILINE), ":"),  # the mark of a code block
 )
+"""What every place of a pattern holds (a text without it needs no search), the pattern, what stays of it."""
 _WRAPPED_AT = 50
 """A line at least this long, followed by another with the same indentation, was wrapped at a text width."""
 
@@ -54,16 +56,24 @@ def held_out(name: str) -> bool:
 def clean(text: str) -> str:
     """Plain prose: no ReST markup, paragraphs on one line, code unchanged."""
     lines = (line.rstrip() for line in text.expandtabs().splitlines())
-    kept = "\n".join(line for line in lines if not _UNDERLINE.match(line))
-    for pattern, replacement in _MARKUP:
-        kept = pattern.sub(replacement, kept)
-    paragraphs = (_unwrap(textwrap.dedent(part).strip("\n")) for part in re.split(r"\n\s*\n", kept))
+    kept = "\n".join(line for line in lines if not (line.endswith(_UNDERLINES) and _UNDERLINE.match(line)))
+    for mark, pattern, replacement in _MARKUP:
+        if mark in kept:
+            kept = pattern.sub(replacement, kept)
+    paragraphs = (_unwrap(_dedented(part).strip("\n")) for part in re.split(r"\n\s*\n", kept))
     return "\n\n".join(part for part in paragraphs if part)
+
+
+def _dedented(part: str) -> str:
+    """Without common indentation, of which there is none where the first line has none."""
+    return textwrap.dedent(part) if part[:1].isspace() else part
 
 
 def _unwrap(paragraph: str) -> str:
     """Join the lines of a paragraph of prose; leave code, lists and grammar as they are."""
     lines = paragraph.split("\n")
+    if len(lines) == 1:
+        return paragraph
     prose = all(line[:1].isalpha() or line[:1] in "\"'(`" for line in lines)
     wrapped = all(len(line) >= _WRAPPED_AT for line in lines[:-1])
     return " ".join(lines) if prose and wrapped and "::=" not in paragraph else paragraph
@@ -99,19 +109,19 @@ def _docstrings(path: Path) -> str:
     return "\n\n".join(clean(text) for text in docstrings(source) if len(text) >= MIN_DOCSTRING)
 
 
-def stdlib_documents(*, evaluation: bool) -> tuple[str, ...]:
-    """The documents of one part, in a fixed order, without repeated paragraphs."""
+def stdlib_documents(*, evaluation: bool) -> Iterator[str]:
+    """The documents of one part, in a fixed order, without repeated paragraphs; each is read when its turn
+    comes, so that a short run reads a part of the library."""
     sources = [*_topics(), *_modules()]
     evaluated = [text for name, read in sources if held_out(name) and (text := read())]
     if evaluation:
         return _without_repeats(evaluated, set())
-    calibrated = [text for name, read in sources if not held_out(name) and (text := read())]
+    calibrated = (text for name, read in sources if not held_out(name) and (text := read()))
     return _without_repeats(calibrated, {key for text in evaluated for key in map(_key, text.split("\n\n"))})
 
 
-def _without_repeats(documents: list[str], seen: set[str]) -> tuple[str, ...]:
+def _without_repeats(documents: Iterable[str], seen: set[str]) -> Iterator[str]:
     """The documents without the paragraphs that were `seen`, here or before; `seen` grows."""
-    texts = []
     for text in documents:
         fresh = []
         for paragraph in text.split("\n\n"):
@@ -120,8 +130,7 @@ def _without_repeats(documents: list[str], seen: set[str]) -> tuple[str, ...]:
                 seen.add(key)
                 fresh.append(paragraph)
         if fresh:
-            texts.append("\n\n".join(fresh))
-    return tuple(texts)
+            yield "\n\n".join(fresh)
 
 
 def _key(paragraph: str) -> str:

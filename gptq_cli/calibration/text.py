@@ -1,6 +1,7 @@
 """Where text comes from: a name or a path in, a lazy stream of documents out.
 
     pydoc, pydoc-heldout     English of the standard library (`stdlib_text`)
+    self                     what the model itself writes (`own_text`): no source that can be read here
     -                        standard input: plain UTF-8 text, one document
     FILE.txt                 plain UTF-8 text, one document (any suffix that is not listed below)
     FILE.jsonl[:column]      one JSON object (or string) per line, each a document
@@ -43,9 +44,11 @@ from gptq_cli.calibration.rows import (
 from gptq_cli.calibration.utf8 import PACKED, SOURCES_HINT, STANDARD_INPUT, chunks, opened
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import Kind, expanded, kind_of, reason, shown
+from gptq_cli.text_sources import OWN_TEXT
 
 TOKENS_PER_BYTE = 12
 """More than any tokenizer makes of a text: normalization writes out a ligature of 3 bytes in 33."""
+_NAMES = ("-", "pydoc", "pydoc-heldout", OWN_TEXT)
 TABLES = {".jsonl": "JSON lines", ".ndjson": "JSON lines", ".json": "JSON", ".parquet": "Parquet"}
 
 
@@ -60,6 +63,8 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
     if source in ("pydoc", "pydoc-heldout"):
         texts = stdlib_text.stdlib_documents(evaluation=source == "pydoc-heldout")
         return Documents(stdlib_text.label(source), (Piece(text) for text in texts))
+    if source == OWN_TEXT:
+        raise CalibrationError(f"{source} is what the model writes; it is no text that can be read")
     found = find_file(source)
     if found is None:
         _refuse_missing_path(source)
@@ -82,7 +87,7 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
 
 def check_source(source: str) -> None:
     """Raise the `CalibrationError` that reading `source` would begin with. Nothing is read, no Hub asked."""
-    if source in ("-", "pydoc", "pydoc-heldout"):
+    if source in _NAMES:
         return
     if find_file(source) is None:
         _refuse_missing_path(source)
@@ -92,7 +97,7 @@ def check_source(source: str) -> None:
 
 def too_few_bytes(source: str, tokens: int) -> int | None:
     """The bytes of a plain text that cannot make so many tokens, whatever the tokenizer; else None."""
-    found = find_file(source) if source not in ("-", "pydoc", "pydoc-heldout") else None
+    found = find_file(source) if source not in _NAMES else None
     if found is None or found[0].suffix.lower() in {*TABLES, *PACKED} or not found[0].is_file():
         return None
     size = found[0].stat().st_size

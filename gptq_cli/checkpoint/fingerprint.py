@@ -93,6 +93,14 @@ class Fingerprint:
         )
 
 
+def model_digest(skeleton: Skeleton) -> str:
+    """Of the model's files, and the dtype that it runs in."""
+    hashed = hashlib.sha256(dtype_name(skeleton.dtype).encode())
+    for stamp in skeleton.files.stamps:
+        hashed.update(f"\n{stamp.name} {_file_text(skeleton, stamp)}".encode())
+    return hashed.hexdigest()
+
+
 def settings_of(job: QuantizeJob) -> Iterator[tuple[str, str]]:
     """(name, value) of every field that is not free; those of nested configurations as `quantize.bits`."""
     yield from ((name, value) for name, value in _fields(job, "") if name not in FREE)

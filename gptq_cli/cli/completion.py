@@ -53,7 +53,7 @@ def rules(incomplete: str) -> list[str]:
 
 def texts(incomplete: str) -> list[str]:
     """Texts that need no file."""
-    return _beginning(("pydoc", "pydoc-heldout", "wikitext2", "c4"), incomplete)
+    return _beginning(("pydoc", "pydoc-heldout", "self", "wikitext2", "c4"), incomplete)
 
 
 def device_maps(incomplete: str) -> list[str]:

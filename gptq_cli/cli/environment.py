@@ -9,6 +9,8 @@ from typing import Any
 from gptq_cli.events import Warned
 
 PREFIX = "GPTQ_"
+NO_OPTIONS = frozenset({"GPTQ_CACHE"})
+"""Variables with our prefix that something else reads: `calibration.own_text`."""
 
 
 def known_variables(command: Any) -> frozenset[str]:
@@ -23,7 +25,7 @@ def unread_variables(command: Any, environ: Mapping[str, str]) -> Iterator[Warne
     """A warning for each variable that has our prefix and is not the name of an option."""
     known = known_variables(command)
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
+        if name.startswith(PREFIX) and name not in known | NO_OPTIONS:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
             hint = f"did you mean {near[0]}?" if near else "gptq --help says how variables are named"
             yield Warned(f"{name} is in the environment, but no option has that name: it is not read", hint)

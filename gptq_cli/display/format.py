@@ -161,9 +161,11 @@ def setting(value: Setting) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def windows(report: LoadReport) -> str:
-    """`8 windows of 512 tokens`: what a perplexity was measured on."""
-    return f"{count(report.windows or 0, 'window')} of {report.seq_len or 0} tokens"
+def evaluated(report: LoadReport, source: str) -> str:
+    """`64 windows of 512 tokens of self, the answers alone`: what a perplexity was measured on."""
+    of = f" of {source}" if source else ""
+    alone = ", the answers alone" if report.answers_only else ""
+    return f"{count(report.windows or 0, 'window')} of {report.seq_len or 0} tokens{of}{alone}"
 
 
 def experts(found: ExpertsReport) -> str:

@@ -113,8 +113,7 @@ def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
 
 def _figures(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     if report.perplexity is not None:
-        of = f" of {report.text_source}" if report.text_source else ""
-        over = f" over {fmt.windows(report)}{of}"
+        over = f" over {fmt.evaluated(report, report.text_source or '')}"
         yield "perplexity", Text(f"{report.perplexity:.3f}", style="bold").append(over, style="not bold")
     if report.agreement is not None:
         yield from _compared(report.against or "", report.agreement)

@@ -208,7 +208,9 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     if plan.seconds is not None:
         busy = busy_words(plan.waited_share)
         probe = f"an estimate from a short probe{f'; {busy}' if busy else ''}"
-        rows.append(("time", f"about {fmt.duration(plan.seconds)} ({probe})"))
+        writing = plan.writing_seconds
+        writes = f"; {fmt.duration(writing)} of them to write the calibration text" if writing else ""
+        rows.append(("time", f"about {fmt.duration(plan.seconds)} ({probe}){writes}"))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

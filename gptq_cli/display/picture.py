@@ -170,6 +170,7 @@ _COUNTS: dict[Phase, str] = {
     "load": "tensors",
     "capture": "samples",
     "head": "samples",
+    "write": "tokens",
     "verify": "tensors",
     "generate": "tokens",
     "bench": "rounds",

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
-from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 from gptq_cli.evaluation.perplexity import OnWindow, row_ranges
 from gptq_cli.model.blocks import find_blocks
+from gptq_cli.model.running import input_device, matmul_scope_of
 from gptq_cli.model.text_part import language_model
 from gptq_cli.results.load import Agreement
 
@@ -91,8 +91,13 @@ def compare(
     dense: Any,
     windows: Tensor,  # (count, length) int64
     on_window: OnWindow = lambda done, total: None,
+    *,
+    answers: Tensor | None = None,  # (count, length) bool
 ) -> Agreement:
-    """Run both models over `windows` and compare what they predict. Raises `NonFinite`, `CheckpointError`."""
+    """Run both models over `windows` and compare what they predict; with `answers`, of these tokens alone.
+
+    Raises `NonFinite`, `CheckpointError`.
+    """
     kl = agreed = loss = dense_loss = 0.0
     tokens = predicted = 0
     with torch.inference_mode():
@@ -102,6 +107,9 @@ def compare(
             if ours.shape != theirs.shape:
                 raise _not_comparable(_other_tokens(ours.shape[1], theirs.shape[1]))
             targets = window[1:].to(theirs.device)
+            if answers is not None:
+                counted = answers[index, 1:].to(theirs.device)
+                theirs, ours, targets = theirs[:-1][counted], ours[:-1][counted], targets[counted]
             for start, stop in row_ranges(ours):
                 p = torch.log_softmax(theirs[start:stop].float(), -1)
                 q = torch.log_softmax(ours[start:stop].float(), -1)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
-from gptq_cli.devices.accelerators import present_accelerators, torch_device, working_on
-from gptq_cli.devices.fp32_matmul import matmul_scope
+from gptq_cli.devices.accelerators import present_accelerators, torch_device
 from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.generation_config import for_generate, settings_of, stop_criterion
 from gptq_cli.evaluation.prompt import encode_prompt
 from gptq_cli.load_job import GREEDY, Sampling
+from gptq_cli.model.running import input_device, matmul_scope_of
 
 OnToken = Callable[[str, int], None]
 """Called with (the next piece of text, tokens generated so far)."""
@@ -212,22 +212,6 @@ def _nothing_to_draw_explained() -> Iterator[None]:
             "the probabilities of the next token are not finite, so none can be drawn",
             hint="a temperature very close to 0 overflows, and so do damaged weights: try --temperature 0",
         ) from error
-
-
-def input_device(model: Any) -> torch.device:
-    """The device for token ids: that of the embedding, or the one its hook runs it on."""
-    embedding = model.get_input_embeddings()
-    hook = getattr(embedding, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return torch.device(device) if device is not None else embedding.weight.device
-
-
-@contextmanager
-def matmul_scope_of(model: Any) -> Iterator[None]:
-    """The scope in which `model` runs fastest; its device is the current one inside."""
-    device = input_device(model)
-    with working_on(device), matmul_scope(model.get_input_embeddings().weight.dtype, device):
-        yield
 
 
 def _pad_token(tokenizer: Any, model: Any) -> int | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.errors import NonFinite
-from gptq_cli.evaluation.generation import input_device, matmul_scope_of
+from gptq_cli.model.running import input_device, matmul_scope_of
 
 LOGIT_ELEMENTS = 1 << 24
 """float32 logits in memory at once: 64 MiB."""
@@ -33,8 +33,15 @@ class Perplexity:
     windows: int
 
 
-def perplexity(model: Any, windows: Tensor, on_window: OnWindow = lambda done, total: None) -> Perplexity:
-    """Perplexity of `windows` (count, length) of token ids. Raises `NonFinite` when a logit is NaN."""
+def perplexity(
+    model: Any,
+    windows: Tensor,  # (count, length) int64
+    on_window: OnWindow = lambda done, total: None,
+    *,
+    answers: Tensor | None = None,  # (count, length) bool
+) -> Perplexity:
+    """Perplexity of `windows`; with `answers`, of these tokens alone. Raises `NonFinite` when a logit is
+    NaN."""
     total_loss, tokens = 0.0, 0
     device = input_device(model)
     with torch.inference_mode():
@@ -42,8 +49,12 @@ def perplexity(model: Any, windows: Tensor, on_window: OnWindow = lambda done, t
             ids = window.to(device).unsqueeze(0)
             with matmul_scope_of(model):
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            total_loss += negative_log_likelihood(logits, ids[0, 1:])
-            tokens += ids.shape[1] - 1
+            targets = ids[0, 1:]
+            if answers is not None:
+                counted = answers[index, 1:].to(device)
+                logits, targets = logits[counted.to(logits.device)], targets[counted]
+            total_loss += negative_log_likelihood(logits, targets)
+            tokens += len(targets)
             if not math.isfinite(total_loss):
                 raise NonFinite(
                     f"the model's output for window {index} is not finite",

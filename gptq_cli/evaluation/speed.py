@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from gptq_cli.devices.accelerators import synchronize
-from gptq_cli.evaluation.generation import input_device, matmul_scope_of
 from gptq_cli.fields import check_int
+from gptq_cli.model.running import input_device, matmul_scope_of
 from gptq_cli.results.load import Rate, Speed
 
 OnRound = Callable[[int, int], None]

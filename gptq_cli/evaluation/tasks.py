@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptq_cli.errors import ConfigError, NonFinite
-from gptq_cli.evaluation.generation import matmul_scope_of
 from gptq_cli.fields import nearest
 from gptq_cli.load_job import TaskConfig
+from gptq_cli.model.running import matmul_scope_of
 from gptq_cli.results.load import TaskScore
 from gptq_cli.wording import first_line, names_text
 

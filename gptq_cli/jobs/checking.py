@@ -1,32 +1,39 @@
-"""The preflight of `gptq quantize`: everything that can be known before a weight is read, gathered once.
+"""A job checked: files, text, map and memory, before a weight is read.
 
-It ends with a list of findings and never with an exception of its own, so that a plan, a run and a trial say
-the same.
+Text that the model is to write itself (`--calibration self`) is the exception: it takes the weights. Then
+everything else is checked first, and refused or announced; the model writes; and the check is completed with
+its text, which decides whether unfinished work is of the same job.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gptq_cli.calibration import TokenBatches, make_batches, open_tokenizer
+from gptq_cli.calibration import TokenBatches, open_tokenizer
+from gptq_cli.calibration.batches import batches_by_source, mixed, own_batches
+from gptq_cli.calibration.own_text import OwnText, TextStore, Wanted, row_bytes, rows_at_once
 from gptq_cli.checkpoint.fingerprint import Fingerprint
-from gptq_cli.config import QuantizeJob
+from gptq_cli.config import CalibrationConfig, QuantizeJob
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.events import Observer, phase
-from gptq_cli.findings import PreflightReport
+from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.proof import check_text
-from gptq_cli.jobs.resuming import Found, find_work
-from gptq_cli.jobs.steps import placed
+from gptq_cli.jobs.resuming import Found, command_of, find_work
+from gptq_cli.jobs.steps import announce, placed
+from gptq_cli.jobs.writing import calibration_wanted, check_can_write, text_store, write_first
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.time import measure
+from gptq_cli.planning.writing import writing_needs, writing_seconds
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.preflight.rules import calibration as rules_text
@@ -47,6 +54,12 @@ class Checked:
     findings: PreflightReport
     unfinished: Found | None = None
     """What an earlier run with the same output had finished."""
+    announced: frozenset[Finding] = frozenset()
+    """Findings that were announced before the model wrote its text."""
+    wrote: bool = False
+    """The model wrote text, so it was in memory as a whole."""
+    writing_seconds: float | None = None
+    """An estimate of how long the model will write; None where there is nothing to write."""
 
 
 def check(
@@ -55,34 +68,68 @@ def check(
     claim: Claim | None = None,
     *,
     goes_on: bool = True,
+    writes: bool = False,
     proof: LoadJob | None = None,
     push: PushConfig | None = None,
     joined: Joined | None = None,
 ) -> Checked:
     """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
 
-    `goes_on`: what an earlier run with the same output had finished is of interest. `joined`: the ranks that
-    will work together.
+    `goes_on`: what an earlier run with the same output had finished is of interest. `writes`: where the model
+    is to write its own text and nothing stands against the job, it does; the findings are announced before.
+    `joined`: the ranks that will work together.
     """
     with phase(observer, "open"):
         skeleton = select_linears(open_skeleton(find_model(job.model), job.model), job.quantize)
         facts = model_facts(skeleton)
     with phase(observer, "calibration") as words:
-        tokens, text_findings = _tokens(job, skeleton, facts)
+        texts, text_findings = _texts(job, skeleton, facts, text_store(observer))
+        tokens = texts.tokens if texts is not None else None
         if tokens is not None:
             words.append(f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}")
     text_findings += check_push(push)
-    if proof is not None and tokens is not None:
+    if proof is not None and texts is not None:
         text_findings += check_text(job, proof, skeleton, facts, observer)
+    known = _Known(skeleton, facts, text_findings, claim, joined, goes_on)
+    checked = _completed(job, known, tokens)
+    if texts is None or texts.wanted is None or texts.own is not None:
+        return checked
+    checked = _with_writing(job, checked, texts.wanted)
+    placement = checked.resolution.placement
+    if not (writes and checked.findings.ok and placement is not None):
+        return checked
+    announce(checked.findings, observer)
+    own = write_first(texts.wanted, skeleton, placement, texts.store, observer, command_of(job))
+    tokens = replace(texts, own=own).tokens
+    complete = _completed(job, known, tokens)
+    return replace(complete, announced=frozenset(checked.findings.findings), wrote=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What does not depend on the tokens."""
+
+    skeleton: Skeleton
+    facts: ModelFacts
+    findings: PreflightReport
+    """About the texts and the upload."""
+    claim: Claim | None
+    joined: Joined | None
+    goes_on: bool
+
+
+def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> Checked:
+    """The rest of the check: unfinished work, the map, and all findings."""
+    skeleton, facts = known.skeleton, known.facts
     work = Work(job.quantize, job.calibration).on(facts)
     same = replace(job, quantize=work.quantize)
     unfinished = (
         find_work(same, lambda: Fingerprint.of(same, skeleton, tokens) if tokens else None)
-        if goes_on
+        if known.goes_on
         else None
     )
-    known = unfinished.facts if unfinished is not None else None
-    budgets, resolution, findings = placed(job, skeleton, facts, claim, known, joined)
+    kept = unfinished.facts if unfinished is not None else None
+    budgets, resolution, findings = placed(job, skeleton, facts, known.claim, kept, known.joined)
     return Checked(
         skeleton=skeleton,
         facts=facts,
@@ -91,22 +138,76 @@ def check(
         budgets=budgets,
         tokens=tokens,
         resolution=resolution,
-        findings=text_findings + findings,
+        findings=known.findings + findings,
     )
 
 
-def _tokens(
-    job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts
-) -> tuple[TokenBatches | None, PreflightReport]:
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """The windows of a job, source by source."""
+
+    data: CalibrationConfig
+    parts: tuple[TokenBatches | None, ...]
+    """None: what the model writes."""
+    store: TextStore
+    wanted: Wanted | None
+    """What it is to write; None where nothing."""
+    own: OwnText | None
+    """What it wrote, where that is known."""
+    vocab_size: int | None
+
+    @property
+    def tokens(self) -> TokenBatches | None:
+        """All windows; None where the model has still to write."""
+        if self.wanted is not None and self.own is None:
+            return None
+        own = [own_batches(self.own, self.data, self.vocab_size)] if self.wanted is not None else []
+        return mixed([part or own[0] for part in self.parts])
+
+
+def _texts(
+    job: QuantizeJob, skeleton: Skeleton, facts: ModelFacts, store: TextStore
+) -> tuple[_Texts | None, PreflightReport]:
     """The calibration windows, or a finding that says why there are none."""
     if any(problem.kind in ("special-file", "file-too-large") for problem in skeleton.problems):
         return None, PreflightReport()  # the tokenizer's loader would open it
+    data, vocab_size = job.calibration, facts.vocab_size or None
     try:
         tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
-        tokens = make_batches(tokenizer, job.calibration, vocab_size=facts.vocab_size or None)
-        return tokens, PreflightReport()
+        parts = batches_by_source(tokenizer, data, vocab_size=vocab_size)
+        wanted = own = None
+        if data.own_windows:
+            check_can_write(skeleton, tokenizer, held_out=False)
+            wanted = calibration_wanted(skeleton, data)
+            own = store.find(wanted)
+        texts = _Texts(data, parts, store, wanted, own, vocab_size)
+        texts.tokens  # noqa: B018  # raises where the tokens are not the model's
     except (CalibrationError, ModelError) as error:
         if is_out_of_memory(error):
             raise
-        case = rules_text.TextCase(model=job.model.model, source=job.calibration.words, failure=error)
+        case = rules_text.TextCase(model=job.model.model, source=data.words, failure=error)
         return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
+    return texts, PreflightReport()
+
+
+def _with_writing(job: QuantizeJob, checked: Checked, wanted: Wanted) -> Checked:
+    """The same with what writing takes: findings where there is no memory for it, or it takes long."""
+    placement = checked.resolution.placement
+    if placement is None:
+        return checked
+    main, model = placement.main_device, language_model(checked.skeleton.model)
+    rows = min(wanted.rows, rows_at_once(model, wanted.row_tokens, main.kind))
+    needs = writing_needs(
+        checked.facts,
+        checked.resolution.devices,
+        main,
+        rows * row_bytes(model, wanted.row_tokens),
+        rows,
+    )
+    seconds = None
+    if job.devices is None and checked.findings.ok:
+        speed = measure(main, checked.facts.dtype, job.quantize, attempts=2, min_seconds=0.03)
+        seconds = writing_seconds(checked.facts, wanted.tokens, rows, main, speed)
+    case = rules_text.WritingCase(tokens=wanted.tokens, device=main, needs=needs, seconds=seconds)
+    found = (*rules_text.own_text_memory(case), *rules_text.own_text_time(case))
+    return replace(checked, findings=checked.findings + PreflightReport(found), writing_seconds=seconds)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gptq_cli.calibration import TokenBatches
+from gptq_cli.calibration import TokenBatches, open_tokenizer
+from gptq_cli.calibration.batches import own_windows
+from gptq_cli.calibration.own_text import Wanted
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.devices.accelerators import present_devices, read_memory
@@ -24,6 +26,7 @@ from gptq_cli.events import Observer, TextGenerated, counted, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.inference.load import resident_bytes
 from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.jobs.writing import text_store, write
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
@@ -52,6 +55,10 @@ class DensePlan:
 
     skeleton: Skeleton
     placement: Placement
+
+    def tokenizer(self) -> Any:
+        """The one beside its weights. Raises `ModelError`."""
+        return open_tokenizer(self.skeleton.files.directory, self.skeleton.ref.trust_remote_code)
 
 
 def plan_dense(
@@ -144,7 +151,7 @@ def _speed(model: Any, positions: Positions | None, observer: Observer) -> Speed
 
 def measured(
     model: Any,
-    windows: TokenBatches,
+    windows: TokenBatches | Wanted,
     dense: DensePlan | None,
     report: LoadReport,
     positions: Positions | None,
@@ -152,16 +159,23 @@ def measured(
     scorer: Scorer | None = None,
 ) -> LoadReport:
     """Perplexity, and against a dense model also KL, top-1 agreement, and its speed and scores on tasks where
-    those of the quantized model were measured."""
-    report = replace(report, windows=windows.samples, seq_len=windows.seq_len, text_source=windows.source)
+    those of the quantized model were measured. `windows` that are `Wanted` are written by the dense model
+    first."""
     if dense is None:
+        assert isinstance(windows, TokenBatches)  # text is written by the dense model
         with phase(observer, "evaluate", windows.samples):
             advanced = counted(observer, "evaluate")
-            return replace(report, perplexity=perplexity(model, windows.input_ids, advanced).value)
+            found = perplexity(model, windows.input_ids, advanced, answers=windows.answers)
+            return replace(_measured_on(report, windows), perplexity=found.value)
     with phase(observer, "dense"):
         other = language_model(load_resident(dense.skeleton, dense.placement))
+    if isinstance(windows, Wanted):
+        own = write(windows, other, dense.tokenizer(), text_store(observer), observer)
+        windows = own_windows(own, int(other.get_input_embeddings().num_embeddings))
+    report = _measured_on(report, windows)
     with phase(observer, "evaluate", windows.samples):
-        agreement = compare(model, other, windows.input_ids, counted(observer, "evaluate"))
+        advanced = counted(observer, "evaluate")
+        agreement = compare(model, other, windows.input_ids, advanced, answers=windows.answers)
     bench = report.bench
     if bench is not None:
         bench = replace(
@@ -199,6 +213,16 @@ def scorer_of(tokenizer: Any, tasks: Tasks | None, positions: Positions | None, 
         return found
 
     return scored
+
+
+def _measured_on(report: LoadReport, windows: TokenBatches) -> LoadReport:
+    return replace(
+        report,
+        windows=windows.samples,
+        seq_len=windows.seq_len,
+        text_source=windows.source,
+        answers_only=windows.answers is not None,
+    )
 
 
 def apply_gates(job: LoadJob, report: LoadReport) -> LoadReport:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenizer
+from gptq_cli.calibration.batches import own_windows
+from gptq_cli.calibration.own_text import Wanted
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.checkpoint.describe import checkpoint_facts
 from gptq_cli.checkpoint.open import open_checkpoint
@@ -37,6 +39,7 @@ from gptq_cli.jobs.evaluating import (
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
+from gptq_cli.jobs.writing import check_can_write, evaluation_wanted, text_store
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.positions import Positions, positions_of
@@ -45,6 +48,7 @@ from gptq_cli.placement.placement import Placement
 from gptq_cli.preflight.facts import environment_facts
 from gptq_cli.preflight.resolve import refusal, resolve
 from gptq_cli.results.load import LoadReport, VerifyReport
+from gptq_cli.text_sources import OWN_TEXT
 
 
 def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport:
@@ -114,7 +118,8 @@ class _Plan:
     """Tokens that the model can process at once; None where nothing limits them."""
     tokenizer: Any
     """None where no text is needed."""
-    windows: TokenBatches | None
+    windows: TokenBatches | Wanted | None
+    """`Wanted`: what the dense model is to write first."""
     tasks: Tasks | None
     dense: DensePlan | None
     warnings: tuple[Warned, ...]
@@ -154,13 +159,17 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
     positions = positions_of(checkpoint.model, checkpoint.config)
     vocabulary = language_model(checkpoint.model).get_input_embeddings().num_embeddings
     warnings = [] if job.text is None else check_windows(job.seq_len, positions)
-    tokenizer, windows = None, None
+    tokenizer = None
+    windows: TokenBatches | Wanted | None = None
     if job.prompt is not None or job.text is not None or job.tasks is not None:
         tokenizer = open_tokenizer(checkpoint.directory, job.trust_remote_code)
     if job.prompt is not None:
         warnings += check_prompt(job, job.prompt, checkpoint, tokenizer, positions)
-    if job.text is not None:
+    if job.text is not None and job.text != OWN_TEXT:
         windows = evaluation_windows(tokenizer, job.text, job.seq_len, job.windows, vocab_size=vocabulary)
+    dense = plan_dense(job, checkpoint, placement, observer)
+    if job.text == OWN_TEXT and dense is not None:
+        windows = _own_windows(job, dense, vocabulary, observer)
     return _Plan(
         checkpoint=checkpoint,
         placement=placement,
@@ -168,9 +177,19 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
         tokenizer=tokenizer,
         windows=windows,
         tasks=None if job.tasks is None else open_tasks(job.tasks),
-        dense=plan_dense(job, checkpoint, placement, observer),
+        dense=dense,
         warnings=tuple(warnings),
     )
+
+
+def _own_windows(
+    job: LoadJob, dense: DensePlan, vocabulary: int, observer: Observer
+) -> TokenBatches | Wanted:
+    """What the dense model wrote, or what it is to write. Raises `CalibrationError` where it cannot."""
+    check_can_write(dense.skeleton, dense.tokenizer(), held_out=True)
+    wanted = evaluation_wanted(dense.skeleton, job)
+    own = text_store(observer).find(wanted)
+    return wanted if own is None else own_windows(own, vocabulary)
 
 
 def _load_placement(job: LoadJob, checkpoint: QuantizedCheckpoint, observer: Observer) -> Placement:

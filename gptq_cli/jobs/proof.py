@@ -34,6 +34,7 @@ from gptq_cli.files import reason
 from gptq_cli.findings import PreflightReport
 from gptq_cli.jobs.card import Card
 from gptq_cli.jobs.loading import load
+from gptq_cli.jobs.writing import check_can_write
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.positions import positions_of
@@ -42,6 +43,7 @@ from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.results.document import document
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.run import RunReport
+from gptq_cli.text_sources import OWN_TEXT
 
 
 def fitted(proof: LoadJob, skeleton: Skeleton) -> LoadJob:
@@ -66,7 +68,10 @@ def check_text(
         with phase(observer, "calibration"):
             tokenizer = open_tokenizer(skeleton.files.directory, job.model.trust_remote_code)
             vocabulary = facts.vocab_size or None
-            evaluation_windows(tokenizer, proof.text, fits.seq_len, fits.windows, vocab_size=vocabulary)
+            if proof.text == OWN_TEXT:
+                check_can_write(skeleton, tokenizer, held_out=True)
+            else:
+                evaluation_windows(tokenizer, proof.text, fits.seq_len, fits.windows, vocab_size=vocabulary)
     except (CalibrationError, ModelError) as error:
         if is_out_of_memory(error):
             raise

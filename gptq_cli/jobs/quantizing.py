@@ -125,8 +125,10 @@ def _quantize(
 ) -> tuple[RunReport, Skeleton, Card | None]:
     """The work up to the checkpoint in place: its report, its model, its card."""
     job = asked.job
-    checked = check(job, tally, claim, proof=asked.proof, push=asked.push, joined=asked.joined)
-    announce(checked.findings, tally)
+    checked = check(job, tally, claim, writes=True, proof=asked.proof, push=asked.push, joined=asked.joined)
+    announce(checked.findings, tally, known=checked.announced)
+    if checked.wrote:
+        tally.host_peak_bytes = reset_peak_resident()
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
         raise refusal(checked.findings)
@@ -255,7 +257,9 @@ def dry_run(
             max_memory=job.max_memory,
             report=checked.findings,
             given=job.devices is not None,
-            plan=quantize_plan(checked.facts, Work(job.quantize, job.calibration), found),
+            plan=quantize_plan(
+                checked.facts, Work(job.quantize, job.calibration), found, checked.writing_seconds
+            ),
             warnings=watcher.warnings,
         )
 

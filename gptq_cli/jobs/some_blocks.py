@@ -33,8 +33,8 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
     check_int("blocks", blocks, 1)
     with watching("quantize", observer) as watcher:
         tally = Tally(watcher, reset_peak_resident())
-        checked = check(job, tally, goes_on=False)
-        announce(checked.findings, tally)
+        checked = check(job, tally, goes_on=False, writes=True)
+        announce(checked.findings, tally, known=checked.announced)
         resolved, tokens = checked.resolution, checked.tokens
         placement, schedule = resolved.placement, resolved.schedule
         if not checked.findings.ok or placement is None or schedule is None or tokens is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from gptq_cli.checkpoint.declared import modules_in_block
 from gptq_cli.config import InspectJob, QuantizeJob
 from gptq_cli.devices.accelerators import present_devices
 from gptq_cli.events import FindingRaised, Observer
-from gptq_cli.findings import PreflightReport
+from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.skeleton import Skeleton
@@ -70,10 +71,11 @@ def placed(
     return budgets, resolution, resolution.report + findings
 
 
-def announce(report: PreflightReport, observer: Observer) -> None:
-    """One event per finding, errors first."""
+def announce(report: PreflightReport, observer: Observer, *, known: Collection[Finding] = ()) -> None:
+    """One event per finding that is not `known`, errors first."""
     for finding in report.ordered():
-        observer(FindingRaised(finding))
+        if finding not in known:
+            observer(FindingRaised(finding))
 
 
 def watched(placement: Placement) -> tuple[Device, ...]:

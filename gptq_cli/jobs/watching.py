@@ -45,6 +45,7 @@ _PHASES: dict[Phase, str] = {
     "startup": "starting",
     "open": "opening the model",
     "calibration": "reading the calibration text",
+    "write": "letting the model write its calibration text",
     "load": "loading the weights",
     "capture": "capturing what enters the blocks",
     "head": "quantizing the output head",

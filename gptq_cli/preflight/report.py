@@ -76,8 +76,11 @@ def group_reason(asked: GroupSize) -> str:
     return f"auto: the largest of {listed} that divides every linear" if asked == "auto" else ""
 
 
-def quantize_plan(facts: ModelFacts, work: Work, estimate: Estimate | None) -> QuantizePlan:
-    """What `--dry-run` adds. `estimate` is made elsewhere, None without one."""
+def quantize_plan(
+    facts: ModelFacts, work: Work, estimate: Estimate | None, writing_seconds: float | None = None
+) -> QuantizePlan:
+    """What `--dry-run` adds. `estimate` is made elsewhere, None without one, and so are `writing_seconds`,
+    which come on top of it."""
     reason = group_reason(work.quantize.group_size)
     work = work.on(facts)
     config, data = work.quantize, work.calibration
@@ -102,8 +105,9 @@ def quantize_plan(facts: ModelFacts, work: Work, estimate: Estimate | None) -> Q
         snapshot_bytes=snapshot_bytes(facts, work),
         samples=data.samples,
         seq_len=data.seq_len,
-        seconds=None if estimate is None else estimate.seconds,
+        seconds=None if estimate is None else estimate.seconds + (writing_seconds or 0.0),
         waited_share=None if estimate is None else estimate.waited_share,
+        writing_seconds=writing_seconds,
     )
 
 

@@ -189,8 +189,7 @@ def _measured(report: RunReport) -> Iterator[str]:
 
 
 def _perplexity(proof: LoadReport, perplexity: float) -> Iterator[str]:
-    source = _public(proof.text_source or "")
-    yield f"{fmt.windows(proof)} of {text(source)}."
+    yield f"{fmt.evaluated(proof, text(_public(proof.text_source or '')))}."
     yield ""
     rows = [("perplexity", f"{perplexity:.3f}")]
     if proof.agreement is not None:

@@ -63,7 +63,7 @@ def measured(report: LoadReport) -> list[Markup]:
 
 def _figures(report: LoadReport) -> Iterator[tuple[str, str]]:
     if report.perplexity is not None:
-        over = f"{fmt.windows(report)} of {report.text_source or 'a text'}"
+        over = fmt.evaluated(report, report.text_source or "a text")
         yield "perplexity", f"{report.perplexity:.3f}, {over}"
     if report.agreement is not None:
         held = report.agreement

@@ -14,7 +14,7 @@ Outcome = Literal["ok", "note", "warning", "error"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """Quantized and dense model on the same windows: means over all tokens."""
+    """Quantized and dense model on the same windows: means over all tokens, or over those of answers."""
 
     json_properties: ClassVar[tuple[str, ...]] = ("perplexity_gap",)
 
@@ -271,6 +271,8 @@ class LoadReport:
     perplexity: float | None = None
     windows: int | None = None
     seq_len: int | None = None
+    answers_only: bool | None = None
+    """The text is conversations, and only the tokens of their answers were counted."""
     text_source: str | None = None
     """What was measured on."""
     against: str | None = None

@@ -138,6 +138,8 @@ class QuantizePlan:
     waited_share: float | None = None
     """Share of the probe's time that its threads waited for a processor, 0 to 1: high where other work keeps
     this machine busy. None where it is not known."""
+    writing_seconds: float | None = None
+    """How much of them the model takes to write its calibration text; None where it writes none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,12 @@ from gptq_cli.calibration.stdlib_text import clean, held_out, label, stdlib_docu
 
 @pytest.fixture(scope="module")
 def calibrated() -> tuple[str, ...]:
-    return stdlib_documents(evaluation=False)
+    return tuple(stdlib_documents(evaluation=False))
 
 
 @pytest.fixture(scope="module")
 def evaluated() -> tuple[str, ...]:
-    return stdlib_documents(evaluation=True)
+    return tuple(stdlib_documents(evaluation=True))
 
 
 def _paragraphs(texts: tuple[str, ...]) -> list[str]:
@@ -42,7 +42,7 @@ def test_the_text_is_long_enough_for_the_default_calibration(
 
 
 def test_it_is_the_same_text_every_time(evaluated: tuple[str, ...]) -> None:
-    assert stdlib_documents(evaluation=True) == evaluated
+    assert tuple(stdlib_documents(evaluation=True)) == evaluated
 
 
 def test_the_split_is_by_name_and_the_same_on_every_machine() -> None:

@@ -33,6 +33,21 @@ def test_the_definitions(elements: int, monkeypatch: pytest.MonkeyPatch) -> None
     assert (found.tokens, found.windows) == (24, 4)
 
 
+def test_only_answers_are_counted() -> None:
+    dense, quantized = torch.randn(9, 9), torch.randn(9, 9)
+    windows = torch.randint(0, 9, (3, 6))
+    answers = torch.tensor([[True, False, True, True, False, False], [False] * 6, [False] * 5 + [True]])
+    found = compare(Bigram(quantized), Bigram(dense), windows, answers=answers)
+    seen = torch.stack([windows[0, 1], windows[0, 2], windows[2, 4]])  # each predicts the next, an answer's
+    wanted = torch.stack([windows[0, 2], windows[0, 3], windows[2, 5]])
+    p, q = dense[seen].double().log_softmax(1), quantized[seen].double().log_softmax(1)
+    assert found.tokens == 3
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(1).mean()), rel=1e-5)
+    assert found.perplexity == pytest.approx(float((-q.gather(1, wanted[:, None]).mean()).exp()), rel=1e-5)
+    alone = perplexity_module.perplexity(Bigram(quantized), windows, answers=answers)
+    assert (alone.tokens, alone.value) == (3, pytest.approx(found.perplexity, rel=1e-5))
+
+
 def test_a_model_agrees_with_itself() -> None:
     model = Bigram(torch.randn(9, 9))
     found = compare(model, model, torch.randint(0, 9, (2, 5)))

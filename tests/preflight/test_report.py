@@ -111,7 +111,8 @@ def test_verdict_and_schema(spec: str, devices: str, verdict: str) -> None:
 
 def test_plan_of_a_dry_run() -> None:
     facts = llama(blocks=3, hidden=1024, inner=4096)
-    plan = quantize_plan(facts, SMALL_WORK, Estimate(12.5, 12.5, {}, 0.5))
+    plan = quantize_plan(facts, SMALL_WORK, Estimate(10.0, 10.0, {}, 0.5), 2.5)
+    assert (plan.seconds, plan.writing_seconds) == (12.5, 2.5)
     assert [(s.blocks, s.example, s.linears) for s in plan.stages] == [
         (3, "model.layers.0", tuple((f"self_attn.{n}_proj", 1024, 1024) for n in "qkv")),
         (3, "model.layers.0", (("self_attn.o_proj", 1024, 1024),)),

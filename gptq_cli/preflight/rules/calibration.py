@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gptq_cli.errors import CalibrationError, ModelError
+from gptq_cli.placement.device import Device, format_size
+from gptq_cli.planning.writing import WritingNeed
 from gptq_cli.rules import Remark, rule
+from gptq_cli.wording import duration_words
+
+LONG_SECONDS = 600.0
+"""Of writing, from which on it is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +22,19 @@ class TextCase:
     source: str
     """Of the text: a file, a data set, "builtin"."""
     failure: CalibrationError | ModelError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritingCase:
+    """A model that is to write its own calibration text, which is not kept from an earlier run."""
+
+    tokens: int
+    device: Device
+    """Where it would write."""
+    needs: tuple[WritingNeed, ...]
+    """What its devices would have to hold."""
+    seconds: float | None
+    """An estimate; None where none was made."""
 
 
 @rule("error")
@@ -40,6 +59,41 @@ def evaluation_text(case: TextCase) -> list[Remark]:
     cut before the work, because the measurement comes after hours of it.
     """
     return [_remark(case.source, case.failure)]
+
+
+@rule("error")
+def own_text_memory(case: WritingCase) -> list[Remark]:
+    """The model is to write its calibration text, and there is no memory for it as a whole.
+
+    Quantizing works on one block after another; writing goes through all of them for every token.
+    """
+    return [
+        Remark(
+            subject=need.device,
+            message=f"a model that writes its own text is in memory as a whole: {need.device} needs "
+            f"{format_size(need.needed_bytes)} of {format_size(need.limit_bytes)}",
+            hint="calibrate on a text: --calibration pydoc, or a file; or let the same model write it on a "
+            "larger machine, where GPTQ_CACHE names a directory that both see",
+        )
+        for need in case.needs
+        if need.needed_bytes > need.limit_bytes
+    ]
+
+
+@rule("warning")
+def own_text_time(case: WritingCase) -> list[Remark]:
+    """Writing the calibration text takes long on this device. What is written is kept for later runs."""
+    if case.seconds is None or case.seconds < LONG_SECONDS:
+        return []
+    return [
+        Remark(
+            subject="self",
+            message=f"the model writes {case.tokens} tokens of text on {case.device} first, about "
+            f"{duration_words(case.seconds)}",
+            hint="less text: --samples 64 --seq-len 512, or a part of it: --calibration self*0.25 "
+            "--calibration pydoc*0.75; it is kept, so later runs do without",
+        )
+    ]
 
 
 def _remark(subject: str, failure: CalibrationError | ModelError) -> Remark:

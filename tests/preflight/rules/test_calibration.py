@@ -1,0 +1,34 @@
+"""What stands against a model that writes its own text: no room for it as a whole; and a long time."""
+
+from __future__ import annotations
+
+import pytest
+
+from gptq_cli.placement.device import CPU
+from gptq_cli.planning.writing import WritingNeed
+from gptq_cli.preflight.rules.calibration import LONG_SECONDS, WritingCase, own_text_memory, own_text_time
+
+GIB = 1 << 30
+
+
+def case(seconds: float | None = None, **needed: int) -> WritingCase:
+    needs = tuple(WritingNeed(device, size, 4 * GIB) for device, size in needed.items())
+    return WritingCase(tokens=262144, device=CPU, needs=needs, seconds=seconds)
+
+
+def test_every_device_without_room_is_named() -> None:
+    assert own_text_memory(case(cpu=4 * GIB)) == []
+    (found,) = own_text_memory(case(cpu=GIB, other=9 * GIB))
+    assert (found.level, found.subject) == ("error", "other")
+    assert "other needs 9.00 GiB of 4.00 GiB" in found.message
+    assert "--calibration pydoc" in found.hint
+
+
+@pytest.mark.parametrize(("seconds", "found"), [(None, 0), (LONG_SECONDS - 1, 0), (LONG_SECONDS + 60, 1)])
+def test_a_long_time_is_a_warning(seconds: float | None, found: int) -> None:
+    remarks = own_text_time(case(seconds))
+    assert len(remarks) == found
+    for remark in remarks:
+        assert remark.level == "warning"
+        assert "262144 tokens of text on cpu first, about 11 min" in remark.message
+        assert "--calibration self*0.25" in remark.hint
