@@ -18,7 +18,7 @@ here is left out, with the reason. Ratios are to the first run.
     python scripts/bench_peers.py --peers gptqmodel,auto-round-50 --repeats 3
     python scripts/bench_peers.py --peers all --as-stored     every peer, in the model's own dtype as well
     python scripts/bench_peers.py --recipes "fast,best,best --dense-share 0.5"
-    python scripts/bench_peers.py --model DIR --group-size 128
+    python scripts/bench_peers.py --model demo/Gemma3-270M --group-size 128     see fetch_second_model.py
 
 The last line is JSON.
 """
