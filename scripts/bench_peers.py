@@ -183,6 +183,9 @@ def with_auto_round(job: dict[str, Any]) -> None:
         dataset=samples, nsamples=ids.shape[0], seqlen=ids.shape[1], device_map="cpu",
     )  # fmt: skip
     rounding.quantize_and_save(job["out"], format="auto_gptq")
+    for config in list(Path(job["out"]).glob("*/config.json")):  # it writes into a folder of its own in there
+        for path in list(config.parent.iterdir()):
+            path.rename(Path(job["out"]) / path.name)
 
 
 def with_llm_compressor(job: dict[str, Any]) -> None:
@@ -333,7 +336,10 @@ def evaluated_apart(run: Run, request: Path, out: Path) -> dict[str, Quality]:
     own_format = run.peer is not None and run.peer.client == "llm-compressor"
     python = str(environment_of("llm-compressor")) if own_format else sys.executable
     command = [python, str(Path(__file__).resolve()), "--evaluate", str(own_format), str(request), str(out)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | SETTINGS)
+    done = subprocess.run(command, capture_output=True, check=False, text=True, env=os.environ | SETTINGS)
+    if done.returncode != 0:
+        said = "\n".join(done.stderr.splitlines()[-5:])
+        raise UnavailableError(f"its checkpoint could not be evaluated:\n{said}")
     return {text: Quality(**found) for text, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
@@ -424,13 +430,12 @@ def bench(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, A
                 cost = measured(filled, folder / f"{out.name}.log", os.environ | SETTINGS)
                 costs.setdefault(run.name, []).append(cost)
                 print(f"{run.name}: {cost.wall_seconds:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+            quality[run.name] = evaluated_apart(run, request, out)
         except UnavailableError as error:
             if run.peer is None:
                 raise SystemExit(f"bench_peers: {error}") from error
             costs.pop(run.name, None)
             print(f"{run.name} is left out: {error}", flush=True)
-            continue
-        quality[run.name] = evaluated_apart(run, request, out)
     if not costs:
         raise SystemExit("bench_peers: nothing ran")
     return report(options, model, costs, quality)
