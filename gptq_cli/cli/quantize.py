@@ -13,6 +13,7 @@ from gptq_cli.cli.config_options import Codes, Solver, Text, with_config_options
 from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.cli.page_file import check_page, with_page
+from gptq_cli.cli.ranks import Processes
 from gptq_cli.config import (
     CalibrationConfig,
     ModelRef,
@@ -22,6 +23,7 @@ from gptq_cli.config import (
 )
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed
+from gptq_cli.fields import check_int
 from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
@@ -57,6 +59,7 @@ def quantize(
     trust_remote_code: o.TrustRemoteCode = False,
     solver: Solver,
     dry_run: o.DryRun = False,
+    processes: Processes = None,
     blocks: o.Blocks = None,
     strict: o.Strict = False,
     evaluate: o.Evaluate = None,
@@ -88,6 +91,19 @@ def quantize(
         raise ConfigError(
             "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"
         )
+    if processes is not None:
+        check_int("processes", processes, 1)
+        if not dry_run:
+            raise ConfigError(
+                "processes is given, but this is not a dry run",
+                hint="add --dry-run, or start them: "
+                f"torchrun --nproc-per-node {processes} -m gptq_cli quantize …",
+            )
+        if devices is not None:
+            raise ConfigError(
+                "processes and devices are given, but how fast other devices are is not known",
+                hint="leave --devices out: what processes gain is predicted from a probe of this machine",
+            )
     if blocks is not None and dry_run:
         raise ConfigError("blocks is given, but a dry run works on none", hint="leave --dry-run out")
     if out is None and (dry_run or blocks is not None):
@@ -138,7 +154,7 @@ def quantize(
             _follow(session, job, launch)
         return
     if dry_run:
-        _plan(session, job, proof, push, progress, quiet)
+        _plan(session, job, proof, push, progress, quiet, processes)
         return
     if blocks is not None:
         if proof is not None or push is not None:
@@ -190,12 +206,13 @@ def _plan(
     push: PushConfig | None,
     progress: Progress,
     quiet: bool,
+    processes: int | None,
 ) -> None:
     """What `--dry-run` does in place of the work. Exit 0, or 3 where the job would be refused."""
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:
         from gptq_cli import jobs
 
-        plan = jobs.dry_run(job, observer, proof=proof, push=push)
+        plan = jobs.dry_run(job, observer, proof=proof, push=push, processes=processes)
 
     from gptq_cli.display.maps import map_summary
 

@@ -15,9 +15,21 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from socket import gethostname
+from typing import Annotated
 
+from gptq_cli.cli.options import RUN, option
 from gptq_cli.cli.output import Session
 from gptq_cli.errors import UsageError
+
+Processes = Annotated[
+    int | None,
+    option(
+        "--processes",
+        "With --dry-run: what so many processes that torchrun starts would gain.",
+        RUN,
+        "N",
+    ),
+]
 
 
 def follows(environ: Mapping[str, str], words: Sequence[str]) -> bool:

@@ -28,7 +28,7 @@ from gptq_cli.display.tables import (
     warnings_rows,
 )
 from gptq_cli.results.kept import KeptDense
-from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
+from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, RanksPlan, TreeRow
 from gptq_cli.wording import busy_words
 
 GLYPHS = (
@@ -187,6 +187,16 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
     return [(glyphs, style) for glyphs, style in segments if glyphs]
 
 
+def _ranks_text(plan: RanksPlan) -> str:
+    """What several processes would gain, and what that assumes."""
+    link = fmt.size(plan.link_bytes_per_second)
+    return (
+        f"{plan.processes} would take about {fmt.duration(plan.seconds)}, {plan.speed_up:.1f} times as fast; "
+        f"{fmt.size(plan.bytes_per_block)} a block leave each, at {link}/s assumed, each on a device as fast "
+        f"as this one; more than {plan.most_that_pay} gain less than 5 %"
+    )
+
+
 def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]:
     """The facts of a dry run about the work."""
     group = fmt.group(plan.group_size)
@@ -211,6 +221,8 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
         writing = plan.writing_seconds
         writes = f"; {fmt.duration(writing)} of them to write the calibration text" if writing else ""
         rows.append(("time", f"about {fmt.duration(plan.seconds)} ({probe}){writes}"))
+    if plan.ranks is not None:
+        rows.append(("processes", _ranks_text(plan.ranks)))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

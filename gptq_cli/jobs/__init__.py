@@ -73,6 +73,7 @@ def dry_run(
     *,
     proof: LoadJob | None = None,
     push: PushConfig | None = None,
+    processes: int | None = None,
 ) -> MapReport:
     """See `quantizing.dry_run`. Its result lists every finding, so only the model is looked for first."""
     from gptq_cli.jobs.early import before_plan, check_harness
@@ -80,7 +81,7 @@ def dry_run(
     if proof is not None:
         check_harness(proof.tasks)
     module = _started("quantizing", "quantize", lambda: before_plan(job), observer)
-    report: MapReport = module.dry_run(job, observer, proof=proof, push=push)
+    report: MapReport = module.dry_run(job, observer, proof=proof, push=push, processes=processes)
     return report
 
 

@@ -40,13 +40,14 @@ from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
 from gptq_cli.jobs.steps import announce, watched
-from gptq_cli.jobs.together import Assignment
+from gptq_cli.jobs.together import Assignment, check_share
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
-from gptq_cli.planning.time import Estimate, estimate, quick_estimate
+from gptq_cli.planning.ranks import ranks_plan
+from gptq_cli.planning.time import MachineRates, estimate, measure, quick_estimate
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import map_report, own_settings, quantize_plan
 from gptq_cli.preflight.resolve import refusal
@@ -125,6 +126,7 @@ def _quantize(
 ) -> tuple[RunReport, Skeleton, Card | None]:
     """The work up to the checkpoint in place: its report, its model, its card."""
     job = asked.job
+    check_share(job, asked.team)
     checked = check(job, tally, claim, writes=True, proof=asked.proof, push=asked.push, joined=asked.joined)
     announce(checked.findings, tally, known=checked.announced)
     if checked.wrote:
@@ -243,12 +245,19 @@ def dry_run(
     *,
     proof: LoadJob | None = None,
     push: PushConfig | None = None,
+    processes: int | None = None,
 ) -> MapReport:
     """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
     with watching("quantize", observer) as watcher:
         checked = check(job, watcher, proof=proof, push=push)
         announce(checked.findings, watcher)
-        found = _estimate(job, checked)
+        speed, schedule = _speed(job, checked), checked.resolution.schedule
+        facts, work, asked = checked.facts, checked.work, Work(job.quantize, job.calibration)
+        took = gain = None
+        if speed is not None and schedule is not None:
+            took = estimate(facts, work, schedule, speed)
+            gain = ranks_plan(facts, work, schedule, speed, processes) if processes else None
+        plan = replace(quantize_plan(facts, asked, took, checked.writing_seconds), ranks=gain)
         return map_report(
             checked.facts,
             checked.resolution,
@@ -257,19 +266,17 @@ def dry_run(
             max_memory=job.max_memory,
             report=checked.findings,
             given=job.devices is not None,
-            plan=quantize_plan(
-                checked.facts, Work(job.quantize, job.calibration), found, checked.writing_seconds
-            ),
+            plan=plan,
             warnings=watcher.warnings,
         )
 
 
-def _estimate(job: QuantizeJob, checked: Checked) -> Estimate | None:
+def _speed(job: QuantizeJob, checked: Checked) -> MachineRates | None:
     """From a short probe of this machine; none where the job is refused or planned for another."""
-    placement, schedule = checked.resolution.placement, checked.resolution.schedule
-    if job.devices is not None or not checked.findings.ok or placement is None or schedule is None:
+    placement = checked.resolution.placement
+    if job.devices is not None or not checked.findings.ok or placement is None:
         return None
-    return estimate(checked.facts, checked.work, schedule, placement.main_device)
+    return measure(placement.main_device, checked.facts.dtype, checked.work.quantize)
 
 
 def _writer(job: QuantizeJob, skeleton: Skeleton, claim: Claim, observer: Observer) -> CheckpointWriter:

@@ -17,7 +17,7 @@ from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, quantize_model
 from gptq_cli.engine.together import FollowingKeeper
-from gptq_cli.errors import GptqError, ModelError
+from gptq_cli.errors import ConfigError, GptqError, ModelError
 from gptq_cli.events import ignore
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.steps import watched
@@ -30,6 +30,8 @@ from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.ranks.joining import Joined, joined
 from gptq_cli.ranks.launch import Launch
+from gptq_cli.ranks.leaves import idle_ranks
+from gptq_cli.ranks.team import Team
 from gptq_cli.results.run import BlockReport
 
 
@@ -46,6 +48,17 @@ class Assignment:
     fingerprint: Fingerprint
     finished: tuple[BlockReport, ...]
     """Blocks that an earlier run finished."""
+
+
+def check_share(job: QuantizeJob, team: Team) -> None:
+    """Raise `ConfigError` where there are too few samples for every rank to have one."""
+    samples = job.calibration.samples
+    pairs = job.quantize.paired_samples(samples)
+    if team.size > 1 and (idle := idle_ranks(pairs, samples - pairs, team.size)):
+        raise ConfigError(
+            f"samples is {samples}, which leaves {idle} of {team.size} processes without work",
+            hint=f"--samples {4 * team.size}, or fewer processes",
+        )
 
 
 def on_cpu(job: QuantizeJob) -> bool:

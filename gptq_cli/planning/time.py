@@ -155,20 +155,47 @@ def job_seconds(
     return total + (_head_seconds(facts.head, tokens, speed) if facts.head is not None else 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class BlockCost:
+    """Seconds of one block, by what they depend on."""
+
+    samples: float
+    """Forwards and Hessians: every sample costs the same."""
+    rows: float
+    """Of the solve: every row of weights costs the same."""
+    factors: float
+    """Factorising every Hessian."""
+    columns: float
+    """Walking over columns, however few rows there are."""
+
+    @property
+    def total(self) -> float:
+        """All of them, in one process."""
+        return self.samples + self.rows + self.factors + self.columns
+
+
 def block_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> dict[str, float]:
     """Seconds of each block at `speed`."""
+    return {name: cost.total for name, cost in block_costs(facts, work, schedule, speed).items()}
+
+
+def block_costs(
+    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates
+) -> dict[str, BlockCost]:
+    """What each block costs at `speed`."""
     tokens = work.calibration.samples * work.calibration.seq_len
     streams = 1 + work.quantize.paired_samples(work.calibration.samples) / work.calibration.samples
-    known: dict[tuple[tuple[StageShape, ...], BlockSchedule], float] = {}
-    seconds = {}
+    known: dict[tuple[tuple[StageShape, ...], BlockSchedule], BlockCost] = {}
+    costs = {}
     for name, stages in block_stages(facts).items():
         block = replace(schedule.block(name), name="")
         if (stages, block) not in known:
             weights = _weights_run(stages, block, facts.routed_share)
-            known[stages, block] = _block_seconds(stages, tokens, speed, streams, weights, facts.routed_share)
-            known[stages, block] += speed.column_seconds * _columns_walked(stages, block)
-        seconds[name] = known[stages, block]
-    return seconds
+            columns = speed.column_seconds * _columns_walked(stages, block)
+            cost = _block_cost(stages, tokens, speed, streams, weights, facts.routed_share)
+            known[stages, block] = replace(cost, columns=columns)
+        costs[name] = known[stages, block]
+    return costs
 
 
 def _head_seconds(head: LinearFact, tokens: int, speed: MachineRates) -> float:
@@ -180,24 +207,24 @@ def _head_seconds(head: LinearFact, tokens: int, speed: MachineRates) -> float:
     return tokens * k**2 / speed.hessian_rate + solve
 
 
-def _block_seconds(
+def _block_cost(
     stages: Sequence[StageShape],
     tokens: int,
     speed: MachineRates,
     streams: float,
     weights_run: float,
     routed_share: float,
-) -> float:
+) -> BlockCost:
     weights = [stage.rows * stage.in_features for stage in stages]
     forward = streams * tokens * weights_run / speed.forward_rate
     squares = sum(stage.in_features**2 * (routed_share if stage.routed else 1.0) for stage in stages)
     collect = streams * tokens * squares / speed.hessian_rate
-    solve = 0.0
+    rows = factors = 0.0
     for stage, size in zip(stages, weights, strict=True):
         k = stage.in_features
-        solve += speed.weight_seconds * size
-        solve += (MULTIPLY_ADDS * size * max(0, k - _K) + k**3) / speed.matmul_rate
-    return forward + collect + solve
+        rows += speed.weight_seconds * size + MULTIPLY_ADDS * size * max(0, k - _K) / speed.matmul_rate
+        factors += k**3 / speed.matmul_rate
+    return BlockCost(samples=forward + collect, rows=rows, factors=factors, columns=0.0)
 
 
 def _columns_walked(stages: Sequence[StageShape], block: BlockSchedule) -> int:
@@ -232,11 +259,6 @@ def _weights_run(stages: Sequence[StageShape], block: BlockSchedule, routed_shar
     return run + (batches + 1) * sum(weights)
 
 
-def estimate(facts: ModelFacts, work: Work, schedule: Schedule, device: Device) -> Estimate:
-    """Probe `device`, then count: how long quantizing the model of `facts` there will take."""
-    return _counted(facts, work, schedule, measure(device, facts.dtype, work.quantize))
-
-
 def quick_estimate(
     facts: ModelFacts, work: Work, schedule: Schedule, device: Device, *, finished: int = 0
 ) -> Estimate | None:
@@ -245,12 +267,13 @@ def quick_estimate(
     if job_seconds(facts, work, schedule, _SLOW, finished=finished) < SHORT_SECONDS:
         return None
     speed = measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
-    return _counted(facts, work, schedule, speed, finished)
+    return estimate(facts, work, schedule, speed, finished)
 
 
-def _counted(
+def estimate(
     facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, finished: int = 0
 ) -> Estimate:
+    """How long quantizing the model of `facts` will take at `speed`; `finished`: blocks that are done."""
     return Estimate(
         seconds=job_seconds(facts, work, schedule, speed),
         left_seconds=job_seconds(facts, work, schedule, speed, finished=finished),

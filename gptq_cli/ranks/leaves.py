@@ -43,6 +43,13 @@ def part_of(count: int, rank: int, ranks: int) -> range:
     return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
+def idle_ranks(pairs: int, others: int, ranks: int) -> int:
+    """Ranks whose leaves no sample falls into."""
+    leaves = leaf_count(ranks)
+    taken = set(leaf_of_each(pairs, others, leaves))
+    return sum(taken.isdisjoint(part_of(leaves, rank, ranks)) for rank in range(ranks))
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """Which part of the samples a process works on."""

@@ -105,6 +105,22 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RanksPlan:
+    """What several processes that torchrun starts would gain: a prediction, see `planning.ranks`."""
+
+    processes: int
+    seconds: float
+    speed_up: float
+    """Seconds of one process over these."""
+    bytes_per_block: int
+    """That leave one process for its costliest block."""
+    most_that_pay: int
+    """So many processes; twice as many would gain less than 5 %."""
+    link_bytes_per_second: float
+    """Assumed between one process and the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizePlan:
     """What `quantize --dry-run` adds to a map report."""
 
@@ -140,6 +156,8 @@ class QuantizePlan:
     this machine busy. None where it is not known."""
     writing_seconds: float | None = None
     """How much of them the model takes to write its calibration text; None where it writes none."""
+    ranks: RanksPlan | None = None
+    """What several processes would gain; None where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from gptq_cli.ranks.leaves import (
     LEAVES,
     ROW_STEP,
     dealt,
+    idle_ranks,
     leaf_count,
     leaf_of_each,
     pieces_of,
@@ -57,6 +58,17 @@ def test_pieces_are_all_rows_once_and_in_order(rows: list[int], ranks: int) -> N
     assert [sum(piece.rows for piece in of_rank) for of_rank in pieces] == [
         len(span) for span in row_ranges(sum(rows), ranks)
     ]
+
+
+@given(pairs=st.integers(0, 20), others=st.integers(0, 20), ranks=RANKS)
+def test_ranks_without_samples_are_counted(pairs: int, others: int, ranks: int) -> None:
+    numbers = range(pairs), range(pairs, pairs + others)
+    shares = [share_of(*numbers, 1, leaf_count(ranks), rank, ranks) for rank in range(ranks)]
+    assert idle_ranks(pairs, others, ranks) == sum(not share.batches for share in shares)
+
+
+def test_four_samples_for_each_rank_are_enough() -> None:
+    assert not any(idle_ranks(min(16, 4 * ranks), max(0, 4 * ranks - 16), ranks) for ranks in range(1, 130))
 
 
 def test_ranges_of_rows_begin_at_whole_vectors() -> None:
