@@ -69,6 +69,10 @@ class Store(Protocol):
         ...
 
 
+START = "the start"
+"""Before the first block rank 0 works alone, for as long as that takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How long what may take."""
@@ -93,7 +97,7 @@ class Word:
     host: str
     pid: int
     beat: int = 0
-    where: str = "the start"
+    where: str = START
     waits: int = 0
     """So many times it has begun to wait for the others."""
     state: State = "works"
@@ -272,7 +276,7 @@ class Watch:
             )
         waiting = self._waiting_since
         stuck = waiting is not None and now - max(waiting, heard.moved) > limits.stuck_seconds
-        if stuck and word.waits < self._own.waits:
+        if stuck and word.waits < self._own.waits and word.where != START:
             return RankLost(
                 f"{word} is stuck {self._at()}: the others have waited for it for "
                 f"{duration_words(limits.stuck_seconds)}",

@@ -13,7 +13,7 @@ import pytest
 from torch._C._distributed_c10d import HashStore
 
 from gptq_cli.errors import ConfigError, GptqError, NonFinite, RankLost
-from gptq_cli.ranks.watch import Limits, Watch, Word
+from gptq_cli.ranks.watch import START, Limits, Watch, Word
 
 LIMITS = Limits(beat_seconds=0.01, silent_seconds=0.2, stuck_seconds=0.1, settle_seconds=0.3)
 ME = Word(0, "here", os.getpid())
@@ -79,6 +79,14 @@ def test_a_rank_that_lives_and_lets_the_others_wait_is_stuck() -> None:
     with ranks.watch, ranks.watch.waiting():
         ranks.say(OTHER)
         assert "is stuck" in str(ranks.error())
+
+
+def test_before_the_first_block_the_others_wait_as_long_as_it_takes() -> None:
+    ranks = Ranks(limits=replace(LIMITS, silent_seconds=1000.0))
+    with ranks.watch, ranks.watch.waiting():
+        ranks.say(replace(OTHER, where=START))
+        time.sleep(0.3)
+        ranks.watch.check()
 
 
 def test_a_rank_that_waits_as_well_is_not_stuck() -> None:
