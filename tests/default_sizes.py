@@ -33,16 +33,39 @@ _GIVEN: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     },
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense"] + ["sparse"] * 31,
+            "moe_intermediate_size": 896,
+            "num_experts_per_tok": 6,
+        }
+    },
+    "deepseek_v2": {"moe_intermediate_size": 1536},
     "dots1": {"n_routed_experts": 128, "n_shared_experts": 2, "num_experts_per_tok": 6},
+    "glm4v_moe": {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [3, 4, 4]}}},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 64, "moe_topk": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 16,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"is_decoder": True},
+    "step3p7": {
+        "text_config": {
+            "sliding_window": 512,
+            "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+        }
+    },
     "xmod": {"default_language": "en_XX"},
 }
-"""What the default config of a class lacks, as its published models have it."""
+"""What the default config of a class lacks, or has in a size that no group fits, much as in published
+models."""
 
 
 @dataclass(frozen=True, kw_only=True)
