@@ -279,7 +279,7 @@ MaxMemoryText = Annotated[
 ]
 Devices = Annotated[
     str | None,
-    option("--devices", "Plan for these devices, present or not: cuda:0=24GiB,cpu=64GiB.", PLACEMENT, "LIST"),
+    option("--devices", "Plan for these, present or not: cuda:0=24GiB@4090,cpu=64GiB.", PLACEMENT, "LIST"),
 ]
 
 Explain = Annotated[

@@ -18,7 +18,7 @@ cpu entry is on the CPU, without a hook, and its `forward` is its class's own ag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from accelerate import cpu_offload_with_hook
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import attach_align_device_hook_on_blocks, remove_hook_from_module
+from accelerate.utils import extract_submodules_state_dict, find_tied_parameters, retie_parameters
 from torch import nn
 
 from gptq_cli.devices.accelerators import accelerator_kind, torch_device
@@ -78,18 +79,50 @@ class OffloadChain:
             module.to(_STORAGE_DEVICE)
 
 
+def dispatch_modules(model: Any, placement: Placement, names: Iterable[str]) -> None:
+    """Hang accelerate's dispatch hooks on the modules `names`, entries of the placement whose weights are
+    where it says: what `accelerate.dispatch_model` does for all modules of a model.
+
+    The other modules have no weights now, and who gives them some moves their inputs as well.
+    """
+    modules = {name for name, _ in model.named_modules() if name}
+    wanted = [name for name in names if name in modules]  # a single tensor needs no hook: its module has one
+    main = placement.main_device
+    runs_on = {name: placement.device_of(name) for name in wanted}
+    offload = {name: device == CPU and main != CPU for name, device in runs_on.items()}
+    on_cpu = [name for name, moved in offload.items() if moved]
+    tied = find_tied_parameters(model)
+    attach_align_device_hook_on_blocks(
+        model,
+        execution_device={
+            "": main.for_accelerate,
+            **{n: (main if offload[n] else device).for_accelerate for n, device in runs_on.items()},
+        },
+        offload=offload,
+        weights_map=extract_submodules_state_dict(model.state_dict(), on_cpu),
+        skip_keys=model._skip_keys_device_placement,
+    )
+    retie_parameters(model, tied)
+
+
 @contextmanager
 def replace_dispatch_hooks(
-    model: nn.Module, placement: Placement, execution_device: object = None
+    model: nn.Module,
+    placement: Placement,
+    execution_device: object = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> Iterator[OffloadChain]:
     """Replace the dispatch hooks of the placement's cpu entries by an offload chain inside the `with`.
 
     `execution_device`: a `Device`, `torch.device`, int or string; None: the placement's main device. Where
-    everything is on one device, nothing is changed.
+    everything is on one device, nothing is changed. `only`: leave the other entries alone.
     """
     wanted = placement.main_device if execution_device is None else execution_device
     device = torch_device(Device.parse(wanted, accelerator_kind()))
-    entries = placement.offloaded if placement.main_device != CPU else ()
+    entries = [name for name in placement.offloaded if only is None or name in only]
+    if placement.main_device == CPU:
+        entries = []
     modules = {name: model.get_submodule(name) for name in entries}
     links = {name: module for name, module in modules.items() if _has_parameters(module)}
     skipped = tuple(name for name in modules if name not in links)

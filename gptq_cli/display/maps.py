@@ -23,16 +23,17 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.tables import (
     facts_table,
     findings_table,
+    listed,
     own_settings_rows,
     quantized_text,
     warnings_rows,
 )
 from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, RanksPlan, TreeRow
-from gptq_cli.wording import busy_words
 
 GLYPHS = (
     ("█", "cyan"),
+    ("≡", "cyan"),
     ("▓", "blue"),
     ("▒", "magenta"),
     ("░", "yellow"),
@@ -79,6 +80,14 @@ def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
     ]
     if report.reason:
         rows.append(("plan", report.reason))
+    rows += listed("streaming", report.streaming)
+    if report.time is not None:
+        writing = report.plan.writing_seconds if report.plan else None
+        writes = f"; {fmt.duration(writing)} of them to write the calibration text" if writing else ""
+        seconds = report.plan.seconds if report.plan and report.plan.seconds else report.time.seconds
+        rows.append(("time", f"about {fmt.duration(seconds)} ({report.time.source}){writes}"))
+    elif report.inventory == "given" and report.ok:
+        rows.append(("time", "not estimated: no card is named, as in cuda:0=24GiB@4090"))
     return rows + warnings_rows(report.warnings, report.findings)
 
 
@@ -215,12 +224,6 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     also = f"{fmt.size(2 * plan.snapshot_bytes)} so that an interrupted run goes on quickly"
     also = f": the checkpoint, and {also}" if plan.snapshot_bytes else ""
     rows.append(("disk", f"{fmt.size(needed)} while the run works{also}"))
-    if plan.seconds is not None:
-        busy = busy_words(plan.waited_share)
-        probe = f"an estimate from a short probe{f'; {busy}' if busy else ''}"
-        writing = plan.writing_seconds
-        writes = f"; {fmt.duration(writing)} of them to write the calibration text" if writing else ""
-        rows.append(("time", f"about {fmt.duration(plan.seconds)} ({probe}){writes}"))
     if plan.ranks is not None:
         rows.append(("processes", _ranks_text(plan.ranks)))
     table = Table.grid(padding=(0, 2, 0, 0))

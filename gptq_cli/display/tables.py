@@ -181,6 +181,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         *listed("calibration", _calibration(report)),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),
+        *listed("streaming", report.streaming),
         ("time", ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in spent)),
         *_starts_rows(report),
         *listed("peak memory", peaks(report)),

@@ -297,15 +297,21 @@ def _look_again(
 
 
 def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense: bool) -> StageMoments:
-    """Empty moments for a stage. `dense`: the paired samples come with their dense copy."""
+    """Empty moments for a stage. `dense`: the paired samples come with their dense copy.
+
+    What the output lacks, (N, K), is collected where there is a residual to it, and where that is at most
+    half as large as what the input lacks, (K, K): 3 GiB of a 70B's down projection.
+    """
     module = context.modules[stage.leader]
     weight, residual = weight_matrix(module), context.residuals.get(stage.leader)
+    rows, columns = weight.shape
+    narrow = len(stage.linears) == 1 and stage.once and 2 * rows <= columns
     return StageMoments(
-        weight.shape[1],
+        columns,
         context.block.device,
         samples=paired_samples,
         dense=dense,
-        weight=None if residual is None else weight,
+        weight=weight if narrow or residual is not None else None,
         bias=None if residual is None else getattr(module, "bias", None),
         gain=None if residual is None else residual.gain,
     )

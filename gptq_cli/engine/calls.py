@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.fp32_matmul import matmul_scope
+from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.errors import GptqError
 from gptq_cli.model.flow import Carrier, argument, hidden_in, tensors_in
 
@@ -90,7 +91,7 @@ def moved(value: Any, device: torch.device, seen: set[int] | None = None) -> Any
     object: its tensors are replaced in it. `seen`: objects that have been looked at.
     """
     if isinstance(value, Tensor):
-        return value.to(device)
+        return to_device(value, device)
     seen = set() if seen is None else seen
     if isinstance(value, tuple):
         items = [moved(item, device, seen) for item in value]

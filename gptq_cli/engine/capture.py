@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
+from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, hidden_of, taken
 from gptq_cli.errors import GptqError
 from gptq_cli.model.flow import Flow
@@ -117,8 +118,8 @@ class Captured:
 
     def enter(self, index: int, device: torch.device, rest: torch.device) -> BlockInputs:
         """See `HiddenStates.enter`. How the block is called leaves `calls` here."""
-        self.hidden[:] = [hidden.to(rest) for hidden in self.hidden]
-        self.dense[:] = [hidden.to(rest) for hidden in self.dense]
+        self.hidden[:] = [to_device(hidden, rest) for hidden in self.hidden]
+        self.dense[:] = [to_device(hidden, rest) for hidden in self.dense]
         calls = [call.to(device) for call in self.calls[index]]
         self.calls[index] = []
         sample = self.hidden[0][:1, :PROBE_TOKENS].to(device)
@@ -227,7 +228,7 @@ def capture(
     for batch in share.batches:
         _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
         if rest_device is not None:
-            recorder.hidden[-1] = recorder.hidden[-1].to(rest_device)
+            recorder.hidden[-1] = to_device(recorder.hidden[-1], rest_device)
         done += len(batch)
         advanced(done)
     return Captured(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
+from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, moved, taken
 from gptq_cli.engine.capture import (
     PROBE_TOKENS,
@@ -147,11 +148,11 @@ class Driven:
             for forward in self._forwards:
                 call, entering = self._next(forward, self._outputs.pop(0), index, device)
                 calls.append(call)
-                hidden.append(entering.to(rest))
+                hidden.append(to_device(entering, rest))
             for forward in self._dense:
                 call, entering = self._next(forward, self._dense_outputs.pop(0), index, device)
                 dense_calls.append(call)
-                dense.append(entering.to(rest))
+                dense.append(to_device(entering, rest))
         self._probe_output, self._device = None, device
         return BlockInputs(
             calls=calls,

@@ -31,6 +31,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import StopForward
 from gptq_cli.engine.frames import (
@@ -129,7 +130,7 @@ class ReplayedForwards:
         handles += _notes(self._block, wanted, lambda: self._beside)
         try:
             for place, (call, hidden) in enumerate(zip(self._calls, self._hidden, strict=True)):
-                entering = hidden.to(self._device or hidden.device)
+                entering = to_device(hidden, self._device or hidden.device)
                 self.place, self._beside = place, {BLOCK_INPUT: entering}
                 with suppress(StopForward), torch.no_grad():
                     call.to(entering.device).rehearse(self._block, entering)
@@ -169,7 +170,7 @@ class ReplayedForwards:
                 for call in self._calls:
                     hidden = self._hidden.pop(0)
                     rest = hidden.device
-                    outputs.append(moved(call(self._block, hidden.to(self._device or rest)), rest))
+                    outputs.append(moved(call(self._block, to_device(hidden, self._device or rest)), rest))
                     del hidden
                     sharing.end()
         finally:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
+from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.block import Block, WorkOptions
 from gptq_cli.engine.calls import taken
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
@@ -110,7 +111,7 @@ def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) ->
     with ExitStack() as stack:
         last = len(work.blocks) - 1
         for index, block in enumerate(work.blocks):
-            given = hidden.to(block.device) if index == last else None
+            given = to_device(hidden, block.device) if index == last else None
             stand_in = _stand_in(given, work.flow.shapes[work.flow.blocks[index]])
             stack.enter_context(replaced_forward(block.module, stand_in))
         stack.enter_context(replaced_forward(work.module, catch))

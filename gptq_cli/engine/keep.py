@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device, working_on
+from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
@@ -157,7 +158,7 @@ def _run(block: Block, calls: Sequence[BlockCall], hidden: list[Tensor], rest: t
     """What the block returns for each micro-batch; `hidden` is consumed."""
     outputs = []
     for call in calls:
-        entering = hidden.pop(0).to(block.device)
+        entering = to_device(hidden.pop(0), block.device)
         outputs.append(moved(call.to(block.device)(block.module, entering), rest))
     return outputs
 

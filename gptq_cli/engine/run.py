@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
-from gptq_cli.devices.offload import replace_dispatch_hooks
 from gptq_cli.devices.out_of_memory import clear_frames, is_out_of_memory, out_of_memory_cause
 from gptq_cli.engine.block import Block, Store, WorkOptions
 from gptq_cli.engine.capture import Captured, HiddenStates, capture
@@ -23,10 +22,8 @@ from gptq_cli.engine.keep import Keeper, NothingKept, check_strict
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
-from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import language_model
-from gptq_cli.model.weights import check_finite, load_resident
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule, lighter
@@ -109,16 +106,17 @@ def _attempt(
     reset_peak(run.options.devices)  # what an earlier run of this process took is not this one's
     with ExitStack() as opened:
         with phase(observer, "load") as words:
-            model, provider = _open(run, opened)
+            stream = opened.enter_context(_open(run, observer))
+            model = stream.model
             words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
-            if run.placement.streams_blocks:
+            if any(run.placement.streams(block) for block in run.skeleton.blocks):
                 words.append("each block when its turn comes")
-            _check_outside(model, run.skeleton.blocks_prefix)
         try:
             with phase(observer, "capture", len(input_ids)):
-                blocks = _blocks(model, run, provider)
-                states = _capture(model, blocks, run, provider, input_ids, observer)
+                blocks = _blocks(model, run, stream)
+                states = _capture(model, blocks, run, stream, input_ids, observer)
                 opened.callback(states.close)
+                stream.release()
             with frozen_gc():
                 reports = quantize_blocks(blocks, states, run.config, run.options, store, observer, keeper)
                 head = _head(model, blocks, run, states, input_ids, store, observer)
@@ -126,50 +124,30 @@ def _attempt(
             if is_out_of_memory(error):
                 raise _MemoryRanOut from error
             raise
-    del model, provider, blocks, states, opened
+    del model, stream, blocks, states, opened
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     return Quantized(reports, head)
 
 
-class WeightProvider(Protocol):
-    """Has the weights of a model, and gives those of a block where and when they are worked on."""
-
-    def on_device(self, block: str) -> AbstractContextManager[None]:
-        """A context inside which the block has its weights on the device that works on it."""
-        ...
-
-    def for_capture(self) -> AbstractContextManager[None]:
-        """A context inside which the model's own forward may run, without its blocks."""
-        ...
+def _open(run: EngineRun, observer: Observer) -> BlockStream:
+    return BlockStream(
+        run.skeleton,
+        run.placement,
+        order=[block.name for block in run.schedule.blocks],
+        reads_ahead=run.schedule.reads_ahead,
+        tell=lambda words: observer(Warned(words, "it only takes longer")),
+    )
 
 
-def _open(run: EngineRun, opened: ExitStack) -> tuple[Any, WeightProvider]:
-    """The model: block by block on a CPU alone, else resident, dispatched by the placement."""
-    if run.placement.streams_blocks:
-        stream = opened.enter_context(BlockStream(run.skeleton, torch_device(CPU)))
-        return stream.model, stream
-    model = load_resident(run.skeleton, run.placement)
-    unfuse(model, run.skeleton.experts.experts)
-    return model, opened.enter_context(replace_dispatch_hooks(model, run.placement))
-
-
-def _check_outside(model: Any, prefix: str) -> None:
-    """Raise `NonFinite` if a tensor outside the blocks is not finite."""
-    for name, module in model.named_modules():
-        inside = name == prefix or name.startswith(prefix + ".")
-        if not inside and not any(True for _ in module.children()):
-            check_finite(module, name)
-
-
-def _blocks(model: Any, run: EngineRun, provider: WeightProvider) -> list[Block]:
+def _blocks(model: Any, run: EngineRun, stream: BlockStream) -> list[Block]:
     return [
         Block(
             schedule,
             model.get_submodule(schedule.name),
             run.skeleton.linears_of(schedule.name),
             shared=_shared(run.skeleton, schedule.name),
-            on_device=partial(provider.on_device, schedule.name),
+            on_device=partial(stream.on_device, schedule.name),
         )
         for schedule in run.schedule.blocks
     ]
@@ -232,7 +210,7 @@ def _capture(
     model: Any,
     blocks: Sequence[Block],
     run: EngineRun,
-    provider: WeightProvider,
+    stream: BlockStream,
     ids: Tensor,
     observer: Observer,
 ) -> HiddenStates:
@@ -257,7 +235,7 @@ def _capture(
             input_device=input_device,
             paired_samples=paired,
             team=run.options.team,
-            between=provider.for_capture,
+            between=stream.for_capture,
         )
         try:
             driven.start(advanced)
@@ -265,7 +243,7 @@ def _capture(
             driven.close()
             raise
         return driven
-    with provider.for_capture():
+    with stream.for_capture():
         return capture(
             text.base_model,
             modules,

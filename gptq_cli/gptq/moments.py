@@ -32,8 +32,9 @@ ROWS_ASKED = 256
 class StageMoments:
     """Hessian of a stage, and with `dense` the cross moments for its goal; freed on leaving `with`.
 
-    `samples`: how many will have a dense copy. `weight` (N, K), dense: given where the linear's output is
-    added to a residual. The goal then also corrects the residual's error, which `add` takes as `gap`. `gain`:
+    `samples`: how many will have a dense copy. `weight` (N, K), dense: given where errors of the output are
+    collected, the B of goal.py, and not those of the input, its D: where the output is added to a residual,
+    whose error the goal then corrects as well (`add` takes it as `gap`), or where there are few rows. `gain`:
     what happens to the output before; tokens then count for what it leaves of them.
     """
 

@@ -35,10 +35,10 @@ from gptq_cli.inference.saving import answer_for
 from gptq_cli.inference.scratch import Scratch
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.model.fill import fill_dense
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.text_part import language_model, output_head
-from gptq_cli.model.weights import fill_dense
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.names import owner
 from gptq_cli.placement.placement import Placement, PlacementEntry

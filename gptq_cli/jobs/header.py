@@ -14,6 +14,7 @@ from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.time import Estimate, time_words
+from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.report import group_reason
 
 
@@ -48,6 +49,7 @@ def header(
             ("dtype", _dtype_words(skeleton, facts, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
+            ("streaming", "; ".join(streaming_words(facts, placement, schedule))),
             ("passes", passes_words(schedule)),
             *(
                 (("trial", f"the first {trial} of {len(skeleton.blocks)} blocks"),)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
-from gptq_cli.jobs.steps import announce, placed
+from gptq_cli.jobs.steps import announce, placed, rates_for
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.preflight.report import map_report
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.time import estimate
+from gptq_cli.preflight.report import map_report, time_shown
 from gptq_cli.results.map import MapReport
 
 
@@ -23,6 +25,9 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
             facts = model_facts(skeleton)
         budgets, resolution, findings = placed(job, skeleton, facts)
         announce(findings, watcher)
+        speed, schedule = rates_for(job, facts, resolution, thorough=False), resolution.schedule
+        work = Work(job.quantize, job.calibration).on(facts)
+        took = estimate(facts, work, schedule, speed) if speed is not None and schedule is not None else None
         return map_report(
             facts,
             resolution,
@@ -31,5 +36,6 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
             max_memory=job.max_memory,
             report=findings,
             given=job.devices is not None,
+            time=time_shown(took),
             warnings=watcher.warnings,
         )

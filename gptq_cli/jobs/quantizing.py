@@ -29,7 +29,7 @@ from gptq_cli.errors import (
 )
 from gptq_cli.events import Observer, RunFinished, ShardWritten, ignore, phase
 from gptq_cli.jobs.card import Card
-from gptq_cli.jobs.checking import Checked, check
+from gptq_cli.jobs.checking import check
 from gptq_cli.jobs.claiming import claimed
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.header import header
@@ -39,7 +39,7 @@ from gptq_cli.jobs.pushing import uploaded
 from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
-from gptq_cli.jobs.steps import announce, watched
+from gptq_cli.jobs.steps import announce, rates_for, watched
 from gptq_cli.jobs.together import Assignment, check_share
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
@@ -47,9 +47,10 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.ranks import ranks_plan
-from gptq_cli.planning.time import MachineRates, estimate, measure, quick_estimate
+from gptq_cli.planning.time import estimate, quick_estimate
+from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.facts import Claim
-from gptq_cli.preflight.report import map_report, own_settings, quantize_plan
+from gptq_cli.preflight.report import map_report, own_settings, quantize_plan, time_shown
 from gptq_cli.preflight.resolve import refusal
 from gptq_cli.ranks.joining import Joined
 from gptq_cli.ranks.team import ALONE, Team
@@ -199,6 +200,7 @@ def _quantize(
             tokens=tokens,
             schedule=schedule,
             devices=[str(device) for device in placement.devices],
+            streaming=streaming_words(checked.facts, placement, schedule),
             predicted_peak_bytes=[
                 (plan.device, plan.predicted_peak_bytes) for plan in checked.resolution.devices
             ],
@@ -251,7 +253,8 @@ def dry_run(
     with watching("quantize", observer) as watcher:
         checked = check(job, watcher, proof=proof, push=push)
         announce(checked.findings, watcher)
-        speed, schedule = _speed(job, checked), checked.resolution.schedule
+        speed = rates_for(job, checked.facts, checked.resolution, thorough=True)
+        schedule = checked.resolution.schedule
         facts, work, asked = checked.facts, checked.work, Work(job.quantize, job.calibration)
         took = gain = None
         if speed is not None and schedule is not None:
@@ -267,16 +270,9 @@ def dry_run(
             report=checked.findings,
             given=job.devices is not None,
             plan=plan,
+            time=time_shown(took),
             warnings=watcher.warnings,
         )
-
-
-def _speed(job: QuantizeJob, checked: Checked) -> MachineRates | None:
-    """From a short probe of this machine; none where the job is refused or planned for another."""
-    placement = checked.resolution.placement
-    if job.devices is not None or not checked.findings.ok or placement is None:
-        return None
-    return measure(placement.main_device, checked.facts.dtype, checked.work.quantize)
 
 
 def _writer(job: QuantizeJob, skeleton: Skeleton, claim: Claim, observer: Observer) -> CheckpointWriter:

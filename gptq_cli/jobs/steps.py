@@ -17,6 +17,7 @@ from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.placement.schedule import ReplayReason, Schedule
 from gptq_cli.planning.cases import UnfinishedWork, Work
+from gptq_cli.planning.time import MachineRates, rates
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
@@ -69,6 +70,21 @@ def placed(
         asked=job.asked if isinstance(job, InspectJob) else None,
     )
     return budgets, resolution, resolution.report + findings
+
+
+def rates_for(
+    job: QuantizeJob | InspectJob, facts: ModelFacts, resolution: Resolution, *, thorough: bool
+) -> MachineRates | None:
+    """What a time is counted from; None where the job is refused, or its devices are given without a card."""
+    placement = resolution.placement
+    if not resolution.report.ok or placement is None or resolution.schedule is None:
+        return None
+    cards = {budget.device: budget.card for budget in job.devices or ()}
+    card = cards.get(placement.main_device, "")
+    if job.devices is not None and not card:
+        return None
+    work = Work(job.quantize, job.calibration).on(facts)
+    return rates(placement.main_device, facts, work, card=card, thorough=thorough)
 
 
 def announce(report: PreflightReport, observer: Observer, *, known: Collection[Finding] = ()) -> None:

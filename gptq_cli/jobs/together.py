@@ -117,8 +117,7 @@ def _schedule_on(schedule: Schedule, own: Device) -> Schedule:
         blocks=tuple(
             replace(
                 block,
-                storage_device=_in_place_of(block.storage_device, own),
-                execution_device=_in_place_of(block.execution_device, own),
+                execution_device=_in_place_of(block.execution_device, own),  # the cpu is that of each
             )
             for block in schedule.blocks
         ),

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -174,6 +176,30 @@ class Conversion:
         with torch.no_grad():
             values = rule.convert(origin.target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
+
+    def parts(self, origin: Origin) -> dict[str, tuple[int | slice, ...]] | None:
+        """File tensor -> which part of the target it is, where the rule only puts tensors together: experts
+        one behind another, gate and up side by side. None where it does anything else."""
+        if not origin.converted or len(origin.sources) < 2:
+            return None
+        rules = [self._by_pattern.get(self.target_of(source)[1] or "") for source in origin.sources]
+        rule = rules[0]
+        if rule is None or any(other is not rule for other in rules) or len(rule.target_patterns) > 1:
+            return None
+        shape = self._state[origin.target].shape
+        patterns, doing = list(rule.source_patterns), [type(step) for step in rule.operations]
+        wanted = [MergeModulelist] if len(patterns) == 1 else [MergeModulelist, Concatenate]
+        along = [step.dim for step in rule.operations if hasattr(step, "dim")]
+        if doing != wanted or along != [0, 1][: len(wanted)] or len(shape) != 3:
+            return None
+        rows, short = divmod(shape[1], len(patterns))
+        seen = [0] * len(patterns)
+        found: dict[str, tuple[int | slice, ...]] = {}
+        for source in origin.sources:
+            place = self.place_of(source)
+            found[source] = (seen[place], slice(place * rows, (place + 1) * rows))
+            seen[place] += 1
+        return None if short or any(count != shape[0] for count in seen) else found
 
     def _results(self, target: str, pattern: str | None) -> tuple[str, ...]:
         """All model tensors that a converter makes when its first result is `target`."""

@@ -14,7 +14,8 @@ The small floats (sign, exponent, mantissa; no infinity):
     e8m0   2^(byte - 127), a scale alone; 255 is NaN
 
 The last block of a row or column may be cut off. The product is computed in float32 and rounded once. Only a
-few rows are widened at a time, so decoding takes the codes, the result and CHUNK_BYTES.
+few rows are widened at a time, so decoding takes the codes, the result and CHUNK_BYTES. It is done where the
+codes are: on an accelerator that knows eight-bit floats, else on the CPU.
 
 Sources: OCP Microscaling Formats (MX) v1.0, section 5 (e4m3, e2m1, e8m0, mxfp4); DeepSeek-V3,
 inference/kernel.py, `weight_dequant` (blocks of fp8; its `weight_scale_inv` multiplies); Transformers,
@@ -50,13 +51,18 @@ def chunk_bytes(shape: Sequence[int]) -> int:
     return min(CHUNK_BYTES, _BYTES_EACH * math.prod(shape))
 
 
+def decodes_on(device: torch.device) -> bool:
+    """Whether codes can be decoded there: Metal has no floats of eight bits."""
+    return device.type != "mps"
+
+
 def decode(
     coded: CodedTensor,
     codes: Tensor,  # fp8: (…, N, K); two codes a byte: (…, N, K/2), or (…, N, K/32, 16)
-    scale: Tensor,  # one for each block of (N, K), in any shape that has as many elements
+    scale: Tensor,  # one for each block of (N, K), in any shape that has as many elements; on the CPU
     global_scale: Tensor | None = None,  # one element
 ) -> Tensor:
-    """The values: bfloat16 (…, N, K), or (…, K, N) where the codes are those of the transposed matrices.
+    """The values where the codes are: bfloat16 (…, N, K), or (…, K, N) for codes of the transposed matrices.
 
     Raises `NonFinite` for a scale or a value that is not finite, and `CheckpointError` for a scale that is
     negative, or 0 where the codes are not.
@@ -70,8 +76,10 @@ def decode(
     grid = (*batch, -(-n // rows), -(-k // columns))
     scales = _scales(coded, scale, global_scale)
     some_zero = bool((scales == 0).any())
+    scales = scales.to(codes.device)
     scales = scales.expand(grid) if scales.numel() == 1 else scales.reshape(grid)
-    result = torch.empty((*batch, k, n) if coded.transposed else (*batch, n, k), dtype=torch.bfloat16)
+    shape = (*batch, k, n) if coded.transposed else (*batch, n, k)
+    result = torch.empty(shape, dtype=torch.bfloat16, device=codes.device)
     flat, flat_codes, flat_scales = (
         x.reshape(math.prod(batch), *x.shape[-2:]) for x in (result, codes, scales)
     )
@@ -81,7 +89,7 @@ def decode(
         for start in range(0, n, step):
             part = matrix_codes[start : start + step]
             values = _e2m1(part) if packed else part.float()
-            of_row = torch.arange(start, start + len(part)) // rows
+            of_row = torch.arange(start, start + len(part), device=codes.device) // rows
             each = matrix_scales[of_row].repeat_interleave(columns, dim=1)[:, :k]
             if some_zero:
                 _check_zeros(coded, values, each)
@@ -91,7 +99,7 @@ def decode(
 
 
 def _e2m1(codes: Tensor) -> Tensor:  # (rows, K/2) bytes -> (rows, K) float32
-    table = torch.tensor(E2M1)
+    table = torch.tensor(E2M1, device=codes.device)
     pairs = codes.contiguous().view(torch.uint8)
     return torch.stack((table[(pairs & 15).int()], table[(pairs >> 4).int()]), dim=-1).flatten(-2)
 

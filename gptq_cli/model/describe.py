@@ -20,6 +20,7 @@ from gptq_cli.model.facts import (
 from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.positions import stated_positions
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
+from gptq_cli.model.text_part import uncalled_tensors
 from gptq_cli.model.trace import Trace
 from gptq_cli.results.kept import KeptDense
 
@@ -60,6 +61,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         between=traced.flow.between,
         obstacle=traced.flow.obstacle,
         tensors=_tensors(model),
+        uncalled=uncalled_tensors(model, skeleton.blocks, head=skeleton.head is not None),
         tied=skeleton.tied,
         linears=tuple(fact(info) for info in skeleton.linears),
         head=fact(skeleton.head) if skeleton.head is not None else None,

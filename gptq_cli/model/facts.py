@@ -192,6 +192,8 @@ class ModelFacts:
     obstacle: str = ""
     """Why the blocks cannot be worked on one after another; "" where they can."""
     tensors: tuple[TensorFact, ...] = ()
+    uncalled: frozenset[str] = frozenset()
+    """Tensors outside the blocks that quantizing does not compute with: they stay in the files."""
     tied: tuple[tuple[str, ...], ...] = ()
     """Groups of parameter names that are one tensor."""
     linears: tuple[LinearFact, ...] = ()

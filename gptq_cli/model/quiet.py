@@ -1,4 +1,5 @@
-"""Calling the libraries that make models: silently, and from one thread at a time.
+"""Calling the libraries that make models: silently, from one thread at a time, and without a trace in the
+global random numbers.
 
 Our own events report progress, on the display that was chosen. And while Transformers makes or loads a
 model it swaps functions of torch and of its own classes (`no_tie_weights`, `no_init_weights`) and puts
@@ -14,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+import torch
 from transformers.utils import logging as transformers_logging
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -27,6 +29,16 @@ def quiet_libraries() -> Iterator[None]:
     """
     with _ONE_AT_A_TIME, _silence():
         yield
+
+
+@contextlib.contextmanager
+def no_random_traces() -> Iterator[None]:
+    """Restore the CPU's global generator: Transformers draws from it for tensors that it re-creates."""
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,21 @@
 """Reading tensors one at a time, so that only the current one takes memory.
 
 With a mapped file every page that was touched stays in the process, so after loading, the whole file would be
-in memory beside the model. Here each tensor's bytes are read into a buffer of its own, which becomes the
-tensor; the kernel is told to read ahead meanwhile.
+in memory beside the model. Here each tensor's bytes are read into memory of their own. For the CPU that
+memory becomes the tensor. For another device it is a buffer that is used again (`devices.host_buffers`), from
+which the bytes are copied on. What is stored in few bits goes to the device as it is stored, and is decoded
+there. The kernel is told to read ahead meanwhile.
+
+    reader.get("lm_head.weight", device)                        read and place one tensor
+    ahead = reader.read_ahead(names, buffers, proceed)          only read, in another thread for instance
+    reader.get("lm_head.weight", device, ahead)                 place what was read
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -17,20 +24,57 @@ from typing import Self, cast
 import torch
 from torch import Tensor
 
+from gptq_cli.devices.host_buffers import PIECE_BYTES, HostBuffers
 from gptq_cli.errors import CheckpointError
-from gptq_cli.model.decoding import decode
+from gptq_cli.model.decoding import decode, decodes_on
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
 from gptq_cli.model.source_files import FileStamp, check_unchanged
 
 _PAIRS = "float4_e2m1fn_x2"
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBytes:
+    """The bytes of one tensor of a file, in main memory."""
+
+    stored: StoredTensor
+    pieces: list[Tensor]
+    """uint8, one after another."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """The tensor as it is stored, on `device`. In one piece it is not copied on the CPU."""
+        if device.type == "cpu" and len(self.pieces) == 1:
+            return as_stored(self.stored, self.pieces[0])
+        whole = torch.empty(self.stored.size_bytes, dtype=torch.uint8, device=device)
+        for part, piece in zip(torch.split(whole, [len(p) for p in self.pieces]), self.pieces, strict=True):
+            part.copy_(piece, non_blocking=piece.is_pinned())
+        return as_stored(self.stored, whole)
+
+
+def as_stored(stored: StoredTensor, data: Tensor) -> Tensor:
+    """Bytes as a tensor of the dtype and the shape that the header gives. Raises `CheckpointError` for a
+    dtype that torch does not know."""
+    if stored.dtype == _PAIRS and stored.shape:  # torch has no view of half a byte
+        return data.view(*stored.shape[:-1], -1)
+    dtype = getattr(torch, stored.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(
+            f"tensor {stored.name} has dtype {stored.dtype}, which this torch does not know"
+        )
+    return data.view(dtype).view(stored.shape)
+
+
+Ahead = MutableMapping[str, StoredBytes]
+"""Name in the files -> bytes that were read ahead; they are taken out where they are used."""
 
 
 class StreamedReader:
     """Open shards of one directory; each is opened when its first tensor is wanted, and closed at the end.
 
     With `stamps`, a shard that has changed is refused (`SourceChanged`) before every read and once more at
-    the end of the `with`, so that all tensors are of one model.
+    the end of the `with`, so that all tensors are of one model. One thread at a time may read.
     """
 
     def __init__(
@@ -57,42 +101,116 @@ class StreamedReader:
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
-    def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+    def get(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        ahead: Ahead | None = None,
+        buffers: HostBuffers | None = None,
+    ) -> Tensor:
         """The tensor `name` on `device`, decoded where it is stored in few bits.
 
-        Raises `CheckpointError` when it cannot be read, and what `decoding.decode` raises.
+        What is not in `ahead` is read now, on its way to another device through `buffers`. Raises
+        `CheckpointError` when it cannot be read, and what `decoding.decode` raises.
         """
+        device, info = torch.device(device), self._info(name)
+
+        def part(tensor: TensorInfo, where: torch.device) -> Tensor:
+            held = None if ahead is None else ahead.pop(tensor.name, None)
+            return self._read(tensor, where, buffers) if held is None else held.on(where)
+
+        if info.coded is None:
+            return part(info, device)
+        where = device if decodes_on(device) else _CPU
+        codes, *scales = info.coded.parts
+        return decode(info.coded, part(codes, where), *(part(scale, _CPU) for scale in scales)).to(device)
+
+    def sizes_bytes(self, names: Iterable[str]) -> list[int]:
+        """What the tensors `names` take as they are stored, part by part."""
+        return [part.size_bytes for name in names for part in self._parts(name)]
+
+    def read_ahead(
+        self, names: Iterable[str], buffers: HostBuffers | None, proceed: Callable[[], None]
+    ) -> Ahead:
+        """The bytes of the tensors `names` as they are stored, in `buffers`, or in memory of their own where
+        there are none. `proceed` is called between two pieces of work, and may raise to end it."""
+        found: Ahead = {}
+        for name in names:
+            for part in self._parts(name):
+                stored = self._stored(part)
+                pieces = _memory(stored.size_bytes) if buffers is None else buffers.take(stored.size_bytes)
+                self._fill(part, stored, pieces, proceed)
+                found[part.name] = StoredBytes(stored, pieces)
+        return found
+
+    def _info(self, name: str) -> TensorInfo:
         if name not in self._tensors:
             raise CheckpointError(f"{self._where} has no tensor {name}")
-        info = self._tensors[name]
-        if info.coded is None:
-            return self._read(name, info.shard).to(device)
-        parts = [self._read(part.name, part.shard) for part in info.coded.parts]
-        return decode(info.coded, *parts).to(device)
+        return self._tensors[name]
 
-    def _read(self, name: str, shard: str) -> Tensor:
+    def _parts(self, name: str) -> tuple[TensorInfo, ...]:
+        info = self._info(name)
+        return (info,) if info.coded is None else info.coded.parts
+
+    def _read(self, tensor: TensorInfo, device: torch.device, buffers: HostBuffers | None) -> Tensor:
         """The tensor as it is stored."""
-        self._check(shard)
+        stored = self._stored(tensor)
+        if buffers is None or device.type == "cpu":
+            pieces = _memory(stored.size_bytes)
+            self._fill(tensor, stored, pieces)
+            return StoredBytes(stored, pieces).on(device)
+        whole = torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
+        done = 0
+        for part in torch.split(whole, PIECE_BYTES):
+            buffers.rewind()
+            pieces = buffers.take(len(part))
+            self._fill(tensor, stored, pieces, done=done)
+            part.copy_(pieces[0])  # waits: the piece is used again
+            done += len(part)
+        return as_stored(stored, whole)
+
+    def _stored(self, tensor: TensorInfo) -> StoredTensor:
+        """What the header of its shard says of a tensor."""
+        self._check(tensor.shard)
         try:
-            file, stored = self._open_shard(shard)
-            tensor = stored[name]
-            buffer = torch.empty(tensor.size_bytes, dtype=torch.uint8)
-            file.seek(tensor.begin)
-            found = file.readinto(cast(memoryview, buffer.numpy())) if tensor.size_bytes else 0
+            return self._open_shard(tensor.shard)[1][tensor.name]
         except (OSError, HeaderError, KeyError) as error:
-            raise CheckpointError(f"tensor {name} in {shard} cannot be read: {error}") from error
-        if found != tensor.size_bytes:
-            self._check(shard)
             raise CheckpointError(
-                f"tensor {name} in {shard} has {tensor.size_bytes} bytes, of which the file holds {found}",
-                hint="the file is truncated: fetch it again",
-            )
-        if tensor.dtype == _PAIRS and tensor.shape:  # torch has no view of half a byte
-            return buffer.view(*tensor.shape[:-1], -1)
-        dtype = getattr(torch, tensor.dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError(f"tensor {name} has dtype {tensor.dtype}, which this torch does not know")
-        return buffer.view(dtype).view(tensor.shape)
+                f"tensor {tensor.name} in {tensor.shard} cannot be read: {error}"
+            ) from error
+
+    def _fill(
+        self,
+        tensor: TensorInfo,
+        stored: StoredTensor,
+        pieces: Iterable[Tensor],
+        proceed: Callable[[], None] = lambda: None,
+        *,
+        done: int = 0,
+    ) -> None:
+        """Read the bytes of a tensor from byte `done` on into `pieces`."""
+        file, _ = self._open_shard(tensor.shard)
+        try:
+            file.seek(stored.begin + done)
+            for piece in pieces:
+                for part in torch.split(piece, PIECE_BYTES):
+                    proceed()
+                    found = file.readinto(cast(memoryview, part.numpy()))
+                    done += found or 0
+                    if found != len(part):
+                        raise self._truncated(tensor, stored, done)
+        except OSError as error:
+            raise CheckpointError(
+                f"tensor {tensor.name} in {tensor.shard} cannot be read: {error}"
+            ) from error
+
+    def _truncated(self, tensor: TensorInfo, stored: StoredTensor, found: int) -> CheckpointError:
+        self._check(tensor.shard)
+        return CheckpointError(
+            f"tensor {tensor.name} in {tensor.shard} has {stored.size_bytes} bytes, of which the file holds "
+            f"{found}",
+            hint="the file is truncated: fetch it again",
+        )
 
     def _check(self, *shards: str) -> None:
         check_unchanged(self._where, [self._stamps[shard] for shard in shards if shard in self._stamps])
@@ -106,3 +224,7 @@ class StreamedReader:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
             self._files[shard] = (file, stored)
         return self._files[shard]
+
+
+def _memory(size_bytes: int) -> list[Tensor]:
+    return [torch.empty(size_bytes, dtype=torch.uint8)]

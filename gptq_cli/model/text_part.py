@@ -8,11 +8,13 @@ the decoder is what the model itself names (`get_decoder`), and it holds the emb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from gptq_cli.placement.names import parents
 
 
 def language_model(model: Any) -> Any:
@@ -91,6 +93,31 @@ def _towers_in_decoder(model: nn.Module) -> list[nn.Module]:
         and isinstance(module, PreTrainedModel)
         and all(item is not embedding for item in module.modules())
     ]
+
+
+def uncalled_tensors(model: nn.Module, blocks: Iterable[str], *, head: bool) -> frozenset[str]:
+    """Names of the tensors outside the `blocks` that a forward on text up to the last of these, or with
+    `head` to its end, does not use: a head that stays dense, a tower. They need not be in memory."""
+    called = {id(module) for module in _run_on_text(model, head=head)}
+    owners = dict(model.named_modules(remove_duplicate=False))
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    inside = frozenset(blocks)
+    free: dict[int, list[str]] = {}
+    used: set[int] = set()
+    for name, tensor in tensors:
+        if id(owners[name.rpartition(".")[0]]) in called or not inside.isdisjoint(parents(name)):
+            used.add(id(tensor))
+        else:
+            free.setdefault(id(tensor), []).append(name)
+    return frozenset(name for tensor, names in free.items() if tensor not in used for name in names)
+
+
+def _run_on_text(model: nn.Module, *, head: bool) -> list[nn.Module]:
+    text = language_model(model)
+    towers = {id(module) for tower in beside_the_text(model).values() for module in tower.modules()}
+    if not head and (last := output_head(model)) is not None:
+        towers |= {id(module) for module in last.modules()}
+    return [module for module in (text if head else text.base_model).modules() if id(module) not in towers]
 
 
 def beside_the_text(model: nn.Module) -> dict[str, nn.Module]:

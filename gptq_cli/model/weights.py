@@ -1,16 +1,13 @@
-"""Where weights come from: a complete model through Transformers, or a skeleton filled tensor by tensor.
+"""A complete model in memory, and a look at its numbers.
 
-Quantizing uses `load_resident`: Transformers reads the shards, accelerate dispatches by the placement. `gptq
-load` uses `fill_dense`: its linears are packed, so only the rest is read, straight to its device. Quantizing
-on the CPU alone fills a skeleton too, one block after another: see block_stream.py.
+`load_resident`: Transformers reads the shards, accelerate dispatches by the placement. A comparison with the
+dense model needs it; quantizing does not, see block_stream.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,18 +17,17 @@ from transformers.integrations.accelerate import expand_device_map
 from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
-from gptq_cli.model.conversion import Conversion, KeyMap, Origin, tied_groups
+from gptq_cli.model.conversion import Conversion
+from gptq_cli.model.fill import fill_dense
 from gptq_cli.model.model_class import load_model
-from gptq_cli.model.quiet import quiet_libraries
+from gptq_cli.model.quiet import no_random_traces, quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.placement.placement import Placement
-from gptq_cli.wording import and_others, names_text
+from gptq_cli.wording import names_text
 
 if TYPE_CHECKING:
     from gptq_cli.model.skeleton import Skeleton
 
-OnUntied = Callable[[tuple[str, str]], None]
-"""Called with two names that the config ties, though the files hold different tensors for them."""
 _CHUNK_ELEMENTS = 1 << 24
 
 
@@ -49,7 +45,7 @@ def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
         return _decoded(skeleton, placement)
     device_map = _device_map(skeleton, placement)
     extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    with quiet_libraries(), _no_random_traces():
+    with quiet_libraries(), no_random_traces():
         try:
             model, info = load_model(
                 skeleton.config,
@@ -165,16 +161,6 @@ def _split(model: nn.Module, entries: Mapping[str, int | str], owner: str) -> di
     return result
 
 
-@contextlib.contextmanager
-def _no_random_traces() -> Iterator[None]:
-    """Restore the CPU's global generator: Transformers draws from it for tensors that it re-creates."""
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.random.set_rng_state(state)
-
-
 def check_finite(module: nn.Module, prefix: str = "") -> None:
     """Raise `NonFinite`, naming the tensor, if a floating parameter or buffer under `module` holds NaN or
     infinity.
@@ -209,137 +195,3 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             hint="the files are damaged, or values overflowed in float16: fetch the model again, or use "
             "--dtype bfloat16",
         )
-
-
-def fill_dense(
-    model: Any,
-    conversion: Conversion,
-    origins: Mapping[str, Origin] | KeyMap,
-    read: Callable[[str, torch.device], Tensor],
-    device_of: Callable[[str], torch.device],
-    dtype: torch.dtype,
-    *,
-    wanted: Callable[[str], bool] = lambda name: True,
-    on_untied: OnUntied = lambda names: None,
-) -> None:
-    """Give the `wanted` tensors of a skeleton their values, except those that already have theirs (under
-    packed linears).
-
-    `read(source name, device)` returns a tensor of the files. Ties are kept, also where the files hold equal
-    copies; copies that differ stay two tensors, as in Transformers, and `on_untied` is called with their
-    names. Buffers that no file stores (rotary frequencies) are computed again, wanted or not. Afterwards no
-    `wanted` tensor is on the meta device. Raises `CheckpointError` naming the first tensor without a value.
-    """
-    fill_stored(model, conversion, origins, read, device_of, dtype, wanted=wanted, on_untied=on_untied)
-    _compute_buffers(model, device_of)
-    left = [name for name, tensor in _tensors(model) if tensor.is_meta and wanted(name)]
-    if left:
-        raise CheckpointError(f"tensor {left[0]}{and_others(left)} is missing")
-
-
-def fill_stored(
-    model: Any,
-    conversion: Conversion,
-    origins: Mapping[str, Origin] | KeyMap,
-    read: Callable[[str, torch.device], Tensor],
-    device_of: Callable[[str], torch.device],
-    dtype: torch.dtype,
-    *,
-    wanted: Callable[[str], bool],
-    on_untied: OnUntied = lambda names: None,
-) -> set[str]:
-    """The first half of `fill_dense`: what the files store. Returns the names that got a value."""
-    table = origins.origins if isinstance(origins, KeyMap) else origins
-    ties = tied_groups(model)
-    state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    fixed = _fixed_dtypes(model, dtype)
-    same = {name: names for names in ties for name in names}
-    done: set[str] = set()
-    for target, tensor in state.items():
-        origin = table.get(target)
-        if origin is None and done.isdisjoint(same.get(target, ())):  # it may be stored under another name
-            origin = next((table[name] for name in same.get(target, ()) if name in table), None)
-        if target in done or not tensor.is_meta or origin is None or not wanted(target):
-            continue
-        device = device_of(target)
-        sources = {name: read(name, device) for name in origin.sources}
-        for name, value in conversion.convert(origin, sources).items():
-            if name not in state or not state[name].is_meta:
-                continue
-            place = state[name]
-            if value.shape != place.shape:
-                raise CheckpointError(
-                    f"tensor {name} has shape {list(value.shape)}; the config asks for {list(place.shape)}"
-                )
-            if value.is_floating_point():
-                value = value.to(next((d for p, d in fixed if p.search(name)), place.dtype))
-            _place(model, name, value.to(device_of(name)))
-            done.add(name)
-        done.add(target)
-        del sources
-    for names in ties:
-        real = next((n for n in names if not _get(model, n).is_meta), None)
-        if real is None:
-            continue
-        one = _get(model, real)
-        for name in names:
-            other = _get(model, name)
-            if other.is_meta:
-                done.add(name)
-            elif other is not one and not torch.equal(other, one.to(other.device)):
-                on_untied((real, name))
-                continue
-            _place(model, name, one)
-    return done
-
-
-def empty_out(model: nn.Module, names: Iterable[str]) -> None:
-    """Put tensors back on the meta device: their memory is freed unless something else refers to them. Names
-    of one tensor stay names of one."""
-    filled = [(name, _get(model, name)) for name in names]
-    empty: dict[int, Tensor] = {}
-    for name, tensor in filled:
-        if id(tensor) not in empty:
-            meta = torch.empty_like(tensor, device="meta")
-            empty[id(tensor)] = nn.Parameter(meta, False) if isinstance(tensor, nn.Parameter) else meta
-        _place(model, name, empty[id(tensor)])
-
-
-def _fixed_dtypes(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
-    """Parameters that an architecture keeps in float32 whatever the model runs in."""
-    return [
-        (re.compile(name.replace("*", ".*")), kept) for name, kept in model._get_dtype_plan(dtype).items()
-    ]
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    value = getattr(model.get_submodule(owner), leaf)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def _place(model: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        module._parameters[leaf] = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
-
-
-def _compute_buffers(model: Any, device_of: Callable[[str], torch.device]) -> None:
-    """Compute the buffers that no file stores, as Transformers does after loading."""
-    stored = set(model.state_dict())
-    for _, tensor in _tensors(model):
-        tensor._is_hf_initialized = not tensor.is_meta  # type: ignore[attr-defined]
-    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
-        if buffer.is_meta and name not in stored:
-            _place(model, name, torch.empty_like(buffer, device=device_of(name)))
-    with quiet_libraries(), _no_random_traces():
-        model.initialize_weights()

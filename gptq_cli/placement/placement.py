@@ -7,10 +7,13 @@ can check a plan for hardware that is not there.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gptq_cli.errors import DeviceMapError
-from gptq_cli.placement.device import Device
+from gptq_cli.placement.cards import CARDS
+from gptq_cli.placement.device import Device, syntax_error
 from gptq_cli.placement.device_map import MaxMemory
 
 
@@ -21,12 +24,43 @@ class DeviceBudget:
     device: Device
     total_bytes: int
     free_bytes: int
+    card: str = ""
+    """The name of a card in `CARDS`, where it was given."""
 
 
 def parse_inventory(text: str, accelerator: str = "cuda") -> tuple[DeviceBudget, ...]:
-    """Read `--devices "cuda:0=24GiB,cpu=64GiB"`: devices to plan for, all free. Raises `DeviceMapError`."""
-    limits = MaxMemory.parse(text, accelerator, what="devices").limits
-    return tuple(DeviceBudget(device, size, size) for device, size in limits)
+    """Read `--devices "cuda:0=24GiB@4090,cpu=64GiB"`: devices to plan for, all free, and what card each is.
+    Raises `DeviceMapError`."""
+    sizes = _CARD.sub(lambda found: " " * len(found[0]), text)
+    limits = MaxMemory.parse(sizes, accelerator, what="devices").limits
+    cards = [_card(text, part) for part in _parts(text)]
+    return tuple(
+        DeviceBudget(device, size, size, card) for (device, size), card in zip(limits, cards, strict=True)
+    )
+
+
+_CARD = re.compile("@[^,]*")
+
+
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """Where each entry begins, and the entry."""
+    at = 0
+    for part in text.split(","):
+        yield at, part
+        at += len(part) + 1
+
+
+def _card(text: str, part: tuple[int, str]) -> str:
+    at, entry = part
+    found = _CARD.search(entry)
+    name = found[0][1:].strip().lower() if found else ""
+    if found is None or name in CARDS:
+        return name
+    known = ", ".join(CARDS)
+    message = f"{found[0][:60]!r} is no card whose rates are known; allowed after '@': {known}"
+    raise syntax_error(
+        "devices", text, at + found.start(), message, hint="leave it out: no time is estimated"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +83,17 @@ class Placement:
     """Where offloaded modules execute and where the model's inputs go."""
     reason: str
     _by_name: dict[str, Device] = field(init=False, repr=False, compare=False)
+    devices: tuple[Device, ...] = field(init=False, repr=False, compare=False)
+    """The distinct devices, accelerators first, then cpu."""
+    offloaded: tuple[str, ...] = field(init=False, repr=False, compare=False)
+    """Names of the cpu entries beside other devices, in model order; () for a plain CPU run."""
 
     def __post_init__(self) -> None:
+        devices = tuple(sorted({entry.device for entry in self.entries}))
+        on_cpu = (entry.name for entry in self.entries if entry.device.kind == "cpu")
         object.__setattr__(self, "_by_name", {entry.name: entry.device for entry in self.entries})
+        object.__setattr__(self, "devices", devices)
+        object.__setattr__(self, "offloaded", tuple(on_cpu) if len(devices) > 1 else ())
 
     def device_of(self, name: str) -> Device:
         """The device of a module or tensor.
@@ -75,22 +117,11 @@ class Placement:
             f"{name!r} {where}: {', '.join(str(d) for d in sorted(below)) or 'no entry covers it'}"
         )
 
-    @property
-    def devices(self) -> tuple[Device, ...]:
-        """The distinct devices, accelerators first, then cpu."""
-        return tuple(sorted({entry.device for entry in self.entries}))
-
-    @property
-    def offloaded(self) -> tuple[str, ...]:
-        """Names of the cpu entries beside other devices, in model order; () for a plain CPU run."""
-        if len(self.devices) < 2:
-            return ()
-        return tuple(entry.name for entry in self.entries if entry.device.kind == "cpu")
-
-    @property
-    def streams_blocks(self) -> bool:
-        """True for a plain CPU run: quantizing then reads each block from the files when its turn comes."""
-        return all(entry.device.kind == "cpu" for entry in self.entries)
+    def streams(self, block: str) -> bool:
+        """Whether quantizing reads this block from the files when its turn comes: every block but those that
+        rest on the cpu beside accelerators."""
+        names = self.offloaded
+        return not any(e == block or block.startswith(f"{e}.") or e.startswith(f"{block}.") for e in names)
 
     @property
     def size_bytes(self) -> tuple[tuple[Device, int], ...]:

@@ -29,8 +29,9 @@ class BlockSchedule:
     """One decoder block."""
 
     name: str
-    storage_device: Device
-    """Where its weights rest; on "cpu" in a plain CPU run they are read from the files in its turn."""
+    storage_device: Device | None
+    """Where its weights rest: the cpu, where the map has cpu beside accelerators. None: in the files, from
+    which they are read when its turn comes."""
     execution_device: Device
     """Where it is worked on."""
     replayed: ReplayReason | None
@@ -41,8 +42,8 @@ class BlockSchedule:
     solve_batch_rows: int
     """Rows of experts that are solved side by side: ΣN of all."""
     activations_on_host: bool = False
-    """Hidden states rest on the cpu and visit the execution device one micro-batch at a time. Only for blocks
-    whose forwards are replayed, and only after memory ran out, see `lighter`."""
+    """Hidden states rest in main memory, pinned, and visit the execution device one micro-batch at a time.
+    Only for blocks whose forwards are replayed."""
 
     @property
     def parked(self) -> bool:
@@ -81,6 +82,8 @@ class Schedule:
     """In model order."""
     head_device: Device | None = None
     """Where the output head is worked on; None where it stays dense."""
+    reads_ahead: bool = True
+    """While a block is worked on, the next one is read from the files as far as main memory."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -99,18 +102,22 @@ class Schedule:
 def lighter(schedule: Schedule) -> tuple[Schedule, str] | None:
     """The same run with less memory, and what changes, in words; None where nothing is left to change.
 
-    Step by step: a quarter of the samples in a micro-batch, down to one; forwards replayed; hidden states on
-    the host. Only the first of them can change codes, in the order in which sums are rounded.
+    Step by step: on the cpu, no block read ahead; a quarter of the samples in a micro-batch, down to one;
+    forwards replayed; hidden states on the host. Only the micro-batches can change codes, in the order in
+    which sums are rounded.
     """
+    blocks = schedule.blocks
+    if schedule.reads_ahead and any(b.storage_device is None and b.execution_device == CPU for b in blocks):
+        return replace(schedule, reads_ahead=False), "each block read when its turn comes, none ahead"
     samples = schedule.micro_batch_samples
     if samples > 1:
         fewer = max(1, samples // 4)
         words = f"micro-batches of {fewer} instead of {samples} samples"
         return replace(schedule, micro_batch_samples=fewer), words
-    if any(block.parked for block in schedule.blocks):
-        blocks = tuple(replace(b, replayed="memory") if b.parked else b for b in schedule.blocks)
+    if any(block.parked for block in blocks):
+        blocks = tuple(replace(b, replayed="memory") if b.parked else b for b in blocks)
         return replace(schedule, blocks=blocks), "forwards that run again for each stage"
-    if any(b.execution_device != CPU and not b.activations_on_host for b in schedule.blocks):
-        blocks = tuple(replace(block, activations_on_host=True) for block in schedule.blocks)
+    if any(b.execution_device != CPU and not b.activations_on_host for b in blocks):
+        blocks = tuple(replace(block, activations_on_host=True) for block in blocks)
         return replace(schedule, blocks=blocks), "hidden states in the memory of the host"
     return None

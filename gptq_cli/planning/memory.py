@@ -1,17 +1,15 @@
-"""How many bytes each device must hold at its highest moment.
+"""How many bytes the work on a block takes beside the weights, at its highest moment.
 
-For a device that works on blocks (T = samples · seq_len tokens, t = tokens of one micro-batch, b = bytes of a
-number in the model's dtype, h = hidden size; a stage has K input columns and R = ΣN rows):
+With T = samples · seq_len tokens, t = tokens of one micro-batch, b = bytes of a number in the model's dtype,
+h = hidden size; a stage has K input columns and R = ΣN rows:
 
-    weights      every parameter and buffer that lives there; in a plain CPU run, where blocks are read when
-                 their turn comes, those outside the blocks and one block
     activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
                  where the model's own forwards are kept open between the blocks (`engine.driven`)
                  T · OPEN_HIDDEN · h · b;
                  with parked forwards also what their frames hold between two stages: the normed input and
                  the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
                  on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
-                 C heap, and what is freed between them stays resident
+                 C heap, and what is freed between them stays resident; in main memory where they rest there
     and the largest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
                  working   t · (IN_FLIGHT_HIDDEN · h + IN_FLIGHT_ROWS · max R) · b: a micro-batch on its way,
@@ -28,17 +26,15 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
         pack     packing   (PACK_BYTES + CODE_BYTES · (e - 1)) · R · K
     without true-sequential stages the H of every other stage of the block is there at once: 4 · ΣK²
     solving for the dense model's output (`solve_for`): activations of the share of the samples that is run
-    twice, a dense copy of the block's linears, four moments of K² numbers instead of H, and one more moment:
-        goal     Hessian   GOAL_SQUARES · 4 · K²: four moments, H and a factor
+    twice, a dense copy of the block's linears, instead of H two of it and two cross moments of C numbers (K²,
+    or R · K for a single linear with R at most K / 2, or above K), and one more moment:
+        goal     Hessian   4 · (GOAL_SQUARES · K² + 2 · C): the four, H and a factor
                  working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
-    working also counts what is moved in from the cpu: the largest offloaded block; or, if that is more than
-    all of the above, an embedding or head; on the cpu also the codes and values of the largest weight that is
-    stored in few bits, because it is decoded there
     a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
-    baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-Micro-batch, parked or replayed, and where a block is worked on are read from the `Schedule`. The constants
-were measured (docs/rules.md says how); each run's report sets prediction beside measurement.
+Weights, and what a device holds in all: device_plans.py. Micro-batch, parked or replayed, where a block is
+worked on and where activations rest are read from the `Schedule`. The constants were measured (docs/rules.md
+says how); each run's report sets prediction beside measurement.
 """
 
 from __future__ import annotations
@@ -47,27 +43,21 @@ from dataclasses import dataclass
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
-from gptq_cli.placement.device import CPU, Device
-from gptq_cli.placement.names import parents
-from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES, BlockSchedule, Schedule
-from gptq_cli.planning.cases import MapCase, Work
+from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
-from gptq_cli.results.map import DevicePlan
 
 MIB = 1 << 20
 PACK_BYTES = 10
 CODE_BYTES = 2
 GOAL_BYTES = 16
-GOAL_SQUARES = 6
+GOAL_SQUARES = 4
 IN_FLIGHT_HIDDEN = 6
 IN_FLIGHT_ROWS = 2
 OPEN_HIDDEN = 2
 """Hidden states that a forward of the model holds which is kept open between the blocks: those that enter the
 block, and the embeddings."""
 CHUNK_BYTES = 128 * MIB
-HEAP_PIECE_BYTES = 4 * MIB
-"""What glibc's heap is made to hand out for itself, see `devices.host_memory.limit_malloc_arenas`."""
 CPU_BASELINE_BYTES = 450 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
@@ -100,39 +90,49 @@ def work_set(
     if not stages:
         return WorkSet()
     t, b = micro_batch_tokens, facts.dtype_bytes
-    tokens = work.calibration.samples * work.calibration.seq_len
     dense = work.quantize.solve_for == "dense"
     samples = work.calibration.samples
     streams = 1 + work.quantize.paired_samples(samples) / samples
-    held = facts.hidden_size * (OPEN_HIDDEN if facts.between else 1)
-    held += _parked_numbers(facts, stages) if block.parked else 0
-    activations = int(streams * tokens * b * held)
+    held = hidden_bytes(facts, work) * (OPEN_HIDDEN if facts.between else 1)
+    held += _tokens(work) * b * _parked_numbers(facts, stages) if block.parked else 0
+    activations = 0 if block.activations_on_host else int(streams * held)
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = (
         t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + IN_FLIGHT_ROWS * max(stage.rows for stage in stages))
     )
-    kept = 4 if dense else 1
     once = [stage for stage in stages if not stage.routed]
-    squares = sum(4 * stage.in_features**2 for stage in once)
+    all_kept = sum(_kept_bytes(stage, dense=dense) for stage in once)
     moments = []
     for stage, count in expert_families(stages).items():
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         moments += _expert_moments(stage, count, block, copy, flight + widened, activations)
     for stage in once:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
-        others = 0 if work.quantize.true_sequential else kept * (squares - square)
+        kept = _kept_bytes(stage, dense=dense)
+        others = 0 if work.quantize.true_sequential else all_kept - kept
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [
-            WorkSet(copy + flight + widened, others + kept * square, 0, activations),
+            WorkSet(copy + flight + widened, others + kept, 0, activations),
             WorkSet(copy + solving, others + 2 * square, 0, activations),
             WorkSet(copy, others + square, PACK_BYTES * weights, activations),
         ]
         if dense:
-            moments.append(
-                WorkSet(copy + GOAL_BYTES * weights, others + GOAL_SQUARES * square, 0, activations)
-            )
+            goal = GOAL_SQUARES * square + 2 * _cross_bytes(stage)
+            moments.append(WorkSet(copy + GOAL_BYTES * weights, others + goal, 0, activations))
     return max(moments, key=lambda moment: moment.total_bytes)
+
+
+def _kept_bytes(stage: StageShape, *, dense: bool) -> int:
+    """Of one stage while it is collected: H; or two of it, for kept and held-out samples, and two cross
+    moments."""
+    square = 4 * stage.in_features**2
+    return 2 * square + 2 * _cross_bytes(stage) if dense else square
+
+
+def _cross_bytes(stage: StageShape) -> int:
+    k, rows = stage.in_features, stage.rows
+    return 4 * k * (rows if stage.alone and (2 * rows <= k or rows > k) else k)
 
 
 def _expert_moments(
@@ -151,6 +151,15 @@ def _expert_moments(
     ]
 
 
+def _tokens(work: Work) -> int:
+    return work.calibration.samples * work.calibration.seq_len
+
+
+def hidden_bytes(facts: ModelFacts, work: Work) -> int:
+    """Bytes of the hidden states of all samples, in one stream."""
+    return _tokens(work) * facts.hidden_size * facts.dtype_bytes
+
+
 def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
     """Numbers per token that the frames of parked forwards hold beside the residual, at the widest stage."""
     widest = max(stage.in_features for stage in stages)
@@ -160,11 +169,11 @@ def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
 
 def work_sets(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str, WorkSet]:
     """The work set of every block."""
-    known: dict[tuple[tuple[StageShape, ...], bool, int], WorkSet] = {}
+    known: dict[tuple[tuple[StageShape, ...], bool, bool, int], WorkSet] = {}
     found = {}
     for name, stages in block_stages(facts).items():
         block = schedule.block(name)
-        key = (stages, block.parked, block.expert_batch_bytes)
+        key = (stages, block.parked, block.activations_on_host, block.expert_batch_bytes)
         if key not in known:
             known[key] = work_set(facts, stages, work, block, schedule.micro_batch_tokens)
         found[name] = known[key]
@@ -201,109 +210,19 @@ def snapshot_bytes(facts: ModelFacts, work: Work) -> int:
         return 0
     samples = work.calibration.samples
     both = samples + work.quantize.paired_samples(samples)
-    return both * work.calibration.seq_len * facts.hidden_size * facts.dtype_bytes
-
-
-def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None) -> tuple[DevicePlan, ...]:
-    """One plan per device of the placement (and the CPU, which always does something), accelerators first.
-
-    `schedule` None: no work is planned, only the weights count.
-    """
-    facts = case.facts
-    weights = dict(placement.size_bytes)
-    if schedule is not None and placement.streams_blocks:
-        weights[CPU] = _streamed_bytes(facts)
-    main = placement.main_device
-    moved_block, moved_other = _moved_in(placement, facts)
-    busy = _busiest(facts, case.work, schedule)
-    plans = []
-    for device in sorted({*weights, CPU}):
-        budget = next((item for item in case.budgets if item.device == device), None)
-        if device.kind in ("disk", "meta") or (budget is None and device not in weights):
-            continue
-        need = busy.get(device, WorkSet())
-        scattered = device == CPU and schedule is not None and _scattered(schedule, facts)
-        working = need.working_bytes
-        if device == CPU and facts.decoded is not None:
-            working = max(working, facts.decoded.working_bytes)
-        if device == main:
-            working += max(moved_block, moved_other - need.total_bytes)
-        plans.append(
-            DevicePlan(
-                device=str(device),
-                total_bytes=budget.total_bytes if budget else 0,
-                free_bytes=budget.free_bytes if budget else 0,
-                limit_bytes=case.limit(device) or 0,
-                weights_bytes=weights.get(device, 0),
-                working_bytes=working,
-                hessian_bytes=need.hessian_bytes,
-                activation_bytes=need.activation_bytes * (2 if scattered else 1),
-                packing_bytes=need.packing_bytes,
-                baseline_bytes=CPU_BASELINE_BYTES if device == CPU else ACCELERATOR_BASELINE_BYTES,
-            )
-        )
-    return tuple(plans)
+    return both * hidden_bytes(facts, work) // samples
 
 
 def head_work_set(facts: ModelFacts, head: LinearFact, work: Work, micro_batch_tokens: int) -> WorkSet:
     """The bytes that quantizing the head needs: its rows are solved `HEAD_ROWS` at a time."""
     b, k = facts.dtype_bytes, head.in_features
-    tokens = work.calibration.samples * work.calibration.seq_len
     weights, square = min(head.out_features, HEAD_ROWS) * k, 4 * k**2
     flight = micro_batch_tokens * b * IN_FLIGHT_HIDDEN * facts.hidden_size
     widened = min(CHUNK_BYTES, 4 * micro_batch_tokens * k)
     stored = 2 * packed_bytes(head, work.quantize)  # the pieces, and the whole that is made of them
     moments = (
-        WorkSet(flight + widened, square, 0, tokens * b * facts.hidden_size),
+        WorkSet(flight + widened, square, 0, hidden_bytes(facts, work)),
         WorkSet(SOLVE_BYTES * weights, 2 * square, stored, 0),
         WorkSet(0, square, stored + PACK_BYTES * weights, 0),
     )
     return max(moments, key=lambda moment: moment.total_bytes)
-
-
-def _busiest(facts: ModelFacts, work: Work | None, schedule: Schedule | None) -> dict[Device, WorkSet]:
-    """The largest work set on each device that works on blocks, or on the head."""
-    busy: dict[Device, WorkSet] = {}
-    if work is None or schedule is None:
-        return busy
-    for name, needed in work_sets(facts, work, schedule).items():
-        device = schedule.block(name).execution_device
-        busy[device] = max(busy.get(device, needed), needed, key=lambda one: one.total_bytes)
-    if facts.head is not None and schedule.head_device is not None:
-        device, needed = (
-            schedule.head_device,
-            head_work_set(facts, facts.head, work, schedule.micro_batch_tokens),
-        )
-        busy[device] = max(busy.get(device, needed), needed, key=lambda one: one.total_bytes)
-    return busy
-
-
-def _streamed_bytes(facts: ModelFacts) -> int:
-    """Weights that are there at once where blocks come one by one: the largest, and what lies outside."""
-    blocks = dict.fromkeys(facts.blocks, 0)
-    outside = 0
-    for tensor in facts.tensors:
-        block = next((name for name in parents(tensor.name) if name in blocks), None)
-        if block is None:
-            outside += tensor.size_bytes
-        else:
-            blocks[block] += tensor.size_bytes
-    return outside + max(blocks.values(), default=0)
-
-
-def _scattered(schedule: Schedule, facts: ModelFacts) -> bool:
-    """True where hidden states come in pieces small enough for the C heap, and memory is not so short that
-    forwards are replayed: then the holes between pieces are filled again."""
-    piece = schedule.micro_batch_tokens * facts.hidden_size * facts.dtype_bytes
-    return piece < HEAP_PIECE_BYTES and any(block.replayed != "memory" for block in schedule.blocks)
-
-
-def _moved_in(placement: Placement, facts: ModelFacts) -> tuple[int, int]:
-    """Bytes of the largest block, and of the largest other entry, that are moved in to the main device."""
-    blocks, offloaded = frozenset(facts.blocks), frozenset(placement.offloaded)
-    sizes = [
-        (entry.name in blocks, entry.size_bytes) for entry in placement.entries if entry.name in offloaded
-    ]
-    largest_block = max((size for is_block, size in sizes if is_block), default=0)
-    largest_other = max((size for is_block, size in sizes if not is_block), default=0)
-    return largest_block, largest_other

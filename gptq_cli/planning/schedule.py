@@ -7,8 +7,10 @@ say what it costs, the planner tries several and keeps the first that fits, and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import CPU, Device
@@ -32,6 +34,29 @@ ACCELERATOR_SOLVE_BATCH_ROWS = 65536
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How much memory a run may take to be fast."""
+
+    parked: bool
+    """Forwards are kept parked, in blocks that allow it."""
+    on_host: bool
+    """Hidden states rest in main memory, for blocks on accelerators whose forwards are replayed."""
+    reads_ahead: bool
+
+
+WAYS = (
+    Way(parked=True, on_host=False, reads_ahead=True),
+    Way(parked=True, on_host=False, reads_ahead=False),
+    Way(parked=False, on_host=False, reads_ahead=True),
+    Way(parked=False, on_host=False, reads_ahead=False),
+    Way(parked=False, on_host=True, reads_ahead=True),
+    Way(parked=False, on_host=True, reads_ahead=False),
+)
+"""The fastest first: parking saves two forwards in three, reading ahead the time of the disk, and hidden
+states that travel cost the least time but are needed the least. The last one is the leanest."""
+
+
+@dataclass(frozen=True, slots=True)
 class StageShape:
     """A stage reduced to what costs memory: `rows` = ΣN of its linears over `in_features` = K columns."""
 
@@ -39,6 +64,8 @@ class StageShape:
     rows: int
     family: str = ""
     """For experts, which are collected and solved in batches: the name that they have in common; else ""."""
+    alone: bool = True
+    """It is of a single linear."""
 
     @property
     def routed(self) -> bool:
@@ -59,54 +86,72 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
         rows = (before.rows if before else 0) + linear.out_features
         family = before.family if before else fold(linear.name) if linear.routed else ""
         stages[linear.stage] = StageShape(
-            max(linear.in_features, before.in_features if before else 0), rows, family
+            max(linear.in_features, before.in_features if before else 0), rows, family, alone=before is None
         )
     return tuple(stages[number] for number in sorted(stages))
 
 
 def block_linears(facts: ModelFacts) -> dict[str, list[LinearFact]]:
     """Linears by block, in order."""
-    by_block: dict[str, list[LinearFact]] = {block: [] for block in facts.blocks}
-    for linear in facts.linears:
+    return _by_block(facts.blocks, facts.linears)
+
+
+def _by_block(blocks: Iterable[str], linears: Iterable[LinearFact]) -> dict[str, list[LinearFact]]:
+    by_block: dict[str, list[LinearFact]] = {block: [] for block in blocks}
+    for linear in linears:
         by_block.setdefault(linear.block, []).append(linear)
     return by_block
 
 
-def block_stages(facts: ModelFacts) -> dict[str, tuple[StageShape, ...]]:
+def block_stages(facts: ModelFacts) -> Mapping[str, tuple[StageShape, ...]]:
     """The stages of every block, in order."""
-    return {block: stages_of(linears) for block, linears in block_linears(facts).items()}
+    return _block_stages(facts.blocks, facts.linears)
 
 
-def make_schedule(placement: Placement, facts: ModelFacts, work: Work, *, parked: bool) -> Schedule:
-    """The schedule for a placement, with the smallest micro-batch that a plan chooses by itself.
+@lru_cache(maxsize=4)  # a plan asks for each of many placements of one model
+def _block_stages(
+    blocks: tuple[str, ...], linears: tuple[LinearFact, ...]
+) -> Mapping[str, tuple[StageShape, ...]]:
+    found = _by_block(blocks, linears)
+    return MappingProxyType({block: stages_of(inside) for block, inside in found.items()})
 
-    `parked`: there is room to keep forwards parked, in blocks that allow it.
-    """
-    routed = {linear.block for linear in facts.linears if linear.routed}
+
+@lru_cache(maxsize=4)
+def _routed_blocks(linears: tuple[LinearFact, ...]) -> frozenset[str]:
+    return frozenset(linear.block for linear in linears if linear.routed)
+
+
+def make_schedule(placement: Placement, facts: ModelFacts, work: Work, way: Way) -> Schedule:
+    """The schedule for a placement, with the smallest micro-batch that a plan chooses by itself."""
+    routed = _routed_blocks(facts.linears)
+    direct = not facts.between  # else the model's own forwards hold their hidden states where they run
 
     def replayed(block: str) -> ReplayReason | None:
         if not work.quantize.true_sequential:
             return "not-sequential"
         if block in routed:
             return "experts"
-        return None if parked else "memory"
+        return None if way.parked else "memory"
 
-    storage = {block: storage_device(placement, block) for block in facts.blocks}
+    def made(block: str) -> BlockSchedule:
+        storage, why = storage_device(placement, block), replayed(block)
+        device = execution_device(placement, storage)
+        return BlockSchedule(
+            name=block,
+            storage_device=None if placement.streams(block) else storage,
+            execution_device=device,
+            replayed=why,
+            expert_batch_bytes=EXPERT_BATCH_BYTES,
+            solve_batch_rows=_solve_batch_rows(device),
+            activations_on_host=way.on_host and direct and why is not None and device.is_accelerator,
+        )
+
     return Schedule(
         micro_batch_samples=micro_batch_samples(work),
         seq_len=work.calibration.seq_len,
         head_device=head_device(placement, facts),
-        blocks=tuple(
-            BlockSchedule(
-                name=block,
-                storage_device=device,
-                execution_device=execution_device(placement, device),
-                replayed=replayed(block),
-                expert_batch_bytes=EXPERT_BATCH_BYTES,
-                solve_batch_rows=_solve_batch_rows(execution_device(placement, device)),
-            )
-            for block, device in storage.items()
-        ),
+        reads_ahead=way.reads_ahead,
+        blocks=tuple(made(block) for block in facts.blocks),
     )
 
 

@@ -8,9 +8,13 @@ different height, from which the price of a column and the price of a weight fol
     head      the same for its pieces of rows, where it is quantized
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
               a · K once for experts that are solved side by side
+    reading   the bytes of the files once from the disk; those of a block that is read ahead only as far as
+              the block before it takes less time; on an accelerator also once over the link to main memory,
+              and hidden states that rest in main memory once for each time the forward runs
 
 It is an estimate: clocks and caches may move it by a factor of two, and other work on the machine by more, so
-the probe also notes how long its threads waited for a processor.
+the probe also notes how long its threads waited for a processor. For a card that is named and not there, the
+rates are those of its data sheet, and the share of them that is reached is assumed.
 """
 
 from __future__ import annotations
@@ -24,9 +28,12 @@ from typing import TYPE_CHECKING
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.host_threads import waited_seconds
 from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.placement.cards import CARDS, CardRates
 from gptq_cli.placement.device import Device
+from gptq_cli.placement.names import parents
 from gptq_cli.placement.schedule import HEAD_ROWS, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import hidden_bytes
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.timing import fastest
 from gptq_cli.wording import busy_words, duration_words
@@ -37,6 +44,16 @@ if TYPE_CHECKING:
 MULTIPLY_ADDS = 8
 """Multiply-adds per weight and column, over the solve: feedback, sweeps, losses."""
 DISK_BYTES_PER_SECOND = 500e6
+LINK_BYTES_PER_SECOND = 12e9
+"""From main memory to an accelerator: the older generation of PCIe, until it is measured."""
+REACHED = 0.5
+"""The part of a data sheet's rates that a run is taken to reach. An assumption."""
+CARD_COLUMN_SECONDS = 40e-6
+"""A step of the solver's loop over columns on a card: some launches of kernels. An assumption."""
+CARD_SOLVE_BYTES = 80
+"""What the solve of a weight reads and writes in the card's memory. An assumption."""
+CARD_DISK_BYTES_PER_SECOND = 2e9
+"""Beside a card that is named: an NVMe disk."""
 DECODED_PER_SECOND = 70e6
 """Weights in few bits that one processor core decodes: 60 (MXFP4) to 90 million (FP8) were measured."""
 START_SECONDS = 4.0
@@ -57,6 +74,11 @@ class MachineRates:
     waited_share: float | None = None
     """Share of the probe's time that its threads waited for a processor; None where the system does not
     tell."""
+    disk_rate: float = DISK_BYTES_PER_SECOND
+    link_rate: float = LINK_BYTES_PER_SECOND
+    """Bytes per second from main memory to the device."""
+    source: str = ""
+    """Where the rates come from, in words; "": from the probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +92,8 @@ class Estimate:
     block_seconds: Mapping[str, float]
     waited_share: float | None = None
     """See `MachineRates`."""
+    source: str = ""
+    """What it is counted from, in words."""
 
 
 SHORT_SECONDS = 60.0
@@ -144,13 +168,34 @@ def _share_since(waited: float | None, ran: float) -> float | None:
     return waiting / (waiting + working) if waiting else 0.0
 
 
+def rates_of(card: CardRates) -> MachineRates:
+    """What a card is taken to do, from its data sheet."""
+    half, single = (REACHED * flops / 2 for flops in (card.half_flops, card.single_flops))
+    return MachineRates(
+        forward_rate=half,
+        hessian_rate=half,
+        matmul_rate=single,
+        column_seconds=CARD_COLUMN_SECONDS,
+        weight_seconds=CARD_SOLVE_BYTES / (REACHED * card.memory_rate),
+        disk_rate=CARD_DISK_BYTES_PER_SECOND,
+        link_rate=REACHED * card.link_rate,
+        source=f"from data sheets, {REACHED:.0%} of it reached: {card.words}; disk "
+        f"{CARD_DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s; nothing of it was measured",
+    )
+
+
 def job_seconds(
     facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, *, finished: int = 0
 ) -> float:
     """The counting part: seconds of the whole job at `speed`, without its first `finished` blocks."""
-    total = START_SECONDS + (facts.tensor_files_bytes or facts.size_bytes) / DISK_BYTES_PER_SECOND
+    files_bytes = facts.tensor_files_bytes or facts.size_bytes
+    working = list(block_seconds(facts, work, schedule, speed).values())[finished:]
+    reading = _block_bytes(facts) * files_bytes / max(1, facts.size_bytes) / speed.disk_rate
+    total = START_SECONDS + files_bytes / speed.disk_rate
     total += facts.decoded.elements / DECODED_PER_SECOND if facts.decoded is not None else 0.0
-    total += sum(list(block_seconds(facts, work, schedule, speed).values())[finished:])
+    total += sum(working)
+    if schedule.reads_ahead:  # while the block before is worked on
+        total -= sum(min(reading, seconds) for seconds in working[:-1])
     tokens = work.calibration.samples * work.calibration.seq_len
     return total + (_head_seconds(facts.head, tokens, speed) if facts.head is not None else 0.0)
 
@@ -167,11 +212,20 @@ class BlockCost:
     """Factorising every Hessian."""
     columns: float
     """Walking over columns, however few rows there are."""
+    travel: float = 0.0
+    """Weights, and hidden states that rest in main memory, on their way to an accelerator."""
 
     @property
     def total(self) -> float:
         """All of them, in one process."""
-        return self.samples + self.rows + self.factors + self.columns
+        return self.samples + self.rows + self.factors + self.columns + self.travel
+
+
+def _block_bytes(facts: ModelFacts) -> float:
+    """Bytes of a block on average."""
+    blocks = frozenset(facts.blocks)
+    inside = sum(t.size_bytes for t in facts.tensors if not blocks.isdisjoint(parents(t.name)))
+    return inside / max(1, len(facts.blocks))
 
 
 def block_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> dict[str, float]:
@@ -192,10 +246,24 @@ def block_costs(
         if (stages, block) not in known:
             weights = _weights_run(stages, block, facts.routed_share)
             columns = speed.column_seconds * _columns_walked(stages, block)
+            travel = _travelled_bytes(facts, work, stages, block, streams) / speed.link_rate
             cost = _block_cost(stages, tokens, speed, streams, weights, facts.routed_share)
-            known[stages, block] = replace(cost, columns=columns)
+            known[stages, block] = replace(cost, columns=columns, travel=travel)
         costs[name] = known[stages, block]
     return costs
+
+
+def _travelled_bytes(
+    facts: ModelFacts, work: Work, stages: Sequence[StageShape], block: BlockSchedule, streams: float
+) -> float:
+    """What goes from main memory to the device that works on a block, and back."""
+    if not block.execution_device.is_accelerator:
+        return 0.0
+    travelled = float(facts.dtype_bytes * sum(stage.rows * stage.in_features for stage in stages))
+    if block.activations_on_host:
+        passes = 2 + sum(not stage.routed for stage in stages)
+        travelled += passes * streams * hidden_bytes(facts, work)
+    return travelled
 
 
 def _head_seconds(head: LinearFact, tokens: int, speed: MachineRates) -> float:
@@ -270,6 +338,15 @@ def quick_estimate(
     return estimate(facts, work, schedule, speed, finished)
 
 
+def rates(device: Device, facts: ModelFacts, work: Work, *, card: str, thorough: bool) -> MachineRates:
+    """Those of the data sheet of a `card`; or of a probe of this machine, of two seconds if `thorough`."""
+    if card:
+        return rates_of(CARDS[card])
+    if thorough:
+        return measure(device, facts.dtype, work.quantize)
+    return measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
+
+
 def estimate(
     facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, finished: int = 0
 ) -> Estimate:
@@ -279,7 +356,14 @@ def estimate(
         left_seconds=job_seconds(facts, work, schedule, speed, finished=finished),
         block_seconds=block_seconds(facts, work, schedule, speed),
         waited_share=speed.waited_share,
+        source=speed.source or _probe_words(speed),
     )
+
+
+def _probe_words(speed: MachineRates) -> str:
+    busy = busy_words(speed.waited_share)
+    disk = f"{speed.disk_rate / 1e9:g} GB/s from the disk are assumed"
+    return f"an estimate from a short probe of this machine{f'; {busy}' if busy else ''}; {disk}"
 
 
 def time_words(estimate: Estimate | None) -> str:

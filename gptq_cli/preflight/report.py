@@ -17,9 +17,10 @@ from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_byt
 from gptq_cli.planning.schedule import block_linears
 from gptq_cli.planning.time import Estimate
 from gptq_cli.planning.units import units_of
+from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.results.kept import OwnSettings
-from gptq_cli.results.map import MapReport, QuantizePlan, StagePlan, TreeRow, Verdict
+from gptq_cli.results.map import MapReport, QuantizePlan, StagePlan, TimeEstimate, TreeRow, Verdict
 
 
 def map_report(
@@ -32,11 +33,12 @@ def map_report(
     report: PreflightReport | None = None,
     given: bool = False,
     plan: QuantizePlan | None = None,
+    time: TimeEstimate | None = None,
     warnings: Sequence[str] = (),
 ) -> MapReport:
     """Everything that is to be shown. `report`: all findings of the job, the resolution's among them."""
     all_findings = (report or resolution.report).ordered()
-    placement = resolution.placement
+    placement, schedule = resolution.placement, resolution.schedule
     inventory: Literal["present", "given"] = "given" if given else "present"
     return MapReport(
         model=facts.model,
@@ -52,6 +54,7 @@ def map_report(
         placement=placement,
         reason=placement.reason if placement else "no placement",
         tree=placement_tree(placement, facts) if placement else (),
+        streaming=streaming_words(facts, placement, schedule) if placement and schedule else (),
         devices=resolution.devices,
         offload=resolution.offload,
         offload_skipped=resolution.offload_skipped,
@@ -59,8 +62,14 @@ def map_report(
         verdict=_verdict(PreflightReport(all_findings)),
         kept_dense=facts.kept,
         plan=plan,
+        time=time,
         warnings=tuple(warnings),
     )
+
+
+def time_shown(found: Estimate | None) -> TimeEstimate | None:
+    """An estimate as a report has it."""
+    return None if found is None else TimeEstimate(seconds=found.seconds, source=found.source)
 
 
 def _verdict(report: PreflightReport) -> Verdict:

@@ -13,7 +13,7 @@ from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
-from gptq_cli.planning.planner import Plan, fits, make_plan, planned, with_wide_micro_batch
+from gptq_cli.planning.planner import Plan, best_way, fits, make_plan, with_wide_micro_batch
 from gptq_cli.planning.remedies import Remedy, alternatives, less_work
 from gptq_cli.planning.repair import repaired, usable
 from gptq_cli.planning.units import place
@@ -176,8 +176,7 @@ def _from_rules(case: MapCase) -> Plan | None:
     placement = place(case.facts, device_of, reason)
     if placement is None or any(device.kind == "meta" for device in placement.devices):
         return None
-    plan = planned(placement, case, parked=True)
-    return plan if fits(case, plan.plans) else planned(placement, case, parked=False)
+    return best_way(placement, case)
 
 
 def _roomy(case: MapCase) -> bool:

@@ -14,6 +14,7 @@ Verdict = Literal["fits", "fits with warnings", "refused"]
 
 DEVICE_PARTS = (
     ("weights_bytes", "weights"),
+    ("ahead_bytes", "next block"),
     ("working_bytes", "working memory"),
     ("hessian_bytes", "Hessians"),
     ("activation_bytes", "activations"),
@@ -36,6 +37,9 @@ class DevicePlan:
     limit_bytes: int
     """What may be used: the free bytes, or less where --max-memory says so."""
     weights_bytes: int
+    """What is there at once: all of what rests there, and of what is streamed one block."""
+    ahead_bytes: int = 0
+    """The bytes of the next block, which are read while this one is worked on."""
     working_bytes: int
     """The largest block's copy while it is being quantized (moved in, and its widest stack in fp32)."""
     hessian_bytes: int
@@ -161,6 +165,15 @@ class QuantizePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TimeEstimate:
+    """How long the quantization would take."""
+
+    seconds: float
+    source: str
+    """What it is counted from: a probe of this machine, or the data sheet of a card that was named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MapReport:
     """The result of `gptq inspect-map` and of `gptq quantize --dry-run`."""
 
@@ -183,6 +196,8 @@ class MapReport:
     reason: str
     """Which plan was taken and why, one sentence."""
     tree: tuple[TreeRow, ...]
+    streaming: tuple[str, ...] = ()
+    """What is read from the files when, and where hidden states rest, in sentences."""
     devices: tuple[DevicePlan, ...]
     offload: tuple[str, ...]
     """Modules that get a cpu-offload hook, in execution order."""
@@ -193,6 +208,8 @@ class MapReport:
     verdict: Verdict
     kept_dense: tuple[KeptDense, ...] = ()
     """Linears of the blocks that stay dense, and why."""
+    time: TimeEstimate | None = None
+    """None where it was refused, or planned for devices that are not there without the name of a card."""
     plan: QuantizePlan | None = None
     """Present for --dry-run."""
     warnings: tuple[str, ...] = ()

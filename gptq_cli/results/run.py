@@ -189,6 +189,8 @@ class RunReport:
     dtype: str
     use_cuda_fp16: bool
     devices: tuple[str, ...]
+    streaming: tuple[str, ...] = ()
+    """What was read from the files when, and where hidden states rested, in sentences."""
     predicted_peak_bytes: tuple[tuple[str, int], ...]
     measured_peak_bytes: tuple[tuple[str, int], ...]
     samples: int

@@ -17,9 +17,9 @@ from gptq_cli.checkpoint.open import dense_origins, open_checkpoint, read_packed
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import CheckpointError, GptqError
 from gptq_cli.model.experts import FoundExperts
+from gptq_cli.model.fill import fill_dense
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source import INDEX
-from gptq_cli.model.weights import fill_dense
 from tests.checkpoint.unquantized import edit, opened, random_packed, write_checkpoint
 from tests.conftest import TinyFactory
 from tests.tiny import TINY

@@ -36,7 +36,11 @@ def test_the_lines_of_a_tree() -> None:
     assert guides([0, 1, 2, 1, 2]) == ["", "├─ ", "│  └─ ", "└─ ", "   └─ "]
 
 
-@given(st.lists(SIZES, min_size=6, max_size=6), st.integers(1, 2**40), st.integers(1, 200))
+@given(
+    st.lists(SIZES, min_size=len(DEVICE_PARTS), max_size=len(DEVICE_PARTS)),
+    st.integers(1, 2**40),
+    st.integers(1, 200),
+)
 def test_a_bar_is_always_as_long_as_asked(parts: list[int], limit: int, cells: int) -> None:
     held = dict(zip((name for name, _ in DEVICE_PARTS), parts, strict=True))
     plan = DevicePlan(device="cpu", total_bytes=limit, free_bytes=limit, limit_bytes=limit, **held)

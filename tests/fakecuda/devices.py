@@ -61,6 +61,20 @@ class Devices:
         """How often a device refused, since the process began."""
         return int(self._library.fake_ooms(index))
 
+    @property
+    def pinned(self) -> int:
+        """Bytes of main memory that are pinned now."""
+        return int(self._library.fake_pinned())
+
+    @property
+    def most_pinned(self) -> int:
+        """The most that was pinned at once, since the process began or `forget_pinned`."""
+        return int(self._library.fake_most_pinned())
+
+    def forget_pinned(self) -> None:
+        """Start a new `most_pinned`."""
+        self._library.fake_forget_pinned()
+
     def resize(self, sizes: Sequence[int], capability: tuple[int, int] = CAPABILITY) -> None:
         """Be cuda:0, cuda:1, … of so many bytes and this compute capability."""
         most = int(self._library.fake_most_devices())
@@ -124,6 +138,7 @@ class Devices:
             "_cuda_isCurrentStreamCapturing": lambda: False,
             "_cuda_getArchFlags": lambda: "sm_{}{}".format(*self._capability),
             "_cuda_hasPrimaryContext": lambda index: True,
+            "_accelerator_emptyHostCache": lambda: None,  # nothing that was pinned is kept
         }
 
 
@@ -140,7 +155,7 @@ def install(sizes: Sequence[int]) -> Devices:
     for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(library_of_torch / name), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(build()))  # torch asks for its hooks once: they must be there when it does
-    for name in ("fake_flushes", "fake_ooms"):
+    for name in ("fake_flushes", "fake_ooms", "fake_pinned", "fake_most_pinned"):
         getattr(library, name).restype = ctypes.c_int64
     library.fake_allow.argtypes = [ctypes.c_int, ctypes.c_size_t]
     library.fake_give_defaults.argtypes = [ctypes.c_bool]

@@ -163,6 +163,47 @@ void FakeAllocator::free_block(void* context) {
   delete block;
 }
 
+// ---- main memory that devices copy from: pinned, which here only means that it is counted
+
+struct PinnedAllocator final : c10::Allocator {
+  std::mutex mutex;
+  std::map<const char*, size_t> held;
+  size_t now = 0, most = 0;
+
+  c10::DataPtr allocate(size_t bytes) override {
+    void* data = nullptr;
+    TORCH_CHECK(posix_memalign(&data, 64, std::max<size_t>(bytes, 1)) == 0, "no main memory is left to be pinned");
+    std::lock_guard<std::mutex> lock(mutex);
+    held[static_cast<const char*>(data)] = bytes;
+    most = std::max(most, now += bytes);
+    return {data, data, &give_back, c10::kCPU};
+  }
+  static void give_back(void* data);
+  c10::DeleterFnPtr raw_deleter() const override { return &give_back; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  bool holds(const void* data) {
+    std::lock_guard<std::mutex> lock(mutex);
+    auto next = held.upper_bound(static_cast<const char*>(data));
+    if (next == held.begin()) return false;
+    --next;
+    return static_cast<const char*>(data) < next->first + std::max<size_t>(next->second, 1);
+  }
+};
+
+PinnedAllocator& pinned_allocator() {
+  static auto* one = new PinnedAllocator;
+  return *one;
+}
+
+void PinnedAllocator::give_back(void* data) {
+  auto& owner = pinned_allocator();
+  std::lock_guard<std::mutex> lock(owner.mutex);
+  auto found = owner.held.find(static_cast<const char*>(data));
+  owner.now -= found->second;
+  owner.held.erase(found);
+  std::free(data);
+}
+
 // ---- devices: one stream each, on which everything is done at once
 
 struct FakeGuard final : c10::impl::DeviceGuardImplInterface {
@@ -239,6 +280,8 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // ATen looks it up under thi
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex i) const override { return exchange(i); }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex i) const override { return exchange(i); }
   c10::Allocator* getCUDADeviceAllocator() const override { return &allocator(); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator(); }
+  bool isPinnedPtr(const void* data) const override { return pinned_allocator().holds(data); }
   void deviceSynchronize(c10::DeviceIndex) const override {}
   at::Generator getNewGenerator(c10::DeviceIndex i) const override {
     const c10::DeviceIndex index = i < 0 ? current : i;
@@ -520,5 +563,8 @@ int fake_exchange(int i) {
   return before;
 }
 int64_t fake_flushes() { return allocator().flushes; }
+int64_t fake_pinned() { return pinned_allocator().now; }
+int64_t fake_most_pinned() { return pinned_allocator().most; }
+void fake_forget_pinned() { pinned_allocator().most = pinned_allocator().now; }
 int64_t fake_ooms(int i) { return allocator().stats[i].num_ooms; }
 }

@@ -123,7 +123,7 @@ class Squeezed:
 
 
 POINTS: dict[str, tuple[Any, str, int]] = {
-    "load": (run, "load_resident", 0),
+    "load": (run, "_open", 0),
     "capture": (run, "capture", 0),
     "trace": (block, "find_stages", 1),
     "collect": (Hessian, "add", 5),

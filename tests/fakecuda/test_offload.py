@@ -14,6 +14,7 @@ from accelerate.hooks import CpuOffload
 from torch import nn
 
 from gptq_cli.engine import block, run
+from gptq_cli.model import block_stream
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import quantize, words_for
@@ -36,20 +37,20 @@ class Watch:
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
     seen = Watch()
-    load, blocks = run.load_resident, run.quantize_blocks
+    replace, blocks = block_stream.replace_dispatch_hooks, run.quantize_blocks
 
-    def loaded(*args: Any, **options: Any) -> Any:
-        seen.model = load(*args, **options)
-        parts = [m for name in OFFLOADED for m in seen.model.get_submodule(name).modules()]
-        seen.hooked_by_accelerate = any(hasattr(part, "_hf_hook") for part in parts)
-        return seen.model
+    def replaced(model: nn.Module, *args: Any, **options: Any) -> Any:
+        seen.model = model
+        modules = [[*model.get_submodule(name).modules()] for name in OFFLOADED]
+        seen.hooked_by_accelerate = all(any(hasattr(p, "_hf_hook") for p in parts) for parts in modules)
+        return replace(model, *args, **options)
 
     def begun(*args: Any, **options: Any) -> Any:
         hooks = {name: getattr(seen.model.get_submodule(name), "_hf_hook", None) for name in OFFLOADED}
         seen.links = [name for name, hook in hooks.items() if isinstance(hook, CpuOffload)]
         return blocks(*args, **options)
 
-    monkeypatch.setattr(run, "load_resident", loaded)
+    monkeypatch.setattr(block_stream, "replace_dispatch_hooks", replaced)
     monkeypatch.setattr(run, "quantize_blocks", begun)
     return seen
 

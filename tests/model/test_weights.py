@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gptq_cli.config import ModelRef
-from gptq_cli.errors import CheckpointError, ModelError, NonFinite, SourceChanged
+from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model import weights
-from gptq_cli.model.block_stream import BlockStream
-from gptq_cli.model.conversion import Conversion, natural_key, tied_groups
+from gptq_cli.model.conversion import Conversion, natural_key
+from gptq_cli.model.fill import fill_dense
 from gptq_cli.model.find import find_model
 from gptq_cli.model.meta import build_meta
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.model.weights import check_finite, check_tensor, fill_dense, load_resident
+from gptq_cli.model.weights import check_finite, check_tensor, load_resident
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.conftest import TinyFactory
-from tests.tiny import TINY, randomize
+from tests.tiny import TINY
 
 CPU = torch.device("cpu")
 
@@ -216,81 +214,3 @@ def test_reader_names_what_it_cannot_find(tiny_llama: Path) -> None:
         assert "lm_head.weight" in reader
         with pytest.raises(CheckpointError, match="no tensor nothing"):
             reader.get("nothing")
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "qwen3_moe"])
-def test_a_stream_of_blocks_has_one_block_at_a_time(name: str, tiny: TinyFactory) -> None:
-    skeleton = opened(tiny(name))
-    resident = load_resident(skeleton, ON_CPU)
-    expected = resident.state_dict()
-    with BlockStream(skeleton, CPU) as stream:
-        assert not stream.model.training
-        for block in skeleton.blocks:
-            module = stream.model.get_submodule(block)
-            assert all(parameter.is_meta for parameter in module.parameters())
-            with stream.on_device(block):
-                for key, value in module.state_dict().items():
-                    assert torch.equal(value, expected[f"{block}.{key}"]), key
-                next(module.parameters()).data.zero_()
-            assert all(parameter.is_meta for parameter in module.parameters())
-        with stream.on_device(skeleton.blocks[0]):
-            first = next(stream.model.get_submodule(skeleton.blocks[0]).parameters())
-            assert first.any(), "read again, as it is in the files"
-        for key, value in stream.model.state_dict().items():
-            if not key.startswith(tuple(f"{block}." for block in skeleton.blocks)):
-                assert torch.equal(value, expected[key]), key
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters()), "the skeleton stays one"
-
-
-ODD: dict[str, tuple[str, dict[str, Any]]] = {
-    "made from random numbers in the constructor": (
-        "DiffLlamaConfig",
-        {"num_hidden_layers": 2, "num_key_value_heads": 2},
-    ),
-    "one set of weights for two blocks": (
-        "ZambaConfig",
-        {
-            "num_hidden_layers": 6,
-            "layers_block_type": ["linear_attention", "hybrid", "linear_attention"] * 2,
-            "mamba_d_state": 8,
-            "n_mamba_heads": 2,
-            "mamba_dt_rank": 8,
-            "attention_head_dim": 32,
-        },
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_parameters_of_every_kind_are_read(name: str, tmp_path: Path) -> None:
-    class_name, fields = ODD[name]
-    common = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-    config = getattr(transformers, class_name)(**common | fields)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    randomize(model, 1)
-    model.save_pretrained(tmp_path)
-    skeleton = opened(tmp_path)
-    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
-    expected = load_resident(skeleton, ON_CPU).state_dict()
-    with BlockStream(skeleton, CPU) as stream:
-        for block in (*skeleton.blocks, *skeleton.blocks):
-            with stream.on_device(block):
-                for key, value in stream.model.get_submodule(block).state_dict().items():
-                    assert torch.equal(value, expected[f"{block}.{key}"]), f"{block}.{key}"
-            assert all(parameter.is_meta for parameter in stream.model.get_submodule(block).parameters())
-        assert tied_groups(stream.model) == skeleton.tied
-
-
-def test_a_stream_names_what_it_cannot_read(model: Path) -> None:
-    skeleton = opened(model)
-    with (model / "model.safetensors").open("rb+") as file:
-        file.truncate((model / "model.safetensors").stat().st_size - 64)
-    with pytest.raises(
-        SourceChanged, match=r"model\.safetensors in .* changed .*: it had \d+ bytes and now has"
-    ):
-        BlockStream(skeleton, CPU).__enter__()
-    unnoted = replace(skeleton, files=replace(skeleton.files, stamps=()))
-    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*truncated"):
-        BlockStream(unnoted, CPU).__enter__()

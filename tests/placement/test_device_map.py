@@ -355,6 +355,20 @@ def test_no_json_raises_anything_else(value: object) -> None:
             assert DeviceMap.parse(candidate).rules
 
 
+def test_inventory_with_cards() -> None:
+    found = parse_inventory("cuda:0=24GiB@4090, 1=80GiB@H100 ,cpu=64GiB")
+    assert [(str(b.device), b.total_bytes >> 30, b.card) for b in found] == [
+        ("cuda:0", 24, "4090"),
+        ("cuda:1", 80, "h100"),
+        ("cpu", 64, ""),
+    ]
+    with pytest.raises(DeviceMapError, match=r"'@rtx' is no card .* allowed after '@': t4, ") as caught:
+        parse_inventory("cpu=1GiB,cuda:0=24GiB@rtx")
+    assert caught.value.position == len("cpu=1GiB,cuda:0=24GiB")
+    with pytest.raises(DeviceMapError, match="is not a size"):
+        parse_inventory("cuda:0=24Gi@4090")
+
+
 def test_inventory() -> None:
     found = parse_inventory("cuda:0=24GiB,1=24GiB,cpu=64GiB")
     assert [(str(b.device), b.total_bytes, b.free_bytes) for b in found] == [

@@ -7,10 +7,11 @@ from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.schedule import make_schedule
+from gptq_cli.planning.schedule import Way, make_schedule
 
 
-def schedule(facts: ModelFacts, work: Work, *, parked: bool) -> Schedule:
+def schedule(facts: ModelFacts, work: Work, *, parked: bool, reads_ahead: bool = False) -> Schedule:
     """Everything on the cpu."""
     entry = PlacementEntry("", CPU, facts.size_bytes, parameters=True)
-    return make_schedule(Placement((entry,), CPU, "a test"), facts, work, parked=parked)
+    way = Way(parked=parked, on_host=False, reads_ahead=reads_ahead)
+    return make_schedule(Placement((entry,), CPU, "a test"), facts, work, way)

@@ -9,7 +9,8 @@ import torch
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import DecodedSource, LinearFact, ModelFacts
-from gptq_cli.placement.device import CPU
+from gptq_cli.placement.cards import CARDS
+from gptq_cli.placement.device import CPU, Device
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.time import (
     DECODED_PER_SECOND,
@@ -18,9 +19,11 @@ from gptq_cli.planning.time import (
     START_SECONDS,
     Estimate,
     MachineRates,
+    estimate,
     job_seconds,
     measure,
     quick_estimate,
+    rates_of,
     time_words,
 )
 from tests.planning.schedules import schedule
@@ -45,6 +48,42 @@ def test_forward_counts_each_run() -> None:
     prefixes = qkv + (qkv + o) + (qkv + o + gate_up) + BLOCK
     replayed = seconds(FACTS, WORK, speed, parked=False) - FIXED
     assert abs(replayed - 2 * prefixes * 10_000 / 1e9) < 1e-6
+
+
+def test_reading_ahead_takes_no_time_of_its_own_while_the_work_lasts() -> None:
+    """Of two blocks one is read while the other is worked on."""
+    plan = schedule(FACTS, WORK, parked=True, reads_ahead=True)
+    block = 2 * BLOCK + 2 * 1024
+    share = 5e8 * block / FACTS.size_bytes / DISK_BYTES_PER_SECOND
+    slow = replace(IDLE, forward_rate=1e9)
+    waits = job_seconds(FACTS, WORK, schedule(FACTS, WORK, parked=True), slow)
+    assert waits - job_seconds(FACTS, WORK, plan, slow) == pytest.approx(share)
+    assert job_seconds(FACTS, WORK, plan, IDLE) == pytest.approx(FIXED), "there is no work to hide it behind"
+
+
+def test_what_travels_to_an_accelerator_takes_time() -> None:
+    made = schedule(FACTS, WORK, parked=False)
+    on_card = replace(
+        made, blocks=tuple(replace(block, execution_device=Device("cuda", 0)) for block in made.blocks)
+    )
+    slow = replace(IDLE, link_rate=1e6)
+    weights = 2 * 2 * BLOCK / 1e6
+    assert job_seconds(FACTS, WORK, made, slow) == pytest.approx(FIXED)
+    assert job_seconds(FACTS, WORK, on_card, slow) == pytest.approx(FIXED + weights)
+    resting = tuple(replace(block, activations_on_host=True) for block in on_card.blocks)
+    hidden = 10_000 * 1024 * 2 / 1e6
+    found = job_seconds(FACTS, WORK, replace(on_card, blocks=resting), slow)
+    assert found == pytest.approx(FIXED + weights + 2 * (4 + 2) * hidden), "four stages, in and out"
+
+
+def test_a_card_that_is_not_there_is_counted_from_its_data_sheet() -> None:
+    plan = schedule(FACTS, WORK, parked=True)
+    found = {card: estimate(FACTS, WORK, plan, rates_of(CARDS[card])) for card in CARDS}
+    assert found["h100"].seconds < found["4090"].seconds < found["t4"].seconds
+    assert found["4090"].source == (
+        "from data sheets, 50% of it reached: 4090: 165 TFLOP/s bf16, 83 TFLOP/s fp32, 1008 GB/s memory, "
+        "25 GB/s from main memory; disk 2 GB/s; nothing of it was measured"
+    )
 
 
 def test_weights_in_few_bits_take_time_to_decode() -> None:

@@ -63,6 +63,7 @@ def llama(
         modules=tuple(modules),
         order=("model", "model.embed_tokens", "model.rotary_emb", *names, "model.norm", "lm_head"),
         tensors=tuple(tensors),
+        uncalled=frozenset() if tied else frozenset({"lm_head.weight"}),
         tied=(("model.embed_tokens.weight", "lm_head.weight"),) if tied else (),
         linears=tuple(linears),
     )

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.config import CalibrationConfig, InspectJob, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.errors import PreflightRefused
-from gptq_cli.jobs import dry_run, inspect_map, quantize
+from gptq_cli.jobs import dry_run, quantize
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
@@ -20,10 +20,7 @@ from gptq_cli.preflight.report import map_report, placement_tree, quantize_plan
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from tests.documents import checked_document
-from tests.fabricated import config_8b, config_70b, config_moe, fabricate
 from tests.preflight.shapes import BIG, GIB, SMALL_WORK, llama, resolved
-
-MODELS = {"8b": config_8b, "70b": config_70b, "moe": config_moe}
 
 
 def report(
@@ -124,61 +121,6 @@ def test_plan_of_a_dry_run() -> None:
     assert 4.125 < plan.bits_per_weight < 4.2
     assert plan.size_after_bytes < plan.size_before_bytes
     assert plan.seconds == 12.5
-
-
-@pytest.fixture(scope="module")
-def fabricated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("fabricated")
-    return {name: fabricate(build(), root / name) for name, build in MODELS.items()}
-
-
-MACHINES = {
-    "1x24": "cuda:0=24GiB,cpu=64GiB",
-    "2x24": "cuda:0=24GiB,cuda:1=24GiB,cpu=128GiB",
-    "1x80": "cuda:0=80GiB,cpu=256GiB",
-}
-PLANS = {
-    ("8b", "1x24", "own"): ("fits", "everything on cuda:0"),
-    ("8b", "1x24", "dense"): (
-        "fits with warnings",
-        "all blocks on cuda:0, model.embed_tokens and lm_head on cpu",
-    ),
-    ("8b", "2x24", "own"): ("fits", "everything on cuda:0"),
-    ("8b", "2x24", "dense"): ("fits", "everything on cuda:0 and cuda:1"),
-    ("8b", "1x80", "dense"): ("fits", "everything on cuda:0"),
-    ("70b", "1x24", "own"): ("refused", ""),
-    ("70b", "2x24", "own"): ("fits with warnings", "of 80 blocks on cuda:0 and cuda:1"),
-    ("70b", "2x24", "dense"): ("refused", ""),
-    ("70b", "1x80", "own"): ("fits with warnings", "of 80 blocks on cuda:0"),
-    ("70b", "1x80", "dense"): ("fits with warnings", "blocks"),
-    ("moe", "1x24", "dense"): ("fits with warnings", "of 48 blocks on cuda:0"),
-    ("moe", "2x24", "dense"): ("fits with warnings", "of 48 blocks on cuda:0 and cuda:1"),
-    ("moe", "1x80", "dense"): ("fits", "everything on cuda:0"),
-}
-
-
-@pytest.mark.parametrize(("model", "machine", "solve_for"), PLANS)
-def test_plans_for_real_models(fabricated: dict[str, Path], model: str, machine: str, solve_for: str) -> None:
-    verdict, reason = PLANS[model, machine, solve_for]
-    job = InspectJob(
-        model=ModelRef(model=str(fabricated[model])),
-        device_map=DeviceMap.parse("auto"),
-        devices=parse_inventory(MACHINES[machine]),
-        quantize=QuantizeConfig(solve_for=solve_for),  # type: ignore[arg-type]
-    )
-    made = inspect_map(job)
-    assert made.verdict == verdict, made.findings
-    assert reason in made.reason
-    checked_document(json.dumps(document(made)), "map_report")
-    assert all(plan.fits for plan in made.devices)
-    if verdict == "refused":
-        (finding,) = [f for f in made.findings if f.level == "error"]
-        assert finding.rule in ("disk-offload", "no-plan-fits")
-        assert "; or " in finding.hint or "GiB" in finding.hint
-    for plan in made.devices:
-        assert plan.needed_bytes <= 0.95 * plan.limit_bytes
-    if model == "moe":
-        assert "fused-experts" not in [f.rule for f in made.findings]
 
 
 def test_dry_run_writes_nothing(tiny_llama: Path, tmp_path: Path) -> None:

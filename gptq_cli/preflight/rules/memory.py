@@ -39,43 +39,33 @@ NO_DISK = "disk offload is not supported with GPTQ quantization"
 
 @rule("error")
 def disk_offload(planned: PlannedCase) -> list[Remark]:
-    """Something would have to go to disk: because the device map says so, or because nothing else has room.
+    """The device map sends something to disk.
 
     Disk offload is not supported with GPTQ quantization: a module that accelerate loads from disk is a tensor
-    without data as soon as its hook is removed, and the quantized one would have nowhere to be put back.
+    without data as soon as its hook is removed, and the quantized one would have nowhere to be put back. It
+    is not needed either: the weights of a block are read from the model's files when its turn comes, and
+    leave memory after it.
     """
-    case, plan, fits = planned.case, planned.plan, planned.fits
+    case, fits = planned.case, planned.fits
     patterns = [entry.pattern for entry in case.spec.rules if entry.device.kind == "disk"]
-    if patterns:
-        return [
-            Remark(
-                subject=", ".join(pattern or "rest" for pattern in patterns),
-                message=NO_DISK,
-                hint=_without_disk(case, fits),
-                modules=tuple(patterns),
-                size_bytes=_bytes_of(case, patterns),
-            )
-        ]
-    if plan is None or plan.placement is not None or not plan.spill_bytes:
+    if not patterns:
         return []
     return [
         Remark(
-            subject=str(case.spec),
-            message=(
-                f"{case.spec} would have to spill {format_size(plan.spill_bytes)} to disk; disk offload "
-                f"is not supported with GPTQ quantization ({'; '.join(plan.tried)})"
-            ),
-            hint=remedies_text(cheapest(case, fits)),
-            size_bytes=plan.spill_bytes,
+            subject=", ".join(pattern or "rest" for pattern in patterns),
+            message=NO_DISK,
+            hint=_without_disk(case, fits),
+            modules=tuple(patterns),
+            size_bytes=_bytes_of(case, patterns),
         )
     ]
 
 
 @rule("error")
 def no_plan_fits(planned: PlannedCase) -> list[Remark]:
-    """The weights would fit, but no step of the strategy leaves room for the work on a block."""
+    """No step of the strategy leaves room for the work on a block and for what lies outside the blocks."""
     case, plan = planned.case, planned.plan
-    if case.spec.strategy is None or plan is None or plan.placement is not None or plan.spill_bytes:
+    if case.spec.strategy is None or plan is None or plan.placement is not None:
         return []
     return [
         Remark(
@@ -91,9 +81,10 @@ def no_plan_fits(planned: PlannedCase) -> list[Remark]:
 def memory_budget(planned: PlannedCase) -> list[Remark]:
     """A device cannot hold what the plan needs there at its peak.
 
-    The peak is the sum of weights, the working copy of the largest block, Hessians and the factorisation of
-    its widest stage, calibration activations, and packing; the limit is the free memory, or --max-memory
-    where that is less.
+    The peak is the sum of the weights that are there at once (one block, and what rests there), the bytes of
+    the next block where it is read ahead, the working copy of the largest block, Hessians and the
+    factorisation of its widest stage, calibration activations, and packing; the limit is the free memory, or
+    --max-memory where that is less.
     """
     short = [plan for plan in planned.device_plans if not plan.fits and _known(planned.case, plan)]
     if not short:
@@ -159,6 +150,7 @@ def _bytes_of(case: MapCase, patterns: list[str]) -> int:
 
 def _without_disk(case: MapCase, fits: Fits) -> str:
     """The smallest change that avoids disk: the first device, in order, that can take what goes to disk."""
+    anyway = " (weights are read from the files anyway: leave disk out)" if case.work is not None else ""
     options = [*case.accelerators, CPU]
     for device in options:
         rules = tuple(
@@ -166,9 +158,9 @@ def _without_disk(case: MapCase, fits: Fits) -> str:
         )
         changed = repaired(replace(case, spec=DeviceMap(rules=rules)))
         if fits(replace(case, spec=changed)):
-            return f'--device-map "{changed}"'
+            return f'--device-map "{changed}"{anyway}'
     if fits(replace(case, spec=DeviceMap(strategy="auto"))):
-        return "--device-map auto"
+        return f"--device-map auto{anyway}"
     without = tuple(DeviceRule(r.pattern, CPU) if r.device.kind == "disk" else r for r in case.spec.rules)
     changed = repaired(replace(case, spec=DeviceMap(rules=without)))
     remedies = cheapest(replace(case, spec=changed), fits)
