@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import DeviceBudget
-from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, StagePlan, TreeRow
+from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, StagePlan, TimeEstimate, TreeRow
 from tests.display.events import GIB, MIB, OFFLOAD, REFUSED
 
 CARD = DevicePlan(
@@ -137,4 +137,6 @@ def refused() -> MapReport:
 
 def planned() -> MapReport:
     """What a dry run answers."""
-    return replace(fits(), plan=PLAN)
+    return replace(
+        fits(), plan=PLAN, time=TimeEstimate(seconds=905.0, source="an estimate from a short probe")
+    )
