@@ -227,13 +227,13 @@ def test_out_of_memory_is_exit_4_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_max_memory_makes_auto_offload_and_is_obeyed(small: Path, text: str, tmp_path: Path) -> None:
+def test_max_memory_is_obeyed_by_what_is_measured(small: Path, text: str, tmp_path: Path) -> None:
     job = job_for(
         small, tmp_path / "out", "auto", text, calibration=CalibrationConfig(samples=16, seq_len=256)
     )
-    given = largest_limit(small, "auto", (CUDA, CPU), 1, job.calibration, job.quantize)
+    given = largest_limit(small, "auto", (CUDA,), 1, job.calibration, job.quantize)
     report = jobs.quantize(replace(job, max_memory=given))
-    assert report.devices == ("cuda:0", "cpu")
+    assert report.devices == ("cuda:0",)
     assert dict(report.measured_peak_bytes)["cuda:0"] <= (given.get(CUDA) or 0)
 
 
