@@ -52,7 +52,11 @@ class TextSource:
         return cls(name, float(weight))
 
     def __str__(self) -> str:
-        return self.name if self.weight == 1 and "*" not in self.name else f"{self.name}*{self.weight:g}"
+        """As `parse` reads it: no digit of the weight is lost."""
+        if self.weight == 1 and "*" not in self.name:
+            return self.name
+        short, exact = f"{self.weight:g}", repr(float(self.weight))
+        return f"{self.name}*{short if float(short) == self.weight else exact}"
 
 
 def parse_sources(given: object) -> tuple[TextSource, ...]:

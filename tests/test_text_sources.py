@@ -96,3 +96,9 @@ def test_every_stretch_holds_every_source_by_its_share(counts: list[int]) -> Non
         for source, count in enumerate(counts):
             held = sum(one == source for one, _ in order[:end])
             assert abs(held - end * count / len(order)) < len(counts)
+
+
+@pytest.mark.parametrize("weight", [0.5, 3.0, 1e-7, 0.123456789012, 1234567.25, 1e22, 1 / 3])
+def test_a_source_is_written_as_it_is_read(weight: float) -> None:
+    source = TextSource("a*b.txt", weight)
+    assert TextSource.parse(str(source)) == source

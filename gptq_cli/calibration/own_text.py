@@ -10,6 +10,7 @@ whenever it is read, and what does not fit is written again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -95,12 +96,16 @@ class Wanted:
 
 
 def cache_directory() -> Path:
-    """Where written texts are kept: GPTQ_CACHE, or `gptq` in HF_HOME, in XDG_CACHE_HOME, in ~/.cache."""
+    """Where written texts are kept: GPTQ_CACHE, or `gptq` in HF_HOME, in XDG_CACHE_HOME, in ~/.cache.
+
+    Raises `OSError` for a home directory that is not known: a user of a container may have none.
+    """
     own = os.environ.get(CACHE_VARIABLE)
-    if own:
-        return Path(own).expanduser()
     above = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(above).expanduser() / "gptq"
+    try:
+        return Path(own).expanduser() if own else Path(above).expanduser() / "gptq"
+    except RuntimeError as error:  # what pathlib raises then
+        raise OSError(errno.ENOENT, f"the home directory of {own or above} is not known") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,8 @@ class TextStore:
     def __init__(self, on_note: OnNote = lambda message, hint: None) -> None:
         self._on_note = on_note
         self._known: dict[str, list[_Rows]] = {}
+        self._not_kept = False
+        """That text is not kept was said; once is enough, of however many files."""
 
     def find(self, wanted: Wanted) -> OwnText | None:
         """The whole text, if it is there."""
@@ -164,34 +171,33 @@ class TextStore:
 
     def _stored(self, wanted: Wanted) -> list[_Rows]:
         parts: list[_Rows] = []
+        first = 0
         try:
-            while (path := _path(wanted, sum(len(part.ids) for part in parts))).is_file():
-                part = _read(path, wanted)
+            while first < wanted.rows and (path := _path(wanted, first)).is_file():
+                part = _read(path, wanted, wanted.rows - first)
                 if isinstance(part, str):
                     self._on_note(f"{path} is not used: {part}", "the text is written again")
                     break
                 parts.append(part)
+                first += len(part.ids)
         except OSError as error:
             self._on_note(f"kept text cannot be read: {reason(error)}", "the text is written again")
         return parts
 
     def _keep(self, wanted: Wanted, first: int, part: _Rows) -> None:
-        path = _path(wanted, first)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        tensors = {"ids": part.ids.to(torch.int32), "own": part.own.to(torch.uint8)}
-        about = {"text": f"{wanted.key} {_digest(tensors)}"}  # several would be written in any order
+        path = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, beside, metadata=about)
-            os.replace(beside, path)
+            path = _path(wanted, first)
+            _store(path, wanted, part)
         except (OSError, SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+            where = "" if path is None else f" in {path.parent}"
             why = reason(error) if isinstance(error, OSError) else str(error)
-            self._on_note(
-                f"the text is not kept in {path.parent}: {why}",
-                f"an interrupted run writes it again; {CACHE_VARIABLE} names another directory",
-            )
+            if not self._not_kept:
+                self._on_note(
+                    f"the text is not kept{where}: {why}",
+                    f"an interrupted run writes it again; {CACHE_VARIABLE} names another directory",
+                )
+            self._not_kept = True
 
 
 def rows_at_once(model: Any, row_tokens: int, device: str) -> int:
@@ -238,8 +244,22 @@ def _path(wanted: Wanted, first: int) -> Path:
     return cache_directory() / "text" / wanted.key[:32] / f"rows-{first:06}.safetensors"
 
 
-def _read(path: Path, wanted: Wanted) -> _Rows | str:
-    """A batch of rows, or why it is none."""
+def _store(path: Path, wanted: Wanted, part: _Rows) -> None:
+    """Write a batch of rows beside its place, then put it there. Raises `OSError`, `SafetensorError`."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    tensors = {"ids": part.ids.to(torch.int32), "own": part.own.to(torch.uint8)}
+    about = {"text": f"{wanted.key} {_digest(tensors)}"}  # several would be written in any order
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, beside, metadata=about)
+        os.replace(beside, path)
+    finally:  # also where it is interrupted
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _read(path: Path, wanted: Wanted, most: int) -> _Rows | str:
+    """A batch of at most `most` rows, or why it is none."""
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -252,9 +272,11 @@ def _read(path: Path, wanted: Wanted) -> _Rows | str:
     key, _, digest = about.get("text", "").partition(" ")
     if key != wanted.key:
         return "it belongs to another text"
-    if (ids.dtype, own.dtype) != (torch.int32, torch.uint8) or ids.shape != own.shape or not len(ids):
+    if (ids.dtype, own.dtype) != (torch.int32, torch.uint8) or ids.shape != own.shape or ids.dim() != 2:
         return "it is damaged"
-    if ids.dim() != 2 or ids.shape[1] != wanted.row_tokens or digest != _digest(tensors):
+    if ids.shape[1] != wanted.row_tokens or not 1 <= len(ids) <= most:
+        return "its size does not fit"
+    if digest != _digest(tensors):
         return "its digest does not fit"
     return _Rows(ids.to(torch.int64), own.bool())
 

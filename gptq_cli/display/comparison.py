@@ -6,6 +6,7 @@ below with the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,7 @@ def _row(
 
 
 def _best(values: Sequence[float | None], *, highest: bool | None) -> frozenset[int]:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if highest is None or len(set(known)) < 2:
         return frozenset()
     best = max(known) if highest else min(known)

@@ -25,7 +25,9 @@ def gib(size_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`75.2` -> `1 min 15 s`."""
+    """`75.2` -> `1 min 15 s`; `nan`."""
+    if not math.isfinite(seconds):
+        return str(seconds)
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 59.95:
@@ -68,6 +70,11 @@ def loss(value: float) -> str:
 def score(value: float | None) -> str:
     """Of a task: `0.4213`; empty where there is none."""
     return "" if value is None else f"{value:.4f}"
+
+
+def ratio(value: float | None) -> str:
+    """`1.25`; empty where there is none."""
+    return "" if value is None else f"{value:.2f}"
 
 
 def change(value: float, reference: float) -> str:

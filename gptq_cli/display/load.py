@@ -211,8 +211,8 @@ def bench_table(bench: Bench) -> Table:
         (f" prompt of {speed.prompt_tokens}", speed.prompt, dense and dense.prompt, bench.prompt_ratio),
         (f" {speed.new_tokens} one by one", speed.decode, dense and dense.decode, bench.decode_ratio),
     ):
-        table.add_row(label, rate_text(ours), *((rate_text(theirs), f"{ratio:.2f}") if theirs else ()))
-    beside = (fmt.size(bench.dense_weight_bytes or 0), f"{bench.weight_ratio:.2f}") if dense else ()
+        table.add_row(label, rate_text(ours), *((rate_text(theirs), fmt.ratio(ratio)) if theirs else ()))
+    beside = (fmt.size(bench.dense_weight_bytes or 0), fmt.ratio(bench.weight_ratio)) if dense else ()
     table.add_row(" weights", fmt.size(bench.weight_bytes), *beside)
     for device, used in bench.memory:
         table.add_row(f" memory of {device}", fmt.size(used), *(("", "") if dense else ()))

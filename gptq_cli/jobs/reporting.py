@@ -50,7 +50,8 @@ def compare(paths: Sequence[str]) -> Comparison:
     """Several checkpoints side by side. Raises `CheckpointError`, and `ConfigError` for one named twice."""
     known: dict[str, str] = {}
     for path in paths:
-        real = os.path.realpath(path)
+        report = os.path.join(path, FILE)
+        real = os.path.realpath(report if os.path.exists(report) else path)
         if real in known:
             raise ConfigError(f"{shown(path)} is named twice", hint="name two different runs")
         known[real] = path

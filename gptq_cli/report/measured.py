@@ -30,7 +30,7 @@ def measured_tiles(report: LoadReport) -> Iterator[Tile]:
         yield Tile("perplexity", figure, failed.get("max_perplexity", beside), tone)
     if report.bench is not None:
         ratio = report.bench.decode_ratio
-        beside = f"{ratio:.2f} times the dense model" if ratio is not None else "one by one"
+        beside = f"{fmt.ratio(ratio)} times the dense model" if ratio is not None else "one by one"
         rate = report.bench.speed.decode.tokens_per_second
         yield Tile("tokens per second", f"{rate:.1f}", beside)
 
@@ -101,10 +101,9 @@ def _speed(bench: Bench) -> Markup:
     rows: list[tuple[str | Cell, ...]] = []
     for label, ours, theirs, ratio in rates:
         most = max(ours.tokens_per_second, theirs.tokens_per_second if theirs else 0.0) or 1.0
-        beside = (_rate(theirs, most), f"{ratio:.2f}") if theirs and ratio is not None else ()
+        beside = (_rate(theirs, most), fmt.ratio(ratio)) if theirs else ()
         rows.append((f"tokens per second, {label}", _rate(ours, most), *beside))
-    ratio = bench.weight_ratio
-    weights = (fmt.size(bench.dense_weight_bytes or 0), f"{ratio:.2f}") if ratio is not None and dense else ()
+    weights = (fmt.size(bench.dense_weight_bytes or 0), fmt.ratio(bench.weight_ratio)) if dense else ()
     rows.append(("weights", fmt.size(bench.weight_bytes), *weights))
     empty = ("", "") if dense else ()
     rows += [(f"memory of {device}", fmt.size(used), *empty) for device, used in bench.memory]

@@ -18,6 +18,8 @@ Mark = Literal["disc", "square", "diamond", "triangle", "cross", "ring", "tick",
 POINTS: tuple[Mark, ...] = ("disc", "square", "triangle", "diamond", "cross")
 """Marks that can be told apart beside each other."""
 MAX_TICKS = 6
+MIN_DRAWN, MAX_DRAWN = 1e-100, 1e100
+"""Values beyond these have no place: the arithmetic of the axis would leave the range of floats."""
 LEFT, RIGHT, BOTTOM = 58, 10, 44
 _LEGEND_LINE, _LETTER = 20, 6.6
 """Pixels of a line of the legend, and of a letter on it."""
@@ -56,7 +58,7 @@ class Plot:
 
     def can_draw(self, value: float) -> bool:
         """Whether a value has a place on the axis."""
-        return math.isfinite(value) and (value > 0 or not self.log)
+        return MIN_DRAWN <= value <= MAX_DRAWN if self.log else abs(value) <= MAX_DRAWN
 
     @property
     def places(self) -> int:

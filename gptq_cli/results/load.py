@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -31,7 +32,7 @@ class Agreement:
     @property
     def perplexity_gap(self) -> float:
         """How much higher the quantized model's perplexity is, as a fraction of the dense model's."""
-        return self.perplexity / self.dense_perplexity - 1
+        return self.perplexity / self.dense_perplexity - 1 if self.dense_perplexity else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +70,22 @@ class Bench:
     @property
     def prompt_ratio(self) -> float | None:
         """Prompt tokens per second over the dense model's; above 1 is faster."""
-        dense = self.dense_speed
-        return self.speed.prompt.tokens_per_second / dense.prompt.tokens_per_second if dense else None
+        return _ratio(self.speed.prompt, self.dense_speed and self.dense_speed.prompt)
 
     @property
     def decode_ratio(self) -> float | None:
         """Decoded tokens per second over the dense model's; above 1 is faster."""
-        dense = self.dense_speed
-        return self.speed.decode.tokens_per_second / dense.decode.tokens_per_second if dense else None
+        return _ratio(self.speed.decode, self.dense_speed and self.dense_speed.decode)
 
     @property
     def weight_ratio(self) -> float | None:
         """Bytes of the weights over the dense model's; below 1 is smaller."""
         return self.weight_bytes / self.dense_weight_bytes if self.dense_weight_bytes else None
+
+
+def _ratio(ours: Rate, dense: Rate | None) -> float | None:
+    """None where there is nothing to compare with."""
+    return ours.tokens_per_second / dense.tokens_per_second if dense and dense.tokens_per_second else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,11 +13,14 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from gptq_cli.fields import INT64
 from gptq_cli.placement.device import Device
 from gptq_cli.results.document import SCHEMA_VERSION, Json
 
 T = TypeVar("T")
 _SHOWN = 40
+_MOST = 1e300
+"""The largest magnitude of a number: a hundred times it is still finite."""
 
 
 def read_document(kind: type[T], held: Json) -> T:
@@ -44,8 +47,10 @@ def _read(kind: Any, held: Any, where: str) -> Any:
         return _sequence(get_args(kind), held, where)
     if kind is float and held is None:
         return math.nan  # a number that JSON does not know
-    if kind is float and isinstance(held, int) and not isinstance(held, bool):
-        return float(held)
+    if kind in (int, float) and not isinstance(held, bool) and isinstance(held, int | float):
+        _check_size(held, where)
+        if kind is float:
+            return float(held)
     if kind is Device:
         return Device.parse(_checked(str, held, where))
     if is_dataclass(kind) and isinstance(kind, type):
@@ -99,6 +104,14 @@ def _checked(kind: type, held: Any, where: str) -> Any:
     if not isinstance(held, kind) or (isinstance(held, bool) and kind is not bool):
         raise ValueError(_wrong(where, held, _name(kind)))
     return held
+
+
+def _check_size(held: float, where: str) -> None:
+    """Raise `ValueError` for a number that no report holds: what is made of it might not be finite."""
+    if isinstance(held, int) and abs(held) > INT64:
+        raise ValueError(_wrong(where, held, f"at most {INT64}"))
+    if not abs(held) <= _MOST:
+        raise ValueError(_wrong(where, held, "a finite number, or null for none"))
 
 
 def _name(kind: Any) -> str:

@@ -239,3 +239,58 @@ class TestBatches:
         nothing = OwnText(torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 8, dtype=torch.bool))
         with pytest.raises(CalibrationError, match="no room for an answer"):
             own_windows(nothing)
+
+
+def test_a_cache_without_room_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., OwnText]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GPTQ_CACHE", str(tmp_path / "file"))
+    notes: list[str] = []
+    write(store=TextStore(lambda message, hint: notes.append(message)))
+    assert len(notes) == 1  # of three files
+
+
+@pytest.mark.parametrize("named", ["~nobody-of-this-name/texts", None], ids=["a user's", "none"])
+def test_a_home_that_is_not_known_is_a_note(
+    named: str | None, monkeypatch: pytest.MonkeyPatch, write: Callable[..., OwnText]
+) -> None:
+    for name in ("GPTQ_CACHE", "HF_HOME", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if named is not None:
+        monkeypatch.setenv("GPTQ_CACHE", named)
+    monkeypatch.setattr("os.path.expanduser", str)  # what it does for a user without an entry
+    notes: list[str] = []
+    text = write(store=TextStore(lambda message, hint: notes.append(f"{message}; {hint}")))
+    assert text.input_ids.shape == (6, 40)
+    read, kept = notes
+    unknown = f"the home directory of {named or '~/.cache'} is not known"
+    assert read.startswith(f"kept text cannot be read: {unknown}")
+    assert kept.startswith(f"the text is not kept: {unknown}")
+    assert "GPTQ_CACHE names another directory" in kept
+
+
+def test_a_file_with_more_rows_than_are_wanted_is_not_used(
+    cache: Path, write: Callable[..., OwnText]
+) -> None:
+    whole = write()
+    first = files(cache)[0]
+    tensors = {name: torch.cat([held] * 4) for name, held in load_file(first).items()}
+    save_file(tensors, first, metadata={"text": f"{WANTED.key} {own_text._digest(tensors)}"})
+    notes: list[str] = []
+    assert TextStore(lambda message, hint: notes.append(message)).find(WANTED) is None
+    assert "its size does not fit" in notes[0]
+    assert torch.equal(write().input_ids, whole.input_ids)
+
+
+def test_an_interrupted_write_leaves_nothing_beside(
+    cache: Path, write: Callable[..., OwnText], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(source: Path, target: Path) -> None:
+        assert source.is_file()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptq_cli.calibration.own_text.os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert not [path for path in cache.rglob("*") if path.is_file()]

@@ -66,3 +66,17 @@ def test_it_needs_no_torch(file: Path) -> None:
         "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_file_that_is_no_page_is_not_written_over(run: Run, file: Path, tmp_path: Path) -> None:
+    held = file.read_bytes()
+    refused = run("report", str(file), "--out", str(file))
+    assert refused.code == 2
+    assert f"out is '{file}', a file that is no page and would be lost" in refused.err
+    assert file.read_bytes() == held
+    page = tmp_path / "page.html"
+    page.touch()
+    assert run("report", str(file), "--out", str(page)).code == 0
+    first = page.read_bytes()
+    assert run("report", str(file), "--out", str(page)).code == 0
+    assert page.read_bytes() == first

@@ -143,3 +143,9 @@ def test_the_report_of_a_real_run_is_read(tiny_llama: Path, tmp_path: Path) -> N
     shown = gptq("report", tmp_path / "b")
     assert "mean loss" in shown.stdout
     assert shown.stderr == ""
+
+
+def test_a_directory_and_its_report_are_one_run(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "a", report())
+    with pytest.raises(ConfigError, match="is named twice"):
+        compare([path, f"{path}/report.json"])

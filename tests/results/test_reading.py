@@ -74,3 +74,11 @@ def test_what_is_wrong_is_named_with_its_place(change: dict[str, Any], message: 
     with pytest.raises(ValueError, match=r"schema_version|expected|missing|level") as caught:
         read_document(RunReport, held)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, str(2**63)])
+@pytest.mark.parametrize("field", ["seconds", "size_after_bytes"])
+def test_a_number_that_is_not_finite_is_refused(field: str, text: str) -> None:
+    held = written(report()) | {field: json.loads(text)}
+    with pytest.raises(ValueError, match=f"^{field} is .*; expected: "):
+        read_document(RunReport, held)
