@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
 from tests.tiny import save_tiny
+
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")  # a busy machine is no failure
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # matrices are small here: two threads mostly wait for each other

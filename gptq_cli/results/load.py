@@ -70,12 +70,12 @@ class Bench:
     @property
     def prompt_ratio(self) -> float | None:
         """Prompt tokens per second over the dense model's; above 1 is faster."""
-        return _ratio(self.speed.prompt, self.dense_speed and self.dense_speed.prompt)
+        return _ratio(self.speed.prompt, self.dense_speed.prompt if self.dense_speed else None)
 
     @property
     def decode_ratio(self) -> float | None:
         """Decoded tokens per second over the dense model's; above 1 is faster."""
-        return _ratio(self.speed.decode, self.dense_speed and self.dense_speed.decode)
+        return _ratio(self.speed.decode, self.dense_speed.decode if self.dense_speed else None)
 
     @property
     def weight_ratio(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,12 @@ def test_only_settings_that_differ_are_shown_and_those_that_are_unknown_are_no_d
 def test_true_and_one_are_two_values() -> None:
     two = Comparison(runs=(run("a", settings=(("sym", True),)), run("b", settings=(("sym", 1),))))
     assert two.differing == ("sym",)
+
+
+def test_a_figure_that_is_no_number_is_not_the_best() -> None:
+    for runs in ((run("a", kl=math.nan), run("b"), run("c", kl=0.03)), (run("a", kl=math.nan), run("b"))):
+        (row,) = [x for x in figure_rows(Comparison(runs=runs)) if x.label == "KL"]
+        assert row.best == frozenset({1} if len(runs) == 3 else ())
 
 
 def test_the_best_figure_is_marked_where_there_is_one() -> None:
