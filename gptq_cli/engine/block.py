@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
@@ -172,15 +172,24 @@ def open_block(block: Block, inputs: BlockInputs, options: WorkOptions) -> Block
     probe, short = inputs.probe.to(block.device), inputs.probe_hidden.to(block.device)
     inputs.probe, inputs.probe_hidden = probe, short  # where activations rest on the host, too
 
-    def found() -> tuple[tuple[Stage, ...], dict[str, Residual]]:
-        stages = find_stages(block.module, modules, probe, short, inputs.probe_tokens)
-        return stages, find_residuals(block.module, modules, stages, probe, short)
-
+    # no closure: its frame would keep the tensors of a traceback alive
+    found = partial(_stages_and_residuals, block, modules, probe, short, inputs.probe_tokens)
     stages, residuals = options.team.decided(found)
     residuals = {name: residual.to(block.device) for name, residual in residuals.items()}
     return BlockContext(
         block=block, options=options, infos=infos, modules=modules, stages=stages, residuals=residuals
     )
+
+
+def _stages_and_residuals(
+    block: Block,
+    modules: dict[str, nn.Module],
+    call: BlockCall,
+    hidden: Tensor,  # (1, seq_len, hidden_size)
+    tokens: int,
+) -> tuple[tuple[Stage, ...], dict[str, Residual]]:
+    stages = find_stages(block.module, modules, call, hidden, tokens)
+    return stages, find_residuals(block.module, modules, stages, call, hidden)
 
 
 def quantize_block(
