@@ -21,7 +21,7 @@ from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.proof import check_text
 from gptq_cli.jobs.resuming import Found, command_of, find_work
-from gptq_cli.jobs.steps import announce, placed
+from gptq_cli.jobs.steps import announce, placed, work_of
 from gptq_cli.jobs.writing import calibration_wanted, check_can_write, text_store, write_first
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
@@ -121,7 +121,7 @@ class _Known:
 def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> Checked:
     """The rest of the check: unfinished work, the map, and all findings."""
     skeleton, facts = known.skeleton, known.facts
-    work = Work(job.quantize, job.calibration).on(facts)
+    work = work_of(job, facts, known.joined)
     same = replace(job, quantize=work.quantize)
     unfinished = (
         find_work(same, lambda: Fingerprint.of(same, skeleton, tokens) if tokens else None)

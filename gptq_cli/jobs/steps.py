@@ -24,6 +24,11 @@ from gptq_cli.preflight.resolve import Resolution, resolve
 from gptq_cli.ranks.joining import Joined
 
 
+def work_of(job: QuantizeJob | InspectJob, facts: ModelFacts, joined: Joined | None) -> Work:
+    """What is to be done with a model. `joined`: the ranks that share it; None where there is no launcher."""
+    return Work(job.quantize, job.calibration, joined.launch.size if joined is not None else 0).on(facts)
+
+
 def placed(
     job: QuantizeJob | InspectJob,
     skeleton: Skeleton,
@@ -34,7 +39,7 @@ def placed(
 ) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
     """The devices, the map resolved on them, and the findings about both and about the job. `joined`: the
     ranks that work together, each on a device of its own."""
-    work = Work(job.quantize, job.calibration).on(facts)
+    work = work_of(job, facts, joined)
     budgets = job.devices or (present_devices() if joined is None else joined.budgets)
     environment = environment_facts()
     if joined is not None:

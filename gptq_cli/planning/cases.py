@@ -27,6 +27,8 @@ class Work:
 
     quantize: QuantizeConfig
     calibration: CalibrationConfig
+    ranks: int = 0
+    """Processes that share it; 0: there is no launcher, so samples are not cut into leaves."""
 
     def on(self, facts: ModelFacts) -> Work:
         """The same for a model: the group size is a number, and the head has its bits."""

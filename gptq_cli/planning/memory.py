@@ -31,6 +31,7 @@ h = hidden size; a stage has K input columns and R = ΣN rows:
         goal     Hessian   4 · (GOAL_SQUARES · K² + 2 · C): the four, H and a factor
                  working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
     a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
+    several ranks add to every collect, and as one more moment, what leaf_sums.py counts
 
 Weights, and what a device holds in all: device_plans.py. Micro-batch, parked or replayed, where a block is
 worked on and where activations rest are read from the `Schedule`. The constants were measured (docs/rules.md
@@ -45,6 +46,7 @@ from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.leaf_sums import TRIANGLE, leaf_sum_bytes
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 
 MIB = 1 << 20
@@ -102,18 +104,22 @@ def work_set(
     )
     once = [stage for stage in stages if not stage.routed]
     all_kept = sum(_kept_bytes(stage, dense=dense) for stage in once)
+    all_travel = [size for stage in once for size in _travelling_bytes(stage, dense=dense)]
     moments = []
     for stage, count in expert_families(stages).items():
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
-        moments += _expert_moments(stage, count, block, copy, flight + widened, activations)
+        moments += _expert_moments(stage, count, block, copy, flight + widened, activations, work.ranks)
     for stage in once:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         kept = _kept_bytes(stage, dense=dense)
         others = 0 if work.quantize.true_sequential else all_kept - kept
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
+        travel = _travelling_bytes(stage, dense=dense) if work.quantize.true_sequential else all_travel
+        sums = leaf_sum_bytes(work.ranks, travel)
         solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
         moments += [
-            WorkSet(copy + flight + widened, others + kept, 0, activations),
+            WorkSet(copy + flight + widened, others + kept + sums.collecting, 0, activations),
+            WorkSet(copy, others + kept + sums.exchanging, 0, activations),
             WorkSet(copy + solving, others + 2 * square, 0, activations),
             WorkSet(copy, others + square, PACK_BYTES * weights, activations),
         ]
@@ -130,22 +136,36 @@ def _kept_bytes(stage: StageShape, *, dense: bool) -> int:
     return 2 * square + 2 * _cross_bytes(stage) if dense else square
 
 
+def _travelling_bytes(stage: StageShape, *, dense: bool) -> list[float]:
+    """Of each moment of one stage, as ranks tell each other of it."""
+    triangle = TRIANGLE * 4 * stage.in_features**2
+    return [triangle, triangle, *[_cross_bytes(stage)] * 2] if dense else [triangle]
+
+
 def _cross_bytes(stage: StageShape) -> int:
     k, rows = stage.in_features, stage.rows
     return 4 * k * (rows if stage.alone and (2 * rows <= k or rows > k) else k)
 
 
 def _expert_moments(
-    stage: StageShape, count: int, block: BlockSchedule, copy: int, flight: int, activations: int
+    stage: StageShape,
+    count: int,
+    block: BlockSchedule,
+    copy: int,
+    flight: int,
+    activations: int,
+    ranks: int,
 ) -> list[WorkSet]:
     """The moments of `count` experts of one kind: collected in batches, solved side by side."""
     weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
     collected = min(count, block.experts_per_batch(stage.in_features))
     together = min(collected, block.experts_per_solve(stage.in_features, stage.rows))
     held = (collected + 1) * square
+    sums = leaf_sum_bytes(ranks, [TRIANGLE * square] * (collected + 1))
     packing = (PACK_BYTES + CODE_BYTES * (together - 1)) * weights
     return [
-        WorkSet(copy + flight, held, 0, activations),
+        WorkSet(copy + flight, held + sums.collecting, 0, activations),
+        WorkSet(copy, held + sums.exchanging, 0, activations),
         WorkSet(copy + SOLVE_BYTES * together * weights, held + (together + 1) * square, 0, activations),
         WorkSet(copy, held, packing, activations),
     ]
@@ -219,9 +239,11 @@ def head_work_set(facts: ModelFacts, head: LinearFact, work: Work, micro_batch_t
     weights, square = min(head.out_features, HEAD_ROWS) * k, 4 * k**2
     flight = micro_batch_tokens * b * IN_FLIGHT_HIDDEN * facts.hidden_size
     widened = min(CHUNK_BYTES, 4 * micro_batch_tokens * k)
+    sums = leaf_sum_bytes(work.ranks, [TRIANGLE * square])
     stored = 2 * packed_bytes(head, work.quantize)  # the pieces, and the whole that is made of them
     moments = (
-        WorkSet(flight + widened, square, 0, hidden_bytes(facts, work)),
+        WorkSet(flight + widened, square + sums.collecting, 0, hidden_bytes(facts, work)),
+        WorkSet(0, square + sums.exchanging, 0, 0),
         WorkSet(SOLVE_BYTES * weights, 2 * square, stored, 0),
         WorkSet(0, square, stored + PACK_BYTES * weights, 0),
     )

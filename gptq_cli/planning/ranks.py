@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.leaf_sums import TRIANGLE
 from gptq_cli.planning.schedule import StageShape, block_stages
 from gptq_cli.planning.time import BlockCost, MachineRates, block_costs, job_seconds
 from gptq_cli.ranks.leaves import leaf_count
@@ -31,8 +32,6 @@ LINK_BYTES_PER_SECOND = 20e9
 """Of a rank to the others: what PCIe 4.0 gives; NVLink gives ten times as much, 100 Gb/s Ethernet half."""
 MIN_GAIN = 0.05
 """A further doubling that gains less than this does not pay."""
-_TRIANGLE = 0.5625
-"""The lower block triangle of H in eight block rows, over K²."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +54,9 @@ def block_traffic(stages: tuple[StageShape, ...], work: Work, ranks: int) -> Tra
     for stage in stages:
         k = stage.in_features
         square = k * k
-        numbers = _TRIANGLE * square
+        numbers = TRIANGLE * square
         if dense and not stage.routed:
-            numbers = 2 * _TRIANGLE * square + 2 * square
+            numbers = 2 * TRIANGLE * square + 2 * square
         sums += 4 * numbers * 2 * (ranks - 1) / ranks
         groups = -(-k // max(1, work.quantize.group_columns)) if work.quantize.group_columns > 0 else 1
         codes += stage.rows * (k + 3 * groups) * (ranks - 1) / ranks

@@ -16,8 +16,10 @@ bits, whatever the number of ranks. A leaf that nothing fell into is left out: x
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Node = tuple[int, int]
 """(first leaf, number of leaves): a power of two that divides the first leaf."""
@@ -34,6 +36,11 @@ def nodes_of(leaves: range) -> list[Node]:
         found.append((first, size))
         first += size
     return found
+
+
+def most_kept(leaves: range) -> int:
+    """Sums that a `TreeSum` of these leaves holds at once: before a leaf is added to its neighbour."""
+    return max((len(nodes_of(range(leaves.start, leaf))) + 1 for leaf in leaves), default=0)
 
 
 class TreeSum:

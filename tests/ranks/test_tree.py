@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.ranks.leaves import part_of
-from gptq_cli.ranks.tree import Node, TreeSum, nodes_of, total
+from gptq_cli.ranks.tree import Node, TreeSum, most_kept, nodes_of, total
 
 LEAVES = 16
 
@@ -63,3 +63,9 @@ def test_few_sums_are_kept_while_adding() -> None:
         tree.add((leaf, 1), torch.ones(1))
         most = max(most, len(tree._kept))
     assert most <= 10
+
+
+def test_a_rank_keeps_the_logarithm_of_its_leaves_and_the_one_that_is_added() -> None:
+    assert [most_kept(range(16 // ranks)) for ranks in (1, 2, 4, 16)] == [5, 4, 3, 1]
+    assert most_kept(range(5, 10)) == 3  # 5, 6-7, and 8 before 9
+    assert most_kept(range(0)) == 0
