@@ -39,7 +39,7 @@ def quantize(
     heard: Callable[[], None] = lambda: None,
 ) -> RunReport:
     """See `quantizing.quantize`. `launch`: this process leads those that a launcher started together; `heard`
-    is called when all of them are there."""
+    is called when all of several are there."""
     from gptq_cli.jobs.early import before_quantize, check_harness
 
     def check() -> None:
@@ -56,7 +56,8 @@ def quantize(
     from gptq_cli.ranks.joining import joined
 
     with joined(launch, job.command_line, on_cpu=on_cpu(job)) as ranks:
-        heard()
+        if launch.size > 1:
+            heard()
         check()  # not earlier: the other ranks are told what it finds
         led: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push, joined=ranks)
     return led

@@ -1,19 +1,19 @@
 """Several processes quantize one model, as torchrun starts them: real processes, gloo, on the CPU.
 
-Processes are expensive, so each pair does several models, one after the other, and tests look at what is
-left.
+A process takes seconds to import torch and transformers, so all are forked from one that has imported them.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,15 @@ from safetensors.torch import load_file
 
 from gptq_cli.cli.app import main
 from tests.e2e.commands import write_text
+from tests.e2e.test_resume import stop_after
 from tests.tiny import save_tiny
 
 KINDS = ("llama", "gpt2", "gemma2", "falcon", "mixtral", "qwen3_moe")
 FEW = ("llama", "mixtral")
 TEXT = ("--samples", "24", "--seq-len", "48", "--group-size", "32", "--batch-size", "4")
 PATIENCE_SECONDS = 240
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.e2e.test_ranks", "gptq_cli.jobs.quantizing", "gptq_cli.jobs.together"])
 
 
 def free_port() -> int:
@@ -37,54 +40,101 @@ def free_port() -> int:
         return int(listening.getsockname()[1])
 
 
-@dataclass
+@dataclass(frozen=True)
+class Line:
+    """A command line of all ranks."""
+
+    words: list[str]
+    own: dict[int, list[str]] = field(default_factory=dict)
+    """Words that a rank is given besides, by rank."""
+    out_of_memory: int | None = None
+    """A rank that has no memory left in its second block."""
+    port: int = field(default_factory=free_port)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the ranks left, by rank."""
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+
+
 class Started:
     """Processes that were started together; each runs the command lines one after the other."""
 
-    lines: list[list[str]]
-    size: int
-    own_words: dict[int, list[str]] = field(default_factory=dict)
-    """Words that a rank is given besides, by rank."""
-    processes: list[subprocess.Popen[str]] = field(default_factory=list)
+    def __init__(self, lines: list[Line], size: int, folder: Path) -> None:
+        self._streams = [(folder / f"out-{rank}", folder / f"err-{rank}") for rank in range(size)]
+        self.processes: list[ForkServerProcess] = []
+        for rank, streams in enumerate(self._streams):
+            process = CONTEXT.Process(target=run_rank, args=(lines, rank, size, streams))
+            process.start()
+            self.processes.append(process)
 
-    def __post_init__(self) -> None:
-        ports = [free_port() for _ in self.lines]
-        for rank in range(self.size):
-            lines = [[*line, *self.own_words.get(rank, [])] for line in self.lines]
-            environ = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(self.size),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(self.size),
-                "MASTER_ADDR": "127.0.0.1",
-                "OMP_NUM_THREADS": "1",
-            }
-            words = [sys.executable, "-m", "tests.e2e.test_ranks", json.dumps([ports, lines])]
-            self.processes.append(
-                subprocess.Popen(
-                    words, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-                )
-            )
+    def wait_until(self, words: str) -> None:
+        """Until rank 0 has said `words` on stderr."""
+        said, deadline = self._streams[0][1], time.monotonic() + PATIENCE_SECONDS
+        while not (said.exists() and words in said.read_text(encoding="utf-8")):
+            assert time.monotonic() < deadline, f"nothing was heard of {words!r}"
+            time.sleep(0.005)
 
-    def ended(self) -> tuple[list[int], list[str], list[str]]:
-        """The exit code, stdout and stderr of every rank."""
-        try:
-            said = [process.communicate(timeout=PATIENCE_SECONDS) for process in self.processes]
-        finally:
-            for process in self.processes:
-                process.kill()
-        return [p.returncode for p in self.processes], [out for out, _ in said], [err for _, err in said]
+    def ended(self) -> Ended:
+        """What is left when all have ended."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for process in self.processes:
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        out, err = (
+            [path.read_text(encoding="utf-8") for path in paths] for paths in zip(*self._streams, strict=True)
+        )
+        return Ended([int(process.exitcode or 0) for process in self.processes], out, err)
 
 
-def run_lines(text: str) -> int:
-    """What each process does: `main` for every command line, until one fails."""
-    ports, lines = json.loads(text)
-    for port, line in zip(ports, lines, strict=True):
-        os.environ["MASTER_PORT"] = str(port)
-        code = main(line)
-        if code:
-            return code
-    return 0
+def run_rank(lines: list[Line], rank: int, size: int, streams: tuple[Path, Path]) -> None:
+    """What each process does: `main` for every command line; its exit code is that of the last one."""
+    for number, path in enumerate(streams, start=1):
+        with path.open("w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    code = 0
+    for line in lines:
+        os.environ["MASTER_PORT"] = str(line.port)
+        with pytest.MonkeyPatch.context() as patch:
+            if line.out_of_memory == rank:
+                use_up_memory(patch)
+            code = main([*line.words, *line.own.get(rank, [])])
+    sys.exit(code)
+
+
+def use_up_memory(patch: pytest.MonkeyPatch) -> None:
+    """The second block of the next run ends as where torch's allocator has no more."""
+    from gptq_cli.engine import loop
+
+    real, seen = loop.quantize_block, []
+
+    def quantize_block(*words: Any, **options: Any) -> Any:
+        seen.append(words)
+        if len(seen) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+        return real(*words, **options)
+
+    patch.setattr(loop, "quantize_block", quantize_block)
+
+
+def by_itself(patch: pytest.MonkeyPatch) -> None:
+    """The next command is one process that torchrun started."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        patch.setenv(name, value)
 
 
 def command(folder: Path, kind: str, out: str, *more: str) -> list[str]:
@@ -113,49 +163,66 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_two(folder: Path) -> tuple[list[int], list[str], list[str]]:
-    """Every kind by two ranks, one with its head, and at last one that is refused."""
-    lines = [command(folder, kind, f"two-{kind}", "--progress", "plain") for kind in KINDS]
-    lines.append(command(folder, "llama", "two-head", "--quantize-head", "--progress", "plain"))
-    lines.append(command(folder, "llama", "two-llama", "--progress", "plain"))  # it is there: refused
-    return Started(lines, 2).ended()
-
-
-@pytest.fixture(scope="module")
-def by_three(folder: Path) -> list[int]:
-    """Some kinds by three ranks."""
-    return Started([command(folder, kind, f"three-{kind}") for kind in FEW], 3).ended()[0]
-
-
-@pytest.fixture(scope="module")
 def by_one(folder: Path) -> None:
     """Every kind by one process that torchrun started, in this process."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
-            patch.setenv(name, value)
+        by_itself(patch)
         for kind in KINDS:
             assert main(command(folder, kind, f"one-{kind}", "--quiet")) == 0
         assert main(command(folder, "llama", "one-head", "--quantize-head", "--quiet")) == 0
 
 
+@pytest.fixture(scope="module")
+def by_two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """Launches that are refused, every kind by two ranks, one with its head, one that one began, and
+    at last one that is refused by what is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        by_itself(patch)
+        stop_after(patch, 1)
+        assert main(command(folder, "llama", "two-begun", "--quiet")) == 1
+    lines = [
+        Line(command(folder, "llama", "wrong"), own={1: ["--seed", "3"]}),
+        *(Line(command(folder, kind, f"two-{kind}", "--progress", "plain")) for kind in KINDS),
+        Line(command(folder, "llama", "two-head", "--quantize-head", "--progress", "plain")),
+        Line(command(folder, "llama", "two-begun", "--progress", "plain")),
+        Line(command(folder, "llama", "two-llama", "--progress", "plain")),  # it is there: refused
+    ]
+    return Started(lines, 2, tmp_path_factory.mktemp("two")).ended()
+
+
+@pytest.fixture(scope="module")
+def by_three(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """Some kinds by three ranks."""
+    lines = [Line(command(folder, kind, f"three-{kind}")) for kind in FEW]
+    return Started(lines, 3, tmp_path_factory.mktemp("three")).ended()
+
+
+def different(folder: Path, one: str, other: str) -> list[str]:
+    """The names of tensors that two checkpoints do not share."""
+    a, b = tensors(folder / one), tensors(folder / other)
+    return [
+        name
+        for name in a.keys() | b.keys()
+        if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
+
+
 @pytest.mark.parametrize("kind", [*KINDS, "head"])
-def test_two_ranks_write_what_one_writes(
-    kind: str, folder: Path, by_one: None, by_two: tuple[list[int], list[str], list[str]]
-) -> None:
-    assert by_two[0][0] == 3, by_two[2]
-    alone, both = tensors(folder / f"one-{kind}"), tensors(folder / f"two-{kind}")
-    assert alone.keys() == both.keys()
-    assert [name for name in alone if not torch.equal(alone[name], both[name])] == []
+def test_two_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None, by_two: Ended) -> None:
+    assert by_two.codes[0] == 3, by_two.err
+    assert different(folder, f"one-{kind}", f"two-{kind}") == []
     assert losses(folder / f"two-{kind}") == pytest.approx(losses(folder / f"one-{kind}"), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_three_ranks_write_what_one_writes(
-    kind: str, folder: Path, by_one: None, by_three: list[int]
-) -> None:
-    assert by_three == [0, 0, 0]
-    alone, three = tensors(folder / f"one-{kind}"), tensors(folder / f"three-{kind}")
-    assert [name for name in alone if not torch.equal(alone[name], three[name])] == []
+def test_three_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None, by_three: Ended) -> None:
+    assert by_three.codes == [0, 0, 0]
+    assert different(folder, f"one-{kind}", f"three-{kind}") == []
+
+
+def test_two_ranks_go_on_where_one_ended(folder: Path, by_one: None, by_two: Ended) -> None:
+    assert first_blocks(folder / "two-begun") == [0, 1]
+    assert different(folder, "one-llama", "two-begun") == []
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe"])
@@ -166,48 +233,63 @@ def test_a_run_without_a_launcher_loses_as_much(kind: str, folder: Path, by_one:
     assert sum(plain) == pytest.approx(sum(leaves), rel=5e-3)
 
 
-def test_only_the_first_rank_talks(by_two: tuple[list[int], list[str], list[str]]) -> None:
-    codes, out, err = by_two
-    assert out[0].count(" is ready after ") == len(KINDS) + 1
-    assert err[0].count("refused by preflight: 1 error") == 1
-    assert (out[1], err[1]) == ("", "")
-    assert codes[1] != 0, "a launcher sees that the last one failed"
+def test_only_the_first_rank_talks(by_two: Ended) -> None:
+    assert by_two.out[0].count(" is ready after ") == len(KINDS) + 2
+    assert by_two.err[0].count("refused by preflight: 1 error") == 1
+    assert (by_two.out[1], by_two.err[1]) == ("", "")
+    assert by_two.codes[1] != 0, "a launcher sees that the last one failed"
 
 
-def test_different_outputs_are_an_error_of_the_first_rank_alone(folder: Path) -> None:
-    started = Started([command(folder, "llama", "wrong")], 2, {1: ["--seed", "3"]})
-    codes, _, err = started.ended()
-    assert 0 not in codes
-    assert "was started with '--seed' where rank 0 was with nothing" in err[0]
-    assert "all ranks need the same command line" in err[0]
-    assert err[1] == ""
+def test_different_command_lines_are_an_error_of_the_first_rank_alone(folder: Path, by_two: Ended) -> None:
+    assert "was started with '--seed' where rank 0 was with nothing" in by_two.err[0]
+    assert "all ranks need the same command line" in by_two.err[0]
     assert not (folder / "wrong").exists()
 
 
-def test_a_killed_rank_ends_all_and_another_number_of_ranks_goes_on(folder: Path, by_one: None) -> None:
-    started = Started([command(folder, "llama", "killed", "--progress", "plain")], 2)
-    first, second = started.processes
-    assert first.stderr is not None
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    for line in first.stderr:
-        assert time.monotonic() < deadline
-        if "block 2/3" in line:
-            second.send_signal(signal.SIGKILL)
-            break
-    codes, _, err = started.ended()
-    assert codes == [1, -signal.SIGKILL]
-    assert f"error: rank 1 (process {second.pid} on {socket.gethostname()}) ended at model.layers" in err[0]
-    assert "are kept in" in err[0]
-    assert "to go on: torchrun --nproc-per-node 2 -m gptq_cli quantize" in err[0]
+def goes_on_by_itself(folder: Path, out: str) -> None:
+    """One process finishes what several began, with the same result as from the beginning."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
-            patch.setenv(name, value)
-        assert main(command(folder, "llama", "killed", "--quiet")) == 0
-    report = json.loads((folder / "killed" / "report.json").read_text(encoding="utf-8"))
-    assert [start["first_block"] for start in report["starts"]][-1] >= 1
-    alone, killed = tensors(folder / "one-llama"), tensors(folder / "killed")
-    assert [name for name in alone if not torch.equal(alone[name], killed[name])] == []
+        by_itself(patch)
+        assert main(command(folder, "llama", out, "--quiet")) == 0
+    assert first_blocks(folder / out)[-1] >= 1
+    assert different(folder, "one-llama", out) == []
 
 
-if __name__ == "__main__":
-    sys.exit(run_lines(sys.argv[1]))
+def first_blocks(out: Path) -> list[int]:
+    """Of every start of a run."""
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return [start["first_block"] for start in report["starts"]]
+
+
+def test_a_killed_rank_ends_all_and_another_number_of_ranks_goes_on(
+    folder: Path, tmp_path: Path, by_one: None
+) -> None:
+    started = Started([Line(command(folder, "llama", "killed", "--progress", "plain"))], 2, tmp_path)
+    pid = started.processes[1].pid
+    assert pid is not None
+    started.wait_until("block 2/3")
+    os.kill(pid, signal.SIGKILL)
+    ended = started.ended()
+    assert ended.codes == [1, -signal.SIGKILL]
+    assert f"error: rank 1 (process {pid} on {socket.gethostname()}) ended at model.layers" in ended.err[0]
+    assert "are kept in" in ended.err[0]
+    assert "to go on: torchrun --nproc-per-node 2 -m gptq_cli quantize" in ended.err[0]
+    goes_on_by_itself(folder, "killed")
+
+
+@pytest.mark.parametrize(("rank", "who"), [(0, "error: out of memory while"), (1, "error: rank 1 (process ")])
+def test_a_rank_without_memory_ends_all_and_what_is_finished_is_kept(
+    rank: int, who: str, folder: Path, tmp_path: Path, by_one: None
+) -> None:
+    out = f"memory-{rank}"
+    line = Line(command(folder, "llama", out, "--progress", "plain"), out_of_memory=rank)
+    ended = Started([line], 2, tmp_path).ended()
+    assert ended.codes == [4, 4], ended.err
+    assert ended.err[0].count("error: ") == 1
+    assert who in ended.err[0]
+    assert "out of memory while quantizing block model.layers.1 (2/3) on cpu: " in ended.err[0]
+    assert "block 0 of 3" in ended.err[0]
+    assert "to go on: torchrun --nproc-per-node 2 -m gptq_cli quantize" in ended.err[0]
+    assert "--batch-size" in ended.err[0]
+    assert (ended.out[1], ended.err[1]) == ("", "")
+    goes_on_by_itself(folder, out)
