@@ -20,6 +20,7 @@ from gptq_cli.engine.together import FollowingKeeper
 from gptq_cli.errors import ConfigError, GptqError, ModelError
 from gptq_cli.events import ignore
 from gptq_cli.gptq.packing import PackedTensors
+from gptq_cli.jobs.early import model_problem
 from gptq_cli.jobs.steps import watched
 from gptq_cli.jobs.watching import LESS_MEMORY, Watcher
 from gptq_cli.model.find import find_model
@@ -75,7 +76,8 @@ def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
     ended rank 0.
     """
     watcher = Watcher(ignore)
-    with joined(launch, job.command_line, on_cpu=on_cpu(job)) as own:
+    problem = model_problem(job.model)
+    with joined(launch, job.command_line, on_cpu=on_cpu(job), model_problem=problem) as own:
         heard()
         with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY["quantize"]):
             told: Assignment = own.team.decided(_elsewhere)

@@ -60,6 +60,8 @@ class Member:
     """Total and free, of its device."""
     host_bytes: tuple[int, int]
     """The same of its machine's main memory, shared out among the ranks there."""
+    model_problem: str = ""
+    """Why MODEL cannot be opened on its machine; "" where it can."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -97,15 +99,22 @@ def own_device(launch: Launch, *, on_cpu: bool) -> Device:
 
 @contextlib.contextmanager
 def joined(
-    launch: Launch, asked: Sequence[str], *, on_cpu: bool = False, limits: Limits = LIMITS
+    launch: Launch,
+    asked: Sequence[str],
+    *,
+    on_cpu: bool = False,
+    model_problem: str = "",
+    limits: Limits = LIMITS,
 ) -> Iterator[Joined]:
     """Meet the other ranks; leave them at the end, and say why where something was raised.
 
     `asked`: the words of the command line, which are the same for all. `on_cpu`: accelerators are not used.
+    `model_problem`: see `Member`.
     Raises `ConfigError` on rank 0 for ranks that cannot work together, `RankLost` for those that do not come.
     """
     device = own_device(launch, on_cpu=on_cpu)
-    own = _member(launch, asked, device, accelerators=0 if on_cpu else len(present_accelerators()))
+    accelerators = 0 if on_cpu else len(present_accelerators())
+    own = _member(launch, asked, device, accelerators=accelerators, model_problem=model_problem)
     if launch.size == 1:
         yield Joined(launch, Alone(leaves=leaf_count(1)), (own,), None)
         return
@@ -135,7 +144,9 @@ def joined(
             watch.outlive()
 
 
-def _member(launch: Launch, asked: Sequence[str], device: Device, *, accelerators: int) -> Member:
+def _member(
+    launch: Launch, asked: Sequence[str], device: Device, *, accelerators: int, model_problem: str
+) -> Member:
     budgets = {budget.device: (budget.total_bytes, budget.free_bytes) for budget in present_devices()}
     main = budgets[CPU]
     share = (main[0] // launch.local_size, main[1] // launch.local_size)
@@ -155,6 +166,7 @@ def _member(launch: Launch, asked: Sequence[str], device: Device, *, accelerator
         device=str(device),
         device_bytes=share if device == CPU else budgets[device],
         host_bytes=share,
+        model_problem=model_problem,
     )
 
 
@@ -242,6 +254,7 @@ def wrong_launch(members: Sequence[Member], clock_gaps: dict[int, float]) -> Con
         _too_few_accelerators,
         lambda member: _other_device(first, member),
         lambda member: _other_clock(member, clock_gaps.get(member.rank, 0.0)),
+        lambda member: _without_model(first, member),
     )
     return next((found for check in checks for member in members if (found := check(member))), None)
 
@@ -300,6 +313,16 @@ def _other_clock(member: Member, gap: float) -> ConfigError | None:
         f"the clock of {member} is {duration_words(abs(gap))} {way} that of rank 0; at most "
         f"{duration_words(MAX_CLOCK_GAP_SECONDS)} are allowed",
         hint="set the clocks (NTP): times of files would tell wrong stories of what changed when",
+    )
+
+
+def _without_model(first: Member, member: Member) -> ConfigError | None:
+    if not member.model_problem or first.model_problem:  # what rank 0 cannot open either, it says itself
+        return None
+    return ConfigError(
+        f"{member} cannot open MODEL, which rank 0 can: {member.model_problem}",
+        hint="every rank reads the weights by itself: put MODEL on a file system that all machines see, or "
+        "copy it to the same path on each",
     )
 
 

@@ -49,6 +49,8 @@ class Line:
     """Words that a rank is given besides, by rank."""
     out_of_memory: int | None = None
     """A rank that has no memory left in its second block."""
+    folders: dict[int, Path] = field(default_factory=dict)
+    """Where a rank runs it, by rank."""
     port: int = field(default_factory=free_port)
 
 
@@ -109,6 +111,7 @@ def run_rank(lines: list[Line], rank: int, size: int, streams: tuple[Path, Path]
     code = 0
     for line in lines:
         os.environ["MASTER_PORT"] = str(line.port)
+        os.chdir(line.folders.get(rank, "/"))
         with pytest.MonkeyPatch.context() as patch:
             if line.out_of_memory == rank:
                 use_up_memory(patch)
@@ -182,6 +185,10 @@ def by_two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
         assert main(command(folder, "llama", "two-begun", "--quiet")) == 1
     lines = [
         Line(command(folder, "llama", "wrong"), own={1: ["--seed", "3"]}),
+        Line(
+            ["quantize", "./llama", *command(folder, "llama", "unseen")[2:]],
+            folders={0: folder, 1: folder / "gpt2"},
+        ),
         *(Line(command(folder, kind, f"two-{kind}", "--progress", "plain")) for kind in KINDS),
         Line(command(folder, "llama", "two-head", "--quantize-head", "--progress", "plain")),
         Line(command(folder, "llama", "two-begun", "--progress", "plain")),
@@ -244,6 +251,14 @@ def test_different_command_lines_are_an_error_of_the_first_rank_alone(folder: Pa
     assert "was started with '--seed' where rank 0 was with nothing" in by_two.err[0]
     assert "all ranks need the same command line" in by_two.err[0]
     assert not (folder / "wrong").exists()
+
+
+def test_a_model_that_only_the_first_rank_sees_is_an_error_before_the_work(
+    folder: Path, by_two: Ended
+) -> None:
+    assert f"rank 1 on {socket.gethostname()} cannot open MODEL, which rank 0 can: ./llama" in by_two.err[0]
+    assert "put MODEL on a file system that all machines see" in by_two.err[0]
+    assert not (folder / "unseen").exists()
 
 
 def goes_on_by_itself(folder: Path, out: str) -> None:
