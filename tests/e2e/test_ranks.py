@@ -256,7 +256,10 @@ def test_different_command_lines_are_an_error_of_the_first_rank_alone(folder: Pa
 def test_a_model_that_only_the_first_rank_sees_is_an_error_before_the_work(
     folder: Path, by_two: Ended
 ) -> None:
-    assert f"rank 1 on {socket.gethostname()} cannot open MODEL, which rank 0 can: ./llama" in by_two.err[0]
+    assert (
+        f"rank 1 on {socket.gethostname()} cannot open MODEL, which rank 0 can: no such directory"
+        in by_two.err[0]
+    )
     assert "put MODEL on a file system that all machines see" in by_two.err[0]
     assert not (folder / "unseen").exists()
 
