@@ -20,6 +20,7 @@ NOT_SETTINGS = {
     "push_to_hub": "as above",
     "private": "as above",
     "dry_run": "the run was none",
+    "processes": "only planned for",
     "blocks": "the run was no trial",
     "report": "shown, not done",
     "json": "shown, not done",

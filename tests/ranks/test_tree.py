@@ -67,5 +67,5 @@ def test_few_sums_are_kept_while_adding() -> None:
 
 def test_a_rank_keeps_the_logarithm_of_its_leaves_and_the_one_that_is_added() -> None:
     assert [most_kept(range(16 // ranks)) for ranks in (1, 2, 4, 16)] == [5, 4, 3, 1]
-    assert most_kept(range(5, 10)) == 3  # 5, 6-7, and 8 before 9
+    assert most_kept(range(5, 10)) == 4  # 5, 6-7 and 8, and 9 that is added to 8
     assert most_kept(range(0)) == 0
