@@ -20,7 +20,7 @@ from gptq_cli.findings import Finding, Level, PreflightReport
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
-from gptq_cli.results.run import LinearReport, RunReport
+from gptq_cli.results.run import LinearReport, RunReport, slowest_rank
 from gptq_cli.results.trial import TrialReport
 from gptq_cli.wording import names_text
 
@@ -138,6 +138,21 @@ def _starts_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     )
 
 
+def ranks_rows(report: RunReport) -> list[tuple[str, str]]:
+    """A row for each of several processes; none for one. The slowest is the one that waited least."""
+    if not report.ranks:
+        return []
+    slowest = slowest_rank(report.ranks)
+    return [
+        (
+            f"rank {one.rank} on {one.host}",
+            f"{one.device}, waited {fmt.duration(one.waited_seconds)}, sent {fmt.size(one.sent_bytes)}"
+            f"{', the slowest' if one is slowest else ''}",
+        )
+        for one in report.ranks
+    ]
+
+
 def trial_summary(report: TrialReport) -> Group:
     """The result of `gptq quantize --blocks N`."""
     done = fmt.count(len(report.blocks), "block")
@@ -184,6 +199,7 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         *listed("streaming", report.streaming),
         ("time", ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in spent)),
         *_starts_rows(report),
+        *listed("ranks", [f"{who}: {what}" for who, what in ranks_rows(report)]),
         *listed("peak memory", peaks(report)),
     ]
     mean, nearest = report.mean_loss, report.mean_rtn_loss

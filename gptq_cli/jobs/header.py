@@ -8,6 +8,7 @@ from gptq_cli.events import RunStarted
 from gptq_cli.gptq.matmul import fast_matmul_supported
 from gptq_cli.jobs.checking import Checked
 from gptq_cli.jobs.steps import passes_words
+from gptq_cli.jobs.together import ranks_words
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU
@@ -16,6 +17,7 @@ from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.time import Estimate, time_words
 from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.report import group_reason
+from gptq_cli.ranks.joining import Joined
 
 
 def header(
@@ -28,9 +30,10 @@ def header(
     *,
     finished: int = 0,
     trial: int | None = None,
+    joined: Joined | None = None,
 ) -> RunStarted:
     """The event. `finished`: blocks that an earlier run did; `trial`: blocks that alone are worked on,
-    `schedule` still being that of the whole."""
+    `schedule` still being that of the whole; `joined`: the ranks that work together."""
     skeleton, facts = checked.skeleton, checked.facts
     whole = " for the whole model" if trial is not None else " for what is left" if finished else ""
     config = checked.work.quantize
@@ -49,6 +52,7 @@ def header(
             ("dtype", _dtype_words(skeleton, facts, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
             ("placement", placement.reason),
+            *((("ranks", ranks_words(joined.members)),) if joined and joined.launch.size > 1 else ()),
             ("streaming", "; ".join(streaming_words(facts, placement, schedule))),
             ("passes", passes_words(schedule)),
             *(

@@ -40,7 +40,7 @@ from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
 from gptq_cli.jobs.steps import announce, rates_for, watched
-from gptq_cli.jobs.together import Assignment, check_share
+from gptq_cli.jobs.together import Assignment, account, check_share
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.skeleton import Skeleton
@@ -144,7 +144,7 @@ def _quantize(
         found = None
     done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
     expected = quick_estimate(checked.facts, checked.work, schedule, placement.main_device, finished=done)
-    tally(header(job, checked, placement, schedule, tokens, expected, finished=done))
+    tally(header(job, checked, placement, schedule, tokens, expected, finished=done, joined=asked.joined))
     job, given = replace(job, quantize=checked.work.quantize), job
     fingerprint = Fingerprint.of(job, checked.skeleton, tokens)
     devices = watched(placement)
@@ -191,6 +191,7 @@ def _quantize(
             )
         )
         quantized = quantize_model(run, tokens.input_ids, writer.add_packed, observer, keeper)
+        ranks = account(asked.joined) if asked.joined is not None else ()
         with phase(tally, "save"):
             writer.copy_dense()
         tally.record(read_memory(devices))
@@ -214,6 +215,7 @@ def _quantize(
             estimate=expected,
             tally=tally,
             kept=keeper,
+            ranks=ranks,
             settings=settings_of(
                 job,
                 revision=checked.skeleton.files.revision or job.model.revision,

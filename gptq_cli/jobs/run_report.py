@@ -18,7 +18,15 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.time import Estimate
 from gptq_cli.results.kept import KeptDense, OwnSettings
-from gptq_cli.results.run import BlockReport, ExpertsReport, LinearReport, RunReport, Setting, StartReport
+from gptq_cli.results.run import (
+    BlockReport,
+    ExpertsReport,
+    LinearReport,
+    RankReport,
+    RunReport,
+    Setting,
+    StartReport,
+)
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
 """Those that compute, or decide what is computed."""
@@ -101,6 +109,7 @@ def summarize(
     tally: Tally,
     kept: Kept,
     settings: tuple[tuple[str, Setting], ...],
+    ranks: tuple[RankReport, ...] = (),
 ) -> RunReport:
     """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
     g_idx."""
@@ -133,6 +142,7 @@ def summarize(
         dtype=dtype_name(skeleton.dtype),
         use_cuda_fp16=str(skeleton.dtype) == "torch.float16",
         devices=tuple(devices),
+        ranks=ranks,
         streaming=streaming,
         predicted_peak_bytes=tuple(predicted_peak_bytes),
         measured_peak_bytes=tuple(peaks.items()),

@@ -6,7 +6,8 @@ to do (`Assignment`), and from then on all ranks run the same engine side by sid
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +30,13 @@ from gptq_cli.model.skeleton import LinearInfo, open_skeleton
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
-from gptq_cli.ranks.joining import Joined, joined
+from gptq_cli.ranks.joining import Joined, Member, joined
 from gptq_cli.ranks.launch import Launch
 from gptq_cli.ranks.leaves import idle_ranks
 from gptq_cli.ranks.team import Team
-from gptq_cli.results.run import BlockReport
+from gptq_cli.results.run import BlockReport, RankReport
+
+MAX_RANKS_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +69,30 @@ def on_cpu(job: QuantizeJob) -> bool:
     """Whether the device map names no accelerator."""
     rules = job.device_map.rules
     return bool(rules) and all(rule.device == CPU for rule in rules)
+
+
+def account(own: Joined) -> tuple[RankReport, ...]:
+    """What every rank has sent, and how long it has waited; () where there is only one. All ranks ask at the
+    same point."""
+    if own.launch.size == 1:
+        return ()
+    member, traffic = own.members[own.launch.rank], own.team.traffic
+    report = RankReport(
+        rank=member.rank,
+        host=member.host,
+        device=member.device,
+        sent_bytes=traffic.sent_bytes,
+        waited_seconds=traffic.waited_seconds,
+    )
+    return tuple(own.team.gathered(report))
+
+
+def ranks_words(members: Sequence[Member]) -> str:
+    """`3; rank 0 on a: cuda:0; rank 1 on a: cuda:1; …`: who works where; of many, machine by machine."""
+    if len(members) <= MAX_RANKS_NAMED:
+        return "; ".join([str(len(members)), *(f"{one}: {one.device}" for one in members)])
+    hosts = Counter(one.host for one in members)
+    return "; ".join([str(len(members)), *(f"{count} on {host}" for host, count in hosts.items())])
 
 
 def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
@@ -103,6 +130,7 @@ def _work(own: Joined, told: Assignment, watcher: Watcher) -> None:
     )
     keeper = FollowingKeeper(own.team, told.finished)
     quantize_model(run, told.tokens.input_ids, _written_elsewhere, watcher, keeper)
+    account(own)
 
 
 def _placement_on(placement: Placement, own: Device) -> Placement:

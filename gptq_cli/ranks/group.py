@@ -11,7 +11,6 @@ import io
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from gptq_cli.errors import RankLost
 from gptq_cli.ranks.leaves import leaf_count
-from gptq_cli.ranks.team import Nodes
+from gptq_cli.ranks.team import Nodes, Traffic
 from gptq_cli.ranks.tree import Node, total
 from gptq_cli.ranks.watch import Watch
 from gptq_cli.wording import first_line
@@ -30,14 +29,6 @@ T = TypeVar("T")
 _FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3
 _ALIGNED = 8
 """Bytes: so that a part of what was received can be seen as numbers of any dtype."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What a rank has sent, and how long it has waited."""
-
-    sent_bytes: int = 0
-    waited_seconds: float = 0.0
 
 
 class Ranks:

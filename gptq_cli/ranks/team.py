@@ -20,6 +20,14 @@ Nodes = list[tuple[Node, Tensor | None]]
 """The sums of a rank's nodes, in order."""
 
 
+@dataclass(slots=True)
+class Traffic:
+    """What a rank has sent, and how long it has waited."""
+
+    sent_bytes: int = 0
+    waited_seconds: float = 0.0
+
+
 class Team(Protocol):
     """The ranks of a run, as one of them sees it."""
 
@@ -36,6 +44,11 @@ class Team(Protocol):
     @property
     def leaves(self) -> int:
         """Leaves into which the samples are cut; 0: they are not cut, and sums run over all of them."""
+        ...
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of this rank, until now."""
         ...
 
     def decided(self, make: Callable[[], T]) -> T:
@@ -73,6 +86,11 @@ class Alone:
     leaves: int = 0
     rank: int = 0
     size: int = 1
+
+    @property
+    def traffic(self) -> Traffic:
+        """See `Team.traffic`."""
+        return Traffic()
 
     def decided(self, make: Callable[[], T]) -> T:
         """See `Team.decided`."""

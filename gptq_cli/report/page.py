@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from gptq_cli import __version__
 from gptq_cli.display import format as fmt
 from gptq_cli.display.escapes import escaped
-from gptq_cli.display.tables import recipe, yes
+from gptq_cli.display.tables import ranks_rows, recipe, yes
 from gptq_cli.events import FindingRaised, warning_text
 from gptq_cli.findings import PreflightReport
 from gptq_cli.report import html
@@ -129,6 +129,9 @@ def _memory_and_time(report: RunReport) -> Iterator[Markup]:
     spent = [(phase, fmt.duration(seconds)) for phase, seconds in report.phase_seconds]
     yield html.heading("Phases")
     yield html.facts(spent)
+    if report.ranks:
+        yield html.heading("Ranks")
+        yield html.facts(ranks_rows(report))
     if len(report.starts) > 1:
         yield html.heading("Starts")
         yield html.facts(

@@ -143,6 +143,24 @@ class StartReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """One of several processes that worked together."""
+
+    rank: int
+    host: str
+    device: str
+    sent_bytes: int
+    """To the others, in the last start."""
+    waited_seconds: float
+    """For the others, in the last start."""
+
+
+def slowest_rank(ranks: Iterable[RankReport]) -> RankReport:
+    """The one that the others waited for: it waited least. `ranks` has at least one."""
+    return min(ranks, key=lambda one: one.waited_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextShare:
     """What a run took of one source of calibration text."""
 
@@ -189,6 +207,8 @@ class RunReport:
     dtype: str
     use_cuda_fp16: bool
     devices: tuple[str, ...]
+    ranks: tuple[RankReport, ...] = ()
+    """The processes that a launcher started, in order; () where one did all the work."""
     streaming: tuple[str, ...] = ()
     """What was read from the files when, and where hidden states rested, in sentences."""
     predicted_peak_bytes: tuple[tuple[str, int], ...]

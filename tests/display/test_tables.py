@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console, RenderableType
 
-from gptq_cli.display.tables import findings_table, run_summary
+from gptq_cli.display.tables import findings_table, ranks_rows, run_summary
 from gptq_cli.results.kept import GATES, KeptDense, OwnSettings
-from gptq_cli.results.run import ExpertsReport, TextShare
+from gptq_cli.results.run import ExpertsReport, RankReport, TextShare
 from tests.display.events import DENSE, OFFLOAD, REFUSED, report
 from tests.golden import check_golden
 
@@ -103,3 +103,15 @@ def test_settings_by_module_and_what_stays_dense_are_one_line_per_pattern() -> N
 def test_a_quantized_head_is_among_the_linears() -> None:
     head = replace(report().linears[0], name="lm_head", out_features=49152, seconds=99.0)
     assert "\n lm_head  " in rendered(run_summary(replace(report(), head=head)))
+
+
+def test_several_ranks_are_listed_and_the_one_that_waited_least_is_the_slowest() -> None:
+    ranks = tuple(
+        RankReport(rank=n, host="a", device=f"cuda:{n}", sent_bytes=3 << 20, waited_seconds=waited)
+        for n, waited in enumerate((40.0, 2.0))
+    )
+    assert ranks_rows(replace(report(), ranks=ranks)) == [
+        ("rank 0 on a", "cuda:0, waited 40.0 s, sent 3.00 MiB"),
+        ("rank 1 on a", "cuda:1, waited 2.0 s, sent 3.00 MiB, the slowest"),
+    ]
+    assert ranks_rows(report()) == []

@@ -227,6 +227,18 @@ def test_three_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None
     assert different(folder, f"one-{kind}", f"three-{kind}") == []
 
 
+def test_the_result_says_who_worked_where_and_who_was_the_slowest(folder: Path, by_two: Ended) -> None:
+    report = json.loads((folder / "two-llama" / "report.json").read_text(encoding="utf-8"))
+    here = socket.gethostname()
+    assert [(x["rank"], x["host"], x["device"]) for x in report["ranks"]] == [
+        (0, here, "cpu"),
+        (1, here, "cpu"),
+    ]
+    assert all(x["sent_bytes"] > 0 and x["waited_seconds"] > 0 for x in report["ranks"])
+    assert f"2; rank 0 on {here}: cpu; rank 1 on {here}: cpu" in by_two.err[0]
+    assert by_two.out[0].count(", the slowest") == by_two.out[0].count(" is ready after ")
+
+
 def test_two_ranks_go_on_where_one_ended(folder: Path, by_one: None, by_two: Ended) -> None:
     assert first_blocks(folder / "two-begun") == [0, 1]
     assert different(folder, "one-llama", "two-begun") == []
