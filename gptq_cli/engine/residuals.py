@@ -13,6 +13,7 @@ beside its attention that is the hidden states, and for the one that runs last t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -103,17 +104,18 @@ class _Seen:
     tensors: list[tuple[int, Source, Tensor]]
     """When, where and what, flattened."""
 
-    def parts(self, value: Tensor, before: int) -> Iterator[Source]:
+    def parts(self, value: Tensor, before: int, summed: float = math.inf) -> Iterator[Source]:
         """Where `value`, or the parts that it is the sum of, were seen before that place; others are left
-        out."""
+        out. Only sums before the place `summed` are looked at: a part is older than its sum, though they may
+        be equal, as where a value is infinite."""
         for place, source, tensor in self.tensors:
             if place < before and _equal(tensor, value):
                 yield source
                 return
         for one in self.sums:
-            if _equal(one.total, value):
+            if one.place < summed and _equal(one.total, value):
                 for operand in one.operands:
-                    yield from self.parts(operand, before)
+                    yield from self.parts(operand, before, one.place)
                 return
 
     def residual(self, width: int, output: Tensor, place: int) -> Residual | None:

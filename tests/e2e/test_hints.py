@@ -21,7 +21,7 @@ import transformers
 
 from gptq_cli.cli.app import main
 from gptq_cli.findings import Finding, PreflightReport
-from gptq_cli.jobs import inspecting, quantizing
+from gptq_cli.jobs import checking, inspecting
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase
 from gptq_cli.preflight.registry import RULES
@@ -96,20 +96,19 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("block-order", "plain", "--device-map model.layers.*=1,model.layers.[02468]=0,lm_head=1,rest=0"),
     ("block-order", "tied", "--device-map model.layers.*=1,model.layers.[13579]=0,rest=1"),
     ("cpu-offload", "plain", "--device-map model.layers.0-9=0,rest=cpu"),
-    ("cpu-offload", "deep", "--devices cuda:0=4GiB,cpu=64GiB"),
-    ("cpu-offload", "deep", "--devices cuda:0=2GiB,cpu=64GiB --solve-for own --samples 16 --seq-len 256"),
+    ("cpu-offload", "deep", "--devices cuda:0=4GiB,cpu=64GiB --device-map model.layers.0-3=cpu,rest=0"),
+    ("cpu-offload", "deep", "--devices cuda:0=4GiB,cpu=64GiB --device-map lm_head=cpu,rest=0"),
     ("cpu-only", "plain", "--device-map cpu"),
-    ("memory-budget", "deep", "--devices cuda:0=4GiB,cpu=64GiB --device-map cuda:0"),
-    ("memory-budget", "deep", "--device-map 0 --max-memory 0=3GiB,cpu=64GiB"),
+    ("memory-budget", "deep", "--devices cuda:0=1500MiB,cpu=64GiB --device-map cuda:0"),
+    ("memory-budget", "deep", "--device-map 0 --max-memory 0=1500MiB,cpu=64GiB"),
     ("memory-budget", "wide", "--device-map cpu --devices cpu=2600MiB"),
-    ("memory-tight", "deep", "--device-map 0 --devices cuda:0=5700MiB,cpu=64GiB"),
+    ("memory-tight", "deep", "--device-map 0 --devices cuda:0=1740MiB,cpu=64GiB"),
     ("disk-offload", "deep", "--device-map model.layer.20-23=disk,rest=0"),
     ("disk-offload", "tied", "--device-map disk"),
     ("disk-offload", "deep", "--device-map model.layers.12-23=disk,rest=0 --devices cuda:0=3GiB,cpu=64GiB"),
-    ("disk-offload", "deep", "--devices cuda:0=4GiB,cuda:1=4GiB,cpu=64GiB --max-memory 0=4GiB"),
     ("no-plan-fits", "plain", "--max-memory 0=0GiB"),
-    ("no-plan-fits", "deep", "--devices cuda:0=2GiB,cpu=3500MiB"),
-    ("no-plan-fits", "deep", "--devices cuda:0=1500MiB,cpu=4GiB --solve-for own"),
+    ("no-plan-fits", "deep", "--devices cuda:0=1500MiB,cpu=3500MiB"),
+    ("no-plan-fits", "deep", "--devices cuda:0=1GiB,cpu=4GiB --solve-for own"),
     ("group-divides", "smol", "--group-size 128"),
     ("group-divides", "smol", "--group-size 80 --recipe fast --bits 8"),
     ("group-divides", "odd", "--group-size auto"),
@@ -170,7 +169,7 @@ def _once(make: Callable[..., Any], key: Callable[..., Any]) -> Callable[..., An
 @pytest.fixture(scope="module", autouse=True)
 def _each_model_is_opened_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (inspecting, quantizing):
+        for module in (inspecting, checking):
             patch.setattr(module, "open_skeleton", _once(module.open_skeleton, key=lambda files, ref: ref))
             patch.setattr(module, "model_facts", _once(module.model_facts, key=id))
         yield
@@ -306,7 +305,7 @@ def test_inspect_map_says_what_the_job_would(
     model: str,
     words: str,
 ) -> None:
-    monkeypatch.setattr(quantizing, "_tokens", lambda *_: (None, PreflightReport()))  # text is not compared
+    monkeypatch.setattr(checking, "_texts", lambda *_: (None, PreflightReport()))  # text is not compared
     options = [str(models(model)), "--devices", BIG, *shlex.split(words), "--json", "--progress", "none"]
     documents = []
     for command in (["inspect-map"], ["quantize", "--dry-run", "--out", str(tmp_path / "out")]):

@@ -23,7 +23,7 @@ from gptq_cli.engine import block, capture, forwards, mixed
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
-from gptq_cli.jobs import evaluating, inspecting, loading, quantizing, steps
+from gptq_cli.jobs import checking, evaluating, inspecting, loading, quantizing, steps
 from gptq_cli.model import model_class, skeleton, source, streamed
 from tests.e2e.commands import FAST, gptq, write_text
 
@@ -38,14 +38,14 @@ OPENING = "while opening the model"
 TEXT = "while reading the calibration text"
 BLOCK = "while quantizing block model.layers.0 (1/3) on cpu"
 QUANTIZE: dict[str, tuple[Any, str, str]] = {
-    "find": (quantizing, "find_model", OPENING),
+    "find": (checking, "find_model", OPENING),
     "headers": (source, "read_header", OPENING),
     "skeleton": (model_class.AutoModelForCausalLM, "from_config", OPENING),
     "trace": (skeleton, "trace", OPENING),
-    "facts": (quantizing, "model_facts", OPENING),
-    "tokenizer": (quantizing, "open_tokenizer", TEXT),
+    "facts": (checking, "model_facts", OPENING),
+    "tokenizer": (checking, "open_tokenizer", TEXT),
     "text": (calibration_text, "_text_file", TEXT),
-    "windows": (quantizing, "make_batches", TEXT),
+    "windows": (checking, "batches_by_source", TEXT),
     "plan": (steps, "resolve", "after reading the calibration text"),
     "reserve": (writer, "_reserve", "after reading the calibration text"),
     "load": (engine_run, "_open", "while loading the weights"),

@@ -140,7 +140,8 @@ def test_a_run_that_goes_on_reads_every_block_once(
     fill = StreamedReader._fill
 
     def noted(self: StreamedReader, tensor: Any, *rest: Any, **more: Any) -> None:
-        read.append(tensor.name)
+        if self._where == tiny("llama"):  # not the checkpoint, which is read back in the end
+            read.append(tensor.name)
         fill(self, tensor, *rest, **more)
 
     monkeypatch.setattr(StreamedReader, "_fill", noted)
