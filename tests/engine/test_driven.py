@@ -177,7 +177,7 @@ def check(model: Any, blocks: list[str], *, direct: bool, replayed: ReplayReason
     for stream, dense in ((work.noted.given, False), (work.noted.dense, True)):
         whole = before if dense else model
         modules = [whole.get_submodule(name) for name in blocks]
-        for place, batch in enumerate(work.noted.samples[: 2 if dense else None]):
+        for place, batch in enumerate(work.noted.share.batches[: 2 if dense else None]):
             theirs = entered(getattr(whole, "base_model", whole), modules, ids[list(batch)])
             for index in range(len(blocks)):
                 ours = stream[index][place]
