@@ -151,9 +151,7 @@ def instrument(clock: Clock) -> None:
         put(module, "pack", "pack")
     put(block, "unhooked_copy", "load")
     put(engine_run, "capture", "capture")
-    put(engine_run, "load_resident", "load")
-    put(block_stream, "fill_stored", "load")
-    put(block_stream, "fill_dense", "load")
+    put(block_stream.Filler, "fill", "load")
     for name in ("add_packed", "copy_dense", "finish"):
         put(CheckpointWriter, name, "write")
 

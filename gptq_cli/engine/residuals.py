@@ -154,12 +154,17 @@ def find_residuals(
     """
     alone = {stage.leader for stage in stages if stage.once and len(stage.linears) == 1}
     wanted = {linears[name]: name for name in alone}
+    routed = {
+        Source(name, output) for s in stages if not s.once for name in s.linears for output in (False, True)
+    }
     width = hidden.shape[-1]
     additions = _Additions(hidden.numel())
     tensors: list[tuple[int, Source, Tensor]] = [(0, BLOCK_INPUT, hidden.detach().flatten())]
     outputs: dict[str, tuple[int, Tensor]] = {}
 
     def note(source: Source, value: Any) -> None:
+        if source in routed:  # of other samples it sees a part of the tokens
+            return
         if isinstance(value, Tensor) and value.shape[-1:] == (width,) and value.numel() == hidden.numel():
             tensors.append((additions.place, source, value.detach().flatten().clone()))
 

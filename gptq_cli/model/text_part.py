@@ -66,9 +66,15 @@ def output_head(model: Any) -> nn.Module | None:
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
-    """The decoder that the model names; `model` itself where it names none."""
-    get = getattr(language_model(model), "get_decoder", None)
+    """The decoder that the model names; `model` itself where it names none.
+
+    Where what it names is its head (ModernBERT's `decoder` makes the logits), its base model.
+    """
+    text = language_model(model)
+    get = getattr(text, "get_decoder", None)
     decoder = get() if callable(get) else model
+    if decoder is output_head(model):
+        decoder = text.base_model
     return decoder if isinstance(decoder, nn.Module) else model
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.jobs import quantizing
+from gptq_cli.jobs import checking, quantizing
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 
@@ -69,7 +69,7 @@ def test_a_second_run_is_refused_at_once_and_names_the_first(
     (tmp_path / "link").symlink_to(tmp_path)
     read: list[str] = []
     with Destination(tmp_path / "q"):
-        monkeypatch.setattr(quantizing, "find_model", lambda _: read.append("the model"))
+        monkeypatch.setattr(checking, "find_model", lambda _: read.append("the model"))
         ran = quantized(tiny_llama, tmp_path / "link" / "q", text, "--json")
     assert (ran.code, read) == (3, [])
     (finding,) = ran.document["error"]["findings"]
@@ -112,7 +112,7 @@ def test_a_signal_before_the_last_rename_interrupts(
 
 KILLED = """
 import os, signal, sys
-from gptq_cli.jobs import quantizing
+from gptq_cli.jobs import checking, quantizing
 from gptq_cli.cli.app import main
 quantizing.quantize_model = lambda *words: os.kill(os.getpid(), signal.SIGKILL)
 main(sys.argv[1:])

@@ -85,7 +85,7 @@ def test_what_the_first_place_does_not_run_is_quantized_where_it_runs(source: Pa
 def test_weights_that_stay_in_memory_give_the_same(
     source: Path, expected: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Placement, "streams_blocks", property(lambda placement: False))
+    monkeypatch.setattr(Placement, "streams", lambda placement, block: False)
     assert same(quantized(source, tmp_path / "q"), expected)
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_gives_the_same(
 ) -> None:
     """Stopped between the first use and the last."""
     if resident:
-        monkeypatch.setattr(Placement, "streams_blocks", property(lambda placement: False))
+        monkeypatch.setattr(Placement, "streams", lambda placement, block: False)
     monkeypatch.setattr(keeping, "SNAPSHOT_SHARE", 1e9 if snapshots else 0.0)
     monkeypatch.setattr(keeping, "REDONE_SHARE", 0.0)
     blocks, real = 4, keeping.Keeping.keep

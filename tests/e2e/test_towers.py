@@ -145,7 +145,7 @@ def test_streamed_and_resident_results_are_the_same(
 ) -> None:
     from gptq_cli.placement.placement import Placement
 
-    monkeypatch.setattr(Placement, "streams_blocks", property(lambda self: False))
+    monkeypatch.setattr(Placement, "streams", lambda self, block: False)
     quantized(tiny("qwen2_5_vl"), tmp_path / "resident", text)
     streamed, resident = tensors_of(made("qwen2_5_vl")[0]), tensors_of(tmp_path / "resident")
     assert streamed.keys() == resident.keys()
