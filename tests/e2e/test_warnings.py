@@ -11,7 +11,6 @@ import pytest
 
 from gptq_cli.engine import loop
 from gptq_cli.jobs import quantizing
-from gptq_cli.report import page
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 DISPLAYS = ("auto", "rich", "plain", "jsonl", "none")
@@ -102,13 +101,17 @@ def test_quantize(
 def test_a_page_that_cannot_be_written_is_in_the_result(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(report: object) -> str:
-        raise OSError(28, "No space left on device")
+    real = Path.write_text
 
-    monkeypatch.setattr(page, "report_html", full)
+    def full(path: Path, *words: Any, **options: Any) -> int:
+        if path.name == "run.html":
+            raise OSError(28, "No space left on device")
+        return real(path, *words, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
     words = ("--out", tmp_path / "q", "--calibration", text, *FAST, "--json")
     ran = gptq("quantize", tiny_llama, *words, "--report", tmp_path / "run.html")
-    told_everywhere(ran, f"the report {tmp_path / 'run.html'} was not written: no space left", quiet=False)
+    told_everywhere(ran, f"the page {tmp_path / 'run.html'} was not written: no space left", quiet=False)
 
 
 @pytest.mark.parametrize("quiet", [False, True])
