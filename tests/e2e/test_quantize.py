@@ -17,7 +17,7 @@ import gptq_cli.checkpoint.writer as writer_module
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.devices import fp32_matmul as products
 from gptq_cli.engine.run import EngineRun
-from gptq_cli.gptq import hessian, moments
+from gptq_cli.gptq import hessian
 from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.jobs import quantizing
@@ -195,7 +195,7 @@ def test_bfloat16_costs_little_with_and_without_units(
     units: bool, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products on bf16 units, or formed in fp32 and rounded: both stay near the run in float32."""
-    for module in (precision, products, hessian, moments):
+    for module in (precision, products, hessian):
         monkeypatch.setattr(module, "fast_matmul_supported", lambda *_: units)
     full = linears_of(tiny_llama, text, tmp_path / "full", "--dtype", "float32")
     half = linears_of(tiny_llama, text, tmp_path / "half", "--dtype", "bfloat16")
