@@ -107,9 +107,9 @@ def bounded_step(
     limit, length = FARTHEST * torch.maximum(size, typical), torch.linalg.vector_norm(V, dim=1)
     too_long = length > limit
     V *= torch.where(too_long, limit / torch.where(too_long, length, 1.0), 1.0)[:, None]
-    total = float(torch.linalg.vector_norm(W))
-    moved = float(torch.linalg.vector_norm(V)) / total if total else 0.0
-    return moved, int(too_long.sum())
+    found = (torch.linalg.vector_norm(V), torch.linalg.vector_norm(W), too_long.sum())
+    step, total, shortened = torch.stack([value.to(V.dtype) for value in found]).tolist()  # one read
+    return step / total if total else 0.0, int(shortened)
 
 
 def held_out_alpha(
