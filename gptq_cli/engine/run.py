@@ -22,6 +22,7 @@ from gptq_cli.engine.keep import Keeper, NothingKept, check_strict
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
+from gptq_cli.model.shards import Shards
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.device import CPU, Device
@@ -41,6 +42,8 @@ class EngineRun:
     """How the run is carried out; made for this placement."""
     config: QuantizeConfig
     options: LoopOptions
+    shards: Shards | None = None
+    """Where the bytes of the weights come from; None: the files that the skeleton names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +139,8 @@ def _open(run: EngineRun, observer: Observer) -> BlockStream:
         run.placement,
         order=[block.name for block in run.schedule.blocks],
         reads_ahead=run.schedule.reads_ahead,
+        shards=run.shards,
+        looks_at_all=run.options.team.rank == 0,
         tell=lambda words: observer(Warned(words, "it only takes longer")),
     )
 

@@ -52,12 +52,10 @@ def quantize(
         report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
         return report
     module = _started("quantizing", "quantize", lambda: None, observer)
-    from gptq_cli.jobs.early import model_problem
     from gptq_cli.jobs.together import on_cpu
     from gptq_cli.ranks.joining import joined
 
-    problem = model_problem(job.model)
-    with joined(launch, job.command_line, on_cpu=on_cpu(job), model_problem=problem) as ranks:
+    with joined(launch, job.command_line, on_cpu=on_cpu(job)) as ranks:
         if launch.size > 1:
             heard()
         check()  # not earlier: the other ranks are told what it finds

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
 from gptq_cli.config import InspectJob, ModelRef, QuantizeJob
-from gptq_cli.errors import ConfigError, ModelError
+from gptq_cli.errors import ConfigError
 from gptq_cli.events import FindingRaised, Observer
 from gptq_cli.findings import PreflightReport
 from gptq_cli.load_job import LoadJob, TaskConfig
@@ -43,15 +43,6 @@ def _refuse(report: PreflightReport, observer: Observer) -> None:
     for finding in report.ordered():
         observer(FindingRaised(finding))
     raise refusal(report)
-
-
-def model_problem(ref: ModelRef) -> str:
-    """Why there is no such model on this machine; "" where there is one."""
-    try:
-        glance_at_model(ref)
-    except ModelError as error:
-        return error.message
-    return ""
 
 
 def before_plan(job: InspectJob | QuantizeJob) -> None:

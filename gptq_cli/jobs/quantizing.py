@@ -39,6 +39,7 @@ from gptq_cli.jobs.pushing import uploaded
 from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
+from gptq_cli.jobs.shared_files import send_files
 from gptq_cli.jobs.steps import announce, rates_for, watched
 from gptq_cli.jobs.together import Assignment, account, check_share
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
@@ -187,9 +188,12 @@ def _quantize(
                 schedule=schedule,
                 tokens=tokens,
                 fingerprint=fingerprint,
+                revision=checked.skeleton.files.revision,
                 finished=keeper.finished,
             )
         )
+        if asked.joined is not None:
+            run = replace(run, shards=send_files(asked.joined, checked.skeleton, tally))
         quantized = quantize_model(run, tokens.input_ids, writer.add_packed, observer, keeper)
         ranks = account(asked.joined) if asked.joined is not None else ()
         with phase(tally, "save"):

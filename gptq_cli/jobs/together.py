@@ -21,10 +21,9 @@ from gptq_cli.engine.together import FollowingKeeper
 from gptq_cli.errors import ConfigError, GptqError, ModelError
 from gptq_cli.events import ignore
 from gptq_cli.gptq.packing import PackedTensors
-from gptq_cli.jobs.early import model_problem
+from gptq_cli.jobs.shared_files import seen_files
 from gptq_cli.jobs.steps import watched
 from gptq_cli.jobs.watching import LESS_MEMORY, Watcher
-from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import LinearInfo, open_skeleton
 from gptq_cli.placement.device import CPU, Device
@@ -50,6 +49,8 @@ class Assignment:
     schedule: Schedule
     tokens: TokenBatches
     fingerprint: Fingerprint
+    revision: str | None
+    """The commit of a model on the Hub; None: rank 0 has a directory."""
     finished: tuple[BlockReport, ...]
     """Blocks that an earlier run finished."""
 
@@ -103,8 +104,7 @@ def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
     ended rank 0.
     """
     watcher = Watcher(ignore)
-    problem = model_problem(job.model)
-    with joined(launch, job.command_line, on_cpu=on_cpu(job), model_problem=problem) as own:
+    with joined(launch, job.command_line, on_cpu=on_cpu(job)) as own:
         heard()
         with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY["quantize"]):
             told: Assignment = own.team.decided(_elsewhere)
@@ -112,25 +112,32 @@ def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
 
 
 def _work(own: Joined, told: Assignment, watcher: Watcher) -> None:
-    skeleton = select_linears(open_skeleton(find_model(told.job.model), told.job.model), told.job.quantize)
-    settled = replace(told.job, quantize=told.config)
-    differences = told.fingerprint.differences(Fingerprint.of(settled, skeleton, told.tokens))
+    job = replace(told.job, quantize=told.config)
+    with seen_files(own.team, job.model, told.revision) as seen:
+        skeleton = select_linears(open_skeleton(seen.files, job.model), told.job.quantize)
+        if seen.shards is None:
+            _check_same(told.fingerprint, Fingerprint.of(job, skeleton, told.tokens), job)
+        placement = _placement_on(told.placement, own.device)
+        run = EngineRun(
+            skeleton=skeleton,
+            placement=placement,
+            schedule=_schedule_on(told.schedule, own.device),
+            config=told.config,
+            options=LoopOptions(strict=job.strict, devices=watched(placement), team=own.team),
+            shards=seen.shards,
+        )
+        keeper = FollowingKeeper(own.team, told.finished)
+        quantize_model(run, told.tokens.input_ids, _written_elsewhere, watcher, keeper)
+    account(own)
+
+
+def _check_same(first: Fingerprint, here: Fingerprint, job: QuantizeJob) -> None:
+    differences = first.differences(here)
     if differences:
         raise ModelError(
-            f"{told.job.model.model} is another model here than on rank 0: {differences[0]}",
-            hint="all machines need the same files: use a file system that all of them see",
+            f"{job.model.model} is another model here than on rank 0: {differences[0]}",
+            hint="all machines need the same files; where there are none, rank 0 sends its own",
         )
-    placement = _placement_on(told.placement, own.device)
-    run = EngineRun(
-        skeleton=skeleton,
-        placement=placement,
-        schedule=_schedule_on(told.schedule, own.device),
-        config=told.config,
-        options=LoopOptions(strict=told.job.strict, devices=watched(placement), team=own.team),
-    )
-    keeper = FollowingKeeper(own.team, told.finished)
-    quantize_model(run, told.tokens.input_ids, _written_elsewhere, watcher, keeper)
-    account(own)
 
 
 def _placement_on(placement: Placement, own: Device) -> Placement:

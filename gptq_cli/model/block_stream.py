@@ -43,6 +43,7 @@ from gptq_cli.model.fill import (
     empty_out,
     get_tensor,
 )
+from gptq_cli.model.shards import ShardFiles, Shards
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.streamed import Ahead, StreamedReader
 from gptq_cli.model.text_part import uncalled_tensors
@@ -58,7 +59,8 @@ class BlockStream:
 
     `order`: the blocks that will be worked on, all by default; the one behind the current one is read ahead,
     unless `reads_ahead` is False. Where there is no memory for it, that is said once (`tell`), and blocks
-    are read when their turn comes.
+    are read when their turn comes. `shards`: where the bytes come from, by default the model's files.
+    `looks_at_all`: a value that is not finite is found in tensors, too, with which nothing here is computed.
     """
 
     def __init__(
@@ -68,20 +70,24 @@ class BlockStream:
         *,
         order: Sequence[str] | None = None,
         reads_ahead: bool = True,
+        shards: Shards | None = None,
+        looks_at_all: bool = True,
         tell: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.model: Any = copy.deepcopy(skeleton.model)
         self.model.requires_grad_(False)
         self.model.config.use_cache = False
-        self._placement, self._source, self._tell = placement, skeleton.files.source, tell
-        self._reader = StreamedReader(skeleton.files.directory, skeleton.files.tensors, skeleton.files.stamps)
+        self._placement, self._tell = placement, tell
+        files = self._files = skeleton.files
+        self._shards: Shards = shards if shards is not None else ShardFiles(files.directory, files.stamps)
+        self._reader = StreamedReader(files.directory, files.tensors, shards=self._shards)
         self.blocks = skeleton.blocks
         self._filler = Filler(self.model, Conversion(self.model), skeleton.keys, skeleton.dtype)
         self._streamed: dict[str, list[str]] = {b: [] for b in skeleton.blocks if placement.streams(b)}
         self._outside: list[str] = []
         self._resting: list[str] = []
         self._unread: list[str] = []
-        self._sort(skeleton)
+        self._sort(skeleton, looks_at_all)
         following = [block for block in order or skeleton.blocks if block in self._streamed]
         self._next = dict(pairwise(following)) if reads_ahead else {}
         self._buffers = HostBuffers() if placement.main_device.is_accelerator else None
@@ -91,7 +97,7 @@ class BlockStream:
         self._releases = skeleton.head is None and skeleton.trace.flow.direct
         self._inside = {id(m) for block in skeleton.blocks for m in self.model.get_submodule(block).modules()}
 
-    def _sort(self, skeleton: Skeleton) -> None:
+    def _sort(self, skeleton: Skeleton, looks_at_all: bool) -> None:
         """Which tensor rests where: streamed with its block, on its device, or in the files."""
         uncalled = uncalled_tensors(self.model, skeleton.blocks, head=skeleton.head is not None)
         blocks = frozenset(skeleton.blocks)
@@ -103,7 +109,7 @@ class BlockStream:
                 self._resting.append(name)
             elif name not in uncalled:
                 self._outside.append(name)
-            elif name in skeleton.keys.origins:
+            elif looks_at_all and name in skeleton.keys.origins:
                 self._unread.append(name)
 
     def __enter__(self) -> Self:
@@ -179,12 +185,14 @@ class BlockStream:
         return filled
 
     def _taken(self, block: str) -> Ahead:
-        """What was read ahead of a block; nothing where another one was expected, or memory ran out."""
+        """What was read ahead of a block; nothing where another one was expected, or memory ran out (that
+        is an error where other ranks read along)."""
         if self._ahead is None or self._ahead.name != block:
             self._stop_reading()
             return {}
         found: Ahead = {}
-        with self._without_it_where_memory_is_short(block), self._explained():
+        optional = ExitStack() if self._shards.together else self._without_it_where_memory_is_short(block)
+        with optional, self._explained():
             found = self._ahead.take()
         self._stop_reading()
         return found
@@ -195,13 +203,18 @@ class BlockStream:
         if following is None:
             return
         wanted = self._filler.sources(self._streamed[following])
+        ready = False
         with self._without_it_where_memory_is_short(following):
             if self._buffers is not None:
                 self._buffers.rewind()
                 self._buffers.reserve(self._reader.sizes_bytes(wanted))
-            self._ahead = ReadAhead(
-                following, lambda proceed: self._reader.read_ahead(wanted, self._buffers, proceed)
-            )
+            ready = True
+        if not self._shards.agreed(ready):
+            self._next = {}
+            return
+        self._ahead = ReadAhead(
+            following, lambda proceed: self._reader.read_ahead(wanted, self._buffers, proceed)
+        )
 
     @contextmanager
     def _without_it_where_memory_is_short(self, block: str) -> Iterator[None]:
@@ -225,11 +238,13 @@ class BlockStream:
 
     def _look_at_unread(self) -> None:
         """Raise `NonFinite` for a tensor that is not finite, though nothing here is computed with it."""
-        for name in self._unread:
-            filled = self._filler.fill([name], self._reader.get, lambda target: _CPU)
-            for found in sorted(filled):
-                check_tensor(found, get_tensor(self.model, found))
-            empty_out(self.model, filled)
+        files = self._files
+        with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
+            for name in self._unread:
+                filled = self._filler.fill([name], reader.get, lambda target: _CPU)
+                for found in sorted(filled):
+                    check_tensor(found, get_tensor(self.model, found))
+                empty_out(self.model, filled)
 
     def _resting_entries(self) -> list[str]:
         """The entries of the placement that have all their weights now."""
@@ -248,4 +263,6 @@ class BlockStream:
         try:
             yield
         except CheckpointError as error:
-            raise ModelError(f"{self._source} cannot be loaded: {error.message}", hint=error.hint) from error
+            raise ModelError(
+                f"{self._files.source} cannot be loaded: {error.message}", hint=error.hint
+            ) from error

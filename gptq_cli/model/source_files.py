@@ -174,6 +174,13 @@ def small_files(directory: Path) -> Iterator[str]:
                 yield f"{folder}/{path.name}"
 
 
+def defining_files(directory: Path, *, code: bool) -> tuple[str, ...]:
+    """Names of the files that a model without weights is built from; Python files with `code`."""
+    return tuple(
+        name for name in small_files(directory) if name in CONFIGS or (code and _like(name, (CODE,)))
+    )
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a file is there that a tokenizer may be made of, its code included."""
     return any(

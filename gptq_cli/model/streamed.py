@@ -4,7 +4,7 @@ With a mapped file every page that was touched stays in the process, so after lo
 in memory beside the model. Here each tensor's bytes are read into memory of their own. For the CPU that
 memory becomes the tensor. For another device it is a buffer that is used again (`devices.host_buffers`), from
 which the bytes are copied on. What is stored in few bits goes to the device as it is stored, and is decoded
-there. The kernel is told to read ahead meanwhile.
+there. Where the bytes come from, files or another rank, is a seam (`shards.py`).
 
     reader.get("lm_head.weight", device)                        read and place one tensor
     ahead = reader.read_ahead(names, buffers, proceed)          only read, in another thread for instance
@@ -13,13 +13,11 @@ there. The kernel is told to read ahead meanwhile.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, MutableMapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,8 +26,9 @@ from gptq_cli.devices.host_buffers import PIECE_BYTES, HostBuffers
 from gptq_cli.errors import CheckpointError
 from gptq_cli.model.decoding import decode, decodes_on
 from gptq_cli.model.facts import TensorInfo
-from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
-from gptq_cli.model.source_files import FileStamp, check_unchanged
+from gptq_cli.model.headers import StoredTensor
+from gptq_cli.model.shards import ShardFiles, Shards
+from gptq_cli.model.source_files import FileStamp
 
 _PAIRS = "float4_e2m1fn_x2"
 _CPU = torch.device("cpu")
@@ -71,19 +70,22 @@ Ahead = MutableMapping[str, StoredBytes]
 
 
 class StreamedReader:
-    """Open shards of one directory; each is opened when its first tensor is wanted, and closed at the end.
+    """Tensors of one directory, or of what stands in its place: `shards`.
 
     With `stamps`, a shard that has changed is refused (`SourceChanged`) before every read and once more at
     the end of the `with`, so that all tensors are of one model. One thread at a time may read.
     """
 
     def __init__(
-        self, directory: Path, tensors: Iterable[TensorInfo], stamps: Iterable[FileStamp] = ()
+        self,
+        directory: Path,
+        tensors: Iterable[TensorInfo],
+        stamps: Iterable[FileStamp] = (),
+        shards: Shards | None = None,
     ) -> None:
         self._where = directory
-        self._stamps = {stamp.name: stamp for stamp in stamps}
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        self._files: dict[str, tuple[FileIO, dict[str, StoredTensor]]] = {}
+        self._shards = shards if shards is not None else ShardFiles(directory, stamps)
 
     def __enter__(self) -> Self:
         return self
@@ -91,12 +93,9 @@ class StreamedReader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file, _ in self._files.values():
-            file.close()
-        read = tuple(self._files)
-        self._files.clear()
+        self._shards.close()
         if kind is None:
-            self._check(*read)
+            self._shards.check()
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
@@ -137,9 +136,9 @@ class StreamedReader:
         found: Ahead = {}
         for name in names:
             for part in self._parts(name):
-                stored = self._stored(part)
+                stored = self._shards.stored(part)
                 pieces = _memory(stored.size_bytes) if buffers is None else buffers.take(stored.size_bytes)
-                self._fill(part, stored, pieces, proceed)
+                self._shards.read(part, stored, pieces, proceed)
                 found[part.name] = StoredBytes(stored, pieces)
         return found
 
@@ -154,76 +153,20 @@ class StreamedReader:
 
     def _read(self, tensor: TensorInfo, device: torch.device, buffers: HostBuffers | None) -> Tensor:
         """The tensor as it is stored."""
-        stored = self._stored(tensor)
+        stored = self._shards.stored(tensor)
         if buffers is None or device.type == "cpu":
             pieces = _memory(stored.size_bytes)
-            self._fill(tensor, stored, pieces)
+            self._shards.read(tensor, stored, pieces)
             return StoredBytes(stored, pieces).on(device)
         whole = torch.empty(stored.size_bytes, dtype=torch.uint8, device=device)
         done = 0
         for part in torch.split(whole, PIECE_BYTES):
             buffers.rewind()
             pieces = buffers.take(len(part))
-            self._fill(tensor, stored, pieces, done=done)
+            self._shards.read(tensor, stored, pieces, done=done)
             part.copy_(pieces[0])  # waits: the piece is used again
             done += len(part)
         return as_stored(stored, whole)
-
-    def _stored(self, tensor: TensorInfo) -> StoredTensor:
-        """What the header of its shard says of a tensor."""
-        self._check(tensor.shard)
-        try:
-            return self._open_shard(tensor.shard)[1][tensor.name]
-        except (OSError, HeaderError, KeyError) as error:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.shard} cannot be read: {error}"
-            ) from error
-
-    def _fill(
-        self,
-        tensor: TensorInfo,
-        stored: StoredTensor,
-        pieces: Iterable[Tensor],
-        proceed: Callable[[], None] = lambda: None,
-        *,
-        done: int = 0,
-    ) -> None:
-        """Read the bytes of a tensor from byte `done` on into `pieces`."""
-        file, _ = self._open_shard(tensor.shard)
-        try:
-            file.seek(stored.begin + done)
-            for piece in pieces:
-                for part in torch.split(piece, PIECE_BYTES):
-                    proceed()
-                    found = file.readinto(cast(memoryview, part.numpy()))
-                    done += found or 0
-                    if found != len(part):
-                        raise self._truncated(tensor, stored, done)
-        except OSError as error:
-            raise CheckpointError(
-                f"tensor {tensor.name} in {tensor.shard} cannot be read: {error}"
-            ) from error
-
-    def _truncated(self, tensor: TensorInfo, stored: StoredTensor, found: int) -> CheckpointError:
-        self._check(tensor.shard)
-        return CheckpointError(
-            f"tensor {tensor.name} in {tensor.shard} has {stored.size_bytes} bytes, of which the file holds "
-            f"{found}",
-            hint="the file is truncated: fetch it again",
-        )
-
-    def _check(self, *shards: str) -> None:
-        check_unchanged(self._where, [self._stamps[shard] for shard in shards if shard in self._stamps])
-
-    def _open_shard(self, shard: str) -> tuple[FileIO, dict[str, StoredTensor]]:
-        if shard not in self._files:
-            path = self._where / shard
-            stored = {tensor.name: tensor for tensor in read_header(path)}
-            file = FileIO(path)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-            self._files[shard] = (file, stored)
-        return self._files[shard]
 
 
 def _memory(size_bytes: int) -> list[Tensor]:

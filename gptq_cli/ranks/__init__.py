@@ -5,6 +5,7 @@ add up, and how they notice that one of them is gone.
     leaves     how samples, rows and experts are shared out: plain numbers
     tree       sums in an order that does not depend on the number of ranks
     team       what the engine asks of the ranks; `Alone`, of which every operation is the identity
+    channel    bytes of rank 0 for ranks that do not see its files
     group      the same over torch.distributed
     watch      heartbeats: a rank that is gone, or stuck, ends all of them
     joining    from a launch to a team

@@ -1,8 +1,8 @@
 """The ranks of a run over torch.distributed: the collective operations that `Team` promises.
 
-No call blocks: each is started, and this thread looks at it until it is done, so that Ctrl-C is heard and a
-rank that is gone ends the waiting (`watch.py`). Tensors travel from the device of the backend: that of the
-work, or the CPU where the backend (gloo) knows nothing else.
+No call blocks: each is started, and this thread looks at it until it is done (`channel.until_done`), so that
+Ctrl-C is heard and a rank that is gone ends the waiting (`watch.py`). Tensors travel from the device of the
+backend: that of the work, or the CPU where the backend (gloo) knows nothing else.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import io
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from gptq_cli.errors import RankLost
+from gptq_cli.ranks.channel import Channel, Traffic, until_done
 from gptq_cli.ranks.leaves import leaf_count
-from gptq_cli.ranks.team import Nodes, Traffic
+from gptq_cli.ranks.team import Nodes
 from gptq_cli.ranks.tree import Node, total
 from gptq_cli.ranks.watch import Watch
-from gptq_cli.wording import first_line
 
 T = TypeVar("T")
-_FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3
+PATIENCE = timedelta(days=365)
+"""Until torch itself ends an operation: how long one may take is for the watch to say."""
 _ALIGNED = 8
 """Bytes: so that a part of what was received can be seen as numbers of any dtype."""
 
@@ -112,6 +114,14 @@ class Ranks:
         rows = self._gather(padded)
         return torch.cat([row[:one] for row, one in zip(rows, lengths, strict=True)]).to(device)
 
+    def channel(self, receivers: Sequence[int]) -> Channel | None:
+        """See `Team.channel`."""
+        group = dist.new_group([0, *receivers], backend="gloo")
+        if self.rank and self.rank not in receivers:
+            return None
+        patient(group)
+        return Channel(group, self._watch, self.traffic)
+
     def _gather(self, own: Tensor) -> Tensor:  # (ranks, …), on the device of the backend
         own = own.to(self._device)
         received = own.new_empty(self.size, *own.shape)
@@ -131,21 +141,18 @@ class Ranks:
 
     def _wait(self, work: Any) -> None:
         """Until `work` is done. Raises the error of a rank that is gone."""
-        begun, pause = time.perf_counter(), _FIRST_PAUSE
+        begun = time.perf_counter()
         try:
             with self._watch.waiting():
-                while not work.is_completed():
-                    self._watch.check()
-                    time.sleep(pause)
-                    pause = min(1.5 * pause, _LONGEST_PAUSE)
-                work.wait()
-        except RuntimeError as error:
-            raise self._watch.blamed() or RankLost(
-                f"the connection between the ranks broke: {first_line(error)}",
-                hint="the network, or a limit of the machine on connections, may be why",
-            ) from error
+                until_done(work, self._watch)
         finally:
             self.traffic.waited_seconds += time.perf_counter() - begun
+
+
+def patient(group: Any = None) -> None:
+    """Have torch wait for the operations of a process group, by default that of all ranks, as long as it
+    takes; how long it waited for their connection is over."""
+    _set_pg_timeout(PATIENCE, group)
 
 
 class _OnHost(pickle.Pickler):

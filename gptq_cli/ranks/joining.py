@@ -27,7 +27,7 @@ from gptq_cli.devices.accelerators import present_accelerators, present_devices,
 from gptq_cli.errors import ConfigError, GptqError, Interrupted, RankLost
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget
-from gptq_cli.ranks.group import Ranks
+from gptq_cli.ranks.group import Ranks, patient
 from gptq_cli.ranks.launch import Launch
 from gptq_cli.ranks.leaves import leaf_count
 from gptq_cli.ranks.team import Alone, Team
@@ -60,8 +60,6 @@ class Member:
     """Total and free, of its device."""
     host_bytes: tuple[int, int]
     """The same of its machine's main memory, shared out among the ranks there."""
-    model_problem: str = ""
-    """Why MODEL cannot be opened on its machine; "" where it can."""
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
@@ -103,18 +101,16 @@ def joined(
     asked: Sequence[str],
     *,
     on_cpu: bool = False,
-    model_problem: str = "",
     limits: Limits = LIMITS,
 ) -> Iterator[Joined]:
     """Meet the other ranks; leave them at the end, and say why where something was raised.
 
     `asked`: the words of the command line, which are the same for all. `on_cpu`: accelerators are not used.
-    `model_problem`: see `Member`.
     Raises `ConfigError` on rank 0 for ranks that cannot work together, `RankLost` for those that do not come.
     """
     device = own_device(launch, on_cpu=on_cpu)
     accelerators = 0 if on_cpu else len(present_accelerators())
-    own = _member(launch, asked, device, accelerators=accelerators, model_problem=model_problem)
+    own = _member(launch, asked, device, accelerators=accelerators)
     if launch.size == 1:
         yield Joined(launch, Alone(leaves=leaf_count(1)), (own,), None)
         return
@@ -144,9 +140,7 @@ def joined(
             watch.outlive()
 
 
-def _member(
-    launch: Launch, asked: Sequence[str], device: Device, *, accelerators: int, model_problem: str
-) -> Member:
+def _member(launch: Launch, asked: Sequence[str], device: Device, *, accelerators: int) -> Member:
     budgets = {budget.device: (budget.total_bytes, budget.free_bytes) for budget in present_devices()}
     main = budgets[CPU]
     share = (main[0] // launch.local_size, main[1] // launch.local_size)
@@ -166,7 +160,6 @@ def _member(
         device=str(device),
         device_bytes=share if device == CPU else budgets[device],
         host_bytes=share,
-        model_problem=model_problem,
     )
 
 
@@ -254,7 +247,6 @@ def wrong_launch(members: Sequence[Member], clock_gaps: dict[int, float]) -> Con
         _too_few_accelerators,
         lambda member: _other_device(first, member),
         lambda member: _other_clock(member, clock_gaps.get(member.rank, 0.0)),
-        lambda member: _without_model(first, member),
     )
     return next((found for check in checks for member in members if (found := check(member))), None)
 
@@ -316,16 +308,6 @@ def _other_clock(member: Member, gap: float) -> ConfigError | None:
     )
 
 
-def _without_model(first: Member, member: Member) -> ConfigError | None:
-    if not member.model_problem or first.model_problem:  # what rank 0 cannot open either, it says itself
-        return None
-    return ConfigError(
-        f"{member} cannot open MODEL, which rank 0 can: {member.model_problem}",
-        hint="every rank reads the weights by itself: put MODEL on a file system that all machines see, or "
-        "copy it to the same path on each",
-    )
-
-
 def _opened(store: Any, launch: Launch, device: Device, watch: Watch) -> Ranks:
     """The process group of all ranks."""
     backend = _BACKENDS.get(device.kind, "gloo")
@@ -333,8 +315,13 @@ def _opened(store: Any, launch: Launch, device: Device, watch: Watch) -> Ranks:
         backend = "gloo"
     try:
         dist.init_process_group(
-            backend, store=PrefixStore("group", _clone(store)), rank=launch.rank, world_size=launch.size
+            backend,
+            store=PrefixStore("group", _clone(store)),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=timedelta(seconds=watch.limits.join_seconds),
         )
+        patient()
     except RuntimeError as error:
         raise watch.blamed() or GptqError(
             f"the ranks cannot be connected ({backend}): {first_line(error)}",

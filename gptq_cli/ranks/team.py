@@ -12,20 +12,13 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from gptq_cli.ranks.channel import Channel, Traffic
 from gptq_cli.ranks.leaves import Share, micro_batches, share_of
 from gptq_cli.ranks.tree import Node, total
 
 T = TypeVar("T")
 Nodes = list[tuple[Node, Tensor | None]]
 """The sums of a rank's nodes, in order."""
-
-
-@dataclass(slots=True)
-class Traffic:
-    """What a rank has sent, and how long it has waited."""
-
-    sent_bytes: int = 0
-    waited_seconds: float = 0.0
 
 
 class Team(Protocol):
@@ -74,6 +67,10 @@ class Team(Protocol):
         """As `exchanged`, on the rank that leads alone and on the CPU; on the others nothing."""
         ...
 
+    def channel(self, receivers: Sequence[int]) -> Channel | None:
+        """A way for bytes from rank 0 to these; None on a rank that is neither."""
+        ...
+
     def at(self, where: str) -> None:
         """Work goes on at `where`, as the other ranks are told if this one is lost."""
         ...
@@ -111,6 +108,9 @@ class Alone:
     def collected(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Team.collected`."""
         return [own]
+
+    def channel(self, receivers: Sequence[int]) -> None:
+        """See `Team.channel`."""
 
     def at(self, where: str) -> None:
         """See `Team.at`."""

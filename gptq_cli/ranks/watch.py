@@ -121,7 +121,7 @@ class Watch:
     """The heartbeat of this rank, and its eye on the others. A context manager."""
 
     def __init__(self, store: Store, own: Word, size: int, limits: Limits = LIMITS) -> None:
-        self._store, self._own, self._size, self._limits = store, own, size, limits
+        self._store, self._own, self._size, self.limits = store, own, size, limits
         self._others = range(1, size) if own.rank == 0 else range(1)
         self._heard: dict[int, _Heard] = {}
         self._over = threading.Event()
@@ -137,7 +137,7 @@ class Watch:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
-        self._thread.join(timeout=2 * self._limits.beat_seconds)
+        self._thread.join(timeout=2 * self.limits.beat_seconds)
 
     def at(self, where: str) -> None:
         """The work of this rank goes on at `where`."""
@@ -176,18 +176,18 @@ class Watch:
     def outlive(self) -> None:
         """Stay until all others have said how they ended: this process may hold the store in which they do.
         Takes up to `Limits.settle_seconds`."""
-        deadline = time.monotonic() + self._limits.settle_seconds
+        deadline = time.monotonic() + self.limits.settle_seconds
         while time.monotonic() < deadline:
             with contextlib.suppress(RuntimeError):
                 words = [self._word_of(rank) for rank in range(self._size) if rank != self._own.rank]
                 if all(word is None or word.state != "works" for word in words):
                     return
-            time.sleep(self._limits.beat_seconds / 10)
+            time.sleep(self.limits.beat_seconds / 10)
 
     def blamed(self) -> GptqError | None:
         """Something has broken: the error that names the rank whose fault it is; None where all others live,
         or ended on purpose. Takes up to `Limits.settle_seconds`."""
-        deadline = time.monotonic() + self._limits.settle_seconds
+        deadline = time.monotonic() + self.limits.settle_seconds
         before = {rank: heard.word.beat for rank, heard in self._heard.items()}
         while self._lost is None and time.monotonic() < deadline:
             with contextlib.suppress(RuntimeError):
@@ -199,7 +199,7 @@ class Watch:
             ]
             if self._lost is not None or not unsure:
                 break
-            time.sleep(self._limits.beat_seconds / 10)
+            time.sleep(self.limits.beat_seconds / 10)
         else:
             silent = [h.word for h in self._heard.values() if h.word.beat == before.get(h.word.rank)]
             if self._lost is None and silent:
@@ -211,7 +211,7 @@ class Watch:
             self._own = replace(self._own, **changes)
 
     def _run(self) -> None:
-        while not self._over.wait(self._limits.beat_seconds):
+        while not self._over.wait(self.limits.beat_seconds):
             try:
                 self._say()
                 self._look()
@@ -249,7 +249,7 @@ class Watch:
 
     def _judged(self, word: Word) -> GptqError | None:
         """The error of a rank that is gone; None where it is well."""
-        now, limits = time.monotonic(), self._limits
+        now, limits = time.monotonic(), self.limits
         heard = self._heard.get(word.rank)
         if heard is None:
             heard = self._heard[word.rank] = _Heard(word, now, now)

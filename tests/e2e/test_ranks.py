@@ -24,10 +24,12 @@ from safetensors.torch import load_file
 from gptq_cli.cli.app import main
 from tests.e2e.commands import write_text
 from tests.e2e.test_resume import stop_after
+from tests.encoders import STYLES, store_in_few_bits
 from tests.tiny import save_tiny
 
 KINDS = ("llama", "gpt2", "gemma2", "falcon", "mixtral", "qwen3_moe")
 FEW = ("llama", "mixtral")
+UNSEEN = ("llama", "mixtral", "few-bits")
 TEXT = ("--samples", "24", "--seq-len", "48", "--group-size", "32", "--batch-size", "4")
 PATIENCE_SECONDS = 240
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -145,6 +147,11 @@ def command(folder: Path, kind: str, out: str, *more: str) -> list[str]:
     return ["quantize", str(folder / kind), "--out", str(folder / out), *text, *more]
 
 
+def seen_from_here(folder: Path, kind: str, out: str) -> list[str]:
+    """The same with a path of the model that depends on where a rank runs."""
+    return ["quantize", f"./{kind}", *command(folder, kind, out, "--progress", "plain")[2:]]
+
+
 def tensors(out: Path) -> dict[str, torch.Tensor]:
     return {
         name: value for file in sorted(out.glob("*.safetensors")) for name, value in load_file(file).items()
@@ -167,6 +174,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(made / "text.txt")
     for kind in KINDS:
         save_tiny(kind, made / kind)
+    plain = save_tiny("qwen3_moe", made / "plain", dtype=torch.bfloat16)
+    coded, _ = store_in_few_bits(plain, made, STYLES["fp8-blocks"])
+    coded.rename(made / "few-bits")
     return made
 
 
@@ -175,25 +185,23 @@ def by_one(folder: Path) -> None:
     """Every kind by one process that torchrun started, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         by_itself(patch)
-        for kind in KINDS:
+        for kind in (*KINDS, "few-bits"):
             assert main(command(folder, kind, f"one-{kind}", "--quiet")) == 0
         assert main(command(folder, "llama", "one-head", "--quantize-head", "--quiet")) == 0
 
 
 @pytest.fixture(scope="module")
 def by_two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Launches that are refused, every kind by two ranks, one with its head, one that one began, and
-    at last one that is refused by what is there."""
+    """Launches that are refused, every kind by two ranks, one with its head, one that one began, one whose
+    files only the first sees, and at last one that is refused by what is there."""
+    blind = {0: folder, 1: tmp_path_factory.mktemp("empty")}
     with pytest.MonkeyPatch.context() as patch:
         by_itself(patch)
         stop_after(patch, 1)
         assert main(command(folder, "llama", "two-begun", "--quiet")) == 1
     lines = [
         Line(command(folder, "llama", "wrong"), own={1: ["--seed", "3"]}),
-        Line(
-            ["quantize", "./llama", *command(folder, "llama", "unseen")[2:]],
-            folders={0: folder, 1: folder / "gpt2"},
-        ),
+        *(Line(seen_from_here(folder, kind, f"unseen-{kind}"), folders=blind) for kind in UNSEEN),
         *(Line(command(folder, kind, f"two-{kind}", "--progress", "plain")) for kind in KINDS),
         Line(command(folder, "llama", "two-head", "--quantize-head", "--progress", "plain")),
         Line(command(folder, "llama", "two-begun", "--progress", "plain")),
@@ -204,8 +212,15 @@ def by_two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
 
 @pytest.fixture(scope="module")
 def by_three(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
-    """Some kinds by three ranks."""
-    lines = [Line(command(folder, kind, f"three-{kind}")) for kind in FEW]
+    """Some kinds by three ranks, of which the last does not see the files, and at last one that has another
+    model there."""
+    empty, other = (tmp_path_factory.mktemp(name) for name in ("empty", "other"))
+    save_tiny("llama", other / "llama", seed=7)
+    seen = {0: folder, 1: folder, 2: empty}
+    lines = [
+        *(Line(seen_from_here(folder, kind, f"three-{kind}"), folders=seen) for kind in FEW),
+        Line(seen_from_here(folder, "llama", "other"), folders=seen | {2: other}),
+    ]
     return Started(lines, 3, tmp_path_factory.mktemp("three")).ended()
 
 
@@ -228,7 +243,7 @@ def test_two_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None, 
 
 @pytest.mark.parametrize("kind", FEW)
 def test_three_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None, by_three: Ended) -> None:
-    assert by_three.codes == [0, 0, 0]
+    assert flat(by_three.out[0]).count(" is ready after ") == len(FEW)
     assert different(folder, f"one-{kind}", f"three-{kind}") == []
 
 
@@ -258,7 +273,7 @@ def test_a_run_without_a_launcher_loses_as_much(kind: str, folder: Path, by_one:
 
 
 def test_only_the_first_rank_talks(by_two: Ended) -> None:
-    assert flat(by_two.out[0]).count(" is ready after ") == len(KINDS) + 2
+    assert flat(by_two.out[0]).count(" is ready after ") == len(KINDS) + len(UNSEEN) + 2
     assert by_two.err[0].count("refused by preflight: 1 error") == 1
     assert (by_two.out[1], by_two.err[1]) == ("", "")
     assert by_two.codes[1] != 0, "a launcher sees that the last one failed"
@@ -270,15 +285,23 @@ def test_different_command_lines_are_an_error_of_the_first_rank_alone(folder: Pa
     assert not (folder / "wrong").exists()
 
 
-def test_a_model_that_only_the_first_rank_sees_is_an_error_before_the_work(
-    folder: Path, by_two: Ended
+@pytest.mark.parametrize("kind", UNSEEN)
+def test_a_rank_that_does_not_see_the_files_is_sent_them(
+    kind: str, folder: Path, by_one: None, by_two: Ended
 ) -> None:
+    assert different(folder, f"one-{kind}", f"unseen-{kind}") == []
     assert (
-        f"rank 1 on {socket.gethostname()} cannot open MODEL, which rank 0 can: no such directory"
-        in by_two.err[0]
+        f"rank 1 on {socket.gethostname()} does not see ./{kind} (no such directory): rank 0 sends it the "
+        "weights" in by_two.err[0]
     )
-    assert "put MODEL on a file system that all machines see" in by_two.err[0]
-    assert not (folder / "unseen").exists()
+
+
+def test_another_model_on_another_rank_is_an_error_that_names_it(folder: Path, by_three: Ended) -> None:
+    said = flat(by_three.err[0])
+    assert by_three.codes == [2, 2, 2]
+    assert "error: rank 2 (process " in said
+    assert "./llama is another model here than on rank 0: file model.safetensors (" in said
+    assert not (folder / "other").exists()
 
 
 def goes_on_by_itself(folder: Path, out: str) -> None:

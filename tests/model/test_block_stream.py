@@ -24,6 +24,7 @@ from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, tied_groups
 from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
+from gptq_cli.model.shards import ShardFiles
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import load_resident
@@ -137,14 +138,14 @@ def test_the_next_block_is_read_while_one_is_worked_on(
 
 def stalled(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Reading ahead stops before its first byte, until the event is set."""
-    event, real = threading.Event(), StreamedReader._fill
+    event, real = threading.Event(), ShardFiles.read
 
-    def waiting(self: StreamedReader, *words: Any, **more: Any) -> None:
+    def waiting(self: ShardFiles, *words: Any, **more: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             event.wait(10)
         real(self, *words, **more)
 
-    monkeypatch.setattr(StreamedReader, "_fill", waiting)
+    monkeypatch.setattr(ShardFiles, "read", waiting)
     return event
 
 

@@ -44,11 +44,6 @@ def test_ranks_that_can_work_together() -> None:
         ),
         (replace(SECOND, accelerators=1), 0.0, "a has 1 accelerator for 2 processes"),
         (replace(SECOND, device="cpu", accelerators=0), 0.0, "rank 1 on a would work on cpu, rank 0 on cuda"),
-        (
-            replace(SECOND, model_problem="M is not there"),
-            0.0,
-            "rank 1 on a cannot open MODEL, which rank 0 can: M is not there",
-        ),
         (SECOND, -400.0, "the clock of rank 1 on a is 7 min behind that of rank 0"),
     ],
 )
@@ -57,11 +52,6 @@ def test_ranks_that_cannot(second: Member, gap: float, said: str) -> None:
     assert error is not None
     assert said in error.message
     assert error.hint
-
-
-def test_a_model_that_no_rank_can_open_is_left_to_the_first() -> None:
-    members = [replace(member, model_problem="M is not there") for member in (FIRST, SECOND)]
-    assert wrong_launch(members, {}) is None
 
 
 def test_every_rank_can_count_on_what_the_smallest_has() -> None:
