@@ -4,6 +4,10 @@ A device's own engine copies from main memory only where that is *pinned*, so th
 swap it. From other memory the driver first copies into pinned memory of its own, which halves the rate or
 worse. Pinning takes as long as copying, so buffers are made once and used again.
 
+The engine works through its copies in order with everything else that is started on the device, while the
+host goes on: what is computed with a copy is started after it and finds it there. Only who writes into a
+buffer again has to wait until it was copied from, and that is the thread that reads ahead.
+
 torch rounds pinned memory up to a power of two, so buffers come in pieces of `PIECE_BYTES`: what is larger
 lies in several pieces, and what is smaller shares one.
 """
@@ -29,13 +33,27 @@ def pins_memory() -> bool:
 class HostBuffers:
     """Pieces of main memory that are used again and again, pinned where that is possible.
 
-    What was taken before `rewind` is overwritten after it.
+    What was taken before `rewind` is overwritten after it, once the copies from it are made.
     """
 
     def __init__(self) -> None:
         self._pieces: list[Tensor] = []
         self._piece, self._used = 0, 0
         self._pinned = pins_memory()
+        self._copied: torch.Event | None = None
+
+    def copying(self, device: torch.device) -> None:
+        """Copies to `device` were started that may still be on their way. Call it where `device` is the
+        current one."""
+        if self._pinned:
+            self._copied = torch.Event(device)
+            self._copied.record(torch.accelerator.current_stream(device))
+
+    def _wait(self) -> None:
+        """Until the copies are made that were started before `copying`."""
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            copied.synchronize()
 
     def rewind(self) -> None:
         """Begin again at the first piece."""
@@ -48,7 +66,8 @@ class HostBuffers:
             self._pieces.append(self._made())
 
     def take(self, size_bytes: int) -> list[Tensor]:  # uint8, of `size_bytes` in all
-        """The next `size_bytes`, in as many pieces as it takes, at least one."""
+        """The next `size_bytes`, in as many pieces as it takes, at least one. Waits for copies from them."""
+        self._wait()
         taken: list[Tensor] = [] if size_bytes else [torch.empty(0, dtype=torch.uint8)]
         while size_bytes:
             piece = self._next()
@@ -71,6 +90,7 @@ class HostBuffers:
 
     def free(self) -> None:
         """Give the memory back to the system."""
+        self._wait()
         self._pieces.clear()
         self.rewind()
         empty = getattr(torch.accelerator, "empty_host_cache", None)  # torch 2.12 has it

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,9 +35,16 @@ class BlockCall:
     """The position or the keyword under which the hidden states are passed."""
     writes: bool = False
     """The block writes into its arguments in place."""
+    hidden_only: bool = False
+    """Nothing but the hidden states of what it returns is handed on, so nothing else is held: some blocks
+    return the scores of their attention beside them."""
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
         """Run `block` on `hidden`, most often (batch, seq_len, hidden_size), and return what it returns."""
+        output = self._run(block, hidden)
+        return hidden_of(output) if self.hidden_only else output
+
+    def _run(self, block: nn.Module, hidden: Tensor) -> Any:
         args, kwargs = self.args, self.kwargs
         if isinstance(self.carrier, int):
             args = (*args[: self.carrier], hidden, *args[self.carrier :])
@@ -49,16 +56,17 @@ class BlockCall:
     def rehearse(self, block: nn.Module, hidden: Tensor) -> Any:
         """Run `block` on copies, so that it can be run again on what was there before."""
         copies: dict[int, Any] = {}
-        call = BlockCall(
-            _copied(self.args, copies, self.writes), _copied(self.kwargs, copies, self.writes), self.carrier
+        call = replace(
+            self,
+            args=_copied(self.args, copies, self.writes),
+            kwargs=_copied(self.kwargs, copies, self.writes),
         )
         return call(block, hidden.clone() if self.writes else hidden)
 
     def to(self, device: torch.device) -> BlockCall:
         """The same call with every tensor on `device`; what the block can write into stays the same object,
         see `moved`."""
-        kwargs = moved(dict(self.kwargs), device)
-        return BlockCall(moved(self.args, device), kwargs, self.carrier, self.writes)
+        return replace(self, args=moved(self.args, device), kwargs=moved(dict(self.kwargs), device))
 
 
 def taken(

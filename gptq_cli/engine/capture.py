@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.host_buffers import to_device
-from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, hidden_of, taken
+from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, taken
 from gptq_cli.errors import GptqError
 from gptq_cli.model.flow import Flow
 from gptq_cli.ranks.leaves import Share
@@ -136,8 +136,7 @@ class Captured:
 
     def leave(self, block: nn.Module, inputs: BlockInputs, outputs: list[Any], dense: list[Any]) -> None:
         """See `HiddenStates.leave`."""
-        self.hidden[:] = [hidden_of(outputs.pop(0)) for _ in range(len(outputs))]
-        self.dense[:] = [hidden_of(dense.pop(0)) for _ in range(len(dense))]
+        self.hidden[:], self.dense[:] = outputs, dense
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -292,7 +291,9 @@ class _Recorder:
                 self.hidden.append(hidden)
             written = name in self._flow.written
             self.calls[index].append(
-                BlockCall(self._intern(args), self._intern(kwargs), shape.carrier, writes=written)
+                BlockCall(
+                    self._intern(args), self._intern(kwargs), shape.carrier, writes=written, hidden_only=True
+                )
             )
             if index == len(self.calls) - 1:
                 raise StopForward

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import torch
 
-from gptq_cli.devices.accelerators import synchronize, torch_device
+from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.devices.host_buffers import HostBuffers
 from gptq_cli.devices.offload import OffloadChain, dispatch_modules, replace_dispatch_hooks
 from gptq_cli.devices.out_of_memory import clear_frames, is_out_of_memory
@@ -178,10 +178,12 @@ class BlockStream:
 
     def _fill(self, block: str) -> set[str]:
         ahead = self._taken(block)
-        get = partial(self._reader.get, ahead=ahead, buffers=self._buffers)
+        free = None if ahead else self._buffers  # what was read ahead lies in them until it is copied
+        get = partial(self._reader.get, ahead=ahead, buffers=free)
         with self._explained():
             filled = self._filler.fill(self._streamed[block], get, self._device_of)
-        synchronize(torch_device(self._placement.device_of(block)))  # the buffers are used again
+        if self._buffers is not None:
+            self._buffers.copying(torch_device(self._placement.device_of(block)))
         return filled
 
     def _taken(self, block: str) -> Ahead:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -47,6 +48,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             interleaved=is_interleaved(model.get_submodule(info.name)),
         )
 
+    score_heads = _score_heads(config)
     return ModelFacts(
         model=skeleton.ref.model,
         architecture=type(model).__name__,
@@ -72,6 +74,8 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         shared=tuple(sorted(skeleton.shared)),
         dense_linears=_dense_linears(skeleton),
         heads=head_counts(skeleton.config),
+        score_heads=score_heads,
+        scores_kept=_scores_kept(model) if score_heads else 0,
         already_quantized=skeleton.already_quantized,
         decoded=skeleton.files.decoded,
         tensor_files_bytes=skeleton.files.size_bytes,
@@ -80,6 +84,19 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             for part in skeleton.beside
         ),
     )
+
+
+def _score_heads(config: Any) -> int:
+    """`config`: of the text decoder. Transformers computes attention in single steps where the architecture
+    asks for something that torch's own operator cannot do: a cap on the scores, a bias on each."""
+    eager = getattr(config, "_attn_implementation", None) == "eager"
+    return int(getattr(config, "num_attention_heads", 0) or 0) if eager else 0
+
+
+def _scores_kept(model: nn.Module) -> int:
+    """Measured: 1.3 where attention is a function of Transformers, of which a block keeps what it returns
+    (Gemma 2); 3.3 where the block computes it itself and keeps every step (BLOOM)."""
+    return 2 if getattr(model, "_supports_attention_backend", False) else 4
 
 
 def _part_of(model: nn.Module, linear: str) -> str:

@@ -215,6 +215,11 @@ class ModelFacts:
     listed: bool = False
     """The checkpoint lists the quantized ones in `modules_in_block_to_quantize`."""
     heads: HeadCounts = NO_HEADS
+    score_heads: int = 0
+    """Heads whose attention scores are a tensor, token by token, before they are applied; 0 where an operator
+    does both at once."""
+    scores_kept: int = 0
+    """Tensors of scores that a forward holds which waits between two stages, each of `score_heads` heads."""
     already_quantized: str | None = None
     """The `quant_method` that the config names, where its weights cannot be decoded."""
     decoded: DecodedSource | None = None

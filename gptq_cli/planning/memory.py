@@ -7,12 +7,16 @@ h = hidden size; a stage has K input columns and R = ΣN rows:
                  where the model's own forwards are kept open between the blocks (`engine.driven`)
                  T · OPEN_HIDDEN · h · b;
                  with parked forwards also what their frames hold between two stages: the normed input and
-                 the widest K, or the outputs of the first stage and the K of the second: T · (h + …) · b;
+                 the widest K, or the outputs of the first stage, the K of the second and the scores of
+                 attention, where they are tensors (seq_len for each head): T · (h + …) · b;
                  on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
                  C heap, and what is freed between them stays resident; in main memory where they rest there
     and the largest of these moments, over all stages of the block:
         collect  Hessian   4 · K²
-                 working   t · (IN_FLIGHT_HIDDEN · h + IN_FLIGHT_ROWS · max R) · b: a micro-batch on its way,
+                 working   t · (IN_FLIGHT_HIDDEN · h + IN_FLIGHT_ROWS · max R) · b: a micro-batch on its way;
+                           at least IN_FLIGHT_COLUMNS · K instead of IN_FLIGHT_ROWS · R where an MLP is not
+                           gated (R < 2 · K), for activation functions in several steps;
+                           t · seq_len · SCORE_BYTES for each head whose scores are a tensor;
                            and CHUNK_BYTES: activations widened to fp32
         solve    Hessian   8 · K²: H and the factor of the damped H
                  working   SOLVE_BYTES · R · K: weights, errors and their copy in original order, in fp32
@@ -41,6 +45,7 @@ says how); each run's report sets prediction beside measurement.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
@@ -56,6 +61,10 @@ GOAL_BYTES = 16
 GOAL_SQUARES = 4
 IN_FLIGHT_HIDDEN = 6
 IN_FLIGHT_ROWS = 2
+IN_FLIGHT_COLUMNS = 6
+SCORE_BYTES = 14
+"""For a score: scores, what they become with cap, bias or mask, and their softmax in fp32. Measured: 10.3
+(Gemma 2) and 13.7 (BLOOM)."""
 OPEN_HIDDEN = 2
 """Hidden states that a forward of the model holds which is kept open between the blocks: those that enter the
 block, and the embeddings."""
@@ -96,12 +105,11 @@ def work_set(
     samples = work.calibration.samples
     streams = 1 + work.quantize.paired_samples(samples) / samples
     held = hidden_bytes(facts, work) * (OPEN_HIDDEN if facts.between else 1)
-    held += _tokens(work) * b * _parked_numbers(facts, stages) if block.parked else 0
+    held += _tokens(work) * b * _parked_numbers(facts, stages, work) if block.parked else 0
     activations = 0 if block.activations_on_host else int(streams * held)
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
-    flight = (
-        t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + IN_FLIGHT_ROWS * max(stage.rows for stage in stages))
-    )
+    flight = t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + _widest_numbers(stages, facts.hidden_size))
+    flight += t * work.calibration.seq_len * SCORE_BYTES * facts.score_heads
     once = [stage for stage in stages if not stage.routed]
     all_kept = sum(_kept_bytes(stage, dense=dense) for stage in once)
     all_travel = [size for stage in once for size in _travelling_bytes(stage, dense=dense)]
@@ -127,6 +135,14 @@ def work_set(
             goal = GOAL_SQUARES * square + 2 * _cross_bytes(stage)
             moments.append(WorkSet(copy + GOAL_BYTES * weights, others + goal, 0, activations))
     return max(moments, key=lambda moment: moment.total_bytes)
+
+
+def _widest_numbers(stages: tuple[StageShape, ...], hidden_size: int) -> int:
+    """Numbers per token between two stages, where they are most."""
+    rows = IN_FLIGHT_ROWS * max(stage.rows for stage in stages)
+    behind_attention = pairwise(stages[1:])
+    plain = [after.in_features for before, after in behind_attention if before.rows < 2 * after.in_features]
+    return max(rows, IN_FLIGHT_COLUMNS * max((k for k in plain if k > hidden_size), default=0))
 
 
 def _kept_bytes(stage: StageShape, *, dense: bool) -> int:
@@ -180,11 +196,12 @@ def hidden_bytes(facts: ModelFacts, work: Work) -> int:
     return _tokens(work) * facts.hidden_size * facts.dtype_bytes
 
 
-def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...]) -> int:
+def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...], work: Work) -> int:
     """Numbers per token that the frames of parked forwards hold beside the residual, at the widest stage."""
+    scores = facts.scores_kept * facts.score_heads * work.calibration.seq_len
     widest = max(stage.in_features for stage in stages)
     attention = stages[1].in_features + stages[0].rows if len(stages) > 1 else 0
-    return facts.hidden_size + max(widest, attention)
+    return facts.hidden_size + max(widest, attention + scores)
 
 
 def work_sets(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str, WorkSet]:

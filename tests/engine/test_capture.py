@@ -97,6 +97,20 @@ def test_a_call_moves_every_tensor() -> None:
     assert moved.kwargs["flag"] is True
 
 
+def test_what_a_block_returns_beside_hidden_states_is_not_held() -> None:
+    """Scores of attention, which are large."""
+
+    class WithScores(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return hidden + 1, torch.ones(4, 4)
+
+    call, hidden = BlockCall((), {}, hidden_only=True), torch.ones(1, 3, 2)
+    for made in (call, call.to(torch.device("cpu"))):
+        assert torch.equal(made(WithScores(), hidden), hidden + 1)
+        assert torch.equal(made.rehearse(WithScores(), hidden), hidden + 1)
+    assert isinstance(BlockCall((), {})(WithScores(), hidden), tuple)
+
+
 @pytest.mark.parametrize(
     ("count", "wanted", "numbers"),
     [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.commands import write_text
 from tests.fakecuda.devices import Devices, installed
+from tests.fakecuda.runs import Quantized, Reference, quantize
 
 DEVICE_BYTES = 4 << 30
 
@@ -37,3 +38,19 @@ def devices() -> Iterator[Devices]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration text."""
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Callable[..., Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The checkpoint that the CPU alone makes of a tiny model, once for each set of options."""
+    root = tmp_path_factory.mktemp("reference")
+    made: dict[tuple[object, ...], Quantized] = {}
+
+    def run(name: str, *options: object) -> Quantized:
+        key = (name, *options)
+        if key not in made:
+            made[key] = quantize(tiny(name), root / str(len(made)), text, "--device-map", "cpu", *options)
+            assert made[key].devices == ["cpu"]
+        return made[key]
+
+    return run

@@ -71,6 +71,11 @@ class Devices:
         """The most that was pinned at once, since the process began or `forget_pinned`."""
         return int(self._library.fake_most_pinned())
 
+    @property
+    def copies(self) -> int:
+        """Copies from pinned memory that the devices have yet to make."""
+        return int(self._library.fake_copies())
+
     def forget_pinned(self) -> None:
         """Start a new `most_pinned`."""
         self._library.fake_forget_pinned()
@@ -128,7 +133,7 @@ class Devices:
             "_cuda_setDevice": lambda index: library.fake_exchange(index) and None,
             "_cuda_exchangeDevice": lambda index: library.fake_exchange(index),
             "_cuda_maybeExchangeDevice": lambda index: library.fake_exchange(index),
-            "_cuda_synchronize": lambda: None,
+            "_cuda_synchronize": lambda: library.fake_synchronize(),
             "_cuda_setMemoryFraction": lambda fraction, index: self.allow(
                 index, int(self._sizes[index] * fraction)
             ),
@@ -155,7 +160,7 @@ def install(sizes: Sequence[int]) -> Devices:
     for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(library_of_torch / name), mode=ctypes.RTLD_GLOBAL)
     library = ctypes.CDLL(str(build()))  # torch asks for its hooks once: they must be there when it does
-    for name in ("fake_flushes", "fake_ooms", "fake_pinned", "fake_most_pinned"):
+    for name in ("fake_flushes", "fake_ooms", "fake_pinned", "fake_most_pinned", "fake_copies"):
         getattr(library, name).restype = ctypes.c_int64
     library.fake_allow.argtypes = [ctypes.c_int, ctypes.c_size_t]
     library.fake_give_defaults.argtypes = [ctypes.c_bool]

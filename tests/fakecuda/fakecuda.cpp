@@ -29,6 +29,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <vector>
 
 namespace {
 
@@ -153,7 +154,37 @@ FakeAllocator& allocator() {
   return *one;
 }
 
+// ---- copies that a device makes by itself, from pinned memory, while the host goes on
+
+// As late as a card may make them: when an operator runs on it, or someone waits. Who writes into the pinned
+// memory before has spoiled what arrives.
+struct Copies {
+  struct Copy {
+    char* to;
+    const char* from;
+    size_t bytes;
+  };
+  std::mutex mutex;
+  std::vector<Copy> waiting;
+
+  void add(Copy copy) {
+    std::lock_guard<std::mutex> lock(mutex);
+    waiting.push_back(copy);
+  }
+  void make() {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (const auto& [to, from, bytes] : waiting) std::memcpy(to, from, bytes);
+    waiting.clear();
+  }
+};
+
+Copies& copies() {
+  static auto* one = new Copies;
+  return *one;
+}
+
 void FakeAllocator::free_block(void* context) {
+  copies().make();
   auto* block = static_cast<Block*>(context);
   auto& owner = allocator();
   std::lock_guard<std::mutex> lock(owner.mutex);
@@ -163,7 +194,7 @@ void FakeAllocator::free_block(void* context) {
   delete block;
 }
 
-// ---- main memory that devices copy from: pinned, which here only means that it is counted
+// ---- main memory that devices copy from: pinned, which here means that it is counted, and copied from late
 
 struct PinnedAllocator final : c10::Allocator {
   std::mutex mutex;
@@ -196,6 +227,7 @@ PinnedAllocator& pinned_allocator() {
 }
 
 void PinnedAllocator::give_back(void* data) {
+  copies().make();  // torch keeps memory that is copied from until it has been
   auto& owner = pinned_allocator();
   std::lock_guard<std::mutex> lock(owner.mutex);
   auto found = owner.held.find(static_cast<const char*>(data));
@@ -204,7 +236,7 @@ void PinnedAllocator::give_back(void* data) {
   std::free(data);
 }
 
-// ---- devices: one stream each, on which everything is done at once
+// ---- devices: one stream each, on which everything but copies from pinned memory is done at once
 
 struct FakeGuard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return KIND; }
@@ -225,9 +257,9 @@ struct FakeGuard final : c10::impl::DeviceGuardImplInterface {
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
   bool queryStream(const c10::Stream&) const override { return true; }
-  void synchronizeStream(const c10::Stream&) const override {}
-  void synchronizeEvent(void*) const override {}
-  void synchronizeDevice(c10::DeviceIndex) const override {}
+  void synchronizeStream(const c10::Stream&) const override { copies().make(); }
+  void synchronizeEvent(void*) const override { copies().make(); }
+  void synchronizeDevice(c10::DeviceIndex) const override { copies().make(); }
   c10::DeviceIndex deviceCount() const noexcept override { return device_count; }
 };
 
@@ -282,7 +314,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // ATen looks it up under thi
   c10::Allocator* getCUDADeviceAllocator() const override { return &allocator(); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator(); }
   bool isPinnedPtr(const void* data) const override { return pinned_allocator().holds(data); }
-  void deviceSynchronize(c10::DeviceIndex) const override {}
+  void deviceSynchronize(c10::DeviceIndex) const override { copies().make(); }
   at::Generator getNewGenerator(c10::DeviceIndex i) const override {
     const c10::DeviceIndex index = i < 0 ? current : i;
     return gives_defaults ? default_generator(index) : at::make_generator<FakeGenerator>(index);
@@ -359,8 +391,21 @@ at::Tensor to_device(const at::Tensor& t, c10::Device device) {
   return made;
 }
 
-at::Tensor& copy_(at::Tensor& self, const at::Tensor& src, bool) {  // the one operator that crosses devices
+bool is_left_to_the_device(const at::Tensor& self, const at::Tensor& src) {
+  return is_fake(self) && src.device().is_cpu() && self.numel() > 0 && self.is_contiguous() && src.is_contiguous() &&
+         self.scalar_type() == src.scalar_type() && self.sizes() == src.sizes() &&
+         pinned_allocator().holds(src.const_data_ptr());
+}
+
+// the one operator that crosses devices
+at::Tensor& copy_(at::Tensor& self, const at::Tensor& src, bool non_blocking) {
   at::AutoDispatchBelowADInplaceOrView guard;
+  if (non_blocking && is_left_to_the_device(self, src)) {
+    copies().add({static_cast<char*>(self.mutable_data_ptr()), static_cast<const char*>(src.const_data_ptr()),
+                  self.nbytes()});
+    return self;
+  }
+  copies().make();
   Aliases aliases;
   aliases.of(self).copy_(aliases.of(src));
   return self;
@@ -376,6 +421,7 @@ const at::Tensor& resize_(const at::Tensor& self, c10::SymIntArrayRef size, std:
   if (wanted > storage->nbytes()) {
     On on(self.device().index());
     auto data = allocator().allocate(wanted);
+    copies().make();
     if (storage->nbytes()) std::memcpy(data.get(), storage->data(), storage->nbytes());
     storage->set_data_ptr_noswap(std::move(data));
     storage->set_nbytes(wanted);
@@ -448,6 +494,7 @@ bool asks_for_generator(const c10::Argument& argument) {
 
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   at::AutoDispatchBelowADInplaceOrView guard;
+  copies().make();
   const auto& schema = op.schema();
   const size_t count = schema.arguments().size(), first = stack->size() - count;
   const std::vector<c10::IValue> given(stack->begin() + first, stack->end());
@@ -555,6 +602,11 @@ void fake_drop_cache(int i) {
   allocator().drop_cache(i);
 }
 void fake_give_defaults(bool yes) { gives_defaults = yes; }
+void fake_synchronize() { copies().make(); }
+int64_t fake_copies() {
+  std::lock_guard<std::mutex> lock(copies().mutex);
+  return static_cast<int64_t>(copies().waiting.size());
+}
 int fake_count() { return device_count; }
 int fake_current() { return current; }
 int fake_exchange(int i) {

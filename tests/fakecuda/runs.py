@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ BLOCKS = {
     "gemma2": "model.layers",
     "qwen3_moe": "model.layers",
     "mixtral": "model.layers",
+    "qwen3_vl": "model.language_model.layers",
 }
 """Where the blocks of each tiny model are. `llama` has three, the others two."""
 OUTER = {
@@ -26,6 +28,7 @@ OUTER = {
     "gemma2": ("model.embed_tokens", "lm_head"),
     "qwen3_moe": ("model.embed_tokens", "lm_head"),
     "mixtral": ("lm_head",),
+    "qwen3_vl": ("model.visual", "model.language_model.embed_tokens"),
 }
 """What may go to cpu from outside the blocks: tied tensors together."""
 
@@ -58,6 +61,15 @@ class Quantized:
         for shard in sorted(self.out.glob("*.safetensors")):
             found |= load_file(shard)
         return found
+
+
+Reference = Callable[..., Quantized]
+"""`reference(model, *options)`: see conftest.py."""
+
+
+def group_size_for(name: str) -> int:
+    """A group size that divides every linear of a tiny model."""
+    return 16 if name == "qwen3_vl" else 32
 
 
 def words_for(model: Path, out: Path, text: Path, *more: object) -> tuple[object, ...]:

@@ -17,6 +17,7 @@ from gptq_cli.engine import block, mixed, run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.gptq.hessian import Hessian
 from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.planning import planner
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
 from tests.fakecuda.runs import different, quantize, words_for
@@ -101,6 +102,27 @@ def test_what_is_measured_is_at_most_what_was_predicted(
     for device in report["devices"]:
         if device != "cpu":
             assert 0 < measured[device] <= predicted[device]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "gpt2"])
+@pytest.mark.parametrize(("way", "replayed"), [(0, None), (-1, "memory")], ids=["parked", "replayed"])
+def test_so_where_scores_are_tensors_and_activation_functions_take_steps(
+    name: str,
+    way: int,
+    replayed: str | None,
+    tiny: Tiny,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Long samples: the scores of attention are their square. Few of them in a micro-batch: what is held for
+    each sample until the block is done counts."""
+    monkeypatch.setattr(planner, "WAYS", (planner.WAYS[way],))
+    size = ("--samples", "16", "--seq-len", "192", "--batch-size", "4", "--device-map", "cuda:0")
+    report = quantize(tiny(name), tmp_path / "out", text, *size).report
+    assert {block["replayed"] for block in report["schedule"]["blocks"]} == {replayed}
+    predicted, measured = dict(report["predicted_peak_bytes"]), dict(report["measured_peak_bytes"])
+    assert 0 < measured["cuda:0"] <= predicted["cuda:0"]
 
 
 class Squeezed:

@@ -8,34 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.placement.device import Device
 from tests.encoders import STYLES, store_in_few_bits
 from tests.fakecuda.devices import Devices
-from tests.fakecuda.runs import BLOCKS, OUTER, Quantized, different, quantize
-from tests.gpu.limits import largest_limit
+from tests.fakecuda.runs import BLOCKS, OUTER, Reference, different, group_size_for, quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
 
 Tiny = Callable[..., Path]
-Reference = Callable[..., Quantized]
-CUDA = (Device("cuda", 0), Device("cuda", 1))
-
-
-@pytest.fixture(scope="module")
-def reference(tiny: Tiny, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    """The checkpoint of the CPU alone, made once for each model and set of options."""
-    root = tmp_path_factory.mktemp("reference")
-    made: dict[tuple[str, ...], Quantized] = {}
-
-    def run(name: str, *options: str) -> Quantized:
-        key = (name, *options)
-        if key not in made:
-            made[key] = quantize(tiny(name), root / str(len(made)), text, "--device-map", "cpu", *options)
-            assert made[key].devices == ["cpu"]
-        return made[key]
-
-    return run
 
 
 MAPS = {
@@ -63,9 +42,10 @@ def test_a_map_changes_nothing(
     spec, expected = MAPS[case]
     outer = ",".join(f"{module}=cpu" for module in OUTER[name])
     device_map = spec.format(blocks=BLOCKS[name], outer=outer)
-    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", device_map)
+    options = ("--group-size", group_size_for(name))
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", device_map, *options)
     assert run.devices == expected
-    assert different(run, reference(name)) == []
+    assert different(run, reference(name, *options)) == []
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -75,38 +55,10 @@ def test_one_block_a_device(
     count = 3 if name == "llama" else 2
     devices.resize([2 << 30] * count)
     spec = ",".join(f"{BLOCKS[name]}.{index}={index}" for index in range(count))
-    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", f"{spec},rest=0")
+    options = ("--group-size", group_size_for(name))
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", f"{spec},rest=0", *options)
     assert run.devices == [f"cuda:{index}" for index in range(count)]
-    assert different(run, reference(name)) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "strategy", "wanted"),
-    [
-        ("gpt2", "auto", CUDA[:1]),
-        ("gpt2", "balanced", CUDA),
-        ("mixtral", "balanced", CUDA),
-        ("llama", "auto", CUDA[:1]),
-        ("llama", "balanced_low_0", CUDA[1:]),
-        ("gemma2", "sequential", CUDA[:1]),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "+".join(map(str, value)),
-)
-def test_a_strategy_changes_nothing(
-    name: str,
-    strategy: str,
-    wanted: tuple[Device, ...],
-    tiny: Tiny,
-    text: Path,
-    tmp_path: Path,
-    reference: Reference,
-) -> None:
-    work = CalibrationConfig(samples=8, seq_len=48), QuantizeConfig(group_size=32)
-    given = largest_limit(tiny(name), strategy, wanted, 2, *work)
-    options = ("--device-map", strategy, "--max-memory", given)
-    run = quantize(tiny(name), tmp_path / "out", text, *options)
-    assert run.devices == [str(device) for device in wanted]
-    assert different(run, reference(name)) == []
+    assert different(run, reference(name, *options)) == []
 
 
 def test_so_with_weights_in_few_bits(tiny: Tiny, text: Path, tmp_path: Path) -> None:
@@ -168,7 +120,7 @@ def test_so_with_a_quantized_head(
 def test_so_with_a_tower(
     device_map: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
 ) -> None:
-    options = ("--group-size", "16")
+    options = ("--group-size", group_size_for("qwen3_vl"))
     run = quantize(tiny("qwen3_vl"), tmp_path / "out", text, "--device-map", device_map, *options)
     assert run.devices == ["cuda:0", "cuda:1", "cpu"]
     assert different(run, reference("qwen3_vl", *options)) == []

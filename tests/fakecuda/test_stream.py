@@ -159,3 +159,57 @@ def test_the_same_twice(tiny: Tiny, text: Path, tmp_path: Path) -> None:
         for number in range(2)
     )
     assert different(first, second) == []
+
+
+def test_the_host_goes_on_while_a_block_is_copied(
+    devices: Devices, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that was read ahead is on its way when it is opened, and what is read next waits for it."""
+    on_their_way: list[int] = []
+    left: list[int] = []
+    opened, fill = block.open_block, StreamedReader._fill
+
+    def noted(*words: Any) -> Any:
+        on_their_way.append(devices.copies)
+        return opened(*words)
+
+    def writing(self: StreamedReader, *words: Any, **more: Any) -> None:
+        if threading.current_thread().name.startswith("gptq-read"):
+            left.append(devices.copies)
+        fill(self, *words, **more)
+
+    from gptq_cli.engine import loop
+
+    monkeypatch.setattr(loop, "open_block", noted)
+    monkeypatch.setattr(StreamedReader, "_fill", writing)
+    cpu = quantize(tiny("llama"), tmp_path / "cpu", text, "--device-map", "cpu")
+    on_their_way.clear()
+    left.clear()
+    card = quantize(tiny("llama"), tmp_path / "card", text, "--device-map", "cuda:0")
+    assert len(on_their_way) == 3
+    assert on_their_way[0] == 0, "the first block is read when its turn comes"
+    assert all(on_their_way[1:])
+    assert set(left) == {0}
+    assert different(card, cpu) == []
+
+
+def test_buffers_are_not_written_to_before_they_are_copied_from(devices: Devices) -> None:
+    from gptq_cli.devices.host_buffers import HostBuffers
+
+    cuda, buffers = torch.device("cuda", 1), HostBuffers()
+    with torch.accelerator.device_index(1):
+        (piece,) = buffers.take(1024)
+        piece.fill_(7)
+        there = torch.empty(1024, dtype=torch.uint8, device=cuda)
+        there.copy_(piece, non_blocking=True)
+        assert devices.copies == 1, "nobody has waited"
+        buffers.copying(cuda)
+        buffers.rewind()
+    (again,) = buffers.take(1024)
+    assert again.data_ptr() == piece.data_ptr()
+    assert devices.copies == 0
+    again.fill_(8)
+    assert torch.equal(there.cpu(), torch.full((1024,), 7, dtype=torch.uint8))
+    del there, piece, again
+    buffers.free()
+    assert devices.pinned == 0

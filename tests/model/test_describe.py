@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from gptq_cli.model.describe import stage_numbers
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptq_cli.config import ModelRef
+from gptq_cli.model.describe import model_facts, stage_numbers
+from gptq_cli.model.find import find_model
 from gptq_cli.model.flow import Flow
-from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.model.skeleton import LinearInfo, open_skeleton
 from gptq_cli.model.trace import Trace
 
 
@@ -52,3 +59,14 @@ def test_without_a_complete_trace_all_are_taken_like_this() -> None:
     assert numbers["layers.0.q"] == numbers["layers.0.k"] != numbers["layers.0.experts.0.w1"]
     assert numbers["layers.0.experts.0.w1"] == numbers["layers.0.experts.0.w3"]
     assert len(set(numbers.values())) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "kept"), [("llama", 0, 0), ("gpt2", 0, 0), ("gemma2", 4, 2), ("bloom", 4, 4)]
+)
+def test_scores_are_tensors_where_torchs_attention_cannot_serve(
+    name: str, heads: int, kept: int, tiny: Callable[..., Path]
+) -> None:
+    ref = ModelRef(model=str(tiny(name)))
+    facts = model_facts(open_skeleton(find_model(ref), ref))
+    assert (facts.score_heads, facts.scores_kept) == (heads, kept)

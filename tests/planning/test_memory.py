@@ -13,8 +13,10 @@ from gptq_cli.planning import memory as budget
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import (
     CHUNK_BYTES,
+    IN_FLIGHT_COLUMNS,
     IN_FLIGHT_HIDDEN,
     IN_FLIGHT_ROWS,
+    SCORE_BYTES,
     SOLVE_BYTES,
     packed_bytes,
     quantized_bytes,
@@ -46,6 +48,29 @@ def test_collecting_is_the_largest_moment_of_a_large_micro_batch() -> None:
     found = one(work)
     assert found.working_bytes == t * 2 * (IN_FLIGHT_HIDDEN * H + IN_FLIGHT_ROWS * 2 * INNER) + CHUNK_BYTES
     assert found.hessian_bytes == 4 * INNER**2
+
+
+def test_an_mlp_without_a_gate_has_an_activation_function_of_several_steps() -> None:
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
+    plain = replace(FACTS, linears=tuple(x for x in FACTS.linears if not x.name.endswith("up_proj")))
+    found = work_sets(plain, work, schedule(plain, work, parked=False))["model.layers.3"]
+    assert (
+        found.working_bytes
+        == 32 * 2048 * 2 * (IN_FLIGHT_HIDDEN * H + IN_FLIGHT_COLUMNS * INNER) + CHUNK_BYTES
+    )
+
+
+def test_scores_that_are_tensors_count_in_flight_and_where_forwards_wait() -> None:
+    work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=2048, batch_size=32))
+    eager = replace(FACTS, score_heads=8, scores_kept=2)
+    parked, replayed = (
+        work_sets(eager, work, schedule(eager, work, parked=parked))["model.layers.3"]
+        for parked in (True, False)
+    )
+    pairs = 8 * 2048 * 2048  # of tokens, in every head
+    assert replayed.working_bytes - one(work).working_bytes == 32 * pairs * SCORE_BYTES
+    held = 64 * 2048 * 2 * (H + 4 * H) + 64 * pairs * 2 * 2  # normed input, q, k, v and o's input; scores
+    assert parked.activation_bytes - replayed.activation_bytes == held
 
 
 def test_parked_forwards_hold_the_normed_and_the_widest_input() -> None:
