@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gptq_cli.engine import block
+from gptq_cli.model.shards import ShardFiles
 from gptq_cli.model.streamed import StreamedReader
 from tests.encoders import STYLES, store_in_few_bits
 from tests.fakecuda.devices import Devices
@@ -137,14 +138,14 @@ def test_a_run_that_goes_on_reads_every_block_once(
         once.setattr(block, "pack", failing)
         assert gptq(*words).code == 1
     read: list[str] = []
-    fill = StreamedReader._fill
+    real = ShardFiles.read
 
-    def noted(self: StreamedReader, tensor: Any, *rest: Any, **more: Any) -> None:
+    def noted(self: ShardFiles, tensor: Any, *rest: Any, **more: Any) -> None:
         if self._where == tiny("llama"):  # not the checkpoint, which is read back in the end
             read.append(tensor.name)
-        fill(self, tensor, *rest, **more)
+        real(self, tensor, *rest, **more)
 
-    monkeypatch.setattr(StreamedReader, "_fill", noted)
+    monkeypatch.setattr(ShardFiles, "read", noted)
     again = quantize(tiny("llama"), tmp_path / "out", text, "--device-map", "cuda:0")
     inside = [name for name in read if name.startswith("model.layers.")]
     assert len(inside) == len(set(inside)) == 3 * 9
@@ -167,21 +168,21 @@ def test_the_host_goes_on_while_a_block_is_copied(
     """A block that was read ahead is on its way when it is opened, and what is read next waits for it."""
     on_their_way: list[int] = []
     left: list[int] = []
-    opened, fill = block.open_block, StreamedReader._fill
+    opened, read = block.open_block, ShardFiles.read
 
     def noted(*words: Any) -> Any:
         on_their_way.append(devices.copies)
         return opened(*words)
 
-    def writing(self: StreamedReader, *words: Any, **more: Any) -> None:
+    def writing(self: ShardFiles, *words: Any, **more: Any) -> None:
         if threading.current_thread().name.startswith("gptq-read"):
             left.append(devices.copies)
-        fill(self, *words, **more)
+        read(self, *words, **more)
 
     from gptq_cli.engine import loop
 
     monkeypatch.setattr(loop, "open_block", noted)
-    monkeypatch.setattr(StreamedReader, "_fill", writing)
+    monkeypatch.setattr(ShardFiles, "read", writing)
     cpu = quantize(tiny("llama"), tmp_path / "cpu", text, "--device-map", "cpu")
     on_their_way.clear()
     left.clear()
