@@ -379,6 +379,8 @@ class InspectJob:
     asked: frozenset[str] = frozenset()
     """Fields of `quantize` that were given. Only these are checked against the model: where everything goes
     does not depend on what the checkpoint would hold."""
+    processes: int | None = None
+    """So many, started by torchrun, would share the work; None: there is no launcher."""
 
     def __post_init__(self) -> None:
         parse_targets(self.targets, self.tp)

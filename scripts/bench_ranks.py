@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import open_skeleton
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.placement import Placement, PlacementEntry
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.ranks import block_traffic
-from gptq_cli.planning.schedule import block_stages
+from gptq_cli.planning.schedule import WAYS, make_schedule
+from gptq_cli.planning.traffic import block_traffic
 
 WORDS = ("--calibration", "pydoc", "--progress", "none", "--card", "none")
 
@@ -130,12 +133,15 @@ sys.exit(main(sys.argv[2:]))
 """The command line with the traffic of the block loop noted."""
 
 
-def formula(model: Path, work: Work) -> dict[str, int]:
-    """What `planning.ranks` says of a block, for two ranks."""
+def formula(model: Path, work: Work) -> list[dict[str, int]]:
+    """What `planning.traffic` says of a block, for each of two ranks."""
     ref = ModelRef(model=str(model))
     facts = model_facts(open_skeleton(find_model(ref), ref))
-    traffic = block_traffic(next(iter(block_stages(facts).values())), work.on(facts), 2)
-    return {"sum_bytes": int(traffic.sum_bytes), "code_bytes": int(traffic.code_bytes)}
+    work = replace(work.on(facts), ranks=2)
+    entry = PlacementEntry("", CPU, facts.size_bytes, parameters=True)
+    schedule = make_schedule(Placement((entry,), CPU, "measured"), facts, work, WAYS[0])
+    first, *_ = block_traffic(facts, work, schedule).values()
+    return [{"sum_bytes": rank.sum_bytes, "code_bytes": rank.code_bytes} for rank in first]
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
-from gptq_cli.planning import ranks as planned
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.ranks import ranks_plan
+from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.schedule import WAYS, make_schedule
-from gptq_cli.planning.time import MachineRates
 
 RATES = MachineRates(
     forward_rate=200e12,
@@ -127,17 +127,17 @@ def facts_of(shape: Shape) -> ModelFacts:
     )
 
 
-def row(shape: Shape, counts: list[int]) -> dict[str, object]:
+def row(shape: Shape, counts: list[int], rates: MachineRates) -> dict[str, object]:
     """Minutes of one process, how many times as fast several are, and GiB that leave one of 8 for a block."""
     facts, card = facts_of(shape), Device("cuda", 0)
     work = Work(QuantizeConfig(group_size=128), CalibrationConfig(samples=128, seq_len=2048))
     entry = PlacementEntry("", card, facts.size_bytes, parameters=True)
     schedule = make_schedule(Placement((entry,), card, "a table"), facts, work, WAYS[0])
-    plans = {n: planned.ranks_plan(facts, work, schedule, RATES, n) for n in (1, 8, *counts)}
+    plans = {n: ranks_plan(facts, work, schedule, rates, n) for n in (1, 8, *counts)}
     return {
         "model": shape.name,
-        "minutes": round(plans[1].seconds / 60, 1),
-        "speed_up": {n: round(plans[n].speed_up, 1) for n in counts},
+        "minutes": round((plans[1].seconds or 0.0) / 60, 1),
+        "speed_up": {n: round(plans[n].speed_up or 0.0, 1) for n in counts},
         "gib_per_block": round(plans[8].bytes_per_block / 2**30, 1),
     }
 
@@ -147,10 +147,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 64])
     parser.add_argument("--link", type=float, default=20.0, help="GB/s between ranks")
     asked = parser.parse_args()
-    planned.LINK_BYTES_PER_SECOND = asked.link * 1e9
     print("| model | 1 |", " | ".join(map(str, asked.ranks)), "| GiB a block that leave a rank (8) |")
     print("|---" * (len(asked.ranks) + 3) + "|")
-    rows = [row(shape, asked.ranks) for shape in MODELS]
+    rates = replace(RATES, ranks_rate=asked.link * 1e9)
+    rows = [row(shape, asked.ranks, rates) for shape in MODELS]
     for found in rows:
         gains = " | ".join(str(gain) for gain in found["speed_up"].values())  # type: ignore[attr-defined]
         print(f"| {found['model']} | {found['minutes']} min | {gains} | {found['gib_per_block']} |")

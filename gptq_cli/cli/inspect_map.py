@@ -8,12 +8,14 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.config_options import CODES, Codes, SolverMemory, TextSize, with_config_options
 from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
+from gptq_cli.cli.ranks import Processes
 from gptq_cli.config import (
     CalibrationConfig,
     InspectJob,
     ModelRef,
     QuantizeConfig,
 )
+from gptq_cli.fields import check_int
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.readers import parse_targets
@@ -27,6 +29,7 @@ def inspect_map(
     device_map: o.DeviceMapText = "auto",
     max_memory: o.MaxMemoryText = None,
     devices: o.Devices = None,
+    processes: Processes = None,
     target: o.QuantizeTargets = None,
     tp: o.QuantizeTensorParallel = 1,
     explain: o.Explain = None,
@@ -52,6 +55,8 @@ def inspect_map(
     The memory is that of gptq quantize with the same options. Bits and groups are checked where given.
     """
     session: Session = context.obj
+    if processes is not None:
+        check_int("processes", processes, 1)
     job = InspectJob(
         model=ModelRef(model=model, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype),
         device_map=DeviceMap.parse(device_map),
@@ -61,6 +66,7 @@ def inspect_map(
         calibration=CalibrationConfig.of(**text),
         targets=parse_targets(target or (), tp),
         tp=tp,
+        processes=processes,
         asked=frozenset(name for name in CODES if _given(context, name)) | ({"modules"} if module else set()),
     )
     with watch(session, progress, quiet=quiet, findings_in_result=True) as observer:

@@ -99,11 +99,6 @@ def quantize(
                 hint="add --dry-run, or start them: "
                 f"torchrun --nproc-per-node {processes} -m gptq_cli quantize …",
             )
-        if devices is not None:
-            raise ConfigError(
-                "processes and devices are given, but how fast other devices are is not known",
-                hint="leave --devices out: what processes gain is predicted from a probe of this machine",
-            )
     if blocks is not None and dry_run:
         raise ConfigError("blocks is given, but a dry run works on none", hint="leave --dry-run out")
     if out is None and (dry_run or blocks is not None):

@@ -25,7 +25,7 @@ Processes = Annotated[
     int | None,
     option(
         "--processes",
-        "With --dry-run: what so many processes that torchrun starts would gain.",
+        "Plan for so many processes that torchrun starts: memory of each, time, traffic. With --dry-run.",
         RUN,
         "N",
     ),

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
+from gptq_cli.display.processes import gain_rows, memory_rows, phases_table
 from gptq_cli.display.tables import (
     facts_table,
     findings_table,
@@ -29,7 +30,7 @@ from gptq_cli.display.tables import (
     warnings_rows,
 )
 from gptq_cli.results.kept import KeptDense
-from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, RanksPlan, TreeRow
+from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
 
 GLYPHS = (
     ("█", "cyan"),
@@ -53,6 +54,8 @@ def map_summary(report: MapReport) -> Group:
         parts += ["", tree_table(report.tree)]
     if report.devices:
         parts += ["", DeviceBars(report.devices)]
+    if report.ranks:
+        parts += ["", facts_table(memory_rows(report))]
     if report.offload or report.offload_skipped:
         parts += ["", facts_table(_offload_rows(report))]
     if report.plan is not None:
@@ -196,16 +199,6 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
     return [(glyphs, style) for glyphs, style in segments if glyphs]
 
 
-def _ranks_text(plan: RanksPlan) -> str:
-    """What several processes would gain, and what that assumes."""
-    link = fmt.size(plan.link_bytes_per_second)
-    return (
-        f"{plan.processes} would take about {fmt.duration(plan.seconds)}, {plan.speed_up:.1f} times as fast; "
-        f"{fmt.size(plan.bytes_per_block)} a block leave each, at {link}/s assumed, each on a device as fast "
-        f"as this one; more than {plan.most_that_pay} gain less than 5 %"
-    )
-
-
 def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]:
     """The facts of a dry run about the work."""
     group = fmt.group(plan.group_size)
@@ -225,7 +218,7 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     also = f": the checkpoint, and {also}" if plan.snapshot_bytes else ""
     rows.append(("disk", f"{fmt.size(needed)} while the run works{also}"))
     if plan.ranks is not None:
-        rows.append(("processes", _ranks_text(plan.ranks)))
+        rows += gain_rows(plan.ranks)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -238,5 +231,8 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     if plan.head is not None:
         name, in_features, out_features = plan.head
         table.add_row(" head", Text(name), f"{out_features} x {in_features}")
-    facts = facts_table(rows)
-    return [facts, "", table] if plan.stages else [facts]
+    parts: list[RenderableType] = [facts_table(rows)]
+    phases = phases_table(plan.ranks) if plan.ranks is not None else None
+    if phases is not None:
+        parts += ["", phases]
+    return [*parts, "", table] if plan.stages else parts

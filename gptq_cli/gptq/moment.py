@@ -26,6 +26,7 @@ class Moment:
     ) -> None:
         self.in_features = in_features
         self.tokens = 0
+        self._taken = 0
         shape = (in_features if rows is None else rows, in_features)
         self._sum: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
         self._finished = False
@@ -60,10 +61,11 @@ class Moment:
         return x.reshape(-1, self.in_features)
 
     def take(self) -> Tensor | None:
-        """What was summed since the last `take`, as one flat tensor, or None where no token came; the sum
-        starts again at zero. `tokens` counts on. For sums that are made in parts: see `put`."""
-        if not self.tokens:
+        """What was summed since the last `take`, as one flat tensor, or None where no token came since then;
+        the sum starts again at zero. `tokens` counts on. For sums that are made in parts: see `put`."""
+        if self.tokens == self._taken:
             return None
+        self._taken = self.tokens
         flat = torch.cat([part.flatten() for part in self._stored(self._growing())])
         self._open.zero_()
         return flat

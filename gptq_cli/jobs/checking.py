@@ -32,7 +32,7 @@ from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.time import measure
+from gptq_cli.planning.rates import measure
 from gptq_cli.planning.writing import writing_needs, writing_seconds
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.resolve import Resolution
@@ -72,12 +72,13 @@ def check(
     proof: LoadJob | None = None,
     push: PushConfig | None = None,
     joined: Joined | None = None,
+    processes: int | None = None,
 ) -> Checked:
     """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
 
     `goes_on`: what an earlier run with the same output had finished is of interest. `writes`: where the model
     is to write its own text and nothing stands against the job, it does; the findings are announced before.
-    `joined`: the ranks that will work together.
+    `joined`: the ranks that will work together; `processes`: as many are planned.
     """
     with phase(observer, "open"):
         skeleton = select_linears(open_skeleton(find_model(job.model), job.model), job.quantize)
@@ -90,7 +91,7 @@ def check(
     text_findings += check_push(push)
     if proof is not None and texts is not None:
         text_findings += check_text(job, proof, skeleton, facts, observer)
-    known = _Known(skeleton, facts, text_findings, claim, joined, goes_on)
+    known = _Known(skeleton, facts, text_findings, claim, joined, processes, goes_on)
     checked = _completed(job, known, tokens)
     if texts is None or texts.wanted is None or texts.own is not None:
         return checked
@@ -115,13 +116,15 @@ class _Known:
     """About the texts and the upload."""
     claim: Claim | None
     joined: Joined | None
+    processes: int | None
     goes_on: bool
 
 
 def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> Checked:
     """The rest of the check: unfinished work, the map, and all findings."""
     skeleton, facts = known.skeleton, known.facts
-    work = work_of(job, facts, known.joined)
+    ranks = known.processes if known.joined is None else known.joined.launch.size
+    work = work_of(job, facts, ranks or 0)
     same = replace(job, quantize=work.quantize)
     unfinished = (
         find_work(same, lambda: Fingerprint.of(same, skeleton, tokens) if tokens else None)
@@ -129,7 +132,9 @@ def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> 
         else None
     )
     kept = unfinished.facts if unfinished is not None else None
-    budgets, resolution, findings = placed(job, skeleton, facts, known.claim, kept, known.joined)
+    budgets, resolution, findings = placed(
+        job, skeleton, facts, known.claim, kept, known.joined, known.processes
+    )
     return Checked(
         skeleton=skeleton,
         facts=facts,

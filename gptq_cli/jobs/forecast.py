@@ -16,7 +16,8 @@ from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import CPU_BASELINE_BYTES
-from gptq_cli.planning.time import block_seconds, measure
+from gptq_cli.planning.rates import measure
+from gptq_cli.planning.time import block_seconds
 from gptq_cli.results.map import DevicePlan
 from gptq_cli.results.run import BlockReport
 from gptq_cli.wording import duration_words

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
 from gptq_cli.jobs.steps import announce, placed, rates_for
+from gptq_cli.jobs.together import check_share
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
@@ -17,13 +18,17 @@ from gptq_cli.results.map import MapReport
 
 
 def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
-    """Where everything of a model would go, and whether that is allowed; reads no weight."""
+    """Where everything of a model would go, and whether that is allowed; reads no weight.
+
+    Raises `ConfigError` where there are too few samples for `job.processes`.
+    """
+    check_share(job, job.processes or 1)
     with watching("inspect-map", observer) as watcher:
         with phase(watcher, "open"):
             opened = open_skeleton(find_model(job.model, weights=False), job.model)
             skeleton = select_linears(opened, job.quantize)
             facts = model_facts(skeleton)
-        budgets, resolution, findings = placed(job, skeleton, facts)
+        budgets, resolution, findings = placed(job, skeleton, facts, processes=job.processes)
         announce(findings, watcher)
         speed, schedule = rates_for(job, facts, resolution, thorough=False), resolution.schedule
         work = Work(job.quantize, job.calibration).on(facts)

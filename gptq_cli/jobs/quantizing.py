@@ -40,7 +40,7 @@ from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
 from gptq_cli.jobs.shared_files import send_files
-from gptq_cli.jobs.steps import announce, rates_for, watched
+from gptq_cli.jobs.steps import announce, rates_for, watched, work_of
 from gptq_cli.jobs.together import Assignment, account, check_share
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
@@ -128,7 +128,7 @@ def _quantize(
 ) -> tuple[RunReport, Skeleton, Card | None]:
     """The work up to the checkpoint in place: its report, its model, its card."""
     job = asked.job
-    check_share(job, asked.team)
+    check_share(job, asked.team.size)
     checked = check(job, tally, claim, writes=True, proof=asked.proof, push=asked.push, joined=asked.joined)
     announce(checked.findings, tally, known=checked.announced)
     if checked.wrote:
@@ -255,17 +255,22 @@ def dry_run(
     push: PushConfig | None = None,
     processes: int | None = None,
 ) -> MapReport:
-    """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing."""
+    """What `quantize` would do with this job, and whether it may; reads no weight and writes nothing.
+
+    `processes`: as many, started by torchrun, would share the work; None: there is no launcher.
+    """
+    check_share(job, processes or 1)
     with watching("quantize", observer) as watcher:
-        checked = check(job, watcher, proof=proof, push=push)
+        checked = check(job, watcher, proof=proof, push=push, processes=processes)
         announce(checked.findings, watcher)
         speed = rates_for(job, checked.facts, checked.resolution, thorough=True)
         schedule = checked.resolution.schedule
-        facts, work, asked = checked.facts, checked.work, Work(job.quantize, job.calibration)
+        facts, work, asked = checked.facts, work_of(job, checked.facts), Work(job.quantize, job.calibration)
         took = gain = None
         if speed is not None and schedule is not None:
             took = estimate(facts, work, schedule, speed)
-            gain = ranks_plan(facts, work, schedule, speed, processes) if processes else None
+        if processes and schedule is not None:
+            gain = ranks_plan(facts, work, schedule, speed, processes)
         plan = replace(quantize_plan(facts, asked, took, checked.writing_seconds), ranks=gain)
         return map_report(
             checked.facts,

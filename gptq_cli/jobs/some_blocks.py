@@ -20,7 +20,8 @@ from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.planning.memory import quantized_bytes, snapshot_bytes
-from gptq_cli.planning.time import DISK_BYTES_PER_SECOND, quick_estimate
+from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND
+from gptq_cli.planning.time import quick_estimate
 from gptq_cli.preflight.resolve import refusal
 from gptq_cli.results.trial import TrialReport
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from socket import gethostname
 
 from gptq_cli.checkpoint.declared import modules_in_block
 from gptq_cli.config import InspectJob, QuantizeJob
@@ -14,19 +15,33 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.device import CPU, Device
-from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.placement import DeviceBudget, Placement, RankPlace, least_of, places_for
 from gptq_cli.placement.schedule import ReplayReason, Schedule
 from gptq_cli.planning.cases import UnfinishedWork, Work
-from gptq_cli.planning.time import MachineRates, rates
+from gptq_cli.planning.rates import MachineRates, rates
 from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, output_facts
 from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
 from gptq_cli.ranks.joining import Joined
 
 
-def work_of(job: QuantizeJob | InspectJob, facts: ModelFacts, joined: Joined | None) -> Work:
-    """What is to be done with a model. `joined`: the ranks that share it; None where there is no launcher."""
-    return Work(job.quantize, job.calibration, joined.launch.size if joined is not None else 0).on(facts)
+def work_of(job: QuantizeJob | InspectJob, facts: ModelFacts, ranks: int = 0) -> Work:
+    """What is to be done with a model. `ranks`: so many share it; 0 where there is no launcher."""
+    return Work(job.quantize, job.calibration, ranks).on(facts)
+
+
+def devices_and_places(
+    job: QuantizeJob | InspectJob, joined: Joined | None, processes: int | None
+) -> tuple[tuple[DeviceBudget, ...], tuple[RankPlace, ...]]:
+    """The devices to plan for, and where the ranks work: those that have `joined`, or as many `processes` on
+    machines like this one, or like that of --devices. Without either, no ranks."""
+    if joined is not None:
+        return job.devices or joined.budgets, joined.places
+    budgets = job.devices or present_devices()
+    if processes is None:
+        return budgets, ()
+    places = places_for(processes, budgets, "" if job.devices else gethostname())
+    return least_of(places), places
 
 
 def placed(
@@ -36,13 +51,14 @@ def placed(
     claim: Claim | None = None,
     unfinished: UnfinishedWork | None = None,
     joined: Joined | None = None,
+    processes: int | None = None,
 ) -> tuple[tuple[DeviceBudget, ...], Resolution, PreflightReport]:
     """The devices, the map resolved on them, and the findings about both and about the job. `joined`: the
-    ranks that work together, each on a device of its own."""
-    work = work_of(job, facts, joined)
-    budgets = job.devices or (present_devices() if joined is None else joined.budgets)
+    ranks that work together, each on a device of its own; `processes`: as many are planned."""
+    budgets, places = devices_and_places(job, joined, processes)
+    work = work_of(job, facts, len(places))
     environment = environment_facts()
-    if joined is not None:
+    if places:
         environment = replace(environment, local_rank=None)
     resolution = resolve(
         job.device_map,
@@ -52,6 +68,7 @@ def placed(
         work=work,
         environment=environment,
         given=job.devices is not None,
+        places=places,
     )
     devices = resolution.placement.devices if resolution.placement else ()
     source = skeleton.files.directory

@@ -13,7 +13,7 @@ from typing import Any
 
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.fingerprint import Fingerprint
-from gptq_cli.config import QuantizeConfig, QuantizeJob
+from gptq_cli.config import InspectJob, QuantizeConfig, QuantizeJob
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun, quantize_model
@@ -32,7 +32,6 @@ from gptq_cli.placement.schedule import Schedule
 from gptq_cli.ranks.joining import Joined, Member, joined
 from gptq_cli.ranks.launch import Launch
 from gptq_cli.ranks.leaves import idle_ranks
-from gptq_cli.ranks.team import Team
 from gptq_cli.results.run import BlockReport, RankReport
 
 MAX_RANKS_NAMED = 8
@@ -55,14 +54,14 @@ class Assignment:
     """Blocks that an earlier run finished."""
 
 
-def check_share(job: QuantizeJob, team: Team) -> None:
-    """Raise `ConfigError` where there are too few samples for every rank to have one."""
+def check_share(job: QuantizeJob | InspectJob, ranks: int) -> None:
+    """Raise `ConfigError` where there are too few samples for every one of so many ranks to have one."""
     samples = job.calibration.samples
     pairs = job.quantize.paired_samples(samples)
-    if team.size > 1 and (idle := idle_ranks(pairs, samples - pairs, team.size)):
+    if ranks > 1 and (idle := idle_ranks(pairs, samples - pairs, ranks)):
         raise ConfigError(
-            f"samples is {samples}, which leaves {idle} of {team.size} processes without work",
-            hint=f"--samples {4 * team.size}, or fewer processes",
+            f"samples is {samples}, which leaves {idle} of {ranks} processes without work",
+            hint=f"--samples {4 * ranks}, or fewer processes",
         )
 
 
@@ -83,6 +82,8 @@ def account(own: Joined) -> tuple[RankReport, ...]:
         host=member.host,
         device=member.device,
         sent_bytes=traffic.sent_bytes,
+        sum_bytes=traffic.sum_bytes,
+        code_bytes=traffic.code_bytes,
         waited_seconds=traffic.waited_seconds,
     )
     return tuple(own.team.gathered(report))

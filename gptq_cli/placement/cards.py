@@ -1,7 +1,7 @@
 """Accelerators by name, with the rates that their makers give, for a time estimate without one at hand.
 
 Figures of the data sheets, for dense matrices. What of them a run reaches is an assumption, see
-`planning.time`: an estimate from here is for comparing plans, not for promises.
+`planning.rates`: an estimate from here is for comparing plans, not for promises.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ can check a plan for hardware that is not there.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from gptq_cli.errors import DeviceMapError
 from gptq_cli.placement.cards import CARDS
-from gptq_cli.placement.device import Device, syntax_error
+from gptq_cli.placement.device import CPU, Device, syntax_error
 from gptq_cli.placement.device_map import MaxMemory
 
 
@@ -26,6 +26,62 @@ class DeviceBudget:
     free_bytes: int
     card: str = ""
     """The name of a card in `CARDS`, where it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where one of several processes works, and what it can count on there."""
+
+    rank: int
+    host: str
+    processes: int
+    """On its machine, itself among them."""
+    budgets: tuple[DeviceBudget, ...]
+    """Its accelerator, where it has one, and its share of the machine's main memory."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+    @property
+    def device(self) -> Device:
+        """On which it works."""
+        return self.budgets[0].device
+
+
+def least_of(places: Sequence[RankPlace], own: int = 0) -> tuple[DeviceBudget, ...]:
+    """What every one of them can count on, on the devices of number `own`: all ranks work by one plan."""
+    return tuple(
+        replace(
+            budget,
+            total_bytes=min(place.budgets[at].total_bytes for place in places),
+            free_bytes=min(place.budgets[at].free_bytes for place in places),
+        )
+        for at, budget in enumerate(places[own].budgets)
+    )
+
+
+def places_for(processes: int, budgets: Sequence[DeviceBudget], host: str = "") -> tuple[RankPlace, ...]:
+    """So many processes on machines that each have the devices of `budgets`: one for each accelerator of a
+    machine, and of several machines no more than are needed; all on one machine where it has none.
+
+    `host`: what the machine is called; "": it is one that is planned.
+    """
+    accelerators = [budget for budget in budgets if budget.device.is_accelerator]
+    main = [budget for budget in budgets if budget.device == CPU]
+    on_each = min(processes, len(accelerators)) or processes
+    machines = -(-processes // on_each)
+
+    def place(rank: int) -> RankPlace:
+        machine, local = divmod(rank, on_each)
+        there = min(on_each, processes - machine * on_each)
+        share = [
+            replace(one, total_bytes=one.total_bytes // there, free_bytes=one.free_bytes // there)
+            for one in main
+        ]
+        name = host if host and machine == 0 else f"machine {machine + 1}" if machines > 1 else "the machine"
+        return RankPlace(rank, name, there, (*accelerators[local : local + 1], *share))
+
+    return tuple(place(rank) for rank in range(processes))
 
 
 def parse_inventory(text: str, accelerator: str = "cuda") -> tuple[DeviceBudget, ...]:

@@ -16,7 +16,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule, MaxMemory
-from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.placement import DeviceBudget, Placement, RankPlace
 from gptq_cli.readers import Target
 from gptq_cli.results.map import DevicePlan
 
@@ -29,6 +29,8 @@ class Work:
     calibration: CalibrationConfig
     ranks: int = 0
     """Processes that share it; 0: there is no launcher, so samples are not cut into leaves."""
+    rank: int | None = None
+    """Which of them is looked at; None: the largest share of any counts."""
 
     def on(self, facts: ModelFacts) -> Work:
         """The same for a model: the group size is a number, and the head has its bits."""
@@ -58,6 +60,9 @@ class MapCase:
     environment: Environment = Environment()
     given: bool = False
     """The budgets come from --devices."""
+    places: tuple[RankPlace, ...] = ()
+    """Where the processes of a launch work; `budgets` are then what each can count on. () without a
+    launcher."""
     repair: str = ""
     """Options that a hint offers in place of `spec`, see `planning.repair`; "": not worked out."""
 

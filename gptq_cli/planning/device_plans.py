@@ -34,9 +34,10 @@ from gptq_cli.planning.memory import (
     OPEN_HIDDEN,
     WorkSet,
     head_work_set,
-    hidden_bytes,
+    sample_bytes,
     work_sets,
 )
+from gptq_cli.planning.share import own_samples
 from gptq_cli.results.map import DevicePlan
 
 HEAP_PIECE_BYTES = 4 * MIB
@@ -172,7 +173,8 @@ class _Moments:
         first = schedule.blocks[0] if schedule.blocks else None
         captured = 0
         if first is not None and first.activation_device == device:
-            captured = hidden_bytes(facts, self._work) * (OPEN_HIDDEN if facts.between else 1)
+            captured = own_samples(self._work).all * sample_bytes(facts, self._work)
+            captured *= OPEN_HIDDEN if facts.between else 1
         if held.outside or held.moved_module:
             flight = IN_FLIGHT_HIDDEN * schedule.micro_batch_tokens * facts.hidden_size * facts.dtype_bytes
             yield held.outside + held.blocks + held.moved_module + captured + flight
@@ -184,11 +186,10 @@ class _Moments:
         there = [block for block in self._schedule.blocks if block.activations_on_host]
         if not there:
             return 0
-        samples = self._work.calibration.samples
-        streams = 1 + self._work.quantize.paired_samples(samples) / samples
+        held = own_samples(self._work).held * sample_bytes(self._facts, self._work)
         piece = self._schedule.micro_batch_tokens * self._facts.hidden_size * self._facts.dtype_bytes
         rounded = 1 << max(0, piece - 1).bit_length()
-        return int(streams * hidden_bytes(self._facts, self._work) * rounded / max(1, piece))
+        return int(held * rounded / max(1, piece))
 
 
 def _busiest(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[Device, WorkSet]:

@@ -28,6 +28,16 @@ TRIANGLE = 0.5625
 """The lower block triangle of H in eight block rows, over K²."""
 
 
+_BLOCK_ROWS = 8
+
+
+def triangle_numbers(columns: int) -> int:
+    """Numbers of an H of so many columns as it travels: exactly, see `gptq.hessian.Hessian`."""
+    step = max(1, -(-columns // _BLOCK_ROWS))
+    ends = ((a, min(a + step, columns)) for a in range(0, columns, step))
+    return sum((b - a) * b for a, b in ends)
+
+
 @dataclass(frozen=True, slots=True)
 class LeafSumBytes:
     """Beside the moments themselves, at the highest moment of each."""
@@ -36,11 +46,12 @@ class LeafSumBytes:
     exchanging: int = 0
 
 
-def leaf_sum_bytes(ranks: int, moments: Sequence[float]) -> LeafSumBytes:
-    """`moments`: the bytes that each of them travels with. `ranks`: 0 without a launcher."""
+def leaf_sum_bytes(ranks: int, moments: Sequence[float], rank: int | None = None) -> LeafSumBytes:
+    """`moments`: the bytes that each of them travels with. `ranks`: 0 without a launcher; `rank`: that of one
+    of them, else of the one that keeps most."""
     if not ranks or not moments:
         return LeafSumBytes()
-    kept, nodes, received = _counts(ranks)
+    kept, nodes, received = _counts(ranks, rank)
     every, largest = sum(moments), max(moments)
     highest = max(2 * nodes, nodes + received, received + 2 + 1 / ranks)
     return LeafSumBytes(
@@ -50,8 +61,10 @@ def leaf_sum_bytes(ranks: int, moments: Sequence[float]) -> LeafSumBytes:
 
 
 @lru_cache
-def _counts(ranks: int) -> tuple[int, int, float]:
-    """Sums that the busiest rank keeps, nodes that one ends with, and nodes that a rank has on average."""
-    parts = [part_of(leaf_count(ranks), rank, ranks) for rank in range(ranks)]
+def _counts(ranks: int, rank: int | None) -> tuple[int, int, float]:
+    """Sums that `rank` (None: the busiest) keeps, nodes that it ends with, and nodes that a rank has on
+    average."""
+    parts = [part_of(leaf_count(ranks), number, ranks) for number in range(ranks)]
     nodes = [len(nodes_of(part)) for part in parts]
-    return max(map(most_kept, parts)), max(nodes), sum(nodes) / ranks
+    own = range(ranks) if rank is None else (rank,)
+    return max(most_kept(parts[n]) for n in own), max(nodes[n] for n in own), sum(nodes) / ranks

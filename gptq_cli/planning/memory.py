@@ -1,7 +1,7 @@
 """How many bytes the work on a block takes beside the weights, at its highest moment.
 
-With T = samples · seq_len tokens, t = tokens of one micro-batch, b = bytes of a number in the model's dtype,
-h = hidden size; a stage has K input columns and R = ΣN rows:
+With T = samples · seq_len tokens (of a rank: its samples), t = tokens of one micro-batch, b = bytes of a
+number in the model's dtype, h = hidden size; a stage has K input columns and R = ΣN rows:
 
     activations  T · h · b, the inputs of the block, which its outputs replace micro-batch by micro-batch;
                  where the model's own forwards are kept open between the blocks (`engine.driven`)
@@ -34,6 +34,8 @@ h = hidden size; a stage has K input columns and R = ΣN rows:
     or R · K for a single linear with R at most K / 2, or above K), and one more moment:
         goal     Hessian   4 · (GOAL_SQUARES · K² + 2 · C): the four, H and a factor
                  working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
+    of several ranks each has its part of the R rows, or of the experts of a batch, in its solve and goals,
+    with the weights of all rows beside; and the codes of all while it packs (share.py)
     a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
     several ranks add to every collect, and as one more moment, what leaf_sums.py counts
 
@@ -53,6 +55,7 @@ from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES, BlockSchedule, S
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.leaf_sums import TRIANGLE, leaf_sum_bytes
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
+from gptq_cli.planning.share import own_items, own_rows, own_samples
 
 MIB = 1 << 20
 PACK_BYTES = 10
@@ -102,11 +105,10 @@ def work_set(
         return WorkSet()
     t, b = micro_batch_tokens, facts.dtype_bytes
     dense = work.quantize.solve_for == "dense"
-    samples = work.calibration.samples
-    streams = 1 + work.quantize.paired_samples(samples) / samples
-    held = hidden_bytes(facts, work) * (OPEN_HIDDEN if facts.between else 1)
-    held += _tokens(work) * b * _parked_numbers(facts, stages, work) if block.parked else 0
-    activations = 0 if block.activations_on_host else int(streams * held)
+    numbers = facts.hidden_size * (OPEN_HIDDEN if facts.between else 1)
+    numbers += _parked_numbers(facts, stages, work) if block.parked else 0
+    held = own_samples(work).held * work.calibration.seq_len * b * numbers
+    activations = 0 if block.activations_on_host else held
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     flight = t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + _widest_numbers(stages, facts.hidden_size))
     flight += t * work.calibration.seq_len * SCORE_BYTES * facts.score_heads
@@ -116,15 +118,17 @@ def work_set(
     moments = []
     for stage, count in expert_families(stages).items():
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
-        moments += _expert_moments(stage, count, block, copy, flight + widened, activations, work.ranks)
+        moments += _expert_moments(stage, count, block, copy, flight + widened, activations, work)
     for stage in once:
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         kept = _kept_bytes(stage, dense=dense)
         others = 0 if work.quantize.true_sequential else all_kept - kept
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         travel = _travelling_bytes(stage, dense=dense) if work.quantize.true_sequential else all_travel
-        sums = leaf_sum_bytes(work.ranks, travel)
-        solving = (SOLVE_BYTES + (4 if dense else 0)) * weights
+        sums = leaf_sum_bytes(work.ranks, travel, work.rank)
+        own = own_rows(work, stage.rows) * stage.in_features
+        beside = 4 * (weights - own)
+        solving = (SOLVE_BYTES + (4 if dense else 0)) * own
         moments += [
             WorkSet(copy + flight + widened, others + kept + sums.collecting, 0, activations),
             WorkSet(copy, others + kept + sums.exchanging, 0, activations),
@@ -133,7 +137,7 @@ def work_set(
         ]
         if dense:
             goal = GOAL_SQUARES * square + 2 * _cross_bytes(stage)
-            moments.append(WorkSet(copy + GOAL_BYTES * weights, others + goal, 0, activations))
+            moments.append(WorkSet(copy + GOAL_BYTES * own + beside, others + goal, 0, activations))
     return max(moments, key=lambda moment: moment.total_bytes)
 
 
@@ -170,30 +174,34 @@ def _expert_moments(
     copy: int,
     flight: int,
     activations: int,
-    ranks: int,
+    work: Work,
 ) -> list[WorkSet]:
-    """The moments of `count` experts of one kind: collected in batches, solved side by side."""
+    """The moments of `count` experts of one kind: collected in batches, dealt out, solved side by side."""
     weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
     collected = min(count, block.experts_per_batch(stage.in_features))
-    together = min(collected, block.experts_per_solve(stage.in_features, stage.rows))
+    own = own_items(work, collected)
+    together = min(max(1, own), block.experts_per_solve(stage.in_features, stage.rows))
     held = (collected + 1) * square
-    sums = leaf_sum_bytes(ranks, [TRIANGLE * square] * (collected + 1))
-    packing = (PACK_BYTES + CODE_BYTES * (together - 1)) * weights
+    sums = leaf_sum_bytes(work.ranks, [TRIANGLE * square] * collected, work.rank)
+    alone = work.ranks < 2  # else the codes of all experts come at once, when every H has been used
+    packing = (PACK_BYTES + CODE_BYTES * ((together if alone else collected) - 1)) * weights
+    solved = (own + 1 + together + 1) * square
     return [
         WorkSet(copy + flight, held + sums.collecting, 0, activations),
         WorkSet(copy, held + sums.exchanging, 0, activations),
-        WorkSet(copy + SOLVE_BYTES * together * weights, held + (together + 1) * square, 0, activations),
-        WorkSet(copy, held, packing, activations),
+        WorkSet(copy + SOLVE_BYTES * together * weights, solved, 0, activations),
+        WorkSet(copy, held if alone else square, packing, activations),
     ]
-
-
-def _tokens(work: Work) -> int:
-    return work.calibration.samples * work.calibration.seq_len
 
 
 def hidden_bytes(facts: ModelFacts, work: Work) -> int:
     """Bytes of the hidden states of all samples, in one stream."""
-    return _tokens(work) * facts.hidden_size * facts.dtype_bytes
+    return work.calibration.samples * sample_bytes(facts, work)
+
+
+def sample_bytes(facts: ModelFacts, work: Work) -> int:
+    """Bytes of the hidden states of a sample, in one stream."""
+    return work.calibration.seq_len * facts.hidden_size * facts.dtype_bytes
 
 
 def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...], work: Work) -> int:
@@ -256,10 +264,11 @@ def head_work_set(facts: ModelFacts, head: LinearFact, work: Work, micro_batch_t
     weights, square = min(head.out_features, HEAD_ROWS) * k, 4 * k**2
     flight = micro_batch_tokens * b * IN_FLIGHT_HIDDEN * facts.hidden_size
     widened = min(CHUNK_BYTES, 4 * micro_batch_tokens * k)
-    sums = leaf_sum_bytes(work.ranks, [TRIANGLE * square])
+    sums = leaf_sum_bytes(work.ranks, [TRIANGLE * square], work.rank)
+    hidden = own_samples(work).all * sample_bytes(facts, work)
     stored = 2 * packed_bytes(head, work.quantize)  # the pieces, and the whole that is made of them
     moments = (
-        WorkSet(flight + widened, square + sums.collecting, 0, hidden_bytes(facts, work)),
+        WorkSet(flight + widened, square + sums.collecting, 0, hidden),
         WorkSet(0, square + sums.exchanging, 0, 0),
         WorkSet(SOLVE_BYTES * weights, 2 * square, stored, 0),
         WorkSet(0, square, stored + PACK_BYTES * weights, 0),

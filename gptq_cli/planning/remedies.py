@@ -62,12 +62,14 @@ def _candidates(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
         yield Remedy("--device-map auto", "our own plan"), replace(case, spec=DeviceMap(strategy="auto"))
     if not case.given and any(b.free_bytes < 0.9 * b.total_bytes for b in case.budgets):
         freed = tuple(replace(b, free_bytes=b.total_bytes) for b in case.budgets)
+        sharing = {CPU: _on_each_machine(case)}
         used = ", ".join(
-            f"{format_size(b.total_bytes - b.free_bytes)} on {b.device}"
+            f"{format_size(sharing.get(b.device, 1) * (b.total_bytes - b.free_bytes))} on {b.device}"
             for b in case.budgets
             if b.free_bytes < b.total_bytes
         )
         yield Remedy(f"end other processes ({used} in use)", "nothing else"), replace(case, budgets=freed)
+    yield from _other_processes(case)
     yield from _less_work(case)
     if case.facts.dtype == "float32" and case.work is not None:
         facts = replace(
@@ -82,6 +84,39 @@ def _candidates(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
     if case.accelerators and case.cpu_room is not None:
         changed = replace(case, spec=DeviceMap.parse("cpu"))
         yield Remedy("--device-map cpu", "no accelerator: many times slower"), changed
+
+
+def _on_each_machine(case: MapCase) -> int:
+    """Processes that share main memory."""
+    return max((place.processes for place in case.places), default=1)
+
+
+def _other_processes(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
+    """Fewer on each machine, which then have more main memory; or more machines, and a smaller share each."""
+    ranks = len(case.places)
+    if ranks < 2 or case.work is None:
+        return
+    on_each = _on_each_machine(case)
+    fewer = on_each // 2
+    while fewer:
+        budgets = tuple(
+            replace(
+                b, total_bytes=b.total_bytes * on_each // fewer, free_bytes=b.free_bytes * on_each // fewer
+            )
+            if b.device == CPU
+            else b
+            for b in case.budgets
+        )
+        left = tuple(replace(p, processes=fewer) for p in case.places[: max(1, ranks * fewer // on_each)])
+        work = replace(case.work, ranks=len(left))
+        change = f"{fewer} process{'es' if fewer > 1 else ''} on each machine instead of {on_each}"
+        price = "more main memory for each, slower"
+        yield Remedy(change, price), replace(case, budgets=budgets, work=work, places=left)
+        fewer //= 2
+    if case.accelerators:
+        work = replace(case.work, ranks=2 * ranks)
+        change = f"{2 * ranks} processes on twice as many machines"
+        yield Remedy(change, "a smaller share of the samples for each"), replace(case, work=work)
 
 
 def _less_work(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
@@ -131,14 +166,15 @@ def _more_memory(case: MapCase, fits: Fits) -> list[Remedy]:
     cpu = case.limit(CPU) or 0
     for more in (8, 16, 32, 64, 128, 256, 512, 1024):
         budgets = tuple(b for b in case.budgets if b.device != CPU)
-        grown = DeviceBudget(CPU, cpu + more * GIB, cpu + more * GIB)
-        if fits(replace(base, budgets=(*budgets, grown))):
-            found.append(
-                Remedy(f"{more} GiB more main memory", f"a machine with {format_size(cpu + more * GIB)} free")
-            )
+        sharing = _on_each_machine(case)
+        size = cpu + more * GIB // sharing
+        if fits(replace(base, budgets=(*budgets, DeviceBudget(CPU, size, size)))):
+            free = format_size(sharing * cpu + more * GIB)
+            found.append(Remedy(f"{more} GiB more main memory", f"a machine with {free} free"))
             break
     if case.accelerators:
         found += _larger_card(base, fits)
+    if case.accelerators and not case.places:  # a process of a launch has one of its own
         largest = max(case.accelerators, key=lambda d: case.limit(d) or 0)
         size = case.limit(largest) or 0
         for more in (1, 3, 7):

@@ -18,6 +18,7 @@ from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import BlockSchedule, ReplayReason, Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.share import most_in_a_leaf
 
 MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch on a CPU, where more are no faster, and the fewest that a plan takes elsewhere."""
@@ -42,6 +43,8 @@ class Way:
     on_host: bool
     """Hidden states rest in main memory, for blocks on accelerators whose forwards are replayed."""
     reads_ahead: bool
+    expert_batches: int = 1
+    """Batches of experts for each one of the usual size: their Hessians take that much less."""
 
 
 WAYS = (
@@ -51,9 +54,13 @@ WAYS = (
     Way(parked=False, on_host=False, reads_ahead=False),
     Way(parked=False, on_host=True, reads_ahead=True),
     Way(parked=False, on_host=True, reads_ahead=False),
+    Way(parked=False, on_host=True, reads_ahead=False, expert_batches=4),
+    Way(parked=False, on_host=True, reads_ahead=False, expert_batches=16),
 )
 """The fastest first: parking saves two forwards in three, reading ahead the time of the disk, and hidden
-states that travel cost the least time but are needed the least. The last one is the leanest."""
+states that travel cost the least time but are needed the least. Each batch of experts runs the forwards
+again; the sums that several ranks keep beside each Hessian may leave room for smaller ones only. The last way
+is the leanest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,7 @@ def make_schedule(placement: Placement, facts: ModelFacts, work: Work, way: Way)
             storage_device=None if placement.streams(block) else storage,
             execution_device=device,
             replayed=why,
-            expert_batch_bytes=EXPERT_BATCH_BYTES,
+            expert_batch_bytes=EXPERT_BATCH_BYTES // (way.expert_batches if block in routed else 1),
             solve_batch_rows=_solve_batch_rows(device),
             activations_on_host=way.on_host and direct and why is not None and device.is_accelerator,
         )
@@ -169,12 +176,13 @@ def wider_micro_batches(placement: Placement, work: Work) -> tuple[int, ...]:
 
 
 def micro_batch_samples(work: Work, tokens: int = MICRO_BATCH_TOKENS) -> int:
-    """As many whole samples as make `tokens`, at least one; or as `CalibrationConfig.batch_size` says."""
+    """As many whole samples as make `tokens`, at least one; or as `CalibrationConfig.batch_size` says. Of
+    several ranks no more than there are in a leaf, across which no micro-batch goes."""
     calibration = work.calibration
     wanted = calibration.batch_size
     if wanted is None:
         wanted = max(1, tokens // calibration.seq_len)
-    return min(wanted, calibration.samples)
+    return max(1, min(wanted, most_in_a_leaf(work)))
 
 
 def execution_device(placement: Placement, storage: Device) -> Device:

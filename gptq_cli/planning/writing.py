@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.planning.memory import CPU_BASELINE_BYTES
-from gptq_cli.planning.time import MachineRates
+from gptq_cli.planning.rates import MachineRates
 from gptq_cli.results.map import DevicePlan
 
 LOGIT_BYTES = 16

@@ -14,6 +14,7 @@ from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_bytes
+from gptq_cli.planning.rank_plans import host_plans
 from gptq_cli.planning.schedule import block_linears
 from gptq_cli.planning.time import Estimate
 from gptq_cli.planning.units import units_of
@@ -56,6 +57,8 @@ def map_report(
         tree=placement_tree(placement, facts) if placement else (),
         streaming=streaming_words(facts, placement, schedule) if placement and schedule else (),
         devices=resolution.devices,
+        ranks=resolution.ranks,
+        hosts=host_plans(resolution.ranks),
         offload=resolution.offload,
         offload_skipped=resolution.offload_skipped,
         findings=all_findings,

@@ -10,17 +10,18 @@ from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
-from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.placement.placement import DeviceBudget, Placement, RankPlace
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
 from gptq_cli.planning.planner import Plan, best_way, fits, make_plan, with_wide_micro_batch
+from gptq_cli.planning.rank_plans import rank_plans
 from gptq_cli.planning.remedies import Remedy, alternatives, less_work
 from gptq_cli.planning.repair import repaired, usable
 from gptq_cli.planning.units import place
 from gptq_cli.preflight.rules import device_map as rules_map
 from gptq_cli.preflight.rules import memory as rules_memory
 from gptq_cli.preflight.rules import placement as rules_placement
-from gptq_cli.results.map import DevicePlan
+from gptq_cli.results.map import DevicePlan, RankMemory
 from gptq_cli.rules import rules_in
 
 
@@ -38,6 +39,8 @@ class Resolution:
     offload_skipped: tuple[str, ...]
     """cpu entries without parameters: never hooked."""
     report: PreflightReport
+    ranks: tuple[RankMemory, ...] = ()
+    """What the devices of each of several processes will have to hold."""
 
 
 def resolve(
@@ -49,11 +52,13 @@ def resolve(
     work: Work | None = None,
     environment: Environment | None = None,
     given: bool = False,
+    places: tuple[RankPlace, ...] = (),
 ) -> Resolution:
     """Place the model of `facts` on the devices of `budgets`; never raises, reports all findings at once.
 
     `work` is the quantization that must fit beside the weights; without it only the weights count. `given`:
-    the budgets describe other hardware than this machine's.
+    the budgets describe other hardware than this machine's. `places`: of the processes that share the work,
+    which each work on their own with what all can count on, `budgets`.
     """
     kind = next((b.device.kind for b in budgets if b.device.is_accelerator), "cuda")
     case = MapCase(
@@ -64,6 +69,7 @@ def resolve(
         work=work,
         environment=environment or Environment(),
         given=given,
+        places=places,
     )
     findings = _answers(rules_map, case)
     if any(finding.rule in _REPAIRED for finding in findings):
@@ -72,8 +78,9 @@ def resolve(
     plan = _planned(case)
     if plan is not None and plan.placement is not None:
         plan = with_wide_micro_batch(plan, case)
+    ranks = rank_plans(plan.placement, case, plan.schedule) if plan is not None and plan.placement else ()
     about_memory = _answers(
-        rules_memory, rules_memory.PlannedCase(case=case, plan=plan, fits=_fits, roomy=_roomy)
+        rules_memory, rules_memory.PlannedCase(case=case, plan=plan, fits=_fits, roomy=_roomy, ranks=ranks)
     )
     if plan is None or plan.placement is None:
         findings += about_memory
@@ -85,7 +92,13 @@ def resolve(
         found = _about_the_placement(placed)
     findings += found + about_memory
     return Resolution(
-        plan.placement, plan.plans, plan.schedule, placed.offload, placed.offload_skipped, _report(findings)
+        plan.placement,
+        plan.plans,
+        plan.schedule,
+        placed.offload,
+        placed.offload_skipped,
+        _report(findings),
+        ranks,
     )
 
 

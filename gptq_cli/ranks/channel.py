@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,29 @@ from gptq_cli.wording import duration_words, first_line
 _FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3
 
 
+Kind = Literal["sum", "code", "other"]
+"""What travels: sums over samples and solved linears, which `planning.traffic` foretells; and the rest, such
+as words, files and snapshots."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """What a rank has sent, and how long it has waited."""
 
-    sent_bytes: int = 0
+    sum_bytes: int = 0
+    code_bytes: int = 0
+    other_bytes: int = 0
     waited_seconds: float = 0.0
+
+    @property
+    def sent_bytes(self) -> int:
+        """All of it."""
+        return self.sum_bytes + self.code_bytes + self.other_bytes
+
+    def sent(self, kind: Kind, size_bytes: int) -> None:
+        """So many bytes left this rank."""
+        name = f"{kind}_bytes"
+        setattr(self, name, getattr(self, name) + size_bytes)
 
 
 class Channel:
@@ -40,7 +57,7 @@ class Channel:
         """Have what is in `piece` on rank 0 in `piece` on all."""
         if piece.numel():
             self._wait(dist.broadcast(piece, 0, group=self._group, async_op=True))
-            self._traffic.sent_bytes += piece.numel() if self._sends else 0
+            self._traffic.sent("other", piece.numel() if self._sends else 0)
 
     def agreed(self, ready: bool) -> bool:
         """Whether all are `ready`."""

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from gptq_cli.ranks.channel import Channel, Traffic, until_done
-from gptq_cli.ranks.leaves import leaf_count
+from gptq_cli.ranks.channel import Channel, Kind, Traffic, until_done
+from gptq_cli.ranks.leaves import leaf_count, padded_bytes
 from gptq_cli.ranks.team import Nodes
 from gptq_cli.ranks.tree import Node, total
 from gptq_cli.ranks.watch import Watch
@@ -29,8 +29,6 @@ from gptq_cli.ranks.watch import Watch
 T = TypeVar("T")
 PATIENCE = timedelta(days=365)
 """Until torch itself ends an operation: how long one may take is for the watch to say."""
-_ALIGNED = 8
-"""Bytes: so that a part of what was received can be seen as numbers of any dtype."""
 
 
 class Ranks:
@@ -57,17 +55,20 @@ class Ranks:
     def gathered(self, value: T) -> list[T]:
         """See `Team.gathered`."""
         own = _as_tensor(_pickled(value))
-        sizes = [int(size) for size in self._gather(torch.tensor([own.numel()])).flatten()]
-        return [pickle.loads(part.numpy().tobytes()) for part in self.exchanged(own, sizes)]
+        sizes = [int(size) for size in self._gather(torch.tensor([own.numel()]), "other").flatten()]
+        return [pickle.loads(part.numpy().tobytes()) for part in self._exchange(own, sizes, "other")]
 
     def exchanged(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Team.exchanged`."""
-        longest = -(-max(sizes) // _ALIGNED) * _ALIGNED
+        return self._exchange(own, sizes, "code")
+
+    def _exchange(self, own: Tensor, sizes: Sequence[int], kind: Kind) -> list[Tensor]:
+        longest = padded_bytes(sizes)
         if not longest:
             return [own] * self.size
         padded = own.new_zeros(longest)
         padded[: own.numel()] = own
-        received = self._gather(padded).to(own.device)
+        received = self._gather(padded, kind).to(own.device)
         return [row[:size] for row, size in zip(received, sizes, strict=True)]
 
     def collected(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -77,7 +78,7 @@ class Ranks:
         rows = [torch.empty_like(padded) for _ in sizes] if self.rank == 0 else None
         self._wait(dist.gather(padded, rows, 0, async_op=True))
         if rows is None:
-            self.traffic.sent_bytes += padded.numel()
+            self.traffic.sent("other", padded.numel())
             return []
         return [row[:size].cpu() for row, size in zip(rows, sizes, strict=True)]
 
@@ -103,7 +104,7 @@ class Ranks:
                 async_op=True,
             )
         )
-        self.traffic.sent_bytes += 4 * counts[self.rank] * (length - mine)
+        self.traffic.sent("sum", 4 * counts[self.rank] * (length - mine))
         del outgoing
         parts = iter(incoming.view(sum(counts), mine))
         whole = total([(node, next(parts)) for found in present for node in found], self.leaves)
@@ -111,7 +112,7 @@ class Ranks:
             return None
         padded = torch.zeros(max(lengths), device=self._device)
         padded[:mine] = whole
-        rows = self._gather(padded)
+        rows = self._gather(padded, "sum")
         return torch.cat([row[:one] for row, one in zip(rows, lengths, strict=True)]).to(device)
 
     def channel(self, receivers: Sequence[int]) -> Channel | None:
@@ -122,11 +123,11 @@ class Ranks:
         patient(group)
         return Channel(group, self._watch, self.traffic)
 
-    def _gather(self, own: Tensor) -> Tensor:  # (ranks, …), on the device of the backend
+    def _gather(self, own: Tensor, kind: Kind) -> Tensor:  # (ranks, …), on the device of the backend
         own = own.to(self._device)
         received = own.new_empty(self.size, *own.shape)
         self._wait(dist.all_gather(list(received), own, async_op=True))
-        self.traffic.sent_bytes += (self.size - 1) * own.nbytes
+        self.traffic.sent(kind, (self.size - 1) * own.nbytes)
         return received
 
     def _broadcast(self, data: bytes) -> bytes:
@@ -136,7 +137,7 @@ class Ranks:
         flat = _as_tensor(data) if data else torch.empty(int(size), dtype=torch.uint8)
         flat = flat.to(self._device)
         self._wait(dist.broadcast(flat, 0, async_op=True))
-        self.traffic.sent_bytes += len(data)
+        self.traffic.sent("other", len(data))
         return data or flat.cpu().numpy().tobytes()
 
     def _wait(self, work: Any) -> None:

@@ -26,7 +26,7 @@ from gptq_cli import __version__
 from gptq_cli.devices.accelerators import present_accelerators, present_devices, torch_device
 from gptq_cli.errors import ConfigError, GptqError, Interrupted, RankLost
 from gptq_cli.placement.device import CPU, Device
-from gptq_cli.placement.placement import DeviceBudget
+from gptq_cli.placement.placement import DeviceBudget, RankPlace, least_of
 from gptq_cli.ranks.group import Ranks, patient
 from gptq_cli.ranks.launch import Launch
 from gptq_cli.ranks.leaves import leaf_count
@@ -64,6 +64,13 @@ class Member:
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}"
 
+    @property
+    def place(self) -> RankPlace:
+        """Where it works, and what it can count on."""
+        device, main = Device.parse(self.device), DeviceBudget(CPU, *self.host_bytes)
+        own = (DeviceBudget(device, *self.device_bytes),) if device.is_accelerator else ()
+        return RankPlace(self.rank, self.host, self.local_size, (*own, main))
+
 
 @dataclass(frozen=True, slots=True)
 class Joined:
@@ -83,10 +90,12 @@ class Joined:
     @property
     def budgets(self) -> tuple[DeviceBudget, ...]:
         """What every rank can count on, on the device of this one and on the CPU."""
-        least = [min(values) for values in zip(*(m.device_bytes for m in self.members), strict=True)]
-        main = [min(values) for values in zip(*(m.host_bytes for m in self.members), strict=True)]
-        own = (DeviceBudget(self.device, *least),) if self.device.is_accelerator else ()
-        return (*own, DeviceBudget(CPU, *main))
+        return least_of(self.places, self.launch.rank)
+
+    @property
+    def places(self) -> tuple[RankPlace, ...]:
+        """Where every rank works."""
+        return tuple(member.place for member in self.members)
 
 
 def own_device(launch: Launch, *, on_cpu: bool) -> Device:

@@ -22,6 +22,7 @@ LEAVES = 16
 """Leaves of a run of up to so many ranks: enough to share evenly, few enough to keep log2 of them in
 memory."""
 ROW_STEP = 16
+ALIGNED_BYTES = 8
 PAIR_COST = 2
 """A paired sample runs through two models, and goes into two moments for each that another one goes into."""
 
@@ -126,6 +127,12 @@ def pieces_of(rows: Sequence[int], ranks: int) -> list[list[Piece]]:
         ]
         for span in row_ranges(ends[-1] if ends else 0, ranks)
     ]
+
+
+def padded_bytes(sizes: Sequence[int]) -> int:
+    """Bytes that every rank sends where so many belong to each: the most, rounded up so that parts of what is
+    received can be seen as numbers of any dtype."""
+    return -(-max(sizes) // ALIGNED_BYTES) * ALIGNED_BYTES
 
 
 def dealt(costs: Sequence[float], ranks: int) -> list[int]:

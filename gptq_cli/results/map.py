@@ -109,19 +109,71 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseTime:
+    """A phase of the work on all blocks, by one process and by several."""
+
+    phase: str
+    alone_seconds: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RanksPlan:
     """What several processes that torchrun starts would gain: a prediction, see `planning.ranks`."""
 
+    json_properties: ClassVar[tuple[str, ...]] = ("bytes_per_block",)
+
     processes: int
-    seconds: float
-    speed_up: float
+    seconds: float | None = None
+    """None where no rates are known."""
+    speed_up: float | None = None
     """Seconds of one process over these."""
-    bytes_per_block: int
-    """That leave one process for its costliest block."""
-    most_that_pay: int
+    phases: tuple[PhaseTime, ...] = ()
+    most_that_pay: int | None = None
     """So many processes; twice as many would gain less than 5 %."""
+    sum_bytes_per_block: int
+    """Sums over samples that leave a process for its costliest block."""
+    code_bytes_per_block: int
+    """Solved linears, as above."""
     link_bytes_per_second: float
     """Assumed between one process and the others."""
+    assumptions: tuple[str, ...] = ()
+    """What the times rest on."""
+
+    @property
+    def bytes_per_block(self) -> int:
+        """All that leaves a process for its costliest block, but for some kilobytes of words."""
+        return self.sum_bytes_per_block + self.code_bytes_per_block
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMemory:
+    """What the devices of one of several processes will have to hold, with its share of the work."""
+
+    rank: int
+    host: str
+    devices: tuple[DevicePlan, ...]
+    """Its accelerator, where it has one, and its share of the machine's main memory."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostMemory:
+    """What the processes of one machine will have to hold of its main memory together."""
+
+    json_properties: ClassVar[tuple[str, ...]] = ("fits",)
+
+    host: str
+    processes: int
+    needed_bytes: int
+    limit_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        """True where it is enough for all."""
+        return self.needed_bytes <= self.limit_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +251,10 @@ class MapReport:
     streaming: tuple[str, ...] = ()
     """What is read from the files when, and where hidden states rest, in sentences."""
     devices: tuple[DevicePlan, ...]
+    ranks: tuple[RankMemory, ...] = ()
+    """Several processes: what the devices of each must hold; () for one."""
+    hosts: tuple[HostMemory, ...] = ()
+    """The machines of several processes."""
     offload: tuple[str, ...]
     """Modules that get a cpu-offload hook, in execution order."""
     offload_skipped: tuple[str, ...]

@@ -151,6 +151,10 @@ class RankReport:
     device: str
     sent_bytes: int
     """To the others, in the last start."""
+    sum_bytes: int = 0
+    """Of these, sums over samples."""
+    code_bytes: int = 0
+    """Of these, solved linears."""
     waited_seconds: float
     """For the others, in the last start."""
 

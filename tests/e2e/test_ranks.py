@@ -22,14 +22,22 @@ import torch
 from safetensors.torch import load_file
 
 from gptq_cli.cli.app import main
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
+from gptq_cli.model.describe import model_facts
+from gptq_cli.model.find import find_model
+from gptq_cli.model.skeleton import open_skeleton
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.traffic import block_traffic
 from tests.e2e.commands import write_text
 from tests.e2e.test_resume import stop_after
 from tests.encoders import STYLES, store_in_few_bits
+from tests.planning.schedules import schedule
 from tests.tiny import save_tiny
 
 KINDS = ("llama", "gpt2", "gemma2", "falcon", "mixtral", "qwen3_moe")
 FEW = ("llama", "mixtral")
 UNSEEN = ("llama", "mixtral", "few-bits")
+NAMES = {2: "two", 3: "three"}
 TEXT = ("--samples", "24", "--seq-len", "48", "--group-size", "32", "--batch-size", "4")
 PATIENCE_SECONDS = 240
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -257,6 +265,23 @@ def test_the_result_says_who_worked_where_and_who_was_the_slowest(folder: Path, 
     assert all(x["sent_bytes"] > 0 and x["waited_seconds"] > 0 for x in report["ranks"])
     assert f"2; rank 0 on {here}: cpu; rank 1 on {here}: cpu" in by_two.err[0]
     assert flat(by_two.out[0]).count(", the slowest") == flat(by_two.out[0]).count(" is ready after ")
+
+
+@pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in KINDS), *((kind, 3) for kind in FEW)])
+def test_ranks_send_what_the_plan_says(
+    kind: str, size: int, folder: Path, by_two: Ended, by_three: Ended
+) -> None:
+    """To the byte, experts included: of these every one is reached from every leaf."""
+    ref = ModelRef(model=str(folder / kind))
+    facts = model_facts(open_skeleton(find_model(ref), ref))
+    calibration = CalibrationConfig(samples=24, seq_len=48, batch_size=4)
+    work = Work(QuantizeConfig.of("balanced", group_size=32), calibration, size).on(facts)
+    blocks = block_traffic(facts, work, schedule(facts, work, parked=True)).values()
+    report = json.loads((folder / f"{NAMES[size]}-{kind}" / "report.json").read_text(encoding="utf-8"))
+    for rank, found in enumerate(report["ranks"]):
+        assert found["sum_bytes"] == sum(block[rank].sum_bytes for block in blocks)
+        assert found["code_bytes"] == sum(block[rank].code_bytes for block in blocks)
+        assert found["sum_bytes"] + found["code_bytes"] < found["sent_bytes"]
 
 
 def test_two_ranks_go_on_where_one_ended(folder: Path, by_one: None, by_two: Ended) -> None:

@@ -12,18 +12,15 @@ from gptq_cli.model.facts import DecodedSource, LinearFact, ModelFacts
 from gptq_cli.placement.cards import CARDS
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.costs import MULTIPLY_ADDS
+from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates, measure, rates_of
 from gptq_cli.planning.time import (
     DECODED_PER_SECOND,
-    DISK_BYTES_PER_SECOND,
-    MULTIPLY_ADDS,
     START_SECONDS,
     Estimate,
-    MachineRates,
     estimate,
     job_seconds,
-    measure,
     quick_estimate,
-    rates_of,
     time_words,
 )
 from tests.planning.schedules import schedule
@@ -229,8 +226,8 @@ def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clocks are those of a machine on which every thread waits as long as it works."""
     waited = iter((1.0, 4.0))
     worked = iter((10.0, 13.0))
-    monkeypatch.setattr("gptq_cli.planning.time.waited_seconds", lambda: next(waited))
-    monkeypatch.setattr("gptq_cli.planning.time.process_time", lambda: next(worked))
+    monkeypatch.setattr("gptq_cli.planning.rates.waited_seconds", lambda: next(waited))
+    monkeypatch.setattr("gptq_cli.planning.rates.process_time", lambda: next(worked))
     found = measure(CPU, "float32", WORK.quantize, attempts=1, min_seconds=0.0)
     assert found.waited_share == 0.5
     busy = Estimate(seconds=900.0, left_seconds=600.0, block_seconds={}, waited_share=found.waited_share)
@@ -242,5 +239,5 @@ def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_waiting_is_not_known_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gptq_cli.planning.time.waited_seconds", lambda: None)
+    monkeypatch.setattr("gptq_cli.planning.rates.waited_seconds", lambda: None)
     assert measure(CPU, "float32", WORK.quantize, attempts=1, min_seconds=0.0).waited_share is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gptq_cli.placement.device import CPU, Device
-from gptq_cli.planning.time import MachineRates
+from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.writing import LOGIT_BYTES, SLOWER_ON_CPU, writing_needs, writing_seconds
 from gptq_cli.results.map import DevicePlan
 from tests.preflight.shapes import llama

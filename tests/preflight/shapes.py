@@ -73,6 +73,36 @@ SMALL_WORK = Work(QuantizeConfig(solve_for="own", group_size=128), CalibrationCo
 BIG = "cuda:0=24GiB,cuda:1=24GiB,cpu=64GiB"
 
 
+def mixture(experts: int, hidden: int, inner: int, blocks: int = 2) -> ModelFacts:
+    """A Llama whose MLP are experts, of which two see each token."""
+    base = llama(blocks, hidden, inner)
+    parts = (("gate_proj", hidden, inner), ("up_proj", hidden, inner), ("down_proj", inner, hidden))
+    routed = [
+        LinearFact(
+            name=f"{block}.mlp.experts.{expert}.{name}",
+            block=block,
+            in_features=columns,
+            out_features=rows,
+            stage=2 + 2 * expert + (name == "down_proj"),
+            routed=True,
+        )
+        for block in base.blocks
+        for expert in range(experts)
+        for name, columns, rows in parts
+    ]
+    tensors = [
+        TensorFact(f"{x.name}.weight", x.in_features * x.out_features, 2 * x.in_features * x.out_features)
+        for x in routed
+    ]
+    return replace(
+        base,
+        linears=(*(x for x in base.linears if ".mlp." not in x.name), *routed),
+        tensors=(*(x for x in base.tensors if ".mlp." not in x.name), *tensors),
+        modules=(*(x for x in base.modules if ".mlp." not in x), *(x.name for x in routed)),
+        routed_share=2 / experts,
+    )
+
+
 def case(
     spec: str = "auto",
     facts: ModelFacts | None = None,

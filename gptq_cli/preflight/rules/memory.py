@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 from gptq_cli.placement.device import CPU, Device, format_size
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
+from gptq_cli.placement.placement import RankPlace
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.planner import Plan
 from gptq_cli.planning.remedies import Fits, Remedy, alternatives, cheapest, less_work
 from gptq_cli.planning.repair import repaired
-from gptq_cli.results.map import DevicePlan
+from gptq_cli.results.map import DevicePlan, RankMemory
 from gptq_cli.rules import Remark, rule
 
 _TIGHT = 0.05
@@ -27,6 +28,8 @@ class PlannedCase:
     """Whether another case would be accepted: remedies are tried before they are named."""
     roomy: Fits
     """The same, with room left on every device."""
+    ranks: tuple[RankMemory, ...] = ()
+    """Several processes: what the devices of each will have to hold."""
 
     @property
     def device_plans(self) -> tuple[DevicePlan, ...]:
@@ -70,7 +73,7 @@ def no_plan_fits(planned: PlannedCase) -> list[Remark]:
     return [
         Remark(
             subject=str(case.spec),
-            message=f"no plan fits: {'; '.join(plan.tried)}",
+            message=f"no plan fits: {'; '.join((*plan.tried, *_least_room(case.places)))}",
             hint=remedies_text(cheapest(case, planned.fits)),
             size_bytes=case.facts.size_bytes,
         )
@@ -86,6 +89,8 @@ def memory_budget(planned: PlannedCase) -> list[Remark]:
     factorisation of its widest stage, calibration activations, and packing; the limit is the free memory, or
     --max-memory where that is less.
     """
+    if planned.ranks:
+        return _short_ranks(planned)
     short = [plan for plan in planned.device_plans if not plan.fits and _known(planned.case, plan)]
     if not short:
         return []
@@ -102,6 +107,48 @@ def memory_budget(planned: PlannedCase) -> list[Remark]:
         )
         for plan in short
     ]
+
+
+def _short_ranks(planned: PlannedCase) -> list[Remark]:
+    """Of several processes, for each kind of device the one that lacks most, and how many others do."""
+    found = []
+    for main in (False, True):
+        short = [
+            (rank, plan)
+            for rank in planned.ranks
+            for plan in rank.devices
+            if not plan.fits and (plan.device == str(CPU)) == main
+        ]
+        if not short:
+            continue
+        rank, plan = min(short, key=lambda one: one[1].spare_bytes)
+        others = f"; so does that of {len(short) - 1} other ranks" if len(short) > 1 else ""
+        sharing = sum(other.host == rank.host for other in planned.ranks)
+        share = f", its share as one of {sharing} processes there" if main and sharing > 1 else ""
+        found.append(
+            Remark(
+                subject=str(rank),
+                message=(
+                    f"{plan.device} needs {format_size(plan.needed_bytes)} but may use "
+                    f"{format_size(plan.limit_bytes)}{share}: {parts_text(plan)}{others}"
+                ),
+                hint=remedies_text(cheapest(planned.case, planned.fits)),
+                size_bytes=-plan.spare_bytes,
+            )
+        )
+    return found
+
+
+def _least_room(places: tuple[RankPlace, ...]) -> tuple[str, ...]:
+    """Of several processes, whose device and whose main memory is the smallest: all work by one plan."""
+    if len(places) < 2:
+        return ()
+    found = {}
+    for at in range(len(places[0].budgets)):
+        place = min(places, key=lambda one: one.budgets[at].free_bytes)
+        budget = place.budgets[at]
+        found[budget.device] = f"{budget.device} of {place} with {format_size(budget.free_bytes)} free"
+    return (f"all ranks work by one plan, and the least room is on {' and on '.join(found.values())}",)
 
 
 def tight(case: MapCase, plans: tuple[DevicePlan, ...]) -> list[DevicePlan]:

@@ -1,0 +1,51 @@
+"""Bytes that leave a rank: counted by hand. Against what travels: tests/e2e/test_ranks.py."""
+
+from dataclasses import replace
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.leaf_sums import triangle_numbers
+from gptq_cli.planning.traffic import Traffic, block_traffic
+from tests.planning.schedules import schedule
+from tests.preflight.shapes import llama
+
+FACTS = llama(blocks=2, hidden=1024, inner=4096)
+OWN = Work(QuantizeConfig(group_size=128, solve_for="own"), CalibrationConfig(samples=32, seq_len=64), 2)
+DENSE = replace(OWN, quantize=QuantizeConfig(group_size=128, solve_for="dense", dense_share=1.0))
+
+
+def sent(work: Work, facts: ModelFacts = FACTS) -> tuple[Traffic, ...]:
+    found = block_traffic(facts, work, schedule(facts, work, parked=True))
+    assert found["model.layers.0"] == found["model.layers.1"]
+    return found["model.layers.0"]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 64, 96, 1000])
+def test_a_triangle_is_what_a_hessian_hands_over(columns: int) -> None:
+    with Hessian(columns) as hessian:
+        assert triangle_numbers(columns) == hessian.stored_values
+
+
+def test_two_ranks_send_half_of_their_sums_and_half_of_the_whole() -> None:
+    triangles = 3 * triangle_numbers(1024) + triangle_numbers(4096)
+    first, second = sent(OWN)
+    assert first.sum_bytes == second.sum_bytes == 4 * 2 * triangles / 2
+    rows = {1024: (3 * 1024, 1024, 2 * 4096), 4096: (1024,)}
+    codes = sum(n * k + 3 * n * k // 128 for k, each in rows.items() for n in each) // 2
+    assert codes < first.code_bytes < 1.02 * codes  # the rest: g_idx and the account of each linear
+
+
+def test_moments_travel_from_the_ranks_that_have_them() -> None:
+    """Held-out pairs are the last ones, and a residual makes a cross moment as wide as it."""
+    first, second = sent(DENSE)
+    assert first.sum_bytes < second.sum_bytes
+    fit = 3 * triangle_numbers(1024) + triangle_numbers(4096) + 3 * 1024**2 + 1024 * 4096
+    assert (first.sum_bytes, second.sum_bytes) == (4 * (fit + fit / 2), 4 * (fit + fit))
+
+
+def test_one_rank_sends_nothing() -> None:
+    assert sent(replace(DENSE, ranks=1)) == (Traffic(),)
