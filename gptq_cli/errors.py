@@ -128,7 +128,11 @@ class OutOfDeviceMemory(GptqError):  # noqa: N818 - named as the field names it
 
 
 class RankLost(GptqError):  # noqa: N818 - it says what happened
-    """One of the processes that work together ended, or does not answer."""
+    """One of the processes that work together ended, or does not answer: `rank`, where that is known."""
+
+    def __init__(self, message: str, *, hint: str | None = None, rank: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.rank = rank
 
 
 class Interrupted(KeyboardInterrupt):

@@ -157,6 +157,7 @@ def _ended(session: Session) -> int:
         return 1
     except BaseException as error:  # noqa: BLE001  # the one place that may: the error is written out below
         ended = error
+    ranks.tell_launcher(os.environ, failure.summary(ended, session.interrupted)[1])
     with ExitStack() as stack:
         if session.json_lines is not None:  # stderr holds JSON lines alone, the error included
             stack.callback(session.json_lines.failed, *failure.summary(ended, session.interrupted))

@@ -78,12 +78,18 @@ class Session:
     """Where a line per event goes, with the time of day."""
     events: str | None = None
     """Where a JSON line per event goes."""
+    came: bool = False
+    """This process has left word of itself where the ranks meet: the first is told what goes wrong here."""
     joined: bool = False
-    """The ranks that a launcher started have met: what goes wrong in one is told to the first."""
+    """The ranks that a launcher started have met, and what is open between them would hold up their end."""
     json_lines: JsonlDisplay | None = None
     """What writes the JSON lines of `--progress jsonl`; None: stderr is for people."""
     documented: bool = False
     """The one JSON document is on stdout already; an error after that does not write another."""
+
+    def come(self) -> None:
+        """The first rank is told."""
+        self.came = True
 
     def join(self) -> None:
         """The ranks have met."""

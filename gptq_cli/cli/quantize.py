@@ -22,7 +22,7 @@ from gptq_cli.config import (
     parse_shard_size,
 )
 from gptq_cli.display.choose import Progress
-from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed
+from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed, RankLost
 from gptq_cli.fields import check_int
 from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
@@ -105,9 +105,9 @@ def quantize(
         size = quantize_config.group_size
         group = "" if size == "auto" else f"g{size}"
         out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
-    if report is not None:
-        check_page("report", Path(report))
     launch = Launch.of(os.environ)
+    if report is not None and (launch is None or launch.leads):
+        check_page("report", Path(report))
     if launch is not None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every rank that leaves
     job = QuantizeJob(
@@ -187,11 +187,16 @@ def quantize(
 
 
 def _follow(session: Session, job: QuantizeJob, launch: Launch) -> None:
-    """What every rank but the first does."""
+    """What every rank but the first does. Its files of events are those of the first."""
+    session.log_file = session.events = None
     with watch(session, "none", quiet=True):
         from gptq_cli import jobs
 
-        jobs.follow(job, launch, session.join)
+        try:
+            jobs.follow(job, launch, came=session.come, heard=session.join)
+        except RankLost as error:
+            session.came = error.rank != 0 or not launch.speaks_for_its_machine
+            raise
 
 
 def _plan(

@@ -108,6 +108,7 @@ def _attempt(
 ) -> Quantized:
     reset_peak(run.options.devices)  # what an earlier run of this process took is not this one's
     with ExitStack() as opened:
+        run.options.team.at("the loading of the model")
         with phase(observer, "load") as words:
             stream = opened.enter_context(_open(run, observer))
             model = stream.model
@@ -115,6 +116,7 @@ def _attempt(
             if any(run.placement.streams(block) for block in run.skeleton.blocks):
                 words.append("each block when its turn comes")
         try:
+            run.options.team.at("the capture of hidden states")
             with phase(observer, "capture", len(input_ids)):
                 blocks = _blocks(model, run, stream)
                 states = _capture(model, blocks, run, stream, input_ids, observer)
@@ -183,6 +185,7 @@ def _head(
     if run.skeleton.head is None:
         return None
     assert isinstance(states, Captured)
+    run.options.team.at(run.skeleton.head.name)
     main = run.placement.main_device
     states.dense.clear()
     text = language_model(model)

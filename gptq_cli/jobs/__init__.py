@@ -63,9 +63,9 @@ def quantize(
     return led
 
 
-def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
+def follow(job: QuantizeJob, launch: Launch, *, came: Callable[[], None], heard: Callable[[], None]) -> None:
     """See `together.follow`."""
-    _started("together", "quantize", lambda: None, ignore).follow(job, launch, heard)
+    _started("together", "quantize", lambda: None, ignore).follow(job, launch, came=came, heard=heard)
 
 
 def dry_run(

@@ -97,15 +97,15 @@ def ranks_words(members: Sequence[Member]) -> str:
     return "; ".join([str(len(members)), *(f"{count} on {host}" for host, count in hosts.items())])
 
 
-def follow(job: QuantizeJob, launch: Launch, heard: Callable[[], None]) -> None:
-    """What every rank but the first does. `heard` is called once it has joined: from then on rank 0 is told
-    what goes wrong here.
+def follow(job: QuantizeJob, launch: Launch, *, came: Callable[[], None], heard: Callable[[], None]) -> None:
+    """What every rank but the first does. `came` is called when rank 0 can be told what goes wrong here,
+    `heard` when all ranks have met.
 
     Raises what `quantize_model` raises, `ModelError` where the model is not the one that rank 0 has, and what
     ended rank 0.
     """
     watcher = Watcher(ignore)
-    with joined(launch, job.command_line, on_cpu=on_cpu(job)) as own:
+    with joined(launch, job.command_line, on_cpu=on_cpu(job), came=came) as own:
         heard()
         with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY["quantize"]):
             told: Assignment = own.team.decided(_elsewhere)

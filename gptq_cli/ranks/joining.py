@@ -110,11 +110,13 @@ def joined(
     asked: Sequence[str],
     *,
     on_cpu: bool = False,
+    came: Callable[[], None] = lambda: None,
     limits: Limits = LIMITS,
 ) -> Iterator[Joined]:
     """Meet the other ranks; leave them at the end, and say why where something was raised.
 
     `asked`: the words of the command line, which are the same for all. `on_cpu`: accelerators are not used.
+    `came` is called when this rank has left word of itself: what goes wrong in it is heard from then on.
     Raises `ConfigError` on rank 0 for ranks that cannot work together, `RankLost` for those that do not come.
     """
     device = own_device(launch, on_cpu=on_cpu)
@@ -126,6 +128,7 @@ def joined(
     store = _store(launch, limits)
     word = Word(own.rank, own.host, own.pid)
     with Watch(_clone(store), word, launch.size, limits) as watch:
+        came()
         try:
             members = _meet(store, own, launch, watch, limits)
             team = _opened(store, launch, device, watch)

@@ -203,7 +203,7 @@ class Watch:
         else:
             silent = [h.word for h in self._heard.values() if h.word.beat == before.get(h.word.rank)]
             if self._lost is None and silent:
-                self._lose(RankLost(f"{silent[0]} ended {self._at()}"))
+                self._lose(RankLost(f"{silent[0]} ended {self._at()}", rank=silent[0].rank))
         return self._lost
 
     def _change(self, **changes: Any) -> None:
@@ -218,7 +218,8 @@ class Watch:
             except RuntimeError as error:  # the store's connection is gone, and with it whoever had it
                 if not self._over.is_set():
                     self._lost = self._lost or RankLost(
-                        f"the store in which the ranks meet cannot be reached any more: {first_line(error)}"
+                        f"the store in which the ranks meet cannot be reached any more: {first_line(error)}",
+                        rank=0,
                     )
                 return
 
@@ -233,7 +234,7 @@ class Watch:
         if self._lost is not None:
             return
         if self._store.check(["over"]):
-            self._lost = _as_error(json.loads(self._store.get("over")))
+            self._lost = _as_error(*json.loads(self._store.get("over")))
             return
         for rank in self._others:
             word = self._word_of(rank) if rank != self._own.rank else None
@@ -260,19 +261,20 @@ class Watch:
         heard.word = word
         if word.state == "failed" and word.error is not None:
             name, message, hint = word.error
-            return _as_error([name, f"{word}: {message}", hint])
+            return _as_error(name, f"{word}: {message}", hint, None)
         if word.state == "interrupted" and now - heard.since > limits.settle_seconds:
-            return RankLost(
-                f"{word} was interrupted {self._at()}"
-            )  # and this one was not: it would be by now
+            return RankLost(  # and this one was not: it would be by now
+                f"{word} was interrupted {self._at()}", rank=word.rank
+            )
         if word.state != "works":
             return None
         if word.host == self._own.host and not _alive(word.pid):
-            return RankLost(f"{word} ended {self._at()}")
+            return RankLost(f"{word} ended {self._at()}", rank=word.rank)
         if now - heard.since > limits.silent_seconds:
             return RankLost(
                 f"nothing was heard of {word} for {duration_words(limits.silent_seconds)}, {self._at()}",
                 hint="its machine or the network is gone, or the process is stopped",
+                rank=word.rank,
             )
         waiting = self._waiting_since
         stuck = waiting is not None and now - max(waiting, heard.moved) > limits.stuck_seconds
@@ -281,6 +283,7 @@ class Watch:
                 f"{word} is stuck {self._at()}: the others have waited for it for "
                 f"{duration_words(limits.stuck_seconds)}",
                 hint="a file system that does not answer may be why",
+                rank=word.rank,
             )
         return None
 
@@ -291,13 +294,16 @@ class Watch:
     def _lose(self, error: GptqError) -> None:
         self._lost = error
         with contextlib.suppress(RuntimeError):
-            self._store.set("over", json.dumps([type(error).__name__, error.message, error.hint or ""]))
+            told = (type(error).__name__, error.message, error.hint or "", getattr(error, "rank", None))
+            self._store.set("over", json.dumps(told))
 
 
-def _as_error(told: list[str]) -> GptqError:
+def _as_error(name: str, message: str, hint: str, rank: int | None) -> GptqError:
     """The error that another rank told of, as one of this process."""
-    name, message, hint = told
-    return _ERRORS.get(name, RankLost)(message, hint=hint or None)
+    kind = _ERRORS.get(name)
+    if kind is None:
+        return RankLost(message, hint=hint or None, rank=rank)
+    return kind(message, hint=hint or None)
 
 
 def _alive(pid: int) -> bool:

@@ -1,7 +1,7 @@
 import pytest
 
 from gptq_cli.errors import ConfigError
-from gptq_cli.ranks.launch import Launch
+from gptq_cli.ranks.launch import Launch, place_of
 
 TORCHRUN = {
     "RANK": "5",
@@ -45,6 +45,34 @@ def test_what_does_not_fit_is_an_error(changes: dict[str, str], said: str) -> No
         Launch.of(TORCHRUN | changes)
     assert said in caught.value.message
     assert "torchrun" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "speaks"), [(0, 0, 0), (1, 1, 1), (2, 2, 0), (4, 0, 1)])
+def test_one_of_each_machine_says_that_the_first_is_gone(rank: int, local_rank: int, speaks: int) -> None:
+    launch = Launch(rank=rank, size=8, local_rank=local_rank, local_size=4, host="a", port=1)
+    assert launch.speaks_for_its_machine == bool(speaks)
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, "srun --ntasks-per-node 1 torchrun"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "3"}, "mpirun --map-by ppr:1:node torchrun"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other(environ: dict[str, str], line: str) -> None:
+    with pytest.raises(ConfigError, match="each would do all the work") as caught:
+        Launch.of(environ)
+    assert line in (caught.value.hint or "")
+    assert place_of(environ) == 3
+    assert place_of(environ | TORCHRUN) == 5
+    assert Launch.of(environ | TORCHRUN) == Launch.of(TORCHRUN), "a launcher inside is what counts"
+
+
+@pytest.mark.parametrize("environ", [{}, {"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_the_only_process(environ: dict[str, str]) -> None:
+    assert Launch.of(environ) is None
+    assert place_of(environ) == 0
 
 
 def test_ranks_that_do_not_know_where_to_meet() -> None:

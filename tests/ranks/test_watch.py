@@ -126,8 +126,10 @@ def test_the_others_hear_from_the_first_who_is_lost() -> None:
     ranks = Ranks(own=Word(2, "elsewhere", os.getpid()))
     with ranks.watch:
         ranks.say(replace(OTHER, rank=0))
-        ranks.store.set("over", json.dumps(["RankLost", "rank 1 ended", ""]))
-        assert str(ranks.error()) == "rank 1 ended"
+        ranks.store.set("over", json.dumps(["RankLost", "rank 1 ended", "", 1]))
+        error = ranks.error()
+        assert isinstance(error, RankLost)
+        assert (str(error), error.rank) == ("rank 1 ended", 1)
 
 
 def test_the_last_word_says_why() -> None:
