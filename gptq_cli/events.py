@@ -168,6 +168,46 @@ class BlockFinished:
     """For the blocks to come, from the mean of those done."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankState:
+    """One of several processes, as it is now."""
+
+    rank: int
+    host: str
+    memory: tuple[DeviceMemory, ...]
+    """Of its accelerator, where it has one, and of its machine's main memory."""
+    waited_seconds: float
+    """For the others, since this was told last."""
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksReported:
+    """Several processes: how all of them are, after capture and after each block."""
+
+    block: str
+    """That they have finished; "" before the first."""
+    ranks: tuple[RankState, ...]
+
+    @property
+    def slowest(self) -> RankState:
+        """The one that the others waited for: it waited least."""
+        return min(self.ranks, key=lambda one: one.waited_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksWaited:
+    """This process has waited for others for more than a moment, and goes on waiting unless it is `over`."""
+
+    seconds: float
+    ranks: tuple[str, ...]
+    """Those that have not come, as `rank 1 on node2`; () where all are there and data is on its way."""
+    over: bool = False
+    """They have come."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShardWritten:
     """A file of the checkpoint is on disk."""
@@ -204,6 +244,8 @@ Event = (
     | LinearQuantized
     | CacheFlushed
     | BlockFinished
+    | RanksReported
+    | RanksWaited
     | ShardWritten
     | Warned
     | RunFinished

@@ -23,7 +23,8 @@ from rich.text import Text
 from gptq_cli.display import format as fmt
 from gptq_cli.display.plain import flush_text, flush_title, freed_text
 from gptq_cli.display.state import BlockState, PhaseState, Recent, State
-from gptq_cli.events import DeviceMemory, Phase
+from gptq_cli.events import DeviceMemory, Phase, RankState
+from gptq_cli.wording import names_text
 
 LABEL_WIDTH = 9
 """A label with the space before it."""
@@ -44,6 +45,10 @@ METHOD_WIDTH = 18
 NARROW = 60
 """Below this width the table of linears leaves out columns, and the method has less room."""
 NEARLY_FULL = 0.95
+MAX_RANKS_SHOWN = 7
+"""Devices of other ranks that are shown, beside this one's."""
+RANKS_FROM_LINES = 18
+"""Lines of the terminal beside them."""
 
 
 class Picture:
@@ -59,7 +64,8 @@ class Picture:
         if bars:
             yield ""
             yield bars
-        room = console.height - FIXED_LINES - len(state.memory)
+        others = _other_ranks(state, console.height)
+        room = console.height - FIXED_LINES - len(state.memory) - len(others) - bool(state.ranks)
         shown = state.recent[-max(1, min(6, room)) :]
         if shown:
             yield ""
@@ -68,6 +74,11 @@ class Picture:
             yield ""
         for memory in state.memory:
             yield memory_line(memory, width)
+        for one in others:
+            yield memory_line(one.memory[0], width, rank=one)
+        if state.ranks is not None or state.waiting is not None:
+            style = "yellow" if state.waiting is not None else ""
+            yield _line("ranks", _ranks_texts(state, self._now), width, style=style)
         if state.flush:
             title = flush_title(state.flush).removeprefix("flush ")
             freed = freed_text(state.flush)
@@ -83,6 +94,32 @@ def _line(label: str, texts: Sequence[str], width: int, style: str = "") -> Text
     room = max(width - LABEL_WIDTH - 2, 1)
     body = Text(f" {label:<{LABEL_WIDTH - 1}} ", style=style or "bold", no_wrap=True, overflow="ellipsis")
     return body.append(fmt.fitting(texts, room), style=style or "default not bold")
+
+
+def _other_ranks(state: State, height: int) -> list[RankState]:
+    """Those whose device is shown beside this one's: of many the fullest, in order."""
+    if state.ranks is None:
+        return []
+    others = [one for one in state.ranks.ranks if one.rank]
+    room = max(1, min(MAX_RANKS_SHOWN, height - RANKS_FROM_LINES))
+    fullest = sorted(others, key=lambda one: -one.memory[0].peak_bytes / max(1, one.memory[0].total_bytes))
+    return sorted(fullest[:room], key=lambda one: one.rank)
+
+
+def _ranks_texts(state: State, now: float) -> tuple[str, ...]:
+    """For whom this one waits; else who was the slowest when they were compared last."""
+    if state.waiting is not None:
+        waited = fmt.clock(now - state.waiting.since)
+        for_whom = names_text(state.waiting.ranks, 3) or "data on its way"
+        return f"{waited} waiting for {for_whom}", f"{waited} {for_whom}"
+    if state.ranks is None:
+        return ("",)
+    slowest = state.ranks.slowest
+    longest = max(one.waited_seconds for one in state.ranks.ranks) - slowest.waited_seconds
+    waited = f"{slowest} the slowest, the others waited {fmt.duration(longest)}"
+    several = f"{len(state.ranks.ranks)} ranks"
+    after = f"{waited} in {state.ranks.block}" if state.ranks.block else f"{waited} until capture ended"
+    return f"{several}: {after}", after, waited, f"{slowest} the slowest", f"slowest {slowest.rank}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +263,19 @@ def method_text(method: str, attempts: int) -> str:
     return method if attempts == 1 else f"{method}, {attempts} tries"
 
 
-def memory_line(memory: DeviceMemory, width: int) -> Text:
-    """One device: a bar of allocated, reserved and total, and the figures, each with its glyph."""
+def memory_line(memory: DeviceMemory, width: int, rank: RankState | None = None) -> Text:
+    """One device: a bar of allocated, reserved and total, and the figures, each with its glyph. `rank`: of
+    another process, whose name stands in front."""
     total = max(memory.total_bytes, 1)
     high = memory.peak_bytes > NEARLY_FULL * total
     room = width - LABEL_WIDTH - 4
-    figures = fmt.fitting(_memory_texts(memory, "  NEARLY FULL" if high else ""), room - BAR_FROM)
+    texts = _memory_texts(memory, "  NEARLY FULL" if high else "")
+    if rank is not None:
+        texts = (f"{texts[0]}  {memory.device} on {rank.host}", f"{texts[1]}  {memory.device}", *texts)
+    figures = fmt.fitting(texts, room - BAR_FROM)
     cells = max(1, min(BAR_WIDTH * max(1, width // 80), room - len(figures)))
-    line = Text(f" {memory.device:<{LABEL_WIDTH - 1}} ", style="bold", no_wrap=True, overflow="ellipsis")
+    label = memory.device if rank is None else f"rank {rank.rank}"
+    line = Text(f" {label:<{LABEL_WIDTH - 1}} ", style="bold", no_wrap=True, overflow="ellipsis")
     allocated = min(cells, round(cells * memory.allocated_bytes / total))
     reserved = min(cells, max(allocated, round(cells * memory.reserved_bytes / total)))
     line.append("█" * allocated, style="cyan not bold")

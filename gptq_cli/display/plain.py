@@ -23,6 +23,8 @@ from gptq_cli.events import (
     PhaseAdvanced,
     PhaseFinished,
     PhaseStarted,
+    RanksReported,
+    RanksWaited,
     RunFinished,
     RunStarted,
     SamplesAdvanced,
@@ -31,8 +33,12 @@ from gptq_cli.events import (
     Warned,
     warning_text,
 )
+from gptq_cli.wording import names_text
 
 HEARTBEAT_SECONDS = 30.0
+LONG_WAIT_SECONDS = 10.0
+"""Waiting for other ranks is told from here on."""
+MAX_RANKS_TOLD = 8
 
 
 class PlainDisplay:
@@ -141,6 +147,10 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
             memory = "; ".join(memory_text(entry) for entry in event.memory)
             left = f"; {fmt.clock(event.remaining_seconds)} left" if event.remaining_seconds else ""
             return (f"{took} {fmt.duration(event.report.seconds)}{left}; {memory}",)
+        case RanksReported():
+            return (f"{ranks_title(event)}: {'; '.join(rank_texts(event))}",)
+        case RanksWaited():
+            return (waiting_text(event),) if event.seconds >= LONG_WAIT_SECONDS else ()
         case ShardWritten(path, size_bytes, tensors):
             return (f"written: {path}, {fmt.size(size_bytes)}, {fmt.count(tensors, 'tensor')}",)
         case Warned(message, hint):
@@ -157,6 +167,32 @@ def memory_text(memory: DeviceMemory) -> str:
     if memory.device == "cpu":
         used = f"resident {fmt.gib(memory.allocated_bytes)}"
     return f"{memory.device} {used} peak {fmt.gib(memory.peak_bytes)} of {fmt.gib(memory.total_bytes)} GiB"
+
+
+def ranks_title(event: RanksReported) -> str:
+    """`ranks after model.layers.3`, `ranks after capture`."""
+    return f"ranks after {event.block or 'capture'}"
+
+
+def rank_texts(event: RanksReported) -> list[str]:
+    """Who was the slowest, and how every rank is; of many, those that are worth a look."""
+    slowest = event.slowest
+    longest = max(one.waited_seconds for one in event.ranks)
+    first = f"{slowest} the slowest, the others waited up to {fmt.duration(longest - slowest.waited_seconds)}"
+    if len(event.ranks) > MAX_RANKS_TOLD:
+        fullest = max(event.ranks, key=lambda one: _fullness(one.memory[0]))
+        return [first, f"fullest {fullest}, {memory_text(fullest.memory[0])}"]
+    return [first, *(f"{one}: {memory_text(one.memory[0])}" for one in event.ranks)]
+
+
+def _fullness(memory: DeviceMemory) -> float:
+    return memory.peak_bytes / max(1, memory.total_bytes)
+
+
+def waiting_text(event: RanksWaited) -> str:
+    """`ranks: waiting for rank 1 on node2, 35 s`."""
+    whom = names_text(event.ranks, 3) or "data on its way"
+    return f"ranks: {'waited' if event.over else 'waiting'} for {whom}, {fmt.duration(event.seconds)}"
 
 
 def flush_title(event: CacheFlushed) -> str:

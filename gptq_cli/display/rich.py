@@ -34,6 +34,8 @@ from gptq_cli.events import (
     PhaseAdvanced,
     PhaseFinished,
     PhaseStarted,
+    RanksReported,
+    RanksWaited,
     RunFinished,
     RunStarted,
     SamplesAdvanced,
@@ -156,6 +158,8 @@ class RichDisplay:
                 | SamplesAdvanced()
                 | LinearQuantized()
                 | CacheFlushed()
+                | RanksReported()
+                | RanksWaited()
                 | RunFinished()
             ):
                 return

@@ -21,6 +21,8 @@ from gptq_cli.events import (
     PhaseAdvanced,
     PhaseFinished,
     PhaseStarted,
+    RanksReported,
+    RanksWaited,
     RunFinished,
     RunStarted,
     SamplesAdvanced,
@@ -73,6 +75,14 @@ class Recent:
     report: LinearReport
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """This process waits for others."""
+
+    ranks: tuple[str, ...]
+    since: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """All that a display needs to draw one picture."""
@@ -88,6 +98,9 @@ class State:
     linears_done: int = 0
     fallbacks: int = 0
     memory: tuple[DeviceMemory, ...] = ()
+    ranks: RanksReported | None = None
+    """Several processes: how all of them were when it was told last."""
+    waiting: Waiting | None = None
     flush: CacheFlushed | None = None
     finished: bool = False
     until: float | None = None
@@ -177,8 +190,13 @@ def advance(state: State, event: Event, now: float) -> State:
                 block_seconds=(*state.block_seconds, seconds)[-REMEMBERED:],
                 memory=_merged(state.memory, event.memory),
             )
+        case RanksReported():
+            return replace(state, ranks=event)
+        case RanksWaited():
+            waiting = None if event.over else Waiting(event.ranks, now - event.seconds)
+            return replace(state, waiting=waiting)
         case RunFinished():
-            return replace(state, phase=None, block=None, finished=True)
+            return replace(state, phase=None, block=None, waiting=None, finished=True)
         case FindingRaised() | Warned() | ShardWritten():
             return state
         case _:

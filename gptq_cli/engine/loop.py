@@ -32,6 +32,7 @@ from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.experts import FewTokens
 from gptq_cli.engine.keep import Keeper, NothingKept, catch_up, shared_weights
+from gptq_cli.engine.together import RankReports
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -74,7 +75,8 @@ def quantize_blocks(
     Raises `NonFinite` when a weight or an activation is not finite, `NotPositiveDefinite` when a fallback
     would be needed and `options.strict` forbids it.
     """
-    _flush("capture", "", options, observer)
+    ranks = RankReports(options.team, observer)
+    ranks.tell("", _flush("capture", "", options, observer))
     keeper = keeper or NothingKept()
     shared = shared_weights(blocks, keeper, config, dense=states.paired > 0)
     work = WorkOptions(
@@ -116,6 +118,7 @@ def quantize_blocks(
         observer(_finished(reports, first, len(blocks), memory))
         for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
+        ranks.tell(block.name, memory)
         keeper.keep(report, states)
     few_tokens.end()
     return tuple(reports)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.keep import by_sample, restore, samples_wanted
 from gptq_cli.errors import GptqError
+from gptq_cli.events import DeviceMemory, Observer, RanksReported, RankState
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.ranks.team import Team
@@ -82,6 +84,29 @@ def restore_together(
 
 def _read(found: Sequence[Stored], name: str) -> Tensor:
     return found[0][name]()
+
+
+class RankReports:
+    """Tells how all ranks are: their memory, and how long each has waited since the last time."""
+
+    def __init__(self, team: Team, observer: Observer) -> None:
+        self._team, self._observer = team, observer
+        self._waited = team.traffic.waited_seconds
+        team.tell(observer)
+
+    def tell(self, block: str, memory: tuple[DeviceMemory, ...]) -> None:
+        """Block `block` is finished ("": none is yet); `memory`: of this rank. All ranks ask at once."""
+        if self._team.size == 1:
+            return
+        waited = self._team.traffic.waited_seconds
+        own = RankState(
+            rank=self._team.rank,
+            host=gethostname(),
+            memory=memory,
+            waited_seconds=waited - self._waited,
+        )
+        self._waited = waited
+        self._observer(RanksReported(block=block, ranks=tuple(self._team.gathered(own))))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,5 +8,6 @@ add up, and how they notice that one of them is gone.
     channel    bytes of rank 0 for ranks that do not see its files
     group      the same over torch.distributed
     watch      heartbeats: a rank that is gone, or stuck, ends all of them
+    waits      what is said while others are waited for
     joining    from a launch to a team
 """

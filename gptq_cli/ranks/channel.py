@@ -7,6 +7,7 @@ thread works on this one.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,9 +71,11 @@ class Channel:
         until_done(work, self._watch, seconds=self._watch.limits.stuck_seconds)
 
 
-def until_done(work: Any, watch: Watch, *, seconds: float | None = None) -> None:
+def until_done(
+    work: Any, watch: Watch, *, seconds: float | None = None, passed: Callable[[float], None] | None = None
+) -> None:
     """Until an operation of `torch.distributed` is done. Raises the error of a rank that is gone, and where
-    it takes longer than `seconds`.
+    it takes longer than `seconds`. `passed` hears again and again how long it has taken.
 
     No call blocks, so that Ctrl-C is heard.
     """
@@ -87,6 +90,8 @@ def until_done(work: Any, watch: Watch, *, seconds: float | None = None) -> None
                     hint="the network, or a file system that does not answer on the machine of rank 0, may "
                     "be why",
                 )
+            if passed is not None:
+                passed(time.monotonic() - begun)
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         work.wait()

@@ -20,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from gptq_cli.events import Observer
 from gptq_cli.ranks.channel import Channel, Kind, Traffic, until_done
 from gptq_cli.ranks.leaves import leaf_count, padded_bytes
 from gptq_cli.ranks.team import Nodes
 from gptq_cli.ranks.tree import Node, total
+from gptq_cli.ranks.waits import Waits
 from gptq_cli.ranks.watch import Watch
 
 T = TypeVar("T")
@@ -38,10 +40,15 @@ class Ranks:
         self.rank, self.size, self.leaves = rank, size, leaf_count(size)
         self.traffic = Traffic()
         self._device, self._watch = device, watch
+        self._waits = Waits(watch)
 
     def at(self, where: str) -> None:
         """See `Team.at`."""
         self._watch.at(where)
+
+    def tell(self, observer: Observer) -> None:
+        """See `Team.tell`."""
+        self._waits.observer = observer
 
     def decided(self, make: Callable[[], T]) -> T:
         """See `Team.decided`."""
@@ -145,9 +152,11 @@ class Ranks:
         begun = time.perf_counter()
         try:
             with self._watch.waiting():
-                until_done(work, self._watch)
+                until_done(work, self._watch, passed=self._waits.passed)
         finally:
-            self.traffic.waited_seconds += time.perf_counter() - begun
+            waited = time.perf_counter() - begun
+            self.traffic.waited_seconds += waited
+            self._waits.ended(waited)
 
 
 def patient(group: Any = None) -> None:

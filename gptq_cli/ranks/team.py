@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from gptq_cli.events import Observer
 from gptq_cli.ranks.channel import Channel, Traffic
 from gptq_cli.ranks.leaves import Share, micro_batches, share_of
 from gptq_cli.ranks.tree import Node, total
@@ -71,6 +72,10 @@ class Team(Protocol):
         """A way for bytes from rank 0 to these; None on a rank that is neither."""
         ...
 
+    def tell(self, observer: Observer) -> None:
+        """Have `observer` hear when this rank waits long for others."""
+        ...
+
     def at(self, where: str) -> None:
         """Work goes on at `where`, as the other ranks are told if this one is lost."""
         ...
@@ -111,6 +116,9 @@ class Alone:
 
     def channel(self, receivers: Sequence[int]) -> None:
         """See `Team.channel`."""
+
+    def tell(self, observer: Observer) -> None:
+        """See `Team.tell`."""
 
     def at(self, where: str) -> None:
         """See `Team.at`."""

@@ -158,6 +158,17 @@ class Watch:
         finally:
             self._waiting_since = None
 
+    @property
+    def late(self) -> tuple[str, ...]:
+        """Ranks that have waited less often than this one, which waits for them: as far as it is known, which
+        takes a second or two."""
+        words = [heard.word for heard in list(self._heard.values())]
+        return tuple(
+            f"rank {word.rank} on {word.host}"
+            for word in words
+            if word.state == "works" and word.waits < self._own.waits
+        )
+
     def check(self) -> None:
         """Raise the error of a rank that is gone, as `blamed` tells it."""
         if self._lost is not None:

@@ -1,6 +1,7 @@
 """One line an event."""
 
 import io
+from dataclasses import replace
 
 from gptq_cli import events as e
 from gptq_cli.display.plain import HEARTBEAT_SECONDS, PlainDisplay, flush_text, lines
@@ -69,3 +70,36 @@ def test_the_time_left_is_said_at_the_first_step_of_what_takes_long() -> None:
         "evaluate: 2/64, 0:09:50 left",
     )
     assert lines(e.PhaseAdvanced("evaluate", 1, 64, 5.0)) == ()
+
+
+def ranks_reported(count: int = 2, waited: float = 3.0) -> e.RanksReported:
+    """Rank 1 is the slowest; the device of the last one is the fullest."""
+    states = []
+    for rank in range(count):
+        device, cpu = memory(rank)
+        waits = 0.5 if rank == 1 else waited
+        states.append(e.RankState(rank=rank, host="node2", memory=(device, cpu), waited_seconds=waits))
+    last = replace(states[-1].memory[0], peak_bytes=20 << 30)
+    states[-1] = replace(states[-1], memory=(last, states[-1].memory[1]))
+    return e.RanksReported(block="model.layers.3", ranks=tuple(states))
+
+
+def test_all_ranks_are_told_of_and_of_many_the_slowest_and_the_fullest() -> None:
+    (line,) = lines(ranks_reported())
+    assert line.startswith(
+        "ranks after model.layers.3: rank 1 on node2 the slowest, the others waited up to 2.5 s; "
+        "rank 0 on node2: cuda:0 allocated 1.25"
+    )
+    assert "; rank 1 on node2: cuda:0 allocated" in line
+    (line,) = lines(ranks_reported(64))
+    assert "rank 1 on node2 the slowest" in line
+    assert "; fullest rank 63 on node2, cuda:0 " in line
+    assert "rank 2 on" not in line
+
+
+def test_a_long_wait_for_others_is_told_and_a_short_one_is_not() -> None:
+    waited = e.RanksWaited(seconds=35.0, ranks=("rank 1 on node2",))
+    assert lines(waited) == ("ranks: waiting for rank 1 on node2, 35.0 s",)
+    assert lines(replace(waited, over=True)) == ("ranks: waited for rank 1 on node2, 35.0 s",)
+    assert lines(replace(waited, ranks=())) == ("ranks: waiting for data on its way, 35.0 s",)
+    assert lines(replace(waited, seconds=2.0)) == ()

@@ -12,7 +12,7 @@ from gptq_cli.display.plain import lines as plain_lines
 from gptq_cli.display.rich import RichDisplay
 from gptq_cli.results.run import BlockReport
 from tests.display.events import DENSE, OFFLOAD, linear, memory, sample_run
-from tests.display.test_plain import Clock
+from tests.display.test_plain import Clock, ranks_reported
 from tests.golden import check_golden
 
 HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
@@ -275,3 +275,33 @@ def test_a_phase_says_how_much_time_is_left() -> None:
     terminal.clock.now = 40.0
     assert "16/64" in terminal.picture()
     assert "0:01:20 left" in terminal.picture()
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_the_devices_of_all_ranks_are_shown_the_slowest_and_who_is_waited_for(width: int) -> None:
+    terminal = Terminal(width)
+    terminal.play(e.BlockFinished)
+    terminal.display(ranks_reported(3))
+    text = terminal.picture()
+    assert [line.split()[:2] for line in text.splitlines() if line.startswith(" rank ")] == [
+        ["rank", "1"],
+        ["rank", "2"],
+    ]
+    assert "slowest" in text
+    if width >= 80:
+        assert "rank 1 on node2 the slowest, the others waited 2.5 s" in text
+    terminal.display(e.RanksWaited(seconds=35.0, ranks=("rank 2 on node2",)))
+    assert "0:00:35 waiting for rank 2 on node2" in terminal.picture() or width < 60
+    terminal.display(e.RanksWaited(seconds=36.0, ranks=("rank 2 on node2",), over=True))
+    assert "waiting" not in terminal.picture()
+    assert max(map(len, terminal.picture().splitlines())) <= width
+
+
+def test_of_many_ranks_the_fullest_are_shown_and_the_picture_fits() -> None:
+    terminal = Terminal(100, height=24)
+    terminal.play(e.BlockFinished)
+    terminal.display(ranks_reported(64))
+    text = terminal.picture()
+    assert len(text.splitlines()) <= 24
+    assert " rank 63 " in text
+    assert "64 ranks: rank 1 on node2 the slowest" in text

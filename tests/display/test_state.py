@@ -81,3 +81,10 @@ def test_a_head_is_no_linear_of_the_block_before_it() -> None:
     done = advance(state, e.LinearQuantized("", linear("h.0", "mlp.up_proj", 0)), 1.0)
     assert done.block is not None
     assert (done.block.linears_done, done.linears_done) == (0, 1)
+
+
+def test_waiting_for_ranks_ends_when_they_have_come() -> None:
+    state = advance(State(since=0.0), e.RanksWaited(seconds=3.0, ranks=("rank 1 on b",)), 10.0)
+    assert state.waiting is not None
+    assert (state.waiting.ranks, state.waiting.since) == (("rank 1 on b",), 7.0)
+    assert advance(state, e.RanksWaited(seconds=4.0, ranks=(), over=True), 11.0).waiting is None

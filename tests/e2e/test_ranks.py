@@ -264,6 +264,9 @@ def test_the_result_says_who_worked_where_and_who_was_the_slowest(folder: Path, 
     ]
     assert all(x["sent_bytes"] > 0 and x["waited_seconds"] > 0 for x in report["ranks"])
     assert f"2; rank 0 on {here}: cpu; rank 1 on {here}: cpu" in by_two.err[0]
+    assert by_two.err[0].count("ranks after capture: rank ") == by_two.err[0].count("flush after capture")
+    assert f"; rank 1 on {here}: cpu resident " in by_two.err[0]
+    assert by_two.err[0].count("ranks after model.layers.2: rank ") >= 3, "llama, with its head and gone on"
     assert flat(by_two.out[0]).count(", the slowest") == flat(by_two.out[0]).count(" is ready after ")
 
 
