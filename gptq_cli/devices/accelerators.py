@@ -8,6 +8,7 @@ CPU, allocated = reserved = resident set size of the process, and the peak is th
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -69,13 +70,36 @@ def present_accelerators() -> tuple[Device, ...]:
     return tuple(Device(current.type, index) for index in range(torch.accelerator.device_count()))
 
 
+VISIBLE_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+    "ASCEND_RT_VISIBLE_DEVICES",
+)
+"""Variables of the environment that choose and number the accelerators that a process sees."""
+
+
+def name_on_machine(device: Device) -> str:
+    """What an accelerator is called outside of this process: as the variable that makes it visible calls it,
+    else by its number."""
+    visible = next((os.environ[name] for name in VISIBLE_VARIABLES if os.environ.get(name)), "")
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    index = device.index or 0
+    return names[index] if index < len(names) else str(index)
+
+
 def present_devices() -> tuple[DeviceBudget, ...]:
-    """Every accelerator, then the CPU, with total and free bytes.
+    """Every accelerator, then the CPU, see `budgets_of`."""
+    return budgets_of(present_accelerators())
+
+
+def budgets_of(accelerators: Iterable[Device]) -> tuple[DeviceBudget, ...]:
+    """These, then the CPU, with total and free bytes. To ask an accelerator takes some of its memory.
 
     Memory that torch's own allocator holds but does not use counts as free.
     """
     budgets = []
-    for device in present_accelerators():
+    for device in accelerators:
         memory = _read_accelerator(device)
         if device.kind == "mps":
             free = memory.total_bytes - memory.allocated_bytes

@@ -16,12 +16,11 @@ from pathlib import Path
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
 from gptq_cli.checkpoint.working_folder import is_taken, tree_bytes
+from gptq_cli.devices.accelerators import VISIBLE_VARIABLES
 from gptq_cli.errors import DestinationBusy
 from gptq_cli.fields import Resume
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, Environment, OutputFacts, UnfinishedWork
-
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ASCEND_RT_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class Claim:
 
 def environment_facts() -> Environment:
     """The variables in force that change what a device index means."""
-    visible = tuple((name, os.environ[name]) for name in _VISIBLE if name in os.environ)
+    visible = tuple((name, os.environ[name]) for name in VISIBLE_VARIABLES if name in os.environ)
     return Environment(local_rank=os.environ.get("LOCAL_RANK"), visible=visible)
 
 

@@ -23,7 +23,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from gptq_cli import __version__
-from gptq_cli.devices.accelerators import present_accelerators, present_devices, torch_device
+from gptq_cli.devices.accelerators import (
+    budgets_of,
+    name_on_machine,
+    present_accelerators,
+    torch_device,
+)
 from gptq_cli.errors import ConfigError, GptqError, Interrupted, RankLost
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.placement import DeviceBudget, RankPlace, least_of
@@ -56,6 +61,8 @@ class Member:
     """On its machine, that it can see."""
     device: str
     """On which it works: its own accelerator, or "cpu"."""
+    card: str
+    """Which accelerator of its machine that is, whatever it calls it; "" for the cpu."""
     device_bytes: tuple[int, int]
     """Total and free, of its device."""
     host_bytes: tuple[int, int]
@@ -153,7 +160,8 @@ def joined(
 
 
 def _member(launch: Launch, asked: Sequence[str], device: Device, *, accelerators: int) -> Member:
-    budgets = {budget.device: (budget.total_bytes, budget.free_bytes) for budget in present_devices()}
+    asked_of = budgets_of([device] if device.is_accelerator else [])
+    budgets = {budget.device: (budget.total_bytes, budget.free_bytes) for budget in asked_of}
     main = budgets[CPU]
     share = (main[0] // launch.local_size, main[1] // launch.local_size)
     return Member(
@@ -170,6 +178,7 @@ def _member(launch: Launch, asked: Sequence[str], device: Device, *, accelerator
         ),
         accelerators=accelerators,
         device=str(device),
+        card=name_on_machine(device) if device.is_accelerator else "",
         device_bytes=share if device == CPU else budgets[device],
         host_bytes=share,
     )
@@ -256,7 +265,7 @@ def wrong_launch(members: Sequence[Member], clock_gaps: dict[int, float]) -> Con
     checks: tuple[Callable[[Member], ConfigError | None], ...] = (
         lambda member: _other_words(first, member),
         lambda member: _other_versions(first, member),
-        _too_few_accelerators,
+        lambda member: _shared_accelerator(members, member),
         lambda member: _other_device(first, member),
         lambda member: _other_clock(member, clock_gaps.get(member.rank, 0.0)),
     )
@@ -289,9 +298,21 @@ def _other_versions(first: Member, member: Member) -> ConfigError | None:
     return None
 
 
-def _too_few_accelerators(member: Member) -> ConfigError | None:
-    if not 0 < member.accelerators < member.local_size:
+def _shared_accelerator(members: Sequence[Member], member: Member) -> ConfigError | None:
+    """Each process may see all accelerators of its machine, or one that only it sees."""
+    shared = [
+        other
+        for other in members[: member.rank]
+        if member.card and (other.host, other.card) == (member.host, member.card)
+    ]
+    if not shared:
         return None
+    if member.accelerators >= member.local_size:
+        return ConfigError(
+            f"{member} would work on the same accelerator ({member.card}) as rank {shared[0].rank}; each "
+            "needs one of its own",
+            hint="LOCAL_RANK must be another one for each process of a machine",
+        )
     return ConfigError(
         f"{member.host} has {member.accelerators} accelerator{'s' if member.accelerators > 1 else ''} for "
         f"{member.local_size} processes; each needs one of its own",

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -41,7 +42,8 @@ NAMES = {2: "two", 3: "three"}
 TEXT = ("--samples", "24", "--seq-len", "48", "--group-size", "32", "--batch-size", "4")
 PATIENCE_SECONDS = 240
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.e2e.test_ranks", "gptq_cli.jobs.quantizing", "gptq_cli.jobs.together"])
+PRELOADED = ("tests.e2e.test_ranks", "gptq_cli.jobs.quantizing", "gptq_cli.jobs.together")
+CONTEXT.set_forkserver_preload(list(PRELOADED))
 
 
 def free_port() -> int:
@@ -61,6 +63,8 @@ class Line:
     """A rank that has no memory left in its second block."""
     folders: dict[int, Path] = field(default_factory=dict)
     """Where a rank runs it, by rank."""
+    environ: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Variables of a rank, by rank."""
     port: int = field(default_factory=free_port)
 
 
@@ -76,11 +80,14 @@ class Ended:
 class Started:
     """Processes that were started together; each runs the command lines one after the other."""
 
-    def __init__(self, lines: list[Line], size: int, folder: Path) -> None:
+    def __init__(
+        self, lines: list[Line], size: int, folder: Path, run: Callable[..., None] | None = None
+    ) -> None:
+        """`run`: instead of `run_rank`."""
         self._streams = [(folder / f"out-{rank}", folder / f"err-{rank}") for rank in range(size)]
         self.processes: list[ForkServerProcess] = []
         for rank, streams in enumerate(self._streams):
-            process = CONTEXT.Process(target=run_rank, args=(lines, rank, size, streams))
+            process = CONTEXT.Process(target=run or run_rank, args=(lines, rank, size, streams))
             process.start()
             self.processes.append(process)
 
@@ -120,7 +127,7 @@ def run_rank(lines: list[Line], rank: int, size: int, streams: tuple[Path, Path]
     }
     code = 0
     for line in lines:
-        os.environ["MASTER_PORT"] = str(line.port)
+        os.environ |= {"MASTER_PORT": str(line.port), **line.environ.get(rank, {})}
         os.chdir(line.folders.get(rank, "/"))
         with pytest.MonkeyPatch.context() as patch:
             if line.out_of_memory == rank:

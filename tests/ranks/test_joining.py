@@ -18,14 +18,18 @@ FIRST = Member(
     versions=(("torch", "2.13.0"),),
     accelerators=2,
     device="cuda:0",
+    card="0",
     device_bytes=(80, 70),
     host_bytes=(400, 300),
 )
-SECOND = replace(FIRST, rank=1, pid=2, local_rank=1, device="cuda:1", device_bytes=(80, 60))
+SECOND = replace(FIRST, rank=1, pid=2, local_rank=1, device="cuda:1", card="1", device_bytes=(80, 60))
 
 
 def test_ranks_that_can_work_together() -> None:
     assert wrong_launch([FIRST, SECOND], {1: 0.4}) is None
+    assert wrong_launch([FIRST, replace(SECOND, host="b", card="0")], {}) is None
+    each_its_own = replace(FIRST, accelerators=1), replace(SECOND, accelerators=1, device="cuda:0")
+    assert wrong_launch(each_its_own, {}) is None, "a scheduler lets each process see its own alone"
 
 
 @pytest.mark.parametrize(
@@ -42,8 +46,13 @@ def test_ranks_that_can_work_together() -> None:
             0.0,
             "rank 1 on a has torch 2.12.1, rank 0 has 2.13.0",
         ),
-        (replace(SECOND, accelerators=1), 0.0, "a has 1 accelerator for 2 processes"),
-        (replace(SECOND, device="cpu", accelerators=0), 0.0, "rank 1 on a would work on cpu, rank 0 on cuda"),
+        (replace(SECOND, accelerators=1, card="0"), 0.0, "a has 1 accelerator for 2 processes"),
+        (replace(SECOND, card="0"), 0.0, "rank 1 on a would work on the same accelerator (0) as rank 0"),
+        (
+            replace(SECOND, device="cpu", card="", accelerators=0),
+            0.0,
+            "rank 1 on a would work on cpu, rank 0 on cuda",
+        ),
         (SECOND, -400.0, "the clock of rank 1 on a is 7 min behind that of rank 0"),
     ],
 )
