@@ -2,11 +2,13 @@
 """How much main memory a run takes whose model file is larger than the memory that it may use.
 
 Writes a random Llama of 8B-shaped blocks (hidden 4096, inner 14336, bfloat16) with a wide vocabulary, sets a
-limit on the data of a process (RLIMIT_DATA) below the size of the file, and quantizes in it, on the CPU. The
-peak of the resident set is compared with what streaming promises at most: the embedding, two blocks, the
-hidden states, and 1 GiB for everything else. The last line is JSON.
+limit on the data of a process (RLIMIT_DATA) below the size of the file, and quantizes in it, on the CPU or on
+the make-believe CUDA of the tests, whose memory is no data of the process. The peak of its main memory is
+compared with what streaming promises at most: the embedding, two blocks, the hidden states, and 1 GiB for
+everything else. The last line is JSON.
 
     python scripts/bench_streaming.py                     two blocks, some minutes on two cores
+    python scripts/bench_streaming.py --simulated --vocab 128256 --limit-gib 2
     python scripts/bench_streaming.py --hidden 512 --inner 1024 --limit-gib 0   a small one, without a limit
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,17 +24,37 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
+DEVICE_BYTES = 8 * GIB
+"""Of the make-believe device: that of the smallest card on which an 8B is quantized."""
+ROOT = Path(__file__).resolve().parent.parent
 RUN = """
-import json, resource, sys
+import json, resource, sys, threading, time
 from pathlib import Path
-limit = int(sys.argv[1])
+limit, device_bytes = int(sys.argv[1]), int(sys.argv[2])
+if device_bytes:
+    from tests.fakecuda.devices import install
+    install([device_bytes])
 if limit:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 from gptq_cli.cli.app import main
-code = main(sys.argv[2:])
-status = Path("/proc/self/status").read_text()
-peak = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
-print(json.dumps({"peak_bytes": peak, "code": code}))
+
+def memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {key: int(words.split()[0]) << 10 for key, _, words in (line.partition(":") for line in lines)
+            if key.startswith(("Vm", "Rss"))}
+
+peak = 0
+def watch():
+    global peak
+    while True:
+        now = memory()
+        peak = max(peak, now["VmRSS"] - now["RssShmem"])
+        time.sleep(0.005)
+
+if device_bytes:
+    threading.Thread(target=watch, daemon=True).start()
+code = main(sys.argv[3:])
+print(json.dumps({"peak_bytes": peak or memory()["VmHWM"], "code": code}))
 """
 
 
@@ -44,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--limit-gib", type=float, default=4.25, help="of data; 0: none")
+    parser.add_argument("--simulated", action="store_true", help="on the make-believe CUDA, not on the CPU")
     parser.add_argument("--recipe", default="fast", choices=("fast", "balanced", "best"))
     asked = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="gptq-bench-") as folder:
@@ -51,13 +75,27 @@ def main(argv: list[str] | None = None) -> int:
         sizes = write_model(model, asked)
         limit = int(asked.limit_gib * GIB)
         command = [
-            *(sys.executable, "-c", RUN, str(limit), "quantize", str(model), "--out", f"{folder}/out"),
-            *("--device-map", "cpu", "--recipe", asked.recipe, "--calibration", f"{folder}/model/text.txt"),
+            *(sys.executable, "-c", RUN, str(limit), str(DEVICE_BYTES if asked.simulated else 0)),
+            *("quantize", str(model), "--out", f"{folder}/out"),
+            *(
+                "--device-map",
+                "cuda:0" if asked.simulated else "cpu",
+                "--recipe",
+                asked.recipe,
+                "--calibration",
+                f"{folder}/model/text.txt",
+            ),
             *("--samples", str(asked.samples), "--seq-len", str(asked.seq_len)),
             *("--json", "--progress", "none"),
         ]
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": paths},
         )
         result = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {"code": done.returncode}
         if result["code"] != 0:
@@ -74,11 +112,12 @@ def main(argv: list[str] | None = None) -> int:
         "promised_bytes": promised,
         "predicted_bytes": dict(report["predicted_peak_bytes"])["cpu"],
         "peak_bytes": result["peak_bytes"],
+        **({"device_peak_bytes": dict(report["measured_peak_bytes"])["cuda:0"]} if asked.simulated else {}),
         "seconds": report["seconds"],
     }
     for name, value in found.items():
         words = f"{value:.0f} s" if name == "seconds" else f"{value / GIB:.2f} GiB"
-        print(f"  {name.removesuffix('_bytes'):<12}{words:>10}")
+        print(f"  {name.removesuffix('_bytes'):<13}{words:>10}")
     print(json.dumps({**found, "kept": result["peak_bytes"] <= promised}))
     return 0 if result["peak_bytes"] <= promised else 1
 

@@ -30,7 +30,7 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
             facts = model_facts(skeleton)
         budgets, resolution, findings = placed(job, skeleton, facts, processes=job.processes)
         announce(findings, watcher)
-        speed, schedule = rates_for(job, facts, resolution, thorough=False), resolution.schedule
+        speed, schedule = rates_for(job, skeleton, facts, resolution, thorough=False), resolution.schedule
         work = Work(job.quantize, job.calibration).on(facts)
         took = estimate(facts, work, schedule, speed) if speed is not None and schedule is not None else None
         return map_report(

@@ -144,7 +144,14 @@ def _quantize(
         destination.start_over()
         found = None
     done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
-    expected = quick_estimate(checked.facts, checked.work, schedule, placement.main_device, finished=done)
+    expected = quick_estimate(
+        checked.facts,
+        checked.work,
+        schedule,
+        placement.main_device,
+        finished=done,
+        shards=checked.skeleton.files.shards,
+    )
     tally(header(job, checked, placement, schedule, tokens, expected, finished=done, joined=asked.joined))
     job, given = replace(job, quantize=checked.work.quantize), job
     fingerprint = Fingerprint.of(job, checked.skeleton, tokens)
@@ -263,7 +270,7 @@ def dry_run(
     with watching("quantize", observer) as watcher:
         checked = check(job, watcher, proof=proof, push=push, processes=processes)
         announce(checked.findings, watcher)
-        speed = rates_for(job, checked.facts, checked.resolution, thorough=True)
+        speed = rates_for(job, checked.skeleton, checked.facts, checked.resolution, thorough=True)
         schedule = checked.resolution.schedule
         facts, work, asked = checked.facts, work_of(job, checked.facts), Work(job.quantize, job.calibration)
         took = gain = None

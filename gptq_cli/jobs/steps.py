@@ -95,7 +95,12 @@ def placed(
 
 
 def rates_for(
-    job: QuantizeJob | InspectJob, facts: ModelFacts, resolution: Resolution, *, thorough: bool
+    job: QuantizeJob | InspectJob,
+    skeleton: Skeleton,
+    facts: ModelFacts,
+    resolution: Resolution,
+    *,
+    thorough: bool,
 ) -> MachineRates | None:
     """What a time is counted from; None where the job is refused, or its devices are given without a card."""
     placement = resolution.placement
@@ -106,7 +111,8 @@ def rates_for(
     if job.devices is not None and not card:
         return None
     work = Work(job.quantize, job.calibration).on(facts)
-    return rates(placement.main_device, facts, work, card=card, thorough=thorough)
+    shards = skeleton.files.shards
+    return rates(placement.main_device, facts, work, card=card, thorough=thorough, shards=shards)
 
 
 def announce(report: PreflightReport, observer: Observer, *, known: Collection[Finding] = ()) -> None:

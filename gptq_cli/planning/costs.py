@@ -100,7 +100,7 @@ def _block_cost(
         k = stage.in_features
         feedback = MULTIPLY_ADDS * max(0, k - SHORT_COLUMNS) / speed.matmul_rate
         rows += own * k * (speed.weight_seconds + feedback)
-        factors += factorised * k**3 / speed.matmul_rate
+        factors += factorised * speed.factor_seconds(k)
     weights, states = _travelled_bytes(facts, work, stages, block, streams)
     share = samples_share(work)
     return BlockCost(

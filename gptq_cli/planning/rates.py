@@ -1,21 +1,23 @@
 """How fast the machine is, in the few rates that an estimate of time is counted from.
 
-A probe of about two seconds runs the real things on made-up numbers: a matmul as in a forward, a Hessian, and
-two solves of different height, from which the price of a column and the price of a weight follow. Clocks and
-caches may move it by a factor of two, and other work on the machine by more, so the probe also notes how long
-its threads waited for a processor. For a card that is named and not there, the rates are those of its data
-sheet, and the share of them that is reached is assumed.
+A probe of two seconds runs the real things on made-up numbers: a matmul as in a forward, a Hessian, and two
+solves of different height, from which the price of a column and of a weight follow. It also reads some pieces
+of the model's files. Clocks and caches may move it by a factor of two, and other work on the machine by more,
+so it notes how long its threads waited for a processor. For a card that is named and not there, the rates are
+those of its data sheet, and the share of them that is reached is assumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.devices.disk import read_rate
 from gptq_cli.devices.host_threads import waited_seconds
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.cards import CARDS, CardRates
@@ -34,8 +36,13 @@ RANKS_BYTES_PER_SECOND = 20e9
 assumption."""
 REACHED = 0.5
 """The part of a data sheet's rates that a run is taken to reach. An assumption."""
-CARD_COLUMN_SECONDS = 40e-6
-"""A step of the solver's loop over columns on a card: some launches of kernels. An assumption."""
+CARD_COLUMN_SECONDS = 6e-6
+"""A column of the solver's loop on a card: a step to solve it and one to sweep it, 1.5 µs each where a kernel
+walks many columns, of which `REACHED` is reached. An assumption."""
+LAUNCHED_COLUMN_SECONDS = 40e-6
+"""The same where each column is some launches of kernels. An assumption."""
+HESSIAN_PART = 9 / 16
+"""Of T · K² multiply-adds, those for the lower triangle of a Hessian, on a card."""
 CARD_SOLVE_BYTES = 80
 """What the solve of a weight reads and writes in the card's memory. An assumption."""
 CARD_DISK_BYTES_PER_SECOND = 2e9
@@ -63,6 +70,14 @@ class MachineRates:
     """Bytes per second from one process to the others."""
     source: str = ""
     """Where the rates come from, in words; "": from the probe."""
+    disk_measured: bool = False
+    """The model's own files were read."""
+    factor_rate: float | None = None
+    """Of factorising, which is K³; None: as of other matmuls."""
+
+    def factor_seconds(self, k: int) -> float:
+        """Factorising the Hessian of `k` columns."""
+        return float(k**3 / (self.factor_rate or self.matmul_rate))
 
 
 def measure(
@@ -132,12 +147,15 @@ def _share_since(waited: float | None, ran: float) -> float | None:
 
 def rates_of(card: CardRates) -> MachineRates:
     """What a card is taken to do, from its data sheet."""
-    half, single = (REACHED * flops / 2 for flops in (card.half_flops, card.single_flops))
+    half, fast, single = (
+        REACHED * flops / 2 for flops in (card.half_flops, card.fast_flops, card.single_flops)
+    )
     return MachineRates(
         forward_rate=half,
-        hessian_rate=half,
-        matmul_rate=single,
-        column_seconds=CARD_COLUMN_SECONDS,
+        hessian_rate=half / HESSIAN_PART,
+        matmul_rate=fast,
+        factor_rate=single,
+        column_seconds=CARD_COLUMN_SECONDS if card.fused else LAUNCHED_COLUMN_SECONDS,
         weight_seconds=CARD_SOLVE_BYTES / (REACHED * card.memory_rate),
         disk_rate=CARD_DISK_BYTES_PER_SECOND,
         link_rate=REACHED * card.link_rate,
@@ -146,10 +164,20 @@ def rates_of(card: CardRates) -> MachineRates:
     )
 
 
-def rates(device: Device, facts: ModelFacts, work: Work, *, card: str, thorough: bool) -> MachineRates:
-    """Those of the data sheet of a `card`; or of a probe of this machine, of two seconds if `thorough`."""
+def rates(
+    device: Device,
+    facts: ModelFacts,
+    work: Work,
+    *,
+    card: str = "",
+    thorough: bool = False,
+    shards: Sequence[Path] = (),
+) -> MachineRates:
+    """Those of the data sheet of a `card`; or of a probe of this machine, of two seconds if `thorough`, and
+    of the model's files `shards`."""
     if card:
         return rates_of(CARDS[card])
-    if thorough:
-        return measure(device, facts.dtype, work.quantize)
-    return measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
+    attempts, min_seconds = (_ATTEMPTS, _MIN_SECONDS) if thorough else (2, 0.03)
+    speed = measure(device, facts.dtype, work.quantize, attempts=attempts, min_seconds=min_seconds)
+    disk = read_rate(shards)
+    return speed if disk is None else replace(speed, disk_rate=disk, disk_measured=True)

@@ -9,8 +9,9 @@ It is an estimate: see rates.py for what moves it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import Device
@@ -18,7 +19,7 @@ from gptq_cli.placement.names import parents
 from gptq_cli.placement.schedule import HEAD_ROWS, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.costs import MULTIPLY_ADDS, SHORT_COLUMNS, block_costs
-from gptq_cli.planning.rates import MachineRates, measure
+from gptq_cli.planning.rates import MachineRates, rates
 from gptq_cli.planning.share import own_items, samples_share
 from gptq_cli.wording import busy_words, duration_words
 
@@ -70,7 +71,7 @@ def _head_seconds(head: LinearFact, work: Work, speed: MachineRates) -> float:
     k, pieces = head.in_features, -(-head.out_features // HEAD_ROWS)
     own = own_items(work, pieces)
     size = head.out_features * k * own / pieces
-    solve = own * (speed.column_seconds * k + k**3 / speed.matmul_rate) + speed.weight_seconds * size
+    solve = own * (speed.column_seconds * k + speed.factor_seconds(k)) + speed.weight_seconds * size
     solve += MULTIPLY_ADDS * size * max(0, k - SHORT_COLUMNS) / speed.matmul_rate
     tokens = work.calibration.samples * work.calibration.seq_len * samples_share(work)
     return tokens * k**2 / speed.hessian_rate + solve
@@ -89,14 +90,19 @@ def block_seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: Mach
 
 
 def quick_estimate(
-    facts: ModelFacts, work: Work, schedule: Schedule, device: Device, *, finished: int = 0
+    facts: ModelFacts,
+    work: Work,
+    schedule: Schedule,
+    device: Device,
+    *,
+    finished: int = 0,
+    shards: Sequence[Path] = (),
 ) -> Estimate | None:
-    """For a header, from a probe of under a second; `finished`: blocks that are done already. None for what
-    takes less than `SHORT_SECONDS` even on a slow machine."""
+    """For a header, from a probe of under a second; `finished`: blocks that are done already; `shards`: the
+    model's files. None for what takes less than `SHORT_SECONDS` even on a slow machine."""
     if job_seconds(facts, work, schedule, _SLOW, finished=finished) < SHORT_SECONDS:
         return None
-    speed = measure(device, facts.dtype, work.quantize, attempts=2, min_seconds=0.03)
-    return estimate(facts, work, schedule, speed, finished)
+    return estimate(facts, work, schedule, rates(device, facts, work, shards=shards), finished)
 
 
 def estimate(
@@ -114,7 +120,8 @@ def estimate(
 
 def _probe_words(speed: MachineRates) -> str:
     busy = busy_words(speed.waited_share)
-    disk = f"{speed.disk_rate / 1e9:g} GB/s from the disk are assumed"
+    how = "are what the model's files give" if speed.disk_measured else "from the disk are assumed"
+    disk = f"{speed.disk_rate / 1e9:.2g} GB/s {how}"
     return f"an estimate from a short probe of this machine{f'; {busy}' if busy else ''}; {disk}"
 
 

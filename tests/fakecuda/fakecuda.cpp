@@ -21,6 +21,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -36,6 +37,7 @@ namespace {
 constexpr auto KIND = c10::DeviceType::CUDA;
 constexpr int MOST_DEVICES = 8;
 constexpr size_t ROUND_BYTES = 512;  // as CUDA's allocator rounds
+constexpr size_t MAPPED_BYTES = 1 << 16;  // what is larger is a mapping of its own, see taken()
 
 int device_count = 0;
 size_t total_bytes[MOST_DEVICES];    // what the device says that it has
@@ -60,6 +62,23 @@ struct On {
 
 // ---- memory
 
+// Bytes of a device. Large ones are shared mappings: Linux counts those apart (RssShmem) and not as the data of the
+// process, so that its main memory can be measured and limited beside what lies on the devices.
+void* taken(size_t bytes) {
+  void* data = nullptr;
+  if (bytes < MAPPED_BYTES) return posix_memalign(&data, 64, bytes) == 0 ? data : nullptr;
+  data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  return data == MAP_FAILED ? nullptr : data;
+}
+
+void given_back(void* data, size_t bytes) {
+  if (bytes < MAPPED_BYTES) {
+    std::free(data);
+  } else {
+    munmap(data, bytes);
+  }
+}
+
 struct Block {
   void* data;
   size_t bytes;
@@ -76,7 +95,7 @@ struct FakeAllocator final : c10::DeviceAllocator {
 
   void drop_cache(int device) {
     for (auto& [bytes, data] : cached[device]) {
-      std::free(data);
+      given_back(data, bytes);
       stats[device].reserved_bytes[0].decrease(bytes);
     }
     cached[device].clear();
@@ -104,8 +123,8 @@ struct FakeAllocator final : c10::DeviceAllocator {
                        device, " has a total capacity of ", total_bytes[device] / mib, " MiB of which ", left / mib,
                        " MiB is free.");
     }
-    void* data = nullptr;
-    TORCH_CHECK(posix_memalign(&data, 64, bytes) == 0, "no main memory is left for the make-believe device");
+    void* data = taken(bytes);
+    TORCH_CHECK(data, "no main memory is left for the make-believe device");
     s.reserved_bytes[0].increase(bytes);
     return data;
   }

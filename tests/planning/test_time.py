@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.devices.disk import LEAST_BYTES
 from gptq_cli.model.facts import DecodedSource, LinearFact, ModelFacts
 from gptq_cli.placement.cards import CARDS
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.planning import rates as rates_module
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.costs import MULTIPLY_ADDS
-from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates, measure, rates_of
+from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates, measure, rates, rates_of
 from gptq_cli.planning.time import (
     DECODED_PER_SECOND,
     START_SECONDS,
@@ -78,9 +81,53 @@ def test_a_card_that_is_not_there_is_counted_from_its_data_sheet() -> None:
     found = {card: estimate(FACTS, WORK, plan, rates_of(CARDS[card])) for card in CARDS}
     assert found["h100"].seconds < found["4090"].seconds < found["t4"].seconds
     assert found["4090"].source == (
-        "from data sheets, 50% of it reached: 4090: 165 TFLOP/s bf16, 83 TFLOP/s fp32, 1008 GB/s memory, "
+        "from data sheets, 50% of it reached: 4090: 165 TFLOP/s bf16, 83 fp32, 1008 GB/s memory, "
         "25 GB/s from main memory; disk 2 GB/s; nothing of it was measured"
     )
+
+
+def test_models_on_a_card_are_estimated_near_what_its_arithmetic_allows() -> None:
+    """Beside the limits of scripts/bench_gpu.py for an H100: half of the rates, so twice the time and what is
+    around it."""
+    work = Work(QuantizeConfig.of("fast"), CalibrationConfig(samples=128, seq_len=2048))
+    for facts, limit in (
+        (llama(blocks=32, hidden=4096, inner=14336, vocab=128256), 15.9),
+        (llama(blocks=80, hidden=8192, inner=28672, vocab=128256), 174.1),
+    ):
+        plan = schedule(facts, work, parked=True, reads_ahead=True)
+        assert 1 < estimate(facts, work, plan, rates_of(CARDS["h100"])).seconds / limit < 3
+
+
+def test_columns_cost_launches_where_no_kernel_walks_them() -> None:
+    launched = rates_of(CARDS["v100"]).column_seconds
+    assert launched > 5 * rates_of(CARDS["a100"]).column_seconds
+    assert rates_of(replace(CARDS["v100"], fused=True)).column_seconds < launched
+
+
+def test_factorising_has_a_rate_of_its_own() -> None:
+    plan = schedule(FACTS, WORK, parked=True)
+    slow = replace(IDLE, factor_rate=1e9)
+    more = job_seconds(FACTS, WORK, plan, slow) - job_seconds(FACTS, WORK, plan, IDLE)
+    assert more == pytest.approx(2 * (3 * 1024**3 + 4096**3) / 1e9)
+
+
+def test_the_disk_is_what_the_models_files_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates_module, "measure", lambda *words, **options: IDLE)
+    shard = tmp_path / "model.safetensors"
+    shard.write_bytes(b"few")
+    few = rates(CPU, FACTS, WORK, shards=[shard])
+    assert few.disk_rate == DISK_BYTES_PER_SECOND
+    assert (
+        "0.5 GB/s from the disk are assumed"
+        in estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), few).source
+    )
+    with shard.open("ab") as file:
+        file.truncate(LEAST_BYTES)
+    found = rates(CPU, FACTS, WORK, shards=[shard])
+    assert found.disk_measured
+    assert found.disk_rate != DISK_BYTES_PER_SECOND
+    source = estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), found).source
+    assert source.endswith("GB/s are what the model's files give")
 
 
 def test_weights_in_few_bits_take_time_to_decode() -> None:
@@ -207,7 +254,7 @@ def test_a_header_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
         probes.append("probed")
         return replace(IDLE, forward_rate=1e9)
 
-    monkeypatch.setattr("gptq_cli.planning.time.measure", probed)
+    monkeypatch.setattr("gptq_cli.planning.rates.measure", probed)
     tiny = llama(blocks=2, hidden=64, inner=128)
     short = Work(WORK.quantize, CalibrationConfig(samples=2, seq_len=16))
     quick = quick_estimate(tiny, short, schedule(tiny, short, parked=True), CPU)
