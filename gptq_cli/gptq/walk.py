@@ -16,6 +16,7 @@ can decide a tie. The long walks round twice (`subtract_product_`), so that they
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,12 @@ SHORT_RUN = 16
 """Columns of a run where each costs several operators: the matmuls between runs are the faster part."""
 LONG_RUN = 128
 """Columns of a run that is one launch."""
+
+
+def launching_on(X: Tensor) -> AbstractContextManager[object]:
+    """Kernels that are not torch's are launched on the current device, wherever their tensors are: make it
+    that of `X`."""
+    return torch.cuda.device(X.device) if X.is_cuda else nullcontext()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

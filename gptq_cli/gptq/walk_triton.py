@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gptq_cli.gptq.grid import Grid
-from gptq_cli.gptq.walk import LONG_RUN, SolveRun, SweepRun
+from gptq_cli.gptq.walk import LONG_RUN, SolveRun, SweepRun, launching_on
 
 _TILE_ROWS, _WARPS = 32, 4
 _LEAST_COLUMNS = 16
@@ -136,25 +136,27 @@ class TritonWalk:
         B, S, Z, W, codes, E = map(_tiles, (run.B, run.S, run.Z, run.W, run.codes, run.E))
         U, weight, damped = _batched(run.U, 3), _batched(run.weight, 2), _batched(run.damped, 2)
         stages, n, N = B.shape
-        _solve[self._programs(N, stages)](
-            B, U, weight, S, Z, W, codes, E, damped,
-            B.stride(0), *U.stride(), weight.stride(0), S.stride(0), Z.stride(0), W.stride(0),
-            codes.stride(0), E.stride(0), damped.stride(0),
-            N, float(-grid.half), float(grid.half - 1), float(grid.half), float(grid.top),
-            **self._options(n, grid),
-        )  # fmt: skip
+        with launching_on(B):
+            _solve[self._programs(N, stages)](
+                B, U, weight, S, Z, W, codes, E, damped,
+                B.stride(0), *U.stride(), weight.stride(0), S.stride(0), Z.stride(0), W.stride(0),
+                codes.stride(0), E.stride(0), damped.stride(0),
+                N, float(-grid.half), float(grid.half - 1), float(grid.half), float(grid.top),
+                **self._options(n, grid),
+            )  # fmt: skip
 
     def sweep(self, run: SweepRun, grid: Grid) -> None:
         """See `Walk.sweep`."""
         L, G, C = map(_tiles, (run.L, run.G, run.C))
         H, s, z = _batched(run.H, 3), _batched(run.s, 2), _batched(run.z, 2)
         stages, n, N = L.shape
-        _sweep[self._programs(N, stages)](
-            L, G, H, s, z, C,
-            L.stride(0), G.stride(0), *H.stride(), s.stride(0), z.stride(0), C.stride(0),
-            N, float(-grid.half), float(grid.half - 1), float(grid.top),
-            **self._options(n, grid),
-        )  # fmt: skip
+        with launching_on(L):
+            _sweep[self._programs(N, stages)](
+                L, G, H, s, z, C,
+                L.stride(0), G.stride(0), *H.stride(), s.stride(0), z.stride(0), C.stride(0),
+                N, float(-grid.half), float(grid.half - 1), float(grid.top),
+                **self._options(n, grid),
+            )  # fmt: skip
 
     def _programs(self, N: int, stages: int) -> tuple[int, int]:
         return -(-N // self._rows), stages

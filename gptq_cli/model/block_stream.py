@@ -28,7 +28,7 @@ from typing import Any, Self
 
 import torch
 
-from gptq_cli.devices.accelerators import torch_device
+from gptq_cli.devices.accelerators import torch_device, working_on
 from gptq_cli.devices.host_buffers import HostBuffers
 from gptq_cli.devices.offload import OffloadChain, dispatch_modules, replace_dispatch_hooks
 from gptq_cli.devices.out_of_memory import clear_frames, is_out_of_memory
@@ -214,9 +214,13 @@ class BlockStream:
         if not self._shards.agreed(ready):
             self._next = {}
             return
-        self._ahead = ReadAhead(
-            following, lambda proceed: self._reader.read_ahead(wanted, self._buffers, proceed)
-        )
+        device = self._device_of(following)
+
+        def read(proceed: Callable[[], None]) -> Ahead:
+            with working_on(device):  # a new thread starts on device 0, and waits for copies to this one
+                return self._reader.read_ahead(wanted, self._buffers, proceed)
+
+        self._ahead = ReadAhead(following, read)
 
     @contextmanager
     def _without_it_where_memory_is_short(self, block: str) -> Iterator[None]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.engine import mixed
+from gptq_cli.gptq.walk import launching_on
+from gptq_cli.model.streamed import StreamedReader
 from tests.e2e.commands import gptq
 from tests.fakecuda.runs import quantize
 
@@ -52,6 +54,23 @@ def test_while_quantizing(
     assert parked is not bool(options)
 
 
+@pytest.mark.parametrize("device_map", ["cuda:1", "model.layers.0=0,rest=1"])
+def test_while_reading_ahead(
+    device_map: str, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread waits for copies to the device, and must not wake another one."""
+    seen: list[tuple[str, int]] = []
+    read = StreamedReader.read_ahead
+
+    def noted(*words: Any) -> Any:
+        seen.append((threading.current_thread().name, torch.accelerator.current_device_index()))
+        return read(*words)
+
+    monkeypatch.setattr(StreamedReader, "read_ahead", noted)
+    quantize(tiny("llama"), tmp_path / "out", text, "--device-map", device_map)
+    assert seen == [(f"gptq-read model.layers.{index}", 1) for index in (1, 2)]
+
+
 def test_while_solving(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, text: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     solve = mixed.quantize_linears
@@ -64,6 +83,14 @@ def test_while_solving(monkeypatch: pytest.MonkeyPatch, tiny: Tiny, text: Path, 
     quantize(tiny("llama"), tmp_path / "out", text, "--device-map", "model.layers.1=1,rest=0")
     assert {here for here, _ in seen} == {0, 1}
     assert all(here == current for here, current in seen)
+
+
+def test_a_kernel_is_launched_where_its_tensors_are() -> None:
+    """Whoever calls the solver: the probe of the time does, before any block is worked on."""
+    with launching_on(torch.ones(1, device="cuda:1")):
+        assert torch.accelerator.current_device_index() == 1
+    with launching_on(torch.ones(1)):
+        assert torch.accelerator.current_device_index() == 0
 
 
 @pytest.mark.parametrize("device_map", MAPS)

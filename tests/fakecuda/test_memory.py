@@ -20,7 +20,7 @@ from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.planning import planner
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
-from tests.fakecuda.runs import different, quantize, words_for
+from tests.fakecuda.runs import Reference, different, quantize, words_for
 from tests.gpu.models import SMALL, save_random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
@@ -198,6 +198,35 @@ def test_out_of_memory_is_exit_4_and_leaves_the_device_free(
         monkeypatch.undo()
         devices.relax()
         quantize(tiny("llama"), tmp_path / "again", text, "--device-map", device_map)
+
+
+@pytest.mark.parametrize(
+    ("point", "skip"), [("trace", 1), ("collect", 9), ("goal", 4), ("solve", 4), ("pack", 9)]
+)
+def test_the_same_command_goes_on_where_memory_ran_out(
+    point: str,
+    skip: int,
+    devices: Devices,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Tiny,
+    text: Path,
+    tmp_path: Path,
+    reference: Reference,
+) -> None:
+    """In the second block: the first one is kept, and the checkpoint is that of a run without a stop."""
+    owner, name, _ = POINTS[point]
+    with monkeypatch.context() as once:
+        once.setattr(run, "lighter", lambda schedule: None)
+        Squeezed(devices, once, 0).at(owner, name, skip=skip)
+        words = words_for(tiny("llama"), tmp_path / "out", text, "--device-map", "cuda:0")
+        ran = gptq(*words)
+    assert ran.code == 4, ran.stderr
+    assert allocated() == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == [".out.gptq"]
+    devices.relax()
+    again = quantize(tiny("llama"), tmp_path / "out", text, "--device-map", "cuda:0")
+    assert [start["first_block"] for start in again.report["starts"]] == [0, 1]
+    assert different(again, reference("llama")) == []
 
 
 def test_an_error_that_is_kept_keeps_no_memory(
