@@ -47,7 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = (128, 2048)
 HESSIAN_PART = 9 / 16
 SOLVER_OPERATIONS = 6
-PEER_SECONDS = 240
+PEER_SECONDS, ENDING_SECONDS = 240, 15
+TEXT = "text.txt"
 
 
 @dataclass(frozen=True)
@@ -216,10 +217,16 @@ def peaks(report: Any) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def peer_seconds(model: Path, text: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """GPTQModel with its defaults on the same token ids, where it is installed."""
+def peer_seconds(folder: Path, options: argparse.Namespace, left_seconds: float) -> dict[str, Any]:
+    """GPTQModel with its defaults on the same token ids, where it is installed and there is time for it."""
+    if options.no_peer:
+        return {"skipped": "--no-peer"}
     if find_spec("gptqmodel") is None:
         return {"skipped": "gptqmodel is not installed"}
+    seconds = min(PEER_SECONDS, left_seconds - ENDING_SECONDS)
+    if seconds <= 0:
+        return {"skipped": "there was no time for it"}
+    model, text = folder / "model", folder / TEXT
     from bench_peers import token_ids
 
     ids = token_ids(argparse.Namespace(**vars(options), eval_seq_len=options.seq_len, windows=1), model,
@@ -232,10 +239,10 @@ def peer_seconds(model: Path, text: Path, folder: Path, options: argparse.Namesp
     try:
         done = subprocess.run(
             [*command, str(request), str(folder / "peer")],
-            capture_output=True, text=True, check=False, timeout=PEER_SECONDS, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False, timeout=seconds, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return {"failed": f"more than {PEER_SECONDS} s"}
+        return {"failed": f"more than {seconds:.0f} s"}
     wall = time.perf_counter() - started
     if done.returncode != 0:
         return {"failed": " | ".join((done.stderr or done.stdout).splitlines()[-3:])}
@@ -253,6 +260,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--recipe", choices=["fast", "balanced"], default="fast")
     parser.add_argument("--no-peer", action="store_true", help="without GPTQModel")
+    parser.add_argument("--seconds", type=float, default=3600, help="GPTQModel gets what is left of them")
     parser.add_argument("--out", type=Path, help="a folder for bench_gpu.json")
     options = parser.parse_args(argv)
     if options.tiny:
@@ -262,7 +270,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that needs a device; the tables go to stdout."""
+    """Everything that needs a device but the peer; the tables go to stdout."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -277,7 +285,7 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     vocabulary = 2048 if options.tiny else 32_000
     model = save_random(folder / "model", **shape.fields(options.blocks, vocabulary))
     words = 3 * options.samples * options.seq_len
-    text = write_text(folder / "text.txt", words=words)
+    text = write_text(folder / TEXT, words=words)
     print(
         f"{name}, torch {torch.__version__}: {options.blocks} random blocks of {shape.name}, "
         f"{options.samples} x {options.seq_len} tokens; made in {time.perf_counter() - started:.0f} s\n"
@@ -310,8 +318,6 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
           f"a block {block:.2f} s (limit {sum(limits.values()):.2f})")  # fmt: skip
     print(f"{shape.blocks} blocks: {whole:.1f} s (goal {shape.goal_seconds:.0f}, limit "
           f"{shape.blocks * sum(limits.values()):.1f}); walk: {walk}")  # fmt: skip
-    peer = {"skipped": "--no-peer"} if options.no_peer else peer_seconds(model, text, folder, options)
-    print(f"GPTQModel: {peer}\n")
     return {
         "device": name, "torch": torch.__version__, "shape": shape.name, "blocks": blocks,
         "samples": options.samples, "seq_len": options.seq_len, "recipe": options.recipe, "walk": walk,
@@ -320,7 +326,7 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "phases_per_block": {part: round(seconds, 4) for part, seconds in per_block.items()},
         "limits_per_block": {part: round(seconds, 5) for part, seconds in limits.items()},
         "model_seconds": round(whole, 1), "goal_seconds": shape.goal_seconds,
-        "peaks": found, "gptqmodel": peer,
+        "peaks": found,
     }  # fmt: skip
 
 
@@ -350,17 +356,27 @@ def main(argv: list[str] | None = None) -> int:
     if options.limits:
         print(json.dumps(print_limits(H100, options.samples, options.seq_len)))
         return 0
+    started = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="gptq-bench-gpu-"))
     try:
         summary = bench(options, folder)
+        keep(summary, options.out)  # whatever becomes of the peer
+        summary["gptqmodel"] = peer_seconds(
+            folder, options, options.seconds - (time.perf_counter() - started)
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    line = json.dumps(summary)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "bench_gpu.json").write_text(line + "\n", encoding="utf-8")
-    print(line)
+    keep(summary, options.out)
+    print(f"GPTQModel: {summary['gptqmodel']}\n")
+    print(json.dumps(summary))
     return 0
+
+
+def keep(summary: dict[str, Any], out: Path | None) -> None:
+    """Write what there is so far."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "bench_gpu.json").write_text(json.dumps(summary) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@
 # DIR/check.json, too. Exit 0 when something ran and nothing failed. PYTHON names the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-deadline=$((SECONDS + 520)) tests_seconds=240
+deadline=$((SECONDS + 520)) tests_seconds=${TESTS_SECONDS:-240}
 out=gpu-check wheels="" simulated="" bench=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -41,23 +41,26 @@ if [ -n "$wheels" ]; then
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 
-run() {  # run SECONDS COMMAND...: at most so long, its output on stderr and in the log
-    local seconds=$1
-    shift
-    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$out/log.txt" >&2
+run() {  # run NAME SECONDS COMMAND...: at most so long, then interrupted; its output on stderr and in the log
+    local name=$1 seconds=$2
+    shift 2
+    timeout --signal=INT --kill-after=10 "$seconds" "$@" 2>&1 | tee -a "$out/log.txt" >&2
+    ended[$name]=${PIPESTATUS[0]}
 }
+declare -A ended
 
 if [ -n "$simulated" ]; then
-    run "$tests_seconds" "$python" -m tests.fakecuda tests/gpu -q --junitxml "$out/tests.xml" "$@"
-    TRITON_INTERPRET=1 run "$tests_seconds" "$python" -m pytest tests/gptq/kernels.py -q --junitxml "$out/kernels.xml"
+    run tests "$tests_seconds" "$python" -m tests.fakecuda tests/gpu -q --junitxml "$out/tests.xml" "$@"
+    TRITON_INTERPRET=1 run kernels "$tests_seconds" "$python" -m pytest tests/gptq/kernels.py -q --junitxml "$out/kernels.xml"
 else
-    run "$tests_seconds" "$python" -m pytest tests/gpu -m gpu -q --junitxml "$out/tests.xml" "$@"
-    run 120 "$python" -m pytest tests/gptq/kernels.py -q --junitxml "$out/kernels.xml"
+    run tests "$tests_seconds" "$python" -m pytest tests/gpu -m gpu -q --junitxml "$out/tests.xml" "$@"
+    run kernels 120 "$python" -m pytest tests/gptq/kernels.py -q --junitxml "$out/kernels.xml"
 fi
 left=$((deadline - SECONDS))
-run "$((left > 30 ? left : 30))" "$python" scripts/bench_gpu.py --out "$out" ${bench[@]+"${bench[@]}"}
+left=$((left > 30 ? left : 30))
+run bench "$left" "$python" scripts/bench_gpu.py --out "$out" --seconds "$left" ${bench[@]+"${bench[@]}"}
 
-"$python" - "$out" "$SECONDS" <<'END'
+"$python" - "$out" "$SECONDS" "${ended[tests]}" "${ended[kernels]}" <<'END'
 import json
 import platform
 import sys
@@ -68,7 +71,7 @@ from pathlib import Path
 import torch
 
 
-def tests(path):
+def tests(path, status):
     try:
         suite = next(tree.parse(path).getroot().iter("testsuite"))
     except (OSError, tree.ParseError, StopIteration):
@@ -77,6 +80,8 @@ def tests(path):
     failed = count["failures"] + count["errors"]
     names = [c.get("name") for c in suite.iter("testcase") if c.find("failure") is not None or c.find("error") is not None]
     passed = count["tests"] - failed - count["skipped"]
+    if status == 124:  # of timeout: there is a report of those that ran
+        failed, names = failed + 1, [*names[:19], "interrupted: there was no time for the others"]
     return {"passed": passed, "failed": failed, "skipped": count["skipped"], "names": names[:20]}
 
 
@@ -88,7 +93,8 @@ def version_of(name):
 
 
 out, seconds = Path(sys.argv[1]), int(sys.argv[2])
-found = {name: tests(out / f"{name}.xml") for name in ("tests", "kernels")}
+statuses = zip(("tests", "kernels"), map(int, sys.argv[3:]))
+found = {name: tests(out / f"{name}.xml", status) for name, status in statuses}
 bench = out / "bench_gpu.json"
 result = {
     "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,

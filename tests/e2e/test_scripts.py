@@ -227,6 +227,19 @@ class TestOnACard:
         ]
         assert asked[0].endswith("-k offload")
 
+    def test_tests_that_there_was_no_time_for_are_told(self, tmp_path: Path) -> None:
+        """They are interrupted, so that there is a report of the others; the rest is done."""
+        python, out = tmp_path / "python", tmp_path / "out"
+        python.write_text(STAND_IN.format(python=sys.executable, log=tmp_path / "asked", fails="late"))
+        python.chmod(0o755)
+        done = self.run("scripts/gpu_check.sh", "--out", str(out), PYTHON=str(python), TESTS_SECONDS="2")
+        assert done.returncode == 1, done.stderr
+        found = last_line(done.stdout)
+        assert found["tests"]["passed"] == 2
+        assert found["tests"]["names"] == ["interrupted: there was no time for the others"]
+        assert found["kernels"]["failed"] == 0
+        assert found["bench"] == {"seconds": 1}
+
     @pytest.mark.slow
     def test_the_check_without_a_card(self, tmp_path: Path) -> None:
         pytest.importorskip("triton", reason="Triton is not installed here (the `dev` extra has it on Linux)")
@@ -242,7 +255,7 @@ class TestOnACard:
 
 
 STAND_IN = """#!{python}
-import os, sys
+import os, signal, sys, time
 from pathlib import Path
 words = sys.argv[1:]
 if words[0] == "-":
@@ -255,6 +268,12 @@ if "scripts/bench_gpu.py" in words:
     Path(words[words.index("--out") + 1], "bench_gpu.json").write_text('{{"seconds": 1}}')
 else:
     kernels = "tests/gptq/kernels.py" in words
+    if "{fails}" == "late" and not kernels:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
     failed = kernels and "{fails}" == "kernels"
     case = '<testcase name="test_codes">' + ("<failure/>" if failed else "") + "</testcase>"
     counts = f'tests="3" failures="{{int(failed)}}" errors="0" skipped="1"'

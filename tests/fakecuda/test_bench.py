@@ -1,4 +1,4 @@
-"""scripts/bench_gpu.py on a make-believe card: everything but the figures."""
+"""scripts/bench_gpu.py and bench_streaming.py on a make-believe card: everything but the figures."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def test_the_benchmark_runs_on_the_device() -> None:
     peaks = {peak["device"]: peak for peak in found["peaks"]}
     assert 0 < peaks["cuda:0"]["measured_bytes"] <= peaks["cuda:0"]["predicted_bytes"]
     assert found["phases_per_block"]["forward"] > 0
+
+
+def test_main_memory_beside_a_device_is_measured() -> None:
+    """Without what lies on the device."""
+    words = ("--simulated", "--hidden", "256", "--inner", "512", "--vocab", "4096", "--limit-gib", "0")
+    command = [sys.executable, "scripts/bench_streaming.py", *words, "--samples", "4"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kept"]
+    assert 0 < found["device_peak_bytes"] < found["peak_bytes"]
