@@ -120,6 +120,12 @@ class QuantizeConfig:
     )
     """The paper's B. In exact arithmetic codes do not depend on it. In float32 the error feedback amplifies
     rounding: in one measurement 14 % of the codes differed, and the mean loss by 0.13 %."""
+    bits_per_weight: float | None = option(
+        None,
+        "Mixed bits, 2, 3, 4, 8 or dense by linear: at most X bits per parameter, counting the whole file.",
+    )
+    """In place of `bits`. Jobs measure what fewer bits cost each linear, and put what they choose in
+    `modules`: see `planning.bits`."""
     modules: tuple[ModuleRule, ...] = option(
         (),
         "Settings of some linears: 'PATTERN=bits:8,group:64', 'PATTERN=dense'; patterns as in a device map. "
@@ -141,6 +147,11 @@ class QuantizeConfig:
             own["group_size"] = parse_group_size(own["group_size"])
         if "modules" in own:
             own["modules"] = parse_module_rules(own["modules"])
+        if "bits" in own and "bits_per_weight" in own:
+            raise ConfigError(
+                f"bits is {own['bits']}, bits_per_weight is {own['bits_per_weight']:g}; allowed: one of them",
+                hint="--bits-per-weight chooses bits for all linears, --module 'NAME=bits:8' for some",
+            )
         return cls(**{**RECIPES[recipe], **own})
 
     def __post_init__(self) -> None:
@@ -160,6 +171,9 @@ class QuantizeConfig:
                 hint="--solve-for own does without the dense model",
             )
         check_int("column_batch", self.column_batch, 1)
+        per_weight = self.bits_per_weight
+        if per_weight is not None and not (math.isfinite(per_weight) and per_weight > 0.0):
+            raise ConfigError(f"bits_per_weight is {per_weight}; allowed: a number above 0, such as 4.25")
 
     def paired_samples(self, samples: int) -> int:
         """How many of `samples` the dense model runs on too: `dense_share` of them, and at least `MIN_PAIRS`,

@@ -22,6 +22,7 @@ Phase = Literal[
     "open",
     "calibration",
     "write",
+    "bits",
     "load",
     "capture",
     "head",

@@ -15,6 +15,8 @@ plain GPTQ with one option changed, or a recipe.
     python scripts/bench_quality.py --only smollm2-w4g64   one of them
     python scripts/bench_quality.py --text wiki.txt        first two thirds to calibrate, the rest to evaluate
     python scripts/bench_quality.py --architectures        plain GPTQ and recipes on tiny models of every kind
+    python scripts/bench_quality.py --budgets              KL against size: uniform bits, and budgets of the
+                                                           same sizes and between them
 
 Prints one Markdown table per setting (docs/quality.md holds them); the last line is JSON.
 """
@@ -29,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +243,63 @@ def bench_architectures(options: argparse.Namespace, folder: Path) -> dict[str, 
     return made
 
 
+def bench_budgets(
+    model: Path, texts: tuple[str, str], options: argparse.Namespace, group_size: int = 64
+) -> list[dict[str, Any]]:
+    """Uniform bits, then budgets of the sizes that they came to and of those between them."""
+    import gptq_cli
+    from gptq_cli import jobs
+
+    evaluator = Evaluator(model, texts[1], options)
+    calibration = CalibrationConfig.of(texts[0], samples=options.samples, seq_len=options.seq_len)
+    rows: list[dict[str, Any]] = []
+
+    def made(**fields: Any) -> float:
+        with tempfile.TemporaryDirectory(prefix="gptq-quality-") as folder:
+            job = QuantizeJob(
+                model=ModelRef(model=str(model)),
+                out=f"{folder}/out",
+                quantize=QuantizeConfig.of(options.recipe, group_size=group_size, **fields),
+                calibration=calibration,
+            )
+            started = time.process_time()
+            report = jobs.quantize(job)
+            seconds, choice = time.process_time() - started, report.bit_choice
+            row = {
+                "row": f"{report.bits} bits" if choice is None else f"budget {choice.asked:.3f}",
+                "bits_per_parameter": report.bits_per_parameter,
+                "predicted_kl": None if choice is None else choice.kl,
+                "linears": {str(one.bits): 0 for one in choice.fused} if choice is not None else {},
+                "cpu_seconds": seconds,
+                **evaluator(gptq_cli.load(job.out)),
+            }
+            for one in choice.fused if choice is not None else ():
+                row["linears"][str(one.bits)] += 1
+        rows.append(row)
+        print(f"  {row['row']}: KL {row['kl']:.4f}", file=sys.stderr, flush=True)
+        return report.bits_per_parameter
+
+    widths = [made(bits=bits) for bits in options.bits]
+    between = [(small + large) / 2 for small, large in pairwise(widths)]
+    for bits in sorted([*widths, *between]):
+        made(bits_per_weight=bits)
+    return rows
+
+
+def budget_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, by size."""
+    lines = ["| | bits per parameter | KL | predicted | perplexity | sets of linears by bits |"]
+    lines.append("|---|---:|---:|---:|---:|---|")
+    for row in sorted(rows, key=lambda one: (one["bits_per_parameter"], one["row"])):
+        predicted = "" if row["predicted_kl"] is None else f"{row['predicted_kl']:.3f}"
+        held = ", ".join(f"{count} at {bits}" for bits, count in sorted(row["linears"].items()))
+        lines.append(
+            f"| {row['row']} | {row['bits_per_parameter']:.4f} | {row['kl']:.4f} | {predicted} "
+            f"| {row['ppl']:.2f} | {held} |"
+        )
+    return "\n".join(lines)
+
+
 def table(name: str, rows: list[dict[str, Any]], options: argparse.Namespace) -> str:
     """Markdown."""
     dense = rows[0]["dense_ppl"]
@@ -276,6 +336,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", choices=sorted(SETTINGS), help="may be repeated")
     parser.add_argument("--architectures", action="store_true", help="tiny models of every kind instead")
+    parser.add_argument(
+        "--budgets", action="store_true", help="--bits-per-weight beside uniform bits instead"
+    )
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="of --budgets")
+    parser.add_argument("--model", type=Path, help="of --budgets (default: SmolLM2)")
+    parser.add_argument("--recipe", default="balanced", help="of --budgets")
     parser.add_argument("--text", type=Path, help="for SmolLM2: a text file (default: pydoc, pydoc-heldout)")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -289,7 +355,13 @@ def main(argv: list[str] | None = None) -> int:
             models = {}
             if options.architectures:
                 summary["architectures"] = bench_architectures(options, Path(folder))
-            for name in () if options.architectures else options.only or SETTINGS:
+            if options.budgets:
+                model = options.model or fetch(ROOT / "demo" / NAME, ROOT / "demo" / "cache")
+                rows = bench_budgets(model, split(options.text, Path(folder)), options)
+                print(budget_table(rows), flush=True)
+                summary["budgets"] = rows
+            others = options.architectures or options.budgets
+            for name in () if others else options.only or SETTINGS:
                 setting = SETTINGS[name]
                 if options.rows:
                     kept = {row: f for row, f in setting.rows.items() if any(w in row for w in options.rows)}

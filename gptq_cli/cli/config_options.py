@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import typer
+
 from gptq_cli.cli import completion
 from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, lines_of_variable, option
 from gptq_cli.config import RECIPE_FIELDS, CalibrationConfig, QuantizeConfig
@@ -70,7 +72,7 @@ class ConfigFields:
             )
 
 
-CODES = ("bits", "group_size", "sym", "desc_act", "quantize_head")
+CODES = ("bits", "bits_per_weight", "group_size", "sym", "desc_act", "quantize_head")
 """Fields that say what a checkpoint holds; the others say how it is found."""
 _SOLVER = tuple(item.name for item in fields(QuantizeConfig) if item.name not in (*CODES, "modules"))
 
@@ -88,6 +90,25 @@ SolverMemory = Annotated[
 TextSize = Annotated[
     Mapping[str, Any], ConfigFields(CalibrationConfig, CALIBRATION, ("samples", "seq_len", "batch_size"))
 ]
+
+
+_SOURCES = ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
+"""Where a value comes from, the weakest first; a preset is the second."""
+
+
+def bits_given(context: typer.Context, codes: Mapping[str, Any]) -> dict[str, Any]:
+    """`codes` with one of bits and bits_per_weight, where one of them comes from a stronger source; with both
+    where they come from the same, which is an error; without bits where neither is given."""
+    strength = {name: _strength(context, name) for name in ("bits", "bits_per_weight")}
+    most = max(strength.values())
+    asked = codes["bits_per_weight"] is not None
+    weaker = {name for name, own in strength.items() if asked and own < most}
+    return {name: None if name in weaker else value for name, value in codes.items()}
+
+
+def _strength(context: typer.Context, name: str) -> int:
+    source = context.get_parameter_source(name)
+    return _SOURCES.index(source.name) if source is not None and source.name in _SOURCES else 0
 
 
 def with_config_options(command: Command) -> Command:

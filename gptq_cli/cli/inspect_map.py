@@ -5,7 +5,14 @@ from __future__ import annotations
 import typer
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.config_options import CODES, Codes, SolverMemory, TextSize, with_config_options
+from gptq_cli.cli.config_options import (
+    CODES,
+    Codes,
+    SolverMemory,
+    TextSize,
+    bits_given,
+    with_config_options,
+)
 from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.cli.ranks import Processes
@@ -62,7 +69,7 @@ def inspect_map(
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
-        quantize=QuantizeConfig.of(recipe, **codes, **solver, modules=module),
+        quantize=QuantizeConfig.of(recipe, **bits_given(context, codes), **solver, modules=module),
         calibration=CalibrationConfig.of(**text),
         targets=parse_targets(target or (), tp),
         tp=tp,

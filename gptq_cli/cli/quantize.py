@@ -9,7 +9,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli import task_options as task
-from gptq_cli.cli.config_options import Codes, Solver, Text, with_config_options
+from gptq_cli.cli.config_options import Codes, Solver, Text, bits_given, with_config_options
 from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.cli.page_file import check_page, with_page
@@ -86,7 +86,7 @@ def quantize(
     The checkpoint appears at the very end. After an interruption the same command goes on.
     """
     session: Session = context.obj
-    quantize_config = QuantizeConfig.of(recipe, **codes, **solver, modules=module)
+    quantize_config = QuantizeConfig.of(recipe, **bits_given(context, codes), **solver, modules=module)
     if devices is not None and not dry_run:
         raise ConfigError(
             "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"
@@ -104,7 +104,9 @@ def quantize(
     if out is None and (dry_run or blocks is not None):
         size = quantize_config.group_size
         group = "" if size == "auto" else f"g{size}"
-        out = f"{Path(model).name or 'model'}-w{quantize_config.bits}{group}"
+        budget = quantize_config.bits_per_weight
+        width = f"w{quantize_config.bits}" if budget is None else f"b{budget:g}"
+        out = f"{Path(model).name or 'model'}-{width}{group}"
     launch = Launch.of(os.environ)
     if report is not None and (launch is None or launch.leads):
         check_page("report", Path(report))

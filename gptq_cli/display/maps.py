@@ -20,11 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
+from gptq_cli.display.bits import widths_text
 from gptq_cli.display.processes import gain_rows, memory_rows, phases_table
 from gptq_cli.display.tables import (
+    bit_choice_rows,
     facts_table,
     findings_table,
     listed,
+    other_settings,
     own_settings_rows,
     quantized_text,
     warnings_rows,
@@ -87,6 +90,8 @@ def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
     if report.time is not None:
         writing = report.plan.writing_seconds if report.plan else None
         writes = f"; {fmt.duration(writing)} of them to write the calibration text" if writing else ""
+        measuring = report.plan.measuring_seconds if report.plan else None
+        writes += f"; {fmt.duration(measuring)} of them to measure what fewer bits cost" if measuring else ""
         seconds = report.plan.seconds if report.plan and report.plan.seconds else report.time.seconds
         rows.append(("time", f"about {fmt.duration(seconds)} ({report.time.source}){writes}"))
     elif report.inventory == "given" and report.ok:
@@ -208,8 +213,9 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     sizes = f"{fmt.size(plan.size_before_bytes)} -> {fmt.size(plan.size_after_bytes)}"
     rows: list[tuple[str, RenderableType]] = [
         ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
-        ("recipe", f"{plan.bits} bits, {group}{reason}"),
-        *own_settings_rows(plan.own_settings, kept),
+        ("recipe", f"{widths_text(plan.bits, plan.bit_choice)}, {group}{reason}"),
+        *bit_choice_rows(plan.bit_choice),
+        *own_settings_rows(other_settings(plan), kept),
         ("quantized", quantized_text(plan)),
         ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits per parameter"),
     ]

@@ -208,6 +208,7 @@ _COUNTS: dict[Phase, str] = {
     "capture": "samples",
     "head": "samples",
     "write": "tokens",
+    "bits": "blocks",
     "verify": "tensors",
     "generate": "tokens",
     "bench": "rounds",

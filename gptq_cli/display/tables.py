@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gptq_cli.display import format as fmt
+from gptq_cli.display.bits import bits_rows, widths_text
 from gptq_cli.display.picture import method_text
 from gptq_cli.events import FindingRaised, warning_text
 from gptq_cli.findings import Finding, Level, PreflightReport
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
@@ -89,6 +91,18 @@ def own_settings_rows(
     return [*listed("by module", differing), *listed("stays dense", dense)]
 
 
+def bit_choice_rows(choice: BitChoice | None) -> list[tuple[str, RenderableType]]:
+    """How a budget of bits was spent: what was reached, and one line for each kind of linears."""
+    return [] if choice is None else [(label, words) for label, words in bits_rows(choice)]
+
+
+def other_settings(report: RunReport | QuantizePlan) -> tuple[OwnSettings, ...]:
+    """What differs by module; of a budget of bits only what it did not choose: other groups, or symmetry."""
+    if report.bit_choice is None:
+        return report.own_settings
+    return tuple(one for one in report.own_settings if one.group_size != report.group_size)
+
+
 def _times(linears: int) -> str:
     return f" ({fmt.count(linears, 'linear')})" if linears > 1 else ""
 
@@ -107,7 +121,8 @@ def recipe(report: RunReport | LoadReport) -> str:
     """`4 bits, group 64, symmetric, format gptq`."""
     group = fmt.group(report.group_size)
     order = ", desc_act" if report.desc_act else ""
-    return f"{report.bits} bits, {group}, {symmetry(report.sym)}{order}, format {report.checkpoint_format}"
+    bits = widths_text(report.bits, report.bit_choice if isinstance(report, RunReport) else None)
+    return f"{bits}, {group}, {symmetry(report.sym)}{order}, format {report.checkpoint_format}"
 
 
 def run_summary(report: RunReport) -> Group:
@@ -192,7 +207,8 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
             f"{sizes} ({smaller:.2f} times smaller), {report.bits_per_parameter:.3f} bits per parameter",
         ),
         ("quantized", f"{quantized_text(report)}{dense}"),
-        *own_settings_rows(report.own_settings, report.kept_dense),
+        *bit_choice_rows(report.bit_choice),
+        *own_settings_rows(other_settings(report), report.kept_dense),
         *listed("calibration", _calibration(report)),
         ("dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"),
         ("device", ", ".join(report.devices)),

@@ -112,8 +112,8 @@ def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) ->
         last = len(work.blocks) - 1
         for index, block in enumerate(work.blocks):
             given = to_device(hidden, block.device) if index == last else None
-            stand_in = _stand_in(given, work.flow.shapes[work.flow.blocks[index]])
-            stack.enter_context(replaced_forward(block.module, stand_in))
+            stood_in = stand_in(given, work.flow.shapes[work.flow.blocks[index]])
+            stack.enter_context(replaced_forward(block.module, stood_in))
         stack.enter_context(replaced_forward(work.module, catch))
         stack.enter_context(working_on(work.input_device))
         stack.enter_context(matmul_scope(hidden.dtype, work.blocks[-1].device))
@@ -131,7 +131,7 @@ def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) ->
     return caught[0].to(work.device)
 
 
-def _stand_in(given: Tensor | None, shape: BlockShape) -> Callable[..., Any]:
+def stand_in(given: Tensor | None, shape: BlockShape) -> Callable[..., Any]:
     """A block's forward that hands over `given`, or what it is given itself."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -110,7 +110,7 @@ def _attempt(
     with ExitStack() as opened:
         run.options.team.at("the loading of the model")
         with phase(observer, "load") as words:
-            stream = opened.enter_context(_open(run, observer))
+            stream = opened.enter_context(open_stream(run, observer))
             model = stream.model
             words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
             if any(run.placement.streams(block) for block in run.skeleton.blocks):
@@ -118,7 +118,7 @@ def _attempt(
         try:
             run.options.team.at("the capture of hidden states")
             with phase(observer, "capture", len(input_ids)):
-                blocks = _blocks(model, run, stream)
+                blocks = opened_blocks(model, run, stream)
                 states = _capture(model, blocks, run, stream, input_ids, observer)
                 opened.callback(states.close)
                 stream.release()
@@ -135,7 +135,8 @@ def _attempt(
     return Quantized(reports, head)
 
 
-def _open(run: EngineRun, observer: Observer) -> BlockStream:
+def open_stream(run: EngineRun, observer: Observer) -> BlockStream:
+    """The model of the run, each block of which has its weights when its turn comes."""
     return BlockStream(
         run.skeleton,
         run.placement,
@@ -147,7 +148,8 @@ def _open(run: EngineRun, observer: Observer) -> BlockStream:
     )
 
 
-def _blocks(model: Any, run: EngineRun, stream: BlockStream) -> list[Block]:
+def opened_blocks(model: Any, run: EngineRun, stream: BlockStream) -> list[Block]:
+    """The blocks of the opened model, in order."""
     return [
         Block(
             schedule,
@@ -196,7 +198,7 @@ def _head(
         flow=run.skeleton.trace.flow,
         info=run.skeleton.head,
         device=torch_device(run.schedule.head_device or main),
-        input_device=_input_device(text, main),
+        input_device=input_device_of(text, main),
         options=WorkOptions(
             config=run.config,
             strict=run.options.strict,
@@ -208,7 +210,7 @@ def _head(
     return quantize_head(head, states, input_ids)
 
 
-def _input_device(model: Any, main: Device) -> torch.device:
+def input_device_of(model: Any, main: Device) -> torch.device:
     """Where token ids enter: an embedding on the CPU beside accelerators visits the main device."""
     embedding: torch.device = model.get_input_embeddings().weight.device
     return torch_device(main) if main != CPU and embedding.type == "cpu" else embedding
@@ -230,7 +232,7 @@ def _capture(
 
     text = language_model(model)
     modules = [block.module for block in blocks]
-    input_device = _input_device(text, run.placement.main_device)
+    input_device = input_device_of(text, run.placement.main_device)
     flow, batch_size = run.skeleton.trace.flow, run.schedule.micro_batch_samples
     paired = run.config.paired_samples(len(ids))
     if not flow.direct:

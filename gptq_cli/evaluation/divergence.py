@@ -137,6 +137,18 @@ def compare(
     )
 
 
+def mean_divergence(
+    dense: Tensor,  # (T, V) logits
+    other: Tensor,  # (T, V)
+) -> float:
+    """The mean over T of KL(dense ‖ other), in nats; float32 for some rows at a time."""
+    total = 0.0
+    for start, stop in row_ranges(dense):
+        p, q = (torch.log_softmax(logits[start:stop].float(), -1) for logits in (dense, other))
+        total += float((p.exp() * (p - q)).sum(-1).double().sum())
+    return total / dense.shape[0]
+
+
 def _logits(model: Any, window: Tensor) -> Tensor:  # (T, V)
     ids = window.to(input_device(model)).unsqueeze(0)
     with matmul_scope_of(model):

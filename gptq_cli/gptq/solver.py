@@ -109,7 +109,9 @@ def _quantized(
         return _apart(stages, H, works, config)
     if works[0]:
         walk = walk_on(H.device, H.dtype)
-        solution, damped = _solve(stack_rows(aims, H), H, order, RT.view(H.shape), g, grid, config, walk)
+        solution, damped = solve_columns(
+            stack_rows(aims, H), H, order, RT.view(H.shape), g, grid, config, walk
+        )
         del RT  # K² numbers, no longer needed
         damping = torch.stack([factor.damping for factor in factors]).view(H.shape[:-2])
         error = _refined(solution, damped, H, damping, config, walk)
@@ -135,7 +137,7 @@ def _apart(
     return solved
 
 
-def _solve(
+def solve_columns(
     W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig, walk: Walk
 ) -> tuple[Solution, Tensor]:  # and the damped loss of every row (…, N)
     """GPTQ with the configured order and groups; the result is in the original order."""

@@ -16,8 +16,10 @@ from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.config import CalibrationConfig, QuantizeJob
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CalibrationError, ModelError
-from gptq_cli.events import Observer, phase
+from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.findings import Finding, PreflightReport
+from gptq_cli.jobs.bit_store import BitStore
+from gptq_cli.jobs.choosing import BitSearch
 from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.proof import check_text
 from gptq_cli.jobs.resuming import Found, command_of, find_work
@@ -38,6 +40,7 @@ from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.preflight.rules import calibration as rules_text
 from gptq_cli.ranks.joining import Joined
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.push import PushConfig
 
 
@@ -45,6 +48,8 @@ from gptq_cli.results.push import PushConfig
 class Checked:
     """A job after preflight: everything the engine needs, and everything that was found."""
 
+    job: QuantizeJob
+    """As given, but a budget of bits became settings by module."""
     skeleton: Skeleton
     facts: ModelFacts
     work: Work
@@ -60,6 +65,10 @@ class Checked:
     """The model wrote text, so it was in memory as a whole."""
     writing_seconds: float | None = None
     """An estimate of how long the model will write; None where there is nothing to write."""
+    bits: BitChoice | None = None
+    """How a budget of bits is spent; None without one."""
+    measures: BitSearch | None = None
+    """Where what fewer bits cost has yet to be measured: how."""
 
 
 def check(
@@ -81,8 +90,10 @@ def check(
     `joined`: the ranks that will work together; `processes`: as many are planned.
     """
     with phase(observer, "open"):
-        skeleton = select_linears(open_skeleton(find_model(job.model), job.model), job.quantize)
-        facts = model_facts(skeleton)
+        opened = open_skeleton(find_model(job.model), job.model)
+        search = BitSearch.of(job, opened)
+        skeleton = opened if search is not None else select_linears(opened, job.quantize)
+        facts = search.facts if search is not None else model_facts(skeleton)
     with phase(observer, "calibration") as words:
         texts, text_findings = _texts(job, skeleton, facts, text_store(observer))
         tokens = texts.tokens if texts is not None else None
@@ -91,17 +102,22 @@ def check(
     text_findings += check_push(push)
     if proof is not None and texts is not None:
         text_findings += check_text(job, proof, skeleton, facts, observer)
-    known = _Known(skeleton, facts, text_findings, claim, joined, processes, goes_on)
+    store = BitStore(lambda message, hint: observer(Warned(message, hint)))
+    known = _Known(skeleton, facts, text_findings, claim, joined, processes, goes_on, search, store)
     checked = _completed(job, known, tokens)
-    if texts is None or texts.wanted is None or texts.own is not None:
+    if texts is not None and texts.wanted is not None and texts.own is None:
+        checked = _with_writing(job, checked, texts.wanted)
+    elif checked.measures is None:
         return checked
-    checked = _with_writing(job, checked, texts.wanted)
-    placement = checked.resolution.placement
-    if not (writes and checked.findings.ok and placement is not None):
+    placement, schedule = checked.resolution.placement, checked.resolution.schedule
+    if not (writes and checked.findings.ok and placement is not None and schedule is not None):
         return checked
     announce(checked.findings, observer)
-    own = write_first(texts.wanted, skeleton, placement, texts.store, observer, command_of(job))
-    tokens = replace(texts, own=own).tokens
+    if tokens is None and texts is not None and texts.wanted is not None:
+        own = write_first(texts.wanted, skeleton, placement, texts.store, observer, command_of(job))
+        tokens = replace(texts, own=own).tokens
+    if search is not None and tokens is not None and store.find(search.wanted(tokens)) is None:
+        store.keep(search.wanted(tokens), search.measure(tokens, placement, schedule, observer))
     complete = _completed(job, known, tokens)
     return replace(complete, announced=frozenset(checked.findings.findings), wrote=True)
 
@@ -118,16 +134,27 @@ class _Known:
     joined: Joined | None
     processes: int | None
     goes_on: bool
+    search: BitSearch | None
+    store: BitStore
 
 
 def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> Checked:
-    """The rest of the check: unfinished work, the map, and all findings."""
-    skeleton, facts = known.skeleton, known.facts
+    """The rest of the check: the bits, unfinished work, the map, and all findings."""
+    skeleton, facts, search = known.skeleton, known.facts, known.search
+    bits, measures = None, None
+    if search is not None:
+        measured = known.store.find(search.wanted(tokens)) if tokens is not None else None
+        spent = search.choose(measured)
+        bits, measures = search.choice(spent, measured, tokens), search if measured is None else None
+        job = replace(job, quantize=search.config_of(spent))
+        skeleton = select_linears(skeleton, job.quantize)
+        facts = model_facts(skeleton)
+    known_tokens = tokens if measures is None else None  # until then no codes are decided
     ranks = known.processes if known.joined is None else known.joined.launch.size
     work = work_of(job, facts, ranks or 0)
     same = replace(job, quantize=work.quantize)
     unfinished = (
-        find_work(same, lambda: Fingerprint.of(same, skeleton, tokens) if tokens else None)
+        find_work(same, lambda: Fingerprint.of(same, skeleton, known_tokens) if known_tokens else None)
         if known.goes_on
         else None
     )
@@ -135,7 +162,11 @@ def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> 
     budgets, resolution, findings = placed(
         job, skeleton, facts, known.claim, kept, known.joined, known.processes
     )
+    about_bits = search.findings if search is not None else PreflightReport()
+    if measures is not None and job.devices is None:
+        about_bits += measures.needs(job, resolution)
     return Checked(
+        job=job,
         skeleton=skeleton,
         facts=facts,
         work=work,
@@ -143,7 +174,9 @@ def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> 
         budgets=budgets,
         tokens=tokens,
         resolution=resolution,
-        findings=known.findings + findings,
+        findings=known.findings + about_bits + findings,
+        bits=bits,
+        measures=measures,
     )
 
 

@@ -18,6 +18,7 @@ from gptq_cli.planning.time import Estimate, time_words
 from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.report import group_reason
 from gptq_cli.ranks.joining import Joined
+from gptq_cli.results.bits import BitChoice
 
 
 def header(
@@ -47,7 +48,7 @@ def header(
         out=job.out if trial is None else None,
         settings=(
             *((("source", facts.decoded.words),) if facts.decoded is not None else ()),
-            ("bits", f"{config.bits}, {group}, {zeros}"),
+            ("bits", f"{_bits_words(config.bits, checked.bits)}, {group}, {zeros}"),
             ("order", "desc_act" if config.desc_act else config.act_order),
             ("dtype", _dtype_words(skeleton, facts, placement)),
             ("calibration", f"{tokens.samples} x {tokens.seq_len} tokens of {tokens.source}"),
@@ -67,6 +68,14 @@ def header(
         linears=sum(trial is None or linear.block in worked_on for linear in skeleton.packed),
         seconds=estimate.left_seconds if estimate is not None and trial is None else None,
     )
+
+
+def _bits_words(bits: int, choice: BitChoice | None) -> str:
+    """`4`, or how a budget was spent."""
+    if choice is None:
+        return str(bits)
+    used = {"dense" if one.bits is None else str(one.bits) for one in choice.fused}
+    return f"{', '.join(sorted(used))} ({choice.bits_per_parameter:.4f} of {choice.asked:g} per parameter)"
 
 
 def _dtype_words(skeleton: Skeleton, facts: ModelFacts, placement: Placement) -> str:

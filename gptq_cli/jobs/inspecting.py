@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
+from gptq_cli.findings import PreflightReport
+from gptq_cli.jobs.choosing import BitSearch
 from gptq_cli.jobs.steps import announce, placed, rates_for
 from gptq_cli.jobs.together import check_share
 from gptq_cli.jobs.watching import watching
@@ -26,9 +30,13 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     with watching("inspect-map", observer) as watcher:
         with phase(watcher, "open"):
             opened = open_skeleton(find_model(job.model, weights=False), job.model)
+            search = BitSearch.of(job, opened)
+            if search is not None:
+                job = replace(job, quantize=search.config_of(search.choose(None)))
             skeleton = select_linears(opened, job.quantize)
             facts = model_facts(skeleton)
         budgets, resolution, findings = placed(job, skeleton, facts, processes=job.processes)
+        findings += search.findings if search is not None else PreflightReport()
         announce(findings, watcher)
         speed, schedule = rates_for(job, skeleton, facts, resolution, thorough=False), resolution.schedule
         work = Work(job.quantize, job.calibration).on(facts)

@@ -131,6 +131,7 @@ def _quantize(
     check_share(job, asked.team.size)
     checked = check(job, tally, claim, writes=True, proof=asked.proof, push=asked.push, joined=asked.joined)
     announce(checked.findings, tally, known=checked.announced)
+    job = checked.job
     if checked.wrote:
         tally.host_peak_bytes = reset_peak_resident()
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
@@ -223,6 +224,7 @@ def _quantize(
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
             size_after_bytes=writer.plan.size_bytes,
             findings=checked.findings.ordered(),
+            bits=checked.bits,
             estimate=expected,
             tally=tally,
             kept=keeper,
@@ -270,6 +272,7 @@ def dry_run(
     with watching("quantize", observer) as watcher:
         checked = check(job, watcher, proof=proof, push=push, processes=processes)
         announce(checked.findings, watcher)
+        job = checked.job
         speed = rates_for(job, checked.skeleton, checked.facts, checked.resolution, thorough=True)
         schedule = checked.resolution.schedule
         facts, work, asked = checked.facts, work_of(job, checked.facts), Work(job.quantize, job.calibration)
@@ -278,7 +281,14 @@ def dry_run(
             took = estimate(facts, work, schedule, speed)
         if processes and schedule is not None:
             gain = ranks_plan(facts, work, schedule, speed, processes)
-        plan = replace(quantize_plan(facts, asked, took, checked.writing_seconds), ranks=gain)
+        measuring = None
+        if checked.measures is not None and speed is not None:
+            measuring = checked.measures.seconds(job, speed)
+        plan = replace(
+            quantize_plan(facts, asked, took, checked.writing_seconds, measuring),
+            ranks=gain,
+            bit_choice=checked.bits,
+        )
         return map_report(
             checked.facts,
             checked.resolution,

@@ -17,6 +17,7 @@ from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.time import Estimate
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.run import (
     BlockReport,
@@ -105,6 +106,7 @@ def summarize(
     packed_bytes: int,
     size_after_bytes: int,
     findings: tuple[Finding, ...],
+    bits: BitChoice | None,
     estimate: Estimate | None,
     tally: Tally,
     kept: Kept,
@@ -135,6 +137,7 @@ def summarize(
         quantized_share=skeleton.quantized_share,
         own_settings=own_settings,
         kept_dense=kept_dense,
+        bit_choice=bits,
         dense_modules=tuple(dict.fromkeys(item.name for item in skeleton.dense)),
         size_before_bytes=skeleton.files.size_bytes,
         source_format=skeleton.files.decoded.words if skeleton.files.decoded is not None else "dense",

@@ -36,6 +36,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
         tally = Tally(watcher, reset_peak_resident())
         checked = check(job, tally, goes_on=False, writes=True)
         announce(checked.findings, tally, known=checked.announced)
+        job = checked.job
         resolved, tokens = checked.resolution, checked.tokens
         placement, schedule = resolved.placement, resolved.schedule
         if not checked.findings.ok or placement is None or schedule is None or tokens is None:

@@ -46,6 +46,7 @@ _PHASES: dict[Phase, str] = {
     "open": "opening the model",
     "calibration": "reading the calibration text",
     "write": "letting the model write its calibration text",
+    "bits": "measuring what fewer bits cost",
     "load": "loading the weights",
     "capture": "capturing what enters the blocks",
     "head": "quantizing the output head",

@@ -148,6 +148,14 @@ class LinearFact:
     interleaved: bool = False
     """Its rows alternate with those of another linear in the tensor `part_of`."""
 
+    @property
+    def fused_with(self) -> tuple[str, str]:
+        """Equal for linears that a server loads as one matrix: a stage's under one parent; all experts of a
+        block."""
+        if self.routed:
+            return self.block, "experts"
+        return self.name.rpartition(".")[0], str(self.stage)
+
 
 @dataclass(frozen=True, slots=True)
 class StackFact:

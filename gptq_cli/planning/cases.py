@@ -143,6 +143,15 @@ class PlacedCase:
         return frozenset(self.placement.offloaded)
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceNeed:
+    """What one device has to hold during work that comes before the blocks are worked on."""
+
+    device: str
+    needed_bytes: int
+    limit_bytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnfinishedWork:
     """What an earlier run with the same output had finished before it ended."""

@@ -7,10 +7,9 @@ than the speed of a forward over many tokens: few rows per step, and a cache tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
+from gptq_cli.planning.cases import DeviceNeed
 from gptq_cli.planning.memory import CPU_BASELINE_BYTES
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.results.map import DevicePlan
@@ -23,18 +22,9 @@ STEP_SECONDS = 2e-4
 """Of each block in each step, whatever its size."""
 
 
-@dataclass(frozen=True, slots=True)
-class WritingNeed:
-    """What one device has to hold while the model writes."""
-
-    device: str
-    needed_bytes: int
-    limit_bytes: int
-
-
 def writing_needs(
     facts: ModelFacts, plans: tuple[DevicePlan, ...], main: Device, cache_bytes: int, rows: int
-) -> tuple[WritingNeed, ...]:
+) -> tuple[DeviceNeed, ...]:
     """Device by device; `cache_bytes`: the keys and values of all `rows`, which lie on the main device."""
     needs = []
     for plan in plans:
@@ -42,7 +32,7 @@ def writing_needs(
         if main == CPU and plan.device == str(CPU):  # its blocks are read one at a time otherwise
             weights, baseline = facts.size_bytes, max(baseline, CPU_BASELINE_BYTES)
         working = cache_bytes + rows * facts.vocab_size * LOGIT_BYTES if plan.device == str(main) else 0
-        needs.append(WritingNeed(plan.device, weights + baseline + working, plan.limit_bytes))
+        needs.append(DeviceNeed(plan.device, weights + baseline + working, plan.limit_bytes))
     return tuple(needs)
 
 

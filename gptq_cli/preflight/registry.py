@@ -18,6 +18,7 @@ from gptq_cli.model.source import SourceProblem
 from gptq_cli.placement.device import Device
 from gptq_cli.planning.cases import Capability, JobCase, OutputFacts, Work
 from gptq_cli.preflight.rules import (
+    bits,
     calibration,
     device_map,
     memory,
@@ -36,7 +37,7 @@ from gptq_cli.targets.rules import MODULES as TARGET_MODULES
 
 _JOB: tuple[ModuleType, ...] = (model_files, quantization, modules, targets, output, resume)
 _MAP: tuple[ModuleType, ...] = (device_map, placement, memory)
-MODULES: tuple[ModuleType, ...] = (calibration, push, *_JOB, *_MAP, *TARGET_MODULES, verify_rules)
+MODULES: tuple[ModuleType, ...] = (calibration, bits, push, *_JOB, *_MAP, *TARGET_MODULES, verify_rules)
 """Where rules are defined; the docstring of each begins with what they are about."""
 
 RULES: Mapping[str, Rule[Any]] = MappingProxyType(

@@ -89,10 +89,14 @@ def group_reason(asked: GroupSize) -> str:
 
 
 def quantize_plan(
-    facts: ModelFacts, work: Work, estimate: Estimate | None, writing_seconds: float | None = None
+    facts: ModelFacts,
+    work: Work,
+    estimate: Estimate | None,
+    writing_seconds: float | None = None,
+    measuring_seconds: float | None = None,
 ) -> QuantizePlan:
-    """What `--dry-run` adds. `estimate` is made elsewhere, None without one, and so are `writing_seconds`,
-    which come on top of it."""
+    """What `--dry-run` adds. `estimate` is made elsewhere, None without one, and so are `writing_seconds` and
+    `measuring_seconds`, which come on top of it."""
     reason = group_reason(work.quantize.group_size)
     work = work.on(facts)
     config, data = work.quantize, work.calibration
@@ -117,9 +121,12 @@ def quantize_plan(
         snapshot_bytes=snapshot_bytes(facts, work),
         samples=data.samples,
         seq_len=data.seq_len,
-        seconds=None if estimate is None else estimate.seconds + (writing_seconds or 0.0),
+        seconds=None
+        if estimate is None
+        else estimate.seconds + (writing_seconds or 0.0) + (measuring_seconds or 0.0),
         waited_share=None if estimate is None else estimate.waited_share,
         writing_seconds=writing_seconds,
+        measuring_seconds=measuring_seconds,
     )
 
 

@@ -19,14 +19,17 @@ import yaml
 from gptq_cli import __version__
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.display import format as fmt
+from gptq_cli.display.bits import bits_rows, widths_text
 from gptq_cli.display.escapes import escaped
 from gptq_cli.display.load import score_text
+from gptq_cli.display.tables import other_settings
 from gptq_cli.report.plots import LOSS_EXPLAINED, loss_per_block
 from gptq_cli.report.style import plot_style
 from gptq_cli.report.svg import drawing, standalone
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.card import CARD, CardFacts
 from gptq_cli.results.load import LoadReport, TargetReport, TaskScore
-from gptq_cli.results.run import RunReport, finite_mean
+from gptq_cli.results.run import RunReport, Setting, finite_mean
 
 PLOT = "loss_per_block.svg"
 _MARKS = re.compile(r"([\\`*_\[\]|~$])")
@@ -78,7 +81,7 @@ def _results(scores: Iterable[TaskScore]) -> list[dict[str, object]]:
 
 
 def _title(report: RunReport, facts: CardFacts) -> str:
-    return f"{facts.base_model or 'a local model'}, GPTQ {report.bits} bits"
+    return f"{facts.base_model or 'a local model'}, GPTQ {widths_text(report.bits, report.bit_choice)}"
 
 
 def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str]:
@@ -87,7 +90,7 @@ def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str
     yield ""
     symmetry = "symmetric" if report.sym else "asymmetric"
     yield (
-        f"The linears of {text(base)} quantized to {report.bits} bits with GPTQ: "
+        f"The linears of {text(base)} quantized to {widths_text(report.bits, report.bit_choice)} with GPTQ: "
         f"{fmt.group(report.group_size)}, {symmetry}, format {code(report.checkpoint_format)}, by "
         f"gptq-cli {__version__}."
     )
@@ -128,6 +131,8 @@ def command(report: RunReport, facts: CardFacts) -> list[str]:
         name = item.metadata.get("name", item.name)
         value = settings.get(name)
         option = "--" + name.replace("_", "-")
+        if report.bit_choice is not None and name in _CHOSEN:
+            value = _as_asked(name, report.bit_choice)
         if value is None or value == item.default:
             continue
         if isinstance(value, bool):
@@ -149,6 +154,19 @@ def command(report: RunReport, facts: CardFacts) -> list[str]:
     return words
 
 
+_CHOSEN = ("bits", "bits_per_weight", "module", "quantize_head")
+"""Options that a budget of bits settled."""
+
+
+def _as_asked(name: str, choice: BitChoice) -> Setting:
+    """The value that was given."""
+    if name == "bits_per_weight":
+        return choice.asked
+    if name == "module":
+        return choice.given_modules
+    return choice.quantize_head if name == "quantize_head" else None
+
+
 def _public(source: str) -> str:
     """The name of a file without the directories of this machine; a data set as it is."""
     return Path(source).name if Path(source).is_absolute() or source.startswith(("./", "../")) else source
@@ -160,7 +178,9 @@ def _result(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "bits per parameter", f"{report.bits_per_parameter:.3f}, all of the checkpoint"
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}"
     yield "quantized", f"{fmt.share(report.quantized_share)} of the parameters"
-    for one in report.own_settings:
+    for label, words in bits_rows(report.bit_choice) if report.bit_choice is not None else ():
+        yield label, text(words)
+    for one in other_settings(report):
         yield "by module", f"{code(one.name)}: {one.bits} bits, {fmt.group(one.group_size)}"
     yield "dtype", code(report.dtype)
     for share in report.calibration_texts:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from gptq_cli import __version__
 from gptq_cli.display import format as fmt
+from gptq_cli.display.bits import bits_rows, bits_text
 from gptq_cli.display.escapes import escaped
-from gptq_cli.display.tables import ranks_rows, recipe, yes
+from gptq_cli.display.tables import other_settings, ranks_rows, recipe, yes
 from gptq_cli.events import FindingRaised, warning_text
 from gptq_cli.findings import PreflightReport
 from gptq_cli.report import html
@@ -28,6 +29,7 @@ from gptq_cli.report.plots import (
     memory_per_block,
     seconds_per_block,
 )
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.run import LinearReport, RunReport, finite_mean
 
 WORST = 10
@@ -52,6 +54,7 @@ def _sections(report: RunReport) -> Iterator[Section]:
     yield Section("Findings", _findings(report))
     yield Section("Measured", measured(report.proof) if report.proof is not None else ())
     yield Section("Loss", list(_loss(report)))
+    yield Section("Bits", list(_bits(report.bit_choice)) if report.bit_choice is not None else ())
     yield Section("Experts", experts(report))
     yield Section("Memory and time", list(_memory_and_time(report)) if report.blocks else ())
     yield Section("Checkpoint", [html.facts(_checkpoint(report))])
@@ -147,6 +150,22 @@ def _beside(value: float, predicted: float | None, words: Callable[[float], str]
     return ("", "") if predicted is None else (words(predicted), fmt.change(value, predicted))
 
 
+def _bits(choice: BitChoice) -> Iterator[Markup]:
+    """How a budget of bits was spent: a row for each set of linears."""
+    yield html.facts(bits_rows(choice))
+    rows = [
+        (
+            ", ".join(one.linears),
+            bits_text(one.bits),
+            fmt.size(one.size_bytes),
+            fmt.loss(one.kl),
+        )
+        for one in choice.fused
+    ]
+    whole = html.table(("linears", "bits", "size", "predicted KL"), rows, "The bits of all linears", words=2)
+    yield html.folded(f"All {fmt.count(len(rows), 'set')} of linears", whole)
+
+
 def _checkpoint(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "directory", report.out
     yield "source", f"{report.model} @ {report.revision}" if report.revision else f"{report.model}, local"
@@ -155,7 +174,7 @@ def _checkpoint(report: RunReport) -> Iterator[tuple[str, str]]:
     yield "bits per parameter", f"{report.bits_per_parameter:.3f}, all of the checkpoint"
     yield "bits per quantized weight", f"{report.bits_per_weight:.3f}"
     yield "quantized", f"{fmt.share(report.quantized_share)} of the parameters"
-    for own in report.own_settings:
+    for own in other_settings(report):
         yield "by module", f"{own.name}: {own.bits} bits, {fmt.group(own.group_size)}"
     for kept in report.kept_dense:
         yield "stays dense", f"{kept.name}: {kept.reason}, {fmt.count(kept.linears, 'linear')}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BY_MODULE = "asked for with --module"
+BY_MODULE = "its settings say dense"
 GATES = "its output only gates"
 TOO_SMALL = "too small to be packed"
 IN_PART = "another part of its tensor of experts stays dense"

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from gptq_cli.findings import Finding
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.kept import KeptDense, OwnSettings
 
 Verdict = Literal["fits", "fits with warnings", "refused"]
@@ -189,6 +190,8 @@ class QuantizePlan:
     stages: tuple[StagePlan, ...]
     own_settings: tuple[OwnSettings, ...] = ()
     """Linears whose bits, group size or symmetry differ from the rest."""
+    bit_choice: BitChoice | None = None
+    """How `--bits-per-weight` would be spent, as far as it is known; None without it."""
     head: tuple[str, int, int] | None = None
     """(name, K, N) of the output head, where it will be quantized."""
     quantized_share: float
@@ -212,6 +215,8 @@ class QuantizePlan:
     this machine busy. None where it is not known."""
     writing_seconds: float | None = None
     """How much of them the model takes to write its calibration text; None where it writes none."""
+    measuring_seconds: float | None = None
+    """How much of them it takes to measure what fewer bits cost; None where that is known, or not asked."""
     ranks: RanksPlan | None = None
     """What several processes would gain; None where nobody asked."""
 

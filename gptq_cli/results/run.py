@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Self
 
 from gptq_cli.findings import Finding
 from gptq_cli.placement.schedule import Schedule
+from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.push import PushReport
@@ -199,6 +200,8 @@ class RunReport:
     """Share of the model's parameters that is quantized, 0 to 1."""
     own_settings: tuple[OwnSettings, ...] = ()
     """Linears whose bits, group size or symmetry differ from the above."""
+    bit_choice: BitChoice | None = None
+    """How `--bits-per-weight` was spent; None without it."""
     kept_dense: tuple[KeptDense, ...] = ()
     """Linears of the blocks that stay dense, and why."""
     dense_modules: tuple[str, ...]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.placement.device import Device, format_size
-from gptq_cli.planning.writing import WritingNeed
+from gptq_cli.planning.cases import DeviceNeed
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import duration_words
 
@@ -31,7 +31,7 @@ class WritingCase:
     tokens: int
     device: Device
     """Where it would write."""
-    needs: tuple[WritingNeed, ...]
+    needs: tuple[DeviceNeed, ...]
     """What its devices would have to hold."""
     seconds: float | None
     """An estimate; None where none was made."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
-from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase
@@ -84,7 +84,7 @@ def siblings_alike(case: JobCase) -> list[Remark]:
         own = config.of_linear(linear.name)
         dense = linear in case.facts.by_module
         treated: object = "dense" if dense else (own.bits, own.group_columns, own.sym)
-        groups.setdefault(_fused_with(linear), {})[linear.name] = treated
+        groups.setdefault(linear.fused_with, {})[linear.name] = treated
     split = [list(held) for held in groups.values() if len(set(held.values())) > 1]
     if not split:
         return []
@@ -100,13 +100,6 @@ def siblings_alike(case: JobCase) -> list[Remark]:
             modules=tuple(name for held in split for name in held),
         )
     ]
-
-
-def _fused_with(linear: LinearFact) -> tuple[str, str]:
-    """Equal for linears that a server fuses: a stage's under one parent; all experts of a block."""
-    if linear.routed:
-        return linear.block, "experts"
-    return linear.name.rpartition(".")[0], str(linear.stage)
 
 
 @rule("error", topics=("quantize_head",))

@@ -11,13 +11,11 @@ from itertools import combinations
 from typing import Any
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.model.facts import LinearFact, ModelFacts
-from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase
+from gptq_cli.planning.target_facts import target_facts, with_few_experts
 from gptq_cli.readers import Target
 from gptq_cli.rules import Remark, rule
-from gptq_cli.targets.check import TARGETS, TargetFacts, TargetLinear, check_target
-from gptq_cli.targets.facts import is_expert
+from gptq_cli.targets.check import TARGETS, check_target
 from gptq_cli.targets.rules.formats import whole_groups, whole_words
 from gptq_cli.targets.rules.parallel import tensor_parallel
 
@@ -43,8 +41,8 @@ def target(case: JobCase) -> list[Remark]:
     Better refused before the work than after it. The hint is the smallest change of the settings with which
     every named target takes the result. With --tp N, each matrix must divide over N devices.
     """
-    facts = _facts(case.facts, case.work.quantize, case.tp)
-    few = _with_few_experts(case)
+    facts = target_facts(case.facts, case.work.quantize, case.tp)
+    few = replace(case, facts=with_few_experts(case.facts))
     found = []
     for reader in case.targets:
         said = check_target(reader, facts)
@@ -78,8 +76,8 @@ def readers_lost(case: JobCase) -> list[Remark]:
     All of them read 4 bits, symmetric, with groups of 128, 64 or 32 and no `desc_act`. Name the readers that
     you need with --target: then losing one is an error.
     """
-    few = _with_few_experts(case)
-    facts = _facts(few.facts, case.work.quantize)
+    few = replace(case, facts=with_few_experts(case.facts))
+    facts = target_facts(few.facts, case.work.quantize)
     lost: dict[str, list[Target]] = {}
     everyone = (
         whole_words.id,
@@ -141,7 +139,7 @@ def _takes(
     case: JobCase, readers: tuple[Target, ...], config: QuantizeConfig, levels: tuple[str, ...]
 ) -> bool:
     """Whether no reader says anything of these levels about the checkpoint of `config`."""
-    facts = _facts(case.facts, config, case.tp)
+    facts = target_facts(case.facts, config, case.tp)
     return not any(f.level in levels for reader in readers for f in check_target(reader, facts))
 
 
@@ -151,58 +149,3 @@ def _combined() -> Iterator[tuple[tuple[str, dict[str, Any]], ...]]:
         for change in combinations(_CHANGES, count):
             if len({name for _, held in change for name in held}) == count:
                 yield change
-
-
-def _facts(model: ModelFacts, config: QuantizeConfig, tp: int = 1) -> TargetFacts:
-    """The checkpoint that would be written, as a reader would find it.
-
-    `config` may be another than that of the job: a change that is tried. Without settings by module the
-    linears that they leave dense are quantized.
-    """
-    head = model.head if config.quantize_head else None
-    by_module = () if config.modules else model.by_module
-    linears = (*model.linears, *by_module, *((head,) if head is not None else ()))
-    config = config.for_model((), head.name if head is not None else None)
-    packed = {linear.name for linear in linears}
-    return TargetFacts(
-        bits=config.bits,
-        group_size=config.group_columns,
-        sym=config.sym and all(config.of_linear(linear.name).sym for linear in linears),
-        desc_act=config.desc_act,
-        checkpoint_format=config.checkpoint_format,
-        dtype=model.dtype,
-        linears=tuple(
-            TargetLinear(
-                name=linear.name,
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-                bits=config.of_linear(linear.name).bits,
-                group_size=config.of_linear(linear.name).group_columns,
-                sym=config.of_linear(linear.name).sym,
-                desc_act=config.desc_act,
-                split=linear.split,
-                source_name=linear.source_name,
-                interleaved=linear.interleaved,
-            )
-            for linear in linears
-        ),
-        dense=tuple(name for name in model.dense_linears if name not in packed),
-        dense_experts=tuple(stack.name for stack in model.fused),
-        shared=model.shared,
-        lm_head=head is not None,
-        modules_listed=model.listed,
-        heads=model.heads,
-        hidden_size=model.hidden_size,
-        tp=tp,
-        trivial_g_idx=not config.desc_act,
-    )
-
-
-def _with_few_experts(case: JobCase) -> JobCase:
-    """The same with one expert in place of all that differ in their numbers alone: there can be ten
-    thousands, and many settings are tried."""
-    kept: dict[object, LinearFact] = {}
-    for linear in case.facts.linears:
-        kind = (fold(linear.name), linear.in_features, linear.out_features)
-        kept.setdefault(kind if is_expert(linear.name) else linear.name, linear)
-    return replace(case, facts=replace(case.facts, linears=tuple(kept.values())))

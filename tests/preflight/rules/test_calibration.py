@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from gptq_cli.placement.device import CPU
-from gptq_cli.planning.writing import WritingNeed
+from gptq_cli.planning.cases import DeviceNeed
 from gptq_cli.preflight.rules.calibration import LONG_SECONDS, WritingCase, own_text_memory, own_text_time
 
 GIB = 1 << 30
 
 
 def case(seconds: float | None = None, **needed: int) -> WritingCase:
-    needs = tuple(WritingNeed(device, size, 4 * GIB) for device, size in needed.items())
+    needs = tuple(DeviceNeed(device, size, 4 * GIB) for device, size in needed.items())
     return WritingCase(tokens=262144, device=CPU, needs=needs, seconds=seconds)
 
 

@@ -1,0 +1,79 @@
+"""How a budget of bits was spent, in words: for the summary, the plan, the page and the card."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from gptq_cli.display import format as fmt
+from gptq_cli.placement.names import fold, leaf
+from gptq_cli.results.bits import BitChoice, FusedBits
+
+
+def bits_text(bits: int | None) -> str:
+    """`4 bits`, `dense`."""
+    return "dense" if bits is None else f"{bits} bits"
+
+
+def widths_text(bits: int, choice: BitChoice | None) -> str:
+    """`4 bits`; of a budget `2, 3 and 8 bits`."""
+    used = (
+        sorted({one.bits for one in choice.fused if one.bits is not None}) if choice is not None else [bits]
+    )
+    *others, last = map(str, used or [bits])
+    return f"{', '.join(others)} and {last} bits" if others else f"{last} bits"
+
+
+def bits_rows(choice: BitChoice) -> Iterator[tuple[str, str]]:
+    """What was asked for and reached; what it costs; and the bits of each kind of linears."""
+    yield "bit budget", budget_text(choice)
+    if choice.measured_tokens:
+        yield "predicted KL", predicted_text(choice)
+    label = "bits"
+    for kind, counts in kinds(choice.fused).items():
+        yield label, f"{kind}: {', '.join(_times(bits, counts) for bits in counts)}"
+        label = ""
+
+
+def budget_text(choice: BitChoice) -> str:
+    """`4.25 bits per parameter, 4.2497 reached: 412 bytes to spare`."""
+    reached = f"{choice.bits_per_parameter:.4f} reached: {fmt.count(choice.spare_bytes, 'byte')} to spare"
+    asked = f"{choice.asked:g} bits per parameter of the whole file, {reached}"
+    return (
+        asked
+        if choice.measured_tokens
+        else f"{asked}; not measured yet, so that every weight counts the same"
+    )
+
+
+def predicted_text(choice: BitChoice) -> str:
+    """`0.113 (all linears at 3 bits: 0.209 in 4.312 bits per parameter; …)`."""
+    others = "; ".join(
+        f"{one.bits} bits {fmt.loss(one.kl)} in {one.bits_per_parameter:.3f}" for one in choice.uniform
+    )
+    beside = f"; all linears alike: {others}" if others else ""
+    return f"{fmt.loss(choice.kl)}, from {choice.measured_tokens} tokens{beside}"
+
+
+def kinds(fused: tuple[FusedBits, ...]) -> dict[str, Counter[int | None]]:
+    """`self_attn.q_proj, k_proj, v_proj` -> how many sets of this kind have which bits, most bits last."""
+    found: dict[str, Counter[int | None]] = {}
+    for one in fused:
+        found.setdefault(kind_of(one), Counter())[one.bits] += 1
+    return {kind: Counter(dict(sorted(held.items(), key=_width))) for kind, held in found.items()}
+
+
+def kind_of(fused: FusedBits) -> str:
+    """The names of its linears without the numbers of blocks; what they have in common once."""
+    first, *others = dict.fromkeys(map(fold, fused.linears))
+    above = first.rpartition(".")[0]
+    same = all(name.rpartition(".")[0] == above for name in others)
+    return ", ".join([first, *(leaf(name) if same else name for name in others)])
+
+
+def _width(counted: tuple[int | None, int]) -> int:
+    return 99 if counted[0] is None else counted[0]
+
+
+def _times(bits: int | None, counts: Counter[int | None]) -> str:
+    return bits_text(bits) + (f" in {counts[bits]}" if len(counts) > 1 else "")
