@@ -4,8 +4,12 @@
     python scripts/bench_ranks.py [--hidden 256] [--layers 2] [--samples 64] [--seq-len 256]
 
 A Llama with random weights is quantized in this process alone, as a rank of one (`leaves`: sums in a tree),
-and by two processes over gloo on the CPU, each with half of the cores. On one machine no speed-up is to be
-expected: what is measured is the overhead. The last line is JSON.
+and by two processes over gloo on the CPU, each with one thread: threads of several processes that wait for
+each other on cores that are taken would be measured instead. Times are processor time, which other work on
+the machine does not lengthen as it does the time on the wall; waiting for another rank is not in it, but for
+what looking for its answer takes. They are also given as ratios to one process without a launcher. Bytes are
+set beside the formula. On one machine no speed-up is to be expected: what is measured is the overhead. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -48,9 +52,10 @@ def main() -> None:
         save(model, asked.hidden, asked.layers)
         words = (*WORDS, "--samples", str(asked.samples), "--seq-len", str(asked.seq_len))
         found = {name: run(Path(folder), model, ranks, words) for name, ranks in RUNS.items()}
-        config = QuantizeConfig(group_size=64)
+        config = QuantizeConfig.of("balanced")
         calibration = CalibrationConfig(samples=asked.samples, seq_len=asked.seq_len)
         found["formula"] = formula(model, Work(config, calibration))
+    found["ratios"] = ratios(found)
     print(json.dumps(found))
 
 
@@ -75,17 +80,27 @@ def save(path: Path, hidden: int, layers: int) -> None:
 
 
 def run(folder: Path, model: Path, ranks: int, words: tuple[str, ...]) -> dict[str, Any]:
-    """One run; `ranks` 0: without a launcher. Phase times from report.json, traffic from rank 0."""
-    out, notes = folder / f"out-{ranks}", folder / f"traffic-{ranks}"
+    """One run; `ranks` 0: without a launcher. Of each rank its processor time by phase, and its traffic."""
+    out = folder / f"out-{ranks}"
+    notes = [folder / f"notes-{ranks}-{rank}" for rank in range(max(1, ranks))]
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-    command = [sys.executable, "-c", COUNTED, str(notes), "quantize", str(model), "--out", str(out), *words]
-    threads = max(1, (os.cpu_count() or 1) // max(1, ranks))
     began = time.perf_counter()
     processes = []
-    for rank in range(max(1, ranks)):
-        environ = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    for rank, note in enumerate(notes):
+        command = [
+            sys.executable,
+            "-c",
+            COUNTED,
+            str(note),
+            "quantize",
+            str(model),
+            "--out",
+            str(out),
+            *words,
+        ]
+        environ = os.environ | {"OMP_NUM_THREADS": "1"}
         if ranks:
             environ |= {
                 "RANK": str(rank),
@@ -99,38 +114,70 @@ def run(folder: Path, model: Path, ranks: int, words: tuple[str, ...]) -> dict[s
     codes = [process.wait() for process in processes]
     if any(codes):
         raise SystemExit(f"the run with {ranks} ranks failed")
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {
-        "seconds": round(time.perf_counter() - began, 2),
-        "phases": {name: round(seconds, 3) for name, seconds in report["phase_seconds"].items()},
+    return {
+        "wall_seconds": round(time.perf_counter() - began, 2),
+        "ranks": [json.loads(note.read_text(encoding="utf-8")) for note in notes],
     }
-    if notes.exists():
-        sent, waited = json.loads(notes.read_text(encoding="utf-8"))
-        blocks = len(report["blocks"])
-        found |= {"bytes_per_block": int(sent / blocks), "waited_seconds": round(waited, 3)}
-    return found
 
 
 COUNTED = """
-import json, os, sys
+import json, sys, time
 from gptq_cli.cli.app import main
-from gptq_cli.engine import run
-from gptq_cli.ranks.group import Ranks
+from gptq_cli.engine import block, loop, run
+from gptq_cli.ranks import group
+spent = {}
+def timed(module, name, phase):
+    real = getattr(module, name)
+    def counted(*words, **options):
+        began = time.process_time()
+        try:
+            return real(*words, **options)
+        finally:
+            spent[phase] = spent.get(phase, 0.0) + time.process_time() - began
+    setattr(module, name, counted)
+def drained(real):
+    return lambda *words, **options: iter(list(real(*words, **options)))
+timed(loop, "open_block", "open")
+block._solve = drained(block._solve)
+timed(block, "_collect", "collect")
+timed(block, "_solve", "solve")
+timed(group, "until_done", "waiting")
+timed(run, "capture", "capture")
+found = {}
 real = run.quantize_blocks
 def counted(blocks, states, config, options, *others):
-    team = options.team
-    if not isinstance(team, Ranks):
-        return real(blocks, states, config, options, *others)
-    before = team.traffic.sent_bytes, team.traffic.waited_seconds
-    found = real(blocks, states, config, options, *others)
-    if team.rank == 0:
-        sent = team.traffic.sent_bytes - before[0], team.traffic.waited_seconds - before[1]
-        open(sys.argv[1], "w").write(json.dumps(sent))
-    return found
+    traffic = options.team.traffic
+    began, before = time.process_time(), (traffic.sum_bytes, traffic.code_bytes, traffic.other_bytes)
+    reports = real(blocks, states, config, options, *others)
+    after = traffic.sum_bytes, traffic.code_bytes, traffic.other_bytes
+    sent = [now - then for now, then in zip(after, before)]
+    found["blocks"] = time.process_time() - began
+    found["bytes_per_block"] = dict(zip(("sum", "code", "other"), (n // len(blocks) for n in sent)))
+    found["waited_wall_seconds"] = round(traffic.waited_seconds, 3)
+    return reports
 run.quantize_blocks = counted
-sys.exit(main(sys.argv[2:]))
+code = main(sys.argv[2:])
+found["processor_seconds"] = {k: round(v, 3) for k, v in (spent | {"blocks": found.pop("blocks")}).items()}
+open(sys.argv[1], "w").write(json.dumps(found))
+sys.exit(code)
 """
-"""The command line with the traffic of the block loop noted."""
+"""The command line with its phases timed and its traffic counted. `waiting` is part of the others."""
+
+
+def ratios(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Processor time of each phase, of the busiest rank, over that of one process without a launcher."""
+    plain = found["plain"]["ranks"][0]["processor_seconds"]
+    return {
+        name: {
+            phase: round(
+                max(rank["processor_seconds"].get(phase, 0.0) for rank in found[name]["ranks"]) / seconds, 2
+            )
+            for phase, seconds in plain.items()
+            if seconds
+        }
+        for name in RUNS
+        if name != "plain"
+    }
 
 
 def formula(model: Path, work: Work) -> list[dict[str, int]]:

@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact
-from gptq_cli.placement.device import Device
-from gptq_cli.placement.placement import Placement, PlacementEntry
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.placement import least_of, parse_inventory, places_for
+from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.ranks import ranks_plan
 from gptq_cli.planning.rates import MachineRates
-from gptq_cli.planning.schedule import WAYS, make_schedule
+from gptq_cli.preflight.resolve import resolve
+from gptq_cli.results.map import RanksPlan
 
 RATES = MachineRates(
     forward_rate=200e12,
@@ -33,6 +36,8 @@ RATES = MachineRates(
     disk_rate=5e9,
 )
 """Of one H100, made up."""
+MACHINE = ",".join([*(f"cuda:{number}=80GiB" for number in range(8)), "cpu=1900GiB"])
+"""Each machine of several."""
 Linears = tuple[tuple[str, int, int, int], ...]
 """(name, K, N, stage)."""
 
@@ -127,18 +132,31 @@ def facts_of(shape: Shape) -> ModelFacts:
     )
 
 
+def plan_of(facts: ModelFacts, ranks: int, rates: MachineRates) -> tuple[Schedule, RanksPlan, int]:
+    """As preflight plans it: the schedule, what is predicted, and what the fullest card needs."""
+    work = Work(QuantizeConfig(group_size=128), CalibrationConfig(samples=128, seq_len=2048), ranks)
+    places = places_for(ranks, parse_inventory(MACHINE))
+    found = resolve(DeviceMap.parse("auto"), facts, least_of(places), work=work, places=places)
+    if found.schedule is None:
+        raise SystemExit(f"{facts.model} does not fit: {found.report.findings}")
+    needed = max(plan.needed_bytes for plan in found.devices if plan.device != str(CPU))
+    return found.schedule, ranks_plan(facts, work, found.schedule, rates, ranks), needed
+
+
 def row(shape: Shape, counts: list[int], rates: MachineRates) -> dict[str, object]:
-    """Minutes of one process, how many times as fast several are, and GiB that leave one of 8 for a block."""
-    facts, card = facts_of(shape), Device("cuda", 0)
-    work = Work(QuantizeConfig(group_size=128), CalibrationConfig(samples=128, seq_len=2048))
-    entry = PlacementEntry("", card, facts.size_bytes, parameters=True)
-    schedule = make_schedule(Placement((entry,), card, "a table"), facts, work, WAYS[0])
-    plans = {n: ranks_plan(facts, work, schedule, rates, n) for n in (1, 8, *counts)}
+    """Minutes of one process, how many times as fast several are, up to how many pay, and of 8 the GiB that
+    leave one for a block and that its card needs."""
+    facts = facts_of(shape)
+    plans = {n: plan_of(facts, n, rates) for n in (1, 8, *counts)}
+    alone, (_, eight, needed) = plans[1][1].seconds or 0.0, plans[8]
     return {
         "model": shape.name,
-        "minutes": round((plans[1].seconds or 0.0) / 60, 1),
-        "speed_up": {n: round(plans[n].speed_up or 0.0, 1) for n in counts},
-        "gib_per_block": round(plans[8].bytes_per_block / 2**30, 1),
+        "minutes": round(alone / 60, 1),
+        "speed_up": {n: round(alone / (plans[n][1].seconds or 1.0), 1) for n in counts},
+        "most_that_pay": eight.most_that_pay,
+        "gib_per_block": round(eight.bytes_per_block / 2**30, 1),
+        "gib_on_card": round(needed / 2**30, 1),
+        "phases_of_8": {one.phase: [round(one.alone_seconds), round(one.seconds)] for one in eight.phases},
     }
 
 
@@ -147,13 +165,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 64])
     parser.add_argument("--link", type=float, default=20.0, help="GB/s between ranks")
     asked = parser.parse_args()
-    print("| model | 1 |", " | ".join(map(str, asked.ranks)), "| GiB a block that leave a rank (8) |")
-    print("|---" * (len(asked.ranks) + 3) + "|")
+    heads = "more gain < 5 % | of 8: GiB a block | GiB on a card |"
+    print("| model | 1 |", " | ".join(map(str, asked.ranks)), "|", heads)
+    print("|---" * (len(asked.ranks) + 5) + "|")
     rates = replace(RATES, ranks_rate=asked.link * 1e9)
     rows = [row(shape, asked.ranks, rates) for shape in MODELS]
     for found in rows:
         gains = " | ".join(str(gain) for gain in found["speed_up"].values())  # type: ignore[attr-defined]
-        print(f"| {found['model']} | {found['minutes']} min | {gains} | {found['gib_per_block']} |")
+        last = f"{found['most_that_pay']} | {found['gib_per_block']} | {found['gib_on_card']}"
+        print(f"| {found['model']} | {found['minutes']} min | {gains} | {last} |")
     print(json.dumps(rows))
 
 

@@ -32,7 +32,13 @@ from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.device_plans import device_plans
-from gptq_cli.planning.schedule import WAYS, make_schedule, wider_micro_batches
+from gptq_cli.planning.schedule import (
+    EXPERT_BATCH_BYTES,
+    WAYS,
+    make_schedule,
+    wider_expert_batches,
+    wider_micro_batches,
+)
 from gptq_cli.planning.units import Unit, place, together, units_of
 from gptq_cli.results.map import DevicePlan
 
@@ -271,6 +277,28 @@ def with_wide_micro_batch(plan: Plan, case: MapCase) -> Plan:
         schedule = replace(plan.schedule, micro_batch_samples=wider)
         plans = device_plans(plan.placement, case, schedule)
         if wider > samples and fits(case, plans, _ROOMY):
+            return replace(plan, plans=plans, schedule=schedule)
+    return plan
+
+
+def with_wide_expert_batches(plan: Plan, case: MapCase) -> Plan:
+    """The same with larger batches of experts, where every device keeps its last 5 % free.
+
+    Of several ranks the batches are those for which one process has room, so that they do not depend on the
+    number of ranks; where it has room for none, the smallest for which each of all ranks has.
+    """
+    if plan.placement is None or plan.schedule is None or case.work is None:
+        return plan
+    if {block.expert_batch_bytes for block in plan.schedule.blocks} != {EXPERT_BATCH_BYTES}:
+        return plan  # memory is too short for the usual ones
+    sizes = wider_expert_batches(plan.placement, case.facts, case.work)
+    alone = replace(case, work=replace(case.work, ranks=min(1, case.work.ranks)))
+    for wider, of_whom in (*((size, alone) for size in sizes), *((size, case) for size in sizes[-1:])):
+        blocks = tuple(replace(block, expert_batch_bytes=wider) for block in plan.schedule.blocks)
+        schedule = replace(plan.schedule, blocks=blocks)
+        plans = device_plans(plan.placement, case, schedule)
+        needed = plans if of_whom is case else device_plans(plan.placement, of_whom, schedule)
+        if fits(case, needed, _ROOMY) and fits(case, plans, _ROOMY):
             return replace(plan, plans=plans, schedule=schedule)
     return plan
 

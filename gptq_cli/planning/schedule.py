@@ -19,6 +19,7 @@ from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import BlockSchedule, ReplayReason, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.share import most_in_a_leaf
+from gptq_cli.ranks.leaves import LEAVES
 
 MICRO_BATCH_TOKENS = 2048
 """Tokens of a micro-batch on a CPU, where more are no faster, and the fewest that a plan takes elsewhere."""
@@ -173,6 +174,21 @@ def wider_micro_batches(placement: Placement, work: Work) -> tuple[int, ...]:
     halvings = (KNEE_TOKENS // MICRO_BATCH_TOKENS).bit_length() - 1
     tried = dict.fromkeys(micro_batch_samples(work, KNEE_TOKENS >> step) for step in range(halvings))
     return tuple(tried)
+
+
+def wider_expert_batches(placement: Placement, facts: ModelFacts, work: Work) -> tuple[int, ...]:
+    """Bytes of the expert batches to try instead of the usual ones, largest first; () for one process on a
+    CPU.
+
+    Each batch takes a pass of all samples. And experts of a batch are dealt out, so it should have several
+    for each of `LEAVES` ranks: for fewer ranks as well, since the pool that experts share grows batch by
+    batch, and codes must not depend on how many ranks there are.
+    """
+    widest = max((linear.in_features for linear in facts.linears if linear.routed), default=0)
+    if not widest or not (work.ranks or placement.main_device.is_accelerator):
+        return ()
+    sizes = (LEAVES * each * 4 * widest**2 for each in (4, 2, 1))
+    return tuple(size for size in sizes if size > EXPERT_BATCH_BYTES)
 
 
 def micro_batch_samples(work: Work, tokens: int = MICRO_BATCH_TOKENS) -> int:

@@ -13,7 +13,14 @@ from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget, Placement, RankPlace
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Environment, MapCase, PlacedCase, Work
-from gptq_cli.planning.planner import Plan, best_way, fits, make_plan, with_wide_micro_batch
+from gptq_cli.planning.planner import (
+    Plan,
+    best_way,
+    fits,
+    make_plan,
+    with_wide_expert_batches,
+    with_wide_micro_batch,
+)
 from gptq_cli.planning.rank_plans import rank_plans
 from gptq_cli.planning.remedies import Remedy, alternatives, less_work
 from gptq_cli.planning.repair import repaired, usable
@@ -77,7 +84,7 @@ def resolve(
         findings = _answers(rules_map, case)
     plan = _planned(case)
     if plan is not None and plan.placement is not None:
-        plan = with_wide_micro_batch(plan, case)
+        plan = with_wide_expert_batches(with_wide_micro_batch(plan, case), case)
     ranks = rank_plans(plan.placement, case, plan.schedule) if plan is not None and plan.placement else ()
     about_memory = _answers(
         rules_memory, rules_memory.PlannedCase(case=case, plan=plan, fits=_fits, roomy=_roomy, ranks=ranks)

@@ -132,3 +132,19 @@ def test_where_sums_of_leaves_take_the_room_experts_come_in_smaller_batches() ->
     assert smaller.expert_batch_bytes < usual.expert_batch_bytes
     assert smaller.experts_per_batch(4096) < usual.experts_per_batch(4096)
     assert tight.report.ok
+
+
+def test_larger_batches_of_experts_do_not_depend_on_the_number_of_ranks() -> None:
+    """The pool that experts share grows batch by batch: other batches would be other codes."""
+    facts = mixture(experts=128, hidden=7168, inner=2048)
+
+    def batch(ranks: int, card: int) -> int:
+        schedule = planned(tuple(place(n, "a", card, 64, 8) for n in range(ranks)), facts).schedule
+        assert schedule is not None
+        return schedule.blocks[0].experts_per_batch(7168)
+
+    assert batch(1, 80) == batch(2, 80) == batch(8, 80) >= 16
+    assert 2 <= batch(8, 40) <= 16
+    on_cpu = resolve(DeviceMap.parse("cpu"), facts, parse_inventory("cpu=400GiB"), work=WORK)
+    assert on_cpu.schedule is not None
+    assert on_cpu.schedule.blocks[0].experts_per_batch(7168) == 2
