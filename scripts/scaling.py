@@ -17,25 +17,19 @@ from dataclasses import dataclass, replace
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts, TensorFact
+from gptq_cli.placement.cards import CARDS
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import least_of, parse_inventory, places_for
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.ranks import ranks_plan
-from gptq_cli.planning.rates import MachineRates
+from gptq_cli.planning.rates import MachineRates, rates_of
 from gptq_cli.preflight.resolve import resolve
 from gptq_cli.results.map import RanksPlan
 
-RATES = MachineRates(
-    forward_rate=200e12,
-    hessian_rate=30e12,
-    matmul_rate=150e12,
-    column_seconds=30e-6,
-    weight_seconds=1e-11,
-    disk_rate=5e9,
-)
-"""Of one H100, made up."""
+RATES = replace(rates_of(CARDS["h100"]), disk_rate=5e9)
+"""Half of an H100's data sheet, and fast disks: assumed, not measured."""
 MACHINE = ",".join([*(f"cuda:{number}=80GiB" for number in range(8)), "cpu=1900GiB"])
 """Each machine of several."""
 Linears = tuple[tuple[str, int, int, int], ...]
