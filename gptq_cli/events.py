@@ -180,7 +180,9 @@ class RankState:
     waited_seconds: float
     """For the others, since this was told last."""
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """`rank 1 on node2`."""
         return f"rank {self.rank} on {self.host}"
 
 

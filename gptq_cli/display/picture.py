@@ -116,10 +116,10 @@ def _ranks_texts(state: State, now: float) -> tuple[str, ...]:
         return ("",)
     slowest = state.ranks.slowest
     longest = max(one.waited_seconds for one in state.ranks.ranks) - slowest.waited_seconds
-    waited = f"{slowest} the slowest, the others waited {fmt.duration(longest)}"
+    waited = f"{slowest.name} the slowest, the others waited {fmt.duration(longest)}"
     several = f"{len(state.ranks.ranks)} ranks"
     after = f"{waited} in {state.ranks.block}" if state.ranks.block else f"{waited} until capture ended"
-    return f"{several}: {after}", after, waited, f"{slowest} the slowest", f"slowest {slowest.rank}"
+    return f"{several}: {after}", after, waited, f"{slowest.name} the slowest", f"slowest {slowest.rank}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,12 +177,12 @@ def ranks_title(event: RanksReported) -> str:
 def rank_texts(event: RanksReported) -> list[str]:
     """Who was the slowest, and how every rank is; of many, those that are worth a look."""
     slowest = event.slowest
-    longest = max(one.waited_seconds for one in event.ranks)
-    first = f"{slowest} the slowest, the others waited up to {fmt.duration(longest - slowest.waited_seconds)}"
+    waited = fmt.duration(max(one.waited_seconds for one in event.ranks) - slowest.waited_seconds)
+    first = f"{slowest.name} the slowest, the others waited up to {waited}"
     if len(event.ranks) > MAX_RANKS_TOLD:
         fullest = max(event.ranks, key=lambda one: _fullness(one.memory[0]))
-        return [first, f"fullest {fullest}, {memory_text(fullest.memory[0])}"]
-    return [first, *(f"{one}: {memory_text(one.memory[0])}" for one in event.ranks)]
+        return [first, f"fullest {fullest.name}, {memory_text(fullest.memory[0])}"]
+    return [first, *(f"{one.name}: {memory_text(one.memory[0])}" for one in event.ranks)]
 
 
 def _fullness(memory: DeviceMemory) -> float:

@@ -32,20 +32,23 @@ Stored = Mapping[str, Callable[[], Tensor]]
 
 
 def collected(team: Team, samples: Samples) -> Iterator[tuple[str, Tensor]]:
-    """The samples of all ranks, on the rank that leads; on the others nothing."""
+    """The samples of all ranks, on the rank that leads and in its main memory; on the others nothing.
+
+    One sample of every rank at a time, so that no device holds those of others.
+    """
     if team.size == 1:
         yield from samples
         return
     own = list(samples)
     described = team.gathered([(name, value.dtype, tuple(value.shape)) for name, value in own])
-    flat = [value.contiguous().flatten().view(torch.uint8) for _, value in own]
-    bytes_of = [[math.prod(shape) * dtype.itemsize for _, dtype, shape in one] for one in described]
-    device = flat[0].device if flat else torch.device("cpu")
-    whole = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8, device=device)
-    parts = team.collected(whole, [sum(sizes) for sizes in bytes_of])
-    for part, names, sizes in zip(parts, described, bytes_of, strict=False):
-        for (name, dtype, shape), data in zip(names, torch.split(part, sizes), strict=True):
-            yield name, data.clone().view(dtype).view(shape)
+    for at in range(max(map(len, described))):
+        there = [names[at : at + 1] for names in described]
+        sizes = [sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in one) for one in there]
+        mine = own[at][1].contiguous() if at < len(own) else torch.empty(0, dtype=torch.uint8)
+        parts = team.collected(mine.flatten().view(torch.uint8), sizes)
+        for part, one in zip(parts, there, strict=False):
+            for name, dtype, shape in one:
+                yield name, part.clone().view(dtype).view(shape)
 
 
 def restore_together(

@@ -10,9 +10,10 @@
                  memory count there, rounded up as pinned memory is
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-Two other moments may be higher, and then count as working memory: capture, with all that lies outside the
-blocks, the largest module among it that is brought in from the cpu, and the hidden states; and the look at a
-tensor that stays in the files. Weights in few bits are decoded where they are worked on, one at a time.
+Three other moments may be higher, and then count as working memory: capture, with all that lies outside the
+blocks, the largest module among it that is brought in from the cpu, and the hidden states; the look at a
+tensor that stays in the files; and of several ranks the first one's, when it has the hidden states of all in
+main memory to write a snapshot. Weights in few bits are decoded where they are worked on, one at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from gptq_cli.planning.memory import (
     sample_bytes,
     work_sets,
 )
-from gptq_cli.planning.share import own_samples
+from gptq_cli.planning.share import own_samples, samples_of_ranks
 from gptq_cli.results.map import DevicePlan
 
 HEAP_PIECE_BYTES = 4 * MIB
@@ -180,6 +181,17 @@ class _Moments:
             yield held.outside + held.blocks + held.moved_module + captured + flight
         if device == CPU:
             yield max((t.size_bytes for t in facts.tensors if t.name in facts.uncalled), default=0)
+            yield self._snapshot_bytes()
+
+    def _snapshot_bytes(self) -> int:
+        """In main memory while the first of several ranks writes the hidden states of all."""
+        facts, work = self._facts, self._work
+        if work.ranks < 2 or work.rank or facts.between:
+            return 0
+        here = any(block.activation_device == CPU for block in self._schedule.blocks)
+        own = own_samples(work).held * sample_bytes(facts, work) if here else 0
+        there = self.weights_bytes(CPU) + self.ahead_bytes(CPU) + own
+        return there + sum(one.held for one in samples_of_ranks(work)) * sample_bytes(facts, work)
 
     def _activations_on_host(self) -> int:
         """Hidden states that rest in main memory while an accelerator works."""

@@ -156,7 +156,9 @@ class RankMemory:
     devices: tuple[DevicePlan, ...]
     """Its accelerator, where it has one, and its share of the machine's main memory."""
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """`rank 1 on node2`."""
         return f"rank {self.rank} on {self.host}"
 
 

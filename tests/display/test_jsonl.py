@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 from gptq_cli.display.jsonl import JsonlDisplay
 from tests.display.events import sample_run
-from tests.display.test_plain import Clock
+from tests.display.test_plain import Clock, ranks_reported
 from tests.golden import check_golden
 
 NOON = "2026-11-26T12:00:00.000+00:00"
@@ -47,3 +47,16 @@ def test_lines_carry_the_time_of_day_with_its_zone() -> None:
     JsonlDisplay(stream).log("x")
     told = datetime.fromisoformat(json.loads(stream.getvalue())["time"])
     assert abs((datetime.now(UTC) - told).total_seconds()) < 60
+
+
+def test_ranks_are_objects_with_the_memory_of_their_devices() -> None:
+    stream = io.StringIO()
+    JsonlDisplay(stream)(ranks_reported(2))
+    (line,) = stream.getvalue().splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["block"]) == ("RanksReported", "model.layers.3")
+    assert [(one["rank"], one["host"], one["waited_seconds"]) for one in told["ranks"]] == [
+        (0, "node2", 3.0),
+        (1, "node2", 0.5),
+    ]
+    assert told["ranks"][0]["memory"][0]["device"] == "cuda:0"

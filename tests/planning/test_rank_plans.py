@@ -17,6 +17,7 @@ from gptq_cli.planning.rank_plans import host_plans
 from gptq_cli.planning.schedule import micro_batch_samples
 from gptq_cli.planning.share import most_in_a_leaf, own_samples, samples_of_ranks
 from gptq_cli.preflight.resolve import Resolution, resolve
+from gptq_cli.results.document import to_json
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import GIB, llama, mixture
 
@@ -69,11 +70,14 @@ def test_activations_and_solves_are_those_of_a_share() -> None:
 def test_every_rank_is_planned_on_its_own_device() -> None:
     places = (place(0, "a", 24, 16), place(1, "a", 20, 16), place(2, "b", 24, 60, 1))
     found = planned(places)
-    assert [str(rank) for rank in found.ranks] == ["rank 0 on a", "rank 1 on a", "rank 2 on b"]
+    assert [rank.name for rank in found.ranks] == ["rank 0 on a", "rank 1 on a", "rank 2 on b"]
     assert [rank.devices[0].device for rank in found.ranks] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [rank.devices[0].limit_bytes // GIB for rank in found.ranks] == [24, 20, 24]
     common = {plan.device: plan.needed_bytes for plan in found.devices}
     assert all(rank.devices[0].needed_bytes <= common["cuda:0"] for rank in found.ranks)
+    told = to_json(found.ranks[1])
+    assert isinstance(told, dict)
+    assert (told["rank"], told["host"]) == (1, "a"), "an object, not its name"
     hosts = host_plans(found.ranks)
     assert [(one.host, one.processes, one.limit_bytes // GIB) for one in hosts] == [
         ("a", 2, 32),
@@ -104,7 +108,7 @@ def test_processes_share_the_memory_of_their_machine() -> None:
     assert [one.processes for one in places] == [8] * 8
     (error,) = [f for f in planned(places).report.findings if f.level == "error"]
     assert "cpu of rank 0 on the machine with 384 MiB free" in error.message
-    assert "processes on each machine instead of 8" in (error.hint or "")
+    assert "on each machine instead of 8 (more main memory for each, slower)" in (error.hint or "")
 
 
 def test_more_processes_than_accelerators_are_on_several_machines() -> None:
@@ -148,3 +152,12 @@ def test_larger_batches_of_experts_do_not_depend_on_the_number_of_ranks() -> Non
     on_cpu = resolve(DeviceMap.parse("cpu"), facts, parse_inventory("cpu=400GiB"), work=WORK)
     assert on_cpu.schedule is not None
     assert on_cpu.schedule.blocks[0].experts_per_batch(7168) == 2
+
+
+def test_the_first_rank_has_room_for_the_hidden_states_of_all() -> None:
+    """It writes them, for a run that is interrupted: two GiB here, of which each holds a quarter on its
+    card."""
+    first, second, *_ = planned(tuple(place(rank, "a", 24, 16, 4) for rank in range(4))).ranks
+    more = first.devices[1].needed_bytes - second.devices[1].needed_bytes
+    every = sum(one.held for one in samples_of_ranks(replace(WORK, ranks=4))) * 2048 * 2048 * 2
+    assert 0.8 * every < more <= every

@@ -87,7 +87,8 @@ def memory_budget(planned: PlannedCase) -> list[Remark]:
     The peak is the sum of the weights that are there at once (one block, and what rests there), the bytes of
     the next block where it is read ahead, the working copy of the largest block, Hessians and the
     factorisation of its widest stage, calibration activations, and packing; the limit is the free memory, or
-    --max-memory where that is less.
+    --max-memory where that is less. Of several processes each counts with its share of the work, and its
+    share of its machine's main memory; the one that lacks most is named.
     """
     if planned.ranks:
         return _short_ranks(planned)
@@ -127,7 +128,7 @@ def _short_ranks(planned: PlannedCase) -> list[Remark]:
         share = f", its share as one of {sharing} processes there" if main and sharing > 1 else ""
         found.append(
             Remark(
-                subject=str(rank),
+                subject=rank.name,
                 message=(
                     f"{plan.device} needs {format_size(plan.needed_bytes)} but may use "
                     f"{format_size(plan.limit_bytes)}{share}: {parts_text(plan)}{others}"
