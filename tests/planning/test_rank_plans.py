@@ -91,7 +91,8 @@ def test_a_device_that_is_too_small_is_named_with_its_rank_and_machine() -> None
     (error,) = [f for f in planned(places, spec="rest=0").report.findings if f.level == "error"]
     assert (error.rule, error.subject) == ("memory-budget", "rank 2 on b")
     assert "cuda:0 needs" in error.message
-    assert "but may use 1.00 GiB" in error.message
+    assert "but may use 1.00 GiB: " in error.message
+    assert "as well" not in error.message
     (error,) = [f for f in planned(places).report.findings if f.level == "error"]
     assert error.rule == "no-plan-fits"
     assert "all ranks work by one plan, and the least room is on cuda:0 of rank 2 on b with 1.00 GiB" in (
@@ -109,6 +110,17 @@ def test_processes_share_the_memory_of_their_machine() -> None:
     (error,) = [f for f in planned(places).report.findings if f.level == "error"]
     assert "cpu of rank 0 on the machine with 384 MiB free" in error.message
     assert "on each machine instead of 8 (more main memory for each, slower)" in (error.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "also"), [(2, "; rank 1 on here lacks room as well"), (4, "; 3 more ranks lack")]
+)
+def test_other_ranks_that_lack_room_are_counted(ranks: int, also: str) -> None:
+    places = places_for(ranks, parse_inventory("cpu=800MiB"), "here")
+    (error,) = [f for f in planned(places, spec="cpu").report.findings if f.level == "error"]
+    assert error.subject == "rank 0 on here"
+    assert f"MiB, its share as one of {ranks} processes there: " in error.message
+    assert also in error.message
 
 
 def test_more_processes_than_accelerators_are_on_several_machines() -> None:

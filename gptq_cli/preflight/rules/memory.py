@@ -123,15 +123,18 @@ def _short_ranks(planned: PlannedCase) -> list[Remark]:
         if not short:
             continue
         rank, plan = min(short, key=lambda one: one[1].spare_bytes)
-        others = f"; so does that of {len(short) - 1} other ranks" if len(short) > 1 else ""
+        others = [other.name for other, _ in short if other is not rank]
+        also = f"; {others[0]} lacks room as well" if len(others) == 1 else ""
+        also = f"; {len(others)} more ranks lack room as well" if len(others) > 1 else also
         sharing = sum(other.host == rank.host for other in planned.ranks)
-        share = f", its share as one of {sharing} processes there" if main and sharing > 1 else ""
+        shared = main and sharing > 1 and plan.limit_bytes == plan.free_bytes
+        share = f", its share as one of {sharing} processes there" if shared else ""
         found.append(
             Remark(
                 subject=rank.name,
                 message=(
                     f"{plan.device} needs {format_size(plan.needed_bytes)} but may use "
-                    f"{format_size(plan.limit_bytes)}{share}: {parts_text(plan)}{others}"
+                    f"{format_size(plan.limit_bytes)}{share}: {parts_text(plan)}{also}"
                 ),
                 hint=remedies_text(cheapest(planned.case, planned.fits)),
                 size_bytes=-plan.spare_bytes,
