@@ -19,7 +19,7 @@ from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.bit_store import BitStore
-from gptq_cli.jobs.choosing import BitSearch
+from gptq_cli.jobs.choosing import BitSearch, with_targets
 from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.proof import check_text
 from gptq_cli.jobs.resuming import Found, command_of, find_work
@@ -162,8 +162,10 @@ def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> 
     budgets, resolution, findings = placed(
         job, skeleton, facts, known.claim, kept, known.joined, known.processes
     )
-    about_bits = search.findings if search is not None else PreflightReport()
-    if measures is not None and job.devices is None:
+    about_bits = PreflightReport()
+    if search is not None:
+        about_bits, findings = search.findings, with_targets(findings)
+    if measures is not None:
         about_bits += measures.needs(job, resolution)
     return Checked(
         job=job,

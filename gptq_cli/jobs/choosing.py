@@ -22,7 +22,7 @@ from gptq_cli.engine.capture import spread
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.run import EngineRun
 from gptq_cli.events import Observer
-from gptq_cli.findings import PreflightReport
+from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.bit_store import Measured, WantedLosses
 from gptq_cli.jobs.steps import watched
 from gptq_cli.model.describe import model_facts
@@ -45,6 +45,7 @@ from gptq_cli.planning.memory import quantized_bytes
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.preflight.rules import bits as rules_bits
+from gptq_cli.preflight.rules import targets as rules_targets
 from gptq_cli.results.bits import BitChoice, FusedBits, UniformBits
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class BitSearch:
             asked=asked,
             parameters=facts.parameters,
             least_bytes=reach.least_bytes if reach else 0,
-            most_bytes=reach.most_bytes if reach else 0,
+            most_bytes=reach.most_bytes if reach and all(None in one.sizes_bytes for one in fused) else None,
             dense_bytes=reach.least_bytes - sum(min(one.sizes_bytes.values()) for one in fused)
             if reach
             else 0,
@@ -231,6 +232,23 @@ class BitSearch:
             options=LoopOptions(strict=False, devices=watched(placement)),
         )
         return measure_bit_losses(run, [one.names for one in self.fused], samples, windows, observer)
+
+
+_BITS_CHANGE = ("--bits", "--module", "--no-quantize-head")
+"""In a hint: a reader would take other bits."""
+
+
+def with_targets(findings: PreflightReport) -> PreflightReport:
+    """The same where the bits are chosen: a reader that they lose has to be named, and gets what it reads."""
+
+    def hinted(finding: Finding) -> Finding:
+        lost = finding.rule == rules_targets.readers_lost.id
+        if not lost or not any(change in finding.hint for change in _BITS_CHANGE):
+            return finding
+        named = " ".join(f"--target {reader}" for reader in finding.subject.split(", "))
+        return replace(finding, hint=f"{named}: then only what it reads is chosen")
+
+    return PreflightReport(tuple(map(hinted, findings.findings)))
 
 
 def _file_bytes(

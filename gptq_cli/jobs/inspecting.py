@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
-from gptq_cli.findings import PreflightReport
-from gptq_cli.jobs.choosing import BitSearch
+from gptq_cli.jobs.choosing import BitSearch, with_targets
 from gptq_cli.jobs.steps import announce, placed, rates_for
 from gptq_cli.jobs.together import check_share
 from gptq_cli.jobs.watching import watching
@@ -36,7 +35,8 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
             skeleton = select_linears(opened, job.quantize)
             facts = model_facts(skeleton)
         budgets, resolution, findings = placed(job, skeleton, facts, processes=job.processes)
-        findings += search.findings if search is not None else PreflightReport()
+        if search is not None:
+            findings = search.findings + with_targets(findings)
         announce(findings, watcher)
         speed, schedule = rates_for(job, skeleton, facts, resolution, thorough=False), resolution.schedule
         work = Work(job.quantize, job.calibration).on(facts)

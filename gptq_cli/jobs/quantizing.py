@@ -137,6 +137,10 @@ def _quantize(
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
         raise refusal(checked.findings)
+    if job.quantize.bits_per_weight is not None:
+        raise GptqError(
+            f"a budget of {job.quantize.bits_per_weight:g} bits was not spent", hint="give --bits"
+        )
     destination = claim.destination
     if destination is None:
         raise GptqError(f"{job.out} could not be claimed", hint="give another --out")

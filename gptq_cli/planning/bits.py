@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from gptq_cli.config import QuantizeConfig
+from gptq_cli.config import HEAD_BITS, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, settings_for
 from gptq_cli.placement.names import fold
@@ -238,11 +238,16 @@ class Budget:
         return Range(*ends)
 
     def uniform(self, bits: int) -> Spent | None:
-        """Every set that can at `bits`, the head as small as it can; None where the sets cannot."""
-        chosen = tuple(bits if bits in one.sizes_bytes else None for one in self.fused)
-        if any(bits not in one.sizes_bytes and None not in one.sizes_bytes for one in self.fused):
-            return None
-        return Spent(chosen, self._file_bytes(chosen))
+        """What `--bits` would come to: every set that can has `bits`, the others are dense, and so is the
+        head, or at `HEAD_BITS`; None where a set can be neither."""
+        chosen: list[Bits] = []
+        for one in self.fused:
+            wanted = bits if one.linears[0].block or None not in one.sizes_bytes else None
+            wanted = HEAD_BITS if wanted is not None and not one.linears[0].block else wanted
+            if wanted not in one.sizes_bytes and None not in one.sizes_bytes:
+                return None
+            chosen.append(wanted if wanted in one.sizes_bytes else None)
+        return Spent(tuple(chosen), self._file_bytes(tuple(chosen)))
 
     def spend(self, budget_bytes: int, loss: Losses) -> Spent | None:
         """The choice of least predicted loss whose file has at most `budget_bytes`; None where none has."""

@@ -57,6 +57,8 @@ def test_a_budget_is_measured_once_and_kept(
     words = ("quantize", tiny_llama, "--calibration", text, *QUICK, "--json")
     plan = gptq(*words, "--bits-per-weight", "11", "--dry-run").document
     assert plan["ok"]
+    lost = [one["hint"] for one in plan["findings"] if one["rule"] == "readers-lost"]
+    assert "--target exllamav2: then only what it reads is chosen" in lost
     assert plan["plan"]["bit_choice"]["measured_tokens"] == 0
     assert 0 < plan["plan"]["measuring_seconds"] < plan["plan"]["seconds"]
     assert not (cache / "bits").exists()

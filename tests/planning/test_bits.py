@@ -234,6 +234,18 @@ def test_experts_of_a_block_are_one_rule() -> None:
     ]
 
 
+def test_what_the_same_bits_everywhere_come_to() -> None:
+    facts = replace(llama(blocks=1), head=HEAD)
+    found = sets(facts)
+    budget = Budget(found, file_bytes(facts, found))
+    assert budget.uniform(3) is not None
+    assert budget.uniform(3).bits == (3, 3, 3, 3, None)
+    with_head = sets(facts, quantize_head=True)
+    assert Budget(with_head, lambda bits: 1).uniform(3).bits == (3, 3, 3, 3, 8)
+    assert Budget(sets(None, "transformers"), lambda bits: 1).uniform(3) is not None
+    assert Budget(sets(None, "exllamav2", "transformers"), lambda bits: 1).uniform(3) is None
+
+
 def test_a_head_that_is_the_embedding_costs_nothing_dense() -> None:
     facts = replace(llama(tied=True), head=HEAD)
     assert sets(facts)[-1].sizes_bytes[None] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from gptq_cli.placement.device import format_size
@@ -18,8 +19,8 @@ class BitsCase:
     parameters: int
     least_bytes: int
     """The smallest file of all choices."""
-    most_bytes: int
-    """The file with everything dense, or as large as a target lets it be."""
+    most_bytes: int | None
+    """The file with everything dense; None where a target, or a setting by module, does not let it be."""
     dense_bytes: int
     """Tensors that no choice makes smaller: embeddings, norms, what is dense by --module."""
     targets: tuple[str, ...]
@@ -32,13 +33,14 @@ class BitsCase:
 
 @rule("error", topics=("bits_per_weight",))
 def bits_reachable(case: BitsCase) -> list[Remark]:
-    """No choice of bits makes a file of at most --bits-per-weight, or every choice does.
+    """No choice of bits makes a file of at most --bits-per-weight, or everything could stay dense.
 
     The budget counts the whole checkpoint: embeddings and all that stays dense have 16 bits in most models,
     and scales, zeros and g_idx take some tenths of a bit. So a small model with a large vocabulary cannot
     come near the bits of its linears.
     """
-    least, most = (8 * size / max(1, case.parameters) for size in (case.least_bytes, case.most_bytes))
+    least = 8 * case.least_bytes / max(1, case.parameters)
+    most = math.inf if case.most_bytes is None else 8 * case.most_bytes / max(1, case.parameters)
     if least <= case.asked < most:
         return []
     kept = f"{8 * case.dense_bytes / max(1, case.parameters):.3f} of them are tensors that stay dense"
@@ -51,7 +53,8 @@ def bits_reachable(case: BitsCase) -> list[Remark]:
             f"the smallest file has {least:.3f} bits per parameter ({format_size(case.least_bytes)}); {kept}"
         )
         hint = f"--bits-per-weight {_above(least)} or more"
-    allowed = f"allowed{for_targets}: {_above(least)} to {_below(most)}"
+    upper = f" to {_below(most)}" if case.most_bytes is not None else " or more"
+    allowed = f"allowed{for_targets}: {_above(least)}{upper}"
     return [Remark(subject=f"--bits-per-weight {case.asked:g}", message=f"{message}; {allowed}", hint=hint)]
 
 

@@ -63,6 +63,12 @@ def test_so_much_that_everything_stays_dense() -> None:
         assert "nothing would have to be quantized: everything dense has 16.300" in finding.message
 
 
+def test_a_target_that_lets_nothing_be_dense_takes_any_larger_budget() -> None:
+    assert not bits_reachable(case(99.0, most_bytes=None))
+    (finding,) = bits_reachable(case(1.0, most_bytes=None, targets=("transformers",)))
+    assert finding.message.endswith("allowed for transformers: 3.456 or more")
+
+
 def test_what_cannot_be_measured() -> None:
     assert not bits_measurable(case(4.0))
     (driven,) = bits_measurable(case(4.0, between="it adds what was there before"))
