@@ -1,4 +1,4 @@
-"""Renames beyond `os.rename`: exchanging two names in one step, and taking a name only if it is free; mounts.
+"""What `os` lacks: exchanging two names in one step, taking a name if it is free; mounts; room for files.
 
 Linux has both in `renameat2` (glibc 2.28), which Python does not expose. On other systems, and on file
 systems without support, the functions say so and the caller does it in more steps.
@@ -19,6 +19,8 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors that say that there is no room."""
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -53,6 +55,18 @@ def is_mount(path: Path) -> bool:
 
 def _unescaped(found: re.Match[str]) -> str:
     return chr(int(found[1], 8))
+
+
+def reserve(handle: int, size_bytes: int) -> None:
+    """Give an open file its full size, and allocate its blocks where the file system can. Raises `OSError`
+    where there is no room."""
+    os.ftruncate(handle, size_bytes)
+    if hasattr(os, "posix_fallocate") and size_bytes:
+        try:
+            os.posix_fallocate(handle, 0, size_bytes)
+        except OSError as error:
+            if error.errno in FULL:
+                raise
 
 
 def fsync(path: Path) -> None:

@@ -3,8 +3,8 @@
 Everything is written in a working folder beside the destination (`destination.py`) and moved there as the
 last step. The plan (`layout.py`) gives each tensor its place in its file. So the shards are reserved on the
 disk at the start (a disk that is too small is found in the first second, not after an hour), each tensor is
-written to its place as soon as it is finished, and memory holds one tensor at a time. Dense tensors are
-copied byte for byte from the source's shards. The same tensors give the same bytes.
+written to its place as soon as it is finished, behind the work (`behind.py`). Dense tensors are copied byte
+for byte from the source's shards. The same tensors give the same bytes.
 
 A run that goes on where an earlier one ended finds shards of the same layout, and adopts the tensors in them
 whose digests its journal knows (`journal.py`).
@@ -13,7 +13,6 @@ whose digests its journal knows (`journal.py`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, Self
 import torch
 from torch import Tensor
 
+from gptq_cli.checkpoint.behind import WriteBehind
 from gptq_cli.checkpoint.declared import block_name, declared_dynamic, modules_in_block
 from gptq_cli.checkpoint.dense_values import dense_values
 from gptq_cli.checkpoint.destination import Destination
@@ -38,7 +38,7 @@ from gptq_cli.checkpoint.layout import (
     plan_checkpoint,
 )
 from gptq_cli.checkpoint.place import check_destination
-from gptq_cli.checkpoint.renames import fsync
+from gptq_cli.checkpoint.renames import FULL, fsync, reserve
 from gptq_cli.checkpoint.self_check import check_written
 from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
 from gptq_cli.checkpoint.written import has_digest, is_begun, read_tensor
@@ -51,7 +51,6 @@ from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtyp
 from gptq_cli.model.source import INDEX
 
 _CHUNK_BYTES = 1 << 24
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 OnShard = Callable[[Path, int, int], None]
 """Called with (path, bytes, tensors) when a shard is complete and on the disk."""
@@ -90,6 +89,7 @@ class CheckpointWriter:
         """Shards that an earlier run had begun."""
         self._unflushed: set[str] = set()
         self._digests: dict[str, str] = {}
+        self._behind = WriteBehind()
 
     def __enter__(self) -> Self:
         try:
@@ -119,6 +119,7 @@ class CheckpointWriter:
 
     def flush(self) -> dict[str, str]:
         """Have every packed tensor on the disk; return the digests of those added since the last time."""
+        self._settle()
         with self.disk():
             for file in sorted(self._unflushed & self._files.keys()):
                 os.fsync(self._files[file])
@@ -128,6 +129,7 @@ class CheckpointWriter:
 
     def take_back(self) -> None:
         """Expect the packed tensors that were added since the last `flush` once more."""
+        self._settle()
         with self.disk():
             for name in self._digests:
                 file = self._shard_of[name].file
@@ -158,6 +160,7 @@ class CheckpointWriter:
 
     def read_packed(self, linear: LinearInfo) -> PackedTensors:
         """The tensors of a linear that are in the files."""
+        self._settle()
         parts = {}
         for part in PARTS:
             name = f"{linear.source_name}.{part}"
@@ -205,6 +208,7 @@ class CheckpointWriter:
         `beside`: given the folder with the checkpoint, names and texts of further files.
         Raises `GptqError` where the result could not be opened again.
         """
+        self._settle()
         missing = sorted(name for names in self._waiting.values() for name in names)
         if missing:
             raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
@@ -264,14 +268,14 @@ class CheckpointWriter:
         path.unlink(missing_ok=True)
         handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         self._files[shard.file] = handle
-        _reserve(handle, shard.size_bytes)
+        reserve(handle, shard.size_bytes)
         _write_at(handle, memoryview(shard.header), 0)
         if not shard.tensors:
             self._complete(shard)
 
     def _put(self, name: str, value: Tensor) -> None:
         planned = self._planned.get(name)
-        if planned is None or name not in self._waiting[self._shard_of[name].file]:
+        if planned is None or name not in self._waiting[self._shard_of[name].file] or name in self._behind:
             raise GptqError(f"tensor {name} is not in the plan, or is written twice")
         if tuple(value.shape) != planned.shape or value.dtype != as_torch_dtype(planned.dtype):
             raise GptqError(
@@ -280,12 +284,21 @@ class CheckpointWriter:
             )
         shard = self._shard_of[name]
         begin, _ = shard.places[name]
-        data = _bytes(value)
+        data, handle = _bytes(value), self._files[shard.file]
+        self._landed(self._behind.put(name, data.nbytes, lambda: _write_and_digest(handle, data, begin)))
+
+    def _settle(self) -> None:
+        """Have in the files what is on its way there."""
+        self._landed(self._behind.settled())
+
+    def _landed(self, done: Iterable[tuple[str, str]]) -> None:
+        """Tensors that are in the files, and their digests."""
         with self.disk():
-            _write_at(self._files[shard.file], data, begin)
-            self._digests[name] = digest(data)
-            self._unflushed.add(shard.file)
-            self._written(shard, name)
+            for name, found in done:
+                shard = self._shard_of[name]
+                self._digests[name] = found
+                self._unflushed.add(shard.file)
+                self._written(shard, name)
 
     def _copy(self, source: BinaryIO, stored: StoredTensor, planned: PlannedTensor) -> None:
         shard = self._shard_of[planned.name]
@@ -326,6 +339,7 @@ class CheckpointWriter:
 
     def _discard(self) -> None:
         """Remove everything that was written but not put in place."""
+        self._behind.close()
         for handle in self._files.values():
             with contextlib.suppress(OSError):
                 os.close(handle)
@@ -339,7 +353,7 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in FULL:
                 free = shutil.disk_usage(_existing(self._work)).free
                 raise GptqError(
                     f"no space left for {self._work.parent}: the checkpoint needs "
@@ -355,22 +369,16 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _reserve(handle: int, size: int) -> None:
-    """Give the file its full size, and allocate its blocks where the file system can."""
-    os.ftruncate(handle, size)
-    if hasattr(os, "posix_fallocate") and size:
-        try:
-            os.posix_fallocate(handle, 0, size)
-        except OSError as error:
-            if error.errno in _FULL:
-                raise
-
-
 def _write_at(handle: int, data: memoryview, position: int) -> None:
     view = data.cast("B")
     while view:
         count = os.pwrite(handle, view[:_CHUNK_BYTES], position)
         view, position = view[count:], position + count
+
+
+def _write_and_digest(handle: int, data: memoryview, position: int) -> str:
+    _write_at(handle, data, position)
+    return digest(data)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
