@@ -34,7 +34,15 @@ class Claim:
 def environment_facts() -> Environment:
     """The variables in force that change what a device index means."""
     visible = tuple((name, os.environ[name]) for name in VISIBLE_VARIABLES if name in os.environ)
-    return Environment(local_rank=os.environ.get("LOCAL_RANK"), visible=visible)
+    local_rank = None if _joined() else os.environ.get("LOCAL_RANK")
+    return Environment(local_rank=local_rank, visible=visible)
+
+
+def _joined() -> bool:
+    """Whether this process works together with those that a launcher started, as it meant it."""
+    from torch import distributed
+
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def output_facts(

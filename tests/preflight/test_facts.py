@@ -141,6 +141,10 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     found = environment_facts()
     assert (found.local_rank, found.visible) == (None, (("CUDA_VISIBLE_DEVICES", ""),))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert environment_facts().local_rank == "1"
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    assert environment_facts().local_rank is None, "the ranks have met"
 
 
 SCRIPT = """
