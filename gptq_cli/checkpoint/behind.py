@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from gptq_cli.devices.host_threads import usable_cores
 
-PENDING_BYTES = 256 << 20
+PENDING_BYTES = 128 << 20
 """On their way at a time, or one tensor."""
 MAX_THREADS, CORES_A_THREAD = 4, 4
 
