@@ -1,12 +1,14 @@
 """A forward in a thread of its own that stops where the engine must do something, and goes on when told to.
 
-The engine's thread and this one never run at the same time: each waits until the other hands over.
+The engine's thread and this one never run at the same time: each waits until the other hands over. They do so
+through queues, because a Ctrl-C in the middle of `threading.Semaphore` can leave its lock taken for ever.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from queue import SimpleQueue
 
 from gptq_cli.engine.capture import StopForward
 
@@ -16,7 +18,8 @@ class PausingForward(threading.Thread, ABC):
 
     def __init__(self, name: str) -> None:
         super().__init__(daemon=True, name=name)
-        self._go, self._yielded = threading.Semaphore(0), threading.Semaphore(0)
+        self._go: SimpleQueue[None] = SimpleQueue()
+        self._yielded: SimpleQueue[None] = SimpleQueue()
         self._error: BaseException | None = None
         self._cancelled = False
 
@@ -26,8 +29,8 @@ class PausingForward(threading.Thread, ABC):
         """Let it run to its next pause, or to its end. Raises what the forward raised."""
         if self.ident is None:
             self.start()
-        self._go.release()
-        self._yielded.acquire()
+        self._go.put(None)
+        self._yielded.get()
         if self._error is not None:
             raise self._error
 
@@ -35,7 +38,7 @@ class PausingForward(threading.Thread, ABC):
         """End the forward where it waits; its memory is free when this returns."""
         if self.ident is not None and self.is_alive():
             self._cancelled = True
-            self._go.release()
+            self._go.put(None)
             self.join()
 
     # -- the forward's side
@@ -46,14 +49,14 @@ class PausingForward(threading.Thread, ABC):
 
     def pause(self) -> None:
         """Let the engine run until it resumes this. Raises `StopForward` if it is cancelled instead."""
-        self._yielded.release()
-        self._go.acquire()
+        self._yielded.put(None)
+        self._go.get()
         if self._cancelled:
             raise StopForward
 
     def run(self) -> None:
         """`forward`, once resumed; what it raises is carried to the engine's thread."""
-        self._go.acquire()
+        self._go.get()
         try:
             if not self._cancelled:
                 self.forward()
@@ -61,4 +64,4 @@ class PausingForward(threading.Thread, ABC):
             pass
         except BaseException as error:  # noqa: BLE001 - raised by `resume` in the engine's thread
             self._error = error
-        self._yielded.release()
+        self._yielded.put(None)

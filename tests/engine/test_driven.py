@@ -342,7 +342,7 @@ def test_an_interrupt_does_not_let_forwards_run_through_the_model(monkeypatch: p
 
     def interrupted(forward: ModelForward, result: Any = None) -> Any:
         forward.start()
-        forward._go.release()
+        forward._go.put(None)
         assert inside.wait(10)  # it runs, and the engine's thread hears a signal
         raise KeyboardInterrupt
 
