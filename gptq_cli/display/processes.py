@@ -1,11 +1,11 @@
 """What several processes would need and gain, as the map report tells it.
 
 processes  8 would take about 25 min, 6.3 times as fast as one; more than 32 gain less than 5 %
-rank 0-7   each cuda:0 needs 41.2 of 79.1 GiB, main memory 6.21 of 62.9 GiB
+ranks 0-7  on node1: its cuda needs 41.2 of 79.1 GiB, main memory 6.21 of 62.9 GiB
 node1      8 processes need 49.6 of 503 GiB main memory
 
-phase                      1 process  8 processes
-forwards and Hessians         1.5 h        11 min
+phase                      1 process   8 processes
+forwards and Hessians  1 h 30 min  11 min 15 s
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def memory_rows(report: MapReport) -> list[tuple[str, RenderableType]]:
         numbers = f"{first.rank}" if first is last else f"{first.rank}-{last.rank}"
         hosts = list(dict.fromkeys(rank.host for rank in ranks))
         where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} machines"
-        found.append((f"rank {numbers}", f"on {where}: {text}"))
+        label = "rank" if first is last else "ranks"
+        found.append((f"{label} {numbers}", f"on {where}: {text}"))
     return found + [(host.host, _host_text(host)) for host in report.hosts]
 
 

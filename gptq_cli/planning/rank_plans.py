@@ -3,7 +3,8 @@ of its processes.
 
 All ranks work by one placement and one schedule, made for the largest share on the smallest device. What one
 of them needs may be less: it is planned here for each by itself, so that a device that is too small is named
-with its rank and machine.
+with its rank and machine. Ranks that have equal shares of the samples and equal devices are planned once: of
+the rows of a stage, one may have a few more than another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from gptq_cli.placement.placement import DeviceBudget, Placement, RankPlace
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.device_plans import device_plans
+from gptq_cli.planning.leaf_sums import leaf_sum_bytes
+from gptq_cli.planning.share import own_samples
 from gptq_cli.results.map import DevicePlan, HostMemory, RankMemory
 
 
@@ -24,11 +27,15 @@ def rank_plans(placement: Placement, case: MapCase, schedule: Schedule | None) -
     if len(case.places) < 2 or case.work is None or schedule is None:
         return ()
     found = []
+    known: dict[object, tuple[DevicePlan, ...]] = {}
     for place in case.places:
+        work = replace(case.work, rank=place.rank)
         budgets = tuple(_planned_as(budget, case) for budget in place.budgets)
-        own = replace(case, work=replace(case.work, rank=place.rank), budgets=budgets)
-        plans = (_named(plan, place) for plan in device_plans(placement, own, schedule))
-        found.append(RankMemory(rank=place.rank, host=place.host, devices=tuple(plans)))
+        share = own_samples(work), leaf_sum_bytes(work.ranks, [1.0], place.rank), place.rank == 0, budgets
+        if share not in known:
+            known[share] = device_plans(placement, replace(case, work=work, budgets=budgets), schedule)
+        plans = tuple(_named(plan, place) for plan in known[share])
+        found.append(RankMemory(rank=place.rank, host=place.host, devices=plans))
     return tuple(found)
 
 
