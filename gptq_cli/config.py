@@ -10,7 +10,6 @@ written here, once, and `gptq_cli.cli.options` makes the options from them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -18,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
-from gptq_cli.fields import INT32, INT64, Resume, check_choice, check_int, option
+from gptq_cli.fields import INT64, GroupSize, Resume, check_choice, check_int, option, parse_group_size
 from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, parse_module_rules, settings_for
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
@@ -31,12 +30,10 @@ ScaleSearch = Literal["minmax", "mse", "hessian"]
 SolveFor = Literal["own", "dense"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
 
-GroupSize = int | Literal["auto"]
-"""Input columns that share a scale, see `QuantizeConfig.group_size`."""
 AUTO_GROUPS = (128, 64, 32)
 """What "auto" chooses from: the sizes that every reader of GPTQ checkpoints takes."""
 
-Recipe = Literal["fast", "balanced", "best"]
+Recipe = Literal["fast", "balanced", "best", "max"]
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
@@ -44,21 +41,6 @@ HEAD_BITS = 8
 """Bits of a quantized head where `--module` does not say otherwise."""
 MIN_PAIRS = 16
 """Samples that both models run on, where there are so many; a quarter of them validates the goal."""
-
-
-def parse_group_size(value: object) -> GroupSize:
-    """A group size as a person writes it: "auto", a number, or the text of one. Raises `ConfigError`."""
-    if value == "auto":
-        return "auto"
-    number = value
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip(), re.ASCII):
-        number = int(value)
-    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and not 0 < number < INT32):
-        raise ConfigError(
-            f"group_size is {number!r}; allowed: -1 (one group per row), a positive whole number, or auto",
-            hint="use --group-size auto, which finds one that divides",
-        )
-    return number
 
 
 def parse_shard_size(value: str | int) -> int:
@@ -115,6 +97,11 @@ class QuantizeConfig:
         0.25, "Share of the samples that the dense model runs on too, 0 to 1.", metavar="FRACTION"
     )
     """For `solve_for` "dense"; each of these samples costs a second forward."""
+    tune_epochs: int = option(
+        0, "Passes over the samples that tune scales, norms and biases on the dense model's logits; 0: none."
+    )
+    """For `solve_for` "dense", on the samples that the dense model runs on too, when all blocks are done. A
+    pass takes about four forwards of the whole model."""
     column_batch: int = option(
         128, "Columns of one lazy update, for speed; codes vary as sums are rounded in another order."
     )
@@ -169,6 +156,13 @@ class QuantizeConfig:
             raise ConfigError(
                 f"dense_share is {self.dense_share}; allowed: a fraction above 0 and up to 1",
                 hint="--solve-for own does without the dense model",
+            )
+        check_int("tune_epochs", self.tune_epochs, 0)
+        if self.tune_epochs and self.solve_for == "own":
+            raise ConfigError(
+                f"tune_epochs is {self.tune_epochs}; allowed with solve_for own: 0, because tuning compares "
+                "with the dense model",
+                hint="--solve-for dense, or --tune-epochs 0",
             )
         check_int("column_batch", self.column_batch, 1)
         per_weight = self.bits_per_weight
@@ -260,6 +254,7 @@ RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
         "fast": {"sweeps": 0, "refit": False, "solve_for": "own"},
         "balanced": {},
         "best": {"sweeps": 4, "dense_share": 1.0},
+        "max": {"sweeps": 4, "dense_share": 1.0, "tune_epochs": 2},
     }
 )
 """Fields in which a recipe differs from `QuantizeConfig()`; format and bits are the same."""

@@ -26,6 +26,7 @@ Phase = Literal[
     "load",
     "capture",
     "head",
+    "tune",
     "resume",
     "save",
     "verify",

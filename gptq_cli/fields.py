@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Literal, TypeVar
@@ -14,6 +15,9 @@ T = TypeVar("T")
 Resume = Literal["auto", "never", "required"]
 """What to do about unfinished work at the destination: go on where it is of the same job, remove it, or go on
 and nothing else."""
+
+GroupSize = int | Literal["auto"]
+"""Input columns that share a scale, see `config.QuantizeConfig`."""
 
 CardKind = Literal["full", "none"]
 """Whether a checkpoint gets a model card."""
@@ -73,3 +77,18 @@ def check_utf8(name: str, value: str) -> None:
             f"{name} is not UTF-8: {what} at character {error.start + 1}",
             hint="convert the text first, for instance with iconv -f latin1 -t utf-8",
         ) from error
+
+
+def parse_group_size(value: object) -> GroupSize:
+    """A group size as a person writes it: "auto", a number, or the text of one. Raises `ConfigError`."""
+    if value == "auto":
+        return "auto"
+    number = value
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,9}", value.strip(), re.ASCII):
+        number = int(value)
+    if isinstance(number, bool) or not isinstance(number, int) or (number != -1 and not 0 < number < INT32):
+        raise ConfigError(
+            f"group_size is {number!r}; allowed: -1 (one group per row), a positive whole number, or auto",
+            hint="use --group-size auto, which finds one that divides",
+        )
+    return number

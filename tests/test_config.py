@@ -202,7 +202,7 @@ def test_what_is_given_wins_over_the_recipe_and_none_is_not_given() -> None:
 @pytest.mark.parametrize(
     ("recipe", "given", "message"),
     [
-        ("bset", {}, "recipe is 'bset'; allowed: fast, balanced, best"),
+        ("bset", {}, "recipe is 'bset'; allowed: fast, balanced, best, max"),
         ("best", {"sweeps": -1}, "sweeps is -1"),
         ("fast", {"group_size": "many"}, "group_size is 'many'"),
     ],

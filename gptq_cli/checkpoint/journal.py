@@ -6,6 +6,7 @@ In the working folder (`working_folder.py`), beside the checkpoint that is being
       manifest.json         fingerprint, starts, and by name and digest all that follows
       block-00017.json      the report of a finished block, and a digest of each of its packed tensors
       hidden-18.safetensors what enters block 18, see `engine.snapshot`
+      tuned.safetensors     new values of scales and vectors, which are then written into the checkpoint
 
 A block is finished when the manifest names it. Its tensors are on the disk before its file is written, and
 its file before the manifest; the manifest is replaced by a rename. So whatever ends a run, the journal is
@@ -27,9 +28,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.renames import fsync
-from gptq_cli.results.run import BlockReport, StartReport
+from gptq_cli.results.run import BlockReport, StartReport, TuningReport
 
-MANIFEST = "manifest.json"
+MANIFEST, TUNED = "manifest.json", "tuned.safetensors"
 VERSION = 1
 _LIMIT_BYTES = 1 << 30
 T = TypeVar("T")
@@ -66,6 +67,14 @@ class FinishedBlock:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedTuning:
+    """All blocks are tuned."""
+
+    report: TuningReport
+    part: Part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """What is finished."""
 
@@ -80,6 +89,7 @@ class Manifest:
     """All that were given, by every start."""
     blocks: tuple[Part, ...] = ()
     snapshot: Snapshot | None = None
+    tuning: FinishedTuning | None = None
 
 
 class _Codec(Generic[T]):
@@ -156,16 +166,18 @@ class Journal:
         """The manifest with block number `first` and all after it taken back."""
         snapshot = self.manifest.snapshot
         kept = snapshot if snapshot is not None and snapshot.block <= first else None
-        return replace(self.manifest, blocks=self.manifest.blocks[:first], snapshot=kept)
+        return replace(self.manifest, blocks=self.manifest.blocks[:first], snapshot=kept, tuning=None)
 
     def tidy(self) -> None:
         """Remove files that the manifest does not name: a run wrote them and ended before it did."""
         named = {MANIFEST, *(part.file for part in self.manifest.blocks)}
         if self.manifest.snapshot is not None:
             named.add(self.manifest.snapshot.part.file)
+        if self.manifest.tuning is not None:
+            named.add(self.manifest.tuning.part.file)
         with contextlib.suppress(OSError):
             for name in sorted(set(os.listdir(self.folder)) - named):
-                if name.startswith(("block-", "hidden-", MANIFEST)):
+                if name.startswith(("block-", "hidden-", TUNED, MANIFEST)):
                     (self.folder / name).unlink(missing_ok=True)
 
 

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -41,16 +41,15 @@ from gptq_cli.checkpoint.place import check_destination
 from gptq_cli.checkpoint.renames import FULL, fsync, reserve
 from gptq_cli.checkpoint.self_check import check_written
 from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
+from gptq_cli.checkpoint.values import CHUNK_BYTES, bytes_of, cast_to, rewrite, write_at
 from gptq_cli.checkpoint.written import has_digest, is_begun, read_tensor
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.errors import GptqError, NonFinite
+from gptq_cli.errors import GptqError
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.headers import StoredTensor, read_header
 from gptq_cli.model.selection import changed_settings
 from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
-
-_CHUNK_BYTES = 1 << 24
 
 OnShard = Callable[[Path, int, int], None]
 """Called with (path, bytes, tensors) when a shard is complete and on the disk."""
@@ -138,8 +137,9 @@ class CheckpointWriter:
                     self._files[file] = os.open(self._work / file, os.O_RDWR | getattr(os, "O_BINARY", 0))
         self._digests.clear()
 
-    def adopt(self, digests: Mapping[str, str]) -> str:
-        """Take these packed tensors as an earlier run wrote them.
+    def adopt(self, digests: Mapping[str, str], replaced: Container[str] = ()) -> str:
+        """Take these packed tensors as an earlier run wrote them; the bytes of those in `replaced` do not
+        matter, because `replace` will write them again.
 
         Returns "" when all of them are in the files with these digests, else the name of the first that is
         not: none of them is taken then.
@@ -148,7 +148,7 @@ class CheckpointWriter:
             shard = self._shard_of.get(name)
             if shard is None or shard.file not in self._begun or self._planned[name].source is not None:
                 return name
-            if not has_digest(self._work / shard.file, shard, name, expected):
+            if name not in replaced and not has_digest(self._work / shard.file, shard, name, expected):
                 return name
         for name in digests:
             self._written(self._shard_of[name], name, told=False)
@@ -184,7 +184,7 @@ class CheckpointWriter:
             else:
                 wanted.setdefault(tensor.source.shard, []).append((tensor, tensor.source.name))
         for tensor, values in dense_values(self._skeleton, valued):
-            self._put(tensor.name, _cast(tensor.name, values, as_torch_dtype(tensor.dtype)))
+            self._put(tensor.name, cast_to(tensor.name, values, as_torch_dtype(tensor.dtype)))
         for shard, tensors in wanted.items():
             path = self._skeleton.files.directory / shard
             self._skeleton.files.check(shard)
@@ -192,6 +192,17 @@ class CheckpointWriter:
             with path.open("rb") as file:
                 for tensor, source in tensors:
                     self._copy(file, stored[source], tensor)
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write other values in the places of tensors that are written. A run that ends before
+        `put_in_place` has to do it again."""
+        self._settle()
+        if unplanned := sorted(tensors.keys() - self._planned.keys()):
+            raise GptqError(f"tensor {unplanned[0]} is not in the plan")
+        for shard in self.plan.shards:
+            own = {name: tensors[name] for name in shard.places if name in tensors}
+            with self.disk():
+                rewrite(self._work / shard.file, shard, own)
 
     def finish(self, report: Mapping[str, Any]) -> int:
         """Write the remaining files and put the checkpoint in place; return its bytes on the disk."""
@@ -269,7 +280,7 @@ class CheckpointWriter:
         handle = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         self._files[shard.file] = handle
         reserve(handle, shard.size_bytes)
-        _write_at(handle, memoryview(shard.header), 0)
+        write_at(handle, memoryview(shard.header), 0)
         if not shard.tensors:
             self._complete(shard)
 
@@ -284,7 +295,7 @@ class CheckpointWriter:
             )
         shard = self._shard_of[name]
         begin, _ = shard.places[name]
-        data, handle = _bytes(value), self._files[shard.file]
+        data, handle = bytes_of(value), self._files[shard.file]
         self._landed(self._behind.put(name, data.nbytes, lambda: _write_and_digest(handle, data, begin)))
 
     def _settle(self) -> None:
@@ -308,20 +319,20 @@ class CheckpointWriter:
         if planned.cut is not None:
             self._copy_cut(source.read(stored.end - stored.begin), stored, planned, planned.cut)
             return
-        for start in range(stored.begin, stored.end, _CHUNK_BYTES):
-            chunk = source.read(min(_CHUNK_BYTES, stored.end - start))
+        for start in range(stored.begin, stored.end, CHUNK_BYTES):
+            chunk = source.read(min(CHUNK_BYTES, stored.end - start))
             if planned.cast:
                 values = torch.frombuffer(bytearray(chunk), dtype=as_torch_dtype(stored.dtype))
-                chunk = bytes(_bytes(_cast(planned.name, values, dtype)))
+                chunk = bytes(bytes_of(cast_to(planned.name, values, dtype)))
             with self.disk():
-                _write_at(target, memoryview(chunk), position)
+                write_at(target, memoryview(chunk), position)
             position += len(chunk)
         with self.disk():
             self._written(shard, planned.name)
 
     def _copy_cut(self, content: bytes, stored: StoredTensor, planned: PlannedTensor, cut: BiasCut) -> None:
         values = torch.frombuffer(bytearray(content), dtype=as_torch_dtype(stored.dtype)).view(stored.shape)
-        self._put(planned.name, _cast(planned.name, cut.of(values), as_torch_dtype(planned.dtype)))
+        self._put(planned.name, cast_to(planned.name, cut.of(values), as_torch_dtype(planned.dtype)))
 
     def _written(self, shard: PlannedShard, name: str, *, told: bool = True) -> None:
         self._waiting[shard.file].discard(name)
@@ -369,30 +380,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _write_at(handle: int, data: memoryview, position: int) -> None:
-    view = data.cast("B")
-    while view:
-        count = os.pwrite(handle, view[:_CHUNK_BYTES], position)
-        view, position = view[count:], position + count
-
-
 def _write_and_digest(handle: int, data: memoryview, position: int) -> str:
-    _write_at(handle, data, position)
+    write_at(handle, data, position)
     return digest(data)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes in C order."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def _cast(name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    result = values.to(dtype)
-    overflowed = torch.isfinite(values) & ~torch.isfinite(result)
-    if bool(overflowed.any()):
-        value = float(values[overflowed][0])
-        raise NonFinite(
-            f"tensor {name} holds {value:g}, which {dtype} cannot hold", hint="use --dtype auto or bfloat16"
-        )
-    return result

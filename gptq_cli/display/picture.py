@@ -207,6 +207,7 @@ _COUNTS: dict[Phase, str] = {
     "load": "tensors",
     "capture": "samples",
     "head": "samples",
+    "tune": "steps",
     "write": "tokens",
     "bits": "blocks",
     "verify": "tensors",

@@ -222,6 +222,8 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     if mean is not None and nearest is not None:
         change = fmt.change(mean, nearest)
         rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
+    if report.tuning is not None:
+        rows.append(("tuned", report.tuning.words))
     if report.experts is not None:
         rows.append(("experts", fmt.experts(report.experts)))
     rows.append(("fallbacks", _fallbacks(report)))

@@ -36,11 +36,11 @@ from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.block import Block, BlockContext, WorkOptions, open_block
 from gptq_cli.engine.calls import BlockCall, hidden_of
-from gptq_cli.engine.capture import BlockInputs, Captured, capture, replaced_forward
+from gptq_cli.engine.capture import BlockInputs, Captured, capture
 from gptq_cli.engine.forwards import ReplayedForwards
-from gptq_cli.engine.head import stand_in
 from gptq_cli.engine.run import EngineRun, input_device_of, open_stream, opened_blocks
 from gptq_cli.engine.stages import Stage
+from gptq_cli.engine.stand_ins import behind_blocks
 from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.divergence import mean_divergence
 from gptq_cli.events import CacheFlushed, Observer, counted, phase
@@ -317,10 +317,8 @@ def _end_of_model(
     flow, caught = run.skeleton.trace.flow, list[Tensor]()
     device = input_device_of(text, run.placement.main_device)
     with ExitStack() as stack:
-        for index, block in enumerate(blocks):
-            given = to_device(hidden, block.device) if index == len(blocks) - 1 else None
-            stood_in = stand_in(given, flow.shapes[flow.blocks[index]])
-            stack.enter_context(replaced_forward(block.module, stood_in))
+        given = to_device(hidden, blocks[-1].device)
+        stack.enter_context(behind_blocks([block.module for block in blocks], flow, given))
         handle = head.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
         stack.callback(handle.remove)
         stack.enter_context(working_on(device))

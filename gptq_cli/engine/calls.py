@@ -9,7 +9,7 @@ that is updated in place) must not be there in the next run, so every run but th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,12 +39,12 @@ class BlockCall:
     """Nothing but the hidden states of what it returns is handed on, so nothing else is held: some blocks
     return the scores of their attention beside them."""
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Run `block` on `hidden`, most often (batch, seq_len, hidden_size), and return what it returns."""
         output = self._run(block, hidden)
         return hidden_of(output) if self.hidden_only else output
 
-    def _run(self, block: nn.Module, hidden: Tensor) -> Any:
+    def _run(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         args, kwargs = self.args, self.kwargs
         if isinstance(self.carrier, int):
             args = (*args[: self.carrier], hidden, *args[self.carrier :])
@@ -53,7 +53,7 @@ class BlockCall:
         with matmul_scope(hidden.dtype, hidden.device):
             return block(*args, **kwargs)
 
-    def rehearse(self, block: nn.Module, hidden: Tensor) -> Any:
+    def rehearse(self, block: Callable[..., Any], hidden: Tensor) -> Any:
         """Run `block` on copies, so that it can be run again on what was there before."""
         copies: dict[int, Any] = {}
         call = replace(

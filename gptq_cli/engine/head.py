@@ -12,7 +12,7 @@ output. The model's weight is left as it is, because it may be the embedding too
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,12 +24,12 @@ from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.block import Block, WorkOptions
-from gptq_cli.engine.calls import taken
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.leaf_sums import LeafSums
 from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.engine.shared_solve import Dealt
+from gptq_cli.engine.stand_ins import behind_blocks
 from gptq_cli.engine.wire import Shape, joined
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
@@ -38,7 +38,7 @@ from gptq_cli.gptq.packing import PackedTensors, pack
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.blocks import weight_matrix
-from gptq_cli.model.flow import BlockShape, Flow
+from gptq_cli.model.flow import Flow
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.placement.schedule import HEAD_ROWS
 from gptq_cli.results.run import LinearReport
@@ -109,11 +109,8 @@ def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) ->
         raise StopForward
 
     with ExitStack() as stack:
-        last = len(work.blocks) - 1
-        for index, block in enumerate(work.blocks):
-            given = to_device(hidden, block.device) if index == last else None
-            stood_in = stand_in(given, work.flow.shapes[work.flow.blocks[index]])
-            stack.enter_context(replaced_forward(block.module, stood_in))
+        given = to_device(hidden, work.blocks[-1].device)
+        stack.enter_context(behind_blocks([block.module for block in work.blocks], work.flow, given))
         stack.enter_context(replaced_forward(work.module, catch))
         stack.enter_context(working_on(work.input_device))
         stack.enter_context(matmul_scope(hidden.dtype, work.blocks[-1].device))
@@ -129,16 +126,6 @@ def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) ->
             hint="leave --quantize-head out, and report it with the model's config.json",
         )
     return caught[0].to(work.device)
-
-
-def stand_in(given: Tensor | None, shape: BlockShape) -> Callable[..., Any]:
-    """A block's forward that hands over `given`, or what it is given itself."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = taken(args, kwargs, shape.carrier)[0] if given is None else given
-        return hidden if shape.results is None else (hidden, *[None] * (shape.results - 1))
-
-    return forward
 
 
 @dataclass(frozen=True, slots=True)

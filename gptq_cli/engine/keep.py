@@ -23,6 +23,7 @@ from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
 from gptq_cli.engine.shared import SharedWeights
+from gptq_cli.engine.tuned import Tuned
 from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Observer, PhaseAdvanced, phase
 from gptq_cli.gptq.packing import PackedTensors, unpack
@@ -59,6 +60,14 @@ class Keeper(Protocol):
         """A block that was not finished is worked on again: what was stored of it will come again."""
         ...
 
+    def tuned(self) -> Tuned | None:
+        """The tuning that an earlier run finished; None where there is none."""
+        ...
+
+    def keep_tuned(self, tuned: Tuned) -> None:
+        """All blocks are tuned."""
+        ...
+
 
 class NothingKept:
     """A run that starts from the beginning and cannot be continued."""
@@ -78,6 +87,13 @@ class NothingKept:
 
     def forget_unfinished(self) -> None:
         """See `Keeper.forget_unfinished`."""
+
+    def tuned(self) -> Tuned | None:
+        """See `Keeper.tuned`."""
+        return None
+
+    def keep_tuned(self, tuned: Tuned) -> None:
+        """See `Keeper.keep_tuned`."""
 
 
 def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:

@@ -20,6 +20,8 @@ from gptq_cli.engine.driven import Driven
 from gptq_cli.engine.head import HeadWork, quantize_head
 from gptq_cli.engine.keep import Keeper, NothingKept, check_strict
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
+from gptq_cli.engine.tuned import Tuned
+from gptq_cli.engine.tuning import CalibrationText, TunedModel, text_of, tune_model
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.shards import Shards
@@ -52,6 +54,8 @@ class Quantized:
 
     blocks: tuple[BlockReport, ...]
     head: LinearReport | None
+    tuned: Tuned | None = None
+    """What became of tuning; None where none was asked for."""
 
 
 def quantize_model(
@@ -71,8 +75,10 @@ def quantize_model(
     """
     keeper = keeper or NothingKept()
     check_strict(keeper.finished, strict=run.options.strict)
-    if len(keeper.finished) == len(run.schedule.blocks) and run.skeleton.head is None:
-        return Quantized(keeper.finished, None)
+    tuned = keeper.tuned() if run.config.tune_epochs else None
+    untuned = run.config.tune_epochs > 0 and tuned is None
+    if len(keeper.finished) == len(run.schedule.blocks) and run.skeleton.head is None and not untuned:
+        return Quantized(keeper.finished, None, tuned)
     while True:
         try:
             return _attempt(run, input_ids, store, observer, keeper)
@@ -125,6 +131,7 @@ def _attempt(
             with frozen_gc():
                 reports = quantize_blocks(blocks, states, run.config, run.options, store, observer, keeper)
                 head = _head(model, blocks, run, states, input_ids, store, observer)
+            text = _text(run, states, input_ids)
         except Exception as error:
             if is_out_of_memory(error):
                 raise _MemoryRanOut from error
@@ -132,7 +139,33 @@ def _attempt(
     del model, stream, blocks, states, opened
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
-    return Quantized(reports, head)
+    return Quantized(reports, head, None if text is None else _tuned(run, text, keeper, observer))
+
+
+def _text(run: EngineRun, states: HiddenStates, input_ids: Tensor) -> CalibrationText | None:
+    """What tuning compares with: preflight has seen to it that the flow is direct."""
+    if not run.config.tune_epochs:
+        return None
+    assert isinstance(states, Captured)
+    return text_of(states, input_ids)
+
+
+def _tuned(run: EngineRun, text: CalibrationText, keeper: Keeper, observer: Observer) -> Tuned:
+    """Tune what is packed, with nothing else of the run in memory, and keep it."""
+    reset_peak(run.options.devices)
+    try:
+        with frozen_gc():
+            model = TunedModel(run.skeleton, run.placement, run.schedule, run.config, keeper)
+            tuned = tune_model(model, text, run.config.tune_epochs, observer)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _MemoryRanOut from error
+        raise
+    del model
+    before, after = flush(run.options.devices)
+    observer(CacheFlushed(where="end", subject="", before=before, after=after))
+    keeper.keep_tuned(tuned)
+    return tuned
 
 
 def open_stream(run: EngineRun, observer: Observer) -> BlockStream:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.keep import by_sample, restore, samples_wanted
+from gptq_cli.engine.tuned import Tuned
 from gptq_cli.errors import GptqError
 from gptq_cli.events import DeviceMemory, Observer, RanksReported, RankState
 from gptq_cli.gptq.packing import PackedTensors
@@ -137,6 +138,13 @@ class FollowingKeeper:
 
     def forget_unfinished(self) -> None:
         """See `Keeper.forget_unfinished`."""
+
+    def tuned(self) -> Tuned | None:
+        """See `Keeper.tuned`. Several ranks do not tune."""
+        return None
+
+    def keep_tuned(self, tuned: Tuned) -> None:
+        """See `Keeper.keep_tuned`."""
 
 
 def _elsewhere() -> Any:

@@ -85,7 +85,7 @@ class BitSearch:
         if (
             head is not None
             and not given.quantize_head
-            and (whole.head_is_tied or not whole.trace.flow.direct)
+            and (whole.head_is_tied or not whole.trace.flow.direct or given.tune_epochs)
         ):
             whole = select_linears(opened, replace(given, bits=8, quantize_head=False))
         facts = model_facts(whole)

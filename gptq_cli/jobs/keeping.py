@@ -27,10 +27,12 @@ from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.journal import FinishedBlock, Journal, JournalError, Manifest, Snapshot
 from gptq_cli.checkpoint.snapshot import read_snapshot, write_snapshot
+from gptq_cli.checkpoint.tuned_values import read_tuned, with_tuned
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.engine.capture import Captured, HiddenStates
 from gptq_cli.engine.keep import by_sample
 from gptq_cli.engine.together import Samples, Stored, collected, restore_together
+from gptq_cli.engine.tuned import Tuned
 from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.run_report import LIBRARIES, versions
@@ -93,6 +95,7 @@ class Keeping:
         self._before = journal.manifest
         self._finished: list[BlockReport] = []
         self._room = True
+        self._tuned: Tuned | None = None
         self.snapshot_bytes = 0
         """The largest snapshot."""
 
@@ -126,6 +129,8 @@ class Keeping:
         """Take what the journal says is finished, block by block, up to the first that is not as it says."""
         named = len(self._journal.manifest.blocks)
         problem = ""
+        if untuned := self._read_tuned():
+            self._observer(Warned(f"the tuned values cannot be used: {untuned}; they are worked out again"))
         for number in range(named):
             try:
                 block = self._journal.read_block(number)
@@ -146,6 +151,7 @@ class Keeping:
                 )
             )
             self._journal.manifest = self._journal.without(count)
+            self._tuned = None
         self._start = replace(self._start, first_block=count)
         self._destination.kept = count > 0
         if count:
@@ -186,7 +192,7 @@ class Keeping:
         expected = self._writer.packed_names(self._skeleton.linears_of(name))
         if block.report.name != name or set(block.tensors) != expected:
             return "its tensors are others than planned"
-        damaged = self._writer.adopt(block.tensors)
+        damaged = self._writer.adopt(block.tensors, self._tuned.tensors if self._tuned is not None else ())
         return f"tensor {damaged} is not in the files as it was written" if damaged else ""
 
     def packed(self, linear: LinearInfo) -> PackedTensors:
@@ -239,6 +245,26 @@ class Keeping:
     def forget_unfinished(self) -> None:
         """See `Keeper.forget_unfinished`."""
         self._writer.take_back()
+
+    def tuned(self) -> Tuned | None:
+        """See `Keeper.tuned`."""
+        return self._tuned
+
+    def keep_tuned(self, tuned: Tuned) -> None:
+        """See `Keeper.keep_tuned`. From here on the tensors in the files may be those before or after."""
+        with _added(self._clock, "journal_seconds"), held_signals(), self._writer.disk():
+            finished = with_tuned(self._journal, tuned.report, tuned.tensors)
+            self._commit(replace(self._journal.manifest, tuning=finished))
+        self._tuned = tuned
+
+    def _read_tuned(self) -> str:
+        """Take the tuning that the journal says is finished; why that cannot be used, else ""."""
+        try:
+            found = read_tuned(self._journal)
+        except JournalError as error:
+            return str(error)
+        self._tuned = Tuned(*found) if found is not None else None
+        return ""
 
     def close(self) -> None:
         """The run ends without a checkpoint: note its seconds. Never raises for what the disk refuses."""

@@ -210,6 +210,8 @@ def _quantize(
         ranks = account(asked.joined) if asked.joined is not None else ()
         with phase(tally, "save"):
             writer.copy_dense()
+            if quantized.tuned is not None:
+                writer.replace(quantized.tuned.tensors)
         tally.record(read_memory(devices))
         report = summarize(
             job=job,
@@ -223,6 +225,7 @@ def _quantize(
             ],
             blocks=quantized.blocks,
             head=quantized.head,
+            tuning=quantized.tuned.report if quantized.tuned is not None else None,
             own_settings=own_settings(checked.facts, job.quantize),
             kept_dense=checked.facts.kept,
             packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),

@@ -27,6 +27,7 @@ from gptq_cli.results.run import (
     RunReport,
     Setting,
     StartReport,
+    TuningReport,
 )
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors")
@@ -101,6 +102,7 @@ def summarize(
     predicted_peak_bytes: Sequence[tuple[str, int]],
     blocks: tuple[BlockReport, ...],
     head: LinearReport | None,
+    tuning: TuningReport | None,
     own_settings: tuple[OwnSettings, ...],
     kept_dense: tuple[KeptDense, ...],
     packed_bytes: int,
@@ -172,6 +174,7 @@ def summarize(
         schedule=schedule,
         blocks=blocks,
         head=head,
+        tuning=tuning,
     )
 
 

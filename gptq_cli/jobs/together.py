@@ -55,7 +55,14 @@ class Assignment:
 
 
 def check_share(job: QuantizeJob | InspectJob, ranks: int) -> None:
-    """Raise `ConfigError` where there are too few samples for every one of so many ranks to have one."""
+    """Raise `ConfigError` where there are too few samples for every one of so many ranks to have one, or
+    where the job is one for a single process."""
+    if ranks > 1 and job.quantize.tune_epochs:
+        raise ConfigError(
+            f"tune_epochs is {job.quantize.tune_epochs}; allowed with {ranks} processes: 0, because one "
+            "process tunes",
+            hint="--tune-epochs 0, or one process",
+        )
     samples = job.calibration.samples
     pairs = job.quantize.paired_samples(samples)
     if ranks > 1 and (idle := idle_ranks(pairs, samples - pairs, ranks)):

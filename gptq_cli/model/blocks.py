@@ -123,6 +123,11 @@ def weight_matrix(linear: nn.Module) -> Tensor:
     return weight.t() if isinstance(linear, Conv1D) else weight
 
 
+def as_parameter(linear: nn.Module, W: Tensor) -> Tensor:  # noqa: N803 - the paper's letter; (N, K)
+    """`W` as the linear's own parameter would hold it: transposed for a Conv1D."""
+    return W.t() if isinstance(linear, Conv1D) else W
+
+
 def assign(linear: nn.Module, W: Tensor) -> None:  # noqa: N803 - the paper's letter; (N, K)
     """Overwrite the linear's weight in place with `W` (N, K), cast to its dtype and device."""
     weight_matrix(linear).copy_(W)

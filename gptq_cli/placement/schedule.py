@@ -23,6 +23,13 @@ SOLVE_BYTES = 14
 HEAD_ROWS = 16_384
 """Rows of an output head that are solved at a time; a multiple of 32, so that pieces fill whole words."""
 
+TUNE_STEP_TOKENS = 2048
+"""Tokens of one step of tuning, at least a sample."""
+TUNE_HELD_OUT = 8
+"""Every so many samples one takes no part in tuning, and decides what becomes of it."""
+TUNE_LOGITS = 1 << 24
+"""Numbers of logits that are made at a time while a model is tuned."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSchedule:

@@ -10,10 +10,11 @@
                  memory count there, rounded up as pinned memory is
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
-Three other moments may be higher, and then count as working memory: capture, with all that lies outside the
+Other moments may be higher, and then count as working memory: capture, with all that lies outside the
 blocks, the largest module among it that is brought in from the cpu, and the hidden states; the look at a
 tensor that stays in the files; and of several ranks the first one's, when it has the hidden states of all in
-main memory to write a snapshot. Weights in few bits are decoded where they are worked on, one at a time.
+main memory to write a snapshot; and tuning (tuning.py). Weights in few bits are decoded where they are worked
+on, one at a time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from gptq_cli.planning.memory import (
     work_sets,
 )
 from gptq_cli.planning.share import own_samples, samples_of_ranks
+from gptq_cli.planning.tuning import tuning_bytes
 from gptq_cli.results.map import DevicePlan
 
 HEAP_PIECE_BYTES = 4 * MIB
@@ -182,6 +184,8 @@ class _Moments:
         if device == CPU:
             yield max((t.size_bytes for t in facts.tensors if t.name in facts.uncalled), default=0)
             yield self._snapshot_bytes()
+        if self._work.quantize.tune_epochs:
+            yield tuning_bytes(facts, self._work, self._placement, schedule, device)
 
     def _snapshot_bytes(self) -> int:
         """In main memory while the first of several ranks writes the hidden states of all."""

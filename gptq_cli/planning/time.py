@@ -3,6 +3,7 @@
     reading   the bytes of the files once from the disk; those of a block that is read ahead only as far as
               the block before it takes less time
     head      a Hessian, and solves as for a block, where it is quantized, for each of its pieces of rows
+    tuning    its forwards and gradients (tuning.py)
 
 It is an estimate: see rates.py for what moves it.
 """
@@ -21,6 +22,7 @@ from gptq_cli.planning.cases import Work
 from gptq_cli.planning.costs import MULTIPLY_ADDS, SHORT_COLUMNS, block_costs
 from gptq_cli.planning.rates import MachineRates, rates
 from gptq_cli.planning.share import own_items, samples_share
+from gptq_cli.planning.tuning import tuning_multiply_adds
 from gptq_cli.wording import busy_words, duration_words
 
 DECODED_PER_SECOND = 70e6
@@ -63,6 +65,8 @@ def job_seconds(
     total += sum(working)
     if schedule.reads_ahead:  # while the block before is worked on
         total -= sum(min(reading, seconds) for seconds in working[:-1])
+    if work.quantize.tune_epochs:
+        total += tuning_multiply_adds(facts, work) / speed.forward_rate
     return total + (_head_seconds(facts.head, work, speed) if facts.head is not None else 0.0)
 
 

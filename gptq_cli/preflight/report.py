@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gptq_cli.config import AUTO_GROUPS, GroupSize, QuantizeConfig
+from gptq_cli.config import AUTO_GROUPS, QuantizeConfig
+from gptq_cli.fields import GroupSize
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory

@@ -35,6 +35,9 @@ from gptq_cli.results.run import LinearReport, RunReport, finite_mean
 WORST = 10
 MOST_ROWS = 2000
 """Linears with a row each; of more than that, the experts of a block have one together."""
+TUNING_EXPLAINED = (
+    "When all blocks were packed, scales, norms and biases were tuned on the dense model's logits:"
+)
 MADE_BY = f"Made by gptq-cli {__version__}. Every figure is in report.json."
 
 
@@ -102,6 +105,8 @@ def _loss(report: RunReport) -> Iterator[Markup]:
         yield html.paragraph(
             f"The mean of all linears is {fmt.loss(ours)}, that of round-to-nearest {fmt.loss(nearest)}."
         )
+    if report.tuning is not None:
+        yield html.paragraph(f"{TUNING_EXPLAINED} {report.tuning.words}.")
     for plot in (loss_per_block(report), loss_per_linear(report)):
         yield html.figure(plot, plot.description)
     yield html.heading("Worst linears")

@@ -166,6 +166,39 @@ def slowest_rank(ranks: Iterable[RankReport]) -> RankReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TuningReport:
+    """What became of tuning scales, norms and biases on the dense model's logits."""
+
+    kl_before: float
+    """KL(dense ‖ quantized) in nats, mean over the tokens of held-out samples, before any step."""
+    kl_after: float
+    """The same of what is stored."""
+    part: float
+    """How much of the way of the tuned values is gone; 0 where none of it made the KL smaller, and everything
+    stays as it was solved."""
+    epochs: int
+    steps: int
+    samples: int
+    """Windows of text that gradients were taken on."""
+    held_out_samples: int
+    """Windows that decided."""
+    scales: int
+    """Scales that could move."""
+    vector_numbers: int
+    """Numbers of norms' gains and of biases that could."""
+    seconds: float
+
+    @property
+    def words(self) -> str:
+        """`KL 0.0512 -> 0.0391 on 16 held-out samples, 112 steps`; or that nothing is taken."""
+        if not self.part:
+            kept = f"KL {self.kl_before:.4g} does not fall"
+            return f"nothing taken: {kept} on {self.held_out_samples} held-out samples"
+        moved = f"KL {self.kl_before:.4g} -> {self.kl_after:.4g}"
+        return f"{moved} on {self.held_out_samples} held-out samples, {self.steps} steps"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextShare:
     """What a run took of one source of calibration text."""
 
@@ -259,6 +292,8 @@ class RunReport:
     blocks: tuple[BlockReport, ...]
     head: LinearReport | None = None
     """The output head, where it was quantized."""
+    tuning: TuningReport | None = None
+    """None: nothing was asked to be tuned."""
     proof: LoadReport | None = None
     """What was measured of the checkpoint after it was put in place; None: nothing was asked for."""
     pushed: PushReport | None = None

@@ -52,7 +52,7 @@ def a_header_leaves_a_tensor_out(patch: pytest.MonkeyPatch) -> None:
         header["other.qweight"] = header.pop("model.layers.0.self_attn.q_proj.qweight")
         text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
         assert len(text) == length
-        writer_module._write_at(self._files[shard.file], memoryview(text), 8)
+        writer_module.write_at(self._files[shard.file], memoryview(text), 8)
 
     patch.setattr(CheckpointWriter, "_open_shard", wrong)
 

@@ -412,7 +412,7 @@ def test_a_place_that_cannot_be_written(tiny_llama: Path, tmp_path: Path) -> Non
 
 
 def test_dense_is_copied_in_pieces(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "_CHUNK_BYTES", 1000)
+    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 1000)
     write_checkpoint(opened(tiny_llama, dtype="bfloat16"), tmp_path / "out")
     wanted = tensors_of(tiny_llama)["lm_head.weight"].bfloat16()
     assert torch.equal(tensors_of(tmp_path / "out")["lm_head.weight"], wanted)
@@ -467,3 +467,20 @@ def test_a_tied_head_is_untied_in_the_checkpoint(tiny: TinyFactory, tmp_path: Pa
     assert "lm_head.weight" not in tensors
     checkpoint = open_checkpoint(tmp_path / "out")
     assert "lm_head" in {info.name for info in checkpoint.linears}
+
+
+def test_values_are_replaced_where_they_stand(tiny_llama: Path, tmp_path: Path) -> None:
+    skeleton = opened(tiny_llama)
+    write_checkpoint(skeleton, tmp_path / "before")
+    with CheckpointWriter(tmp_path / "after", skeleton, CONFIG) as writer:
+        fill(writer, skeleton)
+        norm = torch.full((64,), 2.5)
+        writer.replace({"model.norm.weight": norm})
+        with pytest.raises(GptqError, match=r"tensor other\.weight is not in the plan"):
+            writer.replace({"other.weight": norm})
+        with pytest.raises(GptqError, match=r"model\.norm\.weight is \[63\]; planned: \[64\]"):
+            writer.replace({"model.norm.weight": norm[1:]})
+        writer.finish({})
+    before, after = tensors_of(tmp_path / "before"), tensors_of(tmp_path / "after")
+    assert torch.equal(after["model.norm.weight"], norm)
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "model.norm.weight")

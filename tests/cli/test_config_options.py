@@ -99,7 +99,7 @@ def test_help_and_default_are_the_field_s(name: str) -> None:
             assert made.default == (None if of_recipe or repeatable else field.default)
             assert made.help.startswith(field.metadata["help"].removesuffix("."))
             assert ("default: --recipe's" in made.help) is of_recipe
-    assert found == {"quantize": 22, "inspect-map": 13}[name]
+    assert found == {"quantize": 23, "inspect-map": 14}[name]
 
 
 def test_the_help_of_recipe_lists_what_recipes_change() -> None:

@@ -241,7 +241,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer_module, "_write_at", full)
+    monkeypatch.setattr(writer_module, "write_at", full)
     ran = gptq("quantize", tiny_llama, "--out", tmp_path / "q", "--calibration", text, *FAST)
     assert ran.code == 1
     assert "no space left" in ran.stderr

@@ -143,7 +143,7 @@ def test_a_finished_model_is_not_even_opened(tiny_llama: Path, monkeypatch: pyte
     whole = Kept()
     quantized(tiny_llama, whole)
     opened: list[object] = []
-    monkeypatch.setattr(run_module, "_open", lambda *words: opened.append(words))
+    monkeypatch.setattr(run_module, "open_stream", lambda *words: opened.append(words))
     quantized(tiny_llama, Kept(whole, 3))
     assert opened == []
 

@@ -249,6 +249,33 @@ def experts_own_target(case: JobCase) -> list[Remark]:
     ]
 
 
+@rule("error", topics=("tune_epochs",))
+def tuning_possible(case: JobCase) -> list[Remark]:
+    """The model is to be tuned, and its forward is not one that can be gone back through block by block.
+
+    Tuning takes gradients through one block at a time, each by itself, and decodes a block's linears from
+    their codes. That leaves out models whose own code runs between the blocks, linears that are parts of one
+    tensor of all experts, weights that several blocks share, and a quantized head.
+    """
+    facts = case.facts
+    reasons = [
+        ("the model's own code runs between its blocks", bool(facts.between)),
+        ("its experts are parts of one tensor", any(x.part_of or x.routed for x in facts.linears)),
+        ("blocks share weights", bool(facts.shared)),
+        ("its head is to be quantized", facts.head is not None),
+    ]
+    found = [words for words, holds in reasons if holds]
+    if not case.work.quantize.tune_epochs or not found:
+        return []
+    return [
+        Remark(
+            subject=f"--tune-epochs {case.work.quantize.tune_epochs}",
+            message=f"{facts.architecture} cannot be tuned: {', and '.join(found)}",
+            hint="--tune-epochs 0" + (", or leave --quantize-head out" if found == [reasons[-1][0]] else ""),
+        )
+    ]
+
+
 @rule("warning", "note")
 def left_dense(case: JobCase) -> list[Remark]:
     """What stays dense: embeddings, head, norms, routers, towers for images or sound, layers for multi-token

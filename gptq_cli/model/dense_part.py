@@ -1,0 +1,44 @@
+"""The model with everything in memory that stays dense, and nothing of what is packed.
+
+Tuning runs the whole model again and again. What is quantized is decoded from its codes, one block at a time;
+the embedding, the norms, the biases and the head are small beside it, or are needed all the time, and stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gptq_cli.errors import CheckpointError, ModelError
+from gptq_cli.model.conversion import Conversion
+from gptq_cli.model.fill import Filler, check_filled, compute_buffers
+from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.model.streamed import StreamedReader
+from gptq_cli.model.text_part import uncalled_tensors
+
+
+def open_dense_part(skeleton: Skeleton, device_of: Callable[[str], torch.device]) -> Any:
+    """A copy of the skeleton's model: eval, no gradients, no cache. Weights that are packed stay on the meta
+    device, as does what a forward on text does not call; all else is where `device_of` says.
+
+    Raises `ModelError` naming a tensor that cannot be read, and `SourceChanged`.
+    """
+    model: Any = copy.deepcopy(skeleton.model)
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    packed = {f"{name}.weight" for linear in skeleton.packed for name in (linear.name, *linear.also_at)}
+    unread = packed | uncalled_tensors(model, skeleton.blocks, head=True)
+    filler = Filler(model, Conversion(model), skeleton.keys, skeleton.dtype)
+    names = [name for name in filler.names if name not in unread]
+    files = skeleton.files
+    try:
+        with StreamedReader(files.directory, files.tensors, files.stamps) as reader:
+            filler.fill([name for name in names if name in skeleton.keys.origins], reader.get, device_of)
+        compute_buffers(model, device_of)
+        check_filled(model, names)
+    except CheckpointError as error:
+        raise ModelError(f"{files.source} cannot be loaded: {error.message}", hint=error.hint) from error
+    return model

@@ -1,0 +1,93 @@
+"""What tuning takes (`engine.tuning`): memory on each device, and multiply-adds.
+
+With b = bytes of a number in the model's dtype, h = hidden size, T = tokens of the paired samples, S = those
+of a step, t = those of a micro-batch in it:
+
+    on the main device    all outside the blocks, head included; TUNE_LOGITS logits, LOGIT_BYTES for each
+    where a block runs    what stays dense in the blocks there
+                          MOVING_BYTES for each of their scales
+                          the largest of them decoded: DECODED_BYTES + DECODED_COPIES · b for each weight
+                          t · (GRADIENT_HIDDEN · h + GRADIENT_ROWS · ΣR) · 4: what its backward holds,
+                          and GRADIENT_SCORES · seq_len more for each head whose scores are a tensor
+    where states rest     T · h · b of the dense stream; what enters every block for a step, and gradients:
+                          (blocks + 2) · S · h · b; or twice the held-out samples
+
+A step runs forward, runs again and goes back through every block: FORWARDS forwards, as many as four of the
+blocks. Behind the blocks logits are made twice, and go back once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.device import Device
+from gptq_cli.placement.names import parents
+from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.schedule import TUNE_HELD_OUT, TUNE_LOGITS, TUNE_STEP_TOKENS, Schedule
+from gptq_cli.planning.cases import Work
+from gptq_cli.planning.schedule import block_linears
+
+MOVING_BYTES = 22
+DECODED_BYTES, DECODED_COPIES = 9, 3
+GRADIENT_HIDDEN, GRADIENT_ROWS, GRADIENT_SCORES = 12, 2, 4
+LOGIT_BYTES = 32
+FORWARDS, HEAD_FORWARDS = 4, 3
+LOOKS = 3
+"""Forwards of the held-out samples: before, and with all and half of what was tuned."""
+
+
+def head_weights(facts: ModelFacts) -> int:
+    """Of the head that makes logits."""
+    return facts.vocab_size * facts.hidden_size
+
+
+def tuning_bytes(
+    facts: ModelFacts, work: Work, placement: Placement, schedule: Schedule, device: Device
+) -> int:
+    """What `device` holds while the model is tuned."""
+    return sum(_parts(facts, work, placement, schedule, device))
+
+
+def _parts(
+    facts: ModelFacts, work: Work, placement: Placement, schedule: Schedule, device: Device
+) -> Iterator[int]:
+    b, h = facts.dtype_bytes, facts.hidden_size
+    blocks = frozenset(facts.blocks)
+    runs_there = {block.name for block in schedule.blocks if block.execution_device == device}
+    packed = {f"{linear.name}.weight" for linear in facts.packed}
+    dense = [tensor for tensor in facts.tensors if tensor.name not in packed]
+    if device == placement.main_device:
+        yield sum(t.size_bytes for t in dense if blocks.isdisjoint(parents(t.name)))
+        yield LOGIT_BYTES * max(TUNE_LOGITS, facts.vocab_size)
+    yield sum(t.size_bytes for t in dense if not runs_there.isdisjoint(parents(t.name)))
+    samples = work.quantize.paired_samples(work.calibration.samples)
+    step = max(schedule.seq_len, TUNE_STEP_TOKENS)
+    micro_batch = min(schedule.micro_batch_tokens, step)
+    largest = scales = 0
+    for block, linears in block_linears(facts).items():
+        if block in runs_there:
+            weights = sum(x.in_features * x.out_features for x in linears)
+            rows = sum(x.out_features for x in linears)
+            scores = GRADIENT_SCORES * facts.score_heads * schedule.seq_len
+            backward = 4 * micro_batch * (GRADIENT_HIDDEN * h + GRADIENT_ROWS * rows + scores)
+            largest = max(largest, (DECODED_BYTES + DECODED_COPIES * b) * weights + backward)
+            scales += sum(
+                x.out_features * work.quantize.of_linear(x.name).groups(x.in_features) for x in linears
+            )
+    yield largest + MOVING_BYTES * scales
+    if any(block.activation_device == device for block in schedule.blocks):
+        held = max(1, samples // TUNE_HELD_OUT) * schedule.seq_len
+        entering = max((len(facts.blocks) + 2) * step, 2 * held)
+        yield b * h * (samples * schedule.seq_len + entering)
+
+
+def tuning_multiply_adds(facts: ModelFacts, work: Work) -> float:
+    """Of the whole tuning, as a forward counts them."""
+    samples = work.quantize.paired_samples(work.calibration.samples)
+    held = max(1, samples // TUNE_HELD_OUT)
+    blocks = sum(x.in_features * x.out_features for x in facts.linears)
+    step = FORWARDS * blocks + HEAD_FORWARDS * head_weights(facts)
+    look = blocks + 2 * head_weights(facts)
+    passes = work.quantize.tune_epochs * (samples - held) * step + LOOKS * held * look
+    return float(work.calibration.seq_len * passes)

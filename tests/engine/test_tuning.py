@@ -1,0 +1,123 @@
+"""Tuning a whole model block by block: its loss and its gradients are those of the model in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from gptq_cli.engine import run as run_module
+from gptq_cli.engine import tuned_tail
+from gptq_cli.engine.tuned import Tuned
+from gptq_cli.engine.tuning import CalibrationText, TunedModel, split, tune_model
+from gptq_cli.events import ignore
+from gptq_cli.gptq.tuning import Moving
+from tests.conftest import TinyFactory
+from tests.e2e.commands import gptq, write_text
+
+FAST = ("--samples", "10", "--seq-len", "24", "--group-size", "32", "--progress", "none", "--sweeps", "0")
+Looked = Callable[[TunedModel, CalibrationText], None]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def looked_at(
+    model: Path, text: Path, out: Path, patch: pytest.MonkeyPatch, look: Looked, *more: str
+) -> None:
+    """Quantize, and `look` at what is about to be tuned; then tune it."""
+
+    def tune(model: TunedModel, text: CalibrationText, epochs: int, observer: Any) -> Tuned:
+        look(model, text)
+        return tune_model(model, text, epochs, ignore)
+
+    patch.setattr(run_module, "tune_model", tune)
+    words = ("--calibration", text, "--dense-share", "1", "--tune-epochs", "1")
+    ran = gptq("quantize", model, "--out", out, *FAST, *words, *more)
+    assert ran.code == 0, ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("llama_tied", ()),
+        ("gpt2", ("--desc-act",)),  # Conv1D, biases
+        ("gemma2", ("--asym", "--batch-size", "3")),  # caps logits, norms outputs
+        ("opt", ("--bits", "3")),
+        (
+            "falcon",
+            ("--module", "transformer.h.*.self_attention.dense=bits:8"),
+        ),  # attention and MLP side by side
+    ],
+)
+def test_losses_and_gradients(
+    name: str,
+    more: tuple[str, ...],
+    tiny: TinyFactory,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tuned_tail, "TUNE_LOGITS", 7 * 512)  # seven tokens at a time
+    gradients: dict[int, Tensor] = {}
+
+    def noted(moving: Moving, gradient: Tensor, rate: float) -> None:
+        gradients[id(moving)] = gradient
+
+    def look(model: TunedModel, text: CalibrationText) -> None:
+        samples = [1, 4, 6]
+        with monkeypatch.context() as patch:
+            patch.setattr(Moving, "step", noted)
+            model.step(samples, text, 1.0)
+        block = model.blocks[0]
+        moving = [linear.scales for linear in block.linears.values()]
+        moving += [*block.vectors.values(), *model.tail.vectors.values()]
+        slopes, found = [], []
+        for one in moving:
+            if id(one) not in gradients:
+                continue  # the loss does not depend on it
+            direction = gradients[id(one)].sign() * one.start.float().abs()
+            start, losses = one.start, []
+            for by in (2e-2, -2e-2):
+                one.start = (start.float() + by * direction).to(start.dtype)
+                losses.append(model.loss(samples, text, 0.0))
+            one.start = start
+            slopes.append((losses[0] - losses[1]) / 4e-2)
+            found.append(float((gradients[id(one)] * direction).sum()))
+        assert len(slopes) > len(block.linears)
+        assert found == pytest.approx(slopes, rel=0.05, abs=1e-5)
+
+    looked_at(tiny(name), text, tmp_path / "q", monkeypatch, look, *more)
+
+
+def test_the_loss_is_that_of_the_checkpoint(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is what was measured."""
+    from transformers import AutoModelForCausalLM
+
+    import gptq_cli
+    from gptq_cli.evaluation.divergence import compare
+
+    seen: list[CalibrationText] = []
+    out = tmp_path / "q"
+    looked_at(tiny_llama, text, out, monkeypatch, lambda _, samples: seen.append(samples), "--bits", "2")
+    _, held = split(sorted(seen[0].goals))
+    dense = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype="auto").eval()
+    found = compare(gptq_cli.load(str(out)), dense, seen[0].input_ids[held])
+    report = gptq("report", out, "--json").document["tuning"]
+    assert report["kl_after"] == pytest.approx(found.kl, rel=1e-3)
+    assert report["held_out_samples"] == len(held)
+
+
+def test_samples_are_split_the_same_way_every_time() -> None:
+    training, held = split(range(128))
+    assert len(held) == 16
+    assert sorted((*training, *held)) == list(range(128))
+    assert split([0, 1]) == ([0], [1])
+    assert split([3]) == ([], [3])
