@@ -48,6 +48,8 @@ from gptq_cli.preflight.rules import bits as rules_bits
 from gptq_cli.preflight.rules import targets as rules_targets
 from gptq_cli.results.bits import BitChoice, FusedBits, UniformBits
 
+MIN_GAIN = 0.1
+"""Of mixed bits over the same bits everywhere, as predicted: less is not borne out (docs/quality.md)."""
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -146,7 +148,8 @@ class BitSearch:
         return ids[list(used)], ids[[others[at] for at in spread(len(others), count)], :length]
 
     def choose(self, measured: Measured | None) -> Spent:
-        """The best choice within the budget; the smallest one where nothing fits."""
+        """The best choice within the budget; the smallest one where nothing fits. The same bits everywhere
+        are taken where they fit, and others are predicted to gain less than `MIN_GAIN`."""
         losses: Callable[[FusedLinears, Bits], float] = (
             _by_weights if measured is None else partial(_by_kl, measured)
         )
@@ -154,7 +157,7 @@ class BitSearch:
         if found is None:
             found = self.budget.spend(self.budget.range().least_bytes, losses)
         assert found is not None  # the smallest choice fits its own size
-        return found
+        return self.budget.plainest(found, self.budget_bytes, losses, MIN_GAIN)
 
     def config_of(self, spent: Spent) -> QuantizeConfig:
         """The job's configuration with these bits."""

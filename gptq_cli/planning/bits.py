@@ -274,6 +274,16 @@ class Budget:
             beside = max(beside + 1, size_bytes - found.size_bytes)  # so this choice does not fit again
         return best if best.size_bytes <= budget_bytes else None
 
+    def plainest(self, spent: Spent, budget_bytes: int, loss: Losses, gain: float) -> Spent:
+        """`spent`, or the same bits everywhere where these fit and lose at most `gain` more of it."""
+        uniform = [held for bits in ALLOWED_BITS if (held := self.uniform(bits)) is not None]
+        fitting = [held for held in uniform if held.size_bytes <= budget_bytes]
+        best = min(fitting, key=lambda held: self._lost(held, loss), default=spent)
+        return best if self._lost(spent, loss) > (1 - gain) * self._lost(best, loss) else spent
+
+    def _lost(self, spent: Spent, loss: Losses) -> float:
+        return sum(loss(one, bits) for one, bits in zip(self.fused, spent.bits, strict=True))
+
 
 def settled(config: QuantizeConfig, fused: Sequence[FusedLinears], bits: Sequence[Bits]) -> QuantizeConfig:
     """`config` with these bits for the sets, as settings by module; what was said by module comes after.

@@ -234,6 +234,27 @@ def test_experts_of_a_block_are_one_rule() -> None:
     ]
 
 
+def test_mixed_bits_have_to_gain_something() -> None:
+    facts = llama(blocks=2, hidden=256, inner=512, vocab=500)
+    found = sets(facts)
+    budget = Budget(found, file_bytes(facts, found))
+    uniform = budget.uniform(3)
+    assert uniform is not None
+
+    def alike(one: FusedLinears, bits: Bits) -> float:
+        return one.weights * 4.0 ** -(bits or 99)
+
+    def unlike(one: FusedLinears, bits: Bits) -> float:
+        return alike(one, bits) * (100.0 if one.names[0].endswith("o_proj") else 1.0)
+
+    for loss, mixed in ((alike, False), (unlike, True)):
+        spent = budget.spend(uniform.size_bytes + 100, loss)
+        assert spent is not None
+        plainest = budget.plainest(spent, uniform.size_bytes + 100, loss, 0.1)
+        assert (plainest == spent != uniform) if mixed else (plainest == uniform), mixed
+    assert budget.plainest(spent, uniform.size_bytes - 1, unlike, 0.1) != uniform
+
+
 def test_what_the_same_bits_everywhere_come_to() -> None:
     facts = replace(llama(blocks=1), head=HEAD)
     found = sets(facts)
