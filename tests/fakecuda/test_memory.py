@@ -145,7 +145,7 @@ class Squeezed:
 
 
 POINTS: dict[str, tuple[Any, str, int]] = {
-    "load": (run, "_open", 0),
+    "load": (run, "open_stream", 0),
     "capture": (run, "capture", 0),
     "trace": (block, "find_stages", 1),
     "collect": (Hessian, "add", 5),
