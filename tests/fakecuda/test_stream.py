@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from gptq_cli.devices.host_buffers import HostBuffers
 from gptq_cli.engine import block
 from gptq_cli.model.shards import ShardFiles
 from gptq_cli.model.streamed import StreamedReader
@@ -165,38 +166,33 @@ def test_the_same_twice(tiny: Tiny, text: Path, tmp_path: Path) -> None:
 def test_the_host_goes_on_while_a_block_is_copied(
     devices: Devices, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A block that was read ahead is on its way when it is opened, and what is read next waits for it."""
+    """A block that was read ahead is on its way when it is opened; what is read next waits for that."""
     on_their_way: list[int] = []
     left: list[int] = []
-    opened, read = block.open_block, ShardFiles.read
+    copying, read = HostBuffers.copying, ShardFiles.read
 
-    def noted(*words: Any) -> Any:
+    def noted(self: HostBuffers, device: torch.device) -> None:
         on_their_way.append(devices.copies)
-        return opened(*words)
+        copying(self, device)
 
     def writing(self: ShardFiles, *words: Any, **more: Any) -> None:
         if threading.current_thread().name.startswith("gptq-read"):
             left.append(devices.copies)
         read(self, *words, **more)
 
-    from gptq_cli.engine import loop
-
-    monkeypatch.setattr(loop, "open_block", noted)
+    monkeypatch.setattr(HostBuffers, "copying", noted)
     monkeypatch.setattr(ShardFiles, "read", writing)
     cpu = quantize(tiny("llama"), tmp_path / "cpu", text, "--device-map", "cpu")
-    on_their_way.clear()
     left.clear()
     card = quantize(tiny("llama"), tmp_path / "card", text, "--device-map", "cuda:0")
-    assert len(on_their_way) == 3
     assert on_their_way[0] == 0, "the first block is read when its turn comes"
+    assert len(on_their_way) == 3
     assert all(on_their_way[1:])
     assert set(left) == {0}
     assert different(card, cpu) == []
 
 
 def test_buffers_are_not_written_to_before_they_are_copied_from(devices: Devices) -> None:
-    from gptq_cli.devices.host_buffers import HostBuffers
-
     cuda, buffers = torch.device("cuda", 1), HostBuffers()
     with torch.accelerator.device_index(1):
         (piece,) = buffers.take(1024)

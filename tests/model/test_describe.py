@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from gptq_cli.config import ModelRef
 from gptq_cli.model.describe import model_facts, stage_numbers
@@ -25,6 +26,10 @@ def info(name: str, columns: int) -> LinearInfo:
         bias=False,
         transposed=False,
     )
+
+
+UNCAPPED = bool(Gemma2PreTrainedModel._supports_sdpa)
+"""Older versions of Transformers give Gemma 2 to torch's attention, which has no cap on scores."""
 
 
 LINEARS = (
@@ -62,7 +67,15 @@ def test_without_a_complete_trace_all_are_taken_like_this() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "kept"), [("llama", 0, 0), ("gpt2", 0, 0), ("gemma2", 4, 2), ("bloom", 4, 4)]
+    ("name", "heads", "kept"),
+    [
+        ("llama", 0, 0),
+        ("gpt2", 0, 0),
+        pytest.param(
+            "gemma2", 4, 2, marks=pytest.mark.skipif(UNCAPPED, reason="Transformers leaves out the cap")
+        ),
+        ("bloom", 4, 4),
+    ],
 )
 def test_scores_are_tensors_where_torchs_attention_cannot_serve(
     name: str, heads: int, kept: int, tiny: Callable[..., Path]
