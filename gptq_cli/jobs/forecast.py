@@ -17,7 +17,7 @@ from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import CPU_BASELINE_BYTES
 from gptq_cli.planning.rates import measure
-from gptq_cli.planning.time import block_seconds
+from gptq_cli.planning.time import block_seconds, tuning_seconds
 from gptq_cli.results.map import DevicePlan
 from gptq_cli.results.run import BlockReport
 from gptq_cli.wording import duration_words
@@ -46,6 +46,14 @@ class Forecast:
         """Seconds of each block, from a short probe of the device."""
         speed = measure(self.device, self.facts.dtype, self.work.quantize)
         return block_seconds(self.facts, self.work, self.schedule, speed)
+
+    def tuning_seconds(self) -> float:
+        """Of tuning when all blocks are done; 0, without a probe, where there is none."""
+        if not self.work.quantize.tune_epochs:
+            return 0.0
+        return tuning_seconds(
+            self.facts, self.work, measure(self.device, self.facts.dtype, self.work.quantize)
+        )
 
     def memory_warnings(self, memory: Sequence[DeviceMemory]) -> list[Warned]:
         """What took more memory than planned."""

@@ -56,7 +56,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
             skeleton=replace(checked.skeleton, head=None),
             placement=placement,
             schedule=replace(schedule, blocks=schedule.blocks[:blocks]),
-            config=checked.work.quantize,
+            config=replace(checked.work.quantize, tune_epochs=0),  # that takes all blocks
             options=LoopOptions(strict=job.strict, devices=devices),
         )
         reports = quantize_model(run, tokens.input_ids, _drop, tally).blocks
@@ -64,7 +64,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
         planned = plan.seconds()
         own = sum(planned[report.name] for report in reports)
         measured = sum(report.seconds for report in reports)
-        others = sum(planned.values()) - own
+        others = sum(planned.values()) - own + plan.tuning_seconds()
         written = quantized_bytes(checked.facts, checked.work.quantize)
         return TrialReport(
             model=job.model.model,

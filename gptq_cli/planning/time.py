@@ -65,9 +65,13 @@ def job_seconds(
     total += sum(working)
     if schedule.reads_ahead:  # while the block before is worked on
         total -= sum(min(reading, seconds) for seconds in working[:-1])
-    if work.quantize.tune_epochs:
-        total += tuning_multiply_adds(facts, work) / speed.forward_rate
+    total += tuning_seconds(facts, work, speed)
     return total + (_head_seconds(facts.head, work, speed) if facts.head is not None else 0.0)
+
+
+def tuning_seconds(facts: ModelFacts, work: Work, speed: MachineRates) -> float:
+    """Its forwards and gradients; 0 where nothing is tuned."""
+    return tuning_multiply_adds(facts, work) / speed.forward_rate if work.quantize.tune_epochs else 0.0
 
 
 def _head_seconds(head: LinearFact, work: Work, speed: MachineRates) -> float:
