@@ -39,6 +39,8 @@ class FusedLinears:
     linears: tuple[LinearFact, ...]
     sizes_bytes: Mapping[Bits, int]
     """What may be chosen -> bytes of their tensors in the file."""
+    given: bool = False
+    """Their bits were given by module."""
     at_base: bool = False
     """They have no settings of their own: their bits are the checkpoint's."""
 
@@ -91,6 +93,7 @@ def _fused(
     return FusedLinears(
         linears=tuple(linears),
         sizes_bytes={bits: _bytes(facts, config, linears, bits) for bits in allowed or [config.bits]},
+        given=bool(fixed),
         at_base=not fixed and readable.only_at_base(kinds),
     )
 
@@ -107,7 +110,7 @@ def _head(facts: ModelFacts, config: QuantizeConfig, head: LinearFact, readable:
     sizes = {bits: _bytes(facts, config, (head,), bits) for bits in allowed or [config.bits]}
     if facts.head_is_tied and None in sizes:
         sizes[None] = 0  # it is the embedding, which is there anyhow
-    return FusedLinears(linears=(head,), sizes_bytes=sizes)
+    return FusedLinears(linears=(head,), sizes_bytes=sizes, given=fixed is not None)
 
 
 def _whole(linear: LinearFact, config: QuantizeConfig, bits: int) -> bool:
@@ -239,9 +242,12 @@ class Budget:
 
     def uniform(self, bits: int) -> Spent | None:
         """What `--bits` would come to: every set that can has `bits`, the others are dense, and so is the
-        head, or at `HEAD_BITS`; None where a set can be neither."""
+        head, or at `HEAD_BITS`; what was given by module stays. None where a set can be neither."""
         chosen: list[Bits] = []
         for one in self.fused:
+            if one.given:
+                chosen.append(next(iter(one.sizes_bytes)))
+                continue
             wanted = bits if one.linears[0].block or None not in one.sizes_bytes else None
             wanted = HEAD_BITS if wanted is not None and not one.linears[0].block else wanted
             if wanted not in one.sizes_bytes and None not in one.sizes_bytes:

@@ -265,6 +265,9 @@ def test_what_the_same_bits_everywhere_come_to() -> None:
     assert Budget(with_head, lambda bits: 1).uniform(3).bits == (3, 3, 3, 3, 8)
     assert Budget(sets(None, "transformers"), lambda bits: 1).uniform(3) is not None
     assert Budget(sets(None, "exllamav2", "transformers"), lambda bits: 1).uniform(3) is None
+    rules = parse_module_rules(["model.layers.0.mlp.down_proj=bits:8", "lm_head=bits:4"])
+    given = sets(facts, quantize_head=True, modules=rules)
+    assert Budget(given, lambda bits: 1).uniform(3).bits == (3, 3, 3, 8, 4)
 
 
 def test_a_head_that_is_the_embedding_costs_nothing_dense() -> None:
