@@ -137,12 +137,9 @@ class CheckpointWriter:
                     self._files[file] = os.open(self._work / file, os.O_RDWR | getattr(os, "O_BINARY", 0))
         self._digests.clear()
 
-    def adopt(self, digests: Mapping[str, str], replaced: Container[str] = ()) -> str:
-        """Take these packed tensors as an earlier run wrote them; the bytes of those in `replaced` do not
-        matter, because `replace` will write them again.
-
-        Returns "" when all of them are in the files with these digests, else the name of the first that is
-        not: none of them is taken then.
+    def damaged(self, digests: Mapping[str, str], replaced: Container[str] = ()) -> str:
+        """The first of these packed tensors that an earlier run did not leave in the files with this digest;
+        "" where there is none. The bytes of those in `replaced` do not matter: `replace` writes them again.
         """
         for name, expected in digests.items():
             shard = self._shard_of.get(name)
@@ -150,9 +147,12 @@ class CheckpointWriter:
                 return name
             if name not in replaced and not has_digest(self._work / shard.file, shard, name, expected):
                 return name
-        for name in digests:
-            self._written(self._shard_of[name], name, told=False)
         return ""
+
+    def adopt(self, names: Iterable[str]) -> None:
+        """Take these packed tensors, none of which is `damaged`, as an earlier run wrote them."""
+        for name in names:
+            self._written(self._shard_of[name], name, told=False)
 
     def packed_names(self, linears: Iterable[LinearInfo]) -> set[str]:
         """The names of the packed tensors of these linears."""

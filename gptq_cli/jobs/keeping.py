@@ -128,18 +128,14 @@ class Keeping:
     def adopt(self) -> None:
         """Take what the journal says is finished, block by block, up to the first that is not as it says."""
         named = len(self._journal.manifest.blocks)
-        problem = ""
         if untuned := self._read_tuned():
             self._observer(Warned(f"the tuned values cannot be used: {untuned}; they are worked out again"))
-        for number in range(named):
-            try:
-                block = self._journal.read_block(number)
-            except JournalError as error:
-                problem = str(error)
-            else:
-                problem = self._misfit(number, block)
-            if problem:
-                break
+        blocks, problem = self._sound_blocks()
+        if problem and self._tuned is not None:  # they count with all blocks: are the old ones there?
+            self._tuned = None
+            blocks, problem = self._sound_blocks()
+        for block in blocks:
+            self._writer.adopt(block.tensors)
             self._finished.append(block.report)
         count = len(self._finished)
         if problem:
@@ -151,7 +147,6 @@ class Keeping:
                 )
             )
             self._journal.manifest = self._journal.without(count)
-            self._tuned = None
         self._start = replace(self._start, first_block=count)
         self._destination.kept = count > 0
         if count:
@@ -159,6 +154,20 @@ class Keeping:
             self._warn_of_rewritten_weights()
             self._commit(self._journal.manifest)
             self._journal.tidy()
+
+    def _sound_blocks(self) -> tuple[list[FinishedBlock], str]:
+        """The finished blocks up to the first that is not as the journal says, and what is wrong with that
+        one; "" where they all are."""
+        found: list[FinishedBlock] = []
+        for number in range(len(self._journal.manifest.blocks)):
+            try:
+                block = self._journal.read_block(number)
+            except JournalError as error:
+                return found, str(error)
+            if problem := self._misfit(number, block):
+                return found, problem
+            found.append(block)
+        return found, ""
 
     def _warn_of_other_libraries(self) -> None:
         """They may round otherwise, so the result may differ from an uninterrupted run's."""
@@ -192,7 +201,7 @@ class Keeping:
         expected = self._writer.packed_names(self._skeleton.linears_of(name))
         if block.report.name != name or set(block.tensors) != expected:
             return "its tensors are others than planned"
-        damaged = self._writer.adopt(block.tensors, self._tuned.tensors if self._tuned is not None else ())
+        damaged = self._writer.damaged(block.tensors, self._tuned.tensors if self._tuned is not None else ())
         return f"tensor {damaged} is not in the files as it was written" if damaged else ""
 
     def packed(self, linear: LinearInfo) -> PackedTensors:

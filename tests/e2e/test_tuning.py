@@ -18,10 +18,11 @@ from gptq_cli.engine import run as run_module
 from gptq_cli.engine import tuning
 from gptq_cli.engine.tuning import TunedModel
 from gptq_cli.errors import ConfigError, GptqError
-from gptq_cli.jobs import together
+from gptq_cli.jobs import forecast, together
 from tests.conftest import TinyFactory
 from tests.e2e.commands import Ran, gptq, write_text
 from tests.e2e.killed import content
+from tests.e2e.test_resume import shard as damage_codes_of_block_1
 
 FAST = ("--samples", "24", "--seq-len", "32", "--group-size", "32", "--progress", "none", "--bits", "2")
 TUNED = ("--recipe", "max", "--sweeps", "0", "--tune-epochs", "4")
@@ -134,6 +135,26 @@ def test_interrupted(
     assert ran.document["tuning"]["steps"] == 28
 
 
+def test_codes_that_are_damaged_after_the_scales_were_tuned(
+    tiny_llama: Path, text: Path, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the blocks before them are not taken with scales that are tuned already."""
+    out = tmp_path / "q"
+
+    def broken(path: Path, shard: PlannedShard, tensors: Mapping[str, Tensor]) -> None:
+        rewrite(path, shard, tensors)
+        damage_codes_of_block_1(path.parent.parent)
+        raise GptqError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "rewrite", broken)
+        assert quantized(tiny_llama, out, text).code == 1
+    ran = quantized(tiny_llama, out, text, "--resume", "required", "--json")
+    assert ran.code == 0, ran.stderr
+    assert "cannot be used" in ran.stderr
+    assert content(out) == content(reference)
+
+
 def test_what_cannot_be_tuned_is_refused_before_a_weight_is_read(
     tiny_moe: Path, tiny_llama: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +170,19 @@ def test_what_cannot_be_tuned_is_refused_before_a_weight_is_read(
     ran = quantized(tiny_llama, tmp_path / "q", text, "--solve-for", "own")
     assert ran.code == 2
     assert "tune_epochs is 4" in ran.stderr
+
+
+def test_a_trial_does_not_tune_and_counts_it(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "tuning_seconds", lambda *_: 1e5)
+    words = (tiny_llama, tmp_path / "q", text, "--blocks", "1", "--json")
+    ran = quantized(*words)
+    assert ran.code == 0, ran.stderr
+    assert [block["name"] for block in ran.document["blocks"]] == ["model.layers.0"]
+    assert "tune" not in ran.document["phase_seconds"]
+    assert ran.document["seconds"] > 1e3
+    assert quantized(*words, "--tune-epochs", "0").document["seconds"] < 1e3
 
 
 def test_several_processes_do_not_tune() -> None:
