@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device, working_on
+from gptq_cli.devices.deterministic import deterministic, not_deterministic
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import BlockCall, hidden_of
 from gptq_cli.gptq.packing import PackedTensors, unpack
@@ -109,6 +110,8 @@ class DecodedBlock:
     block: TunedBlock
     values: dict[str, Tensor]
     codes: dict[str, Codes] = field(default_factory=dict)
+    plain: bool = False
+    """A function in it has no kernel that gives the same gradient every time."""
 
     def run(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """What the block hands on, on its device."""
@@ -127,7 +130,20 @@ class DecodedBlock:
 
     def backward(self, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to what enters, from that with respect to what the block hands on; those
-        of the values are added up in them."""
+        of the values are added up in them. The same every time, where torch can."""
+        if not self.plain:
+            try:
+                with deterministic(self.block.device):
+                    return self._backward(call, hidden, gradient)
+            except RuntimeError as error:
+                if not not_deterministic(error):
+                    raise
+            self.plain = True
+            for value in self.values.values():  # this was the first micro-batch
+                value.grad = None
+        return self._backward(call, hidden, gradient)
+
+    def _backward(self, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
         with torch.enable_grad():
             entering = to_device(hidden, self.block.device).detach().requires_grad_()
             out = self.run(call, entering)
@@ -135,20 +151,23 @@ class DecodedBlock:
         assert entering.grad is not None
         return to_device(entering.grad, self.block.rest)
 
-    def step(self, rate: float) -> None:
-        """Move what is tuned, by the gradients of the values."""
+    def step(self, tokens: int, rate: float) -> None:
+        """Move what is tuned, by the gradients of the values, of a sum over `tokens`."""
         for name, linear in self.block.linears.items():
             found = self.values[f"{name}.weight"].grad
             if found is not None:
                 held, module = self.codes[name], self.block.module.get_submodule(name)
                 rows = as_parameter(module, found)  # (N, K): the transpose of a transpose
-                linear.scales.step(scale_gradient(rows, held.codes, held.zeros, held.g_idx), rate)
-        step_vectors(self.block.vectors, self.values, rate)
+                gradient = scale_gradient(rows, held.codes, held.zeros, held.g_idx)
+                linear.scales.step(gradient / tokens, rate)
+        step_vectors(self.block.vectors, self.values, tokens, rate)
 
 
-def step_vectors(vectors: Mapping[str, Moving], values: Mapping[str, Tensor], rate: float) -> None:
-    """Move the vectors that the loss depends on, by the gradients of their values."""
+def step_vectors(
+    vectors: Mapping[str, Moving], values: Mapping[str, Tensor], tokens: int, rate: float
+) -> None:
+    """Move the vectors that the loss depends on, by the gradients of their values, of a sum over `tokens`."""
     for name, vector in vectors.items():
         found = values[name].grad
         if found is not None:
-            vector.step(found, rate)
+            vector.step(found.float() / tokens, rate)

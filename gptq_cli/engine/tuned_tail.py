@@ -57,8 +57,8 @@ class TunedTail:
         tokens: int,
         rate: float,
     ) -> list[Tensor]:
-        """Move the vectors by the gradient of the mean over `tokens`; the gradient with respect to what the
-        last block handed on, for each micro-batch."""
+        """Move the vectors by the gradient of the mean over `tokens`; the gradient of the sum with respect to
+        what the last block handed on, for each micro-batch: that of the mean is too small for float16."""
         values = {name: vector.value().clone().requires_grad_() for name, vector in self.vectors.items()}
         gradients = []
         for samples, out in batches:
@@ -68,13 +68,13 @@ class TunedTail:
                 for ids, goal, hidden in self._pieces(sample, row[None]):
                     with torch.enable_grad():
                         entering = hidden.detach().requires_grad_()
-                        loss = self._divergence(ids, goal, entering, values) / tokens
+                        loss = self._divergence(ids, goal, entering, values)
                         loss.backward()  # type: ignore[no-untyped-call]
                     assert entering.grad is not None
                     into[at : at + ids.shape[1]] = entering.grad[0]
                     at += ids.shape[1]
             gradients.append(found)
-        step_vectors(self.vectors, values, rate)
+        step_vectors(self.vectors, values, tokens, rate)
         return gradients
 
     def _pieces(self, sample: Sample, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

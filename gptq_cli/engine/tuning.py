@@ -222,7 +222,7 @@ class TunedModel:
                 inputs = zip(captured.calls[index], entering.pop(), strict=True)
                 for place, (call, hidden) in enumerate(inputs):
                     gradients[place] = decoded.backward(call, hidden, gradients[place])
-                decoded.step(rate)
+                decoded.step(tokens, rate)
 
     def _entering(self, samples: Sequence[int], text: CalibrationText) -> Captured:
         """What enters the first block for `samples`, and how every block is called; the samples of its

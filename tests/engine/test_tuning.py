@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from gptq_cli.engine import run as run_module
-from gptq_cli.engine import tuned_tail
+from gptq_cli.engine import tuned_block, tuned_tail
 from gptq_cli.engine.tuned import Tuned
 from gptq_cli.engine.tuning import CalibrationText, TunedModel, split, tune_model
 from gptq_cli.events import ignore
@@ -93,6 +95,58 @@ def test_losses_and_gradients(
         assert found == pytest.approx(slopes, rel=0.05, abs=1e-5)
 
     looked_at(tiny(name), text, tmp_path / "q", monkeypatch, look, *more)
+
+
+def test_gradients_do_not_vanish_in_float16(
+    tiny: TinyFactory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would where the loss was a mean over 2048 tokens: one that is 16 times as large has the same."""
+    sums = tuned_tail.divergence
+
+    def look(model: TunedModel, text: CalibrationText) -> None:
+        found: list[dict[int, Tensor]] = []
+        for factor in (1.0, 16.0):
+            gradients: dict[int, Tensor] = {}
+            with monkeypatch.context() as patch:
+                patch.setattr(tuned_tail, "divergence", lambda a, b, by=factor: by * sums(a, b))
+                patch.setattr(Moving, "step", lambda one, g, _, into=gradients: into.update({id(one): g}))
+                model.step(range(16), text, 1.0)
+            found.append(gradients)
+        plain, larger = found
+        assert len(plain) > len(model.blocks[0].linears)
+        for moving, gradient in plain.items():
+            off = (larger[moving].float() / 16 - gradient.float()).norm() / gradient.float().norm()
+            assert float(off) < 0.02
+
+    words = ("--samples", "18", "--seq-len", "128", "--dtype", "float16")
+    looked_at(tiny("llama", dtype=torch.float16), text, tmp_path / "q", monkeypatch, look, *words)
+
+
+def test_a_function_without_a_deterministic_kernel_is_run_as_it_is(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was added up before torch refused does not count."""
+
+    @contextmanager
+    def refused(device: torch.device) -> Iterator[None]:
+        yield
+        raise RuntimeError("it has none, but you set 'torch.use_deterministic_algorithms(True)'")
+
+    def look(model: TunedModel, text: CalibrationText) -> None:
+        found: list[dict[int, Tensor]] = []
+        for refuse in (False, True):
+            gradients: dict[int, Tensor] = {}
+            with monkeypatch.context() as patch:
+                patch.setattr(Moving, "step", lambda one, g, _, into=gradients: into.update({id(one): g}))
+                if refuse:
+                    patch.setattr(tuned_block, "deterministic", refused)
+                model.step([1, 4, 6], text, 1.0)
+            found.append(gradients)
+        plain, again = found
+        assert plain
+        assert all(torch.equal(plain[moving], again[moving]) for moving in plain)
+
+    looked_at(tiny_llama, text, tmp_path / "q", monkeypatch, look, "--batch-size", "1")
 
 
 def test_the_loss_is_that_of_the_checkpoint(
