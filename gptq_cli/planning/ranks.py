@@ -16,8 +16,10 @@ from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.costs import BlockCost, block_costs
 from gptq_cli.planning.rates import RANKS_BYTES_PER_SECOND, MachineRates
+from gptq_cli.planning.share import pairs_and_others
 from gptq_cli.planning.time import job_seconds
 from gptq_cli.planning.traffic import Traffic, block_traffic
+from gptq_cli.ranks.leaves import idle_ranks
 from gptq_cli.results.map import PhaseTime, RanksPlan
 
 MIN_GAIN = 0.05
@@ -51,7 +53,7 @@ def ranks_plan(
         return plan
     alone, together = (_seconds(facts, replace(work, ranks=n), schedule, speed) for n in (1, ranks))
     most, least = 1, sum(alone.values())
-    while most < work.calibration.samples:
+    while not idle_ranks(*pairs_and_others(work), 2 * most):  # more than that are refused
         more = sum(_seconds(facts, replace(work, ranks=2 * most), schedule, speed).values())
         if more > (1 - MIN_GAIN) * least:
             break

@@ -15,6 +15,7 @@ from gptq_cli.planning.ranks import PHASES, ranks_plan
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.schedule import WAYS, make_schedule
 from gptq_cli.planning.time import job_seconds
+from gptq_cli.ranks.leaves import idle_ranks
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama, mixture
 
@@ -78,6 +79,17 @@ def test_a_plan_names_time_phases_traffic_and_where_more_stop_paying() -> None:
     assert any("20 GB/s" in text for text in plan.assumptions)
     slower = ranks_plan(FACTS, WORK, schedule_, replace(SPEED, ranks_rate=1e9), 8)
     assert (slower.speed_up or 0) < (plan.speed_up or 0)
+
+
+@pytest.mark.parametrize("samples", [10, 24, 40, 100, 128])
+def test_so_many_pay_at_most_as_all_have_work(samples: int) -> None:
+    """Where nothing but samples counts: more processes are refused."""
+    work = replace(WORK, calibration=CalibrationConfig(samples=samples, seq_len=16384))
+    fast = replace(SPEED, ranks_rate=4e11, column_seconds=1e-7)
+    most = ranks_plan(FACTS, work, on_a_card(FACTS, work), fast, 2).most_that_pay
+    assert most is not None
+    pairs = work.quantize.paired_samples(samples)
+    assert idle_ranks(pairs, samples - pairs, most) == 0 < idle_ranks(pairs, samples - pairs, 2 * most)
 
 
 def test_processes_on_the_cpu_share_its_cores() -> None:
