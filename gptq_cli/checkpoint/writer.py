@@ -13,6 +13,7 @@ whose digests its journal knows (`journal.py`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -364,6 +365,12 @@ class CheckpointWriter:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                largest = max(shard.size_bytes for shard in self.plan.shards)
+                raise GptqError(
+                    f"a file in {self._work.parent} may not be as large as it has to be, {largest} bytes",
+                    hint="a smaller --max-shard-size, or a higher limit (ulimit -f), or another file system",
+                ) from error
             if error.errno in FULL:
                 free = shutil.disk_usage(_existing(self._work)).free
                 raise GptqError(

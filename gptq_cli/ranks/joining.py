@@ -337,7 +337,7 @@ def _other_clock(member: Member, gap: float) -> ConfigError | None:
     return ConfigError(
         f"the clock of {member} is {duration_words(abs(gap))} {way} that of rank 0; at most "
         f"{duration_words(MAX_CLOCK_GAP_SECONDS)} are allowed",
-        hint="set the clocks (NTP): times of files would tell wrong stories of what changed when",
+        hint="set the clocks (NTP): the times of files say what changed when",
     )
 
 

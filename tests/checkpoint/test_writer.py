@@ -405,6 +405,22 @@ def test_a_full_disk(where: str, tiny_llama: Path, tmp_path: Path, monkeypatch: 
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("where", ["ftruncate", "pwrite"])
+def test_a_file_that_may_not_be_so_large(
+    where: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is not full, and room on it would not help."""
+
+    def too_large(*_: Any) -> int:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, where, too_large)
+    with pytest.raises(GptqError, match=r"may not be as large as it has to be, \d+ bytes") as caught:
+        write_checkpoint(opened(tiny_llama), tmp_path / "out")
+    assert "--max-shard-size" in (caught.value.hint or "")
+    assert left(tmp_path) == []
+
+
 def test_a_place_that_cannot_be_written(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(GptqError, match="cannot write to"):
