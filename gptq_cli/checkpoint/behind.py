@@ -18,9 +18,8 @@ from queue import SimpleQueue
 
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.devices.host_threads import usable_cores
+from gptq_cli.placement.schedule import PENDING_BYTES
 
-PENDING_BYTES = 128 << 20
-"""On their way at a time, or one tensor."""
 MAX_THREADS, CORES_A_THREAD = 4, 4
 
 

@@ -23,6 +23,9 @@ SOLVE_BYTES = 14
 HEAD_ROWS = 16_384
 """Rows of an output head that are solved at a time; a multiple of 32, so that pieces fill whole words."""
 
+PENDING_BYTES = 128 << 20
+"""Packed tensors that are on their way to the disk at a time, or one."""
+
 TUNE_STEP_TOKENS = 2048
 """Tokens of one step of tuning, at least a sample."""
 TUNE_HELD_OUT = 8

@@ -7,7 +7,8 @@
     next block   in main memory: the bytes of the largest block as they are stored, where they are read ahead,
                  else one buffer on the way to an accelerator
     work         the `WorkSet` of the block that needs most, see memory.py. Hidden states that rest in main
-                 memory count there, rounded up as pinned memory is
+                 memory count there, rounded up as pinned memory is; so do packed tensors on their way to the
+                 disk, at most PENDING_BYTES or a block's, of the rank that writes
     baseline     interpreter and libraries (cpu), or device context and allocator slack (accelerator)
 
 Other moments may be higher, and then count as working memory: capture, with all that lies outside the
@@ -26,7 +27,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import Schedule
+from gptq_cli.placement.schedule import PENDING_BYTES, Schedule
 from gptq_cli.planning.cases import MapCase, Work
 from gptq_cli.planning.memory import (
     ACCELERATOR_BASELINE_BYTES,
@@ -36,9 +37,11 @@ from gptq_cli.planning.memory import (
     OPEN_HIDDEN,
     WorkSet,
     head_work_set,
+    packed_bytes,
     sample_bytes,
     work_sets,
 )
+from gptq_cli.planning.schedule import block_linears
 from gptq_cli.planning.share import own_samples, samples_of_ranks
 from gptq_cli.planning.tuning import tuning_bytes
 from gptq_cli.results.map import DevicePlan
@@ -162,13 +165,28 @@ class _Moments:
         if device == CPU:
             activations *= 2 if _scattered(self._schedule, self._facts) else 1
             activations += self._activations_on_host()
+        packing = need.packing_bytes + (self._pending_bytes() if device == CPU else 0)
         working = need.working_bytes
         if self._facts.decoded is not None and (held.streamed or held.outside or device == CPU):
             working = max(working, self._facts.decoded.working_bytes)
-        rest = WorkSet(0, need.hessian_bytes, need.packing_bytes, activations).total_bytes
+        rest = WorkSet(0, need.hessian_bytes, packing, activations).total_bytes
         there = self.weights_bytes(device) + self.ahead_bytes(device) + rest
         working += max(held.moved_block, max(self._others(device, held), default=0) - there - working, 0)
-        return WorkSet(working, need.hessian_bytes, need.packing_bytes, activations)
+        return WorkSet(working, need.hessian_bytes, packing, activations)
+
+    def _pending_bytes(self) -> int:
+        """Packed tensors on their way to the disk; all of a block's have arrived when it is finished."""
+        if self._work.rank:
+            return 0
+        config, largest = self._work.on(self._facts).quantize, 0
+        for linears in block_linears(self._facts).values():
+            size = 0
+            for linear in linears:
+                size += packed_bytes(linear, config)
+                if size >= PENDING_BYTES:
+                    return PENDING_BYTES
+            largest = max(largest, size)
+        return largest
 
     def _others(self, device: Device, held: Weights) -> Iterator[int]:
         """What is there at the other moments that may be the highest."""

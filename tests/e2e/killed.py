@@ -23,13 +23,14 @@ CALLS: list[str] = []
 
 
 def count_calls(kill_at: int | None) -> None:
-    """Note every call that changes a disk, and every solve; end the process before call number `kill_at`."""
+    """Note every call that changes a disk, and every solve; end the process before call number `kill_at`, or
+    the next one where two threads call at once."""
     from gptq_cli.checkpoint import destination, renames, snapshot, working_folder
     from gptq_cli.engine import mixed
 
     def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*words: Any, **named: Any) -> Any:
-            if len(CALLS) == kill_at:
+            if kill_at is not None and len(CALLS) >= kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             CALLS.append(name)
             return function(*words, **named)
@@ -111,7 +112,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
         with log.open("a", encoding="utf-8") as stream:
             sys.stdout = sys.stderr = stream
-            count_calls(-1)
+            count_calls(None)
             code = main(argv)
         told.write_text(json.dumps(CALLS))
         os._exit(code)

@@ -2,7 +2,7 @@
 
 A band and not a bound: a budget that is too small ends in a run that dies, and one that is too large refuses
 runs that would fit. The bands are centred on what was measured (torch 2.13, glibc, x86-64: "flight" 0.64,
-"solve" 1.13, "dense" 1.03 of the prediction without the libraries, which here is small enough that some tens
+"solve" 0.89 to 1.09, "dense" 1.03 of the prediction without the libraries, which here is small enough that some tens
 of megabytes of the interpreter's own show).
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
     ("case", "low", "high"),
     [
         ("flight", 0.52, 0.77),  # IN_FLIGHT_HIDDEN 3: 0.86
-        pytest.param("solve", 0.95, 1.3, marks=pytest.mark.slow),  # SOLVE_BYTES 10: 1.5
+        pytest.param("solve", 0.82, 1.2, marks=pytest.mark.slow),
         pytest.param("dense", 0.9, 1.2, marks=pytest.mark.slow),
     ],
 )

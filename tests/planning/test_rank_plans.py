@@ -11,10 +11,11 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import DeviceBudget, RankPlace, least_of, parse_inventory, places_for
+from gptq_cli.placement.schedule import PENDING_BYTES
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.memory import work_sets
+from gptq_cli.planning.memory import packed_bytes, work_sets
 from gptq_cli.planning.rank_plans import host_plans
-from gptq_cli.planning.schedule import micro_batch_samples
+from gptq_cli.planning.schedule import block_linears, micro_batch_samples
 from gptq_cli.planning.share import most_in_a_leaf, own_samples, samples_of_ranks
 from gptq_cli.preflight.resolve import Resolution, resolve
 from gptq_cli.results.document import to_json
@@ -173,3 +174,14 @@ def test_the_first_rank_has_room_for_the_hidden_states_of_all() -> None:
     more = first.devices[1].needed_bytes - second.devices[1].needed_bytes
     every = sum(one.held for one in samples_of_ranks(replace(WORK, ranks=4))) * 2048 * 2048 * 2
     assert 0.8 * every < more <= every
+
+
+def test_the_rank_that_writes_has_packed_tensors_on_their_way_to_the_disk() -> None:
+    """All of a block's where they are few, else as many as may be: in main memory, beside the work."""
+    places = (place(0, "a", 80, 64), place(1, "a", 80, 64))
+    config = WORK.on(FACTS).quantize
+    block = sum(packed_bytes(linear, config) for linear in block_linears(FACTS)["model.layers.0"])
+    wide = llama(blocks=2, hidden=8192, inner=28672)
+    for facts, expected in ((FACTS, block), (wide, PENDING_BYTES)):
+        assert expected <= PENDING_BYTES
+        assert [rank.devices[1].packing_bytes for rank in planned(places, facts).ranks] == [expected, 0]
