@@ -17,7 +17,7 @@ from accelerate.utils.memory import clear_device_cache
 
 from gptq_cli.devices.host_memory import host_memory, peak_resident_bytes, resident_bytes, trim_heap
 from gptq_cli.events import DeviceMemory
-from gptq_cli.placement.device import CPU, INDEXED_KINDS, Device
+from gptq_cli.placement.device import CPU, INDEXED_KINDS, VISIBLE_VARIABLES, Device
 from gptq_cli.placement.placement import DeviceBudget
 
 
@@ -68,15 +68,6 @@ def present_accelerators() -> tuple[Device, ...]:
     if current.type not in INDEXED_KINDS:
         return (Device(current.type),)
     return tuple(Device(current.type, index) for index in range(torch.accelerator.device_count()))
-
-
-VISIBLE_VARIABLES = (
-    "CUDA_VISIBLE_DEVICES",
-    "HIP_VISIBLE_DEVICES",
-    "ZE_AFFINITY_MASK",
-    "ASCEND_RT_VISIBLE_DEVICES",
-)
-"""Variables of the environment that choose and number the accelerators that a process sees."""
 
 
 def name_on_machine(device: Device) -> str:

@@ -19,6 +19,13 @@ INDEXED_KINDS = ("cuda", "xpu", "npu", "hpu", "mlu", "musa", "sdaa")
 """Accelerators of which a machine may hold several; accelerate names them by a bare index."""
 SINGLE_KINDS = ("mps", "cpu", "disk", "meta")
 KINDS = INDEXED_KINDS + SINGLE_KINDS
+VISIBLE_VARIABLES = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+    "ASCEND_RT_VISIBLE_DEVICES",
+)
+"""Variables of the environment that choose and number the accelerators that a process sees."""
 ALLOWED_DEVICE = "cpu, cuda:0, xpu:0, npu:0, mps, or a bare index such as 0"
 
 _DEVICE = re.compile(r"([A-Za-z_]+)(?::(-?[0-9]+))?\Z", re.ASCII)

@@ -16,10 +16,9 @@ from pathlib import Path
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
 from gptq_cli.checkpoint.working_folder import is_taken, tree_bytes
-from gptq_cli.devices.accelerators import VISIBLE_VARIABLES
 from gptq_cli.errors import DestinationBusy
 from gptq_cli.fields import Resume
-from gptq_cli.placement.device import Device
+from gptq_cli.placement.device import VISIBLE_VARIABLES, Device
 from gptq_cli.planning.cases import Capability, Environment, OutputFacts, UnfinishedWork
 
 
