@@ -66,7 +66,10 @@ class WriteBehind:
         piece = _Piece(name, size_bytes, write)
         self._pending.append(piece)
         self._pending_bytes += size_bytes
-        self._asked.put(piece)
+        if self._threads:
+            self._asked.put(piece)
+        else:
+            piece.work()
 
     def settled(self) -> Iterator[tuple[str, str]]:
         """Wait for all; as `put`."""
@@ -86,10 +89,14 @@ class WriteBehind:
         self._pending_bytes = 0
 
     def _start(self) -> None:
+        """Where the system has no thread left, fewer do: without any, `put` does the work itself."""
         with held_signals():  # a thread that is started waits for the one that starts it
             for _ in range(max(1, min(MAX_THREADS, usable_cores() // CORES_A_THREAD))):
                 thread = threading.Thread(target=self._run, name="gptq-write", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # can't start new thread
+                    return
                 self._threads.append(thread)
 
     def _run(self) -> None:

@@ -100,3 +100,16 @@ def test_one_that_was_interrupted_anywhere_can_be_closed(monkeypatch: pytest.Mon
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def test_without_a_thread_it_does_the_work_itself(
+    writes: WriteBehind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    began: list[str] = []
+    assert list(writes.put("a", 1, lambda: began.append("a") or "digest")) == []  # type: ignore[func-returns-value]
+    assert began == ["a"]
+    assert list(writes.settled()) == [("a", "digest")]

@@ -129,8 +129,12 @@ CASES: tuple[tuple[str, str, str], ...] = (
     ("readers-lost", "smol", "--group-size 16"),
 )
 OUTPUTS = ("output-is-model", "output-exists")
-BY_HAND = ("bfloat16-support", "work-required", "work-of-another-job", "module-pattern")
-"""Speak of cards that `--devices` cannot describe, and of unfinished work (tests/e2e/test_resume.py)."""
+BY_HAND = (
+    *("bfloat16-support", "work-required", "work-of-another-job", "module-pattern"),
+    *("bits-reachable", "bits-measurable", "bits-memory", "tuning-possible"),
+)
+"""Speak of cards that `--devices` cannot describe, of unfinished work (tests/e2e/test_resume.py), of budgets
+and of tuning (tests/e2e/test_bits.py, test_tuning.py)."""
 PROSE = set(RULES) - {rule for rule, _, _ in CASES} - {*OUTPUTS, *BY_HAND}
 """Rules whose hints are advice and no options."""
 

@@ -24,7 +24,7 @@ from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
 from gptq_cli.jobs import checking, evaluating, inspecting, loading, quantizing, steps
-from gptq_cli.model import model_class, skeleton, source, streamed
+from gptq_cli.model import model_class, shards, skeleton, source
 from tests.e2e.commands import FAST, gptq, write_text
 
 FACES: dict[str, Callable[[], BaseException]] = {
@@ -47,9 +47,9 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "text": (calibration_text, "_text_file", TEXT),
     "windows": (checking, "batches_by_source", TEXT),
     "plan": (steps, "resolve", "after reading the calibration text"),
-    "reserve": (writer, "_reserve", "after reading the calibration text"),
-    "load": (engine_run, "_open", "while loading the weights"),
-    "read": (streamed.StreamedReader, "_open_shard", "while loading the weights"),
+    "reserve": (writer, "reserve", "after reading the calibration text"),
+    "load": (engine_run, "open_stream", "while loading the weights"),
+    "read": (shards.ShardFiles, "_open", "while loading the weights"),
     "capture": (capture, "_record", "while capturing what enters the blocks"),
     "collect": (block.StageMoments, "add", BLOCK),
     "frame": (forwards.BlockCall, "__call__", "after capturing what enters the blocks"),
