@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
+from gptq_cli.devices.attention import attention_without_plans
 from gptq_cli.devices.out_of_memory import clear_frames, is_out_of_memory, out_of_memory_cause
 from gptq_cli.engine.block import Block, Store, WorkOptions
 from gptq_cli.engine.capture import Captured, HiddenStates, capture
@@ -81,7 +82,8 @@ def quantize_model(
         return Quantized(keeper.finished, None, tuned)
     while True:
         try:
-            return _attempt(run, input_ids, store, observer, keeper)
+            with attention_without_plans():
+                return _attempt(run, input_ids, store, observer, keeper)
         except _MemoryRanOut as error:
             failure = error.__cause__ or error
         less = lighter(run.schedule) if run.options.team.size == 1 else None

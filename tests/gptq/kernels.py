@@ -191,7 +191,8 @@ def test_the_trial_before_the_first_use_passes() -> None:
 
 def test_the_trial_sees_another_order_of_sums() -> None:
     """The check above can fail."""
-    assert "differ" in differing(TorchWalk(), DEVICE, columns=32)
+    columns = 32 if INTERPRETED else walk_choice.LONG_RUN  # a card adds up 32 in the same order
+    assert "differ" in differing(TorchWalk(), DEVICE, columns=columns)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs a card")
