@@ -7,8 +7,9 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  where the model's own forwards are kept open between the blocks (`engine.driven`)
                  T · OPEN_HIDDEN · h · b;
                  with parked forwards also what their frames hold between two stages: the normed input and
-                 the widest K, or the outputs of the first stage, the K of the second and the scores of
-                 attention, where they are tensors (seq_len for each head): T · (h + …) · b;
+                 the widest K, with the residual behind attention where that is behind it, or the outputs of
+                 the first stage, the K of the second and the scores of attention, where they are tensors
+                 (seq_len for each head): T · (h + …) · b;
                  on the cpu twice that where one piece is less than HEAP_PIECE_BYTES: small pieces live on the
                  C heap, and what is freed between them stays resident; in main memory where they rest there
     and the largest of these moments, over all stages of the block:
@@ -205,11 +206,14 @@ def sample_bytes(facts: ModelFacts, work: Work) -> int:
 
 
 def _parked_numbers(facts: ModelFacts, stages: tuple[StageShape, ...], work: Work) -> int:
-    """Numbers per token that the frames of parked forwards hold beside the residual, at the widest stage."""
+    """Numbers per token that the frames of parked forwards hold beside the block's input, at the widest
+    stage."""
     scores = facts.scores_kept * facts.score_heads * work.calibration.seq_len
     widest = max(stage.in_features for stage in stages)
     attention = stages[1].in_features + stages[0].rows if len(stages) > 1 else 0
-    return facts.hidden_size + max(widest, attention + scores)
+    # the sum behind attention: the block's input stays beside it until the block's output takes its place
+    behind = facts.hidden_size + max((stage.in_features for stage in stages[2:]), default=0)
+    return facts.hidden_size + max(widest, attention + scores, behind)
 
 
 def work_sets(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str, WorkSet]:

@@ -73,10 +73,10 @@ def test_scores_that_are_tensors_count_in_flight_and_where_forwards_wait() -> No
     assert parked.activation_bytes - replayed.activation_bytes == held
 
 
-def test_parked_forwards_hold_the_normed_and_the_widest_input() -> None:
+def test_parked_forwards_hold_the_residual_the_normed_and_the_widest_input() -> None:
     work = Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=64, seq_len=512))
     parked, replayed = one(work, parked=True), one(work)
-    assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * (H + INNER) * 2
+    assert parked.activation_bytes - replayed.activation_bytes == 64 * 512 * (2 * H + INNER) * 2
 
 
 def test_parked_forwards_hold_the_outputs_of_attention_where_they_are_wider() -> None:
