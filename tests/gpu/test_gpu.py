@@ -168,7 +168,7 @@ def test_flushes_give_reserved_memory_back(small: Path, text: str, tmp_path: Pat
     size = size_bytes(small)
     assert sum(e.freed_bytes for e in flushes if e.where == "block") > 2 * size
     (end,) = [m for m in flushes[-1].after if m.device == "cuda:0"]
-    workspace = 0 if installed() else 4 * (32 << 20)  # cuBLAS keeps one for each thread that multiplied
+    workspace = 0 if installed() else 3 * (32 << 20)  # as measured on an H200: cuBLAS keeps them
     assert end.allocated_bytes <= workspace
 
 
