@@ -37,6 +37,7 @@ Recipe = Literal["fast", "balanced", "best", "max"]
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
+DEFAULT_SHARD_BYTES = 5_000_000_000
 HEAD_BITS = 8
 """Bits of a quantized head where `--module` does not say otherwise."""
 MIN_PAIRS = 16
@@ -349,7 +350,7 @@ class QuantizeJob:
     """The devices that may be used, and how much of each; None: all of all."""
     devices: tuple[DeviceBudget, ...] | None = None
     """Plan for these instead of the devices that are present (only with a dry run)."""
-    max_shard_bytes: int = 5_000_000_000
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
     overwrite: bool = False
     strict: bool = False
     """A fallback to round-to-nearest ends the run with exit 5."""

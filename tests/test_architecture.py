@@ -23,6 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "timing",
         "errors",
         "files",
+        "user_cache",
         "fields",
         "placement",
         "readers",

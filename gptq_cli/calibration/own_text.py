@@ -9,11 +9,8 @@ whenever it is read, and what does not fit is written again.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +28,10 @@ from gptq_cli.devices.accelerators import flush
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.files import reason
 from gptq_cli.model.running import input_device
+from gptq_cli.user_cache import CACHE_VARIABLE, cache_directory, written_beside
 
 VERSION = 1
 """Of the way in which text is written: raised when the same model would write another text."""
-CACHE_VARIABLE = "GPTQ_CACHE"
 MAX_ROWS = 64
 CACHE_BYTES = {"cpu": 1 << 29}
 """What the keys and values of a batch of rows may take, by kind of device."""
@@ -93,19 +90,6 @@ class Wanted:
     def tokens(self) -> int:
         """Tokens that are written or given."""
         return self.rows * self.row_tokens
-
-
-def cache_directory() -> Path:
-    """Where written texts are kept: GPTQ_CACHE, or `gptq` in HF_HOME, in XDG_CACHE_HOME, in ~/.cache.
-
-    Raises `OSError` for a home directory that is not known: a user of a container may have none.
-    """
-    own = os.environ.get(CACHE_VARIABLE)
-    above = os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    try:
-        return Path(own).expanduser() if own else Path(above).expanduser() / "gptq"
-    except RuntimeError as error:  # what pathlib raises then
-        raise OSError(errno.ENOENT, f"the home directory of {own or above} is not known") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,17 +229,11 @@ def _path(wanted: Wanted, first: int) -> Path:
 
 
 def _store(path: Path, wanted: Wanted, part: _Rows) -> None:
-    """Write a batch of rows beside its place, then put it there. Raises `OSError`, `SafetensorError`."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a batch of rows. Raises `OSError`, `SafetensorError`."""
     tensors = {"ids": part.ids.to(torch.int32), "own": part.own.to(torch.uint8)}
     about = {"text": f"{wanted.key} {_digest(tensors)}"}  # several would be written in any order
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_beside(path) as beside:
         save_file(tensors, beside, metadata=about)
-        os.replace(beside, path)
-    finally:  # also where it is interrupted
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def _read(path: Path, wanted: Wanted, most: int) -> _Rows | str:

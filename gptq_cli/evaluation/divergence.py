@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.evaluation.perplexity import OnWindow, row_ranges
+from gptq_cli.gptq.tuning import divergence
 from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.running import input_device, matmul_scope_of
 from gptq_cli.model.text_part import language_model
@@ -144,8 +145,7 @@ def mean_divergence(
     """The mean over T of KL(dense ‖ other), in nats; float32 for some rows at a time."""
     total = 0.0
     for start, stop in row_ranges(dense):
-        p, q = (torch.log_softmax(logits[start:stop].float(), -1) for logits in (dense, other))
-        total += float((p.exp() * (p - q)).sum(-1).double().sum())
+        total += float(divergence(other[start:stop], dense[start:stop]))
     return total / dense.shape[0]
 
 

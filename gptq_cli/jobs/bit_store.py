@@ -6,21 +6,19 @@ the sets of linears, the settings of the solver. It is written beside its place 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gptq_cli.calibration.own_text import CACHE_VARIABLE, cache_directory
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.files import reason
 from gptq_cli.gptq.version import MATHS_VERSION
 from gptq_cli.results.bits import LOSS_BITS, TRIAL_BITS, BitLosses
+from gptq_cli.user_cache import CACHE_VARIABLE, cache_directory, written_beside
 
 VERSION = 1
 """Of the way in which losses are measured: raised when the same model would give other numbers."""
@@ -95,15 +93,9 @@ class BitStore:
         ]
         try:
             path = _path(wanted.key)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                text = json.dumps({"key": wanted.key, "values": values, "digest": _digest(values)})
+            text = json.dumps({"key": wanted.key, "values": values, "digest": _digest(values)})
+            with written_beside(path) as beside:
                 beside.write_text(text + "\n", encoding="utf-8")
-                os.replace(beside, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    beside.unlink(missing_ok=True)
         except OSError as error:
             self._on_note(
                 f"what fewer bits cost is not kept: {reason(error)}",

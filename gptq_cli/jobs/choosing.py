@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.fingerprint import model_digest
 from gptq_cli.checkpoint.layout import plan_checkpoint
-from gptq_cli.config import InspectJob, QuantizeConfig, QuantizeJob
+from gptq_cli.config import DEFAULT_SHARD_BYTES, InspectJob, QuantizeConfig, QuantizeJob
 from gptq_cli.engine.bit_losses import measure_bit_losses
 from gptq_cli.engine.capture import spread
 from gptq_cli.engine.loop import LoopOptions
@@ -30,6 +30,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source import READABLE
+from gptq_cli.module_settings import ALLOWED_BITS
 from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
@@ -48,13 +49,11 @@ from gptq_cli.preflight.rules import bits as rules_bits
 from gptq_cli.preflight.rules import targets as rules_targets
 from gptq_cli.results.bits import BitChoice, FusedBits, UniformBits
 
-MIN_GAIN = 0.1
-"""Of mixed bits over the same bits everywhere, as predicted: less is not borne out (docs/quality.md)."""
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SHARD_BYTES = 5_000_000_000
-"""Of a job that writes none."""
+MIN_GAIN = 0.1
+"""Of mixed bits over the same bits everywhere, as predicted: less is not borne out (docs/quality.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +94,8 @@ class BitSearch:
             x.in_features for x in facts.linears if given.of_linear(x.name).group_size == given.group_size
         )
         fused = fused_linears(facts, config, job.targets, job.tp)
-        shard_bytes = job.max_shard_bytes if isinstance(job, QuantizeJob) else _SHARD_BYTES
-        budget = Budget(fused, _remembered(partial(_file_bytes, opened, config, fused, shard_bytes)))
+        shard_bytes = job.max_shard_bytes if isinstance(job, QuantizeJob) else DEFAULT_SHARD_BYTES
+        budget = Budget(fused, cache(partial(_file_bytes, opened, config, fused, shard_bytes)))
         reach = budget.range() if fused else None
         case = rules_bits.BitsCase(
             asked=asked,
@@ -192,7 +191,7 @@ class BitSearch:
 
     def _uniform(self, losses: Callable[[FusedLinears, Bits], float]) -> list[UniformBits]:
         found = []
-        for bits in (2, 3, 4, 8):
+        for bits in ALLOWED_BITS:
             spent = self.budget.uniform(bits)
             if spent is not None:
                 kl = sum(losses(one, held) for one, held in zip(self.fused, spent.bits, strict=True))
@@ -269,17 +268,6 @@ def _file_bytes(
     head = skeleton.head.name if skeleton.head is not None else None
     named = ((info.name, info.in_features) for info in skeleton.linears)
     return plan_checkpoint(skeleton, chosen.for_model(named, head), shard_bytes).size_bytes
-
-
-def _remembered(size: Callable[[tuple[Bits, ...]], int]) -> Callable[[tuple[Bits, ...]], int]:
-    known: dict[tuple[Bits, ...], int] = {}
-
-    def remembered(bits: tuple[Bits, ...]) -> int:
-        if bits not in known:
-            known[bits] = size(bits)
-        return known[bits]
-
-    return remembered
 
 
 def _by_kl(measured: Measured, fused: FusedLinears, bits: Bits) -> float:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gptq_cli.calibration import make_batches, open_tokenizer, own_text
 from gptq_cli.calibration.batches import own_windows
-from gptq_cli.calibration.own_text import OwnText, TextStore, Wanted, cache_directory, rows_at_once
+from gptq_cli.calibration.own_text import OwnText, TextStore, Wanted, rows_at_once
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError
 from tests.tiny import tiny_model
@@ -182,19 +182,6 @@ def test_long_windows_are_written_in_stretches(
     assert (begins == model.config.bos_token_id).all()
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("GPTQ_CACHE", "~/texts")
-    assert cache_directory() == Path("~/texts").expanduser()
-    monkeypatch.delenv("GPTQ_CACHE")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "hf" / "gptq"
-    monkeypatch.delenv("HF_HOME")
-    assert cache_directory() == tmp_path / "xdg" / "gptq"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_directory() == Path("~/.cache/gptq").expanduser()
-
-
 def test_fewer_rows_where_a_device_runs_out_of_memory(
     monkeypatch: pytest.MonkeyPatch, write: Callable[..., OwnText]
 ) -> None:
@@ -290,7 +277,7 @@ def test_an_interrupted_write_leaves_nothing_beside(
         assert source.is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gptq_cli.calibration.own_text.os.replace", stop)
+    monkeypatch.setattr("gptq_cli.user_cache.os.replace", stop)
     with pytest.raises(KeyboardInterrupt):
         write()
     assert not [path for path in cache.rglob("*") if path.is_file()]
