@@ -134,9 +134,22 @@ def flush(devices: Iterable[Device]) -> tuple[tuple[DeviceMemory, ...], tuple[De
     devices = tuple(devices)
     before = read_memory(devices)
     gc.collect()
+    free_workspaces()
     clear_device_cache()
     trim_heap()
     return before, read_memory(devices)
+
+
+def free_workspaces() -> None:
+    """Give back what cuBLAS keeps for each thread that multiplied, also for those that wait or are gone:
+    32 MiB on Hopper. Torch allocates it again where it is needed.
+
+    Without it, 16 forwards that waited held 512 MiB, and the engine's thread 32 (measured on an H200). Torch
+    has no public name for it.
+    """
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        clear()
 
 
 def _read_host(device: Device) -> DeviceMemory:

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from queue import SimpleQueue
 
+from gptq_cli.devices.accelerators import free_workspaces
 from gptq_cli.engine.capture import StopForward
 
 
@@ -31,6 +32,7 @@ class PausingForward(threading.Thread, ABC):
             self.start()
         self._go.put(None)
         self._yielded.get()
+        free_workspaces()  # it waits, and may do so in good company
         if self._error is not None:
             raise self._error
 
