@@ -62,9 +62,10 @@ def _processes(number: int) -> str:
 
 def gain_rows(plan: RanksPlan) -> list[tuple[str, RenderableType]]:
     """How fast, up to how many pay, what travels, and what that assumes."""
+    factors = f", factors {fmt.size(plan.factor_bytes_per_block)}" if plan.factor_bytes_per_block else ""
     travels = (
-        f"{fmt.size(plan.bytes_per_block)} leave a process for its costliest block: sums "
-        f"{fmt.size(plan.sum_bytes_per_block)}, codes {fmt.size(plan.code_bytes_per_block)}"
+        f"{fmt.size(plan.bytes_per_block)} between processes for the costliest block: sums "
+        f"{fmt.size(plan.sum_bytes_per_block)}, codes {fmt.size(plan.code_bytes_per_block)}{factors}"
     )
     if plan.seconds is None or plan.speed_up is None or plan.most_that_pay is None:
         slow = "no time is estimated: name a card, as in --devices cuda:0=24GiB@4090"

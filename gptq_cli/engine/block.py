@@ -34,11 +34,12 @@ from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.engine.residuals import Residual, find_residuals
 from gptq_cli.engine.shared import Places, SharedWeights, nothing_shared
 from gptq_cli.engine.shared_solve import StageShare
+from gptq_cli.engine.stage_factors import StageFactors
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.engine.streams import Streams, samples_first
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced
-from gptq_cli.gptq.goal import StepChoice
+from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.moments import StageMoments
 from gptq_cli.gptq.packing import PackedTensors, pack
 from gptq_cli.model.blocks import assign, weight_matrix
@@ -350,18 +351,18 @@ def _solve(
     weights = _weights(context, stage)
     tokens = moments.tokens
     share = StageShare.of(context.options.team, weights)
-    decided = context.options.team.decided
-    goals, step = moments.goal(weights, hessian, config.damp_percent, part=share.part, decided=decided)
+    factors = StageFactors(context.options.team, hessian, config)
+    goals, step = moments.goal(weights, hessian, config.damp_percent, part=share.part, factors=factors)
     step = share.whole(step)
     moments.free()
     try:
-        solved = share.solve(hessian, context.configs(stage), goals)
+        solved = share.solve(hessian, context.configs(stage), goals, factors.for_solve())
     except NonFinite as error:
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)  # says where it is not finite
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
-    del hessian, goals, weights, share
+    del hessian, goals, weights, share, factors
     seconds = time.perf_counter() - started
     yield from _finish(context, SolvedStage(stage, solved, tokens, 0.0, seconds), step)
 

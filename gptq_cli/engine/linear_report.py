@@ -5,7 +5,7 @@ from __future__ import annotations
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Observer, Warned
-from gptq_cli.gptq.goal import StepChoice
+from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.results.run import LinearReport

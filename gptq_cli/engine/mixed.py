@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.gptq.factor import Factor
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
 
@@ -16,6 +17,7 @@ def solve_mixed(
     hessian: Tensor,  # (K, K)
     configs: Sequence[QuantizeConfig],  # one for each weight
     goals: Sequence[Tensor] | None = None,
+    factor: Factor | None = None,  # of the Hessian, see `quantize_linears`
 ) -> list[QuantizedLinear]:
     """Those with the same settings are solved together, all with one Hessian. Raises what `quantize_linears`
     raises."""
@@ -27,6 +29,7 @@ def solve_mixed(
             hessian,
             config,
             goals=None if goals is None else [goals[place] for place in places],
+            factor=factor,
         )
         solved.update(zip(places, found, strict=True))
     return [solved[place] for place in range(len(configs))]

@@ -1,8 +1,8 @@
 """Solving together: each rank has some rows of a stage, or some of the stages that are solved side by side.
 
-Rows of a stage are independent once H is known, and every rank has it. So each factorises it for itself,
-solves its own rows, and gets the codes of all others. Then every rank has the same linears, and dequantizes
-them alike.
+Rows of a stage are independent once H is known, and every rank has it. So each solves its own rows, and gets
+the codes of all others. Then every rank has the same linears, and dequantizes them alike. Who factorises H:
+`engine.stage_factors`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.wire import Shape, from_bytes, joined, to_bytes, wire_bytes
-from gptq_cli.gptq.goal import Part, StepChoice
+from gptq_cli.gptq.choice import StepChoice
+from gptq_cli.gptq.factor import Factor
+from gptq_cli.gptq.goal import Part
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.ranks.leaves import Piece, dealt, pieces_of
 from gptq_cli.ranks.team import Team
@@ -79,11 +81,12 @@ class StageShare:
         hessian: Tensor,  # (K, K)
         configs: Sequence[QuantizeConfig],  # of each linear
         goals: Sequence[Tensor] | None,  # of this rank's pieces
+        factor: Factor | None,  # of the Hessian, where a rank made it for all
     ) -> list[QuantizedLinear]:
         """The linears of the stage, solved by all ranks. Raises what `quantize_linears` raises."""
         own = self._rows()
         own_configs = [configs[piece.linear] for piece in self._own]
-        found = solve_mixed(own, hessian, own_configs, goals) if own else []
+        found = solve_mixed(own, hessian, own_configs, goals, factor) if own else []
         columns = hessian.shape[0]
         shapes = [
             [Shape(piece.rows, columns, configs[piece.linear].groups(columns)) for piece in pieces]

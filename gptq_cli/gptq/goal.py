@@ -19,7 +19,7 @@ how much of it is real. With few tokens per column, or where most of the error i
 changed by many blocks), the step fits noise. α < 1 shortens it; a larger λ turns it towards the directions in
 which x has the most energy and noise the least weight. Neither has to be guessed: on held-out tokens the loss
 is a parabola in α with a known minimum, and λ is raised from the solver's own value as long as that minimum
-falls (`choose_step`).
+falls (choice.py).
 
 Nothing in this keeps W' near W: to make up for a residual whose error is a thousand times larger than what
 the linear puts out, its rows would have to grow as much, and with them the steps between their levels. So a
@@ -31,34 +31,15 @@ LoaQ (2509.06297), which also counts the residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.factor import factorize
-from gptq_cli.gptq.matmul import fast_matmul
-
-_DAMP_FACTOR, _MAX_DAMP = 4.0, 4.0
-"""Factor from one λ tried to the next, and the last λ: the loss is flat, a factor of 2 costs 1 to 7 %."""
+from gptq_cli.gptq.factor import Factor, factorize
 
 FARTHEST = 1.0
 """So many times its size a row moves at most."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepChoice:
-    """How far the step goes, as held-out tokens show."""
-
-    alpha: float = 0.0
-    """0: not at all."""
-    damp_percent: float = 0.0
-    """λ of the step, as a fraction of the mean diagonal of H."""
-    moved: float = 0.0
-    """‖W' - W‖ / ‖W‖, of all rows of the stage."""
-    bounded_rows: int = 0
-    """Rows that would have moved farther than `bounded_step` lets them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +51,6 @@ class Part:
     """Into which they are cut, so that each belongs to one linear."""
 
 
-def decided_here(choose: Callable[[], StepChoice]) -> StepChoice:
-    """The choice of one process that does all the work."""
-    return choose()
-
-
 def asymmetric_step(
     B: Tensor,  # (N, K) = W D, or with the residual's error; see above
     H: Tensor,  # (K, K) mean of x xᵀ, undamped
@@ -84,13 +60,26 @@ def asymmetric_step(
 
     Cost: one Cholesky and N·K² multiply-adds.
     """
-    factor = factorize(H, torch.arange(H.shape[0], device=H.device), damp_percent)
+    factor = step_factor(H, damp_percent)
+    return full_step(B.to(H.dtype), factor), factor.damp_percent
+
+
+def step_factor(H: Tensor, damp_percent: float) -> Factor:  # H (K, K)
+    """The factor for a step: of H, its columns in their own order."""
+    return factorize(H, torch.arange(H.shape[0], device=H.device), damp_percent)
+
+
+def full_step(
+    B: Tensor,  # (N, K)
+    factor: Factor,  # of H + λI, its columns in their own order
+) -> Tensor | None:  # V (N, K)
+    """B (H + λI)⁻¹; None where no damping factorised H."""
     if factor.RT is None:
-        return None, factor.damp_percent
+        return None
     # (H + λI)⁻¹ = R⁻ᵀ R⁻¹ and RT = Rᵀ is lower: two triangular solves from the right
-    half = torch.linalg.solve_triangular(factor.RT, B.to(H.dtype), upper=False, left=False)
+    half = torch.linalg.solve_triangular(factor.RT, B, upper=False, left=False)
     V: Tensor = torch.linalg.solve_triangular(factor.RT.T, half, upper=True, left=False)
-    return V, factor.damp_percent
+    return V
 
 
 def bounded_step(
@@ -110,43 +99,3 @@ def bounded_step(
     found = (torch.linalg.vector_norm(V), torch.linalg.vector_norm(W), too_long.sum())
     step, total, shortened = torch.stack([value.to(V.dtype) for value in found]).tolist()  # one read
     return step / total if total else 0.0, int(shortened)
-
-
-def held_out_alpha(
-    B: Tensor,  # (N, K) of held-out tokens
-    V: Tensor,  # (N, K) a step made from other tokens
-    H: Tensor,  # (K, K) of held-out tokens
-) -> tuple[float, float]:
-    """The α in [0, 1] that minimises E‖W x_dense - (W + αV) x‖² on held-out tokens, and the change in loss.
-
-    The loss is const - 2α·tr(B Vᵀ) + α²·tr(V H Vᵀ). For a stage, stack the rows of its linears.
-    """
-    with fast_matmul():
-        along, curve = torch.stack([(B * V).sum(), ((V @ H) * V).sum()]).tolist()
-    alpha = min(max(along / curve, 0.0), 1.0) if curve > 0 else 0.0
-    return alpha, alpha * (alpha * curve - 2 * along)
-
-
-def choose_step(
-    B: Tensor,  # (N, K) of the tokens that the step is made from
-    H: Tensor,  # (K, K) of these
-    B_held: Tensor,  # (N, K) of held-out tokens
-    H_held: Tensor,  # (K, K) of these
-    damp_percent: float,  # the smallest λ, the solver's
-) -> StepChoice:
-    """The λ and the α with the smallest loss on the held-out tokens.
-
-    λ is raised until the loss rises. Cost: two to four steps for a λ of 0.05.
-    """
-    best, lowest = StepChoice(), 0.0
-    while damp_percent <= _MAX_DAMP:
-        V, used = asymmetric_step(B, H, damp_percent)
-        if V is None:
-            break
-        alpha, change = held_out_alpha(B_held, V, H_held)
-        if change < lowest:
-            best, lowest = StepChoice(alpha, used), change
-        elif best.alpha:
-            break
-        damp_percent = used * _DAMP_FACTOR
-    return best

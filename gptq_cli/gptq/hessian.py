@@ -21,8 +21,8 @@ from torch import Tensor
 
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul, fast_matmul_supported, product_into
 from gptq_cli.gptq.moment import Moment
+from gptq_cli.gptq.triangle import block_rows
 
-_BLOCK_ROWS = 8
 _CHUNK_VALUES = 1 << 24
 """Activations are widened to fp32 in chunks of about this many values (64 MiB)."""
 _CACHED_ROWS, _CACHED_VALUES = 512, 1 << 20
@@ -57,20 +57,16 @@ class Hessian(Moment):
         """Add tokens. Cost: tokens·K² multiply-adds, the lower half of K by K in block rows."""
         H, K = self._growing(), self.in_features
         rows = self._rows(x)
-        step = max(1, -(-K // _BLOCK_ROWS))
         add_product_, dtype = product_into(H, x.dtype)
         for part in torch.split(rows, _chunk_rows(K, H.device, widened=dtype != x.dtype)):
             X = part.to(device=H.device, dtype=dtype)
             with _matmul_scope(x.dtype, H.device):
-                for a in range(0, K, step):
-                    b = min(a + step, K)
+                for a, b in block_rows(K):
                     add_product_(H[a:b, :b], X[:, a:b].T, X[:, :b])
         self.tokens += rows.shape[0]
 
     def _stored(self, total: Tensor) -> list[Tensor]:
-        step = max(1, -(-self.in_features // _BLOCK_ROWS))
-        ends = (min(a + step, self.in_features) for a in range(0, self.in_features, step))
-        return [total[a:b, :b] for a, b in zip(range(0, self.in_features, step), ends, strict=True)]
+        return [total[a:b, :b] for a, b in block_rows(self.in_features)]
 
     def finite(self) -> Tensor:
         """A bool on the device, False when NaN or infinity came in. Looks at the diagonal alone: every value
@@ -84,9 +80,7 @@ class Hessian(Moment):
         """
         H = self._mean()
         if not self._finished:
-            step = max(1, -(-self.in_features // _BLOCK_ROWS))
-            for a in range(0, self.in_features, step):
-                b = min(a + step, self.in_features)
+            for a, b in block_rows(self.in_features):
                 H[:a, a:b] = H[a:b, :a].T
                 corner = H[a:b, a:b].tril()
                 H[a:b, a:b] = corner + corner.tril(-1).T

@@ -10,7 +10,7 @@ these and all samples. With fewer than four pairs there is nothing to decide on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -18,8 +18,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from gptq_cli.gptq.choice import OWN_FACTORS, Factors, StepChoice, choose_step
 from gptq_cli.gptq.gain import Gain, outputs_of
-from gptq_cli.gptq.goal import Part, StepChoice, asymmetric_step, bounded_step, choose_step, decided_here
+from gptq_cli.gptq.goal import Part, bounded_step, full_step
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.matmul import exact_matmul
 
@@ -154,17 +155,15 @@ class StageMoments:
         damp_percent: float,
         *,
         part: Part | None = None,
-        decided: Callable[[Callable[[], StepChoice]], StepChoice] = decided_here,
+        factors: Factors = OWN_FACTORS,
     ) -> tuple[list[Tensor] | None, StepChoice]:
         """(the weights to approximate, the step's α and λ); None where the samples support no correction.
 
-        Where several processes have some rows each, `part` says which are wanted here, and `decided` gives
-        all of them the choice of one. Call it once: it overwrites the cross moments.
+        Several processes have a `part` of the rows each, and share the work on `factors`. Call it once: it
+        consumes the moments.
         """
         held, fit_error, held_error = self._held, self._fit_error, self._held_error
-        if held is None or fit_error is None or held_error is None:
-            return None, StepChoice()
-        if not fit_error.tokens or not held_error.tokens:
+        if held is None or not (fit_error and fit_error.tokens and held_error and held_error.tokens):
             return None, StepChoice()
         W = torch.cat([weight.to(H.dtype) for weight in weights])
         M_fit, M_held = fit_error.matrix(), held_error.matrix()
@@ -173,19 +172,21 @@ class StageMoments:
         if self._gain is not None:  # rows count for what the residual gets of them
             gamma = self._gain.gamma.to(B_fit.device)[asked, None]
             B_fit, B_held = B_fit * gamma, B_held * gamma
-        fit, of_held = self._fit.matrix(), held.matrix()
-        choice = decided(lambda: choose_step(B_fit, fit, B_held, of_held, damp_percent))
+        choice = choose_step(B_fit, self._fit.matrix(), B_held, held.matrix(), damp_percent, factors)
+        self._fit.free()
+        held.free()
         if choice.alpha == 0.0:
             return None, choice
         M = M_held.lerp_(M_fit, fit_error.tokens / (fit_error.tokens + held_error.tokens))
         part = part or Part(slice(None), tuple(weight.shape[0] for weight in weights))
-        step, used = asymmetric_step(self._wanted(W, M, part.rows), H, choice.damp_percent)
+        factor = factors.for_step(H, choice.damp_percent)
+        step = full_step(self._wanted(W, M, part.rows), factor)
         if step is None:
             return None, StepChoice()
         W = W[part.rows]
         moved, bounded = bounded_step(step.mul_(choice.alpha), W)
-        goals = torch.split(W.add_(step), list(part.lengths))
-        return list(goals), StepChoice(choice.alpha, used, moved, bounded)
+        goals = list(torch.split(W.add_(step), list(part.lengths)))
+        return goals, StepChoice(choice.alpha, factor.damp_percent, moved, bounded)
 
     def _wanted(self, W: Tensor, M: Tensor, rows: slice) -> Tensor:  # B (rows, K)
         """The B of the step: M is B itself, or the D in W D."""

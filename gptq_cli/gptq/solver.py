@@ -26,7 +26,7 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.batch import diagonal_of, rows_of
 from gptq_cli.gptq.columns import gptq
-from gptq_cli.gptq.factor import dead_columns, factorize_each
+from gptq_cli.gptq.factor import Factor, dead_columns, factorize_each
 from gptq_cli.gptq.grid import Grid, Solution, round_to_nearest
 from gptq_cli.gptq.inputs import refuse_unsolvable, stack_rows
 from gptq_cli.gptq.losses import baseline_losses, relative_losses, row_losses
@@ -52,6 +52,7 @@ def quantize_linears(
     config: QuantizeConfig,
     *,
     goals: Sequence[Tensor] | None = None,  # (N_i, K) each: the weights to approximate, see goal.py
+    factor: Factor | None = None,  # of H in its `column_order`, where somebody has made it
 ) -> list[QuantizedLinear]:
     """Quantize the linears of a stage: rows stacked, one factorisation. No argument is changed.
 
@@ -65,7 +66,7 @@ def quantize_linears(
     grid = Grid.of(config)
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
     refuse_unsolvable([[*weights, *(goals or ())]], H.unsqueeze(0), grid)
-    return _quantized([weights], None if goals is None else [goals], H, grid, config)[0]
+    return _quantized([weights], None if goals is None else [goals], H, grid, config, factor)[0]
 
 
 def quantize_stages(
@@ -90,6 +91,7 @@ def _quantized(
     H: Tensor,  # (K, K) for one stage, (E, K, K) for more
     grid: Grid,
     config: QuantizeConfig,
+    factor: Factor | None = None,
 ) -> list[list[QuantizedLinear]]:
     K = H.shape[-1]
     group = config.for_columns([K]).group_columns
@@ -101,9 +103,13 @@ def _quantized(
     energy, rtn_error = baseline_losses(stack_rows(stages, H), goal, H, g, grid)
     del goal
     order = column_order(H, config)
-    RT, factors = factorize_each(H.view(-1, K, K), order, config.damp_percent)
-    works = [factor.RT is not None for factor in factors]
-    factors = [replace(factor, RT=None) for factor in factors]
+    if factor is None:
+        RT, factors = factorize_each(H.view(-1, K, K), order, config.damp_percent)
+    else:
+        RT, factors = H if factor.RT is None else factor.RT, [factor]
+    works = [one.RT is not None for one in factors]
+    factors = [replace(one, RT=None) for one in factors]
+    del factor
     if any(works) and not all(works):
         del RT
         return _apart(stages, H, works, config)
@@ -113,7 +119,7 @@ def _quantized(
             stack_rows(aims, H), H, order, RT.view(H.shape), g, grid, config, walk
         )
         del RT  # K² numbers, no longer needed
-        damping = torch.stack([factor.damping for factor in factors]).view(H.shape[:-2])
+        damping = torch.stack([one.damping for one in factors]).view(H.shape[:-2])
         error = _refined(solution, damped, H, damping, config, walk)
     else:
         W = stack_rows(aims, H)

@@ -91,6 +91,7 @@ def account(own: Joined) -> tuple[RankReport, ...]:
         sent_bytes=traffic.sent_bytes,
         sum_bytes=traffic.sum_bytes,
         code_bytes=traffic.code_bytes,
+        factor_bytes=traffic.factor_bytes,
         waited_seconds=traffic.waited_seconds,
     )
     return tuple(own.team.gathered(report))

@@ -2,15 +2,17 @@
 
     forward   weights of the block · tokens, for each time a block runs (once parked, more when replayed)
     Hessian   K² · tokens for each stage; experts see the share of the tokens that their router's top-k says
-    solve     a · K + b · R · K for each stage (R rows), and its matmuls: (MULTIPLY_ADDS · R · K² + K³) / rate
+    solve     a · K + b · R · K for each stage (R rows), and its matmuls: MULTIPLY_ADDS · R · K² / rate
+              K³ / 6 / rate for each factorisation, of which a step takes some (factors.py)
               a · K once for experts that are solved side by side
     travel    on an accelerator the weights once over the link to main memory, and hidden states that rest in
               main memory once for each time the forward runs
 
 Of several ranks the largest share of any counts (share.py): forwards and Hessians of its samples, its rows of
-a stage, its experts. Every rank factorises the H of a stage for itself, brings the weights to its device, and
-walks over the columns, which takes as long for few rows as for many: of experts, as often as it takes for its
-own. To that comes what it sends (traffic.py) at the bandwidth between ranks.
+a stage, its experts, and the factorisations that follow one another. Every rank brings the weights to its
+device, and walks over the columns, which takes as long for few rows as for many: of experts, as often as it
+takes for its own. To that comes what it sends (traffic.py) at the bandwidth between ranks, and the factors
+that any rank sends, for which all wait.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from dataclasses import dataclass, replace
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.factors import factor_plan
 from gptq_cli.planning.memory import hidden_bytes
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.planning.share import own_items, own_rows, samples_share
-from gptq_cli.planning.traffic import block_traffic
+from gptq_cli.planning.traffic import block_traffic, busiest
 
 MULTIPLY_ADDS = 8
 """Multiply-adds per weight and column, over the solve: feedback, sweeps, losses."""
@@ -77,7 +80,8 @@ def block_costs(
         block = replace(schedule.block(name), name="")
         if (stages, block) not in known:
             known[stages, block] = _block_cost(stages, block, facts, work, speed)
-        sent = max(rank.total for rank in traffic[name])
+        sent = busiest(traffic[name]).shared_bytes
+        sent += sum(rank.factor_bytes for rank in traffic[name])
         costs[name] = replace(known[stages, block], exchange=sent / speed.ranks_rate)
     return costs
 
@@ -116,8 +120,9 @@ def _block_cost(
 def _own_stages(
     stages: Sequence[StageShape], block: BlockSchedule, work: Work
 ) -> list[tuple[StageShape, int, int]]:
-    """Stages, and of each kind how many rows and how many factorisations one rank does."""
-    found = [(stage, own_rows(work, stage.rows), 1) for stage in stages if not stage.routed]
+    """Stages, and of each kind how many rows one rank solves, and how many factorisations it waits for."""
+    in_a_row = factor_plan(work).in_a_row
+    found = [(stage, own_rows(work, stage.rows), in_a_row) for stage in stages if not stage.routed]
     for stage, count in expert_families(stages).items():
         own = sum(own_items(work, size) for size in _batches(count, stage, block))
         found.append((stage, own * stage.rows, own))

@@ -28,16 +28,6 @@ TRIANGLE = 0.5625
 """The lower block triangle of H in eight block rows, over K²."""
 
 
-_BLOCK_ROWS = 8
-
-
-def triangle_numbers(columns: int) -> int:
-    """Numbers of an H of so many columns as it travels: exactly, see `gptq.hessian.Hessian`."""
-    step = max(1, -(-columns // _BLOCK_ROWS))
-    ends = ((a, min(a + step, columns)) for a in range(0, columns, step))
-    return sum((b - a) * b for a, b in ends)
-
-
 @dataclass(frozen=True, slots=True)
 class LeafSumBytes:
     """Beside the moments themselves, at the highest moment of each."""

@@ -18,7 +18,7 @@ from gptq_cli.planning.costs import BlockCost, block_costs
 from gptq_cli.planning.rates import RANKS_BYTES_PER_SECOND, MachineRates
 from gptq_cli.planning.share import pairs_and_others
 from gptq_cli.planning.time import job_seconds
-from gptq_cli.planning.traffic import Traffic, block_traffic
+from gptq_cli.planning.traffic import Traffic, block_traffic, busiest
 from gptq_cli.ranks.leaves import idle_ranks
 from gptq_cli.results.map import PhaseTime, RanksPlan
 
@@ -42,11 +42,12 @@ def ranks_plan(
 ) -> RanksPlan:
     """What `ranks` processes gain over one, and up to how many more pay. Without `speed` what travels."""
     work = replace(work.on(facts), ranks=ranks)
-    sent = _busiest(facts, work, schedule)
+    sent, factors = _costliest(facts, work, schedule)
     plan = RanksPlan(
         processes=ranks,
         sum_bytes_per_block=sent.sum_bytes,
         code_bytes_per_block=sent.code_bytes,
+        factor_bytes_per_block=factors,
         link_bytes_per_second=RANKS_BYTES_PER_SECOND if speed is None else speed.ranks_rate,
     )
     if speed is None:
@@ -72,10 +73,13 @@ def ranks_plan(
     )
 
 
-def _busiest(facts: ModelFacts, work: Work, schedule: Schedule) -> Traffic:
-    """What the rank that sends most sends for its costliest block."""
-    traffic = block_traffic(facts, work, schedule).values()
-    return max((rank for of_ranks in traffic for rank in of_ranks), key=lambda one: one.total)
+def _costliest(facts: ModelFacts, work: Work, schedule: Schedule) -> tuple[Traffic, int]:
+    """Of the block for which most travels: what the busiest rank sends, and the factors of all ranks."""
+    of_blocks = (
+        (busiest(of_ranks), sum(rank.factor_bytes for rank in of_ranks))
+        for of_ranks in block_traffic(facts, work, schedule).values()
+    )
+    return max(of_blocks, key=lambda found: found[0].shared_bytes + found[1])
 
 
 def _seconds(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> dict[str, float]:

@@ -6,11 +6,13 @@ With S ranks, and for each moment (see `gptq.moments`) L numbers, of which rank 
              part of every other rank, L - L_r; then the sum of its own part to S - 1 others, all parts padded
              to the longest. L is the lower block triangle of an H, and of a cross moment K², or R · K for a
              single linear whose output is added to a residual or that has R at most K / 2
+    factors  fp32: the lower block triangle of each that a rank makes ahead (`planning.factors`), counted once
     codes    what `engine.wire` makes of its rows, or experts, padded to the longest of any rank, to S - 1
              others, for each stage and for each batch of experts
 
-Two things are not known before a block is opened. Experts count as if tokens of every leaf reached each; and
-a single linear as wide as the hidden states is taken to be added to a residual, as it is in decoders. Words
+Three things are not known before a block is opened. Experts count as if tokens of every leaf reached each; a
+single linear as wide as the hidden states is taken to be added to a residual, as it is in decoders; and of
+the factors for a step one is taken to be used. Words
 that ranks exchange beside that (which nodes there are, α and λ: some kilobytes a block) and snapshots are not
 in it: `ranks.channel.Traffic` counts them apart.
 """
@@ -22,11 +24,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
+from gptq_cli.gptq.triangle import triangle_numbers
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.names import fold
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.leaf_sums import triangle_numbers
+from gptq_cli.planning.factors import factor_plan
 from gptq_cli.planning.schedule import block_linears
 from gptq_cli.planning.share import pairs_and_others
 from gptq_cli.ranks.leaves import dealt, leaf_count, leaf_of_each, padded_bytes, part_of, pieces_of
@@ -39,11 +42,17 @@ class Traffic:
 
     sum_bytes: int = 0
     code_bytes: int = 0
+    factor_bytes: int = 0
 
     @property
-    def total(self) -> int:
-        """Both."""
+    def shared_bytes(self) -> int:
+        """What all ranks send at the same time."""
         return self.sum_bytes + self.code_bytes
+
+
+def busiest(ranks: Sequence[Traffic]) -> Traffic:
+    """Of the rank for which the others wait while all send."""
+    return max(ranks, key=lambda one: one.shared_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +77,8 @@ class _Run:
     pairs: int
     others: int
     ranks: int
+    senders: tuple[int, ...]
+    """Of factors."""
 
 
 def block_traffic(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str, tuple[Traffic, ...]]:
@@ -75,7 +86,7 @@ def block_traffic(facts: ModelFacts, work: Work, schedule: Schedule) -> dict[str
     if work.ranks < 2:
         return dict.fromkeys(facts.blocks, (Traffic(),))
     pairs, others = pairs_and_others(work)
-    run = _Run(pairs, others, work.ranks)
+    run = _Run(pairs, others, work.ranks, factor_plan(work).senders)
     found = {}
     for name, linears in block_linears(facts).items():
         per_batch = schedule.block(name).experts_per_batch
@@ -108,16 +119,18 @@ def _traffic(
     stages: tuple[_Stage, ...], run: _Run, experts_per_batch: tuple[tuple[int, int], ...]
 ) -> tuple[Traffic, ...]:
     """Of every rank. `experts_per_batch`: by K, how many are collected side by side."""
-    sums, codes = [0] * run.ranks, [0] * run.ranks
+    sums, codes, factors = ([0] * run.ranks for _ in range(3))
     nodes = _nodes_of_ranks(run)
     for stage in stages:
         for counts, length in _moments(stage, nodes):
             for rank, sent in enumerate(_summed_bytes(counts, length)):
                 sums[rank] += sent
+        for rank in run.senders if not stage.family else ():
+            factors[rank] += 4 * triangle_numbers(stage.columns)
     for longest in _exchanges(stages, run.ranks, dict(experts_per_batch)):
         for rank in range(run.ranks):
             codes[rank] += (run.ranks - 1) * longest
-    return tuple(Traffic(*both) for both in zip(sums, codes, strict=True))
+    return tuple(Traffic(*of_rank) for of_rank in zip(sums, codes, factors, strict=True))
 
 
 @dataclass(frozen=True, slots=True)

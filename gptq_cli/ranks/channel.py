@@ -22,9 +22,9 @@ from gptq_cli.wording import duration_words, first_line
 _FIRST_PAUSE, _LONGEST_PAUSE = 2e-5, 2e-3
 
 
-Kind = Literal["sum", "code", "other"]
-"""What travels: sums over samples and solved linears, which `planning.traffic` foretells; and the rest, such
-as words, files and snapshots."""
+Kind = Literal["sum", "code", "factor", "other"]
+"""What travels: sums over samples, solved linears and factors of Hessians, which `planning.traffic`
+foretells; and the rest, such as words, files and snapshots."""
 
 
 @dataclass(slots=True)
@@ -33,13 +33,14 @@ class Traffic:
 
     sum_bytes: int = 0
     code_bytes: int = 0
+    factor_bytes: int = 0
     other_bytes: int = 0
     waited_seconds: float = 0.0
 
     @property
     def sent_bytes(self) -> int:
         """All of it."""
-        return self.sum_bytes + self.code_bytes + self.other_bytes
+        return self.sum_bytes + self.code_bytes + self.factor_bytes + self.other_bytes
 
     def sent(self, kind: Kind, size_bytes: int) -> None:
         """So many bytes left this rank."""

@@ -78,6 +78,15 @@ class Ranks:
         received = self._gather(padded, kind).to(own.device)
         return [row[:size] for row, size in zip(received, sizes, strict=True)]
 
+    def carry(self, piece: Tensor, source: int) -> None:
+        """See `Team.carry`."""
+        there = piece.to(self._device)
+        self._wait(dist.broadcast(there, source, async_op=True))
+        if self.rank == source:
+            self.traffic.sent("factor", there.nbytes)
+        elif there is not piece:
+            piece.copy_(there)
+
     def collected(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Team.collected`."""
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)

@@ -9,6 +9,8 @@ the leaves are summed in a fixed tree (`tree.py`): the result is the same for an
 **Rows.** GPTQ never mixes rows. The stacked rows of a stage are cut into one range for each rank, at
 multiples of `ROW_STEP`, so that kernels work on whole vectors.
 
+**Factors.** Where there are more ranks than λ to try, those that are left over each make one factor ahead.
+
 **Experts.** Stages that are solved side by side are dealt out in contiguous parts of equal cost.
 """
 
@@ -17,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TypeVar
 
+Purpose = TypeVar("Purpose")
 LEAVES = 16
 """Leaves of a run of up to so many ranks: enough to share evenly, few enough to keep log2 of them in
 memory."""
@@ -133,6 +137,11 @@ def padded_bytes(sizes: Sequence[int]) -> int:
     """Bytes that every rank sends where so many belong to each: the most, rounded up so that parts of what is
     received can be seen as numbers of any dtype."""
     return -(-max(sizes) // ALIGNED_BYTES) * ALIGNED_BYTES
+
+
+def made_ahead(purposes: Sequence[Purpose], tried: int, ranks: int) -> dict[int, Purpose]:
+    """The rank that makes a factor for each purpose, of the ranks that do not try one of so many λ."""
+    return dict(zip(range(tried, ranks), purposes, strict=False))
 
 
 def dealt(costs: Sequence[float], ranks: int) -> list[int]:

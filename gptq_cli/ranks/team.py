@@ -64,6 +64,10 @@ class Team(Protocol):
         """The flat uint8 tensors of all ranks, on the device of `own`; `sizes`: of every rank's in bytes."""
         ...
 
+    def carry(self, piece: Tensor, source: int) -> None:
+        """Have what is in `piece` on rank `source` in `piece` on all: a part of a factor."""
+        ...
+
     def collected(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """As `exchanged`, on the rank that leads alone and on the CPU; on the others nothing."""
         ...
@@ -109,6 +113,9 @@ class Alone:
     def exchanged(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Team.exchanged`."""
         return [own]
+
+    def carry(self, piece: Tensor, source: int) -> None:
+        """See `Team.carry`."""
 
     def collected(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Team.collected`."""

@@ -136,6 +136,8 @@ class RanksPlan:
     """Sums over samples that leave a process for its costliest block."""
     code_bytes_per_block: int
     """Solved linears, as above."""
+    factor_bytes_per_block: int = 0
+    """Factors of Hessians that some processes make for all, while the others wait."""
     link_bytes_per_second: float
     """Assumed between one process and the others."""
     assumptions: tuple[str, ...] = ()
@@ -143,8 +145,8 @@ class RanksPlan:
 
     @property
     def bytes_per_block(self) -> int:
-        """All that leaves a process for its costliest block, but for some kilobytes of words."""
-        return self.sum_bytes_per_block + self.code_bytes_per_block
+        """All that a process sends or waits for in the costliest block, but for some kilobytes of words."""
+        return self.sum_bytes_per_block + self.code_bytes_per_block + self.factor_bytes_per_block
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

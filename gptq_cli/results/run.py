@@ -156,6 +156,8 @@ class RankReport:
     """Of these, sums over samples."""
     code_bytes: int = 0
     """Of these, solved linears."""
+    factor_bytes: int = 0
+    """Of these, factors of Hessians that it made for all."""
     waited_seconds: float
     """For the others, in the last start."""
 

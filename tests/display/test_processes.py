@@ -66,7 +66,10 @@ def test_a_gain_names_speed_how_many_pay_traffic_and_assumptions() -> None:
         "processes",
         "8 would take about 10 min 00 s, 3.5 times as fast as one; more than 32 gain less than 5 %",
     )
-    assert rows[1][1] == ("4.00 GiB leave a process for its costliest block: sums 3.00 GiB, codes 1.00 GiB")
+    assert rows[1][1] == "4.00 GiB between processes for the costliest block: sums 3.00 GiB, codes 1.00 GiB"
+    with_factors = str(gain_rows(replace(PLAN, factor_bytes_per_block=GIB))[1][1])
+    assert with_factors.startswith("5.00 GiB between")
+    assert with_factors.endswith(", factors 1.00 GiB")
     assert [row[0] for row in rows[2:]] == ["assumed", ""]
     unknown = replace(PLAN, seconds=None, speed_up=None, most_that_pay=None, phases=())
     assert "no time is estimated" in str(gain_rows(unknown)[0][1])

@@ -38,7 +38,8 @@ from tests.tiny import save_tiny
 KINDS = ("llama", "gpt2", "gemma2", "falcon", "mixtral", "qwen3_moe")
 FEW = ("llama", "mixtral")
 UNSEEN = ("llama", "mixtral", "few-bits")
-NAMES = {2: "two", 3: "three"}
+FEW_STEPS = ("--damp-percent", "0.9")
+"""Two λ to try for a step: of three ranks one works ahead, see `engine.stage_factors`."""
 TEXT = ("--samples", "24", "--seq-len", "48", "--group-size", "32", "--batch-size", "4")
 PATIENCE_SECONDS = 240
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -202,6 +203,8 @@ def by_one(folder: Path) -> None:
         by_itself(patch)
         for kind in (*KINDS, "few-bits"):
             assert main(command(folder, kind, f"one-{kind}", "--quiet")) == 0
+        for kind in FEW:
+            assert main(command(folder, kind, f"one-ahead-{kind}", *FEW_STEPS, "--quiet")) == 0
         assert main(command(folder, "llama", "one-head", "--quantize-head", "--quiet")) == 0
 
 
@@ -234,6 +237,7 @@ def by_three(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ended:
     seen = {0: folder, 1: folder, 2: empty}
     lines = [
         *(Line(seen_from_here(folder, kind, f"three-{kind}"), folders=seen) for kind in FEW),
+        *(Line(command(folder, kind, f"ahead-{kind}", *FEW_STEPS)) for kind in FEW),
         Line(seen_from_here(folder, "llama", "other"), folders=seen | {2: other}),
     ]
     return Started(lines, 3, tmp_path_factory.mktemp("three")).ended()
@@ -258,7 +262,8 @@ def test_two_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None, 
 
 @pytest.mark.parametrize("kind", FEW)
 def test_three_ranks_write_what_one_writes(kind: str, folder: Path, by_one: None, by_three: Ended) -> None:
-    assert flat(by_three.out[0]).count(" is ready after ") == len(FEW)
+    assert flat(by_three.out[0]).count(" is ready after ") == 2 * len(FEW)
+    assert different(folder, f"one-ahead-{kind}", f"ahead-{kind}") == []
     assert different(folder, f"one-{kind}", f"three-{kind}") == []
 
 
@@ -277,21 +282,31 @@ def test_the_result_says_who_worked_where_and_who_was_the_slowest(folder: Path, 
     assert flat(by_two.out[0]).count(", the slowest") == flat(by_two.out[0]).count(" is ready after ")
 
 
-@pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in KINDS), *((kind, 3) for kind in FEW)])
+@pytest.mark.parametrize(
+    ("out", "size", "damp_percent"),
+    [
+        *((f"two-{kind}", 2, 0.05) for kind in KINDS),
+        *((f"three-{kind}", 3, 0.05) for kind in FEW),
+        *((f"ahead-{kind}", 3, 0.9) for kind in FEW),
+    ],
+)
 def test_ranks_send_what_the_plan_says(
-    kind: str, size: int, folder: Path, by_two: Ended, by_three: Ended
+    out: str, size: int, damp_percent: float, folder: Path, by_two: Ended, by_three: Ended
 ) -> None:
     """To the byte, experts included: of these every one is reached from every leaf."""
-    ref = ModelRef(model=str(folder / kind))
+    ref = ModelRef(model=str(folder / out.partition("-")[2]))
     facts = model_facts(open_skeleton(find_model(ref), ref))
     calibration = CalibrationConfig(samples=24, seq_len=48, batch_size=4)
-    work = Work(QuantizeConfig.of("balanced", group_size=32), calibration, size).on(facts)
+    quantize = QuantizeConfig.of("balanced", group_size=32, damp_percent=damp_percent)
+    work = Work(quantize, calibration, size).on(facts)
     blocks = block_traffic(facts, work, schedule(facts, work, parked=True)).values()
-    report = json.loads((folder / f"{NAMES[size]}-{kind}" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((folder / out / "report.json").read_text(encoding="utf-8"))
     for rank, found in enumerate(report["ranks"]):
         assert found["sum_bytes"] == sum(block[rank].sum_bytes for block in blocks)
         assert found["code_bytes"] == sum(block[rank].code_bytes for block in blocks)
-        assert found["sum_bytes"] + found["code_bytes"] < found["sent_bytes"]
+        assert found["factor_bytes"] == sum(block[rank].factor_bytes for block in blocks)
+        assert found["sum_bytes"] + found["code_bytes"] + found["factor_bytes"] < found["sent_bytes"]
+    assert any(found["factor_bytes"] for found in report["ranks"]) == (damp_percent == 0.9)
 
 
 def test_two_ranks_go_on_where_one_ended(folder: Path, by_one: None, by_two: Ended) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.goal import StepChoice, asymmetric_step, bounded_step, choose_step, held_out_alpha
+from gptq_cli.gptq.choice import StepChoice, choose_step, held_out_alpha
+from gptq_cli.gptq.goal import asymmetric_step, bounded_step
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.solver import quantize_linears
 from tests.gptq.cases import activations, weights

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_cli.gptq.goal import StepChoice
+from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.moments import StageMoments
 from tests.gptq.cases import activations, weights
 

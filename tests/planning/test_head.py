@@ -69,5 +69,5 @@ def test_its_time_is_counted() -> None:
     with_head = job_seconds(headed(32000), WORK.on(headed(32000)), schedule, SPEED)
     without = job_seconds(llama(blocks=2), WORK.on(llama(blocks=2)), schedule, SPEED)
     tokens, size = 32 * 512, 32000 * 1024
-    solve = 2 * (1e-4 * 1024 + 1024**3 / 1e11) + 1e-8 * size + 8 * size * (1024 - 256) / 1e11
+    solve = 2 * (1e-4 * 1024 + 1024**3 / 6 / 1e11) + 1e-8 * size + 8 * size * (1024 - 256) / 1e11
     assert abs(with_head - without - (tokens * 1024**2 / 1e11 + solve)) < 1e-6

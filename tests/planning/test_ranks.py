@@ -35,7 +35,8 @@ def test_samples_and_rows_are_shared_and_the_walk_over_columns_is_not() -> None:
     alone, eight = (block_costs(FACTS, replace(WORK, ranks=n), plan, SPEED)["model.layers.0"] for n in (1, 8))
     assert eight.samples == pytest.approx(alone.samples / 8, rel=0.02)
     assert eight.rows == pytest.approx(alone.rows / 8)
-    assert (eight.columns, eight.factors, eight.weights) == (alone.columns, alone.factors, alone.weights)
+    assert eight.factors == pytest.approx(alone.factors / 5), "one of five has to wait for nothing"
+    assert (eight.columns, eight.weights) == (alone.columns, alone.weights)
     assert alone.exchange == 0.0 < eight.exchange
 
 
@@ -68,7 +69,9 @@ def test_a_plan_names_time_phases_traffic_and_where_more_stop_paying() -> None:
     assert plan.seconds is not None
     assert plan.speed_up == pytest.approx(alone / plan.seconds)
     assert {phase.phase for phase in plan.phases} < {*PHASES.values(), "reading, start and end"}
-    assert plan.bytes_per_block == plan.sum_bytes_per_block + plan.code_bytes_per_block
+    parts = (plan.sum_bytes_per_block, plan.code_bytes_per_block, plan.factor_bytes_per_block)
+    assert plan.bytes_per_block == sum(parts)
+    assert all(parts)
     most = plan.most_that_pay
     assert most is not None
     times = {

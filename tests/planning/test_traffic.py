@@ -6,9 +6,9 @@ import pytest
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.gptq.triangle import triangle_numbers
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.leaf_sums import triangle_numbers
 from gptq_cli.planning.traffic import Traffic, block_traffic
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama
@@ -45,6 +45,16 @@ def test_moments_travel_from_the_ranks_that_have_them() -> None:
     assert first.sum_bytes < second.sum_bytes
     fit = 3 * triangle_numbers(1024) + triangle_numbers(4096) + 3 * 1024**2 + 1024 * 4096
     assert (first.sum_bytes, second.sum_bytes) == (4 * (fit + fit / 2), 4 * (fit + fit))
+
+
+@pytest.mark.parametrize(("ranks", "senders"), [(2, ()), (4, ()), (5, (4,)), (6, (4, 5)), (8, (4, 5))])
+def test_a_factor_that_is_made_ahead_is_sent_by_the_rank_that_makes_it(
+    ranks: int, senders: tuple[int, ...]
+) -> None:
+    found = sent(replace(DENSE, ranks=ranks))
+    one = 4 * (3 * triangle_numbers(1024) + triangle_numbers(4096))
+    assert [traffic.factor_bytes for traffic in found] == [one if n in senders else 0 for n in range(ranks)]
+    assert {traffic.factor_bytes for traffic in sent(replace(OWN, ranks=ranks))} == {0}
 
 
 def test_one_rank_sends_nothing() -> None:
