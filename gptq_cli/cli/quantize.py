@@ -151,7 +151,8 @@ def quantize(
             _follow(session, job, launch)
         return
     if dry_run:
-        _plan(session, job, proof, push, progress, quiet, processes)
+        planned = launch.size if processes is None and launch is not None else processes
+        _plan(session, job, proof, push, progress, quiet, planned)
         return
     if blocks is not None:
         if proof is not None or push is not None:

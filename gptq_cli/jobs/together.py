@@ -61,7 +61,7 @@ def check_share(job: QuantizeJob | InspectJob, ranks: int) -> None:
         raise ConfigError(
             f"tune_epochs is {job.quantize.tune_epochs}; allowed with {ranks} processes: 0, because one "
             "process tunes",
-            hint="--tune-epochs 0, or one process",
+            hint="--tune-epochs 0 (recipe max is then recipe best), or one process",
         )
     samples = job.calibration.samples
     pairs = job.quantize.paired_samples(samples)

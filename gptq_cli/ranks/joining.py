@@ -143,6 +143,8 @@ def joined(
         except KeyboardInterrupt as stop:
             watch.leave("interrupted")
             error = watch.blamed()
+            if launch.leads and not launch.launcher_has_store:
+                watch.outlive()
             if error is not None:  # the launcher ends all ranks when one of them is gone
                 raise _kept_as_well(error, stop) from None
             raise

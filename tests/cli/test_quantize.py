@@ -149,6 +149,16 @@ def test_a_dry_run_plans_and_needs_no_destination(jobs: FakeJobs, run: Run) -> N
     assert "about 15 min 05 s (an estimate from a short probe)" in outcome.out
 
 
+@pytest.mark.parametrize(("words", "processes"), [((), 4), (("--processes", "8"), 8)])
+def test_a_dry_run_under_a_launcher_plans_for_its_processes(
+    words: tuple[str, ...], processes: int, jobs: FakeJobs, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert run("quantize", "M", "--out", "O", "--dry-run", *words).code == 0
+    assert (jobs.called, jobs.more["processes"]) == ("dry_run", processes)
+
+
 def test_a_dry_run_that_would_be_refused_exits_3(jobs: FakeJobs, run: Run) -> None:
     jobs.results["dry_run"] = refused()
     outcome = run("quantize", "M", "--out", "O", "--dry-run", "--json")

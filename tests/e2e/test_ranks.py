@@ -385,6 +385,21 @@ def test_a_killed_rank_ends_all_and_another_number_of_ranks_goes_on(
     goes_on_by_itself(folder, "killed")
 
 
+def test_an_interruption_ends_all_and_one_process_goes_on(folder: Path, tmp_path: Path, by_one: None) -> None:
+    started = Started([Line(command(folder, "llama", "stopped", "--progress", "plain"))], 2, tmp_path)
+    started.wait_until("block 2/3")
+    for process in started.processes:  # a terminal sends it to all of them
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+    ended = started.ended()
+    assert ended.codes == [130, 130], ended.err
+    assert "interrupted; block" in ended.err[0]
+    assert "to go on: torchrun --nproc-per-node 2 -m gptq_cli quantize" in ended.err[0]
+    assert (ended.out, ended.err[1]) == (["", ""], "")
+    assert not (folder / "stopped").exists()
+    goes_on_by_itself(folder, "stopped")
+
+
 @pytest.mark.parametrize(("rank", "who"), [(0, "error: out of memory while"), (1, "error: rank 1 (process ")])
 def test_a_rank_without_memory_ends_all_and_what_is_finished_is_kept(
     rank: int, who: str, folder: Path, tmp_path: Path, by_one: None
