@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device
-from gptq_cli.devices.host_memory import trim_heap
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
@@ -36,7 +35,7 @@ from gptq_cli.engine.shared import Places, SharedWeights, nothing_shared
 from gptq_cli.engine.shared_solve import StageShare
 from gptq_cli.engine.stage_factors import StageFactors
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
-from gptq_cli.engine.streams import Streams, samples_first
+from gptq_cli.engine.streams import TRIM_EVERY, Streams, samples_first, trim_between_frames
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced
 from gptq_cli.gptq.choice import StepChoice
@@ -49,9 +48,6 @@ from gptq_cli.placement.names import fold
 from gptq_cli.placement.schedule import BlockSchedule
 from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import LinearReport
-
-_TRIM_EVERY = 4
-"""Micro-batches after which freed heap pages are given back: 10 % off the peak, for milliseconds."""
 
 Store = Callable[[LinearInfo, PackedTensors], None]
 """Takes a finished linear; the tensors are its own to keep."""
@@ -215,7 +211,8 @@ def quantize_block(
         streams = _open_streams(context, inputs, opened)
         for index, stages in enumerate(passes):
             with ExitStack() as memory:
-                moments = _collect(context, streams, _Pass(stages, index, len(passes)), inputs, memory)
+                step = _Pass(stages, index, len(passes))
+                moments = _collect(context, streams, step, inputs, experts, memory)
                 if stages[0].once:
                     for stage in stages:
                         moment = moments.pop(stage)
@@ -256,7 +253,12 @@ def _forwards(
 
 
 def _collect(
-    context: BlockContext, streams: Streams, step: _Pass, inputs: BlockInputs, memory: ExitStack
+    context: BlockContext,
+    streams: Streams,
+    step: _Pass,
+    inputs: BlockInputs,
+    experts: ExpertSolver,
+    memory: ExitStack,
 ) -> dict[Stage, StageMoments]:
     """The moments of each stage over every micro-batch; the inputs are checked to be finite."""
     paired = inputs.share.pairs > 0 and all(stage.once for stage in step.stages)
@@ -266,15 +268,18 @@ def _collect(
     }
     starts = [0, *accumulate(len(batch) for batch in inputs.samples)]
     dense_inputs = streams.dense.inputs(step.stages) if streams.dense is not None and paired else None
-    parts = [part for moment in moments.values() for part in moment.parts]
-    sums = LeafSums(context.options.team, inputs.share.leaves, parts)
+    if step.stages[0].once:
+        parts = [part for moment in moments.values() for part in moment.parts]
+        sums = LeafSums(context.options.team, inputs.share.leaves, parts)
+    else:
+        sums = experts.sums(inputs.share.leaves, moments)
     reached, notes = 0, FiniteNotes[tuple[Stage, int]]()
     for stage, x in streams.quantized.inputs(step.stages):
         place = streams.quantized.place
         if place > reached:  # not by the last stage: it may be an expert that no token reaches
             _advanced(context, step, starts[place], starts[-1])
-            if place % _TRIM_EVERY == 0:
-                _trim(context.block.device)
+            if place % TRIM_EVERY == 0:
+                trim_between_frames(context.block.device)
             reached = place
         sums.reach(place)
         batch = inputs.samples[place]
@@ -289,7 +294,7 @@ def _collect(
     if bad is not None:
         raise _look_again(context, streams, *bad, inputs)
     sums.finish()
-    _trim(context.block.device)
+    trim_between_frames(context.block.device)
     return moments
 
 
@@ -325,12 +330,6 @@ def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense:
         bias=None if residual is None else getattr(module, "bias", None),
         gain=None if residual is None else residual.gain,
     )
-
-
-def _trim(device: torch.device) -> None:
-    """Give back what the forwards left between the frames, before anything else needs as much."""
-    if device.type == "cpu":
-        trim_heap()
 
 
 def _advanced(context: BlockContext, step: _Pass, done: int, total: int) -> None:

@@ -20,14 +20,15 @@ from itertools import groupby
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.engine.leaf_sums import LeafSums, OwnedSums
 from gptq_cli.engine.mixed import solve_mixed
-from gptq_cli.engine.shared_solve import Dealt
+from gptq_cli.engine.shared_solve import Dealt, owners_of
 from gptq_cli.engine.stages import Stage
 from gptq_cli.engine.wire import Shape
 from gptq_cli.errors import NonFinite
 from gptq_cli.events import Observer, Warned
 from gptq_cli.gptq.moments import StageMoments
-from gptq_cli.gptq.pool import Pool, shrink_to_pooled
+from gptq_cli.gptq.pool import Pool, shrink_to, shrink_to_pooled
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_stages
 from gptq_cli.model.weights import check_tensor
@@ -73,7 +74,23 @@ class ExpertSolver:
         self._weights = weights
         self._team = team
         self._pool = Pool()
+        self._columns = 0
+        self._sums: OwnedSums | None = None
         self._unreached: list[Stage] = []
+
+    def sums(self, leaves: Sequence[int], moments: Mapping[Stage, StageMoments]) -> LeafSums:
+        """What adds up the moments of a batch over all ranks: to be finished before `solve`."""
+        stages, parts = list(moments), [part for moment in moments.values() for part in moment.parts]
+        self._columns = parts[0].in_features
+
+        def owners(tokens: Sequence[int]) -> list[int | None]:
+            reached = self._by_kind([stage for stage, seen in zip(stages, tokens, strict=True) if seen])
+            found = owners_of([self._shapes(stage) for stage in reached], self._team.size)
+            solves = dict(zip(reached, found, strict=True))
+            return [solves.get(stage) for stage in stages]
+
+        self._sums = OwnedSums(self._team, leaves, parts, owners)
+        return self._sums
 
     def solve(self, moments: dict[Stage, StageMoments], *, last: bool) -> Iterator[SolvedStage]:
         """Solve the stages of a batch; `moments` is consumed. `last`: of its family.
@@ -81,17 +98,16 @@ class ExpertSolver:
         Stages come in the order in which they are solved. Raises `NonFinite`, with the names of the linears
         before the message.
         """
+        self._columns = next(iter(moments.values())).parts[0].in_features
         tokens = {stage: moment.tokens for stage, moment in moments.items()}
-        shrunk = shrink_to_pooled(list(moments.values()), self._pool)
-        hessians = dict(zip(tokens, shrunk, strict=True))
-        del shrunk
+        hessians = self._hessians(moments)
         moments.clear()
         device = self._pool.hessian().device
         self._unreached += [stage for stage in tokens if not tokens[stage]]
         for stage in self._unreached:
             hessians.pop(stage, None)
         reached = self._by_kind([stage for stage in tokens if tokens[stage]])
-        columns = self._pool.hessian().shape[0]
+        columns = self._columns
 
         def told(stage: Stage, linears: list[QuantizedLinear], seconds: float) -> SolvedStage:
             return SolvedStage(stage, linears, tokens[stage], self._pooled(tokens[stage], columns), seconds)
@@ -102,6 +118,18 @@ class ExpertSolver:
             by_pool = Dealt(self._shapes, self._solved_by_pool, self._told_by_pool)
             yield from by_pool.solved(self._team, self._unreached, device)
             self._pool, self._unreached = Pool(), []
+
+    def _hessians(self, moments: Mapping[Stage, StageMoments]) -> dict[Stage, Tensor]:
+        """Of the stages whose sums this rank has, shrunk towards the pool, to which this batch is added."""
+        pooled = None if self._sums is None else self._sums.pooled
+        self._sums = None
+        if pooled is None:
+            shrunk = shrink_to_pooled(list(moments.values()), self._pool)
+            return dict(zip(moments, shrunk, strict=True))
+        self._pool.add(pooled.matrix(), pooled.tokens)
+        pooled.free()
+        own = {stage: moment for stage, moment in moments.items() if moment.parts[0].here}
+        return dict(zip(own, shrink_to(self._pool, list(own.values())), strict=True))
 
     def _kind(self, stage: Stage) -> _Kind:
         return self._rows(stage), self._configs(stage)
@@ -114,9 +142,8 @@ class ExpertSolver:
         return [stage for alike in kinds.values() for stage in alike]
 
     def _shapes(self, stage: Stage) -> list[Shape]:
-        columns = self._pool.hessian().shape[0]
         each = zip(self._rows(stage), self._configs(stage), strict=True)
-        return [Shape(rows, columns, config.groups(columns)) for rows, config in each]
+        return [Shape(rows, self._columns, config.groups(self._columns)) for rows, config in each]
 
     def _pooled(self, seen: int, columns: int) -> float:
         return columns / (seen + columns) if self._pool.tokens > seen else 0.0

@@ -109,6 +109,11 @@ class Solved(Protocol):
         ...
 
 
+def owners_of(items: Sequence[Sequence[Shape]], ranks: int) -> list[int]:
+    """The rank that solves each item of so many linears."""
+    return dealt([float(sum(shape.rows * shape.columns for shape in item)) for item in items], ranks)
+
+
 Item = TypeVar("Item")
 SolvedItem = TypeVar("SolvedItem", bound=Solved)
 
@@ -130,8 +135,7 @@ class Dealt(Generic[Item, SolvedItem]):
             yield from self.solve(list(items))
             return
         started = time.perf_counter()
-        costs = [float(sum(shape.rows * shape.columns for shape in self.shapes(item))) for item in items]
-        owners = dealt(costs, team.size)
+        owners = owners_of([self.shapes(item) for item in items], team.size)
         parts: list[list[Item]] = [[] for _ in range(team.size)]
         for item, owner in zip(items, owners, strict=True):
             parts[owner].append(item)

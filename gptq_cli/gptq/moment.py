@@ -27,6 +27,7 @@ class Moment:
         self.in_features = in_features
         self.tokens = 0
         self._taken = 0
+        self.device = torch.device(device)
         shape = (in_features if rows is None else rows, in_features)
         self._sum: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
         self._finished = False
@@ -77,6 +78,16 @@ class Moment:
             part.copy_(flat[start : start + part.numel()].view(part.shape))
             start += part.numel()
         self.tokens = tokens
+
+    @property
+    def here(self) -> bool:
+        """It was not freed."""
+        return self._sum is not None
+
+    def elsewhere(self, tokens: int) -> None:
+        """Another process has the sum, of so many tokens in all."""
+        self.tokens = tokens
+        self.free()
 
     @property
     def stored_values(self) -> int:

@@ -52,11 +52,15 @@ def shrink_to_pooled(
 
     A linear without tokens gets the pool itself.
     """
-    own = [moment.hessian() for moment in moments]
-    for moment, H in zip(moments, own, strict=True):
-        pool.add(H, moment.tokens)
+    for moment in moments:
+        pool.add(moment.hessian(), moment.tokens)
+    return shrink_to(pool, moments)
+
+
+def shrink_to(pool: Pool, moments: Sequence[StageMoments]) -> list[Tensor]:  # (K, K) each
+    """The Hessian of each, shrunk towards the pool as it is. The moments are freed."""
     shrunk = []
     for moment in moments:
-        shrunk.append(shrink(own.pop(0), moment.tokens, pool.hessian()))
+        shrunk.append(shrink(moment.hessian(), moment.tokens, pool.hessian()))
         moment.free()
     return shrunk

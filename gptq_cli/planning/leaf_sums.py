@@ -10,6 +10,12 @@ fp32, and n = nodes that a rank ends with (`ranks.tree.nodes_of`):
                 n + c                what is sent and what comes: as many nodes as ranks send on average, c
                 c + 2 + 1 / ranks    what came, the own part of the sum, all parts, and the whole
 
+Of c experts that are collected side by side, and the sum of all of them (`engine.leaf_sums.OwnedSums`):
+
+    collecting  as above, of c + 1 moments
+    exchanging  n · (c + 1) · P, and (n + received + 2) · P: of as many experts as there are ranks a piece
+                each that is sent and that comes, what is summed of one, and the pieces of the sum of all
+
 Without a launcher nothing is kept. Where the backend knows no accelerator (gloo) what travels lies in main
 memory for a moment; it is counted on the device all the same.
 """
@@ -48,6 +54,17 @@ def leaf_sum_bytes(ranks: int, moments: Sequence[float], rank: int | None = None
         collecting=math.ceil(kept * every + largest),
         exchanging=math.ceil(nodes * (every - largest) + highest * largest),
     )
+
+
+def expert_sum_bytes(ranks: int, moment: float, count: int, rank: int | None = None) -> LeafSumBytes:
+    """Of `count` experts whose H travels with `moment` bytes."""
+    if not ranks:
+        return LeafSumBytes()
+    every = [moment] * (count + 1)
+    _, nodes, received = _counts(ranks, rank)
+    exchanging = math.ceil((nodes * (count + 1) + nodes + received + 2) * moment)
+    pooled = leaf_sum_bytes(ranks, every, rank)
+    return LeafSumBytes(pooled.collecting, max(exchanging, pooled.exchanging))
 
 
 @lru_cache

@@ -38,7 +38,8 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
     of several ranks each has its part of the R rows, or of the experts of a batch, in its solve and goals,
     with the weights of all rows beside; and the codes of all while it packs (share.py)
     a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
-    several ranks add to every collect, and as one more moment, what leaf_sums.py counts
+    several ranks add to every collect, and as one more moment, what leaf_sums.py counts; of experts a rank
+    has then the H of its own alone, that of the pool, and that of all of a batch
 
 Weights, and what a device holds in all: device_plans.py. Micro-batch, parked or replayed, where a block is
 worked on and where activations rest are read from the `Schedule`. The constants were measured (docs/rules.md
@@ -54,7 +55,7 @@ from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.leaf_sums import TRIANGLE, leaf_sum_bytes
+from gptq_cli.planning.leaf_sums import TRIANGLE, expert_sum_bytes, leaf_sum_bytes
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.planning.share import own_items, own_rows, own_samples
 
@@ -183,13 +184,14 @@ def _expert_moments(
     own = own_items(work, collected)
     together = min(max(1, own), block.experts_per_solve(stage.in_features, stage.rows))
     held = (collected + 1) * square
-    sums = leaf_sum_bytes(work.ranks, [TRIANGLE * square] * collected, work.rank)
+    exchanged = (own + 2) * square if work.ranks else 0  # with the pool, and the sum of all of this batch
+    sums = expert_sum_bytes(work.ranks, TRIANGLE * square, collected, work.rank)
     alone = work.ranks < 2  # else the codes of all experts come at once, when every H has been used
     packing = (PACK_BYTES + CODE_BYTES * ((together if alone else collected) - 1)) * weights
     solved = (own + 1 + together + 1) * square
     return [
         WorkSet(copy + flight, held + sums.collecting, 0, activations),
-        WorkSet(copy, held + sums.exchanging, 0, activations),
+        WorkSet(copy, exchanged + sums.exchanging, 0, activations),
         WorkSet(copy + SOLVE_BYTES * together * weights, solved, 0, activations),
         WorkSet(copy, held if alone else square, packing, activations),
     ]

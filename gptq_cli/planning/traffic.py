@@ -6,6 +6,7 @@ With S ranks, and for each moment (see `gptq.moments`) L numbers, of which rank 
              part of every other rank, L - L_r; then the sum of its own part to S - 1 others, all parts padded
              to the longest. L is the lower block triangle of an H, and of a cross moment K², or R · K for a
              single linear whose output is added to a residual or that has R at most K / 2
+             Of experts: the nodes of each, L, to the rank that solves it; and as above of the sum of a batch
     factors  fp32: the lower block triangle of each that a rank makes ahead (`planning.factors`), counted once
     codes    what `engine.wire` makes of its rows, or experts, padded to the longest of any rank, to S - 1
              others, for each stage and for each batch of experts
@@ -121,6 +122,11 @@ def _traffic(
     """Of every rank. `experts_per_batch`: by K, how many are collected side by side."""
     sums, codes, factors = ([0] * run.ranks for _ in range(3))
     nodes = _nodes_of_ranks(run)
+    for batch in _batches(stages, run.ranks, dict(experts_per_batch)):
+        length = triangle_numbers(batch.columns)
+        for rank, sent in enumerate(_summed_bytes(nodes.every, length)):
+            others = sum(owner != rank for owner in batch.owners)
+            sums[rank] += sent + 4 * nodes.every[rank] * length * others
     for stage in stages:
         for counts, length in _moments(stage, nodes):
             for rank, sent in enumerate(_summed_bytes(counts, length)):
@@ -167,10 +173,9 @@ def _nodes_of_ranks(run: _Run) -> _Nodes:
 
 
 def _moments(stage: _Stage, nodes: _Nodes) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Of each moment, the nodes that every rank has and how many numbers one has."""
+    """Of each moment that all ranks need, the nodes that every rank has and how many numbers one has."""
     columns, rows = stage.columns, sum(stage.rows)
     if stage.family:
-        yield nodes.every, triangle_numbers(columns)
         return
     narrow = stage.residual or (len(stage.rows) == 1 and 2 * rows <= columns)
     cross = columns * (rows if narrow else columns)
@@ -194,26 +199,40 @@ def _exchanges(stages: Sequence[_Stage], ranks: int, experts_per_batch: dict[int
     """The longest share of any rank, in bytes, of every exchange of solved linears."""
     from gptq_cli.engine.wire import Shape, wire_bytes
 
-    families: dict[tuple[str, int], list[int]] = {}
     for stage in stages:
-        if not stage.family:
-            pieces = pieces_of(stage.rows, ranks)
-            yield padded_bytes(
-                [
-                    wire_bytes([Shape(one.rows, stage.columns, stage.groups[one.linear]) for one in own])
-                    for own in pieces
-                ]
-            )
+        if stage.family:
             continue
-        each = zip(stage.rows, stage.groups, strict=True)
-        size = wire_bytes([Shape(rows, stage.columns, groups) for rows, groups in each])
-        families.setdefault((stage.family, stage.columns), []).append(size)
-    for (_, columns), sizes in families.items():
+        of_pieces = (
+            [Shape(one.rows, stage.columns, stage.groups[one.linear]) for one in own]
+            for own in pieces_of(stage.rows, ranks)
+        )
+        yield padded_bytes([wire_bytes(shapes) for shapes in of_pieces])
+    for batch in _batches(stages, ranks, experts_per_batch):
+        of_ranks = [0] * ranks
+        for stage, owner in zip(batch.stages, batch.owners, strict=True):
+            each = zip(stage.rows, stage.groups, strict=True)
+            of_ranks[owner] += wire_bytes([Shape(rows, stage.columns, groups) for rows, groups in each])
+        yield padded_bytes(of_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Experts that are collected side by side."""
+
+    columns: int
+    stages: Sequence[_Stage]
+    owners: Sequence[int]
+    """The rank that solves each."""
+
+
+def _batches(stages: Sequence[_Stage], ranks: int, experts_per_batch: dict[int, int]) -> Iterator[_Batch]:
+    families: dict[tuple[str, int], list[_Stage]] = {}
+    for stage in stages:
+        if stage.family:
+            families.setdefault((stage.family, stage.columns), []).append(stage)
+    for (_, columns), family in families.items():
         most = experts_per_batch[columns]
-        for start in range(0, len(sizes), most):
-            batch = sizes[start : start + most]
-            owners = dealt([float(size) for size in batch], ranks)
-            of_ranks = [0] * ranks
-            for size, owner in zip(batch, owners, strict=True):
-                of_ranks[owner] += size
-            yield padded_bytes(of_ranks)
+        for start in range(0, len(family), most):
+            batch = family[start : start + most]
+            owners = dealt([float(sum(stage.rows) * columns) for stage in batch], ranks)
+            yield _Batch(columns, batch, owners)

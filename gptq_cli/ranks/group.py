@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from gptq_cli.events import Observer
 from gptq_cli.ranks.channel import Channel, Kind, Traffic, until_done
 from gptq_cli.ranks.leaves import leaf_count, padded_bytes
-from gptq_cli.ranks.team import Nodes
+from gptq_cli.ranks.team import Nodes, Parcel
 from gptq_cli.ranks.tree import Node, total
 from gptq_cli.ranks.waits import Waits
 from gptq_cli.ranks.watch import Watch
@@ -100,8 +100,7 @@ class Ranks:
 
     def summed(self, nodes: Nodes, present: Sequence[Sequence[Node]], length: int) -> Tensor | None:
         """See `Team.summed`. Every rank gets its part of all nodes, adds them, and all get all parts."""
-        own = [value for _, value in nodes if value is not None]
-        device = own[0].device if own else self._device
+        device, own = self._device_of(nodes), [value for _, value in nodes if value is not None]
         bounds = [length * rank // self.size for rank in range(self.size + 1)]
         lengths = [b - a for a, b in pairwise(bounds)]
         sent = [value[a:b] for a, b in pairwise(bounds) for value in own]
@@ -130,6 +129,47 @@ class Ranks:
         padded[:mine] = whole
         rows = self._gather(padded, "sum")
         return torch.cat([row[:one] for row, one in zip(rows, lengths, strict=True)]).to(device)
+
+    def delivered(self, parcels: Sequence[Parcel], length: int) -> Iterator[tuple[int, Tensor]]:
+        """See `Team.delivered`. One parcel of each rank at a time, and of these a piece at a time, so that
+        all send and receive as much, and little lies beside what is summed."""
+        queues = [[one for one in parcels if one.owner == rank] for rank in range(self.size)]
+        bounds = [length * piece // self.size for piece in range(self.size + 1)]
+        for several in zip_longest(*queues):
+            own = several[self.rank]
+            found = None if own is None else torch.empty(length, device=self._device_of(own.nodes))
+            for a, b in pairwise(bounds):
+                whole = self._piece(several, a, b)
+                if found is not None and whole is not None:
+                    found[a:b] = whole
+                del whole
+            for parcel in several:
+                if parcel is not None:
+                    parcel.nodes.clear()
+            if own is not None and found is not None:
+                yield own.place, found
+            del found  # before the next one
+
+    def _piece(self, several: Sequence[Parcel | None], a: int, b: int) -> Tensor | None:
+        """Numbers a..b of this rank's parcel, of one of each rank."""
+        sent = [[v[a:b] for _, v in one.nodes if v is not None] if one else [] for one in several]
+        own = several[self.rank]
+        counts = [len(found) for found in own.present] if own is not None else [0] * self.size
+        flat = [value for values in sent for value in values]
+        outgoing = torch.cat(flat).to(self._device) if flat else torch.empty(0, device=self._device)
+        incoming = torch.empty((b - a) * sum(counts), device=self._device)
+        sizes = [(b - a) * len(values) for values in sent]
+        came = [(b - a) * count for count in counts]
+        self._wait(dist.all_to_all_single(incoming, outgoing, came, sizes, async_op=True))
+        self.traffic.sent("sum", 4 * (sum(sizes) - sizes[self.rank]))
+        if own is None:
+            return None
+        parts = iter(incoming.view(sum(counts), b - a))
+        return total([(node, next(parts)) for found in own.present for node in found], self.leaves)
+
+    def _device_of(self, nodes: Nodes) -> torch.device:
+        """Where sums are that this rank has some of; else where they travel from."""
+        return next((value.device for _, value in nodes if value is not None), self._device)
 
     def channel(self, receivers: Sequence[int]) -> Channel | None:
         """See `Team.channel`."""

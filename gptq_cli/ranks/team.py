@@ -6,7 +6,7 @@ order; what a method returns is the same on every rank unless it says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,19 @@ from gptq_cli.ranks.tree import Node, total
 T = TypeVar("T")
 Nodes = list[tuple[Node, Tensor | None]]
 """The sums of a rank's nodes, in order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """The sums of a moment on their way to the rank that needs them."""
+
+    nodes: Nodes
+    """Of this rank; consumed."""
+    present: Sequence[Sequence[Node]]
+    """Of every rank the nodes that it has."""
+    owner: int
+    place: int
+    """What the owner knows it by."""
 
 
 class Team(Protocol):
@@ -58,6 +71,10 @@ class Team(Protocol):
 
         `present`: of every rank the nodes that it has. The tensors in `nodes` are consumed.
         """
+        ...
+
+    def delivered(self, parcels: Sequence[Parcel], length: int) -> Iterator[tuple[int, Tensor]]:
+        """The place and the sum, flat fp32 of `length`, of each parcel of this rank; of others nothing."""
         ...
 
     def exchanged(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -109,6 +126,14 @@ class Alone:
     def summed(self, nodes: Nodes, present: Sequence[Sequence[Node]], length: int) -> Tensor | None:
         """See `Team.summed`."""
         return total(nodes, self.leaves)
+
+    def delivered(self, parcels: Sequence[Parcel], length: int) -> Iterator[tuple[int, Tensor]]:
+        """See `Team.delivered`."""
+        for parcel in parcels:
+            whole = total(parcel.nodes, self.leaves)
+            parcel.nodes.clear()
+            if whole is not None and parcel.owner == self.rank:
+                yield parcel.place, whole
 
     def exchanged(self, own: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """See `Team.exchanged`."""

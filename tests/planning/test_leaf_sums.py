@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.engine.leaf_sums import LeafSums
+from gptq_cli.engine.leaf_sums import LeafSums, OwnedSums
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.moment import Moment
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.leaf_sums import TRIANGLE, leaf_sum_bytes
+from gptq_cli.planning.leaf_sums import TRIANGLE, expert_sum_bytes, leaf_sum_bytes
 from gptq_cli.planning.memory import work_sets
 from gptq_cli.ranks.group import Ranks
 from gptq_cli.ranks.leaves import leaf_count, part_of
-from gptq_cli.ranks.team import Alone, Team
+from gptq_cli.ranks.team import Alone, Parcel, Team
 from gptq_cli.ranks.tree import most_kept
 from gptq_cli.ranks.watch import Watch, Word
 from tests.planning.schedules import schedule
@@ -61,6 +62,17 @@ def summed(team: Team, parts: list[Moment]) -> None:
     sums.finish()
 
 
+@contextmanager
+def alone_in_a_group(tmp_path: Path) -> Iterator[Ranks]:
+    """A process group of one."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield Ranks(0, 1, torch.device("cpu"), Watch(store, Word(0, "here", 1), 1))
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16])
 def test_trees_hold_no_more_than_the_plan_counts(ranks: int) -> None:
     leaves = leaf_count(ranks)
@@ -72,18 +84,48 @@ def test_trees_hold_no_more_than_the_plan_counts(ranks: int) -> None:
 
 
 def test_exchanging_holds_no_more_than_the_plan_counts(tmp_path: Path) -> None:
-    """A process group of one: all that it sends comes back to it."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        team = Ranks(0, 1, torch.device("cpu"), Watch(store, Word(0, "here", 1), 1))
+    """All that it sends comes back to it."""
+    with alone_in_a_group(tmp_path) as team:
         length = K * K
         value = torch.ones(length)
         nodes = [((0, 16), value)]
         held = peak_bytes(lambda: team.summed(nodes, [[(0, 16)]], length))
-    finally:
-        dist.destroy_process_group()
     assert SQUARE < held <= leaf_sum_bytes(1, [SQUARE]).exchanging
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 16])
+def test_trees_of_experts_hold_no_more_than_the_plan_counts(ranks: int) -> None:
+    leaves = leaf_count(ranks)
+    busiest = max(range(ranks), key=lambda rank: most_kept(part_of(leaves, rank, ranks)))
+    team, parts = Alone(leaves, busiest, ranks), [Hessian(K) for _ in range(4)]
+    own = part_of(leaves, busiest, ranks)
+    sums = OwnedSums(team, tuple(own), parts, lambda tokens: [None] * 4)
+
+    def work() -> None:
+        for place in range(len(own)):
+            sums.reach(place)
+            for part in parts:
+                part.tokens += 1
+        sums.finish()
+
+    counted = expert_sum_bytes(ranks, TRIANGLE * SQUARE, 4).collecting
+    assert 0.5 * counted < peak_bytes(work) <= counted + SQUARE  # the sum of all, when the others are free
+
+
+def test_delivering_holds_no_more_than_the_plan_counts(tmp_path: Path) -> None:
+    with alone_in_a_group(tmp_path) as team:
+        length, there = K * K, [[(0, 16)]]
+        parcels = [Parcel([((0, 16), torch.ones(length))], there, 0, place) for place in range(3)]
+        sums: list[tuple[int, torch.Tensor]] = []
+
+        def work() -> None:
+            for place, whole in team.delivered(parcels, length):
+                sums.append((place, whole[:1].clone()))
+                del whole
+
+        held = peak_bytes(work)
+    assert [(place, float(value)) for place, value in sums] == [(place, 1.0) for place in range(3)]
+    assert SQUARE < held + 3 * SQUARE <= expert_sum_bytes(1, SQUARE, 3).exchanging
 
 
 def test_without_a_launcher_nothing_is_kept() -> None:

@@ -10,8 +10,9 @@ from gptq_cli.gptq.triangle import triangle_numbers
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.traffic import Traffic, block_traffic
+from gptq_cli.ranks.leaves import dealt
 from tests.planning.schedules import schedule
-from tests.preflight.shapes import llama
+from tests.preflight.shapes import llama, mixture
 
 FACTS = llama(blocks=2, hidden=1024, inner=4096)
 OWN = Work(QuantizeConfig(group_size=128, solve_for="own"), CalibrationConfig(samples=32, seq_len=64), 2)
@@ -55,6 +56,18 @@ def test_a_factor_that_is_made_ahead_is_sent_by_the_rank_that_makes_it(
     one = 4 * (3 * triangle_numbers(1024) + triangle_numbers(4096))
     assert [traffic.factor_bytes for traffic in found] == [one if n in senders else 0 for n in range(ranks)]
     assert {traffic.factor_bytes for traffic in sent(replace(OWN, ranks=ranks))} == {0}
+
+
+def test_sums_of_experts_go_to_the_rank_that_solves_them() -> None:
+    """Of 3 experts and 2 ranks one has 2; the sum of all goes to both."""
+    facts = mixture(experts=3, hidden=1024, inner=512)
+    first, second = sent(OWN, facts)
+    attention = 2 * triangle_numbers(1024)
+    widths = [triangle_numbers(columns) for columns in (1024, 512)]
+    owners = dealt([1.0] * 3, 2)
+    for rank, found in enumerate((first, second)):
+        others = sum(owner != rank for owner in owners)
+        assert found.sum_bytes == 4 * (attention + sum(others * one + one for one in widths))
 
 
 def test_one_rank_sends_nothing() -> None:
