@@ -15,6 +15,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.costs import BlockCost, block_costs
+from gptq_cli.planning.factors import factor_plan
 from gptq_cli.planning.rates import RANKS_BYTES_PER_SECOND, MachineRates
 from gptq_cli.planning.share import pairs_and_others
 from gptq_cli.planning.time import job_seconds
@@ -69,7 +70,7 @@ def ranks_plan(
             if seconds or alone[phase]
         ),
         most_that_pay=most,
-        assumptions=tuple(_assumptions(facts, schedule, speed)),
+        assumptions=tuple(_assumptions(facts, work, schedule, speed)),
     )
 
 
@@ -107,7 +108,7 @@ def _shared(speed: MachineRates, processes: int) -> MachineRates:
     )
 
 
-def _assumptions(facts: ModelFacts, schedule: Schedule, speed: MachineRates) -> Iterator[str]:
+def _assumptions(facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates) -> Iterator[str]:
     """What the times rest on."""
     yield f"rates {speed.source}" if speed.source else "rates from a short probe of this machine"
     if _on_accelerators(schedule):
@@ -117,5 +118,7 @@ def _assumptions(facts: ModelFacts, schedule: Schedule, speed: MachineRates) -> 
     yield f"{speed.ranks_rate / 1e9:g} GB/s from a process to the others"
     yield "every machine reads the files as fast as one process alone"
     yield "no step at the same time as another, but for the block that is read ahead"
+    if len(factor_plan(work).senders) > 1:
+        yield "the λ that is found best for a step is one that a factor was made for ahead"
     if any(linear.routed for linear in facts.linears):
         yield "every expert is reached by tokens of every process"

@@ -80,6 +80,7 @@ def test_a_plan_names_time_phases_traffic_and_where_more_stop_paying() -> None:
     assert times[most] <= 0.95 * times[most // 2]
     assert times[2 * most] > 0.95 * times[most]
     assert any("20 GB/s" in text for text in plan.assumptions)
+    assert any("made for ahead" in text for text in plan.assumptions)
     slower = ranks_plan(FACTS, WORK, schedule_, replace(SPEED, ranks_rate=1e9), 8)
     assert (slower.speed_up or 0) < (plan.speed_up or 0)
 
