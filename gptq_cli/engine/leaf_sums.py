@@ -111,6 +111,7 @@ class OwnedSums(LeafSums):
         self.pooled = Hessian(first.in_features, device)
         if flat is not None:
             self.pooled.put(flat, sum(tokens))
+        del flat
         sent = [
             Parcel(nodes[place], [of_rank[place].nodes for of_rank in accounts], owner, place)
             for place, owner in enumerate(owners)
