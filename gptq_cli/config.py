@@ -103,6 +103,11 @@ class QuantizeConfig:
     )
     """For `solve_for` "dense", on the samples that the dense model runs on too, when all blocks are done. A
     pass takes about four forwards of the whole model."""
+    fisher_tokens: int = option(
+        0, "Tokens whose gradients say how errors of a linear's outputs add up in the model's loss; 0: none."
+    )
+    """For `solve_for` "dense", whole samples of those that the dense model runs on too: see `gptq.feedback`.
+    The dense model runs forward and back once on them before the work, and once more in it."""
     column_batch: int = option(
         128, "Columns of one lazy update, for speed; codes vary as sums are rounded in another order."
     )
@@ -158,13 +163,14 @@ class QuantizeConfig:
                 f"dense_share is {self.dense_share}; allowed: a fraction above 0 and up to 1",
                 hint="--solve-for own does without the dense model",
             )
-        check_int("tune_epochs", self.tune_epochs, 0)
-        if self.tune_epochs and self.solve_for == "own":
-            raise ConfigError(
-                f"tune_epochs is {self.tune_epochs}; allowed with solve_for own: 0, because tuning compares "
-                "with the dense model",
-                hint="--solve-for dense, or --tune-epochs 0",
-            )
+        for name, why in _OF_THE_DENSE_MODEL.items():
+            value = getattr(self, name)
+            check_int(name, value, 0)
+            if value and self.solve_for == "own":
+                raise ConfigError(
+                    f"{name} is {value}; allowed with solve_for own: 0, because {why}",
+                    hint=f"--solve-for dense, or --{name.replace('_', '-')} 0",
+                )
         check_int("column_batch", self.column_batch, 1)
         per_weight = self.bits_per_weight
         if per_weight is not None and not (math.isfinite(per_weight) and per_weight > 0.0):
@@ -177,6 +183,10 @@ class QuantizeConfig:
         if self.solve_for == "own":
             return 0
         return min(samples, max(MIN_PAIRS, math.ceil(samples * self.dense_share - 1e-9)))
+
+    def fisher_samples(self, samples: int, seq_len: int) -> int:
+        """How many of the paired samples are gone back through: as many as hold `fisher_tokens`."""
+        return min(self.paired_samples(samples), -(-self.fisher_tokens // seq_len))
 
     def for_columns(self, in_features: Iterable[int]) -> QuantizeConfig:
         """The same with a number for the group size, for linears of these input columns.
@@ -250,12 +260,18 @@ def _with_settings(
     )
 
 
+_OF_THE_DENSE_MODEL = {
+    "tune_epochs": "tuning compares with the dense model",
+    "fisher_tokens": "the gradients are those of the dense model",
+}
+"""Fields that are 0 without a dense model beside the quantized one, and why."""
+
 RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
     {
         "fast": {"sweeps": 0, "refit": False, "solve_for": "own"},
         "balanced": {},
-        "best": {"sweeps": 4, "dense_share": 1.0},
-        "max": {"sweeps": 4, "dense_share": 1.0, "tune_epochs": 2},
+        "best": {"sweeps": 4, "dense_share": 1.0, "fisher_tokens": 32_768},
+        "max": {"sweeps": 4, "dense_share": 1.0, "fisher_tokens": 32_768, "tune_epochs": 2},
     }
 )
 """Fields in which a recipe differs from `QuantizeConfig()`; format and bits are the same."""

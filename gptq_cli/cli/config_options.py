@@ -84,7 +84,11 @@ Text = Annotated[
 ]
 SolverMemory = Annotated[
     Mapping[str, Any],
-    ConfigFields(QuantizeConfig, SOLVER, ("true_sequential", "solve_for", "dense_share", "tune_epochs")),
+    ConfigFields(
+        QuantizeConfig,
+        SOLVER,
+        ("true_sequential", "solve_for", "dense_share", "fisher_tokens", "tune_epochs"),
+    ),
 ]
 """What of the solver changes how much memory a job needs."""
 TextSize = Annotated[

@@ -25,7 +25,17 @@ VERSION = 1
 Measured = dict[tuple[str, ...], BitLosses]
 """Linears that are alike -> what fewer bits cost them."""
 _NOT_MEASURED = frozenset(
-    {"bits", "bits_per_weight", "quantize_head", "sweeps", "refit", "solve_for", "dense_share", "tune_epochs"}
+    {
+        "bits",
+        "bits_per_weight",
+        "quantize_head",
+        "sweeps",
+        "refit",
+        "solve_for",
+        "dense_share",
+        "fisher_tokens",
+        "tune_epochs",
+    }
 )
 """Fields of the configuration that the numbers do not depend on."""
 
