@@ -24,6 +24,7 @@ Phase = Literal[
     "write",
     "bits",
     "load",
+    "gradients",
     "capture",
     "head",
     "tune",

@@ -207,6 +207,7 @@ _COUNTS: dict[Phase, str] = {
     "load": "tensors",
     "capture": "samples",
     "head": "samples",
+    "gradients": "blocks",
     "tune": "steps",
     "write": "tokens",
     "bits": "blocks",

@@ -34,13 +34,14 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, torch_device, working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
-from gptq_cli.engine.block import Block, BlockContext, WorkOptions, open_block
+from gptq_cli.engine.block import BlockContext, open_block
 from gptq_cli.engine.calls import BlockCall, hidden_of
 from gptq_cli.engine.capture import BlockInputs, Captured, capture
 from gptq_cli.engine.forwards import ReplayedForwards
-from gptq_cli.engine.run import EngineRun, input_device_of, open_stream, opened_blocks
+from gptq_cli.engine.opening import EngineRun, input_device_of, open_stream, opened_blocks
 from gptq_cli.engine.stages import Stage
 from gptq_cli.engine.stand_ins import behind_blocks
+from gptq_cli.engine.work import Block, WorkOptions
 from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.divergence import mean_divergence
 from gptq_cli.events import CacheFlushed, Observer, counted, phase

@@ -12,90 +12,40 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
+from gptq_cli.engine.gradients import output_moments
 from gptq_cli.engine.leaf_sums import LeafSums
 from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.engine.residuals import Residual, find_residuals
-from gptq_cli.engine.shared import Places, SharedWeights, nothing_shared
 from gptq_cli.engine.shared_solve import StageShare
 from gptq_cli.engine.stage_factors import StageFactors
 from gptq_cli.engine.stages import Stage, collection_passes, find_stages
 from gptq_cli.engine.streams import TRIM_EVERY, Streams, samples_first, trim_between_frames
+from gptq_cli.engine.work import Block, WorkOptions
 from gptq_cli.errors import GptqError, NonFinite
-from gptq_cli.events import LinearQuantized, Observer, SamplesAdvanced
+from gptq_cli.events import LinearQuantized, SamplesAdvanced
 from gptq_cli.gptq.choice import StepChoice
+from gptq_cli.gptq.feedback import OutputMoment
 from gptq_cli.gptq.moments import StageMoments
-from gptq_cli.gptq.packing import PackedTensors, pack
+from gptq_cli.gptq.packing import pack
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
 from gptq_cli.placement.names import fold
-from gptq_cli.placement.schedule import BlockSchedule
-from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import LinearReport
-
-Store = Callable[[LinearInfo, PackedTensors], None]
-"""Takes a finished linear; the tensors are its own to keep."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One decoder block of the opened model, and how it is to be worked on."""
-
-    schedule: BlockSchedule
-    module: nn.Module
-    linears: tuple[LinearInfo, ...]
-    shared: Places = field(default_factory=dict)
-    """Its linears whose weights are those of linears of earlier blocks."""
-    on_device: Callable[[], AbstractContextManager[object]] = nullcontext
-    """A context that has the block on its execution device and takes it back to its storage device."""
-
-    @property
-    def name(self) -> str:
-        """The dotted name: `model.layers.3`."""
-        return self.schedule.name
-
-    @property
-    def device(self) -> torch.device:
-        """Where it is worked on."""
-        return torch_device(self.schedule.execution_device)
-
-    @property
-    def own(self) -> dict[str, LinearInfo]:
-        """The linears that are quantized here, by their names inside the block."""
-        return {self.relative(info): info for info in self.linears}
-
-    def relative(self, info: LinearInfo) -> str:
-        """The name of a linear inside the block: `self_attn.q_proj`."""
-        return info.name[len(self.name) + 1 :]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkOptions:
-    """What the work on every block of a run has in common."""
-
-    config: QuantizeConfig
-    strict: bool
-    """End the run rather than fall back to round-to-nearest."""
-    store: Store
-    observer: Observer
-    shared: SharedWeights = field(default_factory=nothing_shared)
-    team: Team = ALONE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +157,7 @@ def quantize_block(
         context.rows,
         context.options.team,
     )
+    known = _outputs(context, inputs)
     with ExitStack() as opened:
         streams = _open_streams(context, inputs, opened)
         for index, stages in enumerate(passes):
@@ -216,7 +167,8 @@ def quantize_block(
                 if stages[0].once:
                     for stage in stages:
                         moment = moments.pop(stage)
-                        reports += _solve(context, stage, moment, moment.hessian())
+                        own = [known.pop(name, None) for name in stage.linears]
+                        reports += _solve(context, stage, moment, moment.hessian(), own)
                     continue
                 family = context.family(stages[0])
                 last = all(context.family(later[0]) != family for later in passes[index + 1 :])
@@ -228,6 +180,28 @@ def quantize_block(
     block = context.block
     context.options.shared.leave(block.module, block.own, block.shared)
     return tuple(reports)
+
+
+def _outputs(context: BlockContext, inputs: BlockInputs) -> dict[str, OutputMoment]:
+    """What the outputs of its linears have to do with the loss, where the dense model's gradients are known;
+    the block is still dense."""
+    gradients = context.options.gradients
+    if gradients is None:
+        return {}
+    once = [name for stage in context.stages if stage.once for name in stage.linears]
+    dense = {
+        sample: row
+        for batch, hidden in zip(inputs.samples, inputs.dense, strict=False)
+        for sample, row in zip(batch, hidden, strict=True)
+    }
+    return output_moments(
+        context.block.module,
+        {name: context.modules[name] for name in once},
+        {name: context.infos[name].out_features for name in once},
+        gradients.of_block(context.block.name, dense),
+        context.block.device,
+        context.options.observer,
+    )
 
 
 def _open_streams(context: BlockContext, inputs: BlockInputs, opened: ExitStack) -> Streams:
@@ -343,6 +317,7 @@ def _solve(
     stage: Stage,
     moments: StageMoments,
     hessian: Tensor,  # (K, K)
+    outputs: Sequence[OutputMoment | None],  # of each linear
 ) -> Iterator[LinearReport]:
     """Quantize the linears of a stage that runs once in place, hand the packed tensors over, and report."""
     config, infos = context.options.config, context.infos
@@ -355,13 +330,13 @@ def _solve(
     step = share.whole(step)
     moments.free()
     try:
-        solved = share.solve(hessian, context.configs(stage), goals, factors.for_solve())
+        solved = share.solve(hessian, context.configs(stage), goals, factors.for_solve(), outputs)
     except NonFinite as error:
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)  # says where it is not finite
         names = ", ".join(infos[name].name for name in stage.linears)
         raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
-    del hessian, goals, weights, share, factors
+    del hessian, goals, weights, share, factors, outputs
     seconds = time.perf_counter() - started
     yield from _finish(context, SolvedStage(stage, solved, tokens, 0.0, seconds), step)
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
-from gptq_cli.engine.block import Block, WorkOptions
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
 from gptq_cli.engine.finite import FiniteNotes, non_finite_error
 from gptq_cli.engine.leaf_sums import LeafSums
@@ -31,6 +30,7 @@ from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.engine.shared_solve import Dealt
 from gptq_cli.engine.stand_ins import behind_blocks
 from gptq_cli.engine.wire import Shape, joined
+from gptq_cli.engine.work import Block, WorkOptions
 from gptq_cli.errors import GptqError, NonFinite
 from gptq_cli.events import LinearQuantized, PhaseAdvanced, phase
 from gptq_cli.gptq.hessian import Hessian

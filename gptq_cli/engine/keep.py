@@ -19,11 +19,11 @@ from torch import Tensor
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device, working_on
 from gptq_cli.devices.host_buffers import to_device
-from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
 from gptq_cli.engine.shared import SharedWeights
 from gptq_cli.engine.tuned import Tuned
+from gptq_cli.engine.work import Block
 from gptq_cli.errors import NotPositiveDefinite
 from gptq_cli.events import Observer, PhaseAdvanced, phase
 from gptq_cli.gptq.packing import PackedTensors, unpack

@@ -28,11 +28,13 @@ from dataclasses import dataclass
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, read_memory, reset_peak, torch_device, working_on
 from gptq_cli.devices.leaks import LeakWatch
-from gptq_cli.engine.block import Block, BlockContext, Store, WorkOptions, open_block, quantize_block
+from gptq_cli.engine.block import BlockContext, open_block, quantize_block
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.experts import FewTokens
+from gptq_cli.engine.gradients import Gradients
 from gptq_cli.engine.keep import Keeper, NothingKept, catch_up, shared_weights
 from gptq_cli.engine.together import RankReports
+from gptq_cli.engine.work import Block, Store, WorkOptions
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
@@ -68,6 +70,7 @@ def quantize_blocks(
     store: Store,
     observer: Observer,
     keeper: Keeper | None = None,
+    gradients: Gradients | None = None,
 ) -> tuple[BlockReport, ...]:
     """Quantize every block that is not finished, in order; `states` are consumed. Returns one report per
     block, those that `keeper` had among them.
@@ -85,6 +88,7 @@ def quantize_blocks(
         store=store,
         observer=observer,
         shared=shared,
+        gradients=gradients,
         team=options.team,
     )
     first = catch_up(blocks, states, keeper, config, shared, observer)

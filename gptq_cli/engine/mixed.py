@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.factor import Factor
+from gptq_cli.gptq.feedback import OutputMoment
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
 
@@ -18,6 +19,7 @@ def solve_mixed(
     configs: Sequence[QuantizeConfig],  # one for each weight
     goals: Sequence[Tensor] | None = None,
     factor: Factor | None = None,  # of the Hessian, see `quantize_linears`
+    outputs: Sequence[OutputMoment | None] = (),
 ) -> list[QuantizedLinear]:
     """Those with the same settings are solved together, all with one Hessian. Raises what `quantize_linears`
     raises."""
@@ -30,6 +32,7 @@ def solve_mixed(
             config,
             goals=None if goals is None else [goals[place] for place in places],
             factor=factor,
+            outputs=[outputs[place] for place in places] if outputs else (),
         )
         solved.update(zip(places, found, strict=True))
     return [solved[place] for place in range(len(configs))]

@@ -5,48 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, frozen_gc, reset_peak, torch_device
 from gptq_cli.devices.attention import attention_without_plans
 from gptq_cli.devices.out_of_memory import clear_frames, is_out_of_memory, out_of_memory_cause
-from gptq_cli.engine.block import Block, Store, WorkOptions
 from gptq_cli.engine.capture import Captured, HiddenStates, capture
 from gptq_cli.engine.driven import Driven
+from gptq_cli.engine.gradient_pass import gradient_samples, gradients_of, take_gradients
 from gptq_cli.engine.head import HeadWork, quantize_head
 from gptq_cli.engine.keep import Keeper, NothingKept, check_strict
-from gptq_cli.engine.loop import LoopOptions, quantize_blocks
+from gptq_cli.engine.loop import quantize_blocks
+from gptq_cli.engine.opening import EngineRun, input_device_of, open_stream, opened_blocks
 from gptq_cli.engine.tuned import Tuned
 from gptq_cli.engine.tuning import CalibrationText, TunedModel, text_of, tune_model
+from gptq_cli.engine.work import Block, Store, WorkOptions
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
-from gptq_cli.model.shards import Shards
-from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import language_model
-from gptq_cli.placement.device import CPU, Device
-from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import Schedule, lighter
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.schedule import lighter
 from gptq_cli.results.run import BlockReport, LinearReport
 from gptq_cli.wording import first_line
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRun:
-    """What one run of the engine is given."""
-
-    skeleton: Skeleton
-    placement: Placement
-    schedule: Schedule
-    """How the run is carried out; made for this placement."""
-    config: QuantizeConfig
-    options: LoopOptions
-    shards: Shards | None = None
-    """Where the bytes of the weights come from; None: the files that the skeleton names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +97,7 @@ def _attempt(
     run: EngineRun, input_ids: Tensor, store: Store, observer: Observer, keeper: Keeper
 ) -> Quantized:
     reset_peak(run.options.devices)  # what an earlier run of this process took is not this one's
+    samples = _gone_back_through(run, input_ids, keeper, observer)
     with ExitStack() as opened:
         run.options.team.at("the loading of the model")
         with phase(observer, "load") as words:
@@ -129,9 +112,12 @@ def _attempt(
                 blocks = opened_blocks(model, run, stream)
                 states = _capture(model, blocks, run, stream, input_ids, observer)
                 opened.callback(states.close)
+                gradients = gradients_of(run, stream, blocks, input_ids, samples) if samples else None
                 stream.release()
             with frozen_gc():
-                reports = quantize_blocks(blocks, states, run.config, run.options, store, observer, keeper)
+                reports = quantize_blocks(
+                    blocks, states, run.config, run.options, store, observer, keeper, gradients
+                )
                 head = _head(model, blocks, run, states, input_ids, store, observer)
             text = _text(run, states, input_ids)
         except Exception as error:
@@ -142,6 +128,22 @@ def _attempt(
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     return Quantized(reports, head, None if text is None else _tuned(run, text, keeper, observer))
+
+
+def _gone_back_through(run: EngineRun, ids: Tensor, keeper: Keeper, observer: Observer) -> list[int]:
+    """The samples whose gradients are known now; none where they are not asked for, or cannot be had."""
+    done = len(keeper.finished) == len(run.schedule.blocks)
+    if done or not run.config.fisher_tokens:
+        return []
+    run.options.team.at("the gradients")
+    try:
+        with frozen_gc():
+            taken = take_gradients(run, ids, observer)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _MemoryRanOut from error
+        raise
+    return gradient_samples(run.config, ids) if taken else []
 
 
 def _text(run: EngineRun, states: HiddenStates, input_ids: Tensor) -> CalibrationText | None:
@@ -168,45 +170,6 @@ def _tuned(run: EngineRun, text: CalibrationText, keeper: Keeper, observer: Obse
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
     keeper.keep_tuned(tuned)
     return tuned
-
-
-def open_stream(run: EngineRun, observer: Observer) -> BlockStream:
-    """The model of the run, each block of which has its weights when its turn comes."""
-    return BlockStream(
-        run.skeleton,
-        run.placement,
-        order=[block.name for block in run.schedule.blocks],
-        reads_ahead=run.schedule.reads_ahead,
-        shards=run.shards,
-        looks_at_all=run.options.team.rank == 0,
-        tell=lambda words: observer(Warned(words, "it only takes longer")),
-    )
-
-
-def opened_blocks(model: Any, run: EngineRun, stream: BlockStream) -> list[Block]:
-    """The blocks of the opened model, in order."""
-    return [
-        Block(
-            schedule,
-            model.get_submodule(schedule.name),
-            run.skeleton.linears_of(schedule.name),
-            shared=_shared(run.skeleton, schedule.name),
-            on_device=partial(stream.on_device, schedule.name),
-        )
-        for schedule in run.schedule.blocks
-    ]
-
-
-def _shared(skeleton: Skeleton, block: str) -> dict[str, LinearInfo]:
-    """The linears of the block whose weights are those of linears of earlier blocks."""
-    order = skeleton.blocks.index
-    return {
-        name.removeprefix(f"{block}."): linear
-        for linear in skeleton.linears
-        if order(linear.block) < order(block)
-        for name in linear.also_at
-        if name.startswith(f"{block}.")
-    }
 
 
 def _head(
@@ -243,12 +206,6 @@ def _head(
         ),
     )
     return quantize_head(head, states, input_ids)
-
-
-def input_device_of(model: Any, main: Device) -> torch.device:
-    """Where token ids enter: an embedding on the CPU beside accelerators visits the main device."""
-    embedding: torch.device = model.get_input_embeddings().weight.device
-    return torch_device(main) if main != CPU and embedding.type == "cpu" else embedding
 
 
 def _capture(

@@ -21,6 +21,7 @@ from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.wire import Shape, from_bytes, joined, to_bytes, wire_bytes
 from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.factor import Factor
+from gptq_cli.gptq.feedback import OutputMoment
 from gptq_cli.gptq.goal import Part
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.ranks.leaves import Piece, dealt, pieces_of
@@ -82,11 +83,12 @@ class StageShare:
         configs: Sequence[QuantizeConfig],  # of each linear
         goals: Sequence[Tensor] | None,  # of this rank's pieces
         factor: Factor | None,  # of the Hessian, where a rank made it for all
+        outputs: Sequence[OutputMoment | None] = (),  # of each linear, where one process does all
     ) -> list[QuantizedLinear]:
         """The linears of the stage, solved by all ranks. Raises what `quantize_linears` raises."""
         own = self._rows()
         own_configs = [configs[piece.linear] for piece in self._own]
-        found = solve_mixed(own, hessian, own_configs, goals, factor) if own else []
+        found = solve_mixed(own, hessian, own_configs, goals, factor, outputs) if own else []
         columns = hessian.shape[0]
         shapes = [
             [Shape(piece.rows, columns, configs[piece.linear].groups(columns)) for piece in pieces]

@@ -8,7 +8,7 @@ time. For each step, some samples:
     back through the blocks              decode again, run again with gradients, move what is tuned in it
 
 The dense model's logits are made of the dense stream behind the last block, which is there anyway: the blocks
-were solved for the dense model's outputs. What lies behind the blocks is the model's own code (`tuned_tail`).
+were solved for the dense model's outputs. What lies behind the blocks is the model's own code (`model_tail`).
 
 An eighth of the samples takes no part. When all steps are done, these decide how much of the way is gone: all
 of it, half, or nothing.
@@ -27,9 +27,9 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device
 from gptq_cli.engine.capture import Captured, capture
 from gptq_cli.engine.keep import Keeper
+from gptq_cli.engine.model_tail import ModelTail
 from gptq_cli.engine.tuned import Tuned
 from gptq_cli.engine.tuned_block import TunedBlock, TunedLinear
-from gptq_cli.engine.tuned_tail import TunedTail
 from gptq_cli.events import Observer, counted, phase
 from gptq_cli.gptq.tuning import Moving, best_part, rate_at
 from gptq_cli.model.dense_part import open_dense_part
@@ -145,7 +145,7 @@ class TunedModel:
             if inside.isdisjoint(parents(name)) and id(model.get_parameter(name)) in own
         }
         self._outside = {name: self._vector(model, name) for name in outside}
-        self.tail = TunedTail(
+        self.tail = ModelTail(
             model=text,
             blocks=[block.module for block in self.blocks],
             flow=skeleton.trace.flow,

@@ -20,8 +20,8 @@ from gptq_cli.gptq.grid import Grid, round_to_nearest
 from gptq_cli.gptq.inputs import refuse_unsolvable, stack_rows
 from gptq_cli.gptq.losses import row_losses
 from gptq_cli.gptq.matmul import exact_matmul
+from gptq_cli.gptq.rounding import column_order, solve_columns
 from gptq_cli.gptq.search import group_parameters
-from gptq_cli.gptq.solver import column_order, solve_columns
 from gptq_cli.gptq.walk_choice import walk_on
 
 

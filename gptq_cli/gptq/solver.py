@@ -19,31 +19,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq.batch import diagonal_of, rows_of
-from gptq_cli.gptq.columns import gptq
-from gptq_cli.gptq.factor import Factor, dead_columns, factorize_each
-from gptq_cli.gptq.grid import Grid, Solution, round_to_nearest
+from gptq_cli.gptq.batch import diagonal_of
+from gptq_cli.gptq.factor import Factor, factorize_each
+from gptq_cli.gptq.feedback import OutputMoment, solve_in_parts
+from gptq_cli.gptq.grid import Grid, round_to_nearest
 from gptq_cli.gptq.inputs import refuse_unsolvable, stack_rows
 from gptq_cli.gptq.losses import baseline_losses, relative_losses, row_losses
 from gptq_cli.gptq.matmul import exact_matmul
 from gptq_cli.gptq.quantized import QuantizedLinear, cut_stages
-from gptq_cli.gptq.refine import refine_once
+from gptq_cli.gptq.rounding import column_order, refined, solve_columns, solve_rows
 from gptq_cli.gptq.search import group_parameters
-from gptq_cli.gptq.walk import Walk
 from gptq_cli.gptq.walk_choice import walk_on
-
-
-def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (…, K) int64
-    """The original column that is solved i-th: by descending H_kk where an order is set; ties keep theirs.
-    Without an order it is (K,) for any H."""
-    if config.desc_act or config.act_order == "static":
-        return torch.argsort(diagonal_of(H), dim=-1, descending=True, stable=True)
-    return torch.arange(H.shape[-1], device=H.device)
 
 
 def quantize_linears(
@@ -53,10 +45,12 @@ def quantize_linears(
     *,
     goals: Sequence[Tensor] | None = None,  # (N_i, K) each: the weights to approximate, see goal.py
     factor: Factor | None = None,  # of H in its `column_order`, where somebody has made it
+    outputs: Sequence[OutputMoment | None] = (),  # of each linear: rows make up for others, see feedback.py
 ) -> list[QuantizedLinear]:
     """Quantize the linears of a stage: rows stacked, one factorisation. No argument is changed.
 
-    With `goals` the codes approximate these instead, and losses are measured against them. When no allowed
+    With `goals` the codes approximate these instead, and losses are measured against them. With `outputs` it
+    is not these losses that are least, but what they do to the model's. When no allowed
     damping makes H positive definite, or H is all zero, the result is round-to-nearest with the configured
     scale search, and `method` is "rtn".
 
@@ -66,7 +60,7 @@ def quantize_linears(
     grid = Grid.of(config)
     H = H if H.dtype in (torch.float32, torch.float64) else H.float()
     refuse_unsolvable([[*weights, *(goals or ())]], H.unsqueeze(0), grid)
-    return _quantized([weights], None if goals is None else [goals], H, grid, config, factor)[0]
+    return _quantized([weights], None if goals is None else [goals], H, grid, config, factor, outputs)[0]
 
 
 def quantize_stages(
@@ -92,6 +86,7 @@ def _quantized(
     grid: Grid,
     config: QuantizeConfig,
     factor: Factor | None = None,
+    outputs: Sequence[OutputMoment | None] = (),
 ) -> list[list[QuantizedLinear]]:
     K = H.shape[-1]
     group = config.for_columns([K]).group_columns
@@ -115,12 +110,16 @@ def _quantized(
         return _apart(stages, H, works, config)
     if works[0]:
         walk = walk_on(H.device, H.dtype)
-        solution, damped = solve_columns(
-            stack_rows(aims, H), H, order, RT.view(H.shape), g, grid, config, walk
-        )
-        del RT  # K² numbers, no longer needed
         damping = torch.stack([one.damping for one in factors]).view(H.shape[:-2])
-        error = _refined(solution, damped, H, damping, config, walk)
+        if any(outputs):
+            solve = partial(solve_rows, H, order, RT.view(H.shape), damping, g, grid, config, walk)
+            solution = solve_in_parts(stack_rows(aims, H), outputs, rows, solve)
+            error = row_losses(solution.D, H)
+        else:
+            W = stack_rows(aims, H)
+            solution, damped = solve_columns(W, H, order, RT.view(H.shape), g, grid, config, walk)
+            del RT  # K² numbers, no longer needed
+            error = refined(solution, damped, H, damping, config, walk)
     else:
         W = stack_rows(aims, H)
         solution = round_to_nearest(W, *group_parameters(W, diagonal_of(H), g, grid), g, grid)
@@ -141,54 +140,3 @@ def _apart(
         for e, linears in zip(batch, found, strict=True):
             solved[e] = linears
     return solved
-
-
-def solve_columns(
-    W: Tensor, H: Tensor, order: Tensor, RT: Tensor, g: int, grid: Grid, config: QuantizeConfig, walk: Walk
-) -> tuple[Solution, Tensor]:  # and the damped loss of every row (…, N)
-    """GPTQ with the configured order and groups; the result is in the original order."""
-    K, N = W.shape[-2:]
-    natural = torch.arange(K, device=W.device)
-    diagonal = diagonal_of(H)
-    static = config.act_order == "static" and not config.desc_act
-    W.masked_fill_(dead_columns(H).unsqueeze(-1), 0)
-    if static:
-        scales, zeros = group_parameters(W, diagonal, g, grid)
-        group_of, columns = order // g, natural
-    else:
-        scales, zeros = W.new_empty(2, *W.shape[:-2], -(-K // g), N)
-        group_of, columns = natural // g, order
-    W = rows_of(W, order)
-    codes, damped = gptq(
-        W, RT, diagonal.gather(-1, order.expand(diagonal.shape)), group_of, scales, zeros, g, grid,
-        dynamic=not static, column_batch=config.column_batch, walk=walk,
-    )  # fmt: skip
-    back = torch.argsort(order)
-    codes, D = rows_of(codes, back), rows_of(W, back)
-    solution = Solution(
-        codes=codes, D=D, scales=scales, zeros=zeros, columns=columns, group_size=g, grid=grid
-    )
-    return solution, damped
-
-
-def _refined(
-    solution: Solution, damped: Tensor, H: Tensor, damping: Tensor, config: QuantizeConfig, walk: Walk
-) -> Tensor:  # (…, N)
-    """Refine in place and undo rows whose damped loss did not fall; returns the undamped loss of every
-    row."""
-    before = damped - damping.unsqueeze(-1) * solution.D.square().sum(-2)
-    passes = max(config.sweeps, int(config.refit))
-    if passes == 0:
-        return before
-    codes, scales = solution.codes.clone(), solution.scales.clone()
-    for i in range(passes):
-        refine_once(
-            solution, H, damping,
-            sweep=i < config.sweeps, refit=config.refit, column_batch=config.column_batch, walk=walk,
-        )  # fmt: skip
-    with exact_matmul():
-        after = row_losses(solution.D, H)
-    worse = ~(after + damping.unsqueeze(-1) * solution.D.square().sum(-2) < damped)
-    solution.codes.copy_(torch.where(worse.unsqueeze(-2), codes, solution.codes))
-    solution.scales.copy_(torch.where(worse.unsqueeze(-2), scales, solution.scales))
-    return torch.where(worse, before, after)

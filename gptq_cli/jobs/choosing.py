@@ -20,7 +20,7 @@ from gptq_cli.config import DEFAULT_SHARD_BYTES, InspectJob, QuantizeConfig, Qua
 from gptq_cli.engine.bit_losses import measure_bit_losses
 from gptq_cli.engine.capture import spread
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.engine.run import EngineRun
+from gptq_cli.engine.opening import EngineRun
 from gptq_cli.events import Observer
 from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.bit_store import Measured, WantedLosses

@@ -16,12 +16,14 @@ from pathlib import Path
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
+from gptq_cli.checkpoint.kept_states import StatesOnDisk
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.accelerators import read_memory
 from gptq_cli.devices.host_memory import reset_peak_resident
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.engine.opening import EngineRun
+from gptq_cli.engine.run import quantize_model
 from gptq_cli.errors import (
     GptqError,
     NonFinite,
@@ -167,6 +169,7 @@ def _quantize(
         schedule=schedule,
         config=job.quantize,
         options=LoopOptions(strict=job.strict, devices=devices, team=asked.team),
+        states=StatesOnDisk(destination.folder / "gradients"),
     )
     with (
         _nothing_kept_of_a_faulty_model(destination),

@@ -8,7 +8,8 @@ from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.accelerators import read_memory
 from gptq_cli.devices.host_memory import reset_peak_resident
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.engine.opening import EngineRun
+from gptq_cli.engine.run import quantize_model
 from gptq_cli.events import Observer, ignore
 from gptq_cli.fields import check_int
 from gptq_cli.gptq.packing import PackedTensors
@@ -56,7 +57,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
             skeleton=replace(checked.skeleton, head=None),
             placement=placement,
             schedule=replace(schedule, blocks=schedule.blocks[:blocks]),
-            config=replace(checked.work.quantize, tune_epochs=0),  # that takes all blocks
+            config=replace(checked.work.quantize, tune_epochs=0, fisher_tokens=0),  # these take all blocks
             options=LoopOptions(strict=job.strict, devices=devices),
         )
         reports = quantize_model(run, tokens.input_ids, _drop, tally).blocks

@@ -16,7 +16,8 @@ from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.config import InspectJob, QuantizeConfig, QuantizeJob
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.engine.opening import EngineRun
+from gptq_cli.engine.run import quantize_model
 from gptq_cli.engine.together import FollowingKeeper
 from gptq_cli.errors import ConfigError, GptqError, ModelError
 from gptq_cli.events import ignore

@@ -50,6 +50,7 @@ _PHASES: dict[Phase, str] = {
     "load": "loading the weights",
     "capture": "capturing what enters the blocks",
     "head": "quantizing the output head",
+    "gradients": "taking gradients of the dense model",
     "tune": "tuning scales, norms and biases",
     "resume": "going on after the finished blocks",
     "save": "writing the tensors that stay dense",

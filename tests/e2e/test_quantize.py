@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import gptq_cli.checkpoint.writer as writer_module
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.devices import fp32_matmul as products
-from gptq_cli.engine.run import EngineRun
+from gptq_cli.engine.opening import EngineRun
 from gptq_cli.gptq import hessian
 from gptq_cli.gptq import matmul as precision
 from gptq_cli.gptq.packing import PackedTensors, unpack

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.engine.bit_losses import Fused, measure_bit_losses
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.engine.run import EngineRun
+from gptq_cli.engine.opening import EngineRun
 from gptq_cli.errors import NonFinite
 from gptq_cli.events import Event, PhaseAdvanced
 from gptq_cli.gptq.solver import quantize_linears

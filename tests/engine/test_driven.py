@@ -16,11 +16,11 @@ import transformers
 from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates, capture
 from gptq_cli.engine.driven import Driven, ModelForward
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
+from gptq_cli.engine.work import Block
 from gptq_cli.errors import GptqError
 from gptq_cli.events import Warned
 from gptq_cli.gptq.packing import PackedTensors

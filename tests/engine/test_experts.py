@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine import experts as experts_module
-from gptq_cli.engine.block import Block
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import Captured
 from gptq_cli.engine.experts import FewTokens
 from gptq_cli.engine.frames import Sharing
 from gptq_cli.engine.loop import LoopOptions, quantize_blocks
 from gptq_cli.engine.stages import Stage, collection_passes
+from gptq_cli.engine.work import Block
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import BlockStarted, Event, SamplesAdvanced, Warned
 from gptq_cli.gptq import pool as pool_module

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine import head as head_module
-from gptq_cli.engine.block import WorkOptions
 from gptq_cli.engine.head import HeadWork, quantize_head
+from gptq_cli.engine.work import WorkOptions
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
 from gptq_cli.events import Event, LinearQuantized
 from gptq_cli.gptq.packing import PackedTensors

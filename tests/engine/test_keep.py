@@ -16,7 +16,8 @@ from gptq_cli.engine.capture import Captured
 from gptq_cli.engine.driven import Driven
 from gptq_cli.engine.keep import NothingKept, by_sample, restore
 from gptq_cli.engine.loop import LoopOptions
-from gptq_cli.engine.run import EngineRun, quantize_model
+from gptq_cli.engine.opening import EngineRun
+from gptq_cli.engine.run import quantize_model
 from gptq_cli.events import ignore
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.describe import model_facts

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from gptq_cli.engine import model_tail, tuned_block
 from gptq_cli.engine import run as run_module
-from gptq_cli.engine import tuned_block, tuned_tail
 from gptq_cli.engine.tuned import Tuned
 from gptq_cli.engine.tuning import CalibrationText, TunedModel, split, tune_model
 from gptq_cli.events import ignore
@@ -65,7 +65,7 @@ def test_losses_and_gradients(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tuned_tail, "TUNE_LOGITS", 7 * 512)  # seven tokens at a time
+    monkeypatch.setattr(model_tail, "TUNE_LOGITS", 7 * 512)  # seven tokens at a time
     gradients: dict[int, Tensor] = {}
 
     def noted(moving: Moving, gradient: Tensor, rate: float) -> None:
@@ -101,14 +101,14 @@ def test_gradients_do_not_vanish_in_float16(
     tiny: TinyFactory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They would where the loss was a mean over 2048 tokens: one that is 16 times as large has the same."""
-    sums = tuned_tail.divergence
+    sums = model_tail.divergence
 
     def look(model: TunedModel, text: CalibrationText) -> None:
         found: list[dict[int, Tensor]] = []
         for factor in (1.0, 16.0):
             gradients: dict[int, Tensor] = {}
             with monkeypatch.context() as patch:
-                patch.setattr(tuned_tail, "divergence", lambda a, b, by=factor: by * sums(a, b))
+                patch.setattr(model_tail, "divergence", lambda a, b, by=factor: by * sums(a, b))
                 patch.setattr(Moving, "step", lambda one, g, _, into=gradients: into.update({id(one): g}))
                 model.step(range(16), text, 1.0)
             found.append(gradients)

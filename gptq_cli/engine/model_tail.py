@@ -19,6 +19,7 @@ from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.stand_ins import behind_blocks
 from gptq_cli.engine.tuned_block import step_vectors
+from gptq_cli.gptq.feedback import drawn_label_loss
 from gptq_cli.gptq.tuning import Moving, divergence
 from gptq_cli.model.flow import Flow
 from gptq_cli.placement.schedule import TUNE_LOGITS
@@ -28,7 +29,7 @@ Sample = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TunedTail:
+class ModelTail:
     """All of the model but its blocks."""
 
     model: Any
@@ -76,6 +77,23 @@ class TunedTail:
             gradients.append(found)
         step_vectors(self.vectors, values, tokens, rate)
         return gradients
+
+    def label_gradient(
+        self,
+        ids: Tensor,  # (1, seq_len) int64
+        out: Tensor,  # (seq_len, hidden_size): what the last block handed on
+        generator: torch.Generator,
+    ) -> Tensor:  # (seq_len, hidden_size)
+        """The gradient of the model's loss on labels that it draws itself, see `gptq.feedback`."""
+        found, at = torch.empty_like(out), 0
+        for own_ids, _, hidden in self._pieces((ids, out[None]), out[None]):
+            with torch.enable_grad():
+                entering = hidden.detach().requires_grad_()
+                drawn_label_loss(self._logits(own_ids, entering, {})[0], generator).backward()  # type: ignore[no-untyped-call]
+            assert entering.grad is not None
+            found[at : at + own_ids.shape[1]] = entering.grad[0]
+            at += own_ids.shape[1]
+        return found
 
     def _pieces(self, sample: Sample, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Ids, goal and hidden states of some tokens at a time, on this device."""

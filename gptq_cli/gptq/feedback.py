@@ -1,0 +1,157 @@
+"""Rows that make up for each other's errors: what a linear's outputs have to do with the model's loss.
+
+GPTQ minimises tr(E H Eᵀ), E = W - Q: every row for itself. Where the errors of two outputs push the model's
+predictions the same way, one can cancel the other. To second order the divergence of the predictions grows
+with
+
+    f = tr(A E H Eᵀ)      A = E[g gᵀ], g the gradient of the model's loss at the linear's output
+
+(the Fisher matrix of the linear's weights, taken for A ⊗ H). With the block factorisation A = L D Lᵀ (L unit
+lower triangular, blocks of a few rows) f is the sum over the blocks p of
+
+    tr(D_p F_p H F_pᵀ)    F_p = E_p + Σ_{j > p} L_jpᵀ E_j
+
+so that the blocks are solved from the last to the first, each for the goal G_p + Σ_{j > p} L_jpᵀ E_j: the
+solver needs nothing new. It is what GPTQ does along columns, H = R Rᵀ. Rows of one block stay apart. The rows
+with the largest A_nn come first, when all others can still make up for them.
+
+A comes from few tokens, and is damped more than H. Of a wide linear it is known in panels of rows, as if
+these had nothing to do with each other.
+
+Source: YAQA (arXiv 2505.22988), section 3, whose rounding takes single rows and columns in turn; the blocks
+let all rows of one, and those of the other linears of the stage, be solved side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from gptq_cli.gptq.grid import Solution
+from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
+
+PANEL_ROWS = 4096
+"""Rows of a linear whose outputs are looked at together, at most."""
+PART_ROWS, PARTS = 64, 16
+"""Rows that are solved side by side, at least; and into how many parts a linear is cut, about, at most."""
+DAMPING = 0.2
+"""Added to A, times the mean of its diagonal."""
+
+
+def panels_of(rows: int) -> list[slice]:
+    """Equal parts of `rows` rows, of at most `PANEL_ROWS`."""
+    count = -(-rows // PANEL_ROWS)
+    size = -(-rows // count)
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def part_rows(rows: int) -> int:
+    """How many of a linear's `rows` are solved side by side."""
+    return max(PART_ROWS, -(-rows // PARTS))
+
+
+def drawn_label_loss(
+    logits: Tensor,  # (tokens, V)
+    generator: torch.Generator,  # on the CPU
+) -> Tensor:
+    """-log p of labels that are drawn from the model's own p, summed over tokens: the expected square of its
+    gradient is the Fisher matrix, which the divergence grows with."""
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    # by the inverse of the distribution: one uniform number a token, the same on every device
+    drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    reached = log_p.detach().exp().cumsum(-1)
+    labels = torch.searchsorted(reached, drawn * reached[:, -1:]).clamp_(max=logits.shape[-1] - 1)
+    return -log_p.gather(-1, labels).sum()
+
+
+class OutputMoment:
+    """A = sum of g gᵀ over tokens, for one linear, panel by panel."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.panels = [
+            (rows, torch.zeros(rows.stop - rows.start, rows.stop - rows.start, device=device))
+            for rows in panels_of(rows)
+        ]
+        """Rows, and A of these (n, n)."""
+
+    def add(self, gradient: Tensor) -> None:
+        """Add tokens: (…, N). Cost: tokens · N · panel multiply-adds."""
+        rows = gradient.detach().flatten(0, -2).float()
+        with exact_matmul():
+            for own, A in self.panels:
+                A.addmm_(rows[:, own].T, rows[:, own])
+
+    def finite(self) -> Tensor:
+        """A bool on the device, False when NaN or infinity came in."""
+        return torch.isfinite(torch.stack([A.diagonal().sum() for _, A in self.panels]).sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some of the stacked rows of a stage, to be solved side by side, and what they make up for."""
+
+    rows: Tensor
+    """int64 (n,)."""
+    before: Tensor
+    """int64 (m,): rows that were solved before, whose errors these make up for."""
+    share: Tensor
+    """(m, n): by how much, L_jp."""
+
+
+def _parts(rows: Tensor, A: Tensor, size: int) -> Iterator[Part]:
+    """Parts of the rows `rows` (n,) with the matrix A (n, n), from the last of the factorisation on.
+
+    Where A is all 0, as that of an output that nothing reads, no row makes up for another.
+    """
+    order = torch.argsort(A.diagonal(), stable=True)
+    damped = A[order][:, order]
+    damped.diagonal().add_(DAMPING * A.diagonal().mean())
+    L, failed = torch.linalg.cholesky_ex(damped)
+    L = torch.where(failed.bool(), torch.eye(len(L), device=L.device), L)
+    rows = rows[order]
+    for start in reversed(range(0, len(rows), size)):
+        stop = min(start + size, len(rows))
+        share = torch.linalg.solve_triangular(
+            L[start:stop, start:stop], L[stop:, start:stop], upper=False, left=False
+        )
+        yield Part(rows[start:stop], rows[stop:], share)
+
+
+def _parts_of(rows: Tensor, moment: OutputMoment | None) -> Iterator[Part]:
+    """Those of a linear, which has the stacked rows `rows`: all at once where nothing is known of it."""
+    if moment is None:
+        yield Part(rows, rows[:0], torch.zeros(0, len(rows), device=rows.device))
+        return
+    for own, A in moment.panels:
+        yield from _parts(rows[own], A, part_rows(len(rows)))
+
+
+def solve_in_parts(
+    W: Tensor,  # (K, R) transposed goals: the stacked rows of a stage's linears
+    outputs: Sequence[OutputMoment | None],  # of each linear
+    lengths: Sequence[int],  # N of each
+    solve: Callable[[Tensor], Solution],  # of rows (K, n); may change what it is given
+) -> Solution:
+    """The rows of a stage, solved part after part; side by side the parts that come next in each linear."""
+    R = W.shape[1]
+    E, whole = torch.zeros_like(W), None
+    rows = torch.split(torch.arange(R, device=W.device), list(lengths))
+    queues = [_parts_of(*pair) for pair in zip(rows, outputs, strict=True)]
+    while parts := [part for queue in queues for part in islice(queue, 1)]:
+        index = torch.cat([part.rows for part in parts])
+        with fast_matmul():
+            moved = torch.cat([E[:, part.before] @ part.share.to(E.dtype) for part in parts], dim=1)
+        found = solve(W[:, index].add_(moved))
+        if whole is None:
+            like = (found.codes, found.scales, found.zeros)
+            codes, scales, zeros = (X.new_empty(X.shape[0], R) for X in like)
+            whole = replace(found, codes=codes, D=E, scales=scales, zeros=zeros)
+        E[:, index] = found.D.sub_(moved)
+        whole.codes[:, index], whole.scales[:, index] = found.codes, found.scales
+        whole.zeros[:, index] = found.zeros
+    assert whole is not None
+    return whole
