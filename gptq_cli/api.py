@@ -19,7 +19,6 @@ from gptq_cli.config import (
     ModelRef,
     QuantizeConfig,
     QuantizeJob,
-    Recipe,
     parse_shard_size,
 )
 from gptq_cli.errors import ConfigError, QualityGateFailed
@@ -28,6 +27,7 @@ from gptq_cli.fields import CardKind, Resume, check_choice
 from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
+from gptq_cli.recipes import Recipe
 from gptq_cli.results.push import PushConfig
 
 if TYPE_CHECKING:

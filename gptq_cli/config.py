@@ -10,10 +10,9 @@ written here, once, and `gptq_cli.cli.options` makes the options from them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
@@ -23,6 +22,7 @@ from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.readers import Target, parse_targets
+from gptq_cli.recipes import RECIPES, Recipe
 from gptq_cli.text_sources import OWN_TEXT, TextSource, check_sources, parse_sources, shares
 
 ActOrder = Literal["none", "static"]
@@ -33,7 +33,6 @@ DType = Literal["auto", "float16", "bfloat16", "float32"]
 AUTO_GROUPS = (128, 64, 32)
 """What "auto" chooses from: the sizes that every reader of GPTQ checkpoints takes."""
 
-Recipe = Literal["fast", "balanced", "best", "max"]
 KernelChoice = Literal["auto", "torch", "dequantize", "gptqmodel"]
 """auto and torch: torch's int4 kernel where one fits; dequantize: never; gptqmodel: that package's choice."""
 
@@ -265,18 +264,6 @@ _OF_THE_DENSE_MODEL = {
     "fisher_tokens": "the gradients are those of the dense model",
 }
 """Fields that are 0 without a dense model beside the quantized one, and why."""
-
-RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
-    {
-        "fast": {"sweeps": 0, "refit": False, "solve_for": "own"},
-        "balanced": {},
-        "best": {"sweeps": 4, "dense_share": 1.0, "fisher_tokens": 32_768},
-        "max": {"sweeps": 4, "dense_share": 1.0, "fisher_tokens": 32_768, "tune_epochs": 2},
-    }
-)
-"""Fields in which a recipe differs from `QuantizeConfig()`; format and bits are the same."""
-RECIPE_FIELDS = frozenset(name for overrides in RECIPES.values() for name in overrides)
-"""Fields whose default depends on the recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

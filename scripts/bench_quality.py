@@ -39,7 +39,8 @@ from fetch_demo_model import NAME, ROOT, FetchError, fetch
 
 sys.path.insert(0, str(ROOT))
 
-from gptq_cli.config import RECIPES, CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
+from gptq_cli.recipes import RECIPES
 
 PLAIN = {
     "act_order": "none",

@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "readers",
         "module_settings",
         "text_sources",
+        "recipes",
         "config",
         "load_job",
         "results",

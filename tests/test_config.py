@@ -8,17 +8,15 @@ from typing import Any, get_args
 import pytest
 
 from gptq_cli.config import (
-    RECIPE_FIELDS,
-    RECIPES,
     CalibrationConfig,
     ModelRef,
     QuantizeConfig,
-    Recipe,
     parse_group_size,
 )
 from gptq_cli.errors import ConfigError
 from gptq_cli.load_job import HELD_OUT, LoadJob, Sampling
 from gptq_cli.readers import parse_targets
+from gptq_cli.recipes import RECIPE_FIELDS, RECIPES, Recipe
 
 
 @pytest.mark.parametrize(
@@ -189,12 +187,14 @@ def test_a_recipe_is_a_set_of_overrides() -> None:
     assert {field.name for field in fields(QuantizeConfig)} >= RECIPE_FIELDS
     assert QuantizeConfig.of() == QuantizeConfig.of("balanced") == QuantizeConfig()
     assert QuantizeConfig.of("fast") == QuantizeConfig(sweeps=0, refit=False, solve_for="own")
-    assert QuantizeConfig.of("best") == QuantizeConfig(sweeps=4, dense_share=1.0)
+    assert QuantizeConfig.of("best") == QuantizeConfig(sweeps=4, dense_share=1.0, fisher_tokens=32_768)
 
 
 def test_what_is_given_wins_over_the_recipe_and_none_is_not_given() -> None:
     found = QuantizeConfig.of("best", sweeps=2, refit=False, dense_share=None, bits=3, group_size="64")
-    assert found == QuantizeConfig(sweeps=2, refit=False, dense_share=1.0, bits=3, group_size=64)
+    assert found == QuantizeConfig(
+        sweeps=2, refit=False, dense_share=1.0, fisher_tokens=32_768, bits=3, group_size=64
+    )
     assert QuantizeConfig.of("best", sweeps=0).sweeps == 0
     assert QuantizeConfig.of("fast", refit=None) == QuantizeConfig.of("fast")
 

@@ -20,7 +20,8 @@ import typer
 
 from gptq_cli.cli import completion
 from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, lines_of_variable, option
-from gptq_cli.config import RECIPE_FIELDS, CalibrationConfig, QuantizeConfig
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.recipes import RECIPE_FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _COMPLETED = {

@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from gptq_cli import config, readers
+from gptq_cli import config, readers, recipes
 from gptq_cli.cli import completion
 from gptq_cli.cli.completion import Complete
 from gptq_cli.cli.output import write_document
@@ -39,7 +39,7 @@ RUN = "Run"
 _RECIPE_OPTIONS = ", ".join(
     "--" + field.name.replace("_", "-")
     for field in dataclasses.fields(config.QuantizeConfig)
-    if field.name in config.RECIPE_FIELDS
+    if field.name in recipes.RECIPE_FIELDS
 )
 
 
@@ -232,10 +232,10 @@ Config = Annotated[
 
 
 Recipe = Annotated[
-    config.Recipe,
+    recipes.Recipe,
     option(
         "--recipe",
-        f"{', '.join(get_args(config.Recipe))}: defaults of {_RECIPE_OPTIONS}.",
+        f"{', '.join(get_args(recipes.Recipe))}: defaults of {_RECIPE_OPTIONS}.",
         RECIPE,
         "NAME",
     ),

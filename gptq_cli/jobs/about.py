@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, get_args
 
-from gptq_cli.config import RECIPES
 from gptq_cli.preflight.registry import RULES, find_rule
 from gptq_cli.readers import Target
+from gptq_cli.recipes import RECIPES
 from gptq_cli.results.about import (
     RecipeFact,
     RecipesReport,

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from gptq_cli.cli.app import app
 from gptq_cli.cli.config_options import CODES, ConfigFields, with_config_options
-from gptq_cli.config import RECIPE_FIELDS, CalibrationConfig, QuantizeConfig
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.fields import option
+from gptq_cli.recipes import RECIPE_FIELDS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ def test_help_and_default_are_the_field_s(name: str) -> None:
             assert made.default == (None if of_recipe or repeatable else field.default)
             assert made.help.startswith(field.metadata["help"].removesuffix("."))
             assert ("default: --recipe's" in made.help) is of_recipe
-    assert found == {"quantize": 23, "inspect-map": 14}[name]
+    assert found == {"quantize": 24, "inspect-map": 15}[name]
 
 
 def test_the_help_of_recipe_lists_what_recipes_change() -> None:

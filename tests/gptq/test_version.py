@@ -7,9 +7,10 @@ import hashlib
 import pytest
 import torch
 
-from gptq_cli.config import RECIPES, QuantizeConfig, Recipe
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.gptq.version import MATHS_VERSION
+from gptq_cli.recipes import RECIPES, Recipe
 
 DIGESTS: dict[tuple[int, Recipe], str] = {
     (1, "fast"): "124830e0d66b6ef9",

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from gptq_cli.cli.app import main
-from gptq_cli.config import RECIPES, QuantizeConfig
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.jobs import about, doctor
 from gptq_cli.preflight.registry import RULES
 from gptq_cli.readers import Target
+from gptq_cli.recipes import RECIPES
 from gptq_cli.results.about import Check
 
 
