@@ -22,7 +22,7 @@ from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.readers import Target, parse_targets
-from gptq_cli.recipes import RECIPES, Recipe
+from gptq_cli.recipes import OF_THE_DENSE_MODEL, Recipe, recipe_fields
 from gptq_cli.text_sources import OWN_TEXT, TextSource, check_sources, parse_sources, shares
 
 ActOrder = Literal["none", "static"]
@@ -144,7 +144,7 @@ class QuantizeConfig:
                 f"bits is {own['bits']}, bits_per_weight is {own['bits_per_weight']:g}; allowed: one of them",
                 hint="--bits-per-weight chooses bits for all linears, --module 'NAME=bits:8' for some",
             )
-        return cls(**{**RECIPES[recipe], **own})
+        return cls(**recipe_fields(recipe, own))
 
     def __post_init__(self) -> None:
         check_choice("bits", self.bits, ALLOWED_BITS, "use --bits 4, which every server reads")
@@ -162,7 +162,7 @@ class QuantizeConfig:
                 f"dense_share is {self.dense_share}; allowed: a fraction above 0 and up to 1",
                 hint="--solve-for own does without the dense model",
             )
-        for name, why in _OF_THE_DENSE_MODEL.items():
+        for name, why in OF_THE_DENSE_MODEL.items():
             value = getattr(self, name)
             check_int(name, value, 0)
             if value and self.solve_for == "own":
@@ -257,13 +257,6 @@ def _with_settings(
         group_size=config.group_size if group_size is None else group_size,
         sym=config.sym if sym is None else sym,
     )
-
-
-_OF_THE_DENSE_MODEL = {
-    "tune_epochs": "tuning compares with the dense model",
-    "fisher_tokens": "the gradients are those of the dense model",
-}
-"""Fields that are 0 without a dense model beside the quantized one, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

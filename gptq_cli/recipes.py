@@ -22,3 +22,17 @@ RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
 """Fields in which a recipe differs from `config.QuantizeConfig()`; format and bits are the same."""
 RECIPE_FIELDS = frozenset(name for overrides in RECIPES.values() for name in overrides)
 """Fields whose default depends on the recipe."""
+OF_THE_DENSE_MODEL: Mapping[str, str] = MappingProxyType(
+    {
+        "tune_epochs": "tuning compares with the dense model",
+        "fisher_tokens": "the gradients are those of the dense model",
+    }
+)
+"""Fields that are 0 where `solve_for` is "own", and why."""
+
+
+def recipe_fields(recipe: Recipe, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a recipe, those in `given` instead of its own. It asks for no `OF_THE_DENSE_MODEL` where
+    `given` says that linears are solved for their own output."""
+    left_out = OF_THE_DENSE_MODEL if given.get("solve_for") == "own" else ()
+    return {**{name: value for name, value in RECIPES[recipe].items() if name not in left_out}, **given}

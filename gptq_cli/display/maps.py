@@ -204,6 +204,18 @@ def bar_segments(plan: DevicePlan, cells: int) -> list[tuple[str, str]]:
     return [(glyphs, style) for glyphs, style in segments if glyphs]
 
 
+def _disk(plan: QuantizePlan) -> str:
+    """`1.2 GiB while the run works: the checkpoint, and …`."""
+    parts = ["the checkpoint"]
+    if plan.gradient_bytes:
+        parts.append(f"{fmt.size(plan.gradient_bytes)} of gradients")
+    if plan.snapshot_bytes:
+        parts.append(f"{fmt.size(2 * plan.snapshot_bytes)} so that an interrupted run goes on quickly")
+    needed = plan.size_after_bytes + plan.gradient_bytes + 2 * plan.snapshot_bytes
+    listed = f": {', and '.join(parts)}" if len(parts) > 1 else ""
+    return f"{fmt.size(needed)} while the run works{listed}"
+
+
 def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]:
     """The facts of a dry run about the work."""
     group = fmt.group(plan.group_size)
@@ -219,10 +231,7 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
         ("quantized", quantized_text(plan)),
         ("size", f"{sizes} ({smaller:.2f} times smaller), {plan.bits_per_parameter:.3f} bits per parameter"),
     ]
-    needed = plan.size_after_bytes + 2 * plan.snapshot_bytes
-    also = f"{fmt.size(2 * plan.snapshot_bytes)} so that an interrupted run goes on quickly"
-    also = f": the checkpoint, and {also}" if plan.snapshot_bytes else ""
-    rows.append(("disk", f"{fmt.size(needed)} while the run works{also}"))
+    rows.append(("disk", _disk(plan)))
     if plan.ranks is not None:
         rows += gain_rows(plan.ranks)
     table = Table.grid(padding=(0, 2, 0, 0))

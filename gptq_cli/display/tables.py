@@ -175,7 +175,7 @@ def trial_summary(report: TrialReport) -> Group:
     title.append(f": the whole would take about {fmt.duration(report.seconds)}", style="default not bold")
     took = f"{fmt.duration(report.block_seconds)}, planned {fmt.duration(report.planned_block_seconds)}"
     phases = ", ".join(f"{phase} {fmt.duration(seconds)}" for phase, seconds in report.phase_seconds)
-    disk = report.size_after_bytes + 2 * report.snapshot_bytes
+    disk = report.size_after_bytes + report.gradient_bytes + 2 * report.snapshot_bytes
     rows: list[tuple[str, RenderableType]] = [
         ("trial", f"{done} of {report.blocks_total}, nothing was written"),
         ("device", ", ".join(report.devices)),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gptq_cli.devices.host_memory import resident_bytes
 from gptq_cli.events import BlockFinished, DeviceMemory, Event, Observer, Warned
@@ -16,8 +17,8 @@ from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import CPU_BASELINE_BYTES
-from gptq_cli.planning.rates import measure
-from gptq_cli.planning.time import block_seconds, tuning_seconds
+from gptq_cli.planning.rates import MachineRates, measure
+from gptq_cli.planning.time import block_seconds, gradient_seconds, tuning_seconds
 from gptq_cli.results.map import DevicePlan
 from gptq_cli.results.run import BlockReport
 from gptq_cli.wording import duration_words
@@ -42,18 +43,22 @@ class Forecast:
     before_bytes: int = field(default_factory=resident_bytes)
     """What the process held when the run began: in a notebook more than the libraries that a plan counts."""
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds of each block, from a short probe of the device."""
-        speed = measure(self.device, self.facts.dtype, self.work.quantize)
-        return block_seconds(self.facts, self.work, self.schedule, speed)
+    @cached_property
+    def speed(self) -> MachineRates:
+        """From a short probe of the device, when it is first asked for."""
+        return measure(self.device, self.facts.dtype, self.work.quantize)
+
+    def seconds(self, work: Work | None = None) -> dict[str, float]:
+        """Seconds of each block; with `work` instead of what was planned."""
+        return block_seconds(self.facts, work or self.work, self.schedule, self.speed)
+
+    def gradient_seconds(self) -> float:
+        """Of the gradients that are taken before the blocks."""
+        return gradient_seconds(self.facts, self.work, self.speed)
 
     def tuning_seconds(self) -> float:
-        """Of tuning when all blocks are done; 0, without a probe, where there is none."""
-        if not self.work.quantize.tune_epochs:
-            return 0.0
-        return tuning_seconds(
-            self.facts, self.work, measure(self.device, self.facts.dtype, self.work.quantize)
-        )
+        """Of tuning when all blocks are done."""
+        return tuning_seconds(self.facts, self.work, self.speed)
 
     def memory_warnings(self, memory: Sequence[DeviceMemory]) -> list[Warned]:
         """What took more memory than planned."""

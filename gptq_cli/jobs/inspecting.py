@@ -7,14 +7,13 @@ from dataclasses import replace
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
 from gptq_cli.jobs.choosing import BitSearch, with_targets
-from gptq_cli.jobs.steps import announce, placed, rates_for
+from gptq_cli.jobs.steps import announce, placed, rates_for, work_of
 from gptq_cli.jobs.together import check_share
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import open_skeleton
-from gptq_cli.planning.cases import Work
 from gptq_cli.planning.time import estimate
 from gptq_cli.preflight.report import map_report, time_shown
 from gptq_cli.results.map import MapReport
@@ -39,7 +38,7 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
             findings = search.findings + with_targets(findings)
         announce(findings, watcher)
         speed, schedule = rates_for(job, skeleton, facts, resolution, thorough=False), resolution.schedule
-        work = Work(job.quantize, job.calibration).on(facts)
+        work = replace(work_of(job, facts, job.processes or 0), ranks=0)  # the time of one process
         took = estimate(facts, work, schedule, speed) if speed is not None and schedule is not None else None
         return map_report(
             facts,

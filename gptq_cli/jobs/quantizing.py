@@ -42,7 +42,7 @@ from gptq_cli.jobs.resuming import continuing
 from gptq_cli.jobs.run_report import Tally, summarize
 from gptq_cli.jobs.settings import settings_of
 from gptq_cli.jobs.shared_files import send_files
-from gptq_cli.jobs.steps import announce, rates_for, watched, work_of
+from gptq_cli.jobs.steps import announce, rates_for, watched
 from gptq_cli.jobs.together import Assignment, account, check_share
 from gptq_cli.jobs.watching import Watcher, out_of_memory_while, watching
 from gptq_cli.load_job import LoadJob
@@ -285,7 +285,8 @@ def dry_run(
         job = checked.job
         speed = rates_for(job, checked.skeleton, checked.facts, checked.resolution, thorough=True)
         schedule = checked.resolution.schedule
-        facts, work, asked = checked.facts, work_of(job, checked.facts), Work(job.quantize, job.calibration)
+        facts, work = checked.facts, replace(checked.work, ranks=0)  # the time of one process
+        asked = Work(job.quantize, job.calibration, processes or 0)
         took = gain = None
         if speed is not None and schedule is not None:
             took = estimate(facts, work, schedule, speed)

@@ -20,6 +20,7 @@ from gptq_cli.jobs.run_report import Tally
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.planning.fisher import file_bytes
 from gptq_cli.planning.memory import quantized_bytes, snapshot_bytes
 from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND
 from gptq_cli.planning.time import quick_estimate
@@ -42,7 +43,9 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
         placement, schedule = resolved.placement, resolved.schedule
         if not checked.findings.ok or placement is None or schedule is None or tokens is None:
             raise refusal(checked.findings)
-        plan = Forecast(
+        config = checked.work.quantize
+        tried = replace(checked.work, quantize=replace(config, tune_epochs=0, fisher_tokens=0))
+        plan = Forecast(  # of the whole: gradients and tuning take all blocks
             facts=checked.facts,
             work=checked.work,
             schedule=schedule,
@@ -57,15 +60,14 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
             skeleton=replace(checked.skeleton, head=None),
             placement=placement,
             schedule=replace(schedule, blocks=schedule.blocks[:blocks]),
-            config=replace(checked.work.quantize, tune_epochs=0, fisher_tokens=0),  # these take all blocks
+            config=tried.quantize,
             options=LoopOptions(strict=job.strict, devices=devices),
         )
         reports = quantize_model(run, tokens.input_ids, _drop, tally).blocks
         tally.record(read_memory(devices))
-        planned = plan.seconds()
-        own = sum(planned[report.name] for report in reports)
+        own = sum(plan.seconds(tried)[report.name] for report in reports)
         measured = sum(report.seconds for report in reports)
-        others = sum(planned.values()) - own + plan.tuning_seconds()
+        others = sum(plan.seconds().values()) - own + plan.gradient_seconds() + plan.tuning_seconds()
         written = quantized_bytes(checked.facts, checked.work.quantize)
         return TrialReport(
             model=job.model.model,
@@ -81,6 +83,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
             measured_peak_bytes=tuple(tally.peak_bytes.items()),
             size_after_bytes=written,
             snapshot_bytes=snapshot_bytes(checked.facts, checked.work),
+            gradient_bytes=file_bytes(checked.facts, checked.work),
             warnings=tuple(watcher.warnings),
             blocks=reports,
         )

@@ -56,7 +56,8 @@ def placed(
     """The devices, the map resolved on them, and the findings about both and about the job. `joined`: the
     ranks that work together, each on a device of its own; `processes`: as many are planned."""
     budgets, places = devices_and_places(job, joined, processes)
-    work = work_of(job, facts, len(places))
+    asked = Work(job.quantize, job.calibration, len(places))
+    work = asked.on(facts)
     environment = environment_facts()
     if places:
         environment = replace(environment, local_rank=None)
@@ -81,7 +82,7 @@ def placed(
     unreadable = unreadable_files(source, code=job.model.trust_remote_code) if writes else ()
     findings = check_quantize(
         replace(facts, listed=bool(modules_in_block(skeleton))),
-        work,
+        asked,
         problems=(*skeleton.problems, *unreadable),
         output=output,
         overwrite=isinstance(job, QuantizeJob) and job.overwrite,

@@ -34,6 +34,12 @@ TUNE_LOGITS = 1 << 24
 """Numbers of logits that are made at a time while a model is tuned."""
 
 
+PANEL_ROWS = 4096
+"""Rows of a linear whose outputs are looked at together, at most (`gptq.feedback`)."""
+PART_ROWS, PARTS = 64, 16
+"""Rows that are solved side by side, at least; and into how many parts a linear is cut, about, at most."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSchedule:
     """One decoder block."""

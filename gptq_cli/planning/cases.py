@@ -33,10 +33,24 @@ class Work:
     """Which of them is looked at; None: the largest share of any counts."""
 
     def on(self, facts: ModelFacts) -> Work:
-        """The same for a model: the group size is a number, and the head has its bits."""
+        """The same for a model: the group size is a number, the head has its bits, and no gradients are
+        asked for where none can be taken."""
         linears = ((x.name, x.in_features) for x in facts.linears)
         head = facts.head.name if facts.head is not None else None
-        return replace(self, quantize=self.quantize.for_model(linears, head))
+        settled = self.quantize.for_model(linears, head)
+        if settled.fisher_tokens and gradient_obstacles(facts, self.ranks):
+            settled = replace(settled, fisher_tokens=0)
+        return replace(self, quantize=settled)
+
+
+def gradient_obstacles(facts: ModelFacts, ranks: int) -> tuple[str, ...]:
+    """Why gradients of the dense model cannot be taken block by block; () where they can."""
+    reasons = (
+        ("the model's own code runs between its blocks", bool(facts.between)),
+        ("blocks share weights", bool(facts.shared)),
+        (f"{ranks} processes share the work, and gradients are taken by one", ranks > 1),
+    )
+    return tuple(words for words, holds in reasons if holds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +251,9 @@ class JobCase:
 
     facts: ModelFacts
     work: Work
+    """Settled for the model."""
+    fisher_tokens: int = 0
+    """As they were asked for."""
     output: OutputFacts | None = None
     overwrite: bool = False
     problems: tuple[SourceProblem, ...] = ()

@@ -5,6 +5,8 @@
     solve     a · K + b · R · K for each stage (R rows), and its matmuls: MULTIPLY_ADDS · R · K² / rate
               K³ / 6 / rate for each factorisation, of which a step takes some (factors.py)
               a · K once for experts that are solved side by side
+    gradients where errors are weighed by them (fisher.py): forwards and A beside the Hessians, A's
+              factorisation beside theirs, and a walk over columns for each part of a linear
     travel    on an accelerator the weights once over the link to main memory, and hidden states that rest in
               main memory once for each time the forward runs
 
@@ -24,6 +26,15 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.schedule import BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.factors import factor_plan
+from gptq_cli.planning.fisher import (
+    BLOCK_FORWARDS,
+    factor_multiply_adds,
+    feedback_multiply_adds,
+    gradient_tokens,
+    moment_numbers,
+    run_weights,
+    walks,
+)
 from gptq_cli.planning.memory import hidden_bytes
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
@@ -99,16 +110,22 @@ def _block_cost(
     weights_run = _weights_run(stages, block, facts.routed_share)
     squares = sum(stage.in_features**2 * (facts.routed_share if stage.routed else 1.0) for stage in stages)
     forwards = tokens * (weights_run / speed.forward_rate + squares / speed.hessian_rate)
+    weighed = gradient_tokens(work)
+    backward = BLOCK_FORWARDS * run_weights(stages, facts.routed_share) / speed.forward_rate
+    gradients = weighed * (backward + moment_numbers(stages) / speed.hessian_rate)
     rows = factors = 0.0
     for stage, own, factorised in _own_stages(stages, block, work):
         k = stage.in_features
         feedback = MULTIPLY_ADDS * max(0, k - SHORT_COLUMNS) / speed.matmul_rate
         rows += own * k * (speed.weight_seconds + feedback)
         factors += factorised * speed.factor_seconds(k)
+        if weighed:
+            rows += feedback_multiply_adds(stage) / speed.matmul_rate
+            factors += factor_multiply_adds(stage) / (speed.factor_rate or speed.matmul_rate)
     weights, states = _travelled_bytes(facts, work, stages, block, streams)
     share = samples_share(work)
     return BlockCost(
-        samples=forwards * share,
+        samples=forwards * share + gradients,
         rows=rows,
         factors=factors,
         columns=speed.column_seconds * _columns_walked(stages, block, work),
@@ -147,9 +164,10 @@ def _travelled_bytes(
 
 
 def _columns_walked(stages: Sequence[StageShape], block: BlockSchedule, work: Work) -> int:
-    """Steps of the solver's loop over columns: K for each stage, and K for experts that are solved side by
-    side."""
-    columns = sum(stage.in_features for stage in stages if not stage.routed)
+    """Steps of the solver's loop over columns: K for each stage, or for each part that its linears are solved
+    in; and K for experts that are solved side by side."""
+    weighed = gradient_tokens(work) > 0
+    columns = sum((walks(one) if weighed else 1) * one.in_features for one in stages if not one.routed)
     for stage, count in expert_families(stages).items():
         together = block.experts_per_solve(stage.in_features, stage.rows)
         for size in _batches(count, stage, block):

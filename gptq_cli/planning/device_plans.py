@@ -13,9 +13,9 @@
 
 Other moments may be higher, and then count as working memory: capture, with all that lies outside the
 blocks, the largest module among it that is brought in from the cpu, and the hidden states; the look at a
-tensor that stays in the files; and of several ranks the first one's, when it has the hidden states of all in
-main memory to write a snapshot; and tuning (tuning.py). Weights in few bits are decoded where they are worked
-on, one at a time.
+tensor that stays in the files; of several ranks the first one's, when it has the hidden states of all in
+main memory to write a snapshot; the pass that takes gradients (fisher.py); and tuning (tuning.py). Weights in
+few bits are decoded where they are worked on, one at a time.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import PENDING_BYTES, Schedule
 from gptq_cli.planning.cases import MapCase, Work
+from gptq_cli.planning.fisher import gradient_tokens, pass_bytes
 from gptq_cli.planning.memory import (
     ACCELERATOR_BASELINE_BYTES,
     CPU_BASELINE_BYTES,
@@ -202,6 +203,10 @@ class _Moments:
         if device == CPU:
             yield max((t.size_bytes for t in facts.tensors if t.name in facts.uncalled), default=0)
             yield self._snapshot_bytes()
+        if gradient_tokens(self._work):
+            blocks = held.streamed + held.blocks + held.moved_block
+            passing = pass_bytes(facts, self._placement, schedule, device, blocks)
+            yield passing + self.ahead_bytes(device) + captured
         if self._work.quantize.tune_epochs:
             yield tuning_bytes(facts, self._work, self._placement, schedule, device)
 

@@ -37,6 +37,8 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
     of several ranks each has its part of the R rows, or of the experts of a batch, in its solve and goals,
     with the weights of all rows beside; and the codes of all while it packs (share.py)
+    errors that are weighed by gradients (`fisher_tokens`) add what fisher.py counts to every moment of the
+    block and to its solves, and one moment more
     a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
     several ranks add to every collect, and as one more moment, what leaf_sums.py counts; of experts a rank
     has then the H of its own alone, that of the pool, and that of all of a batch
@@ -48,13 +50,14 @@ says how); each run's report sets prediction beside measurement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES, BlockSchedule, Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.fisher import block_backward_bytes, gradient_tokens, moment_numbers, solve_bytes
 from gptq_cli.planning.leaf_sums import TRIANGLE, expert_sum_bytes, leaf_sum_bytes
 from gptq_cli.planning.schedule import StageShape, block_stages, expert_families
 from gptq_cli.planning.share import own_items, own_rows, own_samples
@@ -112,12 +115,17 @@ def work_set(
     held = own_samples(work).held * work.calibration.seq_len * b * numbers
     activations = 0 if block.activations_on_host else held
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
+    weighed = gradient_tokens(work) > 0
+    output_moments = 4 * moment_numbers(stages) if weighed else 0
     flight = t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + _widest_numbers(stages, facts.hidden_size))
     flight += t * work.calibration.seq_len * SCORE_BYTES * facts.score_heads
     once = [stage for stage in stages if not stage.routed]
     all_kept = sum(_kept_bytes(stage, dense=dense) for stage in once)
     all_travel = [size for stage in once for size in _travelling_bytes(stage, dense=dense)]
     moments = []
+    if weighed:
+        backward = block_backward_bytes(facts, stages, t, work.calibration.seq_len)
+        moments.append(WorkSet(copy + backward, 0, 0, activations))
     for stage, count in expert_families(stages).items():
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         moments += _expert_moments(stage, count, block, copy, flight + widened, activations, work)
@@ -130,7 +138,7 @@ def work_set(
         sums = leaf_sum_bytes(work.ranks, travel, work.rank)
         own = own_rows(work, stage.rows) * stage.in_features
         beside = 4 * (weights - own)
-        solving = (SOLVE_BYTES + (4 if dense else 0)) * own
+        solving = (SOLVE_BYTES + (4 if dense else 0)) * own + (solve_bytes(stage) if weighed else 0)
         moments += [
             WorkSet(copy + flight + widened, others + kept + sums.collecting, 0, activations),
             WorkSet(copy, others + kept + sums.exchanging, 0, activations),
@@ -140,7 +148,8 @@ def work_set(
         if dense:
             goal = GOAL_SQUARES * square + 2 * _cross_bytes(stage)
             moments.append(WorkSet(copy + GOAL_BYTES * own + beside, others + goal, 0, activations))
-    return max(moments, key=lambda moment: moment.total_bytes)
+    largest = max(moments, key=lambda moment: moment.total_bytes)
+    return replace(largest, hessian_bytes=largest.hessian_bytes + output_moments)
 
 
 def _widest_numbers(stages: tuple[StageShape, ...], hidden_size: int) -> int:

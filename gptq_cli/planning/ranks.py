@@ -42,7 +42,7 @@ def ranks_plan(
     facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates | None, ranks: int
 ) -> RanksPlan:
     """What `ranks` processes gain over one, and up to how many more pay. Without `speed` what travels."""
-    work = replace(work.on(facts), ranks=ranks)
+    work = replace(work, ranks=ranks).on(facts)
     sent, factors = _costliest(facts, work, schedule)
     plan = RanksPlan(
         processes=ranks,

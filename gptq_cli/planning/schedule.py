@@ -74,6 +74,8 @@ class StageShape:
     """For experts, which are collected and solved in batches: the name that they have in common; else ""."""
     alone: bool = True
     """It is of a single linear."""
+    outputs: tuple[int, ...] = ()
+    """N of each linear that runs once per token and has a weight of its own, see `planning.fisher`."""
 
     @property
     def routed(self) -> bool:
@@ -93,8 +95,13 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
         before = stages.get(linear.stage)
         rows = (before.rows if before else 0) + linear.out_features
         family = before.family if before else fold(linear.name) if linear.routed else ""
+        own = () if linear.routed or linear.part_of else (linear.out_features,)
         stages[linear.stage] = StageShape(
-            max(linear.in_features, before.in_features if before else 0), rows, family, alone=before is None
+            max(linear.in_features, before.in_features if before else 0),
+            rows,
+            family,
+            alone=before is None,
+            outputs=(*(before.outputs if before else ()), *own),
         )
     return tuple(stages[number] for number in sorted(stages))
 

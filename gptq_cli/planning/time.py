@@ -3,6 +3,7 @@
     reading   the bytes of the files once from the disk; those of a block that is read ahead only as far as
               the block before it takes less time
     head      a Hessian, and solves as for a block, where it is quantized, for each of its pieces of rows
+    gradients the pass through the dense model that comes first (fisher.py), what it reads and keeps in files
     tuning    its forwards and gradients (tuning.py)
 
 It is an estimate: see rates.py for what moves it.
@@ -20,6 +21,7 @@ from gptq_cli.placement.names import parents
 from gptq_cli.placement.schedule import HEAD_ROWS, Schedule
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.costs import MULTIPLY_ADDS, SHORT_COLUMNS, block_costs
+from gptq_cli.planning.fisher import FILE_TURNS, file_bytes, gradient_tokens, pass_multiply_adds
 from gptq_cli.planning.rates import MachineRates, rates
 from gptq_cli.planning.share import own_items, samples_share
 from gptq_cli.planning.tuning import tuning_multiply_adds
@@ -59,14 +61,22 @@ def job_seconds(
     """The counting part: seconds of the whole job at `speed`, without its first `finished` blocks."""
     files_bytes = facts.tensor_files_bytes or facts.size_bytes
     working = list(block_seconds(facts, work, schedule, speed).values())[finished:]
-    reading = _block_bytes(facts) * files_bytes / max(1, facts.size_bytes) / speed.disk_rate
+    reading = _block_bytes(facts) * _stored(facts) / speed.disk_rate
     total = START_SECONDS + files_bytes / speed.disk_rate
     total += facts.decoded.elements / DECODED_PER_SECOND if facts.decoded is not None else 0.0
     total += sum(working)
     if schedule.reads_ahead:  # while the block before is worked on
         total -= sum(min(reading, seconds) for seconds in working[:-1])
-    total += tuning_seconds(facts, work, speed)
+    total += gradient_seconds(facts, work, speed) + tuning_seconds(facts, work, speed)
     return total + (_head_seconds(facts.head, work, speed) if facts.head is not None else 0.0)
+
+
+def gradient_seconds(facts: ModelFacts, work: Work, speed: MachineRates) -> float:
+    """Of the pass before the blocks: it reads them twice; 0 where no gradients are taken."""
+    if not gradient_tokens(work):
+        return 0.0
+    read = 2 * len(facts.blocks) * _block_bytes(facts) * _stored(facts) + FILE_TURNS * file_bytes(facts, work)
+    return pass_multiply_adds(facts, work) / speed.forward_rate + read / speed.disk_rate
 
 
 def tuning_seconds(facts: ModelFacts, work: Work, speed: MachineRates) -> float:
@@ -83,6 +93,11 @@ def _head_seconds(head: LinearFact, work: Work, speed: MachineRates) -> float:
     solve += MULTIPLY_ADDS * size * max(0, k - SHORT_COLUMNS) / speed.matmul_rate
     tokens = work.calibration.samples * work.calibration.seq_len * samples_share(work)
     return tokens * k**2 / speed.hessian_rate + solve
+
+
+def _stored(facts: ModelFacts) -> float:
+    """Bytes in the files for each byte of the model's dtype."""
+    return (facts.tensor_files_bytes or facts.size_bytes) / max(1, facts.size_bytes)
 
 
 def _block_bytes(facts: ModelFacts) -> float:

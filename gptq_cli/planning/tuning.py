@@ -32,6 +32,7 @@ MOVING_BYTES = 22
 DECODED_BYTES, DECODED_COPIES = 9, 3
 GRADIENT_HIDDEN, GRADIENT_ROWS, GRADIENT_SCORES = 12, 2, 4
 LOGIT_BYTES = 32
+"""For each of TUNE_LOGITS logits: in fp32, with their softmax and gradients."""
 FORWARDS, HEAD_FORWARDS = 4, 3
 LOOKS = 3
 """Forwards of the held-out samples: before, and with all and half of what was tuned."""
@@ -40,6 +41,17 @@ LOOKS = 3
 def head_weights(facts: ModelFacts) -> int:
     """Of the head that makes logits."""
     return facts.vocab_size * facts.hidden_size
+
+
+def backward_bytes(facts: ModelFacts, rows: int, tokens: int, seq_len: int) -> int:
+    """What the backward of a block holds of a micro-batch of `tokens`. `rows`: ΣN of its linears."""
+    scores = GRADIENT_SCORES * facts.score_heads * seq_len
+    return 4 * tokens * (GRADIENT_HIDDEN * facts.hidden_size + GRADIENT_ROWS * rows + scores)
+
+
+def logit_bytes(facts: ModelFacts) -> int:
+    """Of the logits that are made at a time, and of their gradients."""
+    return LOGIT_BYTES * max(TUNE_LOGITS, facts.vocab_size)
 
 
 def tuning_bytes(
@@ -59,7 +71,7 @@ def _parts(
     dense = [tensor for tensor in facts.tensors if tensor.name not in packed]
     if device == placement.main_device:
         yield sum(t.size_bytes for t in dense if blocks.isdisjoint(parents(t.name)))
-        yield LOGIT_BYTES * max(TUNE_LOGITS, facts.vocab_size)
+        yield logit_bytes(facts)
     yield sum(t.size_bytes for t in dense if not runs_there.isdisjoint(parents(t.name)))
     samples = work.quantize.paired_samples(work.calibration.samples)
     step = max(schedule.seq_len, TUNE_STEP_TOKENS)
@@ -69,8 +81,7 @@ def _parts(
         if block in runs_there:
             weights = sum(x.in_features * x.out_features for x in linears)
             rows = sum(x.out_features for x in linears)
-            scores = GRADIENT_SCORES * facts.score_heads * schedule.seq_len
-            backward = 4 * micro_batch * (GRADIENT_HIDDEN * h + GRADIENT_ROWS * rows + scores)
+            backward = backward_bytes(facts, rows, micro_batch, schedule.seq_len)
             largest = max(largest, (DECODED_BYTES + DECODED_COPIES * b) * weights + backward)
             scales += sum(
                 x.out_features * work.quantize.of_linear(x.name).groups(x.in_features) for x in linears

@@ -77,6 +77,7 @@ def check_quantize(
 ) -> PreflightReport:
     """All findings about files, sizes, calibration, dtype, targets and output; never raises.
 
+    `work`: as it was asked for; the rules look at what it comes to for the model.
     `output` None leaves the rules about the output out; `devices` are those that will compute. `asked`: rules
     about what the checkpoint would hold are left out unless their topics name one of these config fields;
     None: all are asked.
@@ -84,6 +85,7 @@ def check_quantize(
     case = JobCase(
         facts=facts,
         work=work.on(facts),
+        fisher_tokens=work.quantize.fisher_tokens,
         output=output,
         overwrite=overwrite,
         problems=problems,

@@ -14,6 +14,7 @@ from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.fisher import file_bytes
 from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_bytes
 from gptq_cli.planning.rank_plans import host_plans
 from gptq_cli.planning.schedule import block_linears
@@ -120,6 +121,7 @@ def quantize_plan(
         else sum(t.size_bytes for t in facts.tensors if not t.buffer),
         size_after_bytes=quantized_bytes(facts, config),
         snapshot_bytes=snapshot_bytes(facts, work),
+        gradient_bytes=file_bytes(facts, work),
         samples=data.samples,
         seq_len=data.seq_len,
         seconds=None

@@ -210,6 +210,8 @@ class QuantizePlan:
     snapshot_bytes: int
     """Bytes of the hidden states that are kept beside the checkpoint while the run works, so that an
     interrupted run goes on quickly; twice for a moment. Without room for them they are not kept."""
+    gradient_bytes: int = 0
+    """Bytes of gradients of the dense model that lie beside the checkpoint while the run works."""
     samples: int
     seq_len: int
     seconds: float | None

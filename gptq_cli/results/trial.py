@@ -20,8 +20,8 @@ class TrialReport:
     planned_block_seconds: float
     """What the blocks of the trial should have taken, from a short probe of this machine."""
     seconds: float
-    """What the whole job would take: what was measured, and for the other blocks, and for tuning, their share
-    of the plan, corrected by how far the measured blocks were from theirs."""
+    """What the whole job would take: what was measured, and for the other blocks, gradients and tuning, their
+    share of the plan, corrected by how far the measured blocks were from theirs."""
     predicted_peak_bytes: tuple[tuple[str, int], ...]
     measured_peak_bytes: tuple[tuple[str, int], ...]
     """Of the trial: every block is worked on in the memory of the largest."""
@@ -29,6 +29,8 @@ class TrialReport:
     """Bytes of all tensors of the checkpoint."""
     snapshot_bytes: int
     """Bytes of the hidden states, which a run that can be continued keeps beside it, twice for a moment."""
+    gradient_bytes: int
+    """Bytes of gradients of the dense model, which the whole keeps beside it."""
     warnings: tuple[str, ...]
     blocks: tuple[BlockReport, ...]
     """Those that were worked on."""

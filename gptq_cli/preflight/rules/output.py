@@ -8,6 +8,7 @@ import shlex
 from gptq_cli.findings import Finding
 from gptq_cli.placement.device import format_size
 from gptq_cli.planning.cases import JobCase
+from gptq_cli.planning.fisher import file_bytes
 from gptq_cli.planning.memory import quantized_bytes
 from gptq_cli.rules import Remark, Rule, rule
 
@@ -190,20 +191,25 @@ def output_disk_full(case: JobCase) -> list[Remark]:
     """The disk of the output has less free space than the checkpoint will take.
 
     The checkpoint is written to a working folder beside its destination, so an old one that is to be
-    overwritten still takes its space meanwhile.
+    overwritten still takes its space meanwhile. So do gradients of the dense model (`--fisher-tokens`), which
+    wait there for their block until the run ends.
     """
     out = case.output
     if out is None:
         return []
-    needed = quantized_bytes(case.facts, case.work.quantize) + _OTHER_FILES_BYTES
+    checkpoint = quantized_bytes(case.facts, case.work.quantize) + _OTHER_FILES_BYTES
+    gradients = file_bytes(case.facts, case.work)
+    needed = checkpoint + gradients
     if needed <= out.free_bytes:
         return []
+    also = f", and gradients {format_size(gradients)} while the run works" if gradients else ""
+    less = ", or --fisher-tokens 0" if gradients and checkpoint <= out.free_bytes else ""
     return [
         Remark(
             subject="--out",
-            message=f"the checkpoint takes about {format_size(needed)}, but {out.parent} has "
+            message=f"the checkpoint takes about {format_size(checkpoint)}{also}, but {out.parent} has "
             f"{format_size(out.free_bytes)} free",
-            hint=f"free {format_size(needed - out.free_bytes)}, or give an --out on another disk",
+            hint=f"free {format_size(needed - out.free_bytes)}, or give an --out on another disk{less}",
             size_bytes=needed,
         )
     ]

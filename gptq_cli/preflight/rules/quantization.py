@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from gptq_cli.config import AUTO_GROUPS
 from gptq_cli.model.facts import LinearFact
 from gptq_cli.placement.names import fold, parents
-from gptq_cli.planning.cases import JobCase
+from gptq_cli.planning.cases import JobCase, gradient_obstacles
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import names_text
 
@@ -272,6 +272,27 @@ def tuning_possible(case: JobCase) -> list[Remark]:
             subject=f"--tune-epochs {case.work.quantize.tune_epochs}",
             message=f"{facts.architecture} cannot be tuned: {', and '.join(found)}",
             hint="--tune-epochs 0" + (", or leave --quantize-head out" if found == [reasons[-1][0]] else ""),
+        )
+    ]
+
+
+@rule("warning", topics=("fisher_tokens",))
+def gradients_possible(case: JobCase) -> list[Remark]:
+    """Errors are to be weighed by the dense model's gradients, and these cannot be taken.
+
+    Gradients are taken by one process, through one block at a time, each by itself. That leaves out models
+    whose own code runs between the blocks, and weights that several blocks share. Then the rows of a linear
+    are solved apart, as the other recipes do.
+    """
+    found = gradient_obstacles(case.facts, case.work.ranks)
+    if not case.fisher_tokens or not found:
+        return []
+    return [
+        Remark(
+            subject=f"--fisher-tokens {case.fisher_tokens}",
+            message=f"gradients of {case.facts.architecture} cannot be taken: {', and '.join(found)}; "
+            "the rows of a linear are solved apart",
+            hint="--fisher-tokens 0",
         )
     ]
 
