@@ -190,6 +190,14 @@ def test_a_recipe_is_a_set_of_overrides() -> None:
     assert QuantizeConfig.of("best") == QuantizeConfig(sweeps=4, dense_share=1.0, fisher_tokens=32_768)
 
 
+@pytest.mark.parametrize("recipe", ["best", "max"])
+def test_a_recipe_asks_nothing_of_a_dense_model_that_is_not_there(recipe: Recipe) -> None:
+    found = QuantizeConfig.of(recipe, solve_for="own")
+    assert (found.sweeps, found.fisher_tokens, found.tune_epochs) == (4, 0, 0)
+    with pytest.raises(ConfigError, match="fisher_tokens is 64; allowed with solve_for own: 0"):
+        QuantizeConfig.of(recipe, solve_for="own", fisher_tokens=64)
+
+
 def test_what_is_given_wins_over_the_recipe_and_none_is_not_given() -> None:
     found = QuantizeConfig.of("best", sweeps=2, refit=False, dense_share=None, bits=3, group_size="64")
     assert found == QuantizeConfig(

@@ -212,7 +212,8 @@ def _disk(plan: QuantizePlan) -> str:
     if plan.snapshot_bytes:
         parts.append(f"{fmt.size(2 * plan.snapshot_bytes)} so that an interrupted run goes on quickly")
     needed = plan.size_after_bytes + plan.gradient_bytes + 2 * plan.snapshot_bytes
-    listed = f": {', and '.join(parts)}" if len(parts) > 1 else ""
+    *most, last = parts
+    listed = f": {', '.join(most)}, and {last}" if most else ""
     return f"{fmt.size(needed)} while the run works{listed}"
 
 

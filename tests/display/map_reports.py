@@ -84,6 +84,7 @@ PLAN = QuantizePlan(
     size_before_bytes=16_060_522_496,
     size_after_bytes=5_730_000_000,
     snapshot_bytes=2_684_354_560,
+    gradient_bytes=8_589_934_592,
     samples=128,
     seq_len=2048,
     seconds=905.0,

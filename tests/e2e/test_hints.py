@@ -132,9 +132,10 @@ OUTPUTS = ("output-is-model", "output-exists")
 BY_HAND = (
     *("bfloat16-support", "work-required", "work-of-another-job", "module-pattern"),
     *("bits-reachable", "bits-measurable", "bits-memory", "tuning-possible"),
+    "gradients-possible",
 )
-"""Speak of cards that `--devices` cannot describe, of unfinished work (tests/e2e/test_resume.py), of budgets
-and of tuning (tests/e2e/test_bits.py, test_tuning.py)."""
+"""Speak of cards that `--devices` cannot describe, of unfinished work (tests/e2e/test_resume.py), of budgets,
+of tuning, and of gradients (tests/e2e/test_bits.py, test_tuning.py, test_fisher.py)."""
 PROSE = set(RULES) - {rule for rule, _, _ in CASES} - {*OUTPUTS, *BY_HAND}
 """Rules whose hints are advice and no options."""
 

@@ -175,14 +175,14 @@ def test_what_cannot_be_tuned_is_refused_before_a_weight_is_read(
 def test_a_trial_does_not_tune_and_counts_it(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "tuning_seconds", lambda *_: 1e5)
     words = (tiny_llama, tmp_path / "q", text, "--blocks", "1", "--json")
+    assert quantized(*words, "--tune-epochs", "0").document["seconds"] < 1e3
+    monkeypatch.setattr(forecast, "tuning_seconds", lambda *_: 1e5)
     ran = quantized(*words)
     assert ran.code == 0, ran.stderr
     assert [block["name"] for block in ran.document["blocks"]] == ["model.layers.0"]
     assert "tune" not in ran.document["phase_seconds"]
     assert ran.document["seconds"] > 1e3
-    assert quantized(*words, "--tune-epochs", "0").document["seconds"] < 1e3
 
 
 def test_several_processes_do_not_tune() -> None:

@@ -20,7 +20,7 @@ from tests.preflight.shapes import llama, resolved
 
 H, INNER, BLOCKS = 1024, 4096, 4
 FACTS = llama(blocks=BLOCKS, hidden=H, inner=INNER)
-DENSE = QuantizeConfig.of("best", group_size=128)
+DENSE = QuantizeConfig.of("best", group_size=128, fisher_tokens=0)
 DATA = CalibrationConfig(samples=16, seq_len=64)
 BLOCK = 4 * H**2 + 3 * H * INNER
 ROWS = 5 * H + 2 * INNER

@@ -37,7 +37,9 @@ CUDA = Device("cuda", 0)
 
 def found(facts: ModelFacts = FACTS, rule: str = "", **asked: object) -> list[Finding]:
     """Findings of one rule."""
-    quantize = {k: v for k, v in asked.items() if k in ("bits", "group_size", "sym", "solve_for")}
+    quantize = {
+        k: v for k, v in asked.items() if k in ("bits", "group_size", "sym", "solve_for", "fisher_tokens")
+    }
     data = {k: v for k, v in asked.items() if k in ("samples", "seq_len")}
     rest = {k: v for k, v in asked.items() if k not in quantize and k not in data}
     work = Work(
@@ -133,6 +135,29 @@ def test_experts_are_told_that_the_dense_target_is_not_theirs() -> None:
     assert "3 routed linears" in finding.message
     assert found(facts, "experts-own-target", solve_for="own") == []
     assert found(FACTS, "experts-own-target") == []
+
+
+def test_gradients_that_cannot_be_taken_are_a_warning() -> None:
+    open_flow = replace(FACTS, between="it adds what was there before", shared=("model.layers.1.a",))
+    (finding,) = found(open_flow, "gradients-possible", fisher_tokens=4096)
+    assert (finding.level, finding.subject) == ("warning", "--fisher-tokens 4096")
+    assert finding.message == (
+        "gradients of LlamaForCausalLM cannot be taken: the model's own code runs between its blocks, and "
+        "blocks share weights; the rows of a linear are solved apart"
+    )
+    assert finding.hint == "--fisher-tokens 0"
+    assert found(FACTS, "gradients-possible", fisher_tokens=4096) == []
+    assert found(open_flow, "gradients-possible") == []
+
+
+def test_gradients_take_room_on_the_disk() -> None:
+    room = output(free_bytes=100_000_000)
+    assert found(rule="output-disk-full", output=room) == []
+    (finding,) = found(rule="output-disk-full", output=room, fisher_tokens=4096 * 16, samples=128)
+    assert "and gradients 36.0 MiB while the run works" in finding.message
+    assert finding.hint.endswith("or --fisher-tokens 0")
+    (finding,) = found(rule="output-disk-full", output=output(free_bytes=1000), fisher_tokens=512)
+    assert finding.hint.endswith("on another disk")
 
 
 def test_mostly_dense_is_a_warning() -> None:

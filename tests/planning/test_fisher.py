@@ -1,0 +1,177 @@
+"""What it takes to weigh errors by gradients: counted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.model.facts import ModelFacts
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.placement import Placement, PlacementEntry
+from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS, TUNE_LOGITS, Schedule
+from gptq_cli.planning import fisher, tuning
+from gptq_cli.planning.cases import Work, gradient_obstacles
+from gptq_cli.planning.costs import block_costs
+from gptq_cli.planning.memory import work_sets
+from gptq_cli.planning.ranks import ranks_plan
+from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates
+from gptq_cli.planning.schedule import StageShape, stages_of
+from gptq_cli.planning.time import job_seconds
+from tests.planning.schedules import schedule
+from tests.preflight.shapes import llama, mixture, resolved
+
+H, INNER, BLOCKS = 1024, 4096, 4
+FACTS = llama(blocks=BLOCKS, hidden=H, inner=INNER)
+DATA = CalibrationConfig(samples=16, seq_len=64)
+ROWS = 5 * H + 2 * INNER
+BLOCK = 4 * H**2 + 3 * H * INNER
+A = 5 * H**2 + 2 * INNER**2
+IDLE = MachineRates(1e30, 1e30, 1e30, 0.0, 0.0)
+
+
+def work_of(tokens: int, data: CalibrationConfig = DATA) -> Work:
+    return Work(QuantizeConfig.of("best", group_size=128, fisher_tokens=tokens), data)
+
+
+def plan_of(facts: ModelFacts = FACTS) -> Schedule:
+    return schedule(facts, work_of(0), parked=True)
+
+
+def test_whole_samples_of_those_that_the_dense_model_runs_on() -> None:
+    assert [fisher.gradient_tokens(work_of(n)) for n in (0, 1, 64, 65, 10**6)] == [0, 64, 64, 128, 16 * 64]
+
+
+def test_panels_and_parts() -> None:
+    assert [fisher.panel_rows(n) for n in (64, PANEL_ROWS, PANEL_ROWS + 2, 14_336)] == [
+        64,
+        PANEL_ROWS,
+        PANEL_ROWS // 2 + 1,
+        3584,
+    ]
+    narrow = StageShape(64, 3 * PART_ROWS, outputs=(2 * PART_ROWS, PART_ROWS))
+    assert fisher.walks(narrow) == 2  # the parts of all its linears side by side
+    assert fisher.walks(StageShape(64, 4096, outputs=(4096,))) == PARTS
+    assert fisher.walks(StageShape(64, 4096, family="an expert")) == 1
+
+
+def test_experts_have_no_output_moment() -> None:
+    facts = mixture(4, 512, 1024)
+    stages = stages_of(x for x in facts.linears if x.block == "model.layers.0")
+    assert [stage.outputs for stage in stages[:2]] == [(512, 512, 512), (512,)]
+    assert {stage.outputs for stage in stages[2:]} == {()}
+    fused = replace(facts.linears[0], part_of="a stack")
+    assert stages_of([fused])[0].outputs == ()
+
+
+def test_files_in_the_working_folder() -> None:
+    assert fisher.file_bytes(FACTS, work_of(0)) == 0
+    assert fisher.file_bytes(FACTS, work_of(128)) == BLOCKS * 128 * H * 2
+    assert fisher.file_bytes(replace(FACTS, dtype="float32"), work_of(128)) == BLOCKS * 128 * H * 4
+
+
+def test_a_block_holds_the_output_moments_to_its_end() -> None:
+    plain, weighed = (work_sets(FACTS, work_of(tokens), plan_of())["model.layers.0"] for tokens in (0, 64))
+    # its largest moment is a solve, that of gate and up
+    panels = 2 * INNER**2
+    assert weighed.hessian_bytes == 8 * H**2 + 4 * A
+    assert weighed.activation_bytes == plain.activation_bytes
+    copy = 2 * BLOCK
+    solving = (14 + 4 + 4) * 2 * INNER * H + 4 * fisher.PANEL_COPIES * panels
+    assert weighed.working_bytes == copy + solving
+
+
+def test_a_micro_batch_goes_back_through_the_block() -> None:
+    data = CalibrationConfig(samples=64, seq_len=2048, batch_size=32)
+    work = work_of(2048, data)
+    found = work_sets(FACTS, work, schedule(FACTS, work, parked=True))["model.layers.0"]
+    backward = 4 * 32 * 2048 * (tuning.GRADIENT_HIDDEN * H + tuning.GRADIENT_ROWS * ROWS)
+    assert found.working_bytes == 2 * BLOCK + backward
+    assert found.hessian_bytes == 4 * A
+
+
+def test_the_pass_holds_a_block_and_what_lies_outside() -> None:
+    placement = Placement((PlacementEntry("", CPU, FACTS.size_bytes, parameters=True),), CPU, "a test")
+    found = fisher.pass_bytes(FACTS, placement, plan_of(), CPU, 2 * BLOCK)
+    inside = 2 * BLOCKS * (BLOCK + H)
+    micro_batch = plan_of().micro_batch_tokens
+    backward = 4 * micro_batch * (tuning.GRADIENT_HIDDEN * H + tuning.GRADIENT_ROWS * ROWS)
+    assert found == 2 * BLOCK + FACTS.size_bytes - inside + max(backward, tuning.LOGIT_BYTES * TUNE_LOGITS)
+
+
+def test_a_plan_needs_room_for_the_logits() -> None:
+    large = llama(blocks=2, hidden=512, inner=1024, vocab=128_000)
+    plain, weighed = (resolved("cpu", large, work=work_of(tokens)) for tokens in (0, 64))
+    more = weighed.devices[-1].predicted_peak_bytes - plain.devices[-1].predicted_peak_bytes
+    assert more > 1 << 28
+
+
+def test_time_of_the_pass() -> None:
+    """Four forwards of the blocks and three of the head for a token; blocks are read twice."""
+    speed = replace(IDLE, forward_rate=1e9)
+    plan = plan_of()
+    costs = [
+        job_seconds(FACTS, work_of(tokens), plan, speed)
+        - sum(cost.total for cost in block_costs(FACTS, work_of(tokens), plan, speed).values())
+        for tokens in (0, 128)
+    ]
+    head = FACTS.vocab_size * H
+    read = 2 * 2 * BLOCKS * (BLOCK + H) + 4 * BLOCKS * 128 * H * 2
+    want = 128 * (4 * BLOCKS * BLOCK + 3 * head) / 1e9 + read / DISK_BYTES_PER_SECOND
+    assert costs[1] - costs[0] == pytest.approx(want)
+
+
+@pytest.mark.parametrize(
+    ("part", "speed", "want"),
+    [
+        ("samples", replace(IDLE, forward_rate=1e9), 128 * 3 * BLOCK / 1e9),
+        ("samples", replace(IDLE, hessian_rate=1e9), 128 * A / 1e9),
+        ("rows", replace(IDLE, matmul_rate=1e9), A / 2 * H / 1e9 + H**2 / 2 * (INNER - H) / 1e9),
+        ("factors", replace(IDLE, factor_rate=1e9), (5 * H**3 + 2 * INNER**3) / 3e9),
+        ("columns", replace(IDLE, column_seconds=1e-3), (PARTS - 1) * (3 * H + INNER) * 1e-3),
+    ],
+)
+def test_time_in_a_block(part: str, speed: MachineRates, want: float) -> None:
+    plain, weighed = (
+        block_costs(FACTS, work_of(tokens), plan_of(), speed)["model.layers.0"] for tokens in (0, 128)
+    )
+    assert getattr(weighed, part) - getattr(plain, part) == pytest.approx(want)
+
+
+def test_experts_count_for_the_tokens_that_they_see() -> None:
+    facts = mixture(4, 512, 1024)
+    speed = replace(IDLE, forward_rate=1e9)
+    plan = schedule(facts, work_of(0), parked=False)
+    plain, weighed = (
+        block_costs(facts, work_of(tokens), plan, speed)["model.layers.0"] for tokens in (0, 128)
+    )
+    run = 4 * 512**2 + 2 * 3 * 512 * 1024  # two experts of four
+    assert weighed.samples - plain.samples == pytest.approx(128 * 3 * run / 1e9)
+
+
+@pytest.mark.parametrize(
+    ("facts", "ranks", "why"),
+    [
+        (replace(FACTS, between="it adds what was there before"), 0, "code runs between its blocks"),
+        (replace(FACTS, shared=("model.layers.1.self_attn.q_proj",)), 0, "blocks share weights"),
+        (FACTS, 2, "2 processes share the work"),
+    ],
+)
+def test_where_no_gradients_can_be_taken_none_are_asked_for(facts: ModelFacts, ranks: int, why: str) -> None:
+    work = replace(work_of(128), ranks=ranks)
+    (found,) = gradient_obstacles(facts, ranks)
+    assert why in found
+    assert work.on(facts).quantize.fisher_tokens == 0
+    assert work.on(facts).quantize == replace(work.quantize, fisher_tokens=0)
+
+
+def test_one_process_of_a_launcher_takes_them() -> None:
+    assert gradient_obstacles(FACTS, 1) == ()
+    assert replace(work_of(128), ranks=1).on(FACTS).quantize.fisher_tokens == 128
+
+
+def test_several_processes_are_compared_with_one_that_does_the_same() -> None:
+    speed = MachineRates(1e9, 1e9, 1e9, 1e-5, 1e-8)
+    plain, weighed = (ranks_plan(FACTS, work_of(tokens), plan_of(), speed, 2) for tokens in (0, 128))
+    assert weighed == plain
