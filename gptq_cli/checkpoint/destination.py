@@ -72,6 +72,11 @@ class Destination:
         return self._folder.journal
 
     @property
+    def gradients(self) -> Path:
+        """Where those of the dense model are kept."""
+        return self._folder.gradients
+
+    @property
     def unlocked(self) -> str:
         """Why the working folder has no kernel lock, where it has none."""
         return self._folder.unlocked

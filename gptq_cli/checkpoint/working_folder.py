@@ -7,6 +7,7 @@ For the destination `models/q` it is `models/.q.gptq`, however the destination i
       run.json    the owner: process, machine, start time. It marks the folder as ours
       result/     the checkpoint being written
       journal/    which blocks of it are finished, see `journal.py`
+      gradients/  those of the dense model, see `kept_states.py`
       old/        the checkpoint that --overwrite replaced, about to be removed
 
 Where a run ended before its checkpoint was in place and a block was finished, the folder stays: the same
@@ -37,7 +38,7 @@ from gptq_cli.checkpoint.renames import fsync
 from gptq_cli.errors import ConfigError, DestinationBusy
 
 LOCK, SOFT_LOCK, MARKER, MARKER_NEW = "lock", "lock.soft", "run.json", "run.json.new"
-RESULT, OLD, JOURNAL = "result", "old", "journal"
+RESULT, OLD, JOURNAL, GRADIENTS = "result", "old", "journal", "gradients"
 INSIDE = ".gptq"
 """The folder's name where it must be inside the destination."""
 _TOOL = "gptq-cli"
@@ -161,6 +162,7 @@ class WorkingFolder:
     def __init__(self, path: Path, out: Path) -> None:
         self.path, self.out = path, out
         self.result, self.old, self.journal = path / RESULT, path / OLD, path / JOURNAL
+        self.gradients = path / GRADIENTS
         self.unlocked = ""
         """Why there is no kernel lock; "" where there is one."""
         self._lock: BaseFileLock | None = None
@@ -214,8 +216,8 @@ class WorkingFolder:
 
     def clear(self) -> None:
         """Remove what a run creates here, except lock and marker. Raises `OSError`."""
-        for path in (self.journal, self.result, self.old):  # the journal first: it speaks of the result
-            remove(path)
+        for path in (self.journal, self.result, self.old, self.gradients):
+            remove(path)  # the journal first: it speaks of the result
 
     def release(self) -> None:
         """Remove the folder and release the lock, in an order that leaves no moment for another run."""

@@ -169,7 +169,7 @@ def _quantize(
         schedule=schedule,
         config=job.quantize,
         options=LoopOptions(strict=job.strict, devices=devices, team=asked.team),
-        states=StatesOnDisk(destination.folder / "gradients"),
+        states=StatesOnDisk(destination.gradients),
     )
     with (
         _nothing_kept_of_a_faulty_model(destination),

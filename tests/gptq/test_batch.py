@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import NonFinite
-from gptq_cli.gptq import solver
+from gptq_cli.gptq import rounding
 from gptq_cli.gptq.factor import factorize, factorize_each
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears, quantize_stages
@@ -120,13 +120,13 @@ def test_factors_of_a_batch_are_those_of_each() -> None:
 
 def test_the_columns_are_walked_once_for_the_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    real = solver.gptq
+    real = rounding.gptq
 
     def counted(W: Tensor, *args: Any, **kwargs: Any) -> Any:
         shapes.append(tuple(W.shape))
         return real(W, *args, **kwargs)
 
-    monkeypatch.setattr(solver, "gptq", counted)
+    monkeypatch.setattr(rounding, "gptq", counted)
     W, H = stages(5)
     quantize_stages(W, H, QuantizeConfig(group_size=16))
     assert shapes == [(5, K, sum(ROWS))]

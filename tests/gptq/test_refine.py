@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.gptq import solver
+from gptq_cli.gptq import rounding
 from gptq_cli.gptq.refine import _scale_step
 from gptq_cli.gptq.solver import quantize_linears
 from tests.gptq.cases import activations, weights
@@ -51,7 +51,7 @@ def test_a_row_that_got_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> 
         solution.codes[:] = 1
         solution.scales.mul_(2)
 
-    monkeypatch.setattr(solver, "refine_once", spoil)
+    monkeypatch.setattr(rounding, "refine_once", spoil)
     (kept,) = quantize_linears([W], H, QuantizeConfig(group_size=32, sweeps=1))
     assert torch.equal(kept.codes[3:], plain.codes[3:])
     assert torch.equal(kept.scales[3:], plain.scales[3:])
