@@ -1,6 +1,6 @@
 """Hidden states of some samples in a folder, a file for every block: the engine's `KeptStates` on a disk.
 
-The folder is the run's own, so what an earlier start of the same job left there is of use, once it came to
+The folder is the run's own, so what an earlier start of the same job left there is of use once it came to
 its end: that is known from a list of the files, which is written last.
 """
 

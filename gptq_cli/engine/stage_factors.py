@@ -28,7 +28,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.gptq.choice import Tried
 from gptq_cli.gptq.factor import Factor, factorize
 from gptq_cli.gptq.goal import step_factor
-from gptq_cli.gptq.solver import column_order
+from gptq_cli.gptq.rounding import column_order
 from gptq_cli.gptq.triangle import block_rows
 from gptq_cli.ranks.leaves import made_ahead
 from gptq_cli.ranks.team import Team
