@@ -38,6 +38,8 @@ PANEL_ROWS = 4096
 """Rows of a linear whose outputs are looked at together, at most."""
 PART_ROWS, PARTS = 64, 16
 """Rows that are solved side by side, at least; and into how many parts a linear is cut, about, at most."""
+LONGEST = 2.0
+"""A token's gradient is at most so long, in medians of its sample."""
 DAMPING = 0.2
 """Added to A, times the mean of its diagonal."""
 
@@ -79,8 +81,15 @@ class OutputMoment:
         """Rows, and A of these (n, n)."""
 
     def add(self, gradient: Tensor) -> None:
-        """Add tokens: (…, N). Cost: tokens · N · panel multiply-adds."""
-        rows = gradient.detach().flatten(0, -2).float()
+        """Add tokens: (samples, tokens, N) or (tokens, N). Cost: tokens · N · panel multiply-adds.
+
+        A few tokens (the first ones of a sample, labels that were hardly possible) have gradients many times
+        as long as the others'. They would drown what the others say: longer ones are shortened.
+        """
+        g = gradient.detach().float()
+        length = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+        longest = LONGEST * length.median(dim=-2, keepdim=True).values
+        rows = (g * (longest / length.clamp(min=torch.finfo(g.dtype).tiny)).clamp(max=1)).flatten(0, -2)
         with exact_matmul():
             for own, A in self.panels:
                 A.addmm_(rows[:, own].T, rows[:, own])
