@@ -169,6 +169,7 @@ def quantize_block(
                         moment = moments.pop(stage)
                         own = [known.pop(name, None) for name in stage.linears]
                         reports += _solve(context, stage, moment, moment.hessian(), own)
+                        del own  # N numbers for each of their outputs
                     continue
                 family = context.family(stages[0])
                 last = all(context.family(later[0]) != family for later in passes[index + 1 :])

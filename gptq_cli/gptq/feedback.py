@@ -33,11 +33,8 @@ from torch import Tensor
 
 from gptq_cli.gptq.grid import Solution
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
+from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS
 
-PANEL_ROWS = 4096
-"""Rows of a linear whose outputs are looked at together, at most."""
-PART_ROWS, PARTS = 64, 16
-"""Rows that are solved side by side, at least; and into how many parts a linear is cut, about, at most."""
 LONGEST = 2.0
 """A token's gradient is at most so long, in medians of its sample."""
 DAMPING = 0.2
@@ -88,7 +85,8 @@ class OutputMoment:
         """
         g = gradient.detach().float()
         length = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
-        longest = LONGEST * length.median(dim=-2, keepdim=True).values
+        middle = length.median(dim=-2, keepdim=True).values
+        longest = torch.where(middle > 0, LONGEST * middle, torch.inf)
         rows = (g * (longest / length.clamp(min=torch.finfo(g.dtype).tiny)).clamp(max=1)).flatten(0, -2)
         with exact_matmul():
             for own, A in self.panels:
@@ -120,7 +118,9 @@ def _parts(rows: Tensor, A: Tensor, size: int) -> Iterator[Part]:
     damped = A[order][:, order]
     damped.diagonal().add_(DAMPING * A.diagonal().mean())
     L, failed = torch.linalg.cholesky_ex(damped)
-    L = torch.where(failed.bool(), torch.eye(len(L), device=L.device), L)
+    del damped  # of every linear of the stage one matrix stays, until its parts are solved
+    if failed:
+        L = torch.eye(len(L), device=L.device)
     rows = rows[order]
     for start in reversed(range(0, len(rows), size)):
         stop = min(start + size, len(rows))

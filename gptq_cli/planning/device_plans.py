@@ -29,7 +29,7 @@ from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import PENDING_BYTES, Schedule
 from gptq_cli.planning.cases import MapCase, Work
-from gptq_cli.planning.fisher import gradient_tokens, pass_bytes
+from gptq_cli.planning.fisher import gradient_tokens, pass_bytes, state_bytes
 from gptq_cli.planning.memory import (
     ACCELERATOR_BASELINE_BYTES,
     CPU_BASELINE_BYTES,
@@ -197,6 +197,7 @@ class _Moments:
         if first is not None and first.activation_device == device:
             captured = own_samples(self._work).all * sample_bytes(facts, self._work)
             captured *= OPEN_HIDDEN if facts.between else 1
+            captured += state_bytes(facts, self._work)  # once more, to know how blocks are called
         if held.outside or held.moved_module:
             flight = IN_FLIGHT_HIDDEN * schedule.micro_batch_tokens * facts.hidden_size * facts.dtype_bytes
             yield held.outside + held.blocks + held.moved_module + captured + flight
@@ -204,9 +205,8 @@ class _Moments:
             yield max((t.size_bytes for t in facts.tensors if t.name in facts.uncalled), default=0)
             yield self._snapshot_bytes()
         if gradient_tokens(self._work):
-            blocks = held.streamed + held.blocks + held.moved_block
-            passing = pass_bytes(facts, self._placement, schedule, device, blocks)
-            yield passing + self.ahead_bytes(device) + captured
+            blocks = held.streamed + held.blocks + held.moved_block + self.ahead_bytes(device)
+            yield pass_bytes(facts, self._work, self._placement, schedule, device, blocks)
         if self._work.quantize.tune_epochs:
             yield tuning_bytes(facts, self._work, self._placement, schedule, device)
 

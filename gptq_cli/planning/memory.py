@@ -37,8 +37,8 @@ number in the model's dtype, h = hidden size; a stage has K input columns and R 
                  working   GOAL_BYTES · R · K; and 4 · R · K for the goals while solving
     of several ranks each has its part of the R rows, or of the experts of a batch, in its solve and goals,
     with the weights of all rows beside; and the codes of all while it packs (share.py)
-    errors that are weighed by gradients (`fisher_tokens`) add what fisher.py counts to every moment of the
-    block and to its solves, and one moment more
+    errors that are weighed by gradients (`fisher_tokens`) add one moment before all these, and to each of
+    them what fisher.py counts
     a quantized head is one more moment on its device: its Hessian, and HEAD_ROWS of its rows at a time
     several ranks add to every collect, and as one more moment, what leaf_sums.py counts; of experts a rank
     has then the H of its own alone, that of the pool, and that of all of a batch
@@ -50,7 +50,7 @@ says how); each run's report sets prediction beside measurement.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
@@ -116,7 +116,6 @@ def work_set(
     activations = 0 if block.activations_on_host else held
     copy = b * sum(stage.in_features * stage.rows for stage in stages) if dense else 0
     weighed = gradient_tokens(work) > 0
-    output_moments = 4 * moment_numbers(stages) if weighed else 0
     flight = t * b * (IN_FLIGHT_HIDDEN * facts.hidden_size + _widest_numbers(stages, facts.hidden_size))
     flight += t * work.calibration.seq_len * SCORE_BYTES * facts.score_heads
     once = [stage for stage in stages if not stage.routed]
@@ -125,20 +124,22 @@ def work_set(
     moments = []
     if weighed:
         backward = block_backward_bytes(facts, stages, t, work.calibration.seq_len)
-        moments.append(WorkSet(copy + backward, 0, 0, activations))
+        resting = 0 if block.activations_on_host else held // numbers * facts.hidden_size  # nothing is parked
+        moments.append(WorkSet(copy + backward, 4 * moment_numbers(stages), 0, resting))
     for stage, count in expert_families(stages).items():
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         moments += _expert_moments(stage, count, block, copy, flight + widened, activations, work)
-    for stage in once:
+    for index, stage in enumerate(once):
+        output_moments = 4 * moment_numbers(once[index:]) if weighed else 0
         weights, square = stage.rows * stage.in_features, 4 * stage.in_features**2
         kept = _kept_bytes(stage, dense=dense)
-        others = 0 if work.quantize.true_sequential else all_kept - kept
+        others = output_moments + (0 if work.quantize.true_sequential else all_kept - kept)
         widened = min(CHUNK_BYTES, 4 * t * stage.in_features)
         travel = _travelling_bytes(stage, dense=dense) if work.quantize.true_sequential else all_travel
         sums = leaf_sum_bytes(work.ranks, travel, work.rank)
         own = own_rows(work, stage.rows) * stage.in_features
         beside = 4 * (weights - own)
-        solving = (SOLVE_BYTES + (4 if dense else 0)) * own + (solve_bytes(stage) if weighed else 0)
+        solving = (4 if dense else 0) * own + (solve_bytes(stage) if weighed else SOLVE_BYTES * own)
         moments += [
             WorkSet(copy + flight + widened, others + kept + sums.collecting, 0, activations),
             WorkSet(copy, others + kept + sums.exchanging, 0, activations),
@@ -148,8 +149,7 @@ def work_set(
         if dense:
             goal = GOAL_SQUARES * square + 2 * _cross_bytes(stage)
             moments.append(WorkSet(copy + GOAL_BYTES * own + beside, others + goal, 0, activations))
-    largest = max(moments, key=lambda moment: moment.total_bytes)
-    return replace(largest, hessian_bytes=largest.hessian_bytes + output_moments)
+    return max(moments, key=lambda moment: moment.total_bytes)
 
 
 def _widest_numbers(stages: tuple[StageShape, ...], hidden_size: int) -> int:

@@ -43,10 +43,12 @@ def head_weights(facts: ModelFacts) -> int:
     return facts.vocab_size * facts.hidden_size
 
 
-def backward_bytes(facts: ModelFacts, rows: int, tokens: int, seq_len: int) -> int:
-    """What the backward of a block holds of a micro-batch of `tokens`. `rows`: ΣN of its linears."""
+def backward_bytes(facts: ModelFacts, rows: int, tokens: int, seq_len: int, number_bytes: int = 4) -> int:
+    """What the backward of a block holds of a micro-batch of `tokens`. `rows`: ΣN of its linears;
+    `number_bytes`: of a number on its way, 4 where weights have gradients too."""
+    numbers = GRADIENT_HIDDEN * facts.hidden_size + GRADIENT_ROWS * rows
     scores = GRADIENT_SCORES * facts.score_heads * seq_len
-    return 4 * tokens * (GRADIENT_HIDDEN * facts.hidden_size + GRADIENT_ROWS * rows + scores)
+    return tokens * (number_bytes * numbers + 4 * scores)
 
 
 def logit_bytes(facts: ModelFacts) -> int:

@@ -47,7 +47,7 @@ def test_a_plan_has_the_files_and_the_time(tiny_llama: Path, text: Path, tmp_pat
     words = (tiny_llama, tmp_path / "q", text, "--dry-run", "--json")
     plain, weighed = (quantized(*words, "--fisher-tokens", n).document for n in ("0", "70"))
     assert plain["plan"]["gradient_bytes"] == 0
-    assert weighed["plan"]["gradient_bytes"] == plain["blocks"] * 96 * HIDDEN * 4  # whole samples, in float32
+    assert weighed["plan"]["gradient_bytes"] == (plain["blocks"] + 1) * 96 * HIDDEN * 4  # of whole samples
     assert weighed["verdict"] == plain["verdict"] == "fits"
 
 

@@ -26,6 +26,7 @@ from tests.e2e.commands import write_text
 from tests.tiny import randomize, save_tokenizer
 
 FAST: dict[str, Any] = {"sweeps": 0, "refit": False, "scale_search": "minmax", "solve_for": "own"}
+WEIGHED: dict[str, Any] = FAST | {"solve_for": "dense", "fisher_tokens": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ CASES = {
     "flight": Case(1024, 256, 4, samples=8, seq_len=1024, recipe=FAST | {"true_sequential": False}),
     "solve": Case(1024, 3072, 4, samples=2, seq_len=64, recipe=FAST),
     "dense": Case(1024, 3072, 4, samples=4, seq_len=64, recipe=FAST | {"solve_for": "dense"}),
+    "back": Case(1024, 2048, 4, samples=8, seq_len=1024, recipe=WEIGHED),
+    "parts": Case(1024, 4096, 4, samples=2, seq_len=64, recipe=WEIGHED),
 }
 WARM = Case(1024, 256, 4, samples=2, seq_len=64, recipe=FAST | {"solve_for": "dense"})
 
@@ -82,7 +85,7 @@ def measure(case: Case, model: Path, text: Path, out: Path) -> Measured:
     before: list[int] = []
 
     def note(event: Event) -> None:
-        if isinstance(event, PhaseStarted) and event.phase == "load":
+        if isinstance(event, PhaseStarted) and event.phase in ("gradients", "load"):
             before.append(resident_bytes())
 
     report = quantize(

@@ -17,7 +17,7 @@ from gptq_cli.planning.costs import block_costs
 from gptq_cli.planning.memory import work_sets
 from gptq_cli.planning.ranks import ranks_plan
 from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates
-from gptq_cli.planning.schedule import StageShape, stages_of
+from gptq_cli.planning.schedule import StageShape, block_stages, stages_of
 from gptq_cli.planning.time import job_seconds
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama, mixture, resolved
@@ -67,42 +67,55 @@ def test_experts_have_no_output_moment() -> None:
 
 def test_files_in_the_working_folder() -> None:
     assert fisher.file_bytes(FACTS, work_of(0)) == 0
-    assert fisher.file_bytes(FACTS, work_of(128)) == BLOCKS * 128 * H * 2
-    assert fisher.file_bytes(replace(FACTS, dtype="float32"), work_of(128)) == BLOCKS * 128 * H * 4
+    assert fisher.file_bytes(FACTS, work_of(128)) == (BLOCKS + 1) * 128 * H * 2
+    assert fisher.file_bytes(replace(FACTS, dtype="float32"), work_of(128)) == (BLOCKS + 1) * 128 * H * 4
 
 
-def test_a_block_holds_the_output_moments_to_its_end() -> None:
+def test_a_solve_holds_what_is_not_solved_yet() -> None:
     plain, weighed = (work_sets(FACTS, work_of(tokens), plan_of())["model.layers.0"] for tokens in (0, 64))
-    # its largest moment is a solve, that of gate and up
-    panels = 2 * INNER**2
-    assert weighed.hessian_bytes == 8 * H**2 + 4 * A
+    # its largest moment is the solve of gate and up, before that of down
+    assert weighed.hessian_bytes == 8 * H**2 + 4 * (2 * INNER**2 + H**2)
     assert weighed.activation_bytes == plain.activation_bytes
-    copy = 2 * BLOCK
-    solving = (14 + 4 + 4) * 2 * INNER * H + 4 * fisher.PANEL_COPIES * panels
-    assert weighed.working_bytes == copy + solving
+    copies = 4 * 3 * INNER**2  # of both, and one more on its way
+    rows = (9 + 4) * 2 * INNER + 14 * 2 * INNER // PARTS
+    assert weighed.working_bytes == 2 * BLOCK + rows * H + copies
 
 
 def test_a_micro_batch_goes_back_through_the_block() -> None:
     data = CalibrationConfig(samples=64, seq_len=2048, batch_size=32)
     work = work_of(2048, data)
-    found = work_sets(FACTS, work, schedule(FACTS, work, parked=True))["model.layers.0"]
-    backward = 4 * 32 * 2048 * (tuning.GRADIENT_HIDDEN * H + tuning.GRADIENT_ROWS * ROWS)
-    assert found.working_bytes == 2 * BLOCK + backward
+    found = work_sets(FACTS, work, schedule(FACTS, work, parked=False))["model.layers.0"]
+    assert found.working_bytes == 2 * BLOCK + back(32 * 2048)
     assert found.hessian_bytes == 4 * A
 
 
-def test_the_pass_holds_a_block_and_what_lies_outside() -> None:
-    placement = Placement((PlacementEntry("", CPU, FACTS.size_bytes, parameters=True),), CPU, "a test")
-    found = fisher.pass_bytes(FACTS, placement, plan_of(), CPU, 2 * BLOCK)
-    inside = 2 * BLOCKS * (BLOCK + H)
-    micro_batch = plan_of().micro_batch_tokens
-    backward = 4 * micro_batch * (tuning.GRADIENT_HIDDEN * H + tuning.GRADIENT_ROWS * ROWS)
-    assert found == 2 * BLOCK + FACTS.size_bytes - inside + max(backward, tuning.LOGIT_BYTES * TUNE_LOGITS)
+def back(tokens: int) -> int:
+    return 2 * tokens * (tuning.GRADIENT_HIDDEN * H + tuning.GRADIENT_ROWS * ROWS)
+
+
+def test_scores_of_attention_are_in_fp32() -> None:
+    eager = replace(FACTS, score_heads=8)
+    stages = block_stages(FACTS)["model.layers.0"]
+    plain, more = (fisher.block_backward_bytes(facts, stages, 1024, 64) for facts in (FACTS, eager))
+    assert plain == back(1024)
+    assert more - plain == 4 * 1024 * tuning.GRADIENT_SCORES * 8 * 64
+
+
+@pytest.mark.parametrize("vocab", [1000, 32_000, 10**6])
+def test_the_pass_is_in_a_block_or_behind_them(vocab: int) -> None:
+    facts = llama(blocks=BLOCKS, hidden=H, inner=INNER, vocab=vocab)
+    placement = Placement((PlacementEntry("", CPU, facts.size_bytes, parameters=True),), CPU, "a test")
+    found = fisher.pass_bytes(facts, work_of(128), placement, plan_of(facts), CPU, 2 * BLOCK)
+    outside = facts.size_bytes - 2 * BLOCKS * (BLOCK + H)
+    logits = tuning.LOGIT_BYTES * min(64 * vocab, TUNE_LOGITS)  # of a sample, or some tokens of it
+    inside = 2 * BLOCK + back(plan_of(facts).micro_batch_tokens)
+    assert found == 128 * H * 2 + max(inside, outside + logits)
+    assert (found > 128 * H * 2 + inside) is (vocab > 1000)
 
 
 def test_a_plan_needs_room_for_the_logits() -> None:
-    large = llama(blocks=2, hidden=512, inner=1024, vocab=128_000)
-    plain, weighed = (resolved("cpu", large, work=work_of(tokens)) for tokens in (0, 64))
+    large, data = llama(blocks=2, hidden=512, inner=1024, vocab=128_000), replace(DATA, seq_len=512)
+    plain, weighed = (resolved("cpu", large, work=work_of(tokens, data)) for tokens in (0, 64))
     more = weighed.devices[-1].predicted_peak_bytes - plain.devices[-1].predicted_peak_bytes
     assert more > 1 << 28
 
@@ -117,7 +130,7 @@ def test_time_of_the_pass() -> None:
         for tokens in (0, 128)
     ]
     head = FACTS.vocab_size * H
-    read = 2 * 2 * BLOCKS * (BLOCK + H) + 4 * BLOCKS * 128 * H * 2
+    read = 2 * 2 * BLOCKS * (BLOCK + H) + 4 * (BLOCKS + 1) * 128 * H * 2
     want = 128 * (4 * BLOCKS * BLOCK + 3 * head) / 1e9 + read / DISK_BYTES_PER_SECOND
     assert costs[1] - costs[0] == pytest.approx(want)
 
