@@ -2,8 +2,8 @@
 
 A band and not a bound: a budget that is too small ends in a run that dies, and one that is too large refuses
 runs that would fit. The bands are centred on what was measured (torch 2.13, glibc, x86-64: "flight" 0.64,
-"solve" 0.89 to 1.09, "dense" 1.03, "back" 0.74, "parts" 0.84 of the prediction without the libraries, which here is small enough that
-some tens of megabytes of the interpreter's own show).
+"solve" 0.89 to 1.09, "dense" 1.03, "back" 0.74, "parts" 0.84 of the prediction without the libraries, which
+here is small enough that some tens of megabytes of the interpreter's own show).
 """
 
 from __future__ import annotations
