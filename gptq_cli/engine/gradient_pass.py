@@ -157,12 +157,12 @@ class _Pass:
 
     def _back(self, states: Captured, gradients: list[Tensor], number: int, block: Block) -> None:
         """Keep the gradients at what the block hands on, and go on with those at what enters it."""
-        entering = self._kept.read(number)
-        self._keep(number, states, gradients)
+        entering = {sample: get() for sample, get in self._kept.read(number).items()}
+        self._keep(number, states, gradients)  # in the place of what was read
         rest = torch_device(block.schedule.activation_device)
         back = GoingBack(block.device, lambda: None)
         for place, (batch, call) in enumerate(zip(states.samples, states.calls[number], strict=True)):
-            hidden = torch.stack([entering[self._samples[i]]() for i in batch])
+            hidden = torch.stack([entering[self._samples[i]] for i in batch])
             run = partial(run_through, block.module, call)
             found = _taken(partial(back, run, hidden, gradients[place]), block.name)
             gradients[place] = to_device(found, rest)
