@@ -8,7 +8,8 @@ through, t = those of a micro-batch; a linear has N outputs, in panels of n = N 
                               but in numbers of b bytes, because weights have no gradients
         behind the blocks     on the main device all that lies outside them, head included; logits as there,
                               of a sample at most
-        where states rest     F · h · b beside either
+        where states rest     F · h · b beside either, and on the cpu once more: what entered the block that
+                              is gone back through
         in the files          blocks · F · h · b, and a block's once more while it is written: what enters
                               each block, then the gradients at its output, until the checkpoint is complete
     in a block  A of every linear that runs once per token, 4 · N · n, until its stage is solved
@@ -27,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gptq_cli.model.facts import ModelFacts
-from gptq_cli.placement.device import Device
+from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS, SOLVE_BYTES, Schedule
@@ -116,7 +117,7 @@ def pass_bytes(
     """What `device` holds at the highest moment of the pass. `blocks_bytes`: of the weights of blocks that
     are there at once, the next one included."""
     rests = any(block.activation_device == device for block in schedule.blocks)
-    states = state_bytes(facts, work) if rests else 0
+    states = state_bytes(facts, work) * ((1 if rests else 0) + (1 if device == CPU else 0))
     backward = max(
         (
             block_backward_bytes(facts, stages, schedule.micro_batch_tokens, schedule.seq_len)
