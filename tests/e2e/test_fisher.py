@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptq_cli.engine import block as block_module
+from gptq_cli.engine import gradient_pass
+from gptq_cli.errors import GptqError
 from gptq_cli.jobs import forecast
 from tests import architectures
 from tests.e2e.commands import Ran, gptq, write_text
+from tests.e2e.killed import content
 from tests.second_opinion import save_source
 from tests.tiny import HIDDEN
 
@@ -73,3 +78,57 @@ def test_a_trial_takes_no_gradients_and_counts_them(
     assert ran.document["gradient_bytes"] > plain["gradient_bytes"] == 0
     losses = [[linear["loss"] for linear in d["blocks"][0]["linears"]] for d in (ran.document, plain)]
     assert losses[0] == losses[1]
+
+
+def test_interrupted(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on with the gradients that were taken, and has the same bytes."""
+    out, reference, passes = tmp_path / "q", tmp_path / "reference", []
+    assert quantized(tiny_llama, reference, text).code == 0
+    take = gradient_pass._Pass
+
+    def counted(*words: Any) -> Any:
+        passes.append(1)
+        return take(*words)
+
+    monkeypatch.setattr(gradient_pass, "_Pass", counted)
+    kept = stopped_in_block_1(tiny_llama, out, text, monkeypatch)
+    assert sorted(path.name for path in kept.iterdir())[-1] == "complete.json"
+    ran = quantized(tiny_llama, out, text, "--resume", "required")
+    assert ran.code == 0, ran.stderr
+    assert len(passes) == 1
+    assert content(out) == content(reference)
+    assert not kept.parent.exists()
+
+
+def test_gradients_that_were_damaged_meanwhile(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q"
+    kept = stopped_in_block_1(tiny_llama, out, text, monkeypatch)
+    file = kept / "00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    ran = quantized(tiny_llama, out, text, "--resume", "required")
+    assert ran.code == 1
+    assert f"{kept}: the gradients of block 1 cannot be used" in ran.stderr.replace("\n", " ")
+    shutil.rmtree(kept)
+    ran = quantized(tiny_llama, out, text, "--resume", "required")  # as the hint says
+    assert ran.code == 0, ran.stderr
+
+
+def stopped_in_block_1(model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run that was stopped has its gradients."""
+    blocks, real = [], block_module.output_moments
+
+    def stopped(*words: Any) -> Any:
+        blocks.append(1)
+        if len(blocks) == 2:
+            raise GptqError("stopped")
+        return real(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_module, "output_moments", stopped)
+        assert quantized(model, out, text).code == 1
+    (kept,) = out.parent.glob("*.gptq/gradients")
+    return kept
