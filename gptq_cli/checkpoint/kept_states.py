@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from gptq_cli.checkpoint.journal import JournalError, Part
 from gptq_cli.checkpoint.snapshot import read_snapshot, write_snapshot
 from gptq_cli.errors import GptqError
+from gptq_cli.files import reason
 
 _LIST = "complete.json"
 
@@ -46,12 +48,14 @@ class StatesOnDisk:
         return bool(self._parts) and (self._folder / _LIST).is_file()
 
     def write(self, block: int, states: Mapping[int, Tensor]) -> None:
-        """See `KeptStates.write`. Raises `OSError`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """See `KeptStates.write`. Raises `GptqError` where the disk does not take it."""
         path = self._folder / f"{block:05d}.safetensors"
         new = path.with_suffix(".new")
-        part = write_snapshot(new, ((str(sample), state) for sample, state in states.items()))
-        os.replace(new, path)
+        with self._on_disk():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / _LIST).unlink(missing_ok=True)  # it speaks of what is written over
+            part = write_snapshot(new, ((str(sample), state) for sample, state in states.items()))
+            os.replace(new, path)
         self._parts[block] = Part(path.name, part.size_bytes, part.digest)
 
     def read(self, block: int) -> Mapping[int, Callable[[], Tensor]]:
@@ -59,9 +63,11 @@ class StatesOnDisk:
         try:
             found = read_snapshot(self._folder, self._parts[block])
         except JournalError as error:
+            with self._on_disk():
+                (self._folder / _LIST).unlink(missing_ok=True)
             raise GptqError(
                 f"{self._folder}: the gradients of block {block} cannot be used: {error}",
-                hint=f"remove {self._folder} and start the command again: they are taken anew",
+                hint="start the same command again: they are taken anew",
             ) from error
         return {int(sample): get for sample, get in found.items()}
 
@@ -69,5 +75,16 @@ class StatesOnDisk:
         """See `KeptStates.finish`."""
         listed = {block: asdict(part) for block, part in self._parts.items()}
         new = self._folder / f"{_LIST}.new"
-        new.write_text(json.dumps(listed), encoding="utf-8")
-        os.replace(new, self._folder / _LIST)
+        with self._on_disk():
+            new.write_text(json.dumps(listed), encoding="utf-8")
+            os.replace(new, self._folder / _LIST)
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GptqError(
+                f"the dense model's gradients cannot be kept in {self._folder}: {reason(error)}",
+                hint="make room there, or give --fisher-tokens 0, which does without",
+            ) from error

@@ -199,7 +199,7 @@ def _outputs(context: BlockContext, inputs: BlockInputs) -> dict[str, OutputMome
         context.block.module,
         {name: context.modules[name] for name in once},
         {name: context.infos[name].out_features for name in once},
-        gradients.of_block(context.block.name, dense),
+        partial(gradients.of_block, context.block.name, dense),
         context.block.device,
         context.options.observer,
     )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import flush, torch_device, working_on
@@ -22,6 +23,7 @@ from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.dense_part import open_dense_part
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.device import CPU
+from gptq_cli.placement.names import parents
 from gptq_cli.wording import first_line
 
 _SEED = 0
@@ -64,7 +66,7 @@ def take_gradients(run: EngineRun, ids: Tensor, observer: Observer) -> bool:
         observer(
             Warned(
                 f"no gradients: {error}; rows are solved apart, as with --fisher-tokens 0",
-                "report it with the model's config.json",
+                error.hint,
             )
         )
         return False
@@ -87,6 +89,10 @@ def gradients_of(
 
 class _NoGradient(Exception):  # noqa: N818 - what is missing, not a fault
     """The model cannot be gone back through; says why."""
+
+    def __init__(self, why: str, hint: str = "report it with the model's config.json") -> None:
+        super().__init__(why)
+        self.hint = hint
 
 
 class _Pass:
@@ -124,7 +130,9 @@ class _Pass:
 
     def _forward(self, states: Captured, number: int, block: Block) -> None:
         """Keep what enters the block, and go on with what it hands on."""
-        if any(len(hidden) != len(batch) for hidden, batch in self._micro_batches(states, states.hidden)):
+        length = self._ids.shape[1]
+        pairs = self._micro_batches(states, states.hidden)
+        if any(hidden.shape[:2] != (len(batch), length) for hidden, batch in pairs):
             raise _NoGradient(f"the hidden states of {block.name} do not come sample by sample")
         self._keep(number, states, states.hidden)
         rest = torch_device(block.schedule.activation_device)
@@ -136,7 +144,8 @@ class _Pass:
         """The gradients at what the last block hands on, in the place of it."""
         run = self._run
         main = torch_device(run.placement.main_device)
-        model = open_dense_part(run.skeleton, lambda name: main)
+        model = open_dense_part(run.skeleton, lambda name: main, with_head=True)
+        _refuse_empty(model, run.skeleton.blocks)
         tail = ModelTail(
             model=language_model(model),
             blocks=[model.get_submodule(block.name) for block in run.schedule.blocks],
@@ -160,7 +169,7 @@ class _Pass:
         entering = {sample: get() for sample, get in self._kept.read(number).items()}
         self._keep(number, states, gradients)  # in the place of what was read
         rest = torch_device(block.schedule.activation_device)
-        back = GoingBack(block.device, lambda: None)
+        back = GoingBack(block.module, block.device)
         for place, (batch, call) in enumerate(zip(states.samples, states.calls[number], strict=True)):
             hidden = torch.stack([entering[self._samples[i]] for i in batch])
             run = partial(run_through, block.module, call)
@@ -183,10 +192,28 @@ class _Pass:
 
 
 def _taken(back: Callable[[], Tensor], where: str) -> Tensor:
-    """A gradient. Raises `_NoGradient` for an operation that has none."""
+    """A gradient. Raises `_NoGradient` for an operation that has none, and where it is not finite."""
     try:
-        return back()
+        found = back()
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
         raise _NoGradient(f"{where} cannot be gone back through ({first_line(error)})") from error
+    if not bool(torch.isfinite(found).all()):
+        raise _NoGradient(
+            f"those behind {where} are not finite", "float16 may overflow: try --dtype bfloat16"
+        )
+    return found
+
+
+def _refuse_empty(model: Any, blocks: Sequence[str]) -> None:
+    """Let a forward raise `_NoGradient` where it comes to a module outside the blocks that was taken for one
+    that text does not reach, and has no weights."""
+
+    def refuse(name: str, module: nn.Module, args: Any) -> None:
+        raise _NoGradient(f"{name} lies behind the blocks, and was taken for a part that text does not reach")
+
+    for name, module in model.named_modules():
+        empty = any(parameter.is_meta for parameter in module.parameters(recurse=False))
+        if empty and frozenset(blocks).isdisjoint((name, *parents(name))):
+            module.register_forward_pre_hook(partial(refuse, name))

@@ -97,37 +97,58 @@ class Gradients:
         for batch, call in zip(self.batches, self.calls[number], strict=True):
             hidden = torch.stack([dense[sample] for sample in batch])
             yield call, hidden, torch.stack([kept[sample]() for sample in batch]).to(hidden.dtype)
-        self.calls[number].clear()
 
 
 class GoingBack:
     """Backward passes through a block: the same every time, where torch can."""
 
-    def __init__(self, device: torch.device, again: Callable[[], None]) -> None:
-        """`again`: forget what the first pass summed, before it is done over by kernels that may differ."""
-        self._device, self._again = device, again
-        self._plain = False
+    def __init__(self, block: nn.Module, device: torch.device) -> None:
+        self._block, self._device = block, device
+        self.plain = False
+        """A function in it has no kernel that gives the same gradient every time."""
 
     def __call__(self, run: Callable[[Tensor], Tensor], hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to `hidden`, which enters, from that with respect to what `run` makes of
         it; both on the device afterwards."""
-        if not self._plain:
+        if not self.plain:
             try:
-                with deterministic(self._device):
-                    return self._pass(run, hidden, gradient)
+                return self.strictly(run, hidden, gradient)
             except RuntimeError as error:
                 if not not_deterministic(error):
                     raise
-            self._plain = True
-            self._again()
+            self.plain = True
         return self._pass(run, hidden, gradient)
 
+    def strictly(self, run: Callable[[Tensor], Tensor], hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The same; raises a `RuntimeError` of which `not_deterministic` is true where torch cannot."""
+        with deterministic(self._device):
+            return self._pass(run, hidden, gradient)
+
     def _pass(self, run: Callable[[Tensor], Tensor], hidden: Tensor, gradient: Tensor) -> Tensor:
-        with torch.enable_grad():
+        with torch.enable_grad(), _attributes_kept(self._block):
             entering = to_device(hidden, self._device).detach().requires_grad_()
             run(entering).backward(to_device(gradient, self._device))  # type: ignore[no-untyped-call]
         assert entering.grad is not None
         return entering.grad
+
+
+@contextmanager
+def _attributes_kept(block: nn.Module) -> Iterator[None]:
+    """Afterwards tensors that modules keep as attributes (states of a recurrence) are what they were: those
+    of a forward with gradients would hold on to all of it."""
+    before = {module: dict(vars(module)) for module in block.modules()}
+    buffers = {module: dict(module._buffers) for module in block.modules()}
+    try:
+        yield
+    finally:
+        for module, held in before.items():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor) and value is not held.get(name):
+                    if name in held:
+                        vars(module)[name] = held[name]
+                    else:
+                        del vars(module)[name]
+            module._buffers.update(buffers[module])
 
 
 def run_through(block: nn.Module, call: BlockCall, hidden: Tensor) -> Tensor:
@@ -139,33 +160,47 @@ def output_moments(
     block: nn.Module,
     linears: Mapping[str, nn.Module],
     rows: Mapping[str, int],  # N of each
-    micro_batches: Iterator[tuple[BlockCall, Tensor, Tensor]],  # see `Gradients.of_block`
+    micro_batches: Callable[[], Iterator[tuple[BlockCall, Tensor, Tensor]]],  # see `Gradients.of_block`
     device: torch.device,
     observer: Observer,
 ) -> dict[str, OutputMoment]:
     """What the outputs of the block's linears have to do with the loss. The block has its dense weights, each
     of the linears runs once for every token. Those whose gradients are not finite are left out, with a
     warning."""
-    moments = {name: OutputMoment(count, device) for name, count in rows.items()}
-
-    def forget() -> None:
-        for name, count in rows.items():
-            moments[name] = OutputMoment(count, device)
-
-    back = GoingBack(device, forget)
-    with _listening(linears, moments):
-        for call, hidden, gradient in micro_batches:
-            back(partial(run_through, block, call), hidden, gradient)
+    back = GoingBack(block, device)
+    try:
+        moments = _summed(back.strictly, block, linears, rows, micro_batches(), device)
+    except RuntimeError as error:
+        if not not_deterministic(error):
+            raise
+        back.plain = True  # from the first micro-batch on: no sum is of two kinds
+        moments = _summed(back, block, linears, rows, micro_batches(), device)
     names = list(moments)
     finite = torch.stack([moments[name].finite() for name in names]).tolist() if names else []
-    for name in (name for name, fine in zip(names, finite, strict=True) if not fine):
-        del moments[name]
+    bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    if bad:
+        also = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         observer(
             Warned(
-                f"the gradients of {name} are not finite: its rows are solved apart",
+                f"the gradients of {bad[0]}{also} are not finite: rows are solved apart",
                 "float16 may overflow: try --dtype bfloat16",
             )
         )
+    return {name: moment for name, moment in moments.items() if name not in bad}
+
+
+def _summed(
+    back: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor],
+    block: nn.Module,
+    linears: Mapping[str, nn.Module],
+    rows: Mapping[str, int],
+    micro_batches: Iterator[tuple[BlockCall, Tensor, Tensor]],
+    device: torch.device,
+) -> dict[str, OutputMoment]:
+    moments = {name: OutputMoment(count, device) for name, count in rows.items()}
+    with _listening(linears, moments):
+        for call, hidden, gradient in micro_batches:
+            back(partial(run_through, block, call), hidden, gradient)
     return moments
 
 

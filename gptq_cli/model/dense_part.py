@@ -20,16 +20,20 @@ from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.text_part import uncalled_tensors
 
 
-def open_dense_part(skeleton: Skeleton, device_of: Callable[[str], torch.device]) -> Any:
+def open_dense_part(
+    skeleton: Skeleton, device_of: Callable[[str], torch.device], *, with_head: bool = False
+) -> Any:
     """A copy of the skeleton's model: eval, no gradients, no cache. Weights that are packed stay on the meta
-    device, as does what a forward on text does not call; all else is where `device_of` says.
+    device, but for those of the head `with_head`, as does what a forward on text does not call; all else is
+    where `device_of` says.
 
     Raises `ModelError` naming a tensor that cannot be read, and `SourceChanged`.
     """
     model: Any = copy.deepcopy(skeleton.model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    packed = {f"{name}.weight" for linear in skeleton.packed for name in (linear.name, *linear.also_at)}
+    packed_linears = skeleton.linears if with_head else skeleton.packed
+    packed = {f"{name}.weight" for linear in packed_linears for name in (linear.name, *linear.also_at)}
     unread = packed | uncalled_tensors(model, skeleton.blocks, head=True)
     filler = Filler(model, Conversion(model), skeleton.keys, skeleton.dtype)
     names = [name for name in filler.names if name not in unread]

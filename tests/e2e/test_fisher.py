@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gptq_cli.checkpoint import kept_states
 from gptq_cli.engine import block as block_module
 from gptq_cli.engine import gradient_pass
 from gptq_cli.errors import GptqError
@@ -80,6 +82,26 @@ def test_a_trial_takes_no_gradients_and_counts_them(
     assert losses[0] == losses[1]
 
 
+def test_a_model_whose_modules_keep_a_state(text: Path, tmp_path: Path) -> None:
+    model = save_source(architectures.build("recurrent_gemma"), tmp_path / "model")
+    ran = quantized(model, tmp_path / "q", text)
+    assert ran.code == 0, ran.stderr
+
+
+def test_a_disk_that_is_full(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, tensors: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(kept_states, "write_snapshot", full)
+    ran = quantized(tiny_llama, tmp_path / "q", text)
+    assert ran.code == 1
+    assert "gradients cannot be kept" in ran.stderr
+    assert "no space left" in ran.stderr
+    assert "--fisher-tokens 0" in ran.stderr
+
+
 def test_interrupted(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command goes on with the gradients that were taken, and has the same bytes."""
     out, reference, passes = tmp_path / "q", tmp_path / "reference", []
@@ -112,7 +134,6 @@ def test_gradients_that_were_damaged_meanwhile(
     ran = quantized(tiny_llama, out, text, "--resume", "required")
     assert ran.code == 1
     assert f"{kept}: the gradients of block 1 cannot be used" in ran.stderr.replace("\n", " ")
-    shutil.rmtree(kept)
     ran = quantized(tiny_llama, out, text, "--resume", "required")  # as the hint says
     assert ran.code == 0, ran.stderr
 

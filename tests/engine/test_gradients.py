@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from gptq_cli.engine import block as block_module
-from gptq_cli.engine import gradient_pass
+from gptq_cli.engine import gradient_pass, gradients
 from gptq_cli.engine.gradients import StatesInMemory, output_moments
 from gptq_cli.events import Observer
 from gptq_cli.gptq.feedback import OutputMoment, drawn_label_loss
@@ -72,7 +72,10 @@ def in_one_piece(path: Path, ids: Tensor, samples: list[int]) -> Iterator[Tensor
     yield from (moment.panels[0][1] for moment in moments.values())
 
 
-@pytest.mark.parametrize(("name", "more"), [("llama", ()), ("gpt2", ("--batch-size", "3")), ("gemma2", ())])
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("llama", ()), ("llama", ("--quantize-head",)), ("gpt2", ("--batch-size", "3")), ("gemma2", ())],
+)
 def test_moments_are_those_of_the_model_in_one_piece(
     tiny: TinyFactory,
     text: Path,
@@ -106,15 +109,67 @@ def test_an_operation_without_a_gradient_is_told(
     assert "rows are solved apart" in ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("in_a_block", "words"),
+    [
+        (False, "no gradients: those behind model.layers.2 are not finite; rows are solved apart"),
+        (True, "more are not finite: rows are solved apart"),
+    ],
+)
 def test_gradients_that_are_not_finite_are_told(
-    tiny: TinyFactory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: TinyFactory,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_a_block: bool,
+    words: str,
 ) -> None:
     class Overflowing(StatesInMemory):
         def read(self, block: int) -> Mapping[int, Callable[[], Tensor]]:
-            kept = super().read(block)
-            return {sample: lambda get=get: get() * torch.inf for sample, get in kept.items()}  # type: ignore[misc]
+            kept, factor = super().read(block), torch.inf if self.complete == in_a_block else 1.0
+            return {sample: lambda get=get: get() * factor for sample, get in kept.items()}  # type: ignore[misc]
 
     monkeypatch.setattr("gptq_cli.jobs.quantizing.StatesOnDisk", lambda folder: Overflowing())
     ran = gptq("quantize", tiny("llama"), "--out", tmp_path / "q", "--calibration", text, *WORDS, *RECIPE)
     assert ran.code == 0, ran.stderr
-    assert "are not finite: its rows are solved apart" in ran.stderr
+    assert words in ran.stderr
+    assert "hint: float16 may overflow: try --dtype bfloat16" in ran.stderr
+
+
+def test_a_head_without_weights_is_told(
+    tiny: TinyFactory, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matmul with a weight that is not there gives what lay in memory, on some devices."""
+    opened = gradient_pass.open_dense_part
+
+    def without_norm(*words: Any, **more: Any) -> Any:
+        model = opened(*words, **more)
+        model.model.norm.to("meta")
+        return model
+
+    monkeypatch.setattr(gradient_pass, "open_dense_part", without_norm)
+    ran = gptq("quantize", tiny("llama"), "--out", tmp_path / "q", "--calibration", text, *WORDS, *RECIPE)
+    assert ran.code == 0, ran.stderr
+    assert "no gradients: model.norm lies behind the blocks" in ran.stderr
+
+
+def test_states_that_a_module_keeps_stay_what_they_were() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.state: Tensor | None = None
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            self.state = self.linear(hidden)
+            self.seen = self.state
+            return hidden + self.state
+
+    block = Recurrent().requires_grad_(False)
+    hidden, gradient = torch.randn(2, 3, 4), torch.ones(2, 3, 4)
+    back = gradients.GoingBack(block, torch.device("cpu"))
+    found = back(block, hidden, gradient)
+    torch.testing.assert_close(found, gradient + gradient @ block.linear.weight)
+    assert block.state is None
+    assert not hasattr(block, "seen")
+    assert not back.plain
