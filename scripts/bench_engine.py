@@ -100,7 +100,7 @@ def instrument(clock: Clock) -> None:
     from gptq_cli.checkpoint.writer import CheckpointWriter
     from gptq_cli.engine import block, experts, forwards, head, mixed
     from gptq_cli.engine import run as engine_run
-    from gptq_cli.gptq import goal, losses, solver
+    from gptq_cli.gptq import goal, losses, rounding, solver
     from gptq_cli.gptq.hessian import CrossMoment, Hessian
     from gptq_cli.gptq.moments import StageMoments
     from gptq_cli.model import block_stream
@@ -143,10 +143,10 @@ def instrument(clock: Clock) -> None:
     for module in (mixed, head):
         put(module, "quantize_linears", "solve")
     put(experts, "quantize_stages", "solve")
-    for module in (solver, losses):
+    for module in (rounding, solver, losses):
         put(module, "group_parameters", "search")
-    put(solver, "gptq", "columns")
-    put(solver, "refine_once", "refine")
+    put(rounding, "gptq", "columns")
+    put(rounding, "refine_once", "refine")
     for module in (block, head):
         put(module, "pack", "pack")
     put(block, "unhooked_copy", "load")

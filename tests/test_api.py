@@ -85,7 +85,7 @@ def test_every_option_reaches_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
         QuantizeJob(
             model=ModelRef(model="M", revision="main", trust_remote_code=True, dtype="float16"),
             out="O",
-            quantize=QuantizeConfig(bits=3, sym=False, sweeps=2, dense_share=1.0),
+            quantize=QuantizeConfig(bits=3, sym=False, sweeps=2, dense_share=1.0, fisher_tokens=32_768),
             calibration=CalibrationConfig.of("c4", samples=7, seq_len=99, seed=5, batch_size=2),
             device_map=DeviceMap.parse("model=0,lm_head=cpu"),
             max_memory=MaxMemory.parse("0=20GiB,cpu=32GiB"),

@@ -192,6 +192,7 @@ class Watch:
             with contextlib.suppress(RuntimeError):
                 words = [self._word_of(rank) for rank in range(self._size) if rank != self._own.rank]
                 if all(word is None or word.state != "works" for word in words):
+                    time.sleep(self.limits.beat_seconds / 2)  # in which they hear this rank's last word
                     return
             time.sleep(self.limits.beat_seconds / 10)
 
@@ -227,7 +228,7 @@ class Watch:
                 self._say()
                 self._look()
             except RuntimeError as error:  # the store's connection is gone, and with it whoever had it
-                if not self._over.is_set():
+                if not self._over.is_set() and self._own.state == "works":  # else rank 0 may have gone first
                     self._lost = self._lost or RankLost(
                         f"the store in which the ranks meet cannot be reached any more: {first_line(error)}",
                         rank=0,

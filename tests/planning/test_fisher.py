@@ -109,8 +109,9 @@ def test_the_pass_is_in_a_block_or_behind_them(vocab: int) -> None:
     outside = facts.size_bytes - 2 * BLOCKS * (BLOCK + H)
     logits = tuning.LOGIT_BYTES * min(64 * vocab, TUNE_LOGITS)  # of a sample, or some tokens of it
     inside = 2 * BLOCK + back(plan_of(facts).micro_batch_tokens)
-    assert found == 128 * H * 2 + max(inside, outside + logits)
-    assert (found > 128 * H * 2 + inside) is (vocab > 1000)
+    states = 2 * 128 * H * 2  # on the cpu: also what entered the block that is gone back through
+    assert found == states + max(inside, outside + logits)
+    assert (found > states + inside) is (vocab > 1000)
 
 
 def test_a_plan_needs_room_for_the_logits() -> None:
