@@ -33,7 +33,7 @@ from torch import Tensor
 
 from gptq_cli.gptq.grid import Solution
 from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
-from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS
+from gptq_cli.placement.schedule import panel_rows, part_rows
 
 LONGEST = 2.0
 """A token's gradient is at most so long, in medians of its sample."""
@@ -42,15 +42,9 @@ DAMPING = 0.2
 
 
 def panels_of(rows: int) -> list[slice]:
-    """Equal parts of `rows` rows, of at most `PANEL_ROWS`."""
-    count = -(-rows // PANEL_ROWS)
-    size = -(-rows // count)
+    """The panels of `rows` rows."""
+    size = panel_rows(rows)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def part_rows(rows: int) -> int:
-    """How many of a linear's `rows` are solved side by side."""
-    return max(PART_ROWS, -(-rows // PARTS))
 
 
 def drawn_label_loss(

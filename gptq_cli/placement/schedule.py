@@ -40,6 +40,16 @@ PART_ROWS, PARTS = 64, 16
 """Rows that are solved side by side, at least; and into how many parts a linear is cut, about, at most."""
 
 
+def panel_rows(rows: int) -> int:
+    """Rows of a panel of a linear of `rows` rows: its panels are equal, but for the last."""
+    return -(-rows // -(-rows // PANEL_ROWS))
+
+
+def part_rows(rows: int) -> int:
+    """How many of a linear's `rows` are solved side by side."""
+    return max(PART_ROWS, -(-rows // PARTS))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockSchedule:
     """One decoder block."""

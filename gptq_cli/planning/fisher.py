@@ -31,7 +31,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
-from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS, SOLVE_BYTES, Schedule
+from gptq_cli.placement.schedule import SOLVE_BYTES, Schedule, panel_rows, part_rows
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.schedule import StageShape, block_stages
 from gptq_cli.planning.tuning import LOGIT_BYTES, backward_bytes, logit_bytes
@@ -56,16 +56,6 @@ def state_bytes(facts: ModelFacts, work: Work) -> int:
 def file_bytes(facts: ModelFacts, work: Work) -> int:
     """What lies in the working folder beside the checkpoint."""
     return (len(facts.blocks) + 1) * state_bytes(facts, work)
-
-
-def panel_rows(rows: int) -> int:
-    """n of a linear of N = `rows`."""
-    return -(-rows // -(-rows // PANEL_ROWS))
-
-
-def part_rows(rows: int) -> int:
-    """How many of a linear's `rows` are solved at a time."""
-    return max(PART_ROWS, -(-rows // PARTS))
 
 
 def walks(stage: StageShape) -> int:

@@ -11,6 +11,7 @@ from gptq_cli.gptq import feedback
 from gptq_cli.gptq.feedback import OutputMoment, drawn_label_loss
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
+from gptq_cli.placement import schedule
 
 CONFIG = QuantizeConfig.of("balanced", group_size=16, bits=3)
 K, N = 48, 200
@@ -96,7 +97,7 @@ def test_a_wide_linear_is_known_in_panels(
     case: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, H, gradients = case
-    monkeypatch.setattr(feedback, "PANEL_ROWS", 90)
+    monkeypatch.setattr(schedule, "PANEL_ROWS", 90)
     moment = moment_of(gradients)
     assert [rows for rows, _ in moment.panels] == [slice(0, 67), slice(67, 134), slice(134, 200)]
     (solved,) = quantize_linears([weight], H, CONFIG, outputs=[moment])

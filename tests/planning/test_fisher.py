@@ -10,7 +10,7 @@ from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement, PlacementEntry
-from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS, TUNE_LOGITS, Schedule
+from gptq_cli.placement.schedule import PANEL_ROWS, PART_ROWS, PARTS, TUNE_LOGITS, Schedule, panel_rows
 from gptq_cli.planning import fisher, tuning
 from gptq_cli.planning.cases import Work, gradient_obstacles
 from gptq_cli.planning.costs import block_costs
@@ -44,7 +44,7 @@ def test_whole_samples_of_those_that_the_dense_model_runs_on() -> None:
 
 
 def test_panels_and_parts() -> None:
-    assert [fisher.panel_rows(n) for n in (64, PANEL_ROWS, PANEL_ROWS + 2, 14_336)] == [
+    assert [panel_rows(n) for n in (64, PANEL_ROWS, PANEL_ROWS + 2, 14_336)] == [
         64,
         PANEL_ROWS,
         PANEL_ROWS // 2 + 1,
