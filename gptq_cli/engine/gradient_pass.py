@@ -14,7 +14,8 @@ from gptq_cli.devices.accelerators import flush, torch_device, working_on
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.engine.capture import Captured, capture, spread
-from gptq_cli.engine.gradients import GoingBack, Gradients, KeptStates, run_through
+from gptq_cli.engine.going_back import GoingBack
+from gptq_cli.engine.gradients import Gradients, KeptStates, run_through
 from gptq_cli.engine.model_tail import ModelTail
 from gptq_cli.engine.opening import EngineRun, input_device_of, open_stream, opened_blocks
 from gptq_cli.engine.work import Block

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from torch.func import functional_call
 
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.devices.accelerators import torch_device, working_on
-from gptq_cli.devices.deterministic import deterministic, not_deterministic
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import BlockCall, hidden_of
+from gptq_cli.engine.going_back import GoingBack
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.gptq.quantized import dequantized
 from gptq_cli.gptq.tuning import Moving, scale_gradient
@@ -110,8 +111,14 @@ class DecodedBlock:
     block: TunedBlock
     values: dict[str, Tensor]
     codes: dict[str, Codes] = field(default_factory=dict)
-    plain: bool = False
-    """A function in it has no kernel that gives the same gradient every time."""
+    _back: GoingBack = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._back = GoingBack(self.block.module, self.block.device, self._forget)
+
+    def _forget(self) -> None:
+        for value in self.values.values():
+            value.grad = None
 
     def run(self, call: BlockCall, hidden: Tensor) -> Tensor:
         """What the block hands on, on its device."""
@@ -131,25 +138,7 @@ class DecodedBlock:
     def backward(self, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient with respect to what enters, from that with respect to what the block hands on; those
         of the values are added up in them. The same every time, where torch can."""
-        if not self.plain:
-            try:
-                with deterministic(self.block.device):
-                    return self._backward(call, hidden, gradient)
-            except RuntimeError as error:
-                if not not_deterministic(error):
-                    raise
-            self.plain = True
-            for value in self.values.values():  # this was the first micro-batch
-                value.grad = None
-        return self._backward(call, hidden, gradient)
-
-    def _backward(self, call: BlockCall, hidden: Tensor, gradient: Tensor) -> Tensor:
-        with torch.enable_grad():
-            entering = to_device(hidden, self.block.device).detach().requires_grad_()
-            out = self.run(call, entering)
-            out.backward(to_device(gradient, self.block.device))  # type: ignore[no-untyped-call]
-        assert entering.grad is not None
-        return to_device(entering.grad, self.block.rest)
+        return to_device(self._back(partial(self.run, call), hidden, gradient), self.block.rest)
 
     def step(self, tokens: int, rate: float) -> None:
         """Move what is tuned, by the gradients of the values, of a sum over `tokens`."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from gptq_cli.engine import block as block_module
-from gptq_cli.engine import gradient_pass, gradients
+from gptq_cli.engine import gradient_pass
+from gptq_cli.engine.going_back import GoingBack
 from gptq_cli.engine.gradients import StatesInMemory, output_moments
 from gptq_cli.events import Observer
 from gptq_cli.gptq.feedback import OutputMoment, drawn_label_loss
@@ -167,7 +168,7 @@ def test_states_that_a_module_keeps_stay_what_they_were() -> None:
 
     block = Recurrent().requires_grad_(False)
     hidden, gradient = torch.randn(2, 3, 4), torch.ones(2, 3, 4)
-    back = gradients.GoingBack(block, torch.device("cpu"))
+    back = GoingBack(block, torch.device("cpu"))
     found = back(block, hidden, gradient)
     torch.testing.assert_close(found, gradient + gradient @ block.linear.weight)
     assert block.state is None

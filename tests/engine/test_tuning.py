@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_cli.engine import model_tail, tuned_block
+from gptq_cli.engine import going_back, model_tail
 from gptq_cli.engine import run as run_module
 from gptq_cli.engine.tuned import Tuned
 from gptq_cli.engine.tuning import CalibrationText, TunedModel, split, tune_model
@@ -139,7 +139,7 @@ def test_a_function_without_a_deterministic_kernel_is_run_as_it_is(
             with monkeypatch.context() as patch:
                 patch.setattr(Moving, "step", lambda one, g, _, into=gradients: into.update({id(one): g}))
                 if refuse:
-                    patch.setattr(tuned_block, "deterministic", refused)
+                    patch.setattr(going_back, "deterministic", refused)
                 model.step([1, 4, 6], text, 1.0)
             found.append(gradients)
         plain, again = found
