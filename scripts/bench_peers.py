@@ -19,6 +19,8 @@ here is left out, with the reason. Ratios are to the first run.
     python scripts/bench_peers.py --peers all --as-stored     every peer, in the model's own dtype as well
     python scripts/bench_peers.py --recipes "fast,best,best --dense-share 0.5"
     python scripts/bench_peers.py --model demo/Gemma3-270M --group-size 128     see fetch_second_model.py
+    python scripts/bench_peers.py --blocks 8 --peers "" --recipes "best --fisher-tokens 0,best"
+                                                      of the first 8 blocks alone, the norm and the head
 
 The last line is JSON.
 """
@@ -285,6 +287,23 @@ def token_ids(
     }
 
 
+def first_blocks(model: Path, count: int, folder: Path) -> Path:
+    """The model with its first `count` blocks, written into `folder`; its norm and its head stay."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    if not 1 <= count <= config.num_hidden_layers:
+        raise SystemExit(f"bench_peers: --blocks {count}: allowed are 1 to {config.num_hidden_layers}")
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:count]
+    out = folder / f"{model.name}-{count}-blocks"
+    AutoModelForCausalLM.from_pretrained(model, config=config, dtype="auto").save_pretrained(out)
+    for path in (*model.glob("tokenizer*"), *model.glob("chat_template*")):
+        shutil.copy(path, out)
+    return out
+
+
 @dataclass(frozen=True)
 class Run:
     """One row of the table."""
@@ -349,6 +368,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, help="a dense model directory (default: SmolLM2, fetched)")
+    parser.add_argument("--blocks", type=int, help="of the model only the first so many")
     parser.add_argument("--text", type=Path, help="a text file (default: pydoc and pydoc-heldout)")
     parser.add_argument("--peers", type=names, default=["gptqmodel"], help=f"all, or of {', '.join(PEERS)}")
     parser.add_argument("--as-stored", action="store_true", help="peers in the model's own dtype as well")
@@ -398,6 +418,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.keep or Path(tempfile.mkdtemp(prefix="gptq-peers-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        if options.blocks is not None:
+            model = first_blocks(model, options.blocks, folder)
         summary = bench(options, model.resolve(), folder)
     finally:
         if options.keep is None:

@@ -87,6 +87,8 @@ class Manifest:
     """Files with weights and their modification times when the run began: noted, not compared."""
     warnings: tuple[str, ...] = ()
     """All that were given, by every start."""
+    gradients: bool = False
+    """Those of the dense model are all in their folder, see `kept_states.py`."""
     blocks: tuple[Part, ...] = ()
     snapshot: Snapshot | None = None
     tuning: FinishedTuning | None = None

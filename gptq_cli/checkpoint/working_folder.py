@@ -10,10 +10,10 @@ For the destination `models/q` it is `models/.q.gptq`, however the destination i
       gradients/  those of the dense model, see `kept_states.py`
       old/        the checkpoint that --overwrite replaced, about to be removed
 
-Where a run ended before its checkpoint was in place and a block was finished, the folder stays: the same
-command run again goes on. It may be removed at any time, and is when the checkpoint is in place. A folder of
-that name without our `run.json` is not ours and is never touched; in a folder of ours, only the names above
-are ever removed.
+Where a run ended before its checkpoint was in place and a block was finished, or the gradients were taken,
+the folder stays: the same command run again goes on. It may be removed at any time, and is when the
+checkpoint is in place. A folder of that name without our `run.json` is not ours and is never touched; in a
+folder of ours, only the names above are ever removed.
 """
 
 from __future__ import annotations

@@ -52,6 +52,10 @@ class Keeper(Protocol):
         one."""
         ...
 
+    def keep_gradients(self) -> None:
+        """The dense model's gradients are all taken, and need not be taken again."""
+        ...
+
     def keep(self, report: BlockReport, states: HiddenStates) -> None:
         """A block is finished; `states` holds what enters the next one."""
         ...
@@ -81,6 +85,9 @@ class NothingKept:
     def restore(self, states: HiddenStates) -> int:
         """See `Keeper.restore`."""
         return 0
+
+    def keep_gradients(self) -> None:
+        """See `Keeper.keep_gradients`."""
 
     def keep(self, report: BlockReport, states: HiddenStates) -> None:
         """See `Keeper.keep`."""

@@ -143,7 +143,10 @@ def _gone_back_through(run: EngineRun, ids: Tensor, keeper: Keeper, observer: Ob
         if is_out_of_memory(error):
             raise _MemoryRanOut from error
         raise
-    return gradient_samples(run.config, ids) if taken else []
+    if not taken:
+        return []
+    keeper.keep_gradients()
+    return gradient_samples(run.config, ids)
 
 
 def _text(run: EngineRun, states: HiddenStates, input_ids: Tensor) -> CalibrationText | None:

@@ -129,6 +129,9 @@ class FollowingKeeper:
         """See `Keeper.restore`."""
         return restore_together(self.team, states, _elsewhere)[0]
 
+    def keep_gradients(self) -> None:
+        """See `Keeper.keep_gradients`: several processes take none."""
+
     def keep(self, report: BlockReport, states: HiddenStates) -> None:
         """See `Keeper.keep`."""
         due: bool = self.team.decided(_elsewhere)

@@ -3,10 +3,7 @@
 After each block its tensors are flushed, then its file in the journal is written, then the manifest that
 names it. Now and then a snapshot of the hidden states follows, from which the next run goes on without
 running the samples through all finished blocks again. A snapshot is written when that is worth it and costs
-little:
-
-    all snapshots together take at most `SNAPSHOT_SHARE` of the time, as measured
-    since the last one more than `REDONE_SHARE` of all the time spent so far went by
+little, see `snapshot_time.py`.
 
 A disk without room for it is not an error: the next run then takes longer to get back to where this one was.
 """
@@ -19,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from gptq_cli.checkpoint.destination import Destination
@@ -36,40 +33,11 @@ from gptq_cli.engine.tuned import Tuned
 from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.run_report import LIBRARIES, versions
+from gptq_cli.jobs.snapshot_time import Clock
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.placement.device import format_size
 from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import BlockReport, StartReport
-
-SNAPSHOT_SHARE = 0.02
-REDONE_SHARE = 0.025
-ASSUMED_BYTES_PER_SECOND, ASSUMED_SECONDS = 200e6, 0.05
-"""Of a disk on which no snapshot was written yet: its speed, and what the smallest file takes."""
-
-
-@dataclass(slots=True)
-class Clock:
-    """Seconds of this start, and what they went into."""
-
-    started: float
-    """Of `time.perf_counter`."""
-    journal_seconds: float = 0.0
-    snapshot_seconds: float = 0.0
-    last_snapshot: float = field(default_factory=time.perf_counter)
-    bytes_per_second: float = ASSUMED_BYTES_PER_SECOND
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning of the run."""
-        return time.perf_counter() - self.started
-
-    def snapshot_due(self, size_bytes: int, earlier_seconds: float) -> bool:
-        """Whether one of `size_bytes` should be written now; `earlier_seconds`: of the starts before."""
-        expected = max(ASSUMED_SECONDS, size_bytes / self.bytes_per_second)
-        cost = self.snapshot_seconds + expected
-        since = time.perf_counter() - self.last_snapshot
-        spent = self.seconds
-        return cost <= SNAPSHOT_SHARE * spent and since >= REDONE_SHARE * (earlier_seconds + spent)
 
 
 class Keeping:
@@ -148,7 +116,7 @@ class Keeping:
             )
             self._journal.manifest = self._journal.without(count)
         self._start = replace(self._start, first_block=count)
-        self._destination.kept = count > 0
+        self._destination.kept = self._worth_keeping
         if count:
             self._warn_of_other_libraries()
             self._warn_of_rewritten_weights()
@@ -234,9 +202,17 @@ class Keeping:
             )
         )
 
+    def keep_gradients(self) -> None:
+        """See `Keeper.keep_gradients`."""
+        if self._journal.manifest.gradients:
+            return
+        with self._clock.added("journal_seconds"), held_signals(), self._writer.disk():
+            self._commit(replace(self._journal.manifest, gradients=True))
+            self._destination.kept = True
+
     def keep(self, report: BlockReport, states: HiddenStates) -> None:
         """See `Keeper.keep`."""
-        with _added(self._clock, "journal_seconds"), held_signals(), self._writer.disk():
+        with self._clock.added("journal_seconds"), held_signals(), self._writer.disk():
             tensors = self._writer.flush()
             number = len(self._finished)
             part = self._journal.write_block(number, FinishedBlock(report=report, tensors=tensors))
@@ -261,7 +237,7 @@ class Keeping:
 
     def keep_tuned(self, tuned: Tuned) -> None:
         """See `Keeper.keep_tuned`. From here on the tensors in the files may be those before or after."""
-        with _added(self._clock, "journal_seconds"), held_signals(), self._writer.disk():
+        with self._clock.added("journal_seconds"), held_signals(), self._writer.disk():
             finished = with_tuned(self._journal, tuned.report, tuned.tensors)
             self._commit(replace(self._journal.manifest, tuning=finished))
         self._tuned = tuned
@@ -277,10 +253,14 @@ class Keeping:
 
     def close(self) -> None:
         """The run ends without a checkpoint: note its seconds. Never raises for what the disk refuses."""
-        if self._destination.kept and self._journal.manifest.blocks:
+        if self._destination.kept and self._worth_keeping:
             with contextlib.suppress(OSError):
                 self._commit(self._journal.manifest)
                 self._journal.tidy()
+
+    @property
+    def _worth_keeping(self) -> bool:
+        return bool(self._journal.manifest.blocks) or self._journal.manifest.gradients
 
     def _commit(self, manifest: Manifest) -> None:
         self._journal.commit(replace(manifest, starts=self.starts, warnings=self.all_warnings))
@@ -300,7 +280,7 @@ class Keeping:
         begun = time.perf_counter()
         before, block = self._journal.manifest.snapshot, len(self._finished)
         path = self._journal.folder / f"hidden-{block}.safetensors"
-        with _added(self._clock, "snapshot_seconds"):
+        with self._clock.added("snapshot_seconds"):
             try:
                 part = write_snapshot(path, named.items())
                 self._commit(replace(self._journal.manifest, snapshot=Snapshot(block, part)))
@@ -383,12 +363,3 @@ def keeping(
     except BaseException:
         keeper.close()
         raise
-
-
-@contextmanager
-def _added(clock: Clock, name: str) -> Iterator[None]:
-    begun = time.perf_counter()
-    try:
-        yield
-    finally:
-        setattr(clock, name, getattr(clock, name) + time.perf_counter() - begun)

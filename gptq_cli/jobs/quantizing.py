@@ -82,7 +82,7 @@ def quantize(
     Raises `UsageError` (nothing was started), `PreflightRefused` (nothing was written), `OutOfDeviceMemory`,
     `QualityGateFailed`. Where something would lie on disk, the `PreflightRefused` is a `ValueError` as well.
     Whatever is raised, finished blocks are kept in the working folder, and the same job goes on after them
-    (`continuing`); where no block was finished, or the model itself is at fault, no working folder is left.
+    (`continuing`); where nothing was finished, or the model itself is at fault, no working folder is left.
     """
     asked = _Asked(job, card, proof, push, time.perf_counter(), joined)
     with watching("quantize", observer) as watcher:

@@ -1,7 +1,7 @@
 """Unfinished work at a destination: finding it, comparing it with the job, and what to say when a run ends.
 
-A run that ends before its checkpoint is in place leaves its working folder where a block was finished. The
-same command run again finds it there, and goes on where the fingerprints are equal.
+A run that ends before its checkpoint is in place leaves its working folder where a block was finished, or the
+gradients were taken. The same command run again finds it there, and goes on where the fingerprints are equal.
 """
 
 from __future__ import annotations
@@ -71,9 +71,13 @@ def _place(job: QuantizeJob) -> Place:
 
 def work_words(manifest: Manifest) -> str:
     """`blocks 0 to 17 of 32 from 2026-11-25 14:03, 41 min of work`."""
-    done = len(manifest.blocks)
-    which = "block 0" if done == 1 else f"blocks 0 to {done - 1}"
-    of = f"all {done} blocks" if done == manifest.total else f"{which} of {manifest.total}"
+    done, total = len(manifest.blocks), manifest.total
+    if done == 0:
+        of = f"the gradients for all {total} blocks"
+    elif done == total:
+        of = f"all {done} blocks"
+    else:
+        of = f"{'block 0' if done == 1 else f'blocks 0 to {done - 1}'} of {total}"
     begun = manifest.starts[0].started if manifest.starts else datetime.now().astimezone().isoformat()
     spent = sum(start.seconds for start in manifest.starts)
     return f"{of} from {begun[:16].replace('T', ' ')}, {duration_words(spent)} of work"

@@ -89,10 +89,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     which the run that goes on is killed as well."""
     import torch
 
-    from gptq_cli.jobs import keeping
+    from gptq_cli.jobs import snapshot_time
 
     torch.set_num_threads(1)
-    keeping.SNAPSHOT_SHARE, keeping.REDONE_SHARE = job.get("share", 1e9), 0.0
+    snapshot_time.SNAPSHOT_SHARE, snapshot_time.REDONE_SHARE = job.get("share", 1e9), 0.0
     argv, out = [str(word) for word in job["argv"]], Path(job["out"])
     log = out.parent / "log.txt"
     told = out.parent / "calls.json"

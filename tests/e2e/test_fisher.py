@@ -102,7 +102,10 @@ def test_a_disk_that_is_full(
     assert "--fisher-tokens 0" in ran.stderr
 
 
-def test_interrupted(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("finished", [0, 1])
+def test_interrupted(
+    finished: int, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same command goes on with the gradients that were taken, and has the same bytes."""
     out, reference, passes = tmp_path / "q", tmp_path / "reference", []
     assert quantized(tiny_llama, reference, text).code == 0
@@ -113,7 +116,7 @@ def test_interrupted(tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: 
         return take(*words)
 
     monkeypatch.setattr(gradient_pass, "_Pass", counted)
-    kept = stopped_in_block_1(tiny_llama, out, text, monkeypatch)
+    kept = stopped_after(finished, tiny_llama, out, text, monkeypatch)
     assert sorted(path.name for path in kept.iterdir())[-1] == "complete.json"
     ran = quantized(tiny_llama, out, text, "--resume", "required")
     assert ran.code == 0, ran.stderr
@@ -126,7 +129,7 @@ def test_gradients_that_were_damaged_meanwhile(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "q"
-    kept = stopped_in_block_1(tiny_llama, out, text, monkeypatch)
+    kept = stopped_after(1, tiny_llama, out, text, monkeypatch)
     file = kept / "00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
@@ -138,18 +141,21 @@ def test_gradients_that_were_damaged_meanwhile(
     assert ran.code == 0, ran.stderr
 
 
-def stopped_in_block_1(model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a run that was stopped has its gradients."""
+def stopped_after(finished: int, model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a run that was stopped after so many blocks has its gradients."""
     blocks, real = [], block_module.output_moments
 
     def stopped(*words: Any) -> Any:
         blocks.append(1)
-        if len(blocks) == 2:
+        if len(blocks) == finished + 1:
             raise GptqError("stopped")
         return real(*words)
 
     with monkeypatch.context() as patch:
         patch.setattr(block_module, "output_moments", stopped)
-        assert quantized(model, out, text).code == 1
+        ran = quantized(model, out, text)
+    assert ran.code == 1
+    what = "block 0 of 3" if finished else "the gradients for all 3 blocks"
+    assert f"{what} from" in ran.stderr.replace("\n", " ")
     (kept,) = out.parent.glob("*.gptq/gradients")
     return kept

@@ -22,7 +22,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.engine import block as block_module
 from gptq_cli.engine import mixed
 from gptq_cli.errors import GptqError
-from gptq_cli.jobs import forecast, keeping
+from gptq_cli.jobs import forecast, keeping, snapshot_time
 from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 from tests.e2e.killed import content
@@ -36,8 +36,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def snapshots_whenever_possible(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "SNAPSHOT_SHARE", 1e9)
-    monkeypatch.setattr(keeping, "REDONE_SHARE", 0.0)
+    monkeypatch.setattr(snapshot_time, "SNAPSHOT_SHARE", 1e9)
+    monkeypatch.setattr(snapshot_time, "REDONE_SHARE", 0.0)
 
 
 def words_of(model: Path, out: Path, text: Path, *more: str) -> list[str]:
@@ -225,7 +225,7 @@ def test_a_signal_keeps_what_is_finished(
 SLOW_TO_STOP = """
 import sys, time
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.jobs import keeping
+from gptq_cli.jobs import keeping, snapshot_time
 from gptq_cli.cli.app import main
 real = keeping.Keeping.keep
 

@@ -12,7 +12,7 @@ import torch
 
 from gptq_cli.engine import block
 from gptq_cli.engine.driven import Driven
-from gptq_cli.jobs import keeping
+from gptq_cli.jobs import keeping, snapshot_time
 from tests.architectures import build
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
@@ -105,7 +105,7 @@ def test_when_nothing_helps_the_device_is_left_free(
 def test_a_run_goes_on_on_another_device(
     devices: Devices, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keeping, "SNAPSHOT_SHARE", 1e9)
+    monkeypatch.setattr(snapshot_time, "SNAPSHOT_SHARE", 1e9)
     whole = quantize(tiny("llama"), tmp_path / "whole", text, "--device-map", "cpu")
     real = keeping.Keeping.keep
 
@@ -114,7 +114,7 @@ def test_a_run_goes_on_on_another_device(
         raise RuntimeError("stopped")
 
     for share, after in ((1e9, "cuda:0"), (0.0, "model.layers.1=1,model.layers.2=cpu,rest=0")):
-        monkeypatch.setattr(keeping, "SNAPSHOT_SHARE", share)
+        monkeypatch.setattr(snapshot_time, "SNAPSHOT_SHARE", share)
         out = tmp_path / after[:6]
         with monkeypatch.context() as patch:
             patch.setattr(keeping.Keeping, "keep", keep)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from gptq_cli.jobs import keeping
-from gptq_cli.jobs.keeping import REDONE_SHARE, SNAPSHOT_SHARE, Clock
+from gptq_cli.jobs import snapshot_time
+from gptq_cli.jobs.snapshot_time import REDONE_SHARE, SNAPSHOT_SHARE, Clock
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time, which tests set."""
     times = [0.0]
-    monkeypatch.setattr(keeping.time, "perf_counter", lambda: times[0])
+    monkeypatch.setattr(snapshot_time.time, "perf_counter", lambda: times[0])
     return times
 
 
