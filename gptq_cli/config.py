@@ -41,6 +41,8 @@ HEAD_BITS = 8
 """Bits of a quantized head where `--module` does not say otherwise."""
 MIN_PAIRS = 16
 """Samples that both models run on, where there are so many; a quarter of them validates the goal."""
+USUAL_TOKENS = 262_144
+"""Of a calibration, 128 samples of 2048: where there are fewer, `dense_share` is a share of so many."""
 
 
 def parse_shard_size(value: str | int) -> int:
@@ -94,9 +96,11 @@ class QuantizeConfig:
     """"own": W times what the quantized model feeds it; "dense": what the dense model's linear gives, as far
     as held-out samples bear that out."""
     dense_share: float = option(
-        0.25, "Share of the samples that the dense model runs on too, 0 to 1.", metavar="FRACTION"
+        0.25,
+        "Share of the samples that the dense model runs on too, 0 to 1; of fewer than 262,144 tokens more.",
+        metavar="FRACTION",
     )
-    """For `solve_for` "dense"; each of these samples costs a second forward."""
+    """For `solve_for` "dense"; each of these samples costs a second forward, see `paired_samples`."""
     tune_epochs: int = option(
         0, "Passes over the samples that tune scales, norms and biases on the dense model's logits; 0: none."
     )
@@ -175,17 +179,19 @@ class QuantizeConfig:
         if per_weight is not None and not (math.isfinite(per_weight) and per_weight > 0.0):
             raise ConfigError(f"bits_per_weight is {per_weight}; allowed: a number above 0, such as 4.25")
 
-    def paired_samples(self, samples: int) -> int:
-        """How many of `samples` the dense model runs on too: `dense_share` of them, and at least `MIN_PAIRS`,
-        which it takes to find out how far the dense model's outputs are a good goal.
+    def paired_samples(self, samples: int, seq_len: int) -> int:
+        """How many of `samples` the dense model runs on too: `dense_share` of them, or as many as that is of
+        `USUAL_TOKENS`, and at least `MIN_PAIRS`. Tokens count, not their share, in finding out what the dense
+        model's outputs are.
         """
         if self.solve_for == "own":
             return 0
-        return min(samples, max(MIN_PAIRS, math.ceil(samples * self.dense_share - 1e-9)))
+        share = self.dense_share * max(samples, USUAL_TOKENS / seq_len)
+        return min(samples, max(MIN_PAIRS, math.ceil(share - 1e-9)))
 
     def fisher_samples(self, samples: int, seq_len: int) -> int:
         """How many of the paired samples are gone back through: as many as hold `fisher_tokens`."""
-        return min(self.paired_samples(samples), -(-self.fisher_tokens // seq_len))
+        return min(self.paired_samples(samples, seq_len), -(-self.fisher_tokens // seq_len))
 
     def for_columns(self, in_features: Iterable[int]) -> QuantizeConfig:
         """The same with a number for the group size, for linears of these input columns.

@@ -13,7 +13,7 @@ Recipe = Literal["fast", "balanced", "best", "max"]
 
 RECIPES: Mapping[Recipe, Mapping[str, Any]] = MappingProxyType(
     {
-        "fast": {"sweeps": 0, "refit": False, "solve_for": "own"},
+        "fast": {"sweeps": 0, "refit": False, "dense_share": 0.0625},
         "balanced": {},
         "best": {"sweeps": 4, "dense_share": 1.0, "fisher_tokens": 32_768},
         "max": {"sweeps": 4, "dense_share": 1.0, "fisher_tokens": 32_768, "tune_epochs": 2},

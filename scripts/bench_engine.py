@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     rate = max(rates)
     settings = report["settings"]
     config = QuantizeConfig(solve_for=settings["solve_for"], dense_share=settings["dense_share"])
-    streams = 1 + config.paired_samples(report["samples"]) / report["samples"]
+    streams = 1 + config.paired_samples(report["samples"], settings["seq_len"]) / report["samples"]
     weights = sum(
         linear["in_features"] * linear["out_features"]
         for block in report["blocks"]

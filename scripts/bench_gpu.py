@@ -187,13 +187,16 @@ def quantized(model: Path, text: Path, out: Path, options: argparse.Namespace) -
     from gptq_cli import jobs
     from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
     from gptq_cli.events import Event, Warned
+    from gptq_cli.recipes import RECIPES
 
     def observe(event: Event) -> None:
         if isinstance(event, Warned):
             print(f"warning: {event.message}", file=sys.stderr)
 
     config = QuantizeConfig(bits=4, group_size=options.group_size)
-    recipe = {"sweeps": 0, "refit": False, "solve_for": "own"} if options.recipe == "fast" else {}
+    recipe = dict(RECIPES["balanced" if options.recipe == "balanced" else "fast"])
+    if options.recipe == "own":
+        recipe["solve_for"] = "own"
     job = QuantizeJob(
         model=ModelRef(model=str(model)),
         out=str(out),
@@ -258,7 +261,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=TOKENS[0])
     parser.add_argument("--seq-len", type=int, default=TOKENS[1])
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--recipe", choices=["fast", "balanced"], default="fast")
+    parser.add_argument(
+        "--recipe",
+        choices=["own", "fast", "balanced"],
+        default="own",
+        help="own: fast with --solve-for own, which is what the limits are of",
+    )
     parser.add_argument("--no-peer", action="store_true", help="without GPTQModel")
     parser.add_argument("--seconds", type=float, default=3600, help="GPTQModel gets what is left of them")
     parser.add_argument("--out", type=Path, help="a folder for bench_gpu.json")

@@ -110,12 +110,24 @@ def test_each_reader_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "samples", "paired"),
-    [(0.25, 128, 32), (1.0, 128, 128), (0.25, 32, 16), (0.25, 8, 8), (0.3, 100, 30), (0.01, 1, 1)],
+    ("share", "samples", "seq_len", "paired"),
+    [
+        (0.25, 128, 2048, 32),
+        (1.0, 128, 2048, 128),
+        (0.25, 128, 512, 128),
+        (0.25, 512, 512, 128),
+        (0.25, 1024, 512, 256),
+        (0.0625, 128, 512, 32),
+        (0.25, 512, 500, 132),
+        (0.25, 32, 16384, 16),
+        (0.25, 8, 2048, 8),
+        (0.3, 200, 2048, 60),
+        (0.01, 1, 1, 1),
+    ],
 )
-def test_pairs_are_a_share_and_enough_to_judge(share: float, samples: int, paired: int) -> None:
-    assert QuantizeConfig(solve_for="dense", dense_share=share).paired_samples(samples) == paired
-    assert QuantizeConfig(solve_for="own", dense_share=share).paired_samples(samples) == 0
+def test_pairs_are_a_share_and_enough_to_judge(share: float, samples: int, seq_len: int, paired: int) -> None:
+    assert QuantizeConfig(solve_for="dense", dense_share=share).paired_samples(samples, seq_len) == paired
+    assert QuantizeConfig(solve_for="own", dense_share=share).paired_samples(samples, seq_len) == 0
 
 
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ def test_a_recipe_is_a_set_of_overrides() -> None:
     assert set(RECIPES) == set(get_args(Recipe))
     assert {field.name for field in fields(QuantizeConfig)} >= RECIPE_FIELDS
     assert QuantizeConfig.of() == QuantizeConfig.of("balanced") == QuantizeConfig()
-    assert QuantizeConfig.of("fast") == QuantizeConfig(sweeps=0, refit=False, solve_for="own")
+    assert QuantizeConfig.of("fast") == QuantizeConfig(sweeps=0, refit=False, dense_share=0.0625)
     assert QuantizeConfig.of("best") == QuantizeConfig(sweeps=4, dense_share=1.0, fisher_tokens=32_768)
 
 

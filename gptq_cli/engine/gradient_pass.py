@@ -33,7 +33,7 @@ _SEED = 0
 def gradient_samples(config: QuantizeConfig, ids: Tensor) -> list[int]:
     """The samples that are gone back through: evenly spread over the paired ones."""
     count, length = ids.shape
-    pairs = spread(count, config.paired_samples(count))
+    pairs = spread(count, config.paired_samples(count, length))
     return [pairs[place] for place in spread(len(pairs), config.fisher_samples(count, length))]
 
 

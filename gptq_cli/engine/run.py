@@ -229,7 +229,7 @@ def _capture(
     modules = [block.module for block in blocks]
     input_device = input_device_of(text, run.placement.main_device)
     flow, batch_size = run.skeleton.trace.flow, run.schedule.micro_batch_samples
-    paired = run.config.paired_samples(len(ids))
+    paired = run.config.paired_samples(*ids.shape)
     if not flow.direct:
         driven = Driven(
             text.base_model,

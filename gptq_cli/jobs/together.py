@@ -65,7 +65,7 @@ def check_share(job: QuantizeJob | InspectJob, ranks: int) -> None:
             hint="--tune-epochs 0 (recipe max is then recipe best), or one process",
         )
     samples = job.calibration.samples
-    pairs = job.quantize.paired_samples(samples)
+    pairs = job.quantize.paired_samples(samples, job.calibration.seq_len)
     if ranks > 1 and (idle := idle_ranks(pairs, samples - pairs, ranks)):
         raise ConfigError(
             f"samples is {samples}, which leaves {idle} of {ranks} processes without work",

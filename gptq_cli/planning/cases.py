@@ -32,6 +32,11 @@ class Work:
     rank: int | None = None
     """Which of them is looked at; None: the largest share of any counts."""
 
+    @property
+    def paired_samples(self) -> int:
+        """Samples that the dense model runs on too."""
+        return self.quantize.paired_samples(self.calibration.samples, self.calibration.seq_len)
+
     def on(self, facts: ModelFacts) -> Work:
         """The same for a model: the group size is a number, the head has its bits, and no gradients are
         asked for where none can be taken."""

@@ -105,7 +105,7 @@ def _block_cost(
     speed: MachineRates,
 ) -> BlockCost:
     samples = work.calibration.samples
-    streams = 1 + work.quantize.paired_samples(samples) / samples
+    streams = 1 + work.paired_samples / samples
     tokens = streams * samples * work.calibration.seq_len
     weights_run = _weights_run(stages, block, facts.routed_share)
     squares = sum(stage.in_features**2 * (facts.routed_share if stage.routed else 1.0) for stage in stages)

@@ -27,7 +27,7 @@ def factor_plan(work: Work) -> FactorPlan:
     from gptq_cli.gptq.choice import damp_ladder
     from gptq_cli.gptq.moments import HELD_OUT_SHARE
 
-    pairs = work.quantize.paired_samples(work.calibration.samples)
+    pairs = work.paired_samples
     if pairs < HELD_OUT_SHARE:  # none is held out, so no step is made
         return FactorPlan()
     ladder, ranks = damp_ladder(work.quantize.damp_percent), max(1, work.ranks)

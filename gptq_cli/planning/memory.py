@@ -269,7 +269,7 @@ def snapshot_bytes(facts: ModelFacts, work: Work) -> int:
     if facts.between:
         return 0
     samples = work.calibration.samples
-    both = samples + work.quantize.paired_samples(samples)
+    both = samples + work.paired_samples
     return both * hidden_bytes(facts, work) // samples
 
 

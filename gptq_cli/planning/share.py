@@ -35,9 +35,8 @@ class Samples:
 
 def pairs_and_others(work: Work) -> tuple[int, int]:
     """Samples of the whole run."""
-    samples = work.calibration.samples
-    pairs = work.quantize.paired_samples(samples)
-    return pairs, samples - pairs
+    pairs = work.paired_samples
+    return pairs, work.calibration.samples - pairs
 
 
 def samples_of_ranks(work: Work) -> tuple[Samples, ...]:

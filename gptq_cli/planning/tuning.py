@@ -75,7 +75,7 @@ def _parts(
         yield sum(t.size_bytes for t in dense if blocks.isdisjoint(parents(t.name)))
         yield logit_bytes(facts)
     yield sum(t.size_bytes for t in dense if not runs_there.isdisjoint(parents(t.name)))
-    samples = work.quantize.paired_samples(work.calibration.samples)
+    samples = work.paired_samples
     step = max(schedule.seq_len, TUNE_STEP_TOKENS)
     micro_batch = min(schedule.micro_batch_tokens, step)
     largest = scales = 0
@@ -97,7 +97,7 @@ def _parts(
 
 def tuning_multiply_adds(facts: ModelFacts, work: Work) -> float:
     """Of the whole tuning, as a forward counts them."""
-    samples = work.quantize.paired_samples(work.calibration.samples)
+    samples = work.paired_samples
     held = max(1, samples // TUNE_HELD_OUT)
     blocks = sum(x.in_features * x.out_features for x in facts.linears)
     step = FORWARDS * blocks + HEAD_FORWARDS * head_weights(facts)

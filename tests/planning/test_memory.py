@@ -140,7 +140,7 @@ def test_experts_are_collected_in_batches_and_solved_side_by_side() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_solving_for_the_dense_output_holds_a_second_stream(share: float) -> None:
-    data = CalibrationConfig(samples=32, seq_len=16)
+    data = CalibrationConfig(samples=32768, seq_len=16)
     own = one(Work(QuantizeConfig(solve_for="own"), data), parked=True)
     dense = one(Work(QuantizeConfig(solve_for="dense", dense_share=share), data), parked=True)
     assert dense.activation_bytes == (1 + share) * own.activation_bytes

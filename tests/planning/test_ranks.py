@@ -92,7 +92,7 @@ def test_so_many_pay_at_most_as_all_have_work(samples: int) -> None:
     fast = replace(SPEED, ranks_rate=4e11, column_seconds=1e-7)
     most = ranks_plan(FACTS, work, on_a_card(FACTS, work), fast, 2).most_that_pay
     assert most is not None
-    pairs = work.quantize.paired_samples(samples)
+    pairs = work.paired_samples
     assert idle_ranks(pairs, samples - pairs, most) == 0 < idle_ranks(pairs, samples - pairs, 2 * most)
 
 

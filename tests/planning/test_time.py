@@ -89,7 +89,7 @@ def test_a_card_that_is_not_there_is_counted_from_its_data_sheet() -> None:
 def test_models_on_a_card_are_estimated_near_what_its_arithmetic_allows() -> None:
     """Beside the limits of scripts/bench_gpu.py for an H100: half of the rates, so twice the time and what is
     around it."""
-    work = Work(QuantizeConfig.of("fast"), CalibrationConfig(samples=128, seq_len=2048))
+    work = Work(QuantizeConfig.of("fast", solve_for="own"), CalibrationConfig(samples=128, seq_len=2048))
     for facts, limit in (
         (llama(blocks=32, hidden=4096, inner=14336, vocab=128256), 15.9),
         (llama(blocks=80, hidden=8192, inner=28672, vocab=128256), 174.1),
@@ -221,7 +221,7 @@ def test_hessians_and_solves() -> None:
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_the_dense_target_runs_its_share_twice(share: float) -> None:
     speed = replace(IDLE, forward_rate=1e9)
-    text = CalibrationConfig(samples=100, seq_len=100)
+    text = CalibrationConfig(samples=3200, seq_len=100)
     dense = Work(replace(WORK.quantize, solve_for="dense", dense_share=share), text)
     one = seconds(FACTS, Work(WORK.quantize, text), speed, parked=True) - FIXED
     assert abs(seconds(FACTS, dense, speed, parked=True) - FIXED - (1 + share) * one) < 1e-6

@@ -153,7 +153,7 @@ def test_gradients_that_cannot_be_taken_are_a_warning() -> None:
 def test_gradients_take_room_on_the_disk() -> None:
     room = output(free_bytes=100_000_000)
     assert found(rule="output-disk-full", output=room) == []
-    (finding,) = found(rule="output-disk-full", output=room, fisher_tokens=4096 * 16, samples=128)
+    (finding,) = found(rule="output-disk-full", output=room, fisher_tokens=4096 * 4, samples=128)
     assert "and gradients 54.0 MiB while the run works" in finding.message
     assert finding.hint.endswith("or --fisher-tokens 0")
     (finding,) = found(rule="output-disk-full", output=output(free_bytes=1000), fisher_tokens=512)
