@@ -39,6 +39,8 @@ LONGEST = 2.0
 """A token's gradient is at most so long, in medians of its sample."""
 DAMPING = 0.2
 """Added to A, times the mean of its diagonal."""
+_RUN = 256
+"""So many words of the vocabulary are summed before running sums are taken."""
 
 
 def panels_of(rows: int) -> list[slice]:
@@ -54,11 +56,26 @@ def drawn_label_loss(
     """-log p of labels that are drawn from the model's own p, summed over tokens: the expected square of its
     gradient is the Fisher matrix, which the divergence grows with."""
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    # by the inverse of the distribution: one uniform number a token, the same on every device
-    drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    reached = log_p.detach().exp().cumsum(-1)
-    labels = torch.searchsorted(reached, drawn * reached[:, -1:]).clamp_(max=logits.shape[-1] - 1)
+    labels = _drawn(log_p.detach().exp(), generator)
     return -log_p.gather(-1, labels).sum()
+
+
+def _drawn(
+    p: Tensor,  # (tokens, V), each row of them in proportion to its probabilities
+    generator: torch.Generator,  # on the CPU
+) -> Tensor:  # int64 (tokens, 1)
+    """By the inverse of the distribution: one uniform number a token. First the run of `_RUN` words in which
+    it falls, then the word in there: running sums are taken on the CPU, because a device's need not be the
+    same from call to call.
+    """
+    runs = torch.nn.functional.pad(p, (0, -p.shape[1] % _RUN)).view(len(p), -1, _RUN)
+    reached = runs.sum(-1).cpu().double().cumsum(-1)
+    wanted = torch.rand(len(p), 1, generator=generator).double() * reached[:, -1:]
+    run = torch.searchsorted(reached, wanted).clamp_(max=reached.shape[1] - 1)
+    before = torch.where(run > 0, reached.gather(1, (run - 1).clamp(min=0)), 0.0)
+    own = runs[torch.arange(len(p), device=p.device), run[:, 0].to(p.device)].cpu().double().cumsum(-1)
+    word = torch.searchsorted(own, wanted - before).clamp_(max=_RUN - 1)
+    return (run * _RUN + word).clamp_(max=p.shape[1] - 1).to(p.device)
 
 
 class OutputMoment:
