@@ -70,7 +70,9 @@ def quantized(model: Path, sources: list[str], out: Path, options: argparse.Name
     job = QuantizeJob(
         model=ModelRef(model=str(model)),
         out=str(out),
-        quantize=QuantizeConfig.of(options.recipe, bits=options.bits, group_size=options.group_size),
+        quantize=QuantizeConfig.of(
+            options.recipe, bits=options.bits, group_size=options.group_size, solve_for=options.solve_for
+        ),
         calibration=CalibrationConfig.of(
             sources, samples=options.samples, seq_len=options.seq_len, seed=options.seed
         ),
@@ -126,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prose", default="pydoc-heldout", help="held-out prose: a file, or a source")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--solve-for", choices=("own", "dense"), help="default: the recipe's")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", default="auto")
     parser.add_argument("--samples", type=int, default=32)

@@ -16,7 +16,7 @@ matmuls in the same process just before and after, and compares the two:
 "limit" is the counted arithmetic at the measured speed, of bf16 or of fp32 matmuls, whichever this machine
 does faster; "distance" is the time from forward to pack over it.
 
-    python scripts/bench_engine.py                              the demo model, recipe fast, 64 x 512 tokens
+    python scripts/bench_engine.py                              the demo model, fast, own outputs, 64 x 512
     python scripts/bench_engine.py -- --recipe best --samples 128
     OMP_NUM_THREADS=1 python scripts/bench_engine.py --cpu      one core, processor time: on a busy machine
 
@@ -38,6 +38,7 @@ from typing import Any
 from fetch_demo_model import NAME, ROOT, FetchError, fetch
 
 DEFAULTS = ["--bits", "4", "--group-size", "64", "--samples", "64", "--seq-len", "512", "--recipe", "fast"]
+DEFAULTS += ["--solve-for", "own"]
 SOLVER = ("goal", "factor", "search", "columns", "refine", "solve")
 PARTS = ("load", "capture", "forward", "moments", *SOLVER, "pack", "write")
 

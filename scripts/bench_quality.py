@@ -260,7 +260,9 @@ def bench_budgets(
             job = QuantizeJob(
                 model=ModelRef(model=str(model)),
                 out=f"{folder}/out",
-                quantize=QuantizeConfig.of(options.recipe, group_size=group_size, **fields),
+                quantize=QuantizeConfig.of(
+                    options.recipe, group_size=group_size, solve_for=options.solve_for, **fields
+                ),
                 calibration=calibration,
             )
             started = time.process_time()
@@ -343,6 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8], help="of --budgets")
     parser.add_argument("--model", type=Path, help="of --budgets (default: SmolLM2)")
     parser.add_argument("--recipe", default="balanced", help="of --budgets")
+    parser.add_argument("--solve-for", choices=("own", "dense"), help="of --budgets; default: the recipe's")
     parser.add_argument("--text", type=Path, help="for SmolLM2: a text file (default: pydoc, pydoc-heldout)")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)

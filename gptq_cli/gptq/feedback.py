@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.grid import Solution
-from gptq_cli.gptq.matmul import exact_matmul, fast_matmul
+from gptq_cli.gptq.hessian import Hessian
+from gptq_cli.gptq.matmul import fast_matmul
 from gptq_cli.placement.schedule import panel_rows, part_rows
 
 LONGEST = 2.0
@@ -79,17 +80,18 @@ def _drawn(
 
 
 class OutputMoment:
-    """A = sum of g gᵀ over tokens, for one linear, panel by panel."""
+    """A = E[g gᵀ] of one linear, panel by panel."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.panels = [
-            (rows, torch.zeros(rows.stop - rows.start, rows.stop - rows.start, device=device))
-            for rows in panels_of(rows)
-        ]
-        """Rows, and A of these (n, n)."""
+        self._sums = [(own, Hessian(own.stop - own.start, device)) for own in panels_of(rows)]
+
+    @property
+    def panels(self) -> list[tuple[slice, Tensor]]:
+        """Rows, and A of these (n, n); afterwards `add` raises."""
+        return [(own, total.matrix()) for own, total in self._sums]
 
     def add(self, gradient: Tensor) -> None:
-        """Add tokens: (samples, tokens, N) or (tokens, N). Cost: tokens · N · panel multiply-adds.
+        """Add tokens: (samples, tokens, N) or (tokens, N). Cost: tokens · N · panel multiply-adds, or half.
 
         A few tokens (the first ones of a sample, labels that were hardly possible) have gradients many times
         as long as the others'. They would drown what the others say: longer ones are shortened.
@@ -98,14 +100,14 @@ class OutputMoment:
         length = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
         middle = length.sort(dim=-2).values[..., (length.shape[-2] - 1) // 2, None, :]  # as torch.median
         longest = torch.where(middle > 0, LONGEST * middle, torch.inf)
-        rows = (g * (longest / length.clamp(min=torch.finfo(g.dtype).tiny)).clamp(max=1)).flatten(0, -2)
-        with exact_matmul():
-            for own, A in self.panels:
-                A.addmm_(rows[:, own].T, rows[:, own])
+        part = (longest / length.clamp(min=torch.finfo(g.dtype).tiny)).clamp(max=1)
+        rows = (g * part).to(gradient.dtype).flatten(0, -2)
+        for own, total in self._sums:
+            total.add(rows[:, own])
 
     def finite(self) -> Tensor:
         """A bool on the device, False when NaN or infinity came in."""
-        return torch.isfinite(torch.stack([A.diagonal().sum() for _, A in self.panels]).sum())
+        return torch.stack([total.finite() for _, total in self._sums]).all()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
