@@ -19,7 +19,7 @@ from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.stand_ins import behind_blocks
 from gptq_cli.engine.tuned_block import step_vectors
-from gptq_cli.gptq.feedback import drawn_label_loss
+from gptq_cli.gptq.feedback import drawn_label_gradient
 from gptq_cli.gptq.tuning import Moving, divergence
 from gptq_cli.model.flow import Flow
 from gptq_cli.placement.schedule import TUNE_LOGITS
@@ -89,7 +89,8 @@ class ModelTail:
         for own_ids, _, hidden in self._pieces((ids, out[None]), out[None]):
             with torch.enable_grad():
                 entering = hidden.detach().requires_grad_()
-                drawn_label_loss(self._logits(own_ids, entering, {})[0], generator).backward()  # type: ignore[no-untyped-call]
+                logits = self._logits(own_ids, entering, {})[0]
+                logits.backward(drawn_label_gradient(logits, generator))  # type: ignore[no-untyped-call]
             assert entering.grad is not None
             found[at : at + own_ids.shape[1]] = entering.grad[0]
             at += own_ids.shape[1]

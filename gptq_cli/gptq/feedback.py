@@ -50,15 +50,16 @@ def panels_of(rows: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def drawn_label_loss(
+def drawn_label_gradient(
     logits: Tensor,  # (tokens, V)
     generator: torch.Generator,  # on the CPU
-) -> Tensor:
-    """-log p of labels that are drawn from the model's own p, summed over tokens: the expected square of its
-    gradient is the Fisher matrix, which the divergence grows with."""
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    labels = _drawn(log_p.detach().exp(), generator)
-    return -log_p.gather(-1, labels).sum()
+) -> Tensor:  # (tokens, V), in their dtype
+    """The gradient, with respect to the logits, of -log p of labels that are drawn from the model's own p:
+    p, less 1 at the label. What it becomes at a linear's output is g; its expected square is the Fisher
+    matrix, which the divergence grows with."""
+    p = torch.softmax(logits.detach().float(), dim=-1)
+    labels = _drawn(p, generator)
+    return p.scatter_(1, labels, p.gather(1, labels) - 1).to(logits.dtype)
 
 
 def _drawn(
@@ -69,7 +70,8 @@ def _drawn(
     it falls, then the word in there: running sums are taken on the CPU, because a device's need not be the
     same from call to call.
     """
-    runs = torch.nn.functional.pad(p, (0, -p.shape[1] % _RUN)).view(len(p), -1, _RUN)
+    rest = -p.shape[1] % _RUN
+    runs = (torch.nn.functional.pad(p, (0, rest)) if rest else p).view(len(p), -1, _RUN)
     reached = runs.sum(-1).cpu().double().cumsum(-1)
     wanted = torch.rand(len(p), 1, generator=generator).double() * reached[:, -1:]
     run = torch.searchsorted(reached, wanted).clamp_(max=reached.shape[1] - 1)

@@ -16,7 +16,7 @@ from gptq_cli.engine import gradient_pass
 from gptq_cli.engine.going_back import GoingBack
 from gptq_cli.engine.gradients import StatesInMemory, output_moments
 from gptq_cli.events import Observer
-from gptq_cli.gptq.feedback import OutputMoment, drawn_label_loss
+from gptq_cli.gptq.feedback import OutputMoment, drawn_label_gradient
 from tests.conftest import TinyFactory
 from tests.e2e.commands import gptq, write_text
 
@@ -69,7 +69,7 @@ def in_one_piece(path: Path, ids: Tensor, samples: list[int]) -> Iterator[Tensor
             module.register_forward_hook(hook)
     for sample in samples:
         logits = model(ids[sample][None]).logits[0]
-        drawn_label_loss(logits, torch.Generator().manual_seed(sample)).backward()  # type: ignore[no-untyped-call]
+        logits.backward(drawn_label_gradient(logits, torch.Generator().manual_seed(sample)))
     yield from (moment.panels[0][1] for moment in moments.values())
 
 
