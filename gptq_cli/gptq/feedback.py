@@ -98,12 +98,12 @@ class OutputMoment:
         A few tokens (the first ones of a sample, labels that were hardly possible) have gradients many times
         as long as the others'. They would drown what the others say: longer ones are shortened.
         """
-        g = gradient.detach().float()
-        length = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+        g = gradient.detach()
+        length = torch.linalg.vector_norm(g, dim=-1, keepdim=True, dtype=torch.float32)
         middle = length.sort(dim=-2).values[..., (length.shape[-2] - 1) // 2, None, :]  # as torch.median
         longest = torch.where(middle > 0, LONGEST * middle, torch.inf)
-        part = (longest / length.clamp(min=torch.finfo(g.dtype).tiny)).clamp(max=1)
-        rows = (g * part).to(gradient.dtype).flatten(0, -2)
+        part = (longest / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=1)
+        rows = (g * part.to(g.dtype)).flatten(0, -2)
         for own, total in self._sums:
             total.add(rows[:, own])
 
