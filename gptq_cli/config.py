@@ -97,7 +97,7 @@ class QuantizeConfig:
     as held-out samples bear that out."""
     dense_share: float = option(
         0.25,
-        "Share of the samples that the dense model runs on too, 0 to 1; of fewer than 262,144 tokens more.",
+        "Share of the samples that the dense model runs on too, 0 to 1; of 262,144 tokens if those are more.",
         metavar="FRACTION",
     )
     """For `solve_for` "dense"; each of these samples costs a second forward, see `paired_samples`."""
