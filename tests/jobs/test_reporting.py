@@ -136,7 +136,7 @@ def test_the_report_of_a_real_run_is_read(tiny_llama: Path, tmp_path: Path) -> N
         == runs[2]["size_bytes"]
         == json.loads((tmp_path / "a" / "report.json").read_text())["size_after_bytes"]
     )
-    assert {"sweeps", "refit", "solve_for"} <= set(found.document["differing"])
+    assert {"sweeps", "refit", "dense_share"} <= set(found.document["differing"])
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     one = gptq("report", tmp_path / "b", "--json").document
     assert one == json.loads((tmp_path / "b" / "report.json").read_text())
