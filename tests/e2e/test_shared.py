@@ -15,7 +15,7 @@ from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.engine import keep
 from gptq_cli.inference.packed_linear import PackedLinear
-from gptq_cli.jobs import keeping
+from gptq_cli.jobs import keeping, snapshot_time
 from gptq_cli.placement.placement import Placement
 from tests import architectures
 from tests.second_opinion import save_source
@@ -101,8 +101,8 @@ def test_a_run_that_goes_on_gives_the_same(
     """Stopped between the first use and the last."""
     if resident:
         monkeypatch.setattr(Placement, "streams", lambda placement, block: False)
-    monkeypatch.setattr(keeping, "SNAPSHOT_SHARE", 1e9 if snapshots else 0.0)
-    monkeypatch.setattr(keeping, "REDONE_SHARE", 0.0)
+    monkeypatch.setattr(snapshot_time, "SNAPSHOT_SHARE", 1e9 if snapshots else 0.0)
+    monkeypatch.setattr(snapshot_time, "REDONE_SHARE", 0.0)
     blocks, real = 4, keeping.Keeping.keep
 
     def stop(keeper: Any, report: Any, states: Any) -> None:
