@@ -18,7 +18,7 @@
          └─ NotPositiveDefinite
 
 An interruption (SIGINT, SIGTERM) is exit 130; it is a KeyboardInterrupt, not a GptqError: `Interrupted` where
-finished blocks were kept.
+finished blocks or gradients were kept.
 
 What a run of `gptq quantize` finished before an error of exit 1, 4, 5 or 130 is kept, and the same command
 run again goes on, unless the error is about the model itself (`SourceChanged`, `NonFinite`).
@@ -136,7 +136,7 @@ class RankLost(GptqError):  # noqa: N818 - it says what happened
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run that had kept finished blocks; `hint` is the command that goes on."""
+    """A signal ended a run that had kept what it finished; `hint` is the command that goes on."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -38,7 +38,8 @@ from typing import Any
 from fetch_demo_model import NAME, ROOT, FetchError, fetch
 
 DEFAULTS = ["--bits", "4", "--group-size", "64", "--samples", "64", "--seq-len", "512", "--recipe", "fast"]
-DEFAULTS += ["--solve-for", "own"]
+OWN = ["--solve-for", "own"]
+"""Unless the options name a recipe."""
 SOLVER = ("goal", "factor", "search", "columns", "refine", "solve")
 PARTS = ("load", "capture", "forward", "moments", *SOLVER, "pack", "write")
 
@@ -177,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     rates = [gemm_rate(clock.now)]
     instrument(clock)
     with tempfile.TemporaryDirectory(prefix="gptq-bench-") as folder:
-        words = ["quantize", str(model), "--out", f"{folder}/out", *DEFAULTS, *arguments.options]
+        own = [] if "--recipe" in arguments.options else OWN
+        words = ["quantize", str(model), "--out", f"{folder}/out", *DEFAULTS, *own, *arguments.options]
         started, cpu = time.perf_counter(), time.process_time()
         code = clock.timed("rest", gptq)([*words, "--quiet"])
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu

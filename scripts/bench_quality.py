@@ -66,7 +66,6 @@ SINGLE: dict[str, dict[str, Any]] = {
     "+ 1 sweep": {**PLAIN, "sweeps": 1},
     "+ refit": {**PLAIN, "refit": True},
     "+ 1 sweep, refit": {**PLAIN, "sweeps": 1, "refit": True},
-    "+ dense target, half": {**PLAIN, "solve_for": "dense", "dense_share": 0.5},
     "+ dense target, all": {**PLAIN, "solve_for": "dense", "dense_share": 1.0},
 }
 LONG: dict[str, dict[str, Any]] = {
@@ -75,7 +74,6 @@ LONG: dict[str, dict[str, Any]] = {
     **RECIPE_ROWS,
     "recipe balanced, asymmetric": {**RECIPE_ROWS["recipe balanced"], "sym": False},
     "recipe balanced, desc_act": {**RECIPE_ROWS["recipe balanced"], "desc_act": True},
-    "recipe best, half paired": {**RECIPE_ROWS["recipe best"], "dense_share": 0.5},
 }
 
 

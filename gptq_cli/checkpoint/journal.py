@@ -1,4 +1,4 @@
-"""The journal of a run: which blocks are finished, so that the same command run again goes on after them.
+"""The journal of a run: what is finished of it, so that the same command run again goes on from there.
 
 In the working folder (`working_folder.py`), beside the checkpoint that is being written:
 

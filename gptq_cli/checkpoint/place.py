@@ -16,6 +16,7 @@ from typing import Literal, Self
 
 from gptq_cli.checkpoint.renames import is_mount
 from gptq_cli.checkpoint.working_folder import (
+    GRADIENTS,
     INSIDE,
     JOURNAL,
     OLD,
@@ -88,7 +89,8 @@ class Place:
         return is_ours(self.folder)
 
     def has_work(self) -> bool:
-        """Whether a run ended here before its checkpoint was in place, and kept finished blocks."""
+        """Whether a run ended here before its checkpoint was in place, and kept what it had
+        finished."""
         folder = self.folder
         if not is_ours(folder) or not all(os.path.isdir(folder / name) for name in (JOURNAL, RESULT)):
             return False
@@ -117,7 +119,7 @@ class Place:
         """A sentence about what the run does, or has `done`, with an earlier run's leftovers; and the bytes
         it frees. Unfinished work is no leftover."""
         folder = self.folder
-        names = (OLD,) if self.has_work() else (RESULT, OLD, JOURNAL)
+        names = (OLD,) if self.has_work() else (RESULT, OLD, JOURNAL, GRADIENTS)
         if not is_ours(folder) or not set(names) & set(os.listdir(folder)):
             return "", 0
         found = [name for name in names if self.standing != folder / name]

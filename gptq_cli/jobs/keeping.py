@@ -23,6 +23,7 @@ from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.journal import FinishedBlock, Journal, JournalError, Manifest, Snapshot
+from gptq_cli.checkpoint.kept_states import StatesOnDisk
 from gptq_cli.checkpoint.snapshot import read_snapshot, write_snapshot
 from gptq_cli.checkpoint.tuned_values import read_tuned, with_tuned
 from gptq_cli.checkpoint.writer import CheckpointWriter
@@ -116,8 +117,13 @@ class Keeping:
             )
             self._journal.manifest = self._journal.without(count)
         self._start = replace(self._start, first_block=count)
+        if self._journal.manifest.gradients and not self._has_gradients:
+            self._observer(
+                Warned("the dense model's gradients are not as they were kept; they are taken again")
+            )
+            self._journal.manifest = replace(self._journal.manifest, gradients=False)
         self._destination.kept = self._worth_keeping
-        if count:
+        if self._worth_keeping:
             self._warn_of_other_libraries()
             self._warn_of_rewritten_weights()
             self._commit(self._journal.manifest)
@@ -144,7 +150,7 @@ class Keeping:
             if name in LIBRARIES and before != now.get(name):
                 self._observer(
                     Warned(
-                        f"the finished blocks were made with {name} {before}, and this is {now.get(name)}: "
+                        f"what is kept was made with {name} {before}, and this is {now.get(name)}: "
                         "codes may differ a little from those of a run in one piece",
                         f"install {name} {before} for the same bytes",
                     )
@@ -157,7 +163,7 @@ class Keeping:
             if before.get(name, time_ns) != time_ns:
                 self._observer(
                     Warned(
-                        f"{name} has another modification time than when the finished blocks were made; its "
+                        f"{name} has another modification time than when what is kept was made; its "
                         "size, header and samples of its weights are equal, so it is taken to be the same",
                         "if its weights were changed: --resume never",
                     )
@@ -253,14 +259,19 @@ class Keeping:
 
     def close(self) -> None:
         """The run ends without a checkpoint: note its seconds. Never raises for what the disk refuses."""
-        if self._destination.kept and self._worth_keeping:
+        self._destination.kept &= self._worth_keeping
+        if self._destination.kept:
             with contextlib.suppress(OSError):
-                self._commit(self._journal.manifest)
+                self._commit(replace(self._journal.manifest, gradients=self._has_gradients))
                 self._journal.tidy()
 
     @property
     def _worth_keeping(self) -> bool:
-        return bool(self._journal.manifest.blocks) or self._journal.manifest.gradients
+        return bool(self._journal.manifest.blocks) or self._has_gradients
+
+    @property
+    def _has_gradients(self) -> bool:
+        return self._journal.manifest.gradients and StatesOnDisk(self._destination.gradients).complete
 
     def _commit(self, manifest: Manifest) -> None:
         self._journal.commit(replace(manifest, starts=self.starts, warnings=self.all_warnings))

@@ -19,8 +19,9 @@ through, t = those of a micro-batch; a linear has N outputs, in panels of n = N 
                               SOLVE_BYTES · K for the rows that are solved at a time
 
 The pass runs each block forward, again with gradients, and back: PASS_FORWARDS forwards, and reads it twice;
-in a block it is BLOCK_FORWARDS, and A costs N · n for each token. A solve walks over the columns once for
-each part of a linear (`walks`), multiplies N · n / 2 · K to make up for errors, and factorises N · n² / 3.
+in a block it is BLOCK_FORWARDS, and A costs N · n for each token, as H does K². A solve walks over the
+columns once for each part of a linear (`walks`), multiplies N · n / 2 · K to make up for errors, and
+factorises N · n² / 3.
 """
 
 from __future__ import annotations

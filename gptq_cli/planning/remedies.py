@@ -128,7 +128,7 @@ def _less_work(case: MapCase) -> Iterator[tuple[Remedy, MapCase]]:
     if work.quantize.solve_for == "dense":
         also = "--solve-for own "
         smaller = replace(work, quantize=replace(work.quantize, solve_for="own"))
-        yield Remedy("--solve-for own", "a little less accurate"), replace(case, work=smaller)
+        yield Remedy("--solve-for own", "less accurate"), replace(case, work=smaller)
         work = smaller
     if data.batch_size is None or data.batch_size > 1:
         smaller = replace(work, calibration=replace(data, batch_size=1))

@@ -75,7 +75,8 @@ class Comparison:
             found.append("the models differ: " + ", ".join(sorted(models)))
         if len(texts) > 1:
             found.append("KL and perplexity were measured on different texts: " + ", ".join(sorted(texts)))
-        if {"calibration sha256", "solve_for"} & set(self.differing):
+        other = {"calibration sha256", "solve_for", "dense_share", "fisher_tokens"}
+        if other & set(self.differing):
             found.append("losses have another goal or text in each run: compare KL rather than losses")
         if any(run.origin == "config" for run in self.runs):
             found.append("of a checkpoint without report.json only its config and its size are known")

@@ -141,6 +141,17 @@ def test_gradients_that_were_damaged_meanwhile(
     assert ran.code == 0, ran.stderr
 
 
+def test_gradients_that_are_gone_before_a_block_was_finished(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q"
+    (stopped_after(0, tiny_llama, out, text, monkeypatch) / "complete.json").unlink()
+    ran = quantized(tiny_llama, out, text)
+    assert ran.code == 0, ran.stderr
+    assert "gradients are not as they were kept; they are taken again" in ran.stderr.replace("\n", " ")
+    assert list(tmp_path.glob(".*.gptq")) == []
+
+
 def stopped_after(finished: int, model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where a run that was stopped after so many blocks has its gradients."""
     blocks, real = [], block_module.output_moments

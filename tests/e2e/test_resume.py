@@ -225,7 +225,7 @@ def test_a_signal_keeps_what_is_finished(
 SLOW_TO_STOP = """
 import sys, time
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.jobs import keeping, snapshot_time
+from gptq_cli.jobs import keeping
 from gptq_cli.cli.app import main
 real = keeping.Keeping.keep
 
@@ -456,7 +456,7 @@ def test_other_libraries_are_told(
     monkeypatch.setattr(keeping, "versions", lambda: (("torch", "9.9"),))
     ran = quantized(tiny_llama, stopped, text)
     assert ran.code == 0
-    assert f"the finished blocks were made with torch {before}, and this is 9.9" in ran.stderr
+    assert f"what is kept was made with torch {before}, and this is 9.9" in ran.stderr
 
 
 def test_weights_that_were_written_to_are_told(

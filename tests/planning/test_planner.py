@@ -272,7 +272,7 @@ def test_an_offload_that_less_work_would_avoid_says_so() -> None:
     work = Work(config, CalibrationConfig(samples=128, seq_len=2048))
     own = resolved("auto", facts, "cuda:0=7.5GiB,cpu=64GiB", work=work)
     (finding,) = [f for f in own.report.findings if f.rule == "cpu-offload"]
-    assert finding.hint == "--solve-for own (a little less accurate) keeps everything on accelerators"
+    assert finding.hint == "--solve-for own (less accurate) keeps everything on accelerators"
     plain = resolved("auto", WIDE, "cuda:0=5GiB,cpu=64GiB", work=work)
     (finding,) = [f for f in plain.report.findings if f.rule == "cpu-offload"]
     assert "keeps everything" not in finding.hint

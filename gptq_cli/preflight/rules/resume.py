@@ -12,10 +12,10 @@ _NEVER = "--resume never"
 @rule("note")
 def work_continued(case: JobCase) -> list[Remark]:
     """An earlier run of the same job ended before its checkpoint was in place. The blocks that it had
-    finished are kept beside the output, and the run goes on after them: the result is the same to the last
-    byte. It is the same job where the model's files, the settings that change codes, the calibration tokens,
-    the dtype and the maths are the same; the device map, the batch size, the machine and the display may
-    differ.
+    finished, and its gradients, are kept beside the output, and the run goes on after them: the result is
+    the same to the last byte. It is the same job where the model's files, the settings that change codes, the
+    calibration tokens, the dtype and the maths are the same; the device map, the batch size, the machine and
+    the display may differ.
     """
     work = case.output.work if case.output is not None else None
     if work is None or not work.continued:
@@ -46,7 +46,7 @@ def work_of_another_job(case: JobCase) -> list[Remark]:
 @rule("error")
 def work_required(case: JobCase) -> list[Remark]:
     """`--resume required` was given, and there is nothing to go on with: no run with this output was
-    interrupted after a finished block, or what it kept is damaged.
+    interrupted after it had finished something, or what it kept is damaged.
     """
     out = case.output
     if out is None or out.resume != "required" or (out.work is not None and not out.work.problem):

@@ -145,5 +145,5 @@ def test_a_remedy_that_asks_for_more_than_another_is_not_named() -> None:
     work = Work(QuantizeConfig(solve_for="dense"), CalibrationConfig(samples=128, seq_len=2048))
     made = resolved("0", MODEL, "cuda:0=4GiB,cpu=8GiB", work=work)
     (finding,) = [f for f in made.report.findings if f.rule == "memory-budget"]
-    assert "--solve-for own (a little less accurate)" in finding.hint
+    assert "--solve-for own (less accurate)" in finding.hint
     assert "--solve-for own --" not in finding.hint
