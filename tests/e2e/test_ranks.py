@@ -40,7 +40,12 @@ FEW = ("llama", "mixtral")
 UNSEEN = ("llama", "mixtral", "few-bits")
 FEW_STEPS = ("--damp-percent", "0.9")
 """Two λ to try for a step: of three ranks one works ahead, see `engine.stage_factors`."""
-TEXT = ("--samples", "24", "--seq-len", "48", "--group-size", "32", "--batch-size", "4")
+PAIRED = 0.001
+"""Of `--dense-share`: 16 of the 24 samples, so that ranks have samples of both kinds."""
+TEXT = (
+    *("--samples", "24", "--seq-len", "48", "--dense-share", str(PAIRED)),
+    *("--group-size", "32", "--batch-size", "4"),
+)
 PATIENCE_SECONDS = 240
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ("tests.e2e.test_ranks", "gptq_cli.jobs.quantizing", "gptq_cli.jobs.together")
@@ -297,7 +302,7 @@ def test_ranks_send_what_the_plan_says(
     ref = ModelRef(model=str(folder / out.partition("-")[2]))
     facts = model_facts(open_skeleton(find_model(ref), ref))
     calibration = CalibrationConfig(samples=24, seq_len=48, batch_size=4)
-    quantize = QuantizeConfig.of("balanced", group_size=32, damp_percent=damp_percent)
+    quantize = QuantizeConfig.of("balanced", group_size=32, damp_percent=damp_percent, dense_share=PAIRED)
     work = Work(quantize, calibration, size).on(facts)
     blocks = block_traffic(facts, work, schedule(facts, work, parked=True)).values()
     report = json.loads((folder / out / "report.json").read_text(encoding="utf-8"))
