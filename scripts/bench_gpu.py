@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -187,20 +187,16 @@ def quantized(model: Path, text: Path, out: Path, options: argparse.Namespace) -
     from gptq_cli import jobs
     from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
     from gptq_cli.events import Event, Warned
-    from gptq_cli.recipes import RECIPES
 
     def observe(event: Event) -> None:
         if isinstance(event, Warned):
             print(f"warning: {event.message}", file=sys.stderr)
 
-    config = QuantizeConfig(bits=4, group_size=options.group_size)
-    recipe = dict(RECIPES["balanced" if options.recipe == "balanced" else "fast"])
-    if options.recipe == "own":
-        recipe["solve_for"] = "own"
+    recipe, solve_for = ("fast", "own") if options.recipe == "own" else (options.recipe, None)
     job = QuantizeJob(
         model=ModelRef(model=str(model)),
         out=str(out),
-        quantize=replace(config, **recipe),
+        quantize=QuantizeConfig.of(recipe, bits=4, group_size=options.group_size, solve_for=solve_for),
         calibration=CalibrationConfig.of(str(text), samples=options.samples, seq_len=options.seq_len),
     )
     started = time.perf_counter()

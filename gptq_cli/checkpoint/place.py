@@ -89,8 +89,7 @@ class Place:
         return is_ours(self.folder)
 
     def has_work(self) -> bool:
-        """Whether a run ended here before its checkpoint was in place, and kept what it had
-        finished."""
+        """Whether a run ended here before its checkpoint was in place, and kept what it finished."""
         folder = self.folder
         if not is_ours(folder) or not all(os.path.isdir(folder / name) for name in (JOURNAL, RESULT)):
             return False

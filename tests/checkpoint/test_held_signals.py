@@ -39,6 +39,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 def test_ctrl_c_interrupts_after_the_block() -> None:
     done = []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "another test left its own"
     with pytest.raises(KeyboardInterrupt), held_signals():
         os.kill(os.getpid(), signal.SIGINT)
         done.append("block")

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.fakecuda.build import why_not
 
@@ -42,6 +44,17 @@ def test_every_script_explains_itself(path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_a_model_is_cut_to_its_first_blocks(script: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    first_blocks = script("bench_peers").first_blocks
+    whole = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    cut = AutoModelForCausalLM.from_pretrained(first_blocks(tiny_llama, 2, tmp_path))
+    names = [name for name in whole.state_dict() if not name.startswith("model.layers.2.")]
+    assert list(cut.state_dict()) == names
+    assert all(torch.equal(cut.state_dict()[name], whole.state_dict()[name]) for name in names)
+    with pytest.raises(SystemExit, match="--blocks 4: allowed are 1 to 3"):
+        first_blocks(tiny_llama, 4, tmp_path)
 
 
 class TestArchitectures:

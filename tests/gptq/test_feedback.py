@@ -113,7 +113,7 @@ def test_a_long_gradient_is_shortened(case: tuple[Tensor, Tensor, Tensor]) -> No
     assert moment_of(gradients).panels[0][1].trace() < 1.1 * plain
     gradients[0, 1:] = 0  # most tokens have none: nothing to compare with
     mean = gradients[0, :1].T @ gradients[0, :1] / gradients.shape[1]
-    torch.testing.assert_close(moment_of(gradients).panels[0][1], mean)
+    assert torch.equal(moment_of(gradients).panels[0][1], mean)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
@@ -128,11 +128,11 @@ def test_gradients_that_are_not_finite_are_seen(case: tuple[Tensor, Tensor, Tens
 def test_labels_are_drawn_as_the_model_says(words: int) -> None:
     likely = torch.tensor([0, 1, words // 2, words - 1])
     row = torch.full((words,), -torch.inf).index_copy(0, likely, torch.tensor([0.0, 1.0, -2.0, 3.0]))
-    logits = row.expand(10_000, words).clone().requires_grad_()
+    logits = row.expand(40_000, words).clone().requires_grad_()
     found = drawn_label_gradient(logits, torch.Generator().manual_seed(0))
     p = torch.softmax(row, -1)
     labels = (p - found).round()  # one of them is 1
-    torch.testing.assert_close(labels.mean(0), p, atol=0.02, rtol=0)
+    torch.testing.assert_close(labels.mean(0), p, atol=0.01, rtol=0)
     assert bool((labels.sum(-1) == 1).all())
     loss = torch.nn.functional.cross_entropy(logits, labels.argmax(-1), reduction="sum")
     torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], found)
