@@ -29,8 +29,8 @@ from gptq_cli.gptq.matmul import exact_matmul
 _BETAS, _EPSILON = (0.9, 0.99), 1e-12
 FARTHEST = 0.5
 """How far a number may move, in its size: a scale keeps its sign."""
-RATE = 6e-3
-"""So much of its size a number moves in a step, times 2^(-bits / 2): the coarser the codes, the farther."""
+RATE = 1.2e-2
+"""So much of its size a number moves in a step, times 2^-bits: as far as the errors are large."""
 WARM_UP = 0.1
 """The part of the steps in which the rate rises; then it falls to 0 along a cosine."""
 PARTS = (1.0, 0.5)
@@ -46,7 +46,7 @@ class Moving:
         """`start`: as it is stored. `size`: of its numbers, broadcast to its shape. `bits`: of the codes
         beside it. `scale`: it holds the scales of groups, none of which may become 0."""
         self.start, self._size, self._scale = start, size.float(), scale
-        self._rate = RATE * 2 ** (-bits / 2)
+        self._rate = RATE * 2.0**-bits
         self._delta, self._m, self._v = (torch.zeros_like(start, dtype=torch.float32) for _ in range(3))
         self._steps = 0
 

@@ -36,7 +36,7 @@ def test_the_gradient_of_the_scales_is_autograds(order: str) -> None:
 
 def test_a_step_is_adams(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the paper's, as torch has it, on what a number moves in its size."""
-    monkeypatch.setattr(tuning, "RATE", 0.02 * 2.0**2)  # at 4 bits
+    monkeypatch.setattr(tuning, "RATE", 0.02 * 2.0**4)  # at 4 bits
     start = numbers(4, 6)
     moving = Moving.vector(start, bits=4)
     size = start.square().mean().sqrt()
