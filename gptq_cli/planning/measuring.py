@@ -82,8 +82,11 @@ def measuring_needs(
 
 
 def _rounding_bytes(facts: ModelFacts, block: str, schedule: Schedule) -> int:
-    """Hessians, factors, weights that are solved, and their copies, of one block."""
+    """Hessians, factors, weights that are solved, and their copies, of one block; 0 where all of it stays
+    dense."""
     stages = block_stages(facts)[block]
+    if not stages:
+        return 0
     b, t = facts.dtype_bytes, schedule.micro_batch_tokens
     most_rows = schedule.block(block).solve_batch_rows
     squares = sum(4 * stage.in_features**2 for stage in _sharing(stages))

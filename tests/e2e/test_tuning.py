@@ -161,6 +161,7 @@ def test_what_cannot_be_tuned_is_refused_before_a_weight_is_read(
     for model, more, why in (
         (tiny_moe, (), "its experts are parts of one tensor"),
         (tiny_llama, ("--quantize-head",), "its head is to be quantized"),
+        (tiny_llama, ("--samples", "1"), "none is left to tune on"),
     ):
         ran = quantized(model, tmp_path / "q", text, *more, "--json")
         assert ran.code == 3

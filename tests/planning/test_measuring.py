@@ -10,6 +10,7 @@ from gptq_cli.model.facts import LinearFact
 from gptq_cli.planning.measuring import (
     HESSIAN_TOKENS,
     MEASURED_TOKENS,
+    _rounding_bytes,
     hessian_samples,
     measured_windows,
     measuring_needs,
@@ -46,6 +47,18 @@ def needed(blocks: int, vocab: int, tokens: tuple[int, int]) -> int:
     (need,) = measuring_needs(facts, resolved.placement, resolved.schedule, resolved.devices, tokens)
     assert need.limit_bytes == resolved.devices[0].limit_bytes
     return need.needed_bytes
+
+
+def test_a_block_that_stays_dense_needs_no_memory_to_solve() -> None:
+    facts = llama(blocks=2)
+    dense, kept = facts.blocks
+    linears = tuple(linear for linear in facts.linears if linear.block != dense)
+    asked = case("cpu", replace(facts, linears=linears), "cpu=64GiB")
+    resolved = resolve(asked.spec, asked.facts, asked.budgets, work=asked.work)
+    assert resolved.placement is not None
+    assert resolved.schedule is not None
+    assert _rounding_bytes(asked.facts, dense, resolved.schedule) == 0
+    assert _rounding_bytes(asked.facts, kept, resolved.schedule) > 0
 
 
 def test_memory_holds_a_stream_for_every_set_and_the_head() -> None:

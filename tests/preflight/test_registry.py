@@ -105,6 +105,9 @@ def test_fewer_tokens_than_columns() -> None:
 def test_no_linears() -> None:
     (finding,) = found(replace(FACTS, linears=()), "no-linears")
     assert finding.level == "error"
+    assert "has no linear" in finding.message
+    (finding,) = found(replace(FACTS, linears=(), by_module=FACTS.linears), "no-linears")
+    assert f"all {len(FACTS.linears)} linears that could be quantized are left dense" in finding.message
 
 
 def test_blocks_without_an_order() -> None:

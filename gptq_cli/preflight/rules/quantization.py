@@ -23,6 +23,14 @@ def no_linears(case: JobCase) -> list[Remark]:
     """No linear in the decoder blocks can be quantized, so the result would be a copy of the model."""
     if case.facts.linears:
         return []
+    if case.facts.by_module:
+        return [
+            Remark(
+                subject=case.facts.model,
+                message=f"all {len(case.facts.by_module)} linears that could be quantized are left dense",
+                hint="quantize some of them: a --module that leaves fewer dense, or fewer --bits-per-weight",
+            )
+        ]
     return [
         Remark(
             subject=case.facts.model,
@@ -251,27 +259,29 @@ def experts_own_target(case: JobCase) -> list[Remark]:
 
 @rule("error", topics=("tune_epochs",))
 def tuning_possible(case: JobCase) -> list[Remark]:
-    """The model is to be tuned, and its forward is not one that can be gone back through block by block.
+    """The model is to be tuned, and cannot be gone back through block by block, or there is too little text.
 
     Tuning takes gradients through one block at a time, each by itself, and decodes a block's linears from
     their codes. That leaves out models whose own code runs between the blocks, linears that are parts of one
-    tensor of all experts, weights that several blocks share, and a quantized head.
+    tensor of all experts, weights that several blocks share, and a quantized head. One sample at least is
+    held out and decides, so two are the fewest.
     """
-    facts = case.facts
-    reasons = [
-        ("the model's own code runs between its blocks", bool(facts.between)),
-        ("its experts are parts of one tensor", any(x.part_of or x.routed for x in facts.linears)),
-        ("blocks share weights", bool(facts.shared)),
-        ("its head is to be quantized", facts.head is not None),
-    ]
-    found = [words for words, holds in reasons if holds]
+    facts, samples = case.facts, case.work.paired_samples
+    reasons = {  # and what else could be done than not to tune
+        "the model's own code runs between its blocks": (bool(facts.between), ""),
+        "its experts are parts of one tensor": (any(x.part_of or x.routed for x in facts.linears), ""),
+        "blocks share weights": (bool(facts.shared), ""),
+        "its head is to be quantized": (facts.head is not None, ", or leave --quantize-head out"),
+        "one sample is held out, and none is left to tune on": (samples < 2, "; or --samples 2"),
+    }
+    found = {words: other for words, (holds, other) in reasons.items() if holds}
     if not case.work.quantize.tune_epochs or not found:
         return []
     return [
         Remark(
             subject=f"--tune-epochs {case.work.quantize.tune_epochs}",
             message=f"{facts.architecture} cannot be tuned: {', and '.join(found)}",
-            hint="--tune-epochs 0" + (", or leave --quantize-head out" if found == [reasons[-1][0]] else ""),
+            hint="--tune-epochs 0" + ("".join(found.values()) if len(found) == 1 else ""),
         )
     ]
 
