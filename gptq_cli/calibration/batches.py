@@ -68,6 +68,8 @@ class TokenBatches:
     """True when the text was read to its end."""
     answers: Tensor | None = None
     """(samples, seq_len) bool: True for tokens of answers, where the text is conversations; else None."""
+    left_out: int = 0
+    """Conversations with no answer within a window."""
 
     @property
     def source(self) -> str:
@@ -227,19 +229,21 @@ def evaluation_windows(
     """The first `windows` consecutive windows of `source`, in order; fewer where the text ends before.
 
     Of conversations that go through the chat template, the windows hold whole ones, and their answers are
-    marked (`answers`). Raises `CalibrationError` when the text does not fill one window.
+    marked (`answers`). Raises `CalibrationError` when the text does not fill one window, or no answer does.
     """
-    documents = read_documents(source, render=_renderer(tokenizer), stdin=stdin)
+    render = _renderer(tokenizer)
+    documents = read_documents(source, render=render, stdin=stdin)
     first = next(documents.pieces, None)
-    if first is not None and first.answers is not None:
-        found = conversation_windows(tokenizer, chain((first,), documents.pieces), seq_len, windows)
-        if found is not None:
-            ids, answers = found
-            whole = _TokenRow(ids.flatten(), read_to_end=False)
-            return replace(_batches(ids, documents.label, whole, len(ids), None, vocab_size), answers=answers)
-        documents = read_documents(source, render=_renderer(tokenizer), stdin=stdin)
-    elif first is not None:
+    if first is not None:
         documents = Documents(documents.label, chain((first,), documents.pieces))
+    if first is not None and first.messages is not None and render is not None:
+        found = conversation_windows(tokenizer, documents, seq_len, windows, render)
+        if found is not None:
+            ids, label = found.input_ids, documents.label
+            whole = _TokenRow(ids.flatten(), read_to_end=False)
+            batches = _batches(ids, label, whole, len(ids), None, vocab_size)
+            return replace(batches, answers=found.counts, left_out=found.left_out)
+        documents = read_documents(source, render=render, stdin=stdin)
     row = _tokenize(tokenizer, documents, windows * seq_len)
     cut = _cut_windows(tokenizer, row.ids, seq_len)
     if cut.shape[0] == 0:

@@ -25,18 +25,14 @@ PIECE_CHARACTERS = 1 << 21
 _SPACES = " \t\r\f\v\u00a0\u3000"
 
 
-ANSWERING = ("assistant", "model")
-"""Roles whose messages are answers."""
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Some text; `opens`: it begins a new document, rather than continuing the last one."""
 
     text: str
     opens: bool = True
-    answers: tuple[tuple[int, int], ...] | None = None
-    """Of a conversation that the chat template wrote: where its answers stand; of other texts None."""
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """Of a conversation that the chat template wrote as a whole: what it was given; of other texts None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +67,12 @@ def rows_to_pieces(
             written = True
             whole = render is not None and isinstance(value, list) and len(text) <= PIECE_CHARACTERS
             if whole:
-                yield Piece(text, answers=answer_spans(text, messages_of(value, f"{name} {place}")))
+                yield Piece(text, messages=messages_of(value, f"{name} {place}"))
             else:
                 yield from _cut(text)
     if not written:
         what = f"column {column!r} of {name}" if column else name
         raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=SOURCES_HINT)
-
-
-def answer_spans(text: str, messages: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, int], ...]:
-    """Where the answers among `messages` stand in the text that a template made of them, in characters.
-
-    What a template leaves out or writes otherwise is not found, and does not count.
-    """
-    found: list[tuple[int, int]] = []
-    place = 0
-    for message in messages:
-        content = str(message["content"]).strip()
-        begin = text.find(content, place) if content else -1
-        if begin < 0:
-            continue
-        place = begin + len(content)
-        if message["role"] in ANSWERING:
-            found.append((begin, place))
-    return tuple(found)
 
 
 def _cut(text: str) -> Iterator[Piece]:

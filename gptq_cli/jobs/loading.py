@@ -37,7 +37,7 @@ from gptq_cli.jobs.evaluating import (
     timed,
 )
 from gptq_cli.jobs.steps import announce, watched
-from gptq_cli.jobs.texts import check_prompt, check_windows
+from gptq_cli.jobs.texts import check_answers, check_prompt, check_windows
 from gptq_cli.jobs.watching import watching
 from gptq_cli.jobs.writing import check_can_write, evaluation_wanted, text_store
 from gptq_cli.load_job import LoadJob
@@ -167,6 +167,7 @@ def _plan(job: LoadJob, observer: Observer) -> _Plan:
         warnings += check_prompt(job, job.prompt, checkpoint, tokenizer, positions)
     if job.text is not None and job.text != OWN_TEXT:
         windows = evaluation_windows(tokenizer, job.text, job.seq_len, job.windows, vocab_size=vocabulary)
+        warnings += check_answers(windows)
     dense = plan_dense(job, checkpoint, placement, observer)
     if job.text == OWN_TEXT and dense is not None:
         windows = _own_windows(job, dense, vocabulary, observer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.errors import ConfigError, ModelError
 from gptq_cli.evaluation.generation_config import FILE, read_generation_config, settings_of, stop_criterion
@@ -90,5 +91,18 @@ def check_windows(seq_len: int, positions: Positions | None) -> list[Warned]:
             f"windows of {seq_len} tokens go past the {positions.tokens} positions that the model "
             "was made for",
             f"the perplexity is not the model's; use --seq-len {positions.tokens}",
+        )
+    ]
+
+
+def check_answers(windows: TokenBatches) -> list[Warned]:
+    """A warning where conversations are not measured, because no answer of theirs is within a window."""
+    if not windows.left_out:
+        return []
+    return [
+        Warned(
+            f"{windows.left_out} of the conversations of {windows.source} are left out: they have no answer "
+            f"within {windows.seq_len} tokens",
+            "longer windows measure them, too: --seq-len of gptq load",
         )
     ]

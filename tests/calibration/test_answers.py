@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from gptq_cli.calibration import evaluation_windows, make_batches, open_tokenizer
-from gptq_cli.calibration.documents import answer_spans
+from gptq_cli.calibration.answers import answer_spans
+from gptq_cli.calibration.conversations import Conversations
 from gptq_cli.config import CalibrationConfig
+from gptq_cli.errors import CalibrationError
+from gptq_cli.jobs.texts import check_answers
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}</s>{% endfor %}"
 TALK = [
@@ -34,11 +37,91 @@ def rows(path: Path, *conversations: object) -> str:
     return str(path)
 
 
-def test_answers_are_found_in_order() -> None:
-    text = "user: Say it twice. assistant: Say it twice. Say it twice. user: And now? assistant: Nothing."
-    spans = answer_spans(text, TALK)
-    assert [text[begin:end] for begin, end in spans] == ["Say it twice. Say it twice.", "Nothing."]
-    assert answer_spans("the template wrote something else", TALK) == ()
+CHATML = """{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor -%}"""
+QWEN3 = """{%- for m in messages -%}
+{%- set c = m.content.split('</think>')[-1].lstrip('\n') -%}
+{%- set r = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' -%}
+<|im_start|>{{ m.role }}
+{% if loop.last %}<think>
+{{ r.strip('\n') }}
+</think>
+
+{% endif %}{{ c }}<|im_end|>
+{% endfor -%}"""
+WITHOUT_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}{{ loop.index }} {{ m.content|trim }} | {% endfor %}"
+)
+PARTS = "{% for m in messages %}[{% for c in m.content %}{{ c.text }}{% endfor %}]{% endfor %}"
+AS_JSON = "{% for m in messages %}{{ m.content | tojson }}\n{% endfor %}"
+
+
+def said(template: str, tokenizer: Any, *contents: str) -> list[str]:
+    """What is found of the answers; the first content is a system message's, then user and assistant."""
+    tokenizer.chat_template = template
+    roles = ["system", *["user", "assistant"] * len(contents)]
+    talk = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
+    render = Conversations(tokenizer)
+    text = render(talk)
+    return [text[begin:end] for begin, end in answer_spans(text, talk, render, "a source")]
+
+
+@pytest.mark.parametrize("template", [CHATML, QWEN3, WITHOUT_SYSTEM, PARTS, AS_JSON])
+def test_short_answers_are_found_behind_the_words_of_the_template(template: str, tokenizer: Any) -> None:
+    found = said(template, tokenizer, "s", "user", "a", "i", "d", "assistant", "user", "", "1")
+    assert [one.strip('"') for one in found] == ["a", "d", "user", "1"]
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (CHATML, [" Yes. Yes.\n", "<think>hm</think>No", "<think>\nhm\n</think>\n\nYes"]),
+        (QWEN3, [" Yes. Yes.\n", "No", "hm\n</think>\n\nYes"]),
+        (WITHOUT_SYSTEM, ["Yes. Yes.", "<think>hm</think>No", "<think>\nhm\n</think>\n\nYes"]),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", []),
+    ],
+    ids=["as it is", "reasoning of the last turn alone", "trimmed", "in capitals"],
+)
+def test_an_answer_is_what_the_template_writes_of_it(template: str, found: list[str], tokenizer: Any) -> None:
+    answers = [" Yes. Yes.\n", "<think>hm</think>No", "<think>\nhm\n</think>\n\nYes"]
+    talk = [one for answer in answers for one in ("Yes.", answer)]
+    assert said(template, tokenizer, "Yes.", *talk) == found
+
+
+def test_a_template_that_fails_on_the_way_is_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.content == 'qzjxkv' and messages | length > 2 %}"
+        "{{ raise_exception('odd') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(CalibrationError, match=r"a\.jsonl.*chat template refuses the conversation: odd"):
+        evaluation_windows(tokenizer, rows(tmp_path / "a.jsonl", TALK[:2], TALK), 128, 4)
+
+
+def test_answers_behind_the_windows_are_an_error(tokenizer: Any, tmp_path: Path) -> None:
+    long = [{"role": "user", "content": "words " * 50}, TALK[1]]
+    source = rows(tmp_path / "a.jsonl", long, TALK[:1], [*TALK[:1], *long])
+    with pytest.raises(
+        CalibrationError, match=r"a\.jsonl has no answer within 32 tokens.* has \d+$"
+    ) as caught:
+        evaluation_windows(tokenizer, source, 32, 9)
+    seq_len = int(str(caught.value.hint).rpartition("--seq-len ")[2])
+    found = evaluation_windows(tokenizer, source, seq_len, 9)
+    assert found.answers is not None
+    assert found.answers.any()
+
+
+def test_conversations_that_are_left_out_are_counted(tokenizer: Any, tmp_path: Path) -> None:
+    long = [{"role": "user", "content": "words " * 50}, TALK[1]]
+    source = rows(tmp_path / "a.jsonl", TALK[:2], long, TALK[:1], long, TALK[:2])
+    found = evaluation_windows(tokenizer, source, 32, 9)
+    assert found.left_out == 2
+    (warned,) = check_answers(found)
+    assert warned.message == (
+        f"2 of the conversations of {source} are left out: they have no answer within 32 tokens"
+    )
+    assert check_answers(evaluation_windows(tokenizer, source, 256, 9)) == []
 
 
 def test_only_answers_count(tokenizer: Any, tmp_path: Path) -> None:
