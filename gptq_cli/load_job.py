@@ -6,7 +6,7 @@ A wrong field raises `ConfigError`, as in `gptq_cli.config`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -120,6 +120,17 @@ def _min_score(text: str) -> tuple[str, float]:
 
 HELD_OUT = "pydoc-heldout"
 """The text to measure on where none is named: calibration leaves it out by default."""
+
+
+def one_text(given: Sequence[str] | None) -> str | None:
+    """The text to measure on, of all that --eval named. Raises `ConfigError` for more than one: figures are
+    of one text."""
+    if given is not None and len(given) > 1:
+        raise ConfigError(
+            f"--eval is given {len(given)} times: {', '.join(map(repr, given))}; allowed: one text",
+            hint="measure each by itself: gptq load DIR --eval SOURCE, once for each",
+        )
+    return given[0] if given else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

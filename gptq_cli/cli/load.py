@@ -12,7 +12,7 @@ from gptq_cli.cli import task_options as task
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.cli.page_file import check_page, with_page
 from gptq_cli.errors import ConfigError, QualityGateFailed
-from gptq_cli.load_job import LoadJob, Sampling, task_config
+from gptq_cli.load_job import LoadJob, Sampling, one_text, task_config
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.readers import parse_targets
 from gptq_cli.results.load import LoadReport
@@ -63,7 +63,8 @@ def load(
     --verify and --target alone read the files and open no model.
     """
     session: Session = context.obj
-    if prompt == evaluate == "-":
+    text = one_text(evaluate)
+    if prompt == text == "-":
         raise ConfigError(
             "prompt and eval are both '-', and standard input can be read once",
             hint="give --eval a file, or --prompt TEXT",
@@ -79,7 +80,7 @@ def load(
         raw=raw,
         max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed),
-        evaluate=evaluate,
+        evaluate=text,
         seq_len=seq_len,
         windows=windows,
         against=against,

@@ -324,12 +324,13 @@ TopP = Annotated[
 TopK = Annotated[int, option("--top-k", "Sample from this many tokens; 0: no limit.", TEXT, "N")]
 SampleSeed = Annotated[int, option("--seed", "Seed of the sampling.", TEXT, "N")]
 Evaluate = Annotated[
-    str | None,
+    list[str] | None,
     option(
         "--eval",
         "Measure perplexity on a source as for --calibration, such as pydoc-heldout.",
         CHECKS,
         "SOURCE",
+        callback=lines_of_variable,
         complete=completion.texts,
     ),
 ]

@@ -24,7 +24,7 @@ from gptq_cli.config import (
 from gptq_cli.display.choose import Progress
 from gptq_cli.errors import ConfigError, Interrupted, QualityGateFailed, RankLost
 from gptq_cli.fields import check_int
-from gptq_cli.load_job import LoadJob, proof_job, task_config
+from gptq_cli.load_job import LoadJob, one_text, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.ranks.launch import Launch
@@ -131,7 +131,7 @@ def quantize(
     proof = proof_job(
         job.out,
         model,
-        evaluate=evaluate,
+        evaluate=one_text(evaluate),
         against_source=against_source,
         max_kl=max_kl,
         max_perplexity=max_perplexity,

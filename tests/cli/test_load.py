@@ -100,6 +100,25 @@ def speaking(observer: Observer) -> None:
     observer(PhaseFinished("generate", 0.5))
 
 
+@pytest.mark.parametrize("words", ["load DIR", "quantize M --out O"])
+def test_two_texts_to_measure_on_are_refused(
+    jobs: FakeJobs, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    preset = tmp_path / "p.toml"
+    preset.write_text('eval = ["a b.txt", "pydoc"]')
+    given = [("--eval", "a b.txt", "--eval=pydoc"), ("--config", str(preset)), ()]
+    for more in given:
+        if not more:
+            monkeypatch.setenv("GPTQ_EVAL", "a b.txt\npydoc\n")
+        outcome = run(*words.split(), *more)
+        assert (outcome.code, jobs.called) == (2, "")
+        assert "--eval is given 2 times: 'a b.txt', 'pydoc'; allowed: one text" in outcome.err
+        assert "hint: measure each by itself: gptq load DIR --eval SOURCE" in outcome.err
+    monkeypatch.setenv("GPTQ_EVAL", "a b.txt")
+    assert run("load", "DIR").code == 0
+    assert jobs.job.evaluate == "a b.txt"
+
+
 def test_the_text_comes_first_as_it_is_and_apart_from_the_table(jobs: FakeJobs, run: Run) -> None:
     jobs.action = speaking
     outcome = run("load", "DIR", "--prompt", "The capital of France is")
