@@ -209,10 +209,10 @@ class QuantizeConfig:
         """The same with everything settled for a model of these linears, by name and input columns.
 
         The group size is a number, for the linears that have none of their own; the bits of the head `head`
-        stand in front of `modules`.
+        stand in front of `modules`, unless they are among these already.
         """
         first = ModuleRule(pattern=head, bits=HEAD_BITS) if head is not None and self.quantize_head else None
-        rules = self.modules if first is None or first in self.modules[:1] else (first, *self.modules)
+        rules = self.modules if first is None or first in self.modules else (first, *self.modules)
         if self.group_size != "auto":
             return self if rules is self.modules else replace(self, modules=rules)
         own = [columns for name, columns in linears if settings_for(rules, name).group_size is None]

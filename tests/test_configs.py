@@ -18,7 +18,7 @@ PRESETS = [*shipped_presets().values(), *sorted(EXAMPLES.glob("*.toml"))]
 
 def _values(path: Path) -> dict[str, object]:
     group = typer.main.get_command(app)
-    return read_preset(path, options_of(group.commands["quantize"]))  # type: ignore[attr-defined]
+    return read_preset(path, options_of(group.commands["quantize"])).values  # type: ignore[attr-defined]
 
 
 def test_there_are_presets() -> None:

@@ -119,6 +119,8 @@ def test_settled_for_a_model() -> None:
     settled = with_head.for_model(linears, "lm_head")
     assert (settled.of_linear("lm_head").bits, settled.of_linear("lm_head").group_size) == (HEAD_BITS, 32)
     assert settled.for_model(linears, "lm_head") == settled
+    among = QuantizeConfig.of(group_size=64, quantize_head=True, modules=["a=bits:3", "lm_head=bits:8"])
+    assert among.for_model(linears, "lm_head") == among
     four = QuantizeConfig.of(group_size=64, quantize_head=True, modules="lm_head=bits:4")
     assert four.for_model(linears, "lm_head").changed("lm_head") == {}
     assert QuantizeConfig(group_size=64).for_model(linears, "lm_head").modules == ()

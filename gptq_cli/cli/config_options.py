@@ -20,7 +20,10 @@ import typer
 
 from gptq_cli.cli import completion
 from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, lines_of_variable, option
+from gptq_cli.cli.preset import earlier_run
+from gptq_cli.cli.run_again import EarlierRun
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.module_settings import parse_module_rules
 from gptq_cli.recipes import RECIPE_FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -101,14 +104,41 @@ _SOURCES = ("DEFAULT", "DEFAULT_MAP", "ENVIRONMENT", "COMMANDLINE")
 """Where a value comes from, the weakest first; a preset is the second."""
 
 
-def bits_given(context: typer.Context, codes: Mapping[str, Any]) -> dict[str, Any]:
-    """`codes` with one of bits and bits_per_weight, where one of them comes from a stronger source; with both
-    where they come from the same, which is an error; without bits where neither is given."""
+def bits_given(context: typer.Context, codes: Mapping[str, Any], module: list[str] | None) -> dict[str, Any]:
+    """`codes` and the settings by module, as a configuration takes them.
+
+    With one of bits and bits_per_weight, where one of them comes from a stronger source; with both where they
+    come from the same, which is an error; without bits where neither is given.
+    """
     strength = {name: _strength(context, name) for name in ("bits", "bits_per_weight")}
     most = max(strength.values())
     asked = codes["bits_per_weight"] is not None
     weaker = {name for name, own in strength.items() if asked and own < most}
-    return {name: None if name in weaker else value for name, value in codes.items()}
+    given = {name: None if name in weaker else value for name, value in codes.items()}
+    given["module"] = module
+    earlier = earlier_run(context)
+    if earlier is not None:
+        given |= _without_its_choice(context, earlier, given)
+    return {"modules" if name == "module" else name: value for name, value in given.items()}
+
+
+def _without_its_choice(
+    context: typer.Context, earlier: EarlierRun, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Of what stands in the report of a run, and is not `given` otherwise: without what its budget chose
+    where other bits are asked for, and without settings of the head where that is not to be quantized."""
+    held = {name: given[name] for name in ("module", "quantize_head") if not _stronger(context, name)}
+    if earlier.asked is not None and (_stronger(context, "bits") or _stronger(context, "bits_per_weight")):
+        held = {name: earlier.asked[name] for name in held}
+    if "module" in held and _stronger(context, "quantize_head") and not given["quantize_head"]:
+        rules = parse_module_rules(held["module"] or ())
+        held["module"] = [rule for rule in rules if rule.pattern != earlier.head]
+    return held
+
+
+def _stronger(context: typer.Context, name: str) -> bool:
+    """Whether a flag or the environment says otherwise than a preset."""
+    return _strength(context, name) > _SOURCES.index("DEFAULT_MAP")
 
 
 def _strength(context: typer.Context, name: str) -> int:

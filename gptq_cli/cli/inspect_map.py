@@ -69,7 +69,7 @@ def inspect_map(
         device_map=DeviceMap.parse(device_map),
         max_memory=MaxMemory.parse(max_memory) if max_memory is not None else None,
         devices=parse_inventory(devices) if devices is not None else None,
-        quantize=QuantizeConfig.of(recipe, **bits_given(context, codes), **solver, modules=module),
+        quantize=QuantizeConfig.of(recipe, **bits_given(context, codes, module), **solver),
         calibration=CalibrationConfig.of(**text),
         targets=parse_targets(target or (), tp),
         tp=tp,

@@ -30,7 +30,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from gptq_cli.cli.run_again import read_settings
+from gptq_cli.cli.run_again import EarlierRun, read_settings
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import open_once, reason, shown
 from gptq_cli.module_settings import MODULE_KEYS, ModuleRule
@@ -78,6 +78,18 @@ class Option:
     kind: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Values of options by their long names with `_`."""
+
+    values: dict[str, object]
+    earlier: EarlierRun | None
+    """The run that they are the settings of; None: they were written by a person."""
+
+
+_EARLIER = "gptq_cli.earlier_run"
+
+
 def use_preset(context: typer.Context, value: str | None) -> str | None:
     """Callback of `--config`: make the preset's values the defaults of this invocation."""
     if value is not None and not context.resilient_parsing:
@@ -87,8 +99,15 @@ def use_preset(context: typer.Context, value: str | None) -> str | None:
         for command in getattr(group, "commands", {}).values():
             known = options_of(command) | known
         preset = read_preset(find_preset(value), known)
-        context.default_map = {own[key].parameter: held for key, held in preset.items() if key in own}
+        context.default_map = {own[key].parameter: held for key, held in preset.values.items() if key in own}
+        context.meta[_EARLIER] = preset.earlier
     return value
+
+
+def earlier_run(context: typer.Context) -> EarlierRun | None:
+    """The run whose report `--config` is; None where it is a preset, or not given."""
+    found: EarlierRun | None = context.meta.get(_EARLIER)
+    return found
 
 
 def shipped_presets() -> dict[str, Path]:
@@ -122,9 +141,9 @@ def options_of(command: Any) -> dict[str, Option]:
     return options
 
 
-def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
-    """The values of the preset at `path`, checked against `options`. Raises `ConfigError`."""
-    table = _table(path)
+def read_preset(path: Path, options: Mapping[str, Option]) -> Preset:
+    """The preset at `path`, its values checked against `options`. Raises `ConfigError`."""
+    table, earlier = _table(path)
     values: dict[str, object] = {}
     for key, held in table.items():
         name = key.replace("-", "_")
@@ -137,12 +156,12 @@ def read_preset(path: Path, options: Mapping[str, Option]) -> dict[str, object]:
         if name in values:
             raise ConfigError(f"preset {str(path)!r} has {name!r} twice, with '-' and with '_'")
         values[name] = _checked(path, key, held, options[name].kind)
-    return values
+    return Preset(values, earlier)
 
 
-def _table(path: Path) -> dict[str, Any]:
+def _table(path: Path) -> tuple[dict[str, Any], EarlierRun | None]:
     """The TOML at `path` (a file, or a pipe that is read once), small and flat as a preset is; where it is
-    the report of a run, its settings."""
+    the report of a run, its settings, and what else counts of that run."""
     where = f"preset {shown(path)!r}"
     try:
         with open_once(path) as stream:
@@ -168,7 +187,7 @@ def _table(path: Path) -> dict[str, Any]:
         level = [item for held in level for item in _inside(held)]
     if level:
         raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels")
-    return table
+    return table, None
 
 
 def _toml_words(raw: bytes, error: ValueError) -> str:

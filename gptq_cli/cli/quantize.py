@@ -86,7 +86,7 @@ def quantize(
     The checkpoint appears at the very end. After an interruption the same command goes on.
     """
     session: Session = context.obj
-    quantize_config = QuantizeConfig.of(recipe, **bits_given(context, codes), **solver, modules=module)
+    quantize_config = QuantizeConfig.of(recipe, **bits_given(context, codes, module), **solver)
     if devices is not None and not dry_run:
         raise ConfigError(
             "devices is given, but this is not a dry run", hint="add --dry-run, or leave --devices out"

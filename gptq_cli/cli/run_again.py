@@ -2,11 +2,15 @@
 
 Left out is what a report must not decide for the person who reads it, since a report comes along with a
 checkpoint from anywhere: whether code of the model's repository may run. Values that are null are not given.
+
+The settings hold the bits that a budget chose, so that the same are written again. Where other bits are asked
+for, what was asked for at first counts: `EarlierRun`.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from gptq_cli.errors import ConfigError
@@ -18,7 +22,17 @@ NOT_TAKEN = frozenset({"trust_remote_code"})
 _HINT = "give report.json of a checkpoint, or what gptq quantize --json printed; a preset is TOML"
 
 
-def read_settings(where: str, begun: bytes, stream: BinaryIO) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierRun:
+    """What a report says of its run besides the settings."""
+
+    head: str | None
+    """The output head, where it was quantized."""
+    asked: dict[str, Any] | None
+    """Settings by module and of the head as they were given, where a budget of bits chose more of them."""
+
+
+def read_settings(where: str, begun: bytes, stream: BinaryIO) -> tuple[dict[str, Any], EarlierRun]:
     """The options in a report that begins with `begun` and goes on in `stream`. Raises `ConfigError`."""
     raw = begun + stream.read(LARGEST_BYTES - len(begun) + 1)
     if len(raw) > LARGEST_BYTES:
@@ -35,7 +49,21 @@ def read_settings(where: str, begun: bytes, stream: BinaryIO) -> dict[str, Any]:
             f"{where} is the report of another version of gptq: its settings do not hold the whole command",
             hint="its command_line does",
         )
-    return {name: value for name, value in settings.items() if value is not None and name not in NOT_TAKEN}
+    taken = {name: value for name, value in settings.items() if value is not None and name not in NOT_TAKEN}
+    return taken, _earlier(where, report)
+
+
+def _earlier(where: str, report: dict[str, Any]) -> EarlierRun:
+    head, choice = report.get("head"), report.get("bit_choice")
+    try:
+        name = None if head is None else str(head["name"])
+        asked = None
+        if choice is not None:
+            modules = [str(one) for one in choice["given_modules"]]
+            asked = {"module": modules, "quantize_head": bool(choice["quantize_head"])}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{where} is not the whole report of a gptq quantize run", hint=_HINT) from error
+    return EarlierRun(head=name, asked=asked)
 
 
 def _fault(error: Exception) -> str:

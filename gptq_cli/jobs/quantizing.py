@@ -240,7 +240,7 @@ def _quantize(
             kept=keeper,
             ranks=ranks,
             settings=settings_of(
-                job,
+                replace(job, quantize=replace(job.quantize, modules=given.quantize.modules)),
                 revision=checked.skeleton.files.revision or job.model.revision,
                 card=asked.card is not None,
                 proof=asked.proof,

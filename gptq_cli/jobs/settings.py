@@ -18,7 +18,8 @@ def settings_of(
     job: QuantizeJob, *, revision: str | None, card: bool, proof: LoadJob | None
 ) -> tuple[tuple[str, Setting], ...]:
     """Names and values, everything that depends on the model resolved: `job.quantize` has a number of
-    columns a group, `revision` is the commit that was read."""
+    columns a group, `revision` is the commit that was read. Its settings by module are those that were given
+    or chosen, without the bits that the head has by itself."""
     return (
         ("model", job.model.model),
         ("revision", revision),

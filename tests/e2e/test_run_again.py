@@ -72,3 +72,24 @@ def test_a_run_from_python_can_be_run_again_and_changed(tiny_llama: Path, text: 
     assert wider.document["plan"]["bits"] == 8
     there = gptq("quantize", "--config", report, "--progress", "none")
     assert (there.code, "output-exists" in there.stderr) == (3, True)
+
+
+def test_a_head_that_has_its_bits_by_itself(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    """Nobody gave settings by module, so none are in the way of a run without the head, nor pile up."""
+    words = ("--calibration", text, *SIZES, "--recipe", "fast", "--progress", "none")
+    done = gptq("quantize", tiny_llama, "--out", tmp_path / "a", "--quantize-head", *words)
+    assert done.code == 0, done.stderr
+    report = tmp_path / "a" / "report.json"
+    assert (settings(tmp_path / "a")["module"], settings(tmp_path / "a")["quantize_head"]) == ([], True)
+    without = gptq("quantize", "--config", report, "--no-quantize-head", "--out", tmp_path / "b")
+    assert without.code == 0, without.stderr
+
+    document = json.loads(report.read_text(encoding="utf-8"))
+    document["settings"]["module"] = ["model.layers.0=bits:8", "lm_head=bits:8"]  # as they were once written
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(document), encoding="utf-8")
+    again = gptq("quantize", "--config", older, "--out", tmp_path / "c", "--progress", "none")
+    assert again.code == 0, again.stderr
+    assert settings(tmp_path / "c")["module"] == document["settings"]["module"]
+    plan = gptq("quantize", "--config", older, "--no-quantize-head", "--dry-run", "--json")
+    assert plan.document["plan"]["head"] is None
