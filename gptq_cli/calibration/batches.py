@@ -33,7 +33,7 @@ from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
 from gptq_cli.calibration.own_text import OwnText
 from gptq_cli.calibration.processor import processor_template
 from gptq_cli.calibration.rows import Render
-from gptq_cli.calibration.text import read_documents
+from gptq_cli.calibration.text import read_documents, to_measure_on
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
@@ -231,29 +231,30 @@ def evaluation_windows(
     Of conversations that go through the chat template, the windows hold whole ones, and their answers are
     marked (`answers`). Raises `CalibrationError` when the text does not fill one window, or no answer does.
     """
-    render = _renderer(tokenizer)
-    documents = read_documents(source, render=render, stdin=stdin)
-    first = next(documents.pieces, None)
-    if first is not None:
-        documents = Documents(documents.label, chain((first,), documents.pieces))
-    if first is not None and first.messages is not None and render is not None:
-        found = conversation_windows(tokenizer, documents, seq_len, windows, render)
-        if found is not None:
-            ids, label = found.input_ids, documents.label
-            whole = _TokenRow(ids.flatten(), read_to_end=False)
-            batches = _batches(ids, label, whole, len(ids), None, vocab_size)
-            return replace(batches, answers=found.counts, left_out=found.left_out)
+    with to_measure_on(source):
+        render = _renderer(tokenizer)
         documents = read_documents(source, render=render, stdin=stdin)
-    row = _tokenize(tokenizer, documents, windows * seq_len)
-    cut = _cut_windows(tokenizer, row.ids, seq_len)
-    if cut.shape[0] == 0:
-        raise CalibrationError(
-            f"{documents.label} holds {row.ids.numel()} tokens; at least one window of {seq_len} is needed",
-            hint=f"give more text, or a shorter window: --seq-len {max(2, row.ids.numel())}"
-            if row.ids.numel() >= MIN_WINDOW
-            else "give more text",
-        )
-    return _batches(cut[:windows].clone(), documents.label, row, cut.shape[0], None, vocab_size)
+        first = next(documents.pieces, None)
+        if first is not None:
+            documents = Documents(documents.label, chain((first,), documents.pieces))
+        if first is not None and first.messages is not None and render is not None:
+            found = conversation_windows(tokenizer, documents, seq_len, windows, render)
+            if found is not None:
+                ids, label = found.input_ids, documents.label
+                whole = _TokenRow(ids.flatten(), read_to_end=False)
+                batches = _batches(ids, label, whole, len(ids), None, vocab_size)
+                return replace(batches, answers=found.counts, left_out=found.left_out)
+            documents = read_documents(source, render=render, stdin=stdin)
+        row = _tokenize(tokenizer, documents, windows * seq_len)
+        cut, tokens = _cut_windows(tokenizer, row.ids, seq_len), row.ids.numel()
+        if cut.shape[0] == 0:
+            raise CalibrationError(
+                f"{documents.label} holds {tokens} tokens; at least one window of {seq_len} is needed",
+                hint=f"give more text, or a shorter window: --seq-len {max(2, tokens)}"
+                if tokens >= MIN_WINDOW
+                else "give more text",
+            )
+        return _batches(cut[:windows].clone(), documents.label, row, cut.shape[0], None, vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

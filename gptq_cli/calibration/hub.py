@@ -49,7 +49,7 @@ def parse_hub_source(source: str) -> HubSource:
     id_, *rest = source.split(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", id_) or len(rest) > 3 or any("/" in part for part in rest):
         raise CalibrationError(
-            f"calibration is {source!r}; allowed: pydoc, an existing file, '-', wikitext2, c4, "
+            f"the text is {source!r}; allowed: pydoc, an existing file, '-', wikitext2, c4, "
             "or a Hub data set ID[:config[:split[:column]]]",
             hint=OFFLINE_HINT,
         )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -95,6 +96,22 @@ def check_source(source: str) -> None:
         read_documents(source)  # which opens nothing yet
 
 
+@contextmanager
+def to_measure_on(source: str) -> Iterator[None]:
+    """Let errors about `source` speak of --eval, which names one text, without a weight."""
+    try:
+        name, star, _ = source.rpartition("*")
+        if star and find_file(source) is None:  # no data set has a * in its name
+            raise CalibrationError(
+                f"{source!r} is no file, and --eval takes no weight: it names one text",
+                hint=f"--calibration {name}",
+            )
+        yield
+    except CalibrationError as error:
+        hint = error.hint and error.hint.replace("--calibration", "--eval").replace("quantize …", "load …")
+        raise CalibrationError(error.message, hint=hint) from error
+
+
 def too_few_bytes(source: str, tokens: int) -> int | None:
     """The bytes of a plain text that cannot make so many tokens, whatever the tokenizer; else None."""
     found = find_file(source) if source not in _NAMES else None
@@ -149,16 +166,16 @@ def _refuse_missing_path(source: str) -> None:
         or "\\" in head
         or suffix in {*TABLES, *PACKED, ".txt", ".md"}
     ):
-        raise CalibrationError(f"calibration file {shown(head)} does not exist", hint=SOURCES_HINT)
+        raise CalibrationError(f"{shown(head)} does not exist", hint=SOURCES_HINT)
 
 
 def _stdin(stand_in: BinaryIO | None) -> BinaryIO:
     stream = stand_in if stand_in is not None else getattr(sys.stdin, "buffer", None)
     if stream is None or stream.closed:
-        raise CalibrationError("standard input is closed, and --calibration is '-'", hint=SOURCES_HINT)
+        raise CalibrationError("standard input is closed, and the text is '-'", hint=SOURCES_HINT)
     if stream.isatty():
         raise CalibrationError(
-            "standard input is a terminal, and --calibration is '-'",
+            "standard input is a terminal, and the text is '-'",
             hint="pipe text into it: cat FILE | gptq quantize … --calibration -",
         )
     return stream

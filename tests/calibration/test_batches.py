@@ -197,6 +197,26 @@ class TestTooLittle:
         ):
             evaluation_windows(tokenizer, "-", 512, 1, stdin=io.BytesIO(text.encode()))
 
+    def test_a_text_to_measure_on_has_no_weight(self, tokenizer: Any, corpus: str, tmp_path: Path) -> None:
+        with pytest.raises(CalibrationError, match=r"is no file, and --eval takes no weight") as caught:
+            evaluation_windows(tokenizer, f"{corpus}*0.5", 16, 1)
+        assert caught.value.hint == f"--eval {corpus}"
+        starred = tmp_path / "a*2.txt"
+        starred.write_text(TEXT)
+        assert evaluation_windows(tokenizer, str(starred), 16, 1).samples == 1
+
+    @pytest.mark.parametrize("source", ["no such text", "nowhere.txt", "{corpus}:", "{corpus}:text", "."])
+    def test_errors_name_the_option_that_was_given(self, source: str, tokenizer: Any, corpus: str) -> None:
+        named = source.format(corpus=corpus)
+        for read, option in (
+            (lambda: make_batches(tokenizer, config(named)), "--calibration"),
+            (lambda: evaluation_windows(tokenizer, named, 16, 1), "--eval"),
+        ):
+            with pytest.raises(CalibrationError) as caught:
+                read()
+            words = f"{caught.value.message} {caught.value.hint}"
+            assert [one for one in ("--calibration", "--eval") if one in words] == [option]
+
 
 class TestTokenizers:
     def test_a_tokenizer_of_another_model_is_caught(self, tokenizer: Any, corpus: str) -> None:
