@@ -242,7 +242,10 @@ class Budget:
 
     def uniform(self, bits: int) -> Spent | None:
         """What `--bits` would come to: every set that can has `bits`, the others are dense, and so is the
-        head, or at `HEAD_BITS`; what was given by module stays. None where a set can be neither."""
+        head, or at `HEAD_BITS`; what was given by module stays. None where a set can be neither, and where
+        no set of a block can have `bits`, as with a target that does not read them."""
+        if not any(one.linears[0].block and not one.given and bits in one.sizes_bytes for one in self.fused):
+            return None
         chosen: list[Bits] = []
         for one in self.fused:
             if one.given:

@@ -143,6 +143,7 @@ def test_every_kind_of_model(
         assert report["head"] is not None
     if "vllm" in more:
         assert {one["bits"] for one in report["bit_choice"]["fused"]} <= {4, 8, None}
+        assert {one["bits"] for one in report["bit_choice"]["uniform"]} == {4, 8}
     checked = gptq("load", tmp_path / "a", "--verify", *more[: 2 * ("--target" in more)], "--json")
     assert checked.code == 0, checked.stdout
 

@@ -264,6 +264,10 @@ def test_what_the_same_bits_everywhere_come_to() -> None:
     with_head = sets(facts, quantize_head=True)
     assert Budget(with_head, lambda bits: 1).uniform(3).bits == (3, 3, 3, 3, 8)
     assert Budget(sets(None, "transformers"), lambda bits: 1).uniform(3) is not None
+    refused = Budget(sets(replace(facts, head=HEAD), "vllm"), lambda bits: 1)
+    assert [bits for bits in (2, 3, 4, 8) if refused.uniform(bits) is not None] == [4, 8]
+    every = Budget(sets(facts, modules=parse_module_rules(["model.layers=bits:8"])), lambda bits: 1)
+    assert every.uniform(4) is None  # there is nothing to give them to
     assert Budget(sets(None, "exllamav2", "transformers"), lambda bits: 1).uniform(3) is None
     rules = parse_module_rules(["model.layers.0.mlp.down_proj=bits:8", "lm_head=bits:4"])
     given = sets(facts, quantize_head=True, modules=rules)
