@@ -33,7 +33,7 @@ from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
 from gptq_cli.calibration.own_text import OwnText
 from gptq_cli.calibration.processor import processor_template
 from gptq_cli.calibration.rows import Render
-from gptq_cli.calibration.text import read_documents, to_measure_on
+from gptq_cli.calibration.text import check_distinct, read_documents, to_measure_on
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError, ModelError
@@ -148,6 +148,7 @@ def batches_by_source(
     stdin: BinaryIO | None = None,
 ) -> tuple[TokenBatches | None, ...]:
     """The windows of each source by itself; None for what the model writes. Raises `CalibrationError`."""
+    check_distinct([source.name for source in config.sources])
     return tuple(
         None if source.name == OWN_TEXT else _drawn(tokenizer, source, samples, config, vocab_size, stdin)
         for source, samples in zip(config.sources, config.windows_by_source(), strict=True)

@@ -19,9 +19,10 @@ Every fault of a source is a `CalibrationError` that names the place in the file
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -36,6 +37,7 @@ from gptq_cli.calibration.documents import (
     rows_to_pieces,
 )
 from gptq_cli.calibration.rows import (
+    STANDARD_COLUMNS,
     Render,
     Row,
     json_lines,
@@ -94,6 +96,36 @@ def check_source(source: str) -> None:
         _refuse_missing_path(source)
     else:
         read_documents(source)  # which opens nothing yet
+
+
+def check_distinct(sources: Sequence[str]) -> None:
+    """Raise `CalibrationError` where two names are of one text: it would give the same windows again.
+
+    Of a table named without a column its first row is read, where the same file is named twice.
+    """
+    files = [(name, find_file(name)) for name in sources if name not in _NAMES]
+    places = [(os.path.realpath(found[0]), name, found) for name, found in files if found is not None]
+    known: dict[tuple[str, str | None], str] = {}
+    for place, name, (path, column) in places:
+        if sum(place == other for other, _, _ in places) == 1:
+            continue
+        first = known.setdefault((place, column or _default_column(path)), name)
+        if first != name:
+            raise CalibrationError(
+                f"{first!r} and {name!r} are one text; allowed: each source once",
+                hint=f"give it a larger weight instead: {first}*2",
+            )
+
+
+def _default_column(path: Path) -> str | None:
+    """The column that is read of a table where none is named; None of other texts, and of empty tables."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None or not path.is_file():
+        return None
+    _, row = next(reader(path, None), ("", None))
+    if not isinstance(row, Mapping):
+        return None
+    return next((key for key in (*STANDARD_COLUMNS, *row) if key in row), None)
 
 
 @contextmanager

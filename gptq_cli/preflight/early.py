@@ -14,7 +14,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gptq_cli.calibration.text import check_source, too_few_bytes
+from gptq_cli.calibration.text import check_distinct, check_source, too_few_bytes
 from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.errors import CalibrationError
@@ -93,6 +93,10 @@ def _text_findings(job: QuantizeJob, files: ModelFiles) -> list[Finding]:
             check_source(source.name)
         except CalibrationError as error:
             return _about_text(source.name, files, error)
+    try:
+        check_distinct([source.name for source in job.calibration.sources])
+    except CalibrationError as error:
+        return _about_text(job.calibration.words, files, error)
     return []
 
 

@@ -197,6 +197,47 @@ class TestTooLittle:
         ):
             evaluation_windows(tokenizer, "-", 512, 1, stdin=io.BytesIO(text.encode()))
 
+    @pytest.mark.parametrize(
+        ("names", "same"),
+        [
+            (("a.txt", "./a.txt"), True),
+            (("a.txt", "link.txt*0.5"), True),
+            (("pydoc", "a.txt", "{here}/a.txt"), True),
+            (("rows.jsonl", "rows.jsonl:text"), True),
+            (("rows.jsonl:text", "./rows.jsonl:text"), True),
+            (("chat.jsonl:messages", "chat.jsonl"), True),
+            (("list.json", "list.json:text"), True),
+            (("rows.jsonl", "rows.jsonl:other"), False),
+            (("rows.jsonl:text", "./rows.jsonl:other"), False),
+            (("a.txt", "rows.jsonl", "b.txt"), False),
+        ],
+    )
+    def test_one_text_under_two_names_is_refused(
+        self,
+        names: tuple[str, ...],
+        same: bool,
+        tokenizer: Any,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        rows = [{"other": TEXT, "messages": TEXT, "text": TEXT} for _ in range(3)]
+        Path("a.txt").write_text(TEXT)
+        Path("b.txt").write_text(TEXT)
+        Path("link.txt").symlink_to("a.txt")
+        Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        Path("chat.jsonl").write_text(f"{json.dumps({'other': '', 'messages': TEXT})}\n")
+        Path("list.json").write_text(json.dumps(rows))
+        wanted = CalibrationConfig.of([n.format(here=tmp_path) for n in names], samples=4, seq_len=32)
+        if not same:
+            assert make_batches(tokenizer, wanted).samples == 4
+            return
+        one, two = (source.name for source in wanted.sources[-2:])
+        with pytest.raises(CalibrationError, match="are one text; allowed: each source once") as caught:
+            make_batches(tokenizer, wanted)
+        assert caught.value.message.startswith(f"{one!r} and {two!r}")
+        assert caught.value.hint == f"give it a larger weight instead: {one}*2"
+
     def test_a_text_to_measure_on_has_no_weight(self, tokenizer: Any, corpus: str, tmp_path: Path) -> None:
         with pytest.raises(CalibrationError, match=r"is no file, and --eval takes no weight") as caught:
             evaluation_windows(tokenizer, f"{corpus}*0.5", 16, 1)
