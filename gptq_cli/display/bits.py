@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gptq_cli.display import format as fmt
 from gptq_cli.placement.names import fold, leaf
 from gptq_cli.results.bits import BitChoice, FusedBits
+from gptq_cli.results.kept import OwnSettings
 
 
 def bits_text(bits: int | None) -> str:
@@ -15,12 +16,14 @@ def bits_text(bits: int | None) -> str:
     return "dense" if bits is None else f"{bits} bits"
 
 
-def widths_text(bits: int, choice: BitChoice | None) -> str:
-    """`4 bits`; of a budget `2, 3 and 8 bits`."""
+def widths_text(bits: int, choice: BitChoice | None, own: Sequence[OwnSettings] = ()) -> str:
+    """`4 bits`; of a budget, or with settings by module, `2, 3 and 8 bits`."""
     used = (
-        sorted({one.bits for one in choice.fused if one.bits is not None}) if choice is not None else [bits]
+        {one.bits for one in choice.fused if one.bits is not None}
+        if choice is not None
+        else {bits, *(one.bits for one in own)}
     )
-    *others, last = map(str, used or [bits])
+    *others, last = map(str, sorted(used) or [bits])
     return f"{', '.join(others)} and {last} bits" if others else f"{last} bits"
 
 

@@ -226,7 +226,7 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     sizes = f"{fmt.size(plan.size_before_bytes)} -> {fmt.size(plan.size_after_bytes)}"
     rows: list[tuple[str, RenderableType]] = [
         ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
-        ("recipe", f"{widths_text(plan.bits, plan.bit_choice)}, {group}{reason}"),
+        ("recipe", f"{widths_text(plan.bits, plan.bit_choice, plan.own_settings)}, {group}{reason}"),
         *bit_choice_rows(plan.bit_choice),
         *own_settings_rows(other_settings(plan), kept),
         ("quantized", quantized_text(plan)),

@@ -121,7 +121,10 @@ def recipe(report: RunReport | LoadReport) -> str:
     """`4 bits, group 64, symmetric, format gptq`."""
     group = fmt.group(report.group_size)
     order = ", desc_act" if report.desc_act else ""
-    bits = widths_text(report.bits, report.bit_choice if isinstance(report, RunReport) else None)
+    run = report if isinstance(report, RunReport) else None
+    bits = (
+        widths_text(report.bits, run.bit_choice, run.own_settings) if run else widths_text(report.bits, None)
+    )
     return f"{bits}, {group}, {symmetry(report.sym)}{order}, format {report.checkpoint_format}"
 
 

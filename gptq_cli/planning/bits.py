@@ -335,7 +335,7 @@ def _rules(treated: Sequence[tuple[FusedLinears, Bits]]) -> list[ModuleRule]:
             if int(number) not in held[-1:]:
                 held.append(int(number))
     kinds = list(dict.fromkeys(rest for _, rest, _ in blocks))
-    runs = [(key, *ends) for key, numbers in blocks.items() for ends in _runs(numbers)]
+    runs = [(key, *ends) for key, numbers in blocks.items() for ends in neighbours(numbers)]
     rules = []
     for (above, rest, bits), first, last in sorted(runs, key=lambda run: (kinds.index(run[0][1]), run[1])):
         words = str(first) if first == last else f"{first}-{last}"
@@ -347,7 +347,7 @@ def _rule(pattern: str, bits: Bits) -> ModuleRule:
     return ModuleRule(pattern=pattern, dense=True) if bits is None else ModuleRule(pattern=pattern, bits=bits)
 
 
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+def neighbours(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
     """First and last of each run of neighbouring numbers."""
     ordered = sorted(set(numbers))
     start = 0

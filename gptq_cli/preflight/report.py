@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +14,7 @@ from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.names import fold
 from gptq_cli.placement.placement import DeviceBudget, Placement
+from gptq_cli.planning.bits import neighbours
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.fisher import file_bytes
 from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_bytes
@@ -134,17 +136,43 @@ def quantize_plan(
 
 
 def own_settings(facts: ModelFacts, config: QuantizeConfig) -> tuple[OwnSettings, ...]:
-    """Linears whose settings differ from those of the rest, folded over the blocks."""
-    counts: dict[tuple[str, int, int, bool], int] = {}
+    """Linears whose settings differ from those of the rest, folded over the blocks that they are in."""
+    found: dict[tuple[str, int, int, bool], list[LinearFact]] = {}
     for linear in facts.packed:
         own = config.of_linear(linear.name)
         if config.changed(linear.name):
             key = (fold(linear.name), own.bits, own.group_columns, own.sym)
-            counts[key] = counts.get(key, 0) + 1
+            found.setdefault(key, []).append(linear)
+    alike = Counter(fold(linear.name) for linear in (*facts.packed, *facts.by_module))
     return tuple(
-        OwnSettings(name=name, bits=bits, group_size=group, sym=sym, linears=count)
-        for (name, bits, group, sym), count in counts.items()
+        OwnSettings(
+            name=name if len(linears) == alike[name] else _in_blocks(linears),
+            bits=bits,
+            group_size=group,
+            sym=sym,
+            linears=len(linears),
+        )
+        for (name, bits, group, sym), linears in found.items()
     )
+
+
+def _in_blocks(linears: Iterable[LinearFact]) -> str:
+    """`model.layers.0,2-3.mlp.down_proj`: some of the linears that are alike."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for linear in linears:
+        above, dot, number = linear.block.rpartition(".")
+        if number.isdecimal():
+            place = (above + dot, fold(linear.name.removeprefix(linear.block)))
+        else:
+            place = (linear.name, "")
+        found.setdefault(place, []).extend([int(number)] if number.isdecimal() else [])
+    return ", ".join(f"{above}{_numbers(held)}{rest}" for (above, rest), held in found.items())
+
+
+def _numbers(held: Sequence[int]) -> str:
+    """`0,2-3`."""
+    runs = neighbours(held)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _stage_plans(facts: ModelFacts) -> tuple[StagePlan, ...]:

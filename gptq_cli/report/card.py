@@ -80,8 +80,12 @@ def _results(scores: Iterable[TaskScore]) -> list[dict[str, object]]:
     ]
 
 
+def _widths(report: RunReport) -> str:
+    return widths_text(report.bits, report.bit_choice, report.own_settings)
+
+
 def _title(report: RunReport, facts: CardFacts) -> str:
-    return f"{facts.base_model or 'a local model'}, GPTQ {widths_text(report.bits, report.bit_choice)}"
+    return f"{facts.base_model or 'a local model'}, GPTQ {_widths(report)}"
 
 
 def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str]:
@@ -90,7 +94,7 @@ def _body(report: RunReport, facts: CardFacts, *, plotted: bool) -> Iterator[str
     yield ""
     symmetry = "symmetric" if report.sym else "asymmetric"
     yield (
-        f"The linears of {text(base)} quantized to {widths_text(report.bits, report.bit_choice)} with GPTQ: "
+        f"The linears of {text(base)} quantized to {_widths(report)} with GPTQ: "
         f"{fmt.group(report.group_size)}, {symmetry}, format {code(report.checkpoint_format)}, by "
         f"gptq-cli {__version__}."
     )

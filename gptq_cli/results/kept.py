@@ -27,7 +27,7 @@ class OwnSettings:
     """Linears whose settings differ from those of the rest, folded over the blocks."""
 
     name: str
-    """`model.layers.*.mlp.down_proj`, `lm_head`."""
+    """`model.layers.*.mlp.down_proj`, `lm_head`; of some blocks `model.layers.0,2-3.mlp.down_proj`."""
     bits: int
     group_size: int
     sym: bool

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from gptq_cli.display.bits import bits_rows, kind_of, kinds, widths_text
 from gptq_cli.results.bits import BitChoice, FusedBits, UniformBits
+from gptq_cli.results.kept import OwnSettings
 
 
 def fused(*names: str, bits: int | None = 4, kl: float = 0.01) -> FusedBits:
@@ -53,4 +54,6 @@ def test_names_and_widths() -> None:
     assert list(kinds(CHOICE.fused)["lm_head"]) == [8]
     assert widths_text(3, CHOICE) == "3 and 8 bits"
     assert widths_text(4, None) == "4 bits"
+    own = OwnSettings(name="a", bits=8, group_size=32, sym=True, linears=1)
+    assert widths_text(4, None, (own, replace(own, bits=4, group_size=64))) == "4 and 8 bits"
     assert widths_text(4, replace(CHOICE, fused=(fused("a", bits=None),))) == "4 bits"

@@ -16,7 +16,7 @@ from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.time import Estimate
-from gptq_cli.preflight.report import map_report, placement_tree, quantize_plan
+from gptq_cli.preflight.report import map_report, own_settings, placement_tree, quantize_plan
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from tests.documents import checked_document
@@ -191,3 +191,13 @@ def test_bits_a_parameter_count_everything_once(tied: bool) -> None:
     assert plan.bits_per_parameter == 8 * plan.size_after_bytes / facts.parameters
     weights = facts.parameters - dense
     assert plan.size_after_bytes * 8 == pytest.approx(plan.bits_per_weight * weights + 16 * dense)
+
+
+def test_settings_by_module_are_named_with_the_blocks_that_have_them() -> None:
+    rules = ["model.layers.0.mlp=bits:8", "model.layers.2-3.mlp.down_proj=bits:8", "*.*.*.self_attn=bits:3"]
+    config = QuantizeConfig.of(bits=4, group_size=32, modules=rules)
+    found = {one.name: (one.bits, one.linears) for one in own_settings(llama(blocks=5), config)}
+    assert found["model.layers.0,2-3.mlp.down_proj"] == (8, 3)
+    assert found["model.layers.0.mlp.gate_proj"] == (8, 1)
+    assert found["model.layers.*.self_attn.q_proj"] == (3, 5)
+    assert len(found) == 7
