@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptq_cli.calibration.rows import (
-    STANDARD_COLUMNS,
     Render,
     Row,
+    default_column,
     kind,
     known_column,
     messages_of,
@@ -55,7 +55,7 @@ def rows_to_pieces(
         value = row
         if isinstance(row, Mapping):
             key_of_text = known_column(
-                column or next((key for key in STANDARD_COLUMNS if key in row), None),
+                column or default_column(row),
                 list(row),
                 f"{name} {place}",
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,7 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
         names = file.schema_arrow.names
         if not names:
             return
-        wanted = column or next((name for name in STANDARD_COLUMNS if name in names), names[0])
-        known_column(wanted if column or wanted in STANDARD_COLUMNS else None, names, str(path))
+        wanted = known_column(column or default_column(names), names, str(path))
         number = 0
         for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[wanted]):
             for cell in batch.column(0):
@@ -100,6 +99,11 @@ def parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         why = first_line(error)
         raise CalibrationError(f"{path} is not a readable Parquet file: {why}", hint=SOURCES_HINT) from error
+
+
+def default_column(names: Collection[str]) -> str | None:
+    """The column that is read where none is named; None where there is none of `STANDARD_COLUMNS`."""
+    return next((name for name in STANDARD_COLUMNS if name in names), None)
 
 
 def known_column(column: str | None, names: list[Any], place: str) -> str:

@@ -37,9 +37,9 @@ from gptq_cli.calibration.documents import (
     rows_to_pieces,
 )
 from gptq_cli.calibration.rows import (
-    STANDARD_COLUMNS,
     Render,
     Row,
+    default_column,
     json_lines,
     json_rows,
     parquet_rows,
@@ -125,7 +125,7 @@ def _default_column(path: Path) -> str | None:
     _, row = next(reader(path, None), ("", None))
     if not isinstance(row, Mapping):
         return None
-    return next((key for key in (*STANDARD_COLUMNS, *row) if key in row), None)
+    return default_column(row)
 
 
 @contextmanager

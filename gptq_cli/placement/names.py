@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]+(?=\.|$)")
 
@@ -33,3 +33,18 @@ def fold(name: str) -> str:
 def numbers(name: str) -> tuple[str, ...]:
     """What `fold` leaves out: `model.layers.3.mlp.experts.7` -> ("3", "7")."""
     return tuple(_NUMBER.findall(name))
+
+
+def neighbours(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last of each run of neighbouring numbers."""
+    ordered = sorted(set(numbers))
+    start = 0
+    for at in range(1, len(ordered) + 1):
+        if at == len(ordered) or ordered[at] != ordered[at - 1] + 1:
+            yield ordered[start], ordered[at - 1]
+            start = at
+
+
+def range_words(first: int, last: int) -> str:
+    """`3`, or `3-5`, as patterns have it."""
+    return str(first) if first == last else f"{first}-{last}"

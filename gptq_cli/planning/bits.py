@@ -13,13 +13,13 @@ same bits; where it has none for those of a kind (SGLang's experts), they get th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gptq_cli.config import HEAD_BITS, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, settings_for
-from gptq_cli.placement.names import fold
+from gptq_cli.placement.names import fold, neighbours, range_words
 from gptq_cli.planning.knapsack import Option, choose
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.target_facts import target_facts, with_few_experts
@@ -338,20 +338,10 @@ def _rules(treated: Sequence[tuple[FusedLinears, Bits]]) -> list[ModuleRule]:
     runs = [(key, *ends) for key, numbers in blocks.items() for ends in neighbours(numbers)]
     rules = []
     for (above, rest, bits), first, last in sorted(runs, key=lambda run: (kinds.index(run[0][1]), run[1])):
-        words = str(first) if first == last else f"{first}-{last}"
+        words = range_words(first, last)
         rules.append(_rule(f"{above}.{words}{rest}" if above else f"{words}{rest}", bits))
     return [*rules, *single]
 
 
 def _rule(pattern: str, bits: Bits) -> ModuleRule:
     return ModuleRule(pattern=pattern, dense=True) if bits is None else ModuleRule(pattern=pattern, bits=bits)
-
-
-def neighbours(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of neighbouring numbers."""
-    ordered = sorted(set(numbers))
-    start = 0
-    for at in range(1, len(ordered) + 1):
-        if at == len(ordered) or ordered[at] != ordered[at - 1] + 1:
-            yield ordered[start], ordered[at - 1]
-            start = at

@@ -12,9 +12,8 @@ from gptq_cli.fields import GroupSize
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
-from gptq_cli.placement.names import fold
+from gptq_cli.placement.names import fold, neighbours, range_words
 from gptq_cli.placement.placement import DeviceBudget, Placement
-from gptq_cli.planning.bits import neighbours
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.fisher import file_bytes
 from gptq_cli.planning.memory import packed_bytes, quantized_bytes, snapshot_bytes
@@ -171,8 +170,7 @@ def _in_blocks(linears: Iterable[LinearFact]) -> str:
 
 def _numbers(held: Sequence[int]) -> str:
     """`0,2-3`."""
-    runs = neighbours(held)
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+    return ",".join(range_words(first, last) for first, last in neighbours(held))
 
 
 def _stage_plans(facts: ModelFacts) -> tuple[StagePlan, ...]:
