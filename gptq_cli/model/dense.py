@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,16 +13,18 @@ from gptq_cli.model.beside import LEFT_OUT, BesideInfo
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.experts import FoundExperts, stacked_parameters
 from gptq_cli.model.text_part import output_head
-from gptq_cli.placement.names import fold, parents
+from gptq_cli.placement.names import fold, in_blocks, parents
 
 BIASES = "biases of experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseInfo:
-    """Modules that keep their weights, folded over the blocks: `model.layers.*.input_layernorm`."""
+    """Modules that keep their weights, folded over the blocks that they are in."""
 
     name: str
+    """`model.layers.*.input_layernorm`; where not all that are alike stay dense, or not for one reason,
+    `model.layers.0,2-3.mlp.down_proj`."""
     kind: str
     """Class name."""
     reason: str
@@ -60,16 +62,20 @@ def fold_dense(
     }
     head = output_head(model)
     towers = {part.name for part in beside if part.reason != LEFT_OUT}
-    inside = tuple(f"{block}." for block in blocks)
+    below_blocks = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
-    folded: dict[tuple[str, str], tuple[str, int, int]] = {}
+    folded: dict[tuple[str, str], _Alike] = {}
+    seen: dict[str, set[str]] = {}  # folded name -> the modules that are quantized or dense
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
-        counted.update(id(p) for leaf, p in own.items() if f"{name}.{leaf}" in packed)
+        if inside := [id(p) for leaf, p in own.items() if f"{name}.{leaf}" in packed]:
+            counted.update(inside)
+            seen.setdefault(fold(name), set()).add(name)
         if any(above in towers for above in (name, *parents(name))):
             continue
         if all(id(p) in counted for p in own.values()):
             continue
+        seen.setdefault(fold(name), set()).add(name)
         if name in quantized:
             counted.update(id(p) for p in own.values())
             continue
@@ -79,22 +85,47 @@ def fold_dense(
         reason = kept.get(name) or together.get(name)
         if not reason:
             biases = name in together and max(p.ndim for p in left) < 3
-            reason = BIASES if biases else _reason(module, left, head, in_block=name.startswith(inside))
-        key = (fold(name), reason)
-        kind, modules, parameters = folded.get(key, (type(module).__name__, 0, 0))
-        folded[key] = (kind, modules + 1, parameters + size)
-    folded |= {(part.name, part.reason): (part.kind, part.modules, part.parameters) for part in beside}
-    return tuple(
+            reason = BIASES if biases else _reason(module, left, head, in_block=name.startswith(below_blocks))
+        alike = folded.setdefault((fold(name), reason), _Alike(type(module).__name__))
+        alike.names.append(name)
+        alike.parameters += size
+    found = [
         DenseInfo(
-            name=name,
-            kind=kind,
+            name=name if len(alike.names) == len(seen[name]) else _in_blocks(alike.names, blocks),
+            kind=alike.kind,
             reason=reason,
-            modules=modules,
-            parameters=parameters,
-            share=parameters / max(1, total),
+            modules=len(alike.names),
+            parameters=alike.parameters,
+            share=alike.parameters / max(1, total),
         )
-        for (name, reason), (kind, modules, parameters) in folded.items()
-    )
+        for (name, reason), alike in folded.items()
+    ]
+    found += [
+        DenseInfo(
+            name=part.name,
+            kind=part.kind,
+            reason=part.reason,
+            modules=part.modules,
+            parameters=part.parameters,
+            share=part.parameters / max(1, total),
+        )
+        for part in beside
+    ]
+    return tuple(found)
+
+
+@dataclass(slots=True)
+class _Alike:
+    """Modules of one folded name that stay dense for one reason."""
+
+    kind: str
+    names: list[str] = field(default_factory=list)
+    parameters: int = 0
+
+
+def _in_blocks(names: Sequence[str], blocks: tuple[str, ...]) -> str:
+    known = set(blocks)
+    return in_blocks((next((x for x in (name, *parents(name)) if x in known), ""), name) for name in names)
 
 
 def _reason(module: nn.Module, own: Sequence[nn.Parameter], head: nn.Module | None, *, in_block: bool) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _NUMBER = re.compile(r"(?:^|(?<=\.))[0-9]+(?=\.|$)")
+_NUMBERS = re.compile(r"(?:^|(?<=\.))[0-9]+(?:[-,][0-9]+)*(?=\.|$)")
 
 
 def parents(name: str) -> Iterator[str]:
@@ -26,8 +27,11 @@ def leaf(name: str) -> str:
 
 
 def fold(name: str) -> str:
-    """`model.layers.3.mlp.experts.7` -> `model.layers.*.mlp.experts.*`: equal for the likes of one module."""
-    return _NUMBER.sub("*", name)
+    """`model.layers.3.mlp.experts.7` -> `model.layers.*.mlp.experts.*`: equal for the likes of one module.
+
+    Those of some blocks (`model.layers.0,2-3.mlp`, see `in_blocks`) as for one.
+    """
+    return _NUMBERS.sub("*", name)
 
 
 def numbers(name: str) -> tuple[str, ...]:
@@ -48,3 +52,20 @@ def neighbours(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
 def range_words(first: int, last: int) -> str:
     """`3`, or `3-5`, as patterns have it."""
     return str(first) if first == last else f"{first}-{last}"
+
+
+def in_blocks(names: Iterable[tuple[str, str]]) -> str:
+    """`model.layers.0,2-3.mlp.down_proj`, of (block, name): some of the modules that are alike."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for block, name in names:
+        above, dot, number = block.rpartition(".")
+        if number.isdecimal():
+            found.setdefault((above + dot, fold(name.removeprefix(block))), []).append(int(number))
+        else:
+            found[name, ""] = []
+    return ", ".join(f"{above}{_numbers_text(held)}{rest}" for (above, rest), held in found.items())
+
+
+def _numbers_text(numbers: Sequence[int]) -> str:
+    """`0,2-3`."""
+    return ",".join(range_words(first, last) for first, last in neighbours(numbers))

@@ -12,7 +12,7 @@ from gptq_cli.fields import GroupSize
 from gptq_cli.findings import PreflightReport
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
-from gptq_cli.placement.names import fold, neighbours, range_words
+from gptq_cli.placement.names import fold, in_blocks
 from gptq_cli.placement.placement import DeviceBudget, Placement
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.fisher import file_bytes
@@ -145,7 +145,7 @@ def own_settings(facts: ModelFacts, config: QuantizeConfig) -> tuple[OwnSettings
     alike = Counter(fold(linear.name) for linear in (*facts.packed, *facts.by_module))
     return tuple(
         OwnSettings(
-            name=name if len(linears) == alike[name] else _in_blocks(linears),
+            name=name if len(linears) == alike[name] else in_blocks((x.block, x.name) for x in linears),
             bits=bits,
             group_size=group,
             sym=sym,
@@ -153,24 +153,6 @@ def own_settings(facts: ModelFacts, config: QuantizeConfig) -> tuple[OwnSettings
         )
         for (name, bits, group, sym), linears in found.items()
     )
-
-
-def _in_blocks(linears: Iterable[LinearFact]) -> str:
-    """`model.layers.0,2-3.mlp.down_proj`: some of the linears that are alike."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for linear in linears:
-        above, dot, number = linear.block.rpartition(".")
-        if number.isdecimal():
-            place = (above + dot, fold(linear.name.removeprefix(linear.block)))
-        else:
-            place = (linear.name, "")
-        found.setdefault(place, []).extend([int(number)] if number.isdecimal() else [])
-    return ", ".join(f"{above}{_numbers(held)}{rest}" for (above, rest), held in found.items())
-
-
-def _numbers(held: Sequence[int]) -> str:
-    """`0,2-3`."""
-    return ",".join(range_words(first, last) for first, last in neighbours(held))
 
 
 def _stage_plans(facts: ModelFacts) -> tuple[StagePlan, ...]:

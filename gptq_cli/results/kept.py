@@ -12,10 +12,10 @@ IN_PART = "another part of its tensor of experts stays dense"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptDense:
-    """Linears of the blocks that keep their weights, folded over the blocks."""
+    """Linears of the blocks that keep their weights, folded over the blocks that they are in."""
 
     name: str
-    """`model.layers.*.linear_attn.in_proj_a`."""
+    """`model.layers.*.linear_attn.in_proj_a`; of some blocks `model.layers.0,2-3.mlp.down_proj`."""
     reason: str
     linears: int
     weights: int

@@ -48,11 +48,31 @@ def test_dense_by_name(tiny_llama: Path) -> None:
     assert len(skeleton.by_module) == len(skeleton.kept) == 6
     facts = model_facts(skeleton)
     assert KeptDense(
-        name="model.layers.*.self_attn.q_proj", reason=BY_MODULE, linears=1, weights=64 * 64
+        name="model.layers.1.self_attn.q_proj", reason=BY_MODULE, linears=1, weights=64 * 64
     ) in facts.kept  # fmt: skip
     assert {x.stage for x in facts.by_module if x.name.endswith(("q_proj", "k_proj", "v_proj"))} == {0}
     assert len(facts.linears) == 15
     assert facts.quantized_share == pytest.approx(skeleton.quantized_share)
+
+
+def test_what_is_dense_in_some_blocks_is_named_with_them(tiny: TinyFactory, tiny_llama: Path) -> None:
+    rules = [
+        "model.layers.0.mlp.down_proj=dense",
+        "model.layers.2.mlp.down_proj=dense",
+        "*.*.*.mlp.up_proj=dense",
+    ]
+    skeleton = selected(tiny_llama, modules=rules)
+    assert {(one.name, one.linears) for one in model_facts(skeleton).kept} == {
+        ("model.layers.0,2.mlp.down_proj", 2),
+        ("model.layers.*.mlp.up_proj", 3),
+    }
+    dense = {one.name for one in skeleton.dense}
+    assert "model.layers.0,2.mlp.down_proj" in dense
+    assert "model.layers.*.input_layernorm" in dense
+    moe = selected(tiny("mixtral"), modules="model.layers.1.mlp.experts=dense")
+    assert [(one.name, one.reason) for one in moe.dense if one.name.endswith("experts")] == [
+        ("model.layers.1.mlp.experts", BY_MODULE)
+    ]
 
 
 def test_gates_stay_dense_unless_they_are_named(tmp_path: Path) -> None:

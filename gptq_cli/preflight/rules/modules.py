@@ -35,7 +35,7 @@ def module_pattern(case: JobCase) -> list[Remark]:
             continue
         if dense.covered_by(one.pattern):
             tree = {kept.name: kept.reason for kept in facts.kept}
-            reasons = {tree[k] for k in tree if NameTree([k]).covered_by(fold(one.pattern))}
+            reasons = {tree[k] for k in tree if NameTree(fold(k).split(", ")).covered_by(fold(one.pattern))}
             why = f": {names_text(sorted(reasons))}" if reasons else ""
             message, hint = f"what it covers cannot be quantized{why}", "leave it out, or say dense"
         elif there and not _names_head(one.pattern):

@@ -84,6 +84,10 @@ def test_a_setting_for_what_cannot_be_quantized() -> None:
     (finding,) = found("module-pattern", facts, modules="model.layers.0.router=bits:8")
     assert finding.message == "what it covers cannot be quantized: router"
     assert not found("module-pattern", facts, modules="model.layers.*.router=dense")
+    some = replace(kept, name="model.layers.0,2.router, model.other.3.router")
+    facts = replace(facts, kept=(some,))
+    (finding,) = found("module-pattern", facts, modules="model.layers.0.router=bits:8")
+    assert finding.message == "what it covers cannot be quantized: router"
 
 
 @pytest.mark.parametrize(
