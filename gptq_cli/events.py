@@ -161,7 +161,7 @@ class CacheFlushed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFinished:
-    """The block is quantized, packed and handed to the writer."""
+    """The block is quantized, packed and kept: a run that ends here goes on after it."""
 
     index: int
     total: int

@@ -10,8 +10,8 @@ For each block, in model order:
         assign   W <- dequantized codes  so that what follows sees the quantized block
         pack     and hand over           the codes leave memory here
     run the samples to the end of the block: its outputs are the next block's inputs
-    flush the device caches
     keep it                          so that a run that ends here can go on
+    announce it, and flush the device caches
 
 The work on one block is `engine.block`; here is the loop around it.
 
@@ -119,11 +119,11 @@ def quantize_blocks(
         )
         reports.append(report)
         few_tokens.block(block.name, linears)
+        keeper.keep(report, states)  # before it is announced: who stops the run at that line keeps the block
         observer(_finished(reports, first, len(blocks), memory))
         for leak in leaks.check(_flush("block", block.name, options, observer)):
             observer(Warned(leak, "report it with the model's config.json; fewer --samples need less memory"))
         ranks.tell(block.name, memory)
-        keeper.keep(report, states)
     few_tokens.end()
     return tuple(reports)
 

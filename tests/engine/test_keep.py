@@ -18,7 +18,7 @@ from gptq_cli.engine.keep import NothingKept, by_sample, restore
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.opening import EngineRun
 from gptq_cli.engine.run import quantize_model
-from gptq_cli.events import ignore
+from gptq_cli.events import BlockFinished, Event, Observer, ignore
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.find import find_model
@@ -62,7 +62,7 @@ class Kept(NothingKept):
         self.finished = (*self.finished, report)
 
 
-def quantized(model: Path, keeper: Kept, **config: Any) -> None:
+def quantized(model: Path, keeper: Kept, observer: Observer = ignore, **config: Any) -> None:
     ref = ModelRef(model=str(model))
     skeleton = open_skeleton(find_model(ref), ref)
     facts = model_facts(skeleton)
@@ -81,7 +81,7 @@ def quantized(model: Path, keeper: Kept, **config: Any) -> None:
         config=work.quantize,
         options=LoopOptions(strict=False, devices=(CPU,)),
     )
-    quantize_model(run, ids, keeper.store, ignore, keeper)
+    quantize_model(run, ids, keeper.store, observer, keeper)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -111,6 +111,18 @@ def test_every_form_of_codes(name: str, config: dict[str, Any], tiny: TinyFactor
     gone_on = Kept(whole, 1)
     quantized(tiny(name), gone_on, **config)
     assert same(gone_on.states[1], whole.states[1])
+
+
+def test_a_block_is_kept_before_it_is_announced(tiny: TinyFactory) -> None:
+    keeper, announced = Kept(), []
+
+    def observe(event: Event) -> None:
+        if isinstance(event, BlockFinished):
+            announced.append((event.report.name, tuple(report.name for report in keeper.finished)))
+
+    quantized(tiny("gpt2"), keeper, observe)
+    first, second = "transformer.h.0", "transformer.h.1"
+    assert announced == [(first, (first,)), (second, (first, second))]
 
 
 class KeptOpen(Kept):
