@@ -16,14 +16,25 @@ def bits_text(bits: int | None) -> str:
     return "dense" if bits is None else f"{bits} bits"
 
 
-def widths_text(bits: int, choice: BitChoice | None, own: Sequence[OwnSettings] = ()) -> str:
-    """`4 bits`; of a budget, or with settings by module, `2, 3 and 8 bits`."""
-    used = (
-        {one.bits for one in choice.fused if one.bits is not None}
-        if choice is not None
-        else {bits, *(one.bits for one in own)}
-    )
-    *others, last = map(str, sorted(used) or [bits])
+def widths(
+    bits: int, choice: BitChoice | None, own: Sequence[OwnSettings] = (), linears: int = 0
+) -> tuple[int, ...]:
+    """The numbers of bits that the `linears` quantized ones (0: unknown how many) have; `bits` only where a
+    linear is left that has no settings of its own."""
+    if choice is not None:
+        used = {one.bits for one in choice.fused if one.bits is not None}
+    else:
+        used = {one.bits for one in own}
+        if not used or not linears or sum(one.linears for one in own) < linears:
+            used.add(bits)
+    return tuple(sorted(used)) or (bits,)
+
+
+def widths_text(
+    bits: int, choice: BitChoice | None, own: Sequence[OwnSettings] = (), linears: int = 0
+) -> str:
+    """`4 bits`; of a budget, or with settings by module, `2, 3 and 8 bits`. See `widths`."""
+    *others, last = map(str, widths(bits, choice, own, linears))
     return f"{', '.join(others)} and {last} bits" if others else f"{last} bits"
 
 

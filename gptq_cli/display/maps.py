@@ -219,6 +219,7 @@ def _disk(plan: QuantizePlan) -> str:
 
 def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]:
     """The facts of a dry run about the work."""
+    bits = widths_text(plan.bits, plan.bit_choice, plan.own_settings, plan.linears)
     group = fmt.group(plan.group_size)
     reason = f" ({plan.group_reason})" if plan.group_reason else ""
     work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
@@ -226,7 +227,7 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     sizes = f"{fmt.size(plan.size_before_bytes)} -> {fmt.size(plan.size_after_bytes)}"
     rows: list[tuple[str, RenderableType]] = [
         ("work", f"{work}, {plan.samples} x {plan.seq_len} tokens"),
-        ("recipe", f"{widths_text(plan.bits, plan.bit_choice, plan.own_settings)}, {group}{reason}"),
+        ("recipe", f"{bits}, {group}{reason}"),
         *bit_choice_rows(plan.bit_choice),
         *own_settings_rows(other_settings(plan), kept),
         ("quantized", quantized_text(plan)),

@@ -123,7 +123,9 @@ def recipe(report: RunReport | LoadReport) -> str:
     order = ", desc_act" if report.desc_act else ""
     run = report if isinstance(report, RunReport) else None
     bits = (
-        widths_text(report.bits, run.bit_choice, run.own_settings) if run else widths_text(report.bits, None)
+        widths_text(run.bits, run.bit_choice, run.own_settings, len(run.linears))
+        if run
+        else widths_text(report.bits, None)
     )
     return f"{bits}, {group}, {symmetry(report.sym)}{order}, format {report.checkpoint_format}"
 

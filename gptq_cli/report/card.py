@@ -19,7 +19,7 @@ import yaml
 from gptq_cli import __version__
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.display import format as fmt
-from gptq_cli.display.bits import bits_rows, widths_text
+from gptq_cli.display.bits import bits_rows, widths, widths_text
 from gptq_cli.display.escapes import escaped
 from gptq_cli.display.load import score_text
 from gptq_cli.display.tables import other_settings
@@ -46,7 +46,8 @@ def card_files(report: RunReport, facts: CardFacts) -> Mapping[str, str]:
 
 def _front_matter(report: RunReport, facts: CardFacts) -> Iterator[str]:
     source = facts.source
-    bits = f"{report.bits}-bit"
+    there = widths(report.bits, report.bit_choice, report.own_settings, len(report.linears))
+    bits = [f"{one}-bit" for one in ((report.bits,) if report.bits in there else there)]
     held: dict[str, object] = {
         "base_model": facts.base_model,
         "base_model_relation": "quantized" if facts.base_model else "",
@@ -57,7 +58,7 @@ def _front_matter(report: RunReport, facts: CardFacts) -> Iterator[str]:
         "library_name": "transformers",
         "pipeline_tag": source.pipeline_tag or facts.pipeline_tag,
         "quantized_by": "gptq-cli",
-        "tags": list(dict.fromkeys((*source.tags, "gptq", bits, "gptq-cli"))),
+        "tags": list(dict.fromkeys((*source.tags, "gptq", *bits, "gptq-cli"))),
     }
     if report.proof is not None and report.proof.tasks:
         held["model-index"] = [{"name": _title(report, facts), "results": _results(report.proof.tasks)}]
@@ -81,7 +82,7 @@ def _results(scores: Iterable[TaskScore]) -> list[dict[str, object]]:
 
 
 def _widths(report: RunReport) -> str:
-    return widths_text(report.bits, report.bit_choice, report.own_settings)
+    return widths_text(report.bits, report.bit_choice, report.own_settings, len(report.linears))
 
 
 def _title(report: RunReport, facts: CardFacts) -> str:

@@ -56,4 +56,6 @@ def test_names_and_widths() -> None:
     assert widths_text(4, None) == "4 bits"
     own = OwnSettings(name="a", bits=8, group_size=32, sym=True, linears=1)
     assert widths_text(4, None, (own, replace(own, bits=4, group_size=64))) == "4 and 8 bits"
+    assert widths_text(4, None, (own,), linears=2) == "4 and 8 bits"
+    assert widths_text(4, None, (own, replace(own, bits=3)), linears=2) == "3 and 8 bits"
     assert widths_text(4, replace(CHOICE, fused=(fused("a", bits=None),))) == "4 bits"

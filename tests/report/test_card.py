@@ -15,7 +15,7 @@ from gptq_cli.findings import Finding
 from gptq_cli.jobs.settings import settings_of
 from gptq_cli.report.card import PLOT, card_files, code, command, text
 from gptq_cli.results.card import CARD, HERE, CardFacts, SourceCard, renamed
-from gptq_cli.results.kept import KeptDense
+from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import Agreement, RuleResult, TargetReport
 from gptq_cli.results.run import RunReport, TextShare
 from tests.display.events import load_report, report
@@ -67,6 +67,17 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
         "quantized_by": "gptq-cli",
         "tags": ["chat", "gptq", "4-bit", "gptq-cli"],
     }
+
+
+def test_bits_that_no_linear_has_are_not_named() -> None:
+    run = report()
+    own = OwnSettings(name="model.*", bits=3, group_size=64, sym=True, linears=len(run.linears))
+    card = made(replace(run, own_settings=(own,)))
+    assert "GPTQ 3 bits" in card
+    assert "4 bits" not in card
+    assert front(card)["tags"] == ["chat", "gptq", "3-bit", "gptq-cli"]
+    some = made(replace(run, own_settings=(replace(own, linears=own.linears - 1),)))
+    assert "GPTQ 3 and 4 bits" in some
 
 
 def test_a_source_without_a_card_leaves_its_fields_out() -> None:
