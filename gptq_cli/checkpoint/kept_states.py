@@ -71,6 +71,20 @@ class StatesOnDisk:
             ) from error
         return {int(sample): get for sample, get in found.items()}
 
+    def problem(self, first: int) -> str:
+        """Why those of block `first` and of the ones after it are not as they were kept; "" where they are.
+        What is not is no longer complete, and will be taken again."""
+        if not self.complete:
+            return "a file is missing, or has another size"
+        for block in sorted(number for number in self._parts if number >= first):
+            try:
+                read_snapshot(self._folder, self._parts[block])
+            except JournalError as error:
+                with self._on_disk():
+                    (self._folder / _LIST).unlink(missing_ok=True)
+                return str(error)
+        return ""
+
     def finish(self) -> None:
         """See `KeptStates.finish`."""
         listed = {block: asdict(part) for block, part in self._parts.items()}

@@ -117,9 +117,12 @@ class Keeping:
             )
             self._journal.manifest = self._journal.without(count)
         self._start = replace(self._start, first_block=count)
-        if self._journal.manifest.gradients and not self._has_gradients:
+        if problem := self._gradients_problem(count):
             self._observer(
-                Warned("the dense model's gradients are not as they were kept; they are taken again")
+                Warned(
+                    f"the dense model's gradients are not as they were kept; they are taken again: {problem}",
+                    "if files change by themselves, check the disk",
+                )
             )
             self._journal.manifest = replace(self._journal.manifest, gradients=False)
         self._destination.kept = self._worth_keeping
@@ -142,6 +145,11 @@ class Keeping:
                 return found, problem
             found.append(block)
         return found, ""
+
+    def _gradients_problem(self, first: int) -> str:
+        """Why the gradients of the blocks from `first` on are not those that the journal has; else ""."""
+        held = self._journal.manifest.gradients
+        return StatesOnDisk(self._destination.gradients).problem(first) if held else ""
 
     def _warn_of_other_libraries(self) -> None:
         """They may round otherwise, so the result may differ from an uninterrupted run's."""
