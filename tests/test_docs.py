@@ -130,3 +130,15 @@ def test_hosted_ci_runs_what_make_check_runs_on_every_python() -> None:
     assert oldest is not None
     assert matrix["python"][0] == oldest[1]
     assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]), ids=lambda path: path.name
+)
+def test_every_table_has_a_header(path: Path) -> None:
+    """An empty line inside a table would leave its second half without one."""
+    lines = ["", *re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8")).splitlines(), ""]
+    begun = [
+        at for at, line in enumerate(lines) if line.startswith("|") and not lines[at - 1].startswith("|")
+    ]
+    assert [lines[at] for at in begun if not re.fullmatch(r"\|[-:| ]+\|", lines[at + 1])] == []
