@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 
 import pytest
@@ -17,8 +16,8 @@ def test_a_signal_waits(number: signal.Signals) -> None:
     try:
         with held_signals() as check:
             check()
-            os.kill(os.getpid(), number)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
+            signal.raise_signal(number)
             assert heard == []
             with pytest.raises(KeyboardInterrupt):
                 check()
@@ -31,7 +30,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with held_signals() as check:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             check()
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -41,7 +40,7 @@ def test_ctrl_c_interrupts_after_the_block() -> None:
     done = []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "another test left its own"
     with pytest.raises(KeyboardInterrupt), held_signals():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         done.append("block")
     assert done == ["block"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
