@@ -16,6 +16,7 @@ from pathlib import Path
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.checkpoint.held_signals import held_signals
+from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.kept_states import StatesOnDisk
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeJob
@@ -50,7 +51,7 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.ranks import ranks_plan
-from gptq_cli.planning.time import estimate, quick_estimate
+from gptq_cli.planning.time import NOTHING_DONE, Done, estimate, quick_estimate
 from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import map_report, own_settings, quantize_plan, time_shown
@@ -150,16 +151,18 @@ def _quantize(
     if found is not None and not found.facts.continued:
         destination.start_over()
         found = None
-    done = len(found.journal.manifest.blocks) if found is not None and found.journal is not None else 0
+    done = _done(found.journal) if found is not None and found.journal is not None else NOTHING_DONE
     expected = quick_estimate(
         checked.facts,
         checked.work,
         schedule,
         placement.main_device,
-        finished=done,
+        done=done,
         shards=checked.skeleton.files.shards,
     )
-    tally(header(job, checked, placement, schedule, tokens, expected, finished=done, joined=asked.joined))
+    tally(
+        header(job, checked, placement, schedule, tokens, expected, finished=done.blocks, joined=asked.joined)
+    )
     job, given = replace(job, quantize=checked.work.quantize), job
     fingerprint = Fingerprint.of(job, checked.skeleton, tokens)
     devices = watched(placement)
@@ -254,6 +257,12 @@ def _quantize(
             if not asked.goes_on:
                 tally(RunFinished(report))
     return report, checked.skeleton, card
+
+
+def _done(journal: Journal) -> Done:
+    """What the work that the job goes on with has finished."""
+    held = journal.manifest
+    return Done(blocks=len(held.blocks), gradients=held.gradients, tuned=held.tuning is not None)
 
 
 @contextmanager

@@ -55,19 +55,35 @@ _SLOW = MachineRates(
 """A slow machine: what takes less than `SHORT_SECONDS` there is not worth a probe."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """What an earlier start of a job finished."""
+
+    blocks: int = 0
+    """The first ones of the model."""
+    gradients: bool = False
+    """Those of the dense model are taken."""
+    tuned: bool = False
+
+
+NOTHING_DONE = Done()
+
+
 def job_seconds(
-    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, *, finished: int = 0
+    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, *, done: Done = NOTHING_DONE
 ) -> float:
-    """The counting part: seconds of the whole job at `speed`, without its first `finished` blocks."""
+    """The counting part: seconds of the whole job at `speed`, without what is `done`."""
     files_bytes = facts.tensor_files_bytes or facts.size_bytes
-    working = list(block_seconds(facts, work, schedule, speed).values())[finished:]
+    working = list(block_seconds(facts, work, schedule, speed).values())[done.blocks :]
     reading = _block_bytes(facts) * _stored(facts) / speed.disk_rate
     total = START_SECONDS + files_bytes / speed.disk_rate
     total += facts.decoded.elements / DECODED_PER_SECOND if facts.decoded is not None else 0.0
     total += sum(working)
     if schedule.reads_ahead:  # while the block before is worked on
         total -= sum(min(reading, seconds) for seconds in working[:-1])
-    total += gradient_seconds(facts, work, speed) + tuning_seconds(facts, work, speed)
+    if not done.gradients and done.blocks < len(facts.blocks):
+        total += gradient_seconds(facts, work, speed)
+    total += 0.0 if done.tuned else tuning_seconds(facts, work, speed)
     return total + (_head_seconds(facts.head, work, speed) if facts.head is not None else 0.0)
 
 
@@ -118,23 +134,23 @@ def quick_estimate(
     schedule: Schedule,
     device: Device,
     *,
-    finished: int = 0,
+    done: Done = NOTHING_DONE,
     shards: Sequence[Path] = (),
 ) -> Estimate | None:
-    """For a header, from a probe of under a second; `finished`: blocks that are done already; `shards`: the
-    model's files. None for what takes less than `SHORT_SECONDS` even on a slow machine."""
-    if job_seconds(facts, work, schedule, _SLOW, finished=finished) < SHORT_SECONDS:
+    """For a header, from a probe of under a second; `done`: by an earlier start; `shards`: the model's
+    files. None for what takes less than `SHORT_SECONDS` even on a slow machine."""
+    if job_seconds(facts, work, schedule, _SLOW, done=done) < SHORT_SECONDS:
         return None
-    return estimate(facts, work, schedule, rates(device, facts, work, shards=shards), finished)
+    return estimate(facts, work, schedule, rates(device, facts, work, shards=shards), done)
 
 
 def estimate(
-    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, finished: int = 0
+    facts: ModelFacts, work: Work, schedule: Schedule, speed: MachineRates, done: Done = NOTHING_DONE
 ) -> Estimate:
-    """How long quantizing the model of `facts` will take at `speed`; `finished`: blocks that are done."""
+    """How long quantizing the model of `facts` will take at `speed`; `done`: by an earlier start."""
     return Estimate(
         seconds=job_seconds(facts, work, schedule, speed),
-        left_seconds=job_seconds(facts, work, schedule, speed, finished=finished),
+        left_seconds=job_seconds(facts, work, schedule, speed, done=done),
         block_seconds=block_seconds(facts, work, schedule, speed),
         waited_share=speed.waited_share,
         source=speed.source or _probe_words(speed),

@@ -18,7 +18,7 @@ from gptq_cli.planning.memory import work_sets
 from gptq_cli.planning.ranks import ranks_plan
 from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates
 from gptq_cli.planning.schedule import StageShape, block_stages, stages_of
-from gptq_cli.planning.time import job_seconds
+from gptq_cli.planning.time import Done, job_seconds
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama, mixture, resolved
 
@@ -189,3 +189,15 @@ def test_several_processes_are_compared_with_one_that_does_the_same() -> None:
     speed = MachineRates(1e9, 1e9, 1e9, 1e-5, 1e-8)
     plain, weighed = (ranks_plan(FACTS, work_of(tokens), plan_of(), speed, 2) for tokens in (0, 128))
     assert weighed == plain
+
+
+def test_gradients_that_are_kept_take_no_time_again() -> None:
+    speed, plan = replace(IDLE, forward_rate=1e9), plan_of()
+
+    def left(tokens: int, **done: int) -> float:
+        return job_seconds(FACTS, work_of(tokens), plan, speed, done=Done(**done))
+
+    whole = left(128) - left(128, gradients=True)
+    assert whole == pytest.approx(left(128, blocks=1) - left(128, blocks=1, gradients=True))
+    assert whole > 0
+    assert left(128, blocks=BLOCKS) == pytest.approx(left(0, blocks=BLOCKS))  # none are taken then

@@ -20,6 +20,7 @@ from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND, MachineRates, measure
 from gptq_cli.planning.time import (
     DECODED_PER_SECOND,
     START_SECONDS,
+    Done,
     Estimate,
     estimate,
     job_seconds,
@@ -242,8 +243,8 @@ def test_finished_blocks_take_no_time_any_more() -> None:
     speed = replace(IDLE, forward_rate=1e9)
     plan = schedule(FACTS, WORK, parked=True)
     whole = job_seconds(FACTS, WORK, plan, speed) - FIXED
-    assert job_seconds(FACTS, WORK, plan, speed, finished=1) - FIXED == pytest.approx(whole / 2)
-    assert job_seconds(FACTS, WORK, plan, speed, finished=2) == pytest.approx(FIXED)
+    assert job_seconds(FACTS, WORK, plan, speed, done=Done(blocks=1)) - FIXED == pytest.approx(whole / 2)
+    assert job_seconds(FACTS, WORK, plan, speed, done=Done(blocks=2)) == pytest.approx(FIXED)
 
 
 def test_a_header_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +263,7 @@ def test_a_header_says_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> Non
     assert probes == []
     found = quick_estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU)
     assert (time_words(found), probes) == ("about 6 min", ["probed"])
-    left = quick_estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU, finished=1)
+    left = quick_estimate(FACTS, WORK, schedule(FACTS, WORK, parked=True), CPU, done=Done(blocks=1))
     assert found is not None
     assert left is not None
     assert left.left_seconds < left.seconds == found.seconds

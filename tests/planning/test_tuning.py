@@ -13,7 +13,7 @@ from gptq_cli.placement.schedule import TUNE_LOGITS
 from gptq_cli.planning import tuning
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.rates import MachineRates
-from gptq_cli.planning.time import job_seconds
+from gptq_cli.planning.time import Done, job_seconds
 from gptq_cli.planning.tuning import head_weights, tuning_bytes
 from tests.planning.schedules import schedule
 from tests.preflight.shapes import llama, resolved
@@ -39,6 +39,8 @@ def test_time() -> None:
     step = 14 * (4 * BLOCKS * BLOCK + 3 * head)
     assert seconds(1) - seconds(0) == pytest.approx(64 * (looks + step) / 1e9)
     assert seconds(3) - seconds(1) == pytest.approx(64 * 2 * step / 1e9)
+    one = Work(replace(DENSE, tune_epochs=1), DATA)
+    assert job_seconds(FACTS, one, plan, speed, done=Done(tuned=True)) == pytest.approx(seconds(0))
 
 
 def test_memory() -> None:
