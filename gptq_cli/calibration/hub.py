@@ -57,6 +57,22 @@ def parse_hub_source(source: str) -> HubSource:
     return HubSource(id_, config, split or "train", column)
 
 
+def hub_text(source: str) -> tuple[str, ...]:
+    """Equal for two names of one text of the Hub, as far as names tell: `c4` and `allenai/c4:en`. Which
+    column is read where none is named is known of the short names' data sets only. Raises
+    `CalibrationError`."""
+    wanted = parse_hub_source(source)
+    short = next((one for one in SHORT_NAMES.values() if _place(one) == _place(wanted)), None)
+    column = wanted.column or (short.column if short is not None else None)
+    if short is not None and short.id == SHORT_NAMES["wikitext2"].id:
+        column = short.column  # whichever is named: see `read_hub`
+    return (*_place(wanted), column or "")
+
+
+def _place(source: HubSource) -> tuple[str, str, str]:
+    return source.id.lower(), source.config or "", source.split  # the Hub takes any case for an id
+
+
 def read_hub(source: str, render: Render | None) -> Documents:
     """Open a data set on the Hub; its rows are read while the pieces are iterated."""
     wanted = parse_hub_source(source)

@@ -101,20 +101,34 @@ def check_source(source: str) -> None:
 def check_distinct(sources: Sequence[str]) -> None:
     """Raise `CalibrationError` where two names are of one text: it would give the same windows again.
 
-    Of a table named without a column its first row is read, where the same file is named twice.
+    Of a table named without a column its first row is read, where the same file is named twice. Of data sets
+    on the Hub only names are compared.
     """
     files = [(name, find_file(name)) for name in sources if name not in _NAMES]
     places = [(os.path.realpath(found[0]), name, found) for name, found in files if found is not None]
-    known: dict[tuple[str, str | None], str] = {}
-    for place, name, (path, column) in places:
-        if sum(place == other for other, _, _ in places) == 1:
-            continue
-        first = known.setdefault((place, column or _default_column(path)), name)
+    texts: list[tuple[tuple[str | None, ...], str]] = [
+        ((place, column or _default_column(path)), name)
+        for place, name, (path, column) in places
+        if sum(place == other for other, _, _ in places) > 1
+    ]
+    texts += [(_hub_text(name), name) for name, found in files if found is None]
+    known: dict[tuple[str | None, ...], str] = {}
+    for text, name in texts:
+        first = known.setdefault(text, name)
         if first != name:
             raise CalibrationError(
                 f"{first!r} and {name!r} are one text; allowed: each source once",
                 hint=f"give it a larger weight instead: {first}*2",
             )
+
+
+def _hub_text(name: str) -> tuple[str, ...]:
+    from gptq_cli.calibration import hub
+
+    try:
+        return hub.hub_text(name)
+    except CalibrationError:  # it is no name of a data set, which is said when it is read
+        return (name,)
 
 
 def _default_column(path: Path) -> str | None:

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from gptq_cli.calibration.hub import HubSource, articles, parse_hub_source, read_hub
+from gptq_cli.calibration.hub import HubSource, articles, hub_text, parse_hub_source, read_hub
+from gptq_cli.calibration.text import check_distinct
 from gptq_cli.errors import CalibrationError
 
 
@@ -118,3 +119,30 @@ def test_a_failure_inside_datasets_is_ours_to_word(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(CalibrationError, match="BuilderConfig 'xx' not found"):
         list(read_hub("org/data:xx", None).pieces)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "same"),
+    [
+        ("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1", True),
+        ("wikitext2", "salesforce/wikitext:wikitext-2-raw-v1:train:text", True),
+        ("c4", "allenai/c4:en", True),
+        ("c4", "allenai/c4:en:train:text", True),
+        ("a/b", "a/b::train", True),
+        ("wikitext2", "Salesforce/wikitext:wikitext-2-raw-v1:test", False),
+        ("c4", "allenai/c4:de", False),
+        ("c4", "allenai/c4:en:train:url", False),
+        ("a/b", "a/b:::text", False),
+    ],
+)
+def test_two_names_of_one_text(one: str, two: str, same: bool) -> None:
+    assert (hub_text(one) == hub_text(two)) == same
+    if not same:
+        check_distinct([one, two, "pydoc"])
+        return
+    with pytest.raises(CalibrationError, match="are one text; allowed: each source once"):
+        check_distinct(["pydoc", one, two])
+
+
+def test_what_is_no_name_is_left_to_its_reader() -> None:
+    check_distinct(["a/b/c/missing.txt", "pydoc", "a/b"])
