@@ -22,11 +22,8 @@ from torch import Tensor
 
 from gptq_cli.calibration.conversations import PROBE
 from gptq_cli.calibration.documents import Documents, Piece
-from gptq_cli.calibration.rows import Render, row_text
+from gptq_cli.calibration.rows import Render, has_answer, row_text
 from gptq_cli.errors import CalibrationError
-
-ANSWERING = ("assistant", "model")
-"""Roles whose messages are answers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +36,8 @@ class AnswerWindows:
     """(windows, seq_len) bool: True for tokens of answers."""
     left_out: int
     """Conversations that were read and have no answer within a window."""
+    too_long: int
+    """Those of more characters than a piece, whose answers are not looked for."""
 
 
 def conversation_windows(
@@ -55,12 +54,16 @@ def conversation_windows(
     made: list[tuple[list[int], list[bool]]] = []
     ids: list[int] = []
     counts: list[bool] = []
-    too_long: list[int] = []  # tokens of those that are left out
+    late: list[int] = []  # tokens of those that have no answer within a window
+    too_long = 0
     for piece in documents.pieces:
-        spans = answer_spans(piece.text, piece.messages or (), render, documents.label)
+        too_long += piece.too_long
+        if piece.messages is None:
+            continue
+        spans = answer_spans(piece.text, piece.messages, render, documents.label)
         own, own_counts = _tokens(tokenizer, piece, spans)
         if not any(own_counts[1:seq_len]):  # no token foretells the first
-            too_long += [len(own)] if any(own_counts[seq_len:]) else []
+            late += [len(own)] if any(own_counts[seq_len:]) else []
             continue
         if ids and len(ids) + len(own) > seq_len:
             made.append((ids, counts))
@@ -69,18 +72,19 @@ def conversation_windows(
         if len(made) == windows:
             break
     made = [*made, (ids, counts)][:windows] if ids else made
-    if not made and too_long:
+    if not made and late:
         raise CalibrationError(
             f"{documents.label} has no answer within {seq_len} tokens: its shortest conversation with an "
-            f"answer has {min(too_long)}",
-            hint=f"take longer windows: gptq load DIR --eval SOURCE --seq-len {min(too_long)}",
+            f"answer has {min(late)}",
+            hint=f"take longer windows: gptq load DIR --eval SOURCE --seq-len {min(late)}",
         )
     if not made:
         return None
     return AnswerWindows(
         torch.tensor([ids + [filler] * (seq_len - len(ids)) for ids, _ in made], dtype=torch.int64),
         torch.tensor([counts + [False] * (seq_len - len(counts)) for _, counts in made]),
-        len(too_long),
+        len(late),
+        too_long,
     )
 
 
@@ -94,7 +98,7 @@ def answer_spans(
     """
     found: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
-        if message["role"] not in ANSWERING or not str(message["content"]).strip():
+        if not has_answer([message]):
             continue
         probed = [*messages[:index], {**message, "content": PROBE}, *messages[index + 1 :]]
         other = row_text(probed, name, render)

@@ -70,6 +70,8 @@ class TokenBatches:
     """(samples, seq_len) bool: True for tokens of answers, where the text is conversations; else None."""
     left_out: int = 0
     """Conversations with no answer within a window."""
+    too_long: int = 0
+    """Conversations of more characters than are tokenized at once."""
 
     @property
     def source(self) -> str:
@@ -238,13 +240,16 @@ def evaluation_windows(
         first = next(documents.pieces, None)
         if first is not None:
             documents = Documents(documents.label, chain((first,), documents.pieces))
-        if first is not None and first.messages is not None and render is not None:
+        talk = first is not None and (first.messages is not None or first.too_long)
+        if talk and render is not None:
             found = conversation_windows(tokenizer, documents, seq_len, windows, render)
             if found is not None:
                 ids, label = found.input_ids, documents.label
                 whole = _TokenRow(ids.flatten(), read_to_end=False)
                 batches = _batches(ids, label, whole, len(ids), None, vocab_size)
-                return replace(batches, answers=found.counts, left_out=found.left_out)
+                return replace(
+                    batches, answers=found.counts, left_out=found.left_out, too_long=found.too_long
+                )
             documents = read_documents(source, render=render, stdin=stdin)
         row = _tokenize(tokenizer, documents, windows * seq_len)
         cut, tokens = _cut_windows(tokenizer, row.ids, seq_len), row.ids.numel()

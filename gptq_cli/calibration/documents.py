@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gptq_cli.calibration.rows import (
     Render,
     Row,
     default_column,
+    has_answer,
     kind,
     known_column,
     messages_of,
@@ -33,6 +34,8 @@ class Piece:
     opens: bool = True
     messages: Sequence[Mapping[str, Any]] | None = None
     """Of a conversation that the chat template wrote as a whole: what it was given; of other texts None."""
+    too_long: bool = False
+    """It begins a conversation with answers that is longer than a piece, whose answers are not looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,14 @@ def rows_to_pieces(
         text = row_text(value, f"{name} {place}", render)
         if text.strip():
             written = True
-            whole = render is not None and isinstance(value, list) and len(text) <= PIECE_CHARACTERS
-            if whole:
-                yield Piece(text, messages=messages_of(value, f"{name} {place}"))
+            rendered = render is not None and isinstance(value, list)
+            messages = messages_of(value, f"{name} {place}") if rendered else None
+            if rendered and len(text) <= PIECE_CHARACTERS:
+                yield Piece(text, messages=messages)
             else:
-                yield from _cut(text)
+                pieces = _cut(text)
+                yield replace(next(pieces), too_long=has_answer(messages or ()))
+                yield from pieces
     if not written:
         what = f"column {column!r} of {name}" if column else name
         raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=SOURCES_HINT)

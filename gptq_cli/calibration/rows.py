@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ STANDARD_COLUMNS = ("text", "messages")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 """Values of `type` for a part of a content that is text."""
 
+ANSWERING = ("assistant", "model")
+"""Roles whose messages are answers."""
 MAX_JSON_CHARACTERS = 1 << 30
 _PARQUET_ROWS = 16
 """Rows that are decoded at once: a row may hold a book."""
@@ -149,6 +151,11 @@ def row_text(value: Any, place: str, render: Render | None) -> str:
 def messages_of(value: list[Any], place: str) -> list[dict[str, Any]]:
     """The messages of a conversation, their contents as text. Raises `CalibrationError` naming `place`."""
     return [_message(item, f"{place}: message {number}") for number, item in enumerate(value, start=1)]
+
+
+def has_answer(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a model says something in the conversation."""
+    return any(message["role"] in ANSWERING and str(message["content"]).strip() for message in messages)
 
 
 def kind(value: Any) -> str:

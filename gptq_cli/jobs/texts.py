@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptq_cli.calibration import TokenBatches
+from gptq_cli.calibration.documents import PIECE_CHARACTERS
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.errors import ConfigError, ModelError
 from gptq_cli.evaluation.generation_config import FILE, read_generation_config, settings_of, stop_criterion
@@ -96,13 +97,23 @@ def check_windows(seq_len: int, positions: Positions | None) -> list[Warned]:
 
 
 def check_answers(windows: TokenBatches) -> list[Warned]:
-    """A warning where conversations are not measured, because no answer of theirs is within a window."""
-    if not windows.left_out:
-        return []
-    return [
-        Warned(
-            f"{windows.left_out} of the conversations of {windows.source} are left out: they have no answer "
-            f"within {windows.seq_len} tokens",
-            "longer windows measure them, too: --seq-len of gptq load",
+    """Warnings where conversations are not measured: no answer of theirs is within a window, or they are
+    longer than what is tokenized at once."""
+    found = []
+    if windows.left_out:
+        found.append(
+            Warned(
+                f"{windows.left_out} of the conversations of {windows.source} are left out: they have no "
+                f"answer within {windows.seq_len} tokens",
+                "longer windows measure them, too: --seq-len of gptq load",
+            )
         )
-    ]
+    if windows.too_long:
+        found.append(
+            Warned(
+                f"{windows.too_long} of the conversations of {windows.source} are left out: they have more "
+                f"than {PIECE_CHARACTERS:,} characters",
+                "shorter conversations are measured: cut them",
+            )
+        )
+    return found

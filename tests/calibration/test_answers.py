@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gptq_cli.calibration import evaluation_windows, make_batches, open_tokenizer
+from gptq_cli.calibration import documents, evaluation_windows, make_batches, open_tokenizer
 from gptq_cli.calibration.answers import answer_spans
 from gptq_cli.calibration.conversations import Conversations
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.errors import CalibrationError
+from gptq_cli.jobs import texts
 from gptq_cli.jobs.texts import check_answers
 
 TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] | trim }}</s>{% endfor %}"
@@ -122,6 +123,22 @@ def test_conversations_that_are_left_out_are_counted(tokenizer: Any, tmp_path: P
         f"2 of the conversations of {source} are left out: they have no answer within 32 tokens"
     )
     assert check_answers(evaluation_windows(tokenizer, source, 256, 9)) == []
+
+
+def test_conversations_that_are_too_long_are_counted(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "PIECE_CHARACTERS", 400)
+    monkeypatch.setattr(texts, "PIECE_CHARACTERS", 400)
+    long = [{"role": "user", "content": "words " * 200}, TALK[1]]
+    source = rows(tmp_path / "a.jsonl", long, TALK[:2], long[:1], long)
+    found = evaluation_windows(tokenizer, source, 64, 9)
+    assert found.answers is not None
+    assert (found.left_out, found.too_long) == (0, 2)
+    (warned,) = check_answers(found)
+    assert warned.message == (
+        f"2 of the conversations of {source} are left out: they have more than 400 characters"
+    )
 
 
 def test_only_answers_count(tokenizer: Any, tmp_path: Path) -> None:
