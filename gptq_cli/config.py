@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from gptq_cli.errors import ConfigError, DeviceMapError
 from gptq_cli.fields import INT64, GroupSize, Resume, check_choice, check_int, option, parse_group_size
-from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, parse_module_rules, settings_for
+from gptq_cli.module_settings import ALLOWED_BITS, AskedBefore, ModuleRule, parse_module_rules, settings_for
 from gptq_cli.placement.device import parse_capacity
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.placement.placement import DeviceBudget
@@ -361,6 +361,7 @@ class QuantizeJob:
     tp: int = 1
     """Ranks of tensor parallelism on which they must."""
     resume: Resume = "auto"
+    asked_before: AskedBefore | None = None
     command_line: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

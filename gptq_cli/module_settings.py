@@ -156,6 +156,15 @@ REST = ModuleSettings()
 """What a name gets that no rule covers."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskedBefore:
+    """What was given to an earlier run, whose budget of bits chose settings that this run took over."""
+
+    modules: tuple[str, ...]
+    """Settings by module."""
+    quantize_head: bool
+
+
 def settings_for(rules: tuple[ModuleRule, ...], name: str) -> ModuleSettings:
     """What `rules` make of the linear `name`."""
     if not rules:

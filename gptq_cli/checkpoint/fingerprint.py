@@ -41,6 +41,7 @@ FREE = frozenset(
         "targets",  # what readers accept is checked beforehand, on so many ranks as `tp` says
         "tp",
         "resume",
+        "asked_before",  # the settings that were chosen are compared
         "command_line",
     }
 )

@@ -23,7 +23,7 @@ from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, lines_of_variable,
 from gptq_cli.cli.preset import earlier_run
 from gptq_cli.cli.run_again import EarlierRun
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.module_settings import parse_module_rules
+from gptq_cli.module_settings import AskedBefore, parse_module_rules
 from gptq_cli.recipes import RECIPE_FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -120,6 +120,18 @@ def bits_given(context: typer.Context, codes: Mapping[str, Any], module: list[st
     if earlier is not None:
         given |= _without_its_choice(context, earlier, given)
     return {"modules" if name == "module" else name: value for name, value in given.items()}
+
+
+def asked_before(context: typer.Context, quantize: QuantizeConfig) -> AskedBefore | None:
+    """What counts where the report of this run is given other bits: None where nothing is left of the choice
+    of an earlier run. `quantize`: the settings of this one."""
+    earlier = earlier_run(context)
+    if earlier is None or earlier.asked is None:
+        return None
+    if any(_stronger(context, name) for name in ("bits", "bits_per_weight", "module")):
+        return None
+    held = quantize.quantize_head if _stronger(context, "quantize_head") else earlier.asked["quantize_head"]
+    return AskedBefore(modules=tuple(earlier.asked["module"]), quantize_head=held)
 
 
 def _without_its_choice(

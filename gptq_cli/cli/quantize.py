@@ -9,7 +9,7 @@ import typer
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli import task_options as task
-from gptq_cli.cli.config_options import Codes, Solver, Text, bits_given, with_config_options
+from gptq_cli.cli.config_options import Codes, Solver, Text, asked_before, bits_given, with_config_options
 from gptq_cli.cli.failure import report_refused
 from gptq_cli.cli.output import Session, show, watch
 from gptq_cli.cli.page_file import check_page, with_page
@@ -126,6 +126,7 @@ def quantize(
         targets=parse_targets(target or (), tp),
         tp=tp,
         resume=resume,
+        asked_before=asked_before(context, quantize_config),
         command_line=(*(("gptq",) if launch is None else launch.command), *session.argv),
     )
     proof = proof_job(

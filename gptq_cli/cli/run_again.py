@@ -29,7 +29,8 @@ class EarlierRun:
     head: str | None
     """The output head, where it was quantized."""
     asked: dict[str, Any] | None
-    """Settings by module and of the head as they were given, where a budget of bits chose more of them."""
+    """Settings by module and of the head as they were given, where a budget of bits chose more of them, in
+    that run or in one that it ran again."""
 
 
 def read_settings(where: str, begun: bytes, stream: BinaryIO) -> tuple[dict[str, Any], EarlierRun]:
@@ -57,10 +58,11 @@ def _earlier(where: str, report: dict[str, Any]) -> EarlierRun:
     head, choice = report.get("head"), report.get("bit_choice")
     try:
         name = None if head is None else str(head["name"])
-        asked = None
-        if choice is not None:
-            modules = [str(one) for one in choice["given_modules"]]
-            asked = {"module": modules, "quantize_head": bool(choice["quantize_head"])}
+        asked, before = None, report.get("asked_before")
+        given, modules = (before, "modules") if choice is None else (choice, "given_modules")
+        if given is not None:
+            rules = [str(one) for one in given[modules]]
+            asked = {"module": rules, "quantize_head": bool(given["quantize_head"])}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{where} is not the whole report of a gptq quantize run", hint=_HINT) from error
     return EarlierRun(head=name, asked=asked)

@@ -140,6 +140,7 @@ def summarize(
         own_settings=own_settings,
         kept_dense=kept_dense,
         bit_choice=bits,
+        asked_before=job.asked_before,
         dense_modules=tuple(dict.fromkeys(item.name for item in skeleton.dense)),
         size_before_bytes=skeleton.files.size_bytes,
         source_format=skeleton.files.decoded.words if skeleton.files.decoded is not None else "dense",

@@ -9,6 +9,7 @@ from statistics import fmean, median_low
 from typing import ClassVar, Literal, Self
 
 from gptq_cli.findings import Finding
+from gptq_cli.module_settings import AskedBefore
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.kept import KeptDense, OwnSettings
@@ -237,6 +238,8 @@ class RunReport:
     """Linears whose bits, group size or symmetry differ from the above."""
     bit_choice: BitChoice | None = None
     """How `--bits-per-weight` was spent; None without it."""
+    asked_before: AskedBefore | None = None
+    """Of a run of a report again: what counts where other bits are asked for; None: nothing was chosen."""
     kept_dense: tuple[KeptDense, ...] = ()
     """Linears of the blocks that stay dense, and why."""
     dense_modules: tuple[str, ...]

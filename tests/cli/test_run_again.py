@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from gptq_cli.module_settings import parse_module_rules
+from gptq_cli.module_settings import AskedBefore, parse_module_rules
 from tests.cli.conftest import FakeJobs, Run
 from tests.cli.test_preset import a_report
 
@@ -54,6 +55,32 @@ def test_what_a_budget_chose_holds_until_other_bits_are_asked_for(
     assert (found.modules, found.quantize_head) == (parse_module_rules(modules), head)
 
 
+@pytest.mark.parametrize(
+    ("words", "modules", "head"),
+    [
+        ((), GIVEN, False),
+        (("--group-size", "32", "--quantize-head"), GIVEN, True),
+        (("--bits-per-weight", "5"), None, False),
+        (("--module", "c=dense"), None, False),
+    ],
+)
+def test_a_run_again_keeps_what_was_given_at_first(
+    words: tuple[str, ...], modules: list[str] | None, head: bool, jobs: FakeJobs, run: Run, report: Path
+) -> None:
+    assert run("quantize", "--config", str(report), *words).code == 0
+    kept = jobs.job.asked_before
+    assert kept == (None if modules is None else AskedBefore(modules=tuple(modules), quantize_head=head))
+    if kept is not None:
+        whole = json.loads(report.read_text()) | {"bit_choice": None, "asked_before": asdict(kept)}
+        report.write_text(json.dumps(whole))
+        assert run("quantize", "--config", str(report)).code == 0
+        assert (jobs.job.asked_before, jobs.job.quantize.modules) == (kept, parse_module_rules(CHOSEN))
+        assert run("quantize", "--config", str(report), "--bits-per-weight", "5").code == 0
+        assert jobs.job.asked_before is None
+        assert jobs.job.quantize.modules == parse_module_rules(GIVEN)
+        assert jobs.job.quantize.quantize_head == head
+
+
 def test_the_environment_asks_for_other_bits_too(
     jobs: FakeJobs, run: Run, report: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +90,15 @@ def test_the_environment_asks_for_other_bits_too(
     assert jobs.job.quantize.modules == parse_module_rules(GIVEN)
 
 
-@pytest.mark.parametrize("damaged", [{"bit_choice": {"asked": 4}}, {"bit_choice": [1]}, {"head": {}}])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"bit_choice": {"asked": 4}},
+        {"bit_choice": [1]},
+        {"bit_choice": None, "asked_before": {}},
+        {"head": {}},
+    ],
+)
 def test_a_damaged_report_is_an_error(
     damaged: dict[str, object], jobs: FakeJobs, run: Run, report: Path
 ) -> None:

@@ -87,16 +87,10 @@ def test_a_budget_is_measured_once_and_kept(
     first, second = ({k: v for k, v in files(tmp_path / x).items() if k not in cards} for x in "ac")
     assert first == second
     assert again.document["bit_choice"] is None
-    more = gptq(
-        "quantize",
-        "--config",
-        tmp_path / "a" / "report.json",
-        "--bits-per-weight",
-        12.5,
-        "--dry-run",
-        "--json",
-    )
-    assert more.document["plan"]["bit_choice"] == wider.document["bit_choice"]
+    for run in ("a", "c"):
+        report_of = tmp_path / run / "report.json"
+        more = gptq("quantize", "--config", report_of, "--bits-per-weight", 12.5, "--dry-run", "--json")
+        assert more.document["plan"]["bit_choice"] == wider.document["bit_choice"]
     card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     assert "--bits-per-weight 11" in card
     assert "--module" not in card
