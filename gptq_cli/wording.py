@@ -12,13 +12,26 @@ def names_text(items: Iterable[object], shown: int = 6) -> str:
     return f"{text} and {len(words) - shown} more" if len(words) > shown else text
 
 
+def number_of(number: int, noun: str, one: str = "", many: str = "") -> str:
+    """`1 linear`, `2,048 linears`; with the verb that follows, `1 linear stays`, `2,048 linears stay`."""
+    noun, verb = (noun, one) if number == 1 else (f"{noun}s", many)
+    return f"{number:,} {noun}{f' {verb}' if verb else ''}"
+
+
+def all_of(number: int, noun: str, one: str = "", many: str = "") -> str:
+    """`the one linear`, `all 2,048 linears`, with a verb as in `number_of`."""
+    words = number_of(number, noun, one, many)
+    return f"the one{words.removeprefix('1')}" if number == 1 else f"all {words}"
+
+
 def and_others(items: Sized, noun: str = "") -> str:
     """What follows the first of `items` in a sentence: ` (and 3 more problems)`, "" where it is the only one.
 
-    `noun` is in the plural.
+    `noun` is in the singular.
     """
     left = len(items) - 1
-    return f" (and {left} more{f' {noun}' if noun else ''})" if left > 0 else ""
+    more = number_of(left, f"more {noun}") if noun else f"{left} more"
+    return f" (and {more})" if left > 0 else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from gptq_cli.wording import and_others, first_line, names_text
+from gptq_cli.wording import all_of, and_others, first_line, names_text, number_of
 
 
 def test_a_long_list_is_cut_and_says_so() -> None:
@@ -14,7 +14,15 @@ def test_what_follows_the_first() -> None:
     assert and_others(["a"]) == ""
     assert and_others([]) == ""
     assert and_others(["a", "b", "c"]) == " (and 2 more)"
-    assert and_others(["a", "b"], "problems") == " (and 1 more problems)"
+    assert and_others(["a", "b"], "problem") == " (and 1 more problem)"
+    assert and_others(["a", "b", "c"], "problem") == " (and 2 more problems)"
+
+
+def test_one_is_not_many() -> None:
+    assert [number_of(n, "block") for n in (0, 1, 2048)] == ["0 blocks", "1 block", "2,048 blocks"]
+    assert number_of(1, "linear", "stays", "stay") == "1 linear stays"
+    assert number_of(2, "linear", "stays", "stay") == "2 linears stay"
+    assert (all_of(1, "block"), all_of(12, "block", "is", "are")) == ("the one block", "all 12 blocks are")
 
 
 def test_the_first_line_of_an_error() -> None:

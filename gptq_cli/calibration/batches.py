@@ -40,7 +40,7 @@ from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.model.source_files import has_tokenizer
 from gptq_cli.results.run import TextShare
 from gptq_cli.text_sources import OWN_TEXT, TextSource, interleaved
-from gptq_cli.wording import first_line
+from gptq_cli.wording import first_line, number_of
 
 POOL = 8
 """Tokens read for each token required, where the text has them."""
@@ -387,7 +387,7 @@ def _too_little(
         ways.append(f"--samples {config.samples} --seq-len {shorter}")
     ways.append("a longer text" if label.startswith("pydoc") else "a longer text (--calibration pydoc)")
     return CalibrationError(
-        f"{label} holds {windows} windows of {config.seq_len} tokens ({tokens} tokens); "
-        f"{samples} windows are required",
+        f"{label} holds {number_of(windows, 'window')} of {config.seq_len} tokens ({tokens} tokens); "
+        f"{number_of(samples, 'window', 'is', 'are')} required",
         hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

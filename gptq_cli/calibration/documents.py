@@ -18,6 +18,7 @@ from gptq_cli.calibration.rows import (
 )
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.errors import CalibrationError
+from gptq_cli.wording import number_of
 
 PIECE_CHARACTERS = 1 << 21
 """About the longest text that is tokenized at once; a longer document is cut, if possible after a line."""
@@ -78,7 +79,7 @@ def rows_to_pieces(
                 yield from pieces
     if not written:
         what = f"column {column!r} of {name}" if column else name
-        raise CalibrationError(f"{what} is empty: {count} rows and no text", hint=SOURCES_HINT)
+        raise CalibrationError(f"{what} is empty: {number_of(count, 'row')} and no text", hint=SOURCES_HINT)
 
 
 def _cut(text: str) -> Iterator[Piece]:

@@ -23,7 +23,7 @@ from gptq_cli.checkpoint.renames import exchange, fsync, rename_to_free
 from gptq_cli.checkpoint.working_folder import Owner, WorkingFolder, remove, stem
 from gptq_cli.errors import GptqError
 from gptq_cli.model.source import INDEX
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 _LAST = ("quantize_config.json", INDEX, "config.json")
 _NAMED = 3
@@ -273,7 +273,7 @@ class Destination:
             else:
                 remove(path)
         if placed and not self.kept:
-            said.append(f"removed {len(placed)} files that it had moved to {self.out}")
+            said.append(f"removed {number_of(len(placed), 'file')} that it had moved to {self.out}")
         self._folder.mark()
         if self.kept:
             remove(old)

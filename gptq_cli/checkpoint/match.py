@@ -18,7 +18,7 @@ from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.expert_names import ExpertNames, ExpertPlace, merged_names
 from gptq_cli.model.experts import find_experts
 from gptq_cli.model.source import ModelFiles
-from gptq_cli.wording import and_others
+from gptq_cli.wording import and_others, number_of
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
 
@@ -68,7 +68,7 @@ class CheckpointMatcher:
             )
         if self.errors:
             raise CheckpointError(
-                self.errors[0] + and_others(self.errors, "problems"),
+                self.errors[0] + and_others(self.errors, "problem"),
                 hint="the checkpoint is incomplete or damaged: fetch it again",
                 problems=tuple(self.errors),
             )
@@ -76,9 +76,13 @@ class CheckpointMatcher:
         ordered = sorted(packed, key=lambda info: order.get(info.name, len(order)))
         without = sum(not info.has_g_idx for info in packed)
         if without:
-            self.notes.append(f"{without} linears have no g_idx: column k is in group k // group_size")
+            self.notes.append(
+                f"{number_of(without, 'linear', 'has', 'have')} no g_idx: column k is in group "
+                "k // group_size"
+            )
         if keys.unexpected:
-            self.notes.append(f"{len(keys.unexpected)} tensors that do not belong to the model are not read")
+            strange = ("that does not belong to the model is", "that do not belong to the model are")
+            self.notes.append(f"{number_of(len(keys.unexpected), 'tensor', *strange)} not read")
         return QuantizedCheckpoint(
             directory=self.directory,
             config=self.config,

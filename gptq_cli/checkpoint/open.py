@@ -84,7 +84,7 @@ def _raise_for(problems: tuple[SourceProblem, ...]) -> None:
     serious = [problem for problem in problems if problem.kind not in READABLE]
     if serious:
         raise CheckpointError(
-            serious[0].message + and_others(serious, "problems"),
+            serious[0].message + and_others(serious, "problem"),
             hint=serious[0].hint or None,
             problems=tuple(problem.message for problem in serious),
         )

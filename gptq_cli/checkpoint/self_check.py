@@ -49,6 +49,6 @@ def _defect(skeleton: Skeleton, problems: list[str]) -> GptqError:
     kind = getattr(skeleton.config, "model_type", "unknown")
     return GptqError(
         "the finished checkpoint does not pass its own verification, so it was not put in place: "
-        f"{problems[0]}{and_others(problems, 'problems')}",
+        f"{problems[0]}{and_others(problems, 'problem')}",
         hint=f"this is a defect of gptq: report it with the model's type ({kind}) and its config.json",
     )

@@ -51,6 +51,7 @@ from gptq_cli.model.headers import StoredTensor, read_header
 from gptq_cli.model.selection import changed_settings
 from gptq_cli.model.skeleton import BiasCut, LinearInfo, Skeleton, as_torch_dtype
 from gptq_cli.model.source import INDEX
+from gptq_cli.wording import number_of
 
 OnShard = Callable[[Path, int, int], None]
 """Called with (path, bytes, tensors) when a shard is complete and on the disk."""
@@ -223,7 +224,9 @@ class CheckpointWriter:
         self._settle()
         missing = sorted(name for names in self._waiting.values() for name in names)
         if missing:
-            raise GptqError(f"{len(missing)} tensors were never written, the first is {missing[0]}")
+            raise GptqError(
+                f"{number_of(len(missing), 'tensor', 'was', 'were')} never written, the first is {missing[0]}"
+            )
         quantization = quantization_dict(
             self._quantize,
             dynamic=declared_dynamic(self._skeleton, changed_settings(self._skeleton, self._quantize)),

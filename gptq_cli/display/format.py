@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from gptq_cli.placement.device import format_size, three_digits
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.run import ExpertsReport, RunReport, Setting, TextShare
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 ELLIPSIS = "…"
 EXPERTS_NAMED = 4
@@ -50,7 +50,7 @@ def clock(seconds: float | None) -> str:
 
 def count(number: int, noun: str) -> str:
     """`1 linear`, `2,048 linears`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    return number_of(number, noun)
 
 
 def group(group_size: int) -> str:

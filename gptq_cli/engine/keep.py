@@ -31,6 +31,7 @@ from gptq_cli.gptq.quantized import dequantized
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.results.run import BlockReport
+from gptq_cli.wording import number_of
 
 HIDDEN, DENSE = "hidden", "dense"
 
@@ -132,7 +133,7 @@ def catch_up(
         for index in range(begun, done):
             observer(PhaseAdvanced("resume", index, done))
             _pass_through(blocks[index], index, states, keeper, config, shared)
-        words.append(f"{begun} of {done} blocks from a snapshot, {done - begun} run again")
+        words.append(f"{begun} of {number_of(done, 'block')} from a snapshot, {done - begun} run again")
     return done
 
 

@@ -9,6 +9,7 @@ from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.results.run import LinearReport
+from gptq_cli.wording import number_of
 
 NO_STEP = StepChoice()
 """That of a linear which is solved for its own output."""
@@ -58,7 +59,7 @@ def check_fallback(
         "no calibration token reached it"
         if quantized.attempts == 0 and tokens == 0
         else f"its Hessian is not positive definite up to damping {quantized.damp_percent:g}"
-        f" ({quantized.attempts} attempts, {tokens} tokens)"
+        f" ({number_of(quantized.attempts, 'attempt')}, {number_of(tokens, 'token')})"
     )
     hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
     if strict:

@@ -43,6 +43,7 @@ from gptq_cli.preflight.resolve import refusal, resolve
 from gptq_cli.preflight.rules import model_files
 from gptq_cli.results.load import Bench, Gate, LoadReport, Speed, TaskScore
 from gptq_cli.rules import rules_in
+from gptq_cli.wording import number_of
 
 Scorer = Callable[[Any], tuple[TaskScore, ...]]
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 512, 32, 5
@@ -116,7 +117,7 @@ def generated(job: LoadJob, model: Any, tokenizer: Any, report: LoadReport, obse
             raw=job.raw,
             sampling=job.sampling,
         )
-        words.append(f"{made.new_tokens} tokens")
+        words.append(number_of(made.new_tokens, "token"))
     return replace(
         report,
         prompt=job.prompt,

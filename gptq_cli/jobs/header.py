@@ -19,6 +19,7 @@ from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.report import group_reason
 from gptq_cli.ranks.joining import Joined
 from gptq_cli.results.bits import BitChoice
+from gptq_cli.wording import number_of
 
 
 def header(
@@ -57,7 +58,7 @@ def header(
             ("streaming", "; ".join(streaming_words(facts, placement, schedule))),
             ("passes", passes_words(schedule)),
             *(
-                (("trial", f"the first {trial} of {len(skeleton.blocks)} blocks"),)
+                (("trial", f"the first {trial} of {number_of(len(skeleton.blocks), 'block')}"),)
                 if trial is not None
                 else ()
             ),

@@ -39,6 +39,7 @@ from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.placement.device import format_size
 from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import BlockReport, StartReport
+from gptq_cli.wording import number_of
 
 
 class Keeping:
@@ -376,7 +377,7 @@ def keeping(
     if found is not None:
         with phase(observer, "verify") as words:
             keeper.adopt()
-            words.append(f"{len(keeper.finished)} of {len(skeleton.blocks)} blocks are finished")
+            words.append(f"{len(keeper.finished)} of {number_of(len(skeleton.blocks), 'block')} finished")
     try:
         yield keeper
     except BaseException:

@@ -25,7 +25,7 @@ from gptq_cli.errors import (
     UsageError,
 )
 from gptq_cli.planning.cases import UnfinishedWork
-from gptq_cli.wording import duration_words
+from gptq_cli.wording import all_of, duration_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ def work_words(manifest: Manifest) -> str:
     """`blocks 0 to 17 of 32 from 2026-11-25 14:03, 41 min of work`."""
     done, total = len(manifest.blocks), manifest.total
     if done == 0:
-        of = f"the gradients for all {total} blocks"
+        of = f"the gradients for {all_of(total, 'block')}"
     elif done == total:
-        of = f"all {done} blocks"
+        of = all_of(done, "block")
     else:
         of = f"{'block 0' if done == 1 else f'blocks 0 to {done - 1}'} of {total}"
     begun = manifest.starts[0].started if manifest.starts else datetime.now().astimezone().isoformat()

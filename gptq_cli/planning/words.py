@@ -10,7 +10,7 @@ from gptq_cli.placement.names import owner
 from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.device_plans import weights_on
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 
 def streaming_words(facts: ModelFacts, placement: Placement, schedule: Schedule) -> tuple[str, ...]:
@@ -22,12 +22,18 @@ def _sentences(facts: ModelFacts, placement: Placement, schedule: Schedule) -> I
     streamed = [block for block in facts.blocks if placement.streams(block)]
     if streamed:
         largest = format_size(max(held.streamed for held in weights_on(placement, facts).values()))
-        count = f"{len(streamed)} of {len(facts.blocks)}" if len(streamed) < len(facts.blocks) else "all"
+        verb = "is" if len(streamed) == 1 else "are"
+        total = number_of(len(facts.blocks), "block", verb, verb)
+        count = f"{len(streamed)} of {total}" if len(streamed) < len(facts.blocks) else f"all blocks {verb}"
+        if len(facts.blocks) == 1:
+            count = "the one block is"
         ahead = ", the next one ahead into main memory" if schedule.reads_ahead else ", none ahead"
-        yield f"{count} blocks are read from the files, one at a time (up to {largest}){ahead}"
+        yield f"{count} read from the files, one at a time (up to {largest}){ahead}"
     resting = len(facts.blocks) - len(streamed)
     if resting:
-        yield f"{resting} blocks rest in main memory and are moved to {placement.main_device} by hooks"
+        rest = number_of(resting, "block", "rests", "rest")
+        moved = "is moved" if resting == 1 else "are moved"
+        yield f"{rest} in main memory and {moved} to {placement.main_device} by hooks"
     stays = _named(facts)
     if stays:
         verb = "are" if len(stays) > 1 else "is"

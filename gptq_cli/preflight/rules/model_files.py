@@ -13,7 +13,7 @@ from gptq_cli.findings import Level
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.rules import Remark, Rule, explanation_of, rule, rule_id, rules_in
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 _AGAIN = "fetch the model again"
 
@@ -76,7 +76,7 @@ def decoded_source(case: JobCase) -> list[Remark]:
     return [
         Remark(
             subject=case.facts.model,
-            message=f"the source is {decoded.words}: {decoded.tensors} tensors{dropped}",
+            message=f"the source is {decoded.words}: {number_of(decoded.tensors, 'tensor')}{dropped}",
             hint="the rounding of those bits stays in the result; where there is a bfloat16 release, it is "
             "the better source",
         )

@@ -12,7 +12,7 @@ from gptq_cli.planning.cases import JobCase
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.results.kept import TOO_SMALL
 from gptq_cli.rules import Remark, rule
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 _LOUD_SHARE = 0.01
 _FUSING: tuple[str, ...] = ("vllm", "sglang")
@@ -166,7 +166,8 @@ def small_linears(case: JobCase) -> list[Remark]:
         Remark(
             level="warning" if one.weights >= _LOUD_SHARE * case.facts.parameters else "note",
             subject=one.name,
-            message=f"{one.linears} linears stay dense: {one.reason} with these bits and groups",
+            message=f"{number_of(one.linears, 'linear', 'stays', 'stay')} dense: {one.reason} with "
+            "these bits and groups",
         )
         for one in case.facts.kept
         if one.reason == TOO_SMALL

@@ -11,7 +11,7 @@ from gptq_cli.placement.placement import PlacementEntry
 from gptq_cli.planning.cases import PlacedCase
 from gptq_cli.preflight.rules.device_map import instead
 from gptq_cli.rules import Remark, rule
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 
 @rule("error")
@@ -128,6 +128,7 @@ def cpu_offload(placed: PlacedCase) -> list[Remark]:
     names = placed.placement.offloaded
     if not names or placed.placement.main_device == CPU:
         return []
+    one = len(names) == 1
     size = sum(entry.size_bytes for entry in placed.placement.entries if entry.name in set(names))
     hooked, skipped = placed.offload, placed.offload_skipped
     chain = f"hook chain in execution order: {names_text(hooked)}" if hooked else "nothing to hook"
@@ -136,8 +137,9 @@ def cpu_offload(placed: PlacedCase) -> list[Remark]:
         Remark(
             subject="device map",
             message=(
-                f"CPU offload is not recommended: {len(names)} modules ({format_size(size)}) lie on cpu and "
-                f"execute on {placed.placement.main_device}; {chain}{without}"
+                f"CPU offload is not recommended: {number_of(len(names), 'module')} ({format_size(size)}) "
+                f"{'lies' if one else 'lie'} on cpu and {'executes' if one else 'execute'} on "
+                f"{placed.placement.main_device}; {chain}{without}"
             ),
             hint=placed.without_offload or "an accelerator with more memory would do without",
             modules=names,

@@ -10,7 +10,7 @@ from gptq_cli.model.facts import LinearFact
 from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase, gradient_obstacles
 from gptq_cli.rules import Remark, rule
-from gptq_cli.wording import names_text
+from gptq_cli.wording import all_of, names_text, number_of
 
 _SIZES = (*AUTO_GROUPS, 16, 8)
 _LOW_SHARE = 0.5
@@ -27,7 +27,8 @@ def no_linears(case: JobCase) -> list[Remark]:
         return [
             Remark(
                 subject=case.facts.model,
-                message=f"all {len(case.facts.by_module)} linears that could be quantized are left dense",
+                message=f"{all_of(len(case.facts.by_module), 'linear')} that could be quantized "
+                f"{'is' if len(case.facts.by_module) == 1 else 'are'} left dense",
                 hint="quantize some of them: a --module that leaves fewer dense, or fewer --bits-per-weight",
             )
         ]
@@ -93,7 +94,7 @@ def _groups(case: JobCase, wrong: Callable[[LinearFact, int], bool], verb: str) 
         Remark(
             subject=f"--group-size {group}" if group == config.group_columns else f"--module group:{group}",
             message=f"group size {group} {verb} the input columns "
-            f"{_values(x.in_features for x in linears)} of {len(linears)} linears",
+            f"{_values(x.in_features for x in linears)} of {number_of(len(linears), 'linear')}",
             hint=_group_hint(case, group, linears),
             modules=tuple(x.name for x in linears),
         )
@@ -144,7 +145,8 @@ def _packing(case: JobCase, what: str, side: Callable[[LinearFact], int]) -> lis
         Remark(
             subject=f"--bits {bits}" if bits == config.bits else f"--module bits:{bits}",
             message=f"{bits}-bit codes fill 32-bit words only where the {what} are a multiple of "
-            f"{32 // math.gcd(32, bits)}; found {_values(map(side, wrong))} in {len(wrong)} linears",
+            f"{32 // math.gcd(32, bits)}; found {_values(map(side, wrong))} in "
+            f"{number_of(len(wrong), 'linear')}",
             hint=_packing_hint(case, bits, wrong),
             modules=tuple(x.name for x in wrong),
         )
@@ -226,7 +228,8 @@ def fused_experts(case: JobCase) -> list[Remark]:
         remarks.append(
             Remark(
                 subject=names_text(dict.fromkeys(name.rpartition(".")[2] for name in names)),
-                message=f"{len(names)} tensors of three dimensions stay dense, {share:.0%} of parameters: "
+                message=f"{number_of(len(names), 'tensor')} of three dimensions "
+                f"{'stays' if len(names) == 1 else 'stay'} dense, {share:.0%} of parameters: "
                 f"{reason}",
                 hint="the result is larger than the bit width suggests",
                 modules=tuple(names),

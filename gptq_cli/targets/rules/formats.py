@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import TARGETS, Case
+from gptq_cli.wording import number_of
 
 
 @rule("error", topics=("vllm", "sglang", "transformers", "exllamav2"))
@@ -45,8 +46,8 @@ def stored_once(case: Case) -> Iterator[Remark]:
     """
     if case.facts.shared:
         message = (
-            f"{len(case.facts.shared)} linears have the weights of others, which are stored once: not tried "
-            f"with {case.target}"
+            f"{number_of(len(case.facts.shared), 'linear', 'has', 'have')} the weights of others, "
+            f"which are stored once: not tried with {case.target}"
         )
         yield case.remark(message, "compare its output with that of gptq load, or leave them dense: --module")
 

@@ -187,6 +187,9 @@ def test_small_linears_are_named(weights: int, level: str) -> None:
     )
     (finding,) = found("small-linears", replace(llama(), kept=kept))
     assert (finding.level, finding.subject) == (level, "model.layers.*.altup.x")
+    assert finding.message.startswith("2 linears stay dense: too small to be packed with")
+    (one,) = found("small-linears", replace(llama(), kept=(replace(kept[0], linears=1),)))
+    assert one.message.startswith("1 linear stays dense:")
 
 
 def test_targets_are_asked_about_settings_by_module_and_the_head() -> None:
