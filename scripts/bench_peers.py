@@ -164,7 +164,8 @@ def with_norm_tuning(job: dict[str, Any]) -> None:
     from gptqmodel import BACKEND, GPTQModel, NormConfig
 
     with_gptqmodel(job | {"out": f"{job['out']}-untuned"})
-    model = GPTQModel.load(f"{job['out']}-untuned", backend=BACKEND.TORCH, dtype=getattr(torch, job["dtype"]))
+    # its packed linears run in 16 bits alone
+    model = GPTQModel.load(f"{job['out']}-untuned", backend=BACKEND.TORCH, dtype=torch.bfloat16)
     calibration = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["ids"]]
     model.requantize(calibration=calibration, norm=NormConfig(teacher=job["model"], **job["options"]))
     model.save(job["out"])
