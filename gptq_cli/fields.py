@@ -40,8 +40,8 @@ def nearest(value: str, allowed: Sequence[str]) -> str | None:
 
 
 def check_choice(name: str, value: object, allowed: tuple[object, ...], hint: str | None = None) -> None:
-    """Raise `ConfigError` unless `value` is in `allowed`. `hint` None: the nearest of them."""
-    if value not in allowed:
+    """Raise `ConfigError` unless `value` is in `allowed` (4.0 is not 4). `hint` None: the nearest of them."""
+    if not any(value == one and isinstance(value, type(one)) for one in allowed):
         listed = ", ".join(str(item) for item in allowed)
         near = nearest(str(value), [str(item) for item in allowed])
         if hint is None and near is not None:

@@ -65,9 +65,9 @@ class ModuleRule:
         if self.bits is not None:
             check_choice(f"module {self.pattern}: bits", self.bits, ALLOWED_BITS)
         group = self.group_size
-        if group is not None and (isinstance(group, bool) or (group != -1 and not 0 < group < INT32)):
+        if group is not None and (type(group) is not int or (group != -1 and not 0 < group < INT32)):
             raise ConfigError(
-                f"module {self.pattern}: group is {group}; allowed: -1 (one group per row), "
+                f"module {self.pattern}: group is {group!r}; allowed: -1 (one group per row), "
                 "a positive whole number"
             )
         settings = (self.bits, self.group_size, self.sym)

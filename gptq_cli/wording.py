@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sized
 
 
@@ -38,6 +39,12 @@ def first_line(error: BaseException) -> str:
     """What an error says in one line; its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def as_json(value: object, limit: int = 100) -> str:
+    """A value from a JSON file as that file spells it, `true` and `null`; a text in single quotes."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 BUSY = 0.25

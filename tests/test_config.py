@@ -37,6 +37,12 @@ def test_sampling_options_are_judged(wrong: dict[str, Any], message: str) -> Non
         Sampling(**wrong)
 
 
+@pytest.mark.parametrize("bits", [4.0, True, "4", None])
+def test_bits_are_a_whole_number(bits: Any) -> None:
+    with pytest.raises(ConfigError, match=f"bits is {bits!r}; allowed: 2, 3, 4, 8"):
+        QuantizeConfig(bits=bits)
+
+
 @pytest.mark.parametrize(
     ("kind", "field"),
     [

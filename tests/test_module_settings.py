@@ -72,6 +72,12 @@ def test_what_is_no_rule(value: Any, message: str) -> None:
         parse_module_rules(value)
 
 
+@pytest.mark.parametrize(("field", "says"), [("bits", "bits is 8.0"), ("group_size", "group is 8.0")])
+def test_a_fraction_is_no_setting(field: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        ModuleRule(pattern="a", **{field: 8.0})  # type: ignore[arg-type]
+
+
 def settings(name: str, *texts: str) -> tuple[bool, int | None, int | None, bool | None]:
     found = settings_for(parse_module_rules(texts), name)
     return found.dense, found.bits, found.group_size, found.sym

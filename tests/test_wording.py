@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from gptq_cli.wording import all_of, and_others, first_line, names_text, number_of
+from gptq_cli.wording import all_of, and_others, as_json, first_line, names_text, number_of
 
 
 def test_a_long_list_is_cut_and_says_so() -> None:
@@ -29,3 +29,14 @@ def test_the_first_line_of_an_error() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(KeyError()) == "KeyError"
     assert first_line(ValueError(" \n")) == "ValueError"
+
+
+def test_a_value_of_a_json_file() -> None:
+    assert [as_json(value) for value in (True, None, 4.0, "4", [None])] == [
+        "true",
+        "null",
+        "4.0",
+        "'4'",
+        "[null]",
+    ]
+    assert as_json("a" * 200, 10) == "'aaaaaaaa…"

@@ -16,6 +16,7 @@ from gptq_cli.errors import CheckpointError
 from gptq_cli.files import shown
 from gptq_cli.model.find import local_directory
 from gptq_cli.model.source import holds_codes, read_json
+from gptq_cli.wording import as_json
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
 _FORMAT_KEYS = ("checkpoint_format", "format")
@@ -116,7 +117,7 @@ def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
             first, before = said.setdefault(key, (where, value))
             if before != value:
                 raise CheckpointError(
-                    f"{key} is {before!r} in {first} but {value!r} in {where}",
+                    f"{key} is {as_json(before)} in {first} but {as_json(value)} in {where}",
                     hint="find out which is right (gptq load DIR --verify), and set both to it",
                 )
 

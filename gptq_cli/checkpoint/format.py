@@ -17,6 +17,7 @@ from gptq_cli.checkpoint.dynamic_rules import DynamicRules, parse_dynamic
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import CheckpointError
 from gptq_cli.module_settings import ALLOWED_BITS
+from gptq_cli.wording import as_json
 
 PART_DTYPES = MappingProxyType({"qweight": "int32", "qzeros": "int32", "scales": "float16", "g_idx": "int32"})
 """The tensors of a packed linear, `<linear>.qweight` and so on, in order, with the dtypes that we write."""
@@ -121,8 +122,8 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
     method = _or_default(raw.get("quant_method"), default="gptq")
     if method != "gptq":
         raise CheckpointError(
-            f"{where}: quant_method is {method!r}; allowed: gptq",
-            hint=f"open it with a tool that reads {method}",
+            f"{where}: quant_method is {as_json(method)}; allowed: gptq",
+            hint=f"open it with a tool that reads {method}" if isinstance(method, str) else None,
         )
     if raw.get("is_marlin_format"):
         raise CheckpointError(
@@ -132,12 +133,13 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
     pack_dtype = raw.get("pack_dtype", "int32")
     if pack_dtype not in ("int32", None):
         raise CheckpointError(
-            f"{where}: pack_dtype is {pack_dtype!r}; allowed: int32", hint="gptqmodel reads it"
+            f"{where}: pack_dtype is {as_json(pack_dtype)}; allowed: int32", hint="gptqmodel reads it"
         )
     notes: list[str] = []
     formats = [raw[key] for key in ("checkpoint_format", "format") if raw.get(key) is not None]
     if len(set(map(str, formats))) > 1:
-        raise CheckpointError(f"{where}: checkpoint_format is {formats[0]!r} but format is {formats[1]!r}")
+        first, second = map(as_json, formats)
+        raise CheckpointError(f"{where}: checkpoint_format is {first} but format is {second}")
     if not formats:
         notes.append(f"{where} has no checkpoint_format: read as gptq (v1)")
     sym = raw.get("sym")
@@ -165,17 +167,20 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
 
 def _checked(found: PackedFormat, where: str) -> PackedFormat:
     bits, group = found.bits, found.group_size
-    if isinstance(bits, bool) or bits not in ALLOWED_BITS:
+    if type(bits) is not int or bits not in ALLOWED_BITS:  # True is an int, and 4.0 is in (2, 3, 4, 8)
         allowed = ", ".join(map(str, ALLOWED_BITS))
-        raise CheckpointError(f"{where}: bits is {bits!r}; allowed: {allowed}")
-    if isinstance(group, bool) or not isinstance(group, int) or (group < 1 and group != -1):
-        raise CheckpointError(f"{where}: group_size is {group!r}; allowed: -1 or a positive whole number")
+        raise CheckpointError(f"{where}: bits is {as_json(bits)}; allowed: {allowed}")
+    if type(group) is not int or (group < 1 and group != -1):
+        allowed = "-1 or a positive whole number"
+        raise CheckpointError(f"{where}: group_size is {as_json(group)}; allowed: {allowed}")
     for name in ("sym", "desc_act"):
         if not isinstance(getattr(found, name), bool):
-            raise CheckpointError(f"{where}: {name} is {getattr(found, name)!r}; allowed: true, false")
+            value = as_json(getattr(found, name))
+            raise CheckpointError(f"{where}: {name} is {value}; allowed: true, false")
     if found.checkpoint_format not in FORMATS:
         raise CheckpointError(
-            f"{where}: checkpoint_format is {found.checkpoint_format!r}; allowed: {', '.join(FORMATS)}",
+            f"{where}: checkpoint_format is {as_json(found.checkpoint_format)}; "
+            f"allowed: {', '.join(FORMATS)}",
             hint="gptqmodel reads its other formats",
         )
     return found

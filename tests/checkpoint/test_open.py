@@ -297,13 +297,18 @@ def test_experts_by_their_own_names(tiny_moe: Path, tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"bits": 5}, "bits is 5"),
-        ({"bits": True}, "bits is True"),
+        ({"bits": True}, "bits is true"),
+        ({"bits": None}, "bits is null"),
+        ({"bits": 4.0}, "bits is 4.0; allowed: 2, 3, 4, 8"),
+        ({"bits": [4]}, "bits is [4]"),
         ({"bits": "4"}, "bits is '4'"),
         ({"bits": ...}, "has no bits"),
         ({"group_size": 0}, "group_size is 0"),
-        ({"group_size": None}, "group_size is None"),
+        ({"group_size": None}, "group_size is null"),
+        ({"group_size": 32.0}, "group_size is 32.0"),
         ({"group_size": -2}, "group_size is -2"),
         ({"sym": "yes"}, "sym is 'yes'"),
+        ({"desc_act": 0.0}, "desc_act is 0.0; allowed: true, false"),
         ({"quant_method": "awq"}, "quant_method is 'awq'"),
         ({"is_marlin_format": True}, "Marlin"),
         ({"pack_dtype": "int64"}, "pack_dtype is 'int64'"),
@@ -315,6 +320,10 @@ def test_experts_by_their_own_names(tiny_moe: Path, tmp_path: Path) -> None:
         ({"dynamic": []}, "dynamic is not a JSON object"),
         ({"dynamic": {"a": 3}}, "not a JSON object"),
         ({"dynamic": {".*": {"bits": 7}}}, "bits is 7"),
+        ({"dynamic": {".*": {"bits": 4.0}}}, "bits is 4.0; allowed: 2, 3, 4, 8"),
+        ({"dynamic": {".*": {"bits": True}}}, "bits is true"),
+        ({"dynamic": {".*": {"group_size": 32.0}}}, "group_size is 32.0"),
+        ({"dynamic": {".*": {"sym": 1}}}, "sym is 1; allowed: true, false"),
     ],
 )
 def test_bad_configurations(changes: dict[str, Any], says: str, damaged: Path) -> None:
@@ -476,7 +485,7 @@ def test_a_quantization_config_inside_another_config(
         set_config(damaged, ("quantize_config.json",), sym=False)
         assert (
             refused(damaged)
-            == f"sym is False in quantize_config.json but True in config.json: {': '.join(inner)}"
+            == f"sym is false in quantize_config.json but true in config.json: {': '.join(inner)}"
         )
 
 

@@ -186,7 +186,7 @@ def test_configs_that_disagree(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "quantize_config.json").read_text())
     (checkpoint / "quantize_config.json").write_text(json.dumps(config | {"sym": False}))
     assert (
-        "sym is False in quantize_config.json but True in config.json"
+        "sym is false in quantize_config.json but true in config.json"
         in found(verify_checkpoint(checkpoint), "unreadable").message
     )
 
