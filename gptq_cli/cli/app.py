@@ -33,6 +33,7 @@ from gptq_cli.cli.push import push
 from gptq_cli.cli.quantize import quantize
 from gptq_cli.cli.report import report
 from gptq_cli.devices.out_of_memory import out_of_memory_told
+from gptq_cli.display.escapes import environment_that_fits
 from gptq_cli.errors import GptqError
 
 EPILOG = (
@@ -46,10 +47,14 @@ _LESS = "free memory on this machine, or raise the limit that this process has (
 
 
 class _Command(typer.core.TyperCommand):
-    """A command whose help page shows no `<bool>` behind a flag, those of Typer included."""
+    """A command whose help page shows no `<bool>` behind a flag, those of Typer included, at any width."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with environment_that_fits():
+            super().format_help(ctx, formatter)
 
 
 class _Group(typer.core.TyperGroup):
@@ -57,6 +62,10 @@ class _Group(typer.core.TyperGroup):
 
     def get_params(self, ctx: Any) -> list[Any]:
         return _without_types(super().get_params(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with environment_that_fits():
+            super().format_help(ctx, formatter)
 
 
 def _without_types(params: list[Any]) -> list[Any]:

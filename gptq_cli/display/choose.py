@@ -48,4 +48,5 @@ def choose(
     from gptq_cli.display.live import breaks_lines
     from gptq_cli.display.rich import RichDisplay
 
-    return RichDisplay(console_for(stream), beside_text=beside_text, breaks_lines=breaks_lines(environ))
+    console = console_for(stream, least_width=1)  # what moves must not be wider than the terminal
+    return RichDisplay(console, beside_text=beside_text, breaks_lines=breaks_lines(environ))

@@ -13,7 +13,10 @@ JSON escapes for itself: `json_line`.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -22,6 +25,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+MIN_WIDTH = 40
+"""Columns in which every table of a result can still be wrapped without losing text."""
+_SIZES = ("COLUMNS", "LINES")
+_SIZE = re.compile("[0-9]{1,5}")
 _BIDI = "\u202a-\u202e\u2066-\u2069"
 _SEPARATORS = "\u2028\u2029"
 _OTHERS = f"\x7f-\x9f{_SEPARATORS}{_BIDI}\ud800-\udfff"
@@ -71,8 +78,35 @@ def json_line(body: object) -> str:
     return json.dumps(body, allow_nan=False).replace("\x7f", "\\u007f")
 
 
-def console_for(stream: TextIO) -> Console:
-    """A console that prints text as it is: no markup, no emoji names, no highlighting."""
+def console_for(stream: TextIO, least_width: int = MIN_WIDTH) -> Console:
+    """A console that prints text as it is: no markup, no emoji names, no highlighting.
+
+    A size of 0 (COLUMNS, LINES) says nothing, as with a terminal that does not know its own; what is narrower
+    than `least_width` would lose whole columns of a table.
+    """
     from rich.console import Console
 
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    with environment_that_fits(least_width):
+        environ = dict(os.environ)  # Rich asks it again whenever it draws
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, _environ=environ)
+    if console.width < least_width:
+        console.width = least_width
+    return console
+
+
+@contextmanager
+def environment_that_fits(least_width: int = MIN_WIDTH) -> Iterator[None]:
+    """COLUMNS and LINES as Rich can use them: unset where they are no size, and wide enough."""
+    given = {key: os.environ[key] for key in _SIZES if key in os.environ}
+    sizes = {key: int(text) for key, text in given.items() if _SIZE.fullmatch(text) and int(text)}
+    for key in given:
+        del os.environ[key]
+    if "COLUMNS" in sizes:
+        sizes["COLUMNS"] = max(sizes["COLUMNS"], least_width)
+    os.environ.update({key: str(size) for key, size in sizes.items()})
+    try:
+        yield
+    finally:
+        for key in sizes:
+            del os.environ[key]
+        os.environ.update(given)

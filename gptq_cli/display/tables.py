@@ -41,7 +41,7 @@ class Hint:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._text.startswith("gptq "):
             for line in fmt.wrap_command(self._text, options.max_width):
-                yield Text(line, style="cyan", no_wrap=True, overflow="ignore")
+                yield Text(line, style="cyan", overflow="fold")  # a word that is wider than the column
         else:
             yield Text(self._text, style="cyan", overflow="fold")
 

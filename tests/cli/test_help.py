@@ -18,12 +18,12 @@ DRAWN_BY = "0.29.2"
 """The Typer whose drawing the golden pages hold: another one may draw the same facts otherwise."""
 
 
-def help_page(*command: str) -> str:
-    """`gptq … --help` at 80 columns, in a process that knows nothing of this machine."""
+def help_page(*command: str, columns: str = "80") -> str:
+    """`gptq … --help` at a width, in a process that knows nothing of this machine."""
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT", "HOME") if name in os.environ}
     environ = {
         **kept,
-        "COLUMNS": "80",
+        "COLUMNS": columns,
         "TERM": "dumb",
         "NO_COLOR": "1",
         "PYTHONUTF8": "1",
@@ -49,6 +49,14 @@ def test_the_help_page(command: tuple[str, ...]) -> None:
     assert max(map(len, page.splitlines())) <= 80
     assert "<bool>" not in page
     check_golden(f"help/{'-'.join(('gptq', *command))}.txt", page)
+
+
+@pytest.mark.parametrize("columns", ["0", "5", "no"])
+def test_a_help_page_at_no_width_says_as_much(columns: str) -> None:
+    def words(page: str) -> set[str]:
+        return set(re.findall(r"[\w.-]+", page))
+
+    assert words(help_page("push", columns=columns)) == words(help_page("push"))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -95,7 +96,7 @@ def drawn(*renderables: Any) -> str:
     return stream.getvalue()
 
 
-@pytest.mark.parametrize(
+TABLES = pytest.mark.parametrize(
     ("value", "table"),
     [
         (report(), run_summary),
@@ -104,9 +105,39 @@ def drawn(*renderables: Any) -> str:
         (planned(), map_summary),
         (refused(), map_summary),
         (OFFLOAD, lambda finding: findings_table([finding])),
+        (verify_report(sound=False), verify_summary),
     ],
-    ids=["run", "load", "fits", "planned", "refused", "finding"],
+    ids=["run", "load", "fits", "planned", "refused", "finding", "verify"],
 )
+
+
+@TABLES
+@pytest.mark.parametrize("columns", ["0", "00", "1", "5", "39", "-1", "wide", "²", "9" * 20, "9" * 5000])
+def test_no_width_loses_a_word_of_a_table(
+    value: Any, table: Any, columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def words(columns: str) -> Counter[str]:
+        """Characters, but those of the lines and bars that are drawn as wide as there is room."""
+        monkeypatch.setenv("COLUMNS", columns)
+        stream = io.StringIO()
+        console_for(stream).print(table(value))
+        return Counter(re.sub(r"[\s\u2500-\u259f·!%+\\]", "", stream.getvalue()))
+
+    assert not words("300") - words(columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "lines", "size"), [("0", "0", (80, 25)), ("7", "9", (7, 9)), ("120", "", (120, 25))]
+)
+def test_a_size_of_zero_says_nothing(
+    columns: str, lines: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("LINES", lines)
+    assert tuple(console_for(io.StringIO(), least_width=1).size) == size
+
+
+@TABLES
 def test_tables_show_text_as_text(value: Any, table: Any) -> None:
     out = drawn(table(escaped(hostile(value))))
     assert not TERMINAL_ACTS_ON.search(out)
