@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import typer
 
@@ -94,16 +93,16 @@ def load(
         targets=parse_targets(target or (), tp),
         tp=tp,
     )
-    if report is not None:
-        check_page("report", Path(report))
+    written = {"log_file": session.log_file, "events": session.events}
+    page = None if report is None else check_page("report", report, written)
     with watch(session, progress, quiet=quiet) as observer:
         from gptq_cli import jobs
 
         result = jobs.load(job, observer)
-        if report is not None:
+        if page is not None:
             from gptq_cli.report.load_page import load_html
 
-            result = with_page(Path(report), result, load_html, observer, "the figures are on stdout")
+            result = with_page(page, result, load_html, observer, "the figures are on stdout")
 
     from gptq_cli.display.load import load_summary, verify_summary
 

@@ -2,43 +2,77 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from gptq_cli.errors import ConfigError, GptqError
 from gptq_cli.events import Observer, Warned
-from gptq_cli.files import kind_of, open_once, reason, shown
+from gptq_cli.files import expanded, kind_of, open_once, reason, shown
 
 HTML_BEGINS = b"<!doctype html"
 T = TypeVar("T", bound=Any)  # a report with warnings
 
 
-def check_page(option: str, path: Path) -> None:
-    """Raise `ConfigError` where no file can be written, or one that is no page would be lost.
+def check_page(option: str, text: str, others: Mapping[str, str | None] = MappingProxyType({})) -> Path:
+    """The file that `--option` names. Raises `ConfigError` where none can be written, or one that is no page
+    would be lost.
 
-    Before the work, not after it.
+    Before the work, not after it. `others`: options of the same command, and what they write to.
     """
+    path = expanded(text)
     elsewhere = f"give --{option} a file in a directory that you can write to"
     try:
-        kinds = (kind_of(path), kind_of(path.parent))
-        other = kinds[0] == "file" and not _is_page(path)
+        kind = kind_of(path)
+        if kind == "directory" or (kind is None and text.endswith(os.sep)):
+            raise ConfigError(
+                f"{option} is {shown(text)!r}, which is a directory", hint=f"--{option} {path / 'run.html'}"
+            )
+        _try_to_write(path, kind)
+        other = kind == "file" and not _is_page(path)
     except OSError as error:
         raise ConfigError(
-            f"{option} is {shown(path)!r}, which cannot be written: {reason(error)}", hint=elsewhere
+            f"{option} is {shown(text)!r}, which cannot be written: {reason(error)}", hint=elsewhere
         ) from error
-    if kinds[0] == "directory":
-        raise ConfigError(
-            f"{option} is {str(path)!r}, which is a directory", hint=f"--{option} {path / 'run.html'}"
-        )
-    if kinds[1] != "directory" or not os.access(path if kinds[0] else path.parent, os.W_OK):
-        raise ConfigError(f"{option} is {str(path)!r}, which cannot be written", hint=elsewhere)
     if other:
         raise ConfigError(
-            f"{option} is {str(path)!r}, a file that is no page and would be lost",
+            f"{option} is {shown(text)!r}, a file that is no page and would be lost",
             hint=f"give --{option} a new file, or remove that one",
+        )
+    for name, held in others.items():
+        _check_apart(option, path, name, held)
+    return path
+
+
+def _try_to_write(path: Path, kind: str | None) -> None:
+    """Raise the `OSError` that writing will raise; what is there stays as it is."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "a name cannot hold a NUL character")
+    if kind is None:  # opened for real: rights alone do not tell of a sealed or full file system
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        path.unlink()
+    elif kind == "file":
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    elif not os.access(path, os.W_OK):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _check_apart(option: str, path: Path, name: str, held: str | None) -> None:
+    if not held or "\0" in held:
+        return
+    page, other = (Path(os.path.realpath(one)) for one in (path, expanded(held)))
+    if page == other:
+        raise ConfigError(
+            f"{option} and {name} are both {shown(held)!r}", hint=f"give --{option} a file of its own"
+        )
+    if page in other.parents:
+        raise ConfigError(
+            f"{option} is {shown(path)!r}, where {name} ({shown(held)}) needs a directory",
+            hint=f"give --{option} a file of its own",
         )
 
 

@@ -108,8 +108,10 @@ def quantize(
         width = f"w{quantize_config.bits}" if budget is None else f"b{budget:g}"
         out = f"{Path(model).name or 'model'}-{width}{group}"
     launch = Launch.of(os.environ)
+    page = None
     if report is not None and (launch is None or launch.leads):
-        check_page("report", Path(report))
+        written = {"out": out, "log_file": session.log_file, "events": session.events}
+        page = check_page("report", report, written)
     if launch is not None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every rank that leaves
     job = QuantizeJob(
@@ -175,10 +177,10 @@ def quantize(
         except Interrupted as error:
             session.interrupted = error
             raise
-        if report is not None:
+        if page is not None:
             from gptq_cli.report.page import report_html
 
-            result = with_page(Path(report), result, report_html, observer, "report.json holds the same")
+            result = with_page(page, result, report_html, observer, "report.json holds the same")
 
     from gptq_cli.display.load import quantized_summary
 

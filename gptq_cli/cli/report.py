@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,13 +34,12 @@ def report(context: typer.Context, paths: Reports, *, out: o.Page = None, as_jso
     Reads report.json, and no weight. Of a checkpoint without one the config and the size are shown.
     """
     session: Session = context.obj
-    if out is not None:
-        check_page("out", Path(out))
+    page = None if out is None else check_page("out", out)
     from gptq_cli.jobs import reporting
 
     found = reporting.compare(paths) if len(paths) > 1 else reporting.report_of(paths[0])
-    if out is not None:
-        write_page(Path(out), _page(found))
+    if page is not None:
+        write_page(page, _drawn(found))
     show(session, found, _table)
 
 
@@ -59,7 +57,7 @@ def _table(found: Found) -> RenderableType:
             return comparison.comparison_table(found)
 
 
-def _page(found: Found) -> str:
+def _drawn(found: Found) -> str:
     from gptq_cli.report import comparison_page, load_page, page
 
     match found:

@@ -96,7 +96,12 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
         ("--max-shard-size huge", "max_shard_size: 'huge' is not a size"),
         ("--max-shard-size 5Gb", "max_shard_size: '5Gb' reads as bits"),
         ("--devices cuda:0=24GiB", "devices is given, but this is not a dry run"),
-        ("--report nowhere/at/all/r.html", "which cannot be written"),
+        ("--report nowhere/at/all/r.html", "which cannot be written: no such file or directory"),
+        ("--report O", "report and out are both 'O'"),
+        ("--report ./O", "report and out are both 'O'"),
+        ("--report new/", "report is 'new/', which is a directory"),
+        ("--report r.html --log-file r.html", "report and log_file are both 'r.html'"),
+        ("--report r.html --events ./r.html", "report and events are both './r.html'"),
     ],
 )
 def test_bad_values_start_nothing(jobs: FakeJobs, run: Run, words: str, message: str) -> None:
@@ -137,6 +142,15 @@ def test_a_report_page_is_written(jobs: FakeJobs, run: Run, tmp_path: Path) -> N
     page = tmp_path / "run.html"
     assert run("quantize", "M", "--out", "O", "--report", str(page)).code == 0
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_page_is_not_where_the_destination_needs_a_directory(
+    jobs: FakeJobs, run: Run, tmp_path: Path
+) -> None:
+    outcome = run("quantize", "M", "--out", str(tmp_path / "a" / "b"), "--report", str(tmp_path / "a"))
+    assert (outcome.code, jobs.called) == (2, "")
+    assert f"where out ({tmp_path / 'a' / 'b'}) needs a directory" in outcome.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_plans_and_needs_no_destination(jobs: FakeJobs, run: Run) -> None:

@@ -54,6 +54,23 @@ def test_a_page_that_cannot_be_written_is_an_error_before_anything_is_read(run: 
     assert f"out is '{tmp_path}', which is a directory" in refused.err
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file/x.html", "not a directory"),
+        ("none/x.html", "no such file or directory"),
+        ("x" * 300, "file name too long"),
+        ("a\0b", "a name cannot hold a NUL character"),
+    ],
+)
+def test_why_a_page_cannot_be_written(run: Run, tmp_path: Path, name: str, reason: str) -> None:
+    (tmp_path / "file").touch()
+    refused = run("report", "nosuch", "--out", f"{tmp_path}/{name}")
+    assert refused.code == 2
+    assert f"which cannot be written: {reason}\n" in refused.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_error_is_a_document_too(run: Run, tmp_path: Path) -> None:
     failed = run("report", str(tmp_path / "nosuch"), "--json")
     assert failed.code == 2
