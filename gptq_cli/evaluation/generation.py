@@ -18,6 +18,7 @@ from gptq_cli.errors import NonFinite
 from gptq_cli.evaluation.generation_config import for_generate, settings_of, stop_criterion
 from gptq_cli.evaluation.prompt import encode_prompt
 from gptq_cli.load_job import GREEDY, Sampling
+from gptq_cli.model.quiet import quiet_log
 from gptq_cli.model.running import input_device, matmul_scope_of
 
 OnToken = Callable[[str, int], None]
@@ -165,7 +166,7 @@ def generate(
         }
     with torch.inference_mode(), matmul_scope_of(model), _seeded(sampling), _guided(model, options):
         started = time.perf_counter()
-        with _nothing_to_draw_explained():
+        with _nothing_to_draw_explained(), quiet_log():
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -193,7 +194,8 @@ def generate(
 def _guided(model: Any, options: Mapping[str, Any]) -> Iterator[None]:
     """Replace the model's generation config: `generate` takes from it whatever a passed config leaves out."""
     own = model.generation_config
-    model.generation_config = GenerationConfig(**options)
+    with quiet_log():
+        model.generation_config = GenerationConfig(**options)
     try:
         yield
     finally:

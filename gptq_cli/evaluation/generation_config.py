@@ -24,6 +24,7 @@ from typing import Any
 from transformers import GenerationConfig, StopStringCriteria, WatermarkingConfig
 
 from gptq_cli.errors import CheckpointError
+from gptq_cli.model.quiet import quiet_log
 from gptq_cli.wording import first_line
 
 FILE = "generation_config.json"
@@ -91,7 +92,7 @@ def read_generation_config(directory: Path, model: Any) -> GenerationConfig:
 
 
 def _built(settings: Mapping[str, Any]) -> GenerationConfig:
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quiet_log():
         warnings.simplefilter("ignore")  # deprecations; `settings_of` notes what is not followed
         return GenerationConfig.from_dict(settings)
 

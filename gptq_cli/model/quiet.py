@@ -32,6 +32,26 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def quiet_log() -> Iterator[None]:
+    """Keep back what Transformers logs in this thread, errors excepted: what matters of it is an event of
+    ours. Other threads may do the same meanwhile, and need not wait."""
+    thread = threading.get_ident()
+
+    def speaks(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or threading.get_ident() != thread
+
+    transformers_logging.get_logger()  # its handler is made by the first call
+    handlers = tuple(logging.getLogger("transformers").handlers)
+    for handler in handlers:
+        handler.addFilter(speaks)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(speaks)
+
+
+@contextlib.contextmanager
 def no_random_traces() -> Iterator[None]:
     """Restore the CPU's global generator: Transformers draws from it for tensors that it re-creates."""
     state = torch.random.get_rng_state()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,24 @@ def test_greedy_text_is_that_of_the_dense_copy(opened: tuple[Any, Any, Any]) -> 
     assert made.prompt_tokens == ids.shape[1]
     assert 0 < made.first_token_seconds < made.seconds
     assert made.tokens_per_second > 0
+
+
+def test_what_transformers_logs_of_a_generation_is_kept_back(
+    opened: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _, tokenizer = opened
+    logged = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(logged)
+    monkeypatch.setattr(model.config, "max_position_embeddings", 4)  # "has exceeded the … maximum length"
+    try:
+        generate(model, tokenizer, "The import statement", 8)
+        assert logged.stream.getvalue() == ""
+        logger.error("heard")
+        logger.warning("heard again")
+    finally:
+        logger.removeHandler(logged)
+    assert logged.stream.getvalue() == "heard\nheard again\n"
 
 
 def test_at_most_as_many_tokens_as_asked_for(opened: tuple[Any, Any, Any]) -> None:

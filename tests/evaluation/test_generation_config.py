@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,17 @@ def read(directory: Path, text: str) -> GenerationConfig:
 
 def sorted_settings(**settings: Any) -> Any:
     return settings_of(GenerationConfig(**settings), VOCABULARY)
+
+
+def test_what_transformers_logs_of_the_settings_is_kept_back(tmp_path: Path) -> None:
+    logged = logging.StreamHandler(io.StringIO())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(logged)
+    try:
+        read(tmp_path, '{"temperature": -3, "do_sample": false, "top_p": 7}')  # "flags are not valid"
+        assert logged.stream.getvalue() == ""
+    finally:
+        logger.removeHandler(logged)
 
 
 def test_without_a_file_the_models_own_settings(tmp_path: Path) -> None:
