@@ -100,6 +100,11 @@ class MapCase:
                 return budget.free_bytes if wanted is None else min(wanted, budget.free_bytes)
         return None
 
+    def decides(self, device: Device) -> bool:
+        """Whether what `device` can hold decides if a plan fits: not where the map names one that is not
+        there, which is an error of its own."""
+        return self.limit(device) is not None or device not in self.spec.devices
+
     def rule_for(self, name: str) -> DeviceRule | None:
         """The rule that decides about a tensor; where none covers it, the one for what it is tied to.
 

@@ -224,10 +224,13 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
 
 def _cpu_plan(case: MapCase) -> Plan:
     """No accelerator: a plain CPU run, which the memory rules check like any other."""
-    if not case.listed(CPU):
-        return Plan(None, (), None, tried=("--max-memory lists no device that can hold the model",))
+    if case.cpu_room is None:
+        which = "--devices lists" if case.listed(CPU) else "--max-memory lists"
+        return Plan(None, (), None, tried=(f"{which} no device that can hold the model",))
     there = any(budget.device.is_accelerator for budget in case.budgets)
-    why = "--max-memory leaves no accelerator" if there else "there is no accelerator"
+    why = "no accelerator has free memory" if there else "there is no accelerator"
+    if replace(case, max_memory=None).accelerators:
+        why = "--max-memory leaves no accelerator"
     made = place(case.facts, lambda name: CPU, f"everything on cpu: {why}", CPU)
     if made is None:
         raise ValueError("cpu covers every tensor")
@@ -257,11 +260,11 @@ def _planned(placement: Placement, case: MapCase, schedule: Schedule) -> Plan:
 
 
 def fits(case: MapCase, plans: Sequence[DevicePlan], share: float = 1.0) -> bool:
-    """True when every device whose size is known holds its plan within `share` of what may be used."""
+    """True when every device that is there holds its plan within `share` of what may be used."""
     return all(
         plan.needed_bytes <= share * plan.limit_bytes
         for plan in plans
-        if case.limit(Device.parse(plan.device)) is not None
+        if case.decides(Device.parse(plan.device))
     )
 
 

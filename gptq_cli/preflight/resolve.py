@@ -202,7 +202,7 @@ def _from_rules(case: MapCase) -> Plan | None:
 def _roomy(case: MapCase) -> bool:
     """Whether the case fits, and leaves room on every device."""
     plan = _planned(case)
-    return plan is not None and _fits(case) and not rules_memory.tight(case, plan.plans)
+    return plan is not None and _fits(case) and not rules_memory.tight(plan.plans)
 
 
 def _planned(case: MapCase) -> Plan | None:

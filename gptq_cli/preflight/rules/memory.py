@@ -92,7 +92,11 @@ def memory_budget(planned: PlannedCase) -> list[Remark]:
     """
     if planned.ranks:
         return _short_ranks(planned)
-    short = [plan for plan in planned.device_plans if not plan.fits and _known(planned.case, plan)]
+    short = [
+        plan
+        for plan in planned.device_plans
+        if not plan.fits and planned.case.decides(Device.parse(plan.device))
+    ]
     if not short:
         return []
     remedies = cheapest(planned.case, planned.fits)
@@ -155,15 +159,15 @@ def _least_room(places: tuple[RankPlace, ...]) -> tuple[str, ...]:
     return (f"all ranks work by one plan, and the least room is on {' and on '.join(found.values())}",)
 
 
-def tight(case: MapCase, plans: tuple[DevicePlan, ...]) -> list[DevicePlan]:
+def tight(plans: tuple[DevicePlan, ...]) -> list[DevicePlan]:
     """The plans that fit, but leave less than 5 % of their device."""
-    return [p for p in plans if _known(case, p) and p.fits and p.spare_bytes < _TIGHT * p.limit_bytes]
+    return [p for p in plans if p.fits and p.spare_bytes < _TIGHT * p.limit_bytes]
 
 
 @rule("warning")
 def memory_tight(planned: PlannedCase) -> list[Remark]:
     """The plan fits, but leaves less than 5 % of a device: other processes or fragmentation may take that."""
-    plans = tight(planned.case, planned.device_plans)
+    plans = tight(planned.device_plans)
     remedy = less_work(planned.case, planned.roomy) if plans else None
     return [
         Remark(
@@ -187,10 +191,6 @@ def parts_text(plan: DevicePlan) -> str:
 def remedies_text(remedies: tuple[Remedy, ...]) -> str:
     """`one; or two; or three`."""
     return alternatives(remedies) or "use a smaller model or a machine with more memory"
-
-
-def _known(case: MapCase, plan: DevicePlan) -> bool:
-    return case.limit(Device.parse(plan.device)) is not None
 
 
 def _bytes_of(case: MapCase, patterns: list[str]) -> int:

@@ -36,6 +36,33 @@ def test_budget_obeys_max_memory() -> None:
     assert made.report.findings[0].hint.startswith("leave --max-memory out")
 
 
+@pytest.mark.parametrize("spec", ["auto", "balanced", "sequential", "cpu", "rest=1,lm_head=cpu"])
+@pytest.mark.parametrize("max_memory", [None, "0=24GiB", "cpu=1MiB"])
+def test_what_does_not_fit_is_an_error(spec: str, max_memory: str | None) -> None:
+    """No plan says of a device that it does not fit while the verdict says that all fits."""
+    model = llama(blocks=2, hidden=128, inner=256, vocab=512)
+    for devices in ("0=0", "0=0,1=0", "0=0,cpu=64GiB", "0=24GiB", "0=1MiB,1=1MiB", "cpu=0", "0=24GiB,cpu=0"):
+        made = resolved(spec, model, devices, max_memory=max_memory)
+        sound = made.placement is not None and all(plan.fits for plan in made.devices)
+        assert sound or not made.report.ok, devices
+
+
+def test_a_cpu_that_is_not_in_devices_holds_nothing() -> None:
+    """As with --max-memory: nothing is placed on what is not listed, and the words name the right option."""
+    (finding,) = resolved("auto", MODEL, "0=0").report.findings
+    assert (finding.rule, finding.level) == ("no-plan-fits", "error")
+    assert finding.message == "no plan fits: --devices lists no device that can hold the model"
+    reasons = {
+        ("0=0,cpu=64GiB", None): "everything on cpu: no accelerator has free memory",
+        ("0=24GiB,cpu=64GiB", "cpu=64GiB"): "everything on cpu: --max-memory leaves no accelerator",
+        ("cpu=64GiB", None): "everything on cpu: there is no accelerator",
+    }
+    for (devices, max_memory), reason in reasons.items():
+        placement = resolved("auto", MODEL, devices, max_memory=max_memory).placement
+        assert placement is not None
+        assert placement.reason == reason
+
+
 def test_without_work_only_weights_count() -> None:
     """Loading has all weights in memory; quantizing one block at a time."""
     assert rules_of(resolved("0", MODEL, "cuda:0=12GiB,cpu=64GiB"), "error") == []
