@@ -149,6 +149,8 @@ class PlacedCase:
     plans: tuple[DevicePlan, ...]
     without_offload: str = ""
     """What would end the offload to cpu, as a hint; "" where nothing simple does."""
+    in_runs: str = ""
+    """Options with a map that has one run of blocks for each device, where that is worth a warning."""
     on_accelerators: str = ""
     """What would use the accelerators that a plain CPU run leaves idle, as a hint; "" where nothing fits."""
 

@@ -17,7 +17,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.placement.device_map import DeviceMap, DeviceRule
 from gptq_cli.placement.device_rules import NameTree
-from gptq_cli.placement.names import owner
+from gptq_cli.placement.names import owner, parents
 from gptq_cli.planning.cases import MapCase
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
@@ -43,6 +43,19 @@ def repaired(case: MapCase) -> DeviceMap:
     rules = _with_whole_blocks(case.facts, rules)
     rules = _with_ties(case.facts, rules)
     return DeviceMap(rules=_deciding(case.facts, rules))
+
+
+def in_runs(case: MapCase, devices: dict[str, Device]) -> DeviceMap:
+    """The map of `case` with as many blocks on each device as `devices` says, in one run; what is not a block
+    stays where it is."""
+    first_use = list(dict.fromkeys(devices.values()))
+    wanted = dict(zip(devices, sorted(devices.values(), key=first_use.index), strict=True))
+    blocks = tuple(f"{block}." for block in case.facts.blocks)
+    outside = [t.name for t in case.facts.tensors if not t.name.startswith(blocks)]
+    kept = [rule for rule in case.spec.rules if rule.pattern and any(map(rule.covers, outside))]
+    rest = next((rule for rule in case.spec.rules if not rule.pattern), DeviceRule("", first_use[0]))
+    rules = (*_runs(tuple(devices), wanted), *kept, rest)
+    return repaired(replace(case, spec=DeviceMap(rules=rules)))
 
 
 def known_names(facts: ModelFacts) -> list[str]:
@@ -206,7 +219,8 @@ def _runs(blocks: tuple[str, ...], wanted: dict[str, Device]) -> Iterator[Device
 
 
 def _with_ties(facts: ModelFacts, rules: tuple[DeviceRule, ...]) -> tuple[DeviceRule, ...]:
-    """Tensors that are one on the device of the first of their names."""
+    """Tensors that are one on the device of the first of their names, and whole blocks with them."""
+    blocks = frozenset(facts.blocks)
     for group in facts.tied:
         spec = DeviceMap(rules=rules)
         first = spec.rule_for(group[0])
@@ -214,8 +228,11 @@ def _with_ties(facts: ModelFacts, rules: tuple[DeviceRule, ...]) -> tuple[Device
             rule = spec.rule_for(name)
             if first is None or rule is None or rule.device == first.device:
                 continue
-            pattern = name if rule.pattern == name else owner(name)
-            rules = (*(r for r in rules if r.pattern != pattern), DeviceRule(pattern, first.device))
+            block = next((above for above in parents(name) if above in blocks), None)
+            pattern = block or (name if rule.pattern == name else owner(name))
+            inner = f"{block}." if block is not None else pattern
+            kept = (r for r in rules if r.pattern != pattern and not r.pattern.startswith(inner))
+            rules = (*kept, DeviceRule(pattern, first.device))
             spec = DeviceMap(rules=rules)
     return rules
 

@@ -135,6 +135,9 @@ def _about_the_placement(placed: PlacedCase) -> list[Finding]:
         placed = replace(placed, without_offload=_without_offload(case))
     elif everywhere == (CPU,) and case.accelerators:
         placed = replace(placed, on_accelerators=alternatives(_on_accelerators(case)))
+    runs = rules_placement.block_runs(placed)
+    if runs is not None:
+        placed = replace(placed, in_runs=_repair(replace(case, spec=runs)))
     return _answers(rules_placement, placed)
 
 

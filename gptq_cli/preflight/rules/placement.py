@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 from gptq_cli.placement.device import CPU, Device, format_size
-from gptq_cli.placement.device_map import DeviceMap, DeviceRule
-from gptq_cli.placement.names import owner
+from gptq_cli.placement.device_map import DeviceMap
+from gptq_cli.placement.names import owner, parents
 from gptq_cli.placement.placement import PlacementEntry
 from gptq_cli.planning.cases import PlacedCase
+from gptq_cli.planning.repair import in_runs
 from gptq_cli.preflight.rules.device_map import instead
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import names_text, number_of
@@ -54,67 +55,85 @@ def tied_split(placed: PlacedCase) -> list[Remark]:
     One tensor cannot lie on two devices: accelerate makes a copy, which costs the memory twice and breaks the
     tie.
     """
-    found = []
+    shared: dict[tuple[tuple[str, ...], tuple[Device, ...]], list[tuple[str, ...]]] = {}
     for group in placed.case.facts.tied:
-        devices = {name: placed.placement.device_of(name) for name in group}
-        if len(set(devices.values())) < 2:
-            continue
-        first = devices[group[0]]
-        owners = [owner(name) for name in group]
-        said = " and ".join(
-            f"{module} on {devices[name]}" for module, name in zip(owners, group, strict=True)
-        )
+        devices = tuple(placed.placement.device_of(name) for name in group)
+        if len(set(devices)) > 1:
+            shared.setdefault((_tops(group), devices), []).append(group)
+    found = []
+    for (tops, devices), groups in shared.items():
+        modules = tops if len(groups) > 1 else tuple(owner(name) for name in groups[0])
+        what = f"{len(groups)} tensors" if len(groups) > 1 else "one tensor"
+        said = " and ".join(f"{module} on {device}" for module, device in zip(modules, devices, strict=True))
         found.append(
             Remark(
-                subject=owners[-1],
-                message=f"{' and '.join(owners)} share one tensor, but the device map has {said}",
-                hint=f"{instead(placed.case)} (all of them on {first})",
-                modules=tuple(owners),
+                subject=modules[-1],
+                message=f"{' and '.join(modules)} share {what}, but the device map has {said}",
+                hint=f"{instead(placed.case)} (all of them on {devices[0]})",
+                modules=modules,
             )
         )
     return found
 
 
+def _tops(group: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that names of one tensor differ in: without the components that all of them end in."""
+    parts = [name.split(".") for name in group]
+    same = 0
+    while len({tuple(part[-same - 1 :]) for part in parts}) == 1:
+        same += 1
+    return tuple(".".join(part[: len(part) - max(1, same)]) for part in parts)
+
+
 @rule("warning")
 def block_order(placed: PlacedCase) -> list[Remark]:
-    """Blocks change devices more often than they have devices, so hidden states travel back and forth."""
-    assigned = [
-        (block, placed.placement.device_of(block))
-        for block in placed.case.facts.blocks
-        if _whole(placed, block)
-    ]
-    changes = [b for (_, a), (b, c) in pairwise(assigned) if a != c]
-    needed = len({device for _, device in assigned}) - 1
-    if len(changes) <= max(0, needed):
+    """Blocks change devices more often than they must, so hidden states travel back and forth.
+
+    A plan of our own changes devices as seldom as it can, and so does a map whose blocks share weights with
+    others far away: those lie together.
+    """
+    made = block_runs(placed)
+    if made is None:
         return []
+    devices = _block_devices(placed)
+    changes, fewer = _changes(devices), _changes(_moved(devices, made))
+    remark = " (each device has one run of blocks)" if f'"{made}"' in placed.in_runs else ""
     return [
         Remark(
             subject="device map",
-            message=f"blocks change devices {len(changes)} times; {needed} would do",
-            hint=f'--device-map "{_contiguous(placed, assigned)}" (each device has one run of blocks)',
+            message=f"blocks change devices {len(changes)} times; {len(fewer)} would do",
+            hint=f"{placed.in_runs}{remark}",
             modules=tuple(changes),
         )
     ]
 
 
-def _whole(placed: PlacedCase, block: str) -> bool:
-    return not any(entry.name.startswith(block + ".") for entry in placed.placement.entries)
+def block_runs(placed: PlacedCase) -> DeviceMap | None:
+    """The map with one run of blocks for each device, where its blocks change devices less often."""
+    devices = _block_devices(placed)
+    changes = _changes(devices)
+    if placed.case.spec.strategy is not None or len(changes) < max(1, len(set(devices.values()))):
+        return None
+    made = in_runs(placed.case, devices)
+    return made if len(_changes(_moved(devices, made))) < len(changes) else None
 
 
-def _contiguous(placed: PlacedCase, assigned: list[tuple[str, Device]]) -> DeviceMap:
-    """The same number of blocks per device, each device one run; rules for what is not a block stay."""
-    prefix = assigned[0][0].rpartition(".")[0]
-    rules, start = [], 0
-    for device in dict.fromkeys(device for _, device in assigned):
-        count = sum(1 for _, other in assigned if other == device)
-        end = start + count - 1
-        rules.append(DeviceRule(f"{prefix}.{start}-{end}" if count > 1 else f"{prefix}.{start}", device))
-        start = end + 1
-    blocks = tuple(f"{block}." for block in placed.case.facts.blocks)
-    outside = [t.name for t in placed.case.facts.tensors if not t.name.startswith(blocks)]
-    kept = [r for r in placed.case.spec.rules if r.pattern and any(map(r.covers, outside))]
-    rest = next((r for r in placed.case.spec.rules if not r.pattern), DeviceRule("", assigned[0][1]))
-    return DeviceMap(rules=(*rules, *kept, rest))
+def _block_devices(placed: PlacedCase) -> dict[str, Device]:
+    """The device of every block that is not split."""
+    split = {block for entry in placed.placement.entries for block in parents(entry.name)}
+    blocks = (block for block in placed.case.facts.blocks if block not in split)
+    return {block: placed.placement.device_of(block) for block in blocks}
+
+
+def _moved(devices: dict[str, Device], made: DeviceMap) -> dict[str, Device]:
+    """Where the map `made` has the same blocks."""
+    found = {block: made.rule_for(block) for block in devices}
+    return {block: rule.device for block, rule in found.items() if rule is not None}
+
+
+def _changes(devices: dict[str, Device]) -> list[str]:
+    """Blocks that lie on another device than the one before."""
+    return [block for (_, before), (block, device) in pairwise(devices.items()) if before != device]
 
 
 @rule("warning")
