@@ -6,7 +6,8 @@ reason as data:
 * what `--module NAME=dense` names;
 * linears whose output only gates (`model.gates`), unless a `--module` names them themselves;
 * linears that cannot be packed at their bits and group, where they are too small to matter. One that
-  matters stays, so that preflight refuses it: a model is not to end up dense unnoticed;
+  matters stays, so that preflight refuses it, and so do all where no other is left: a model is not to end up
+  dense unnoticed;
 * linears of fused experts of which another part stays dense: their tensor is quantized whole or not at all.
 
 The head is quantized where it is asked for and is a linear; a head that is tied to the embedding becomes a
@@ -47,6 +48,9 @@ def select_linears(skeleton: Skeleton, config: QuantizeConfig) -> Skeleton:
     kept = dict(skeleton.kept)
     by_module = []
     small = _negligible(skeleton.linears)
+    unfit = {x.name for x in skeleton.linears if x.name in small and not fits(x, config.of_linear(x.name))}
+    if all(info.name in unfit for info in skeleton.linears if _may_be_quantized(skeleton, config, info)):
+        unfit = set()
     for info in skeleton.linears:
         own = settings_for(config.modules, info.name)
         if own.dense:
@@ -54,7 +58,7 @@ def select_linears(skeleton: Skeleton, config: QuantizeConfig) -> Skeleton:
             by_module.append(info)
         elif info.name in skeleton.trace.gating and not own.named:
             kept[info.name] = GATES
-        elif info.name in small and not own.named and not fits(info, config.of_linear(info.name)):
+        elif info.name in unfit and not own.named:
             kept[info.name] = TOO_SMALL
     quantized = {info.name for info in skeleton.linears if info.name not in kept}
     kept |= dict.fromkeys(linears_in_part(skeleton.experts, quantized) & quantized, IN_PART)
@@ -74,6 +78,12 @@ def select_linears(skeleton: Skeleton, config: QuantizeConfig) -> Skeleton:
     )
     name = head.name if head is not None else ""  # a tied one is listed beside the embedding
     return replace(chosen, dense=tuple(item for item in dense if item.name != name))
+
+
+def _may_be_quantized(skeleton: Skeleton, config: QuantizeConfig, info: LinearInfo) -> bool:
+    """Whether neither its settings nor what its output is for leave it dense."""
+    own = settings_for(config.modules, info.name)
+    return not own.dense and (own.named or info.name not in skeleton.trace.gating)
 
 
 def fits(info: LinearInfo, config: QuantizeConfig) -> bool:

@@ -9,10 +9,12 @@ import pytest
 import torch
 import transformers
 
-from gptq_cli.config import QuantizeConfig
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.selection import changed_settings, select_linears
 from gptq_cli.model.skeleton import Skeleton
+from gptq_cli.planning.cases import Work
+from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.results.kept import BY_MODULE, GATES, TOO_SMALL, KeptDense
 from tests.checkpoint.unquantized import opened
 from tests.conftest import TinyFactory
@@ -151,3 +153,23 @@ def test_settings_that_differ_by_the_names_of_the_files(tiny: TinyFactory) -> No
         "transformer.h.1.mlp.c_fc": {"bits": 8, "group_size": 64},
         "lm_head": {"bits": 8},
     }
+
+
+def test_small_linears_stay_where_there_are_no_others(tmp_path: Path) -> None:
+    """So that preflight names the group that fits; a gate or one that is dense by name is no other."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    path = save(tmp_path, "LlamaConfig", head_dim=8, **sizes)
+    for fields in ({}, {"group_size": "auto"}, {"modules": ["model.layers.0.mlp.down_proj=dense"]}):
+        skeleton = selected(path, **fields)
+        assert skeleton.linears
+        assert TOO_SMALL not in skeleton.kept.values()
+    config = QuantizeConfig(group_size=32)
+    (error,) = [
+        f
+        for f in check_quantize(model_facts(selected(path)), Work(config, CalibrationConfig())).findings
+        if f.level == "error"
+    ]
+    assert (error.rule, error.hint) == (
+        "group-too-large",
+        "--group-size 16 (16, 8 divide all; -1: one group per row)",
+    )

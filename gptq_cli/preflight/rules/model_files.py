@@ -36,6 +36,11 @@ def _remark(problem: SourceProblem) -> Remark:
     return Remark(subject=problem.subject, message=problem.message, hint=problem.hint or _AGAIN)
 
 
+def unsound(case: JobCase) -> bool:
+    """Whether a rule about the files refuses the model, whatever is asked of it."""
+    return any(one.level == "error" for found in rules_in(sys.modules[__name__]) for one in found(case))
+
+
 @rule("error")
 def already_quantized(case: JobCase) -> list[Remark]:
     """The model's config.json names a quantization that is not decoded: its weights are codes already.

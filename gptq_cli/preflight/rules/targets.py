@@ -13,6 +13,7 @@ from typing import Any
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.planning.target_facts import target_facts, with_few_experts
+from gptq_cli.preflight.rules.model_files import unsound
 from gptq_cli.readers import Target
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.check import TARGETS, check_target
@@ -41,6 +42,8 @@ def target(case: JobCase) -> list[Remark]:
     Better refused before the work than after it. The hint is the smallest change of the settings with which
     every named target takes the result. With --tp N, each matrix must divide over N devices.
     """
+    if not _makes_a_checkpoint(case):
+        return []
     facts = target_facts(case.facts, case.work.quantize, case.tp)
     few = replace(case, facts=with_few_experts(case.facts))
     found = []
@@ -76,6 +79,8 @@ def readers_lost(case: JobCase) -> list[Remark]:
     All of them read 4 bits, symmetric, with groups of 128, 64 or 32 and no `desc_act`. Name the readers that
     you need with --target: then losing one is an error.
     """
+    if not _makes_a_checkpoint(case):
+        return []
     few = replace(case, facts=with_few_experts(case.facts))
     facts = target_facts(few.facts, case.work.quantize)
     lost: dict[str, list[Target]] = {}
@@ -95,6 +100,11 @@ def readers_lost(case: JobCase) -> list[Remark]:
         )
         for reason, readers in lost.items()
     ]
+
+
+def _makes_a_checkpoint(case: JobCase) -> bool:
+    """Whether there is something to say of a result: no settings help a model that cannot be quantized."""
+    return bool(case.facts.linears) and not unsound(case)
 
 
 def _smallest_change(

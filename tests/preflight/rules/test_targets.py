@@ -10,6 +10,7 @@ import pytest
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import HeadCounts, ModelFacts
+from gptq_cli.model.source import SourceProblem
 from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.readers import Target
@@ -119,3 +120,23 @@ def test_a_reader_that_cannot_be_served_beside_one_that_can() -> None:
     assert [(f.subject, f.hint) for f in errors] == [
         ("--target sglang", "no setting makes sglang take this model: name --target vllm alone")
     ]
+
+
+@pytest.mark.parametrize("targets", [(), ("vllm",)])
+def test_nothing_is_said_of_a_result_that_cannot_be(targets: tuple[Target, ...]) -> None:
+    """What refuses the model is said by another rule; no setting of a reader's would help."""
+    work = Work(QuantizeConfig(group_size=16), CalibrationConfig(samples=32, seq_len=512))
+    missing = SourceProblem("missing-weight", "model.layers.1.mlp.up_proj.weight", "no tensor in the files")
+    dense = replace(FACTS, linears=(), by_module=FACTS.linears)
+    for facts, problems in (
+        (FACTS, (missing,)),
+        (replace(FACTS, already_quantized="gptq"), ()),
+        (dense, ()),
+    ):
+        report = check_quantize(facts, work, problems=problems, targets=targets)
+        assert not report.ok
+        assert not [f for f in report.findings if f.rule in ("target", "readers-lost")]
+    left_out = SourceProblem("link-left-out", "LICENSE", "leads out of the directory")
+    assert "target" in {
+        f.rule for f in check_quantize(FACTS, work, problems=(left_out,), targets=("vllm",)).findings
+    }
