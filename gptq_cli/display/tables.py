@@ -226,7 +226,8 @@ def _run_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
     mean, nearest = report.mean_loss, report.mean_rtn_loss
     if mean is not None and nearest is not None:
         change = fmt.change(mean, nearest)
-        rows.append(("mean loss", f"{fmt.loss(mean)}, round-to-nearest {fmt.loss(nearest)} ({change})"))
+        against = f"round-to-nearest {fmt.loss(nearest)}{f' ({change})' if change else ''}"
+        rows.append(("mean loss", f"{fmt.loss(mean)}, {against}"))
     if report.tuning is not None:
         rows.append(("tuned", report.tuning.words))
     if report.experts is not None:

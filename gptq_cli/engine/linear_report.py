@@ -55,13 +55,25 @@ def check_fallback(
     """Warn of a linear that was rounded to nearest. Raises `NotPositiveDefinite` where that is forbidden."""
     if quantized.method == "gptq":
         return
-    why = (
-        "no calibration token reached it"
-        if quantized.attempts == 0 and tokens == 0
-        else f"its Hessian is not positive definite up to damping {quantized.damp_percent:g}"
-        f" ({number_of(quantized.attempts, 'attempt')}, {number_of(tokens, 'token')})"
-    )
-    hint = "calibrate with more or more varied text (--samples, --calibration), or raise --damp-percent"
+    why, hint = _why_rounded(quantized, tokens)
     if strict:
         raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
     observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))
+
+
+def _why_rounded(quantized: QuantizedLinear, tokens: int) -> tuple[str, str]:
+    """The reason, and what to do."""
+    more = "calibrate with more or more varied text (--samples, --calibration)"
+    if quantized.attempts == 0 and tokens == 0:
+        return "no calibration token reached it", more
+    if quantized.attempts == 0:
+        return (
+            f"every input of it is 0, for all {tokens} tokens",
+            "a linear or norm before it has weights that are all 0, or too small: look for a warning about "
+            "it, or compare the model's files with their source",
+        )
+    return (
+        f"its Hessian is not positive definite up to damping {quantized.damp_percent:g} "
+        f"({number_of(quantized.attempts, 'attempt')}, {number_of(tokens, 'token')})",
+        f"{more}, or raise --damp-percent",
+    )

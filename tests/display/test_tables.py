@@ -35,6 +35,13 @@ def test_a_summary_names_every_fallback_and_the_next_command() -> None:
     assert "FALLBACK" not in rendered(run_summary(clean))
 
 
+def test_a_mean_loss_of_zero_is_compared_with_nothing() -> None:
+    linears = tuple(replace(x, loss=0.0, rtn_loss=0.0) for x in report().blocks[0].linears)
+    blocks = (replace(report().blocks[0], linears=linears),)
+    text = rendered(run_summary(replace(report(), blocks=blocks)), 160)
+    assert " mean loss    0.0000, round-to-nearest 0.0000\n" in text
+
+
 def test_a_summary_says_what_each_source_of_text_gave() -> None:
     shares = (
         TextShare(source="chat.jsonl:messages", weight=3.0, samples=96, tokens=49152),
