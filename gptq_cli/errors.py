@@ -15,6 +15,7 @@
      ├─ OutOfDeviceMemory          4   a device ran out of memory; finished blocks are kept
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
+         │   └─ WeightTooLarge
          └─ NotPositiveDefinite
 
 An interruption (SIGINT, SIGTERM) is exit 130; it is a KeyboardInterrupt, not a GptqError: `Interrupted` where
@@ -152,6 +153,10 @@ class QualityGateFailed(GptqError):  # noqa: N818 - a gate that failed
 
 class NonFinite(QualityGateFailed):
     """A weight, an activation or a Hessian holds NaN or infinity."""
+
+
+class WeightTooLarge(NonFinite):
+    """A weight whose scales float16 cannot hold; left dense, it may stay."""
 
 
 class NotPositiveDefinite(QualityGateFailed):

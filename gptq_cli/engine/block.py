@@ -24,7 +24,7 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import BlockInputs, HiddenStates
 from gptq_cli.engine.experts import ExpertSolver, SolvedStage
-from gptq_cli.engine.finite import FiniteNotes, non_finite_error
+from gptq_cli.engine.finite import FiniteNotes, named_error, non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.gradients import output_moments
 from gptq_cli.engine.leaf_sums import LeafSums
@@ -335,8 +335,7 @@ def _solve(
     except NonFinite as error:
         for name, weight in zip(stage.linears, weights, strict=True):
             check_tensor(f"{infos[name].name}.weight", weight)  # says where it is not finite
-        names = ", ".join(infos[name].name for name in stage.linears)
-        raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
+        raise named_error(error, [infos[name].name for name in stage.linears], weights) from error
     del hessian, goals, weights, share, factors, outputs
     seconds = time.perf_counter() - started
     yield from _finish(context, SolvedStage(stage, solved, tokens, 0.0, seconds), step)

@@ -20,6 +20,7 @@ from itertools import groupby
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
+from gptq_cli.engine.finite import named_error
 from gptq_cli.engine.leaf_sums import LeafSums, OwnedSums
 from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.engine.shared_solve import Dealt, owners_of
@@ -223,8 +224,7 @@ class ExpertSolver:
             linears = [f"{self._schedule.name}.{name}" for stage in stages for name in stage.linears]
             for name, weight in zip(linears, weights, strict=True):
                 check_tensor(f"{name}.weight", weight)  # says where it is not finite
-            names = ", ".join(linears)
-            raise NonFinite(f"{names}: {error.message}", hint=error.hint) from error
+            raise named_error(error, linears, weights) from error
 
 
 class FewTokens:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from gptq_cli.errors import NonFinite
+from gptq_cli.errors import NonFinite, WeightTooLarge
 
 Place = TypeVar("Place")
 
@@ -42,6 +42,19 @@ class FiniteNotes(Generic[Place]):
             return None
         answers = torch.stack(self._finite).tolist()
         return next((place for place, good in zip(self._places, answers, strict=True) if not good), None)
+
+
+def named_error(
+    error: NonFinite,
+    names: Sequence[str],
+    weights: Sequence[Tensor],  # (N_i, K) of each linear
+) -> NonFinite:
+    """`error` with the linears that it is about; of weights that are too large, the one, and the way out."""
+    if isinstance(error, WeightTooLarge):
+        sizes = [float(weight.abs().max()) for weight in weights]
+        name = names[sizes.index(max(sizes))]
+        return WeightTooLarge(f"{name}: {error.message}", hint=f"leave it dense: --module {name}=dense")
+    return NonFinite(f"{', '.join(names)}: {error.message}", hint=error.hint)
 
 
 def non_finite_error(

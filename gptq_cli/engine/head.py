@@ -24,7 +24,7 @@ from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
-from gptq_cli.engine.finite import FiniteNotes, non_finite_error
+from gptq_cli.engine.finite import FiniteNotes, named_error, non_finite_error
 from gptq_cli.engine.leaf_sums import LeafSums
 from gptq_cli.engine.linear_report import check_fallback, linear_report
 from gptq_cli.engine.shared_solve import Dealt
@@ -152,7 +152,7 @@ def _solved(
             try:
                 found = quantize_linears([rows.to(work.device)], hessian, config)
             except NonFinite as error:
-                raise NonFinite(f"{work.info.name}: {error.message}", hint=error.hint) from error
+                raise named_error(error, [work.info.name], [rows]) from error
             yield _Rows(found)
 
     rows = Dealt(shapes, solve, lambda part, linears, seconds: _Rows(linears))

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gptq_cli.errors import NonFinite
+from gptq_cli.errors import NonFinite, WeightTooLarge
 from gptq_cli.gptq.grid import FP16_MAX, Grid
 
 
@@ -35,7 +35,7 @@ def refuse_unsolvable(
         if not largest < torch.inf:
             raise NonFinite("the weight holds NaN or infinity")
         if largest / grid.half > FP16_MAX:
-            raise NonFinite(
+            raise WeightTooLarge(
                 f"the weight reaches {largest:.3g}: its scales would be infinite in float16, "
                 f"which ends at {FP16_MAX:.0f}"
             )

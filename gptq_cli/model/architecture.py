@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -79,6 +80,13 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
         )
     except Exception as error:
         raise_import_failure(error)
+        wrong = _no_dtype(raw)
+        if wrong is not None:
+            raise ModelError(
+                f"{files.source}: config.json says {wrong[0]} = {brief(wrong[1])}; "
+                "allowed: float16, bfloat16, float32",
+                hint="compare config.json with the one that the model was published with",
+            ) from error
         unknown = "does not recognize this architecture" in str(error)
         raise ModelError(
             f"{files.source}: config.json cannot be used: {first_line(error)}",
@@ -88,6 +96,20 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
         ) from error
     _check_architecture(files.source, raw, config)
     return config
+
+
+def _no_dtype(config: Mapping[str, Any], inside: str = "") -> tuple[str, object] | None:
+    """The first field for a dtype whose value names none, and that value."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found = _no_dtype(value, f"{inside}{key}.") if not inside.count(".") else None
+            if found is not None:
+                return found
+        elif key in ("dtype", "torch_dtype") and value not in (None, "auto"):
+            name = value.removeprefix("torch.") if isinstance(value, str) else ""
+            if not isinstance(getattr(torch, name, None), torch.dtype):
+                return f"{inside}{key}", value
+    return None
 
 
 def check_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_cli.errors import ModelError
+from gptq_cli.wording import as_json
 
 Check = Callable[[Any], bool]
 
@@ -70,6 +71,6 @@ def check_types(source: str, raw: Mapping[str, Any]) -> None:
             value = part.get(name)
             if value is not None and not fits(value):
                 raise ModelError(
-                    f"{source}: config.json says {prefix}{name} = {value!r:.80}; allowed: {kind}",
+                    f"{source}: config.json says {prefix}{name} = {as_json(value, 80)}; allowed: {kind}",
                     hint="compare config.json with the one that the model was published with",
                 )

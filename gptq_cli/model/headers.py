@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_cli.model.source_files import open_regular
+from gptq_cli.wording import as_json
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The library's own limit; 70B-parameter models need about a tenth of a megabyte."""
@@ -164,7 +165,7 @@ def brief(value: object) -> str:
         return f"[{', '.join(brief(item) for item in value[:8])}{rest}]"
     if isinstance(value, dict):
         return "an object"
-    text = repr(value[:_SHOWN] if isinstance(value, str) else value)
+    text = repr(value[:_SHOWN]) if isinstance(value, str) else as_json(value)
     return f"{text}…" if isinstance(value, str) and len(value) > _SHOWN else text
 
 

@@ -193,5 +193,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             f"tensor {name} holds {count} values that are not finite, the first ({flat[index].item()}) "
             f"at {position}",
             hint="the files are damaged, or values overflowed in float16: fetch the model again, or use "
-            "--dtype bfloat16",
+            "--dtype bfloat16"
+            if tensor.dtype == torch.float16
+            else "the files are damaged: fetch the model again",
         )

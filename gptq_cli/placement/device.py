@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from gptq_cli.errors import DeviceMapError
+from gptq_cli.wording import as_json
 
 INDEXED_KINDS = ("cuda", "xpu", "npu", "hpu", "mlu", "musa", "sdaa")
 """Accelerators of which a machine may hold several; accelerate names them by a bare index."""
@@ -137,7 +138,7 @@ CPU = Device("cpu")
 
 
 def _no_device(value: object) -> DeviceMapError:
-    shown = repr(value)
+    shown = as_json(value) if value is None or isinstance(value, bool) else repr(value)
     return DeviceMapError(
         f"{shown[:60]} is not a device; allowed: {ALLOWED_DEVICE}", hint="write for example cuda:0 or cpu"
     )
@@ -190,7 +191,7 @@ def parse_size(text: object) -> int:
     match = _SIZE.match(text.strip()) if isinstance(text, str) else None
     unit = match.group(2) if match else ""
     if match is None or unit.lower() not in _UNITS:
-        raise DeviceMapError(f"{repr(text)[:60]} is not a size; {allowed}", hint=hint)
+        raise DeviceMapError(f"{as_json(text, 60)} is not a size; {allowed}", hint=hint)
     written = match.string
     if unit[-1:] == "b" and not unit.islower():
         raise DeviceMapError(f"{written!r} reads as bits; sizes are bytes", hint=f"write {written[:-1]}B")

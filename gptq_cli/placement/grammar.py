@@ -50,7 +50,10 @@ def scan_compact(text: str, what: str, value_name: str) -> Iterator[Pair]:
         value_at = at + len(key.lstrip()) + 1
         if not equals:
             raise syntax_error(
-                what, text, at, f"{part.strip()[:60]!r} has no device; allowed: NAME={value_name}", hint=None
+                what,
+                text,
+                at,
+                f"{part.strip()[:60]!r} has no {value_name.lower()}; allowed: NAME={value_name}",
             )
         if not key.strip():
             raise syntax_error(

@@ -110,6 +110,9 @@ def _card(text: str, part: tuple[int, str]) -> str:
     at, entry = part
     found = _CARD.search(entry)
     name = found[0][1:].strip().lower() if found else ""
+    if found is not None and entry.strip().lower().startswith("cpu"):
+        message = f"{found[0][:60]!r} names a card, and the cpu is none; allowed: cpu=SIZE"
+        raise syntax_error("devices", text, at + found.start(), message, hint="leave it out")
     if found is None or name in CARDS:
         return name
     known = ", ".join(CARDS)

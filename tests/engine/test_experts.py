@@ -244,8 +244,9 @@ def test_what_cannot_be_solved_is_named() -> None:
                 with torch.no_grad():
                     self.up.weight[0, 0] = 1e9
 
-    with pytest.raises(NonFinite, match=r"^layers\.0\.experts\.1\.up: the weight reaches 1e\+09"):
+    with pytest.raises(NonFinite, match=r"^layers\.0\.experts\.1\.up: the weight reaches 1e\+09") as caught:
         quantized(QuantizeConfig(group_size=32, solve_for="own"), [], kind=Loud)
+    assert caught.value.hint == "leave it dense: --module layers.0.experts.1.up=dense"
 
 
 def report_of(name: str, tokens: int, *, routed: bool = True) -> LinearReport:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import torch
 
-from gptq_cli.engine.finite import FiniteNotes, non_finite_error
+from gptq_cli.engine.finite import FiniteNotes, named_error, non_finite_error
+from gptq_cli.errors import NonFinite, WeightTooLarge
 
 
 def test_the_first_bad_sample_is_named() -> None:
@@ -13,6 +14,15 @@ def test_the_first_bad_sample_is_named() -> None:
     assert error.exit_code == 5
     for part in ("sample 10", "'mlp.down_proj'", "'model.layers.3'"):
         assert part in error.message
+
+
+def test_the_weight_that_is_too_large_is_named_with_the_way_out() -> None:
+    weights = [torch.ones(2, 2), torch.full((2, 2), -1e9), torch.ones(2, 2)]
+    error = named_error(WeightTooLarge("the weight reaches 1e+09"), ["gate", "up", "down"], weights)
+    assert error.message == "up: the weight reaches 1e+09"
+    assert error.hint == "leave it dense: --module up=dense"
+    other = named_error(NonFinite("the Hessian holds NaN", hint="x"), ["gate", "up"], weights[:2])
+    assert (other.message, other.hint) == ("gate, up: the Hessian holds NaN", "x")
 
 
 def test_an_overflow_of_squares_is_told_from_a_bad_value() -> None:

@@ -150,6 +150,13 @@ def test_finite_check_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     check_tensor("empty", torch.empty(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_another_dtype_is_no_advice_where_the_files_hold_the_nan(dtype: torch.dtype) -> None:
+    with pytest.raises(NonFinite) as caught:
+        check_tensor("t", torch.tensor([1.0, float("nan")], dtype=dtype))
+    assert ("--dtype" in str(caught.value.hint)) is (dtype == torch.float16)
+
+
 def test_finite_check_leaves_other_kinds_alone() -> None:
     module = nn.Module()
     module.register_buffer("mask", torch.ones(3, dtype=torch.bool))

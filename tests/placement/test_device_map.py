@@ -114,6 +114,7 @@ def test_the_map_of_a_file_needs_no_file_afterwards(tmp_path: Path) -> None:
         ('{"a" 0}', 5, "':' expected", ""),
         ('{"a": 1.5}', 6, "1.5 is not a device for 'a'", ""),
         ('{"a": null}', 6, "null is not a device", ""),
+        ('{"a": true}', 6, "true is not a device", ""),
         ('{"a": true}', 6, "not a device", ""),
         ('{"a": [0]}', 6, "[0] is not a device", ""),
         ('{"a": -2}', 6, "out of range", ""),
@@ -367,6 +368,11 @@ def test_inventory_with_cards() -> None:
     assert caught.value.position == len("cpu=1GiB,cuda:0=24GiB")
     with pytest.raises(DeviceMapError, match="is not a size"):
         parse_inventory("cuda:0=24Gi@4090")
+    with pytest.raises(DeviceMapError, match="'@h100' names a card, and the cpu is none") as caught:
+        parse_inventory("cuda:0=24GiB@h100, cpu=64GiB@h100")
+    assert caught.value.position == len("cuda:0=24GiB@h100, cpu=64GiB")
+    with pytest.raises(DeviceMapError, match="'cuda:0' has no size; allowed: NAME=SIZE"):
+        parse_inventory("cuda:0,cpu=64GiB")
 
 
 def test_inventory() -> None:
