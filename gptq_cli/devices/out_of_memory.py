@@ -52,7 +52,7 @@ def out_of_memory_cause(error: BaseException) -> BaseException | None:
 
 
 @contextmanager
-def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
+def out_of_memory_told(doing: Callable[[], str], hint: str | Callable[[], str]) -> Iterator[None]:
     """Turn an out-of-memory error inside the `with` into `OutOfDeviceMemory`: exit code 4.
 
     `doing` says what was being done, "while opening the model"; `hint` what to change. The local variables in
@@ -69,7 +69,8 @@ def out_of_memory_told(doing: Callable[[], str], hint: str) -> Iterator[None]:
         lines = str(cause).strip().splitlines()
         said = lines[0] if lines else type(cause).__name__
         clear_frames(error)
-        raise OutOfDeviceMemory(f"out of memory {doing()}: {said}", hint=hint) from error
+        less = hint if isinstance(hint, str) else hint()
+        raise OutOfDeviceMemory(f"out of memory {doing()}: {said}", hint=less) from error
 
 
 def clear_frames(error: BaseException) -> None:

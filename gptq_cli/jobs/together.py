@@ -14,7 +14,6 @@ from typing import Any
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.fingerprint import Fingerprint
 from gptq_cli.config import InspectJob, QuantizeConfig, QuantizeJob
-from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.opening import EngineRun
 from gptq_cli.engine.run import quantize_model
@@ -24,7 +23,7 @@ from gptq_cli.events import ignore
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.shared_files import seen_files
 from gptq_cli.jobs.steps import watched
-from gptq_cli.jobs.watching import LESS_MEMORY, Watcher
+from gptq_cli.jobs.watching import Watcher, out_of_memory_while
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import LinearInfo, open_skeleton
 from gptq_cli.placement.device import CPU, Device
@@ -116,7 +115,7 @@ def follow(job: QuantizeJob, launch: Launch, *, came: Callable[[], None], heard:
     watcher = Watcher(ignore)
     with joined(launch, job.command_line, on_cpu=on_cpu(job), came=came) as own:
         heard()
-        with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY["quantize"]):
+        with out_of_memory_while(watcher, "quantize"):
             told: Assignment = own.team.decided(_elsewhere)
             _work(own, told, watcher)
 

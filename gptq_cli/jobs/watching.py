@@ -34,13 +34,27 @@ from gptq_cli.events import (
 )
 
 Command = Literal["quantize", "load", "inspect-map"]
-LESS_MEMORY: dict[Command, str] = {
+_MACHINE = "free memory on this machine, or raise its limit (ulimit -v, the container's)"
+_ELSEWHERE = "spread the model (--device-map auto), or take the CPU (--device-map cpu)"
+_LESS_MEMORY: dict[Command, str] = {
     "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
     "or see what needs memory: gptq quantize … --dry-run",
-    "load": "lower --seq-len, spread the model (--device-map auto), or leave --against out",
-    "inspect-map": "no weight is read here: free memory on this machine, or raise its limit (ulimit -v, the "
-    "container's)",
+    "load": _ELSEWHERE,
+    "inspect-map": f"no weight is read here: {_MACHINE}",
 }
+_LESS_IN: dict[tuple[Command, Phase], str] = {
+    ("quantize", "open"): _MACHINE,
+    ("quantize", "load"): "offload blocks (--device-map auto with --max-memory), or see what needs memory: "
+    "gptq quantize … --dry-run",
+    ("load", "open"): _MACHINE,
+    ("load", "verify"): _MACHINE,
+    ("load", "upload"): _MACHINE,
+    ("load", "generate"): f"shorten the prompt or --max-new-tokens; or {_ELSEWHERE}",
+    ("load", "dense"): f"leave --against out; or {_ELSEWHERE}",
+    ("load", "evaluate"): f"lower --seq-len; or {_ELSEWHERE}",
+}
+_PROOF: tuple[Phase, ...] = ("open", "load", "generate", "bench", "dense", "evaluate", "tasks")
+_PROVED = "the checkpoint is complete: measure it by itself with gptq load, which can spread the model"
 _PHASES: dict[Phase, str] = {
     "startup": "starting",
     "open": "opening the model",
@@ -71,6 +85,8 @@ class Watcher:
     observer: Observer
     doing: str = "while starting"
     warnings: list[str] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+    """Those that were started, the current one last."""
 
     def __call__(self, event: Event) -> None:
         """Note the event and pass it on."""
@@ -80,6 +96,7 @@ class Watcher:
         match event:
             case PhaseStarted(phase):
                 self.doing = f"while {_PHASES[phase]}"
+                self.phases.append(phase)
             case PhaseFinished(phase):
                 self.doing = f"after {_PHASES[phase]}"
             case BlockStarted():
@@ -92,14 +109,24 @@ class Watcher:
         self.observer(event)
 
 
+def less_memory(command: Command, watcher: Watcher) -> str:
+    """What to change so that the current step needs less memory: only what that step uses."""
+    phase = watcher.phases[-1] if watcher.phases else None
+    if phase is None or phase == "startup":
+        return _MACHINE
+    if command == "quantize" and phase in _PROOF and "save" in watcher.phases:
+        return _PROVED
+    return _LESS_IN.get((command, phase), _LESS_MEMORY[command])
+
+
 def out_of_memory_in(command: Command, doing: str) -> AbstractContextManager[None]:
     """What raises `OutOfDeviceMemory` for a step outside of `watching`, such as one before torch is there."""
-    return out_of_memory_told(lambda: doing, LESS_MEMORY[command])
+    return out_of_memory_told(lambda: doing, _LESS_IN.get((command, "open"), _LESS_MEMORY[command]))
 
 
 def out_of_memory_while(watcher: Watcher, command: Command) -> AbstractContextManager[None]:
     """What raises `OutOfDeviceMemory` for a part of what is watched, for those who add to its hint."""
-    return out_of_memory_told(lambda: watcher.doing, LESS_MEMORY[command])
+    return out_of_memory_told(lambda: watcher.doing, lambda: less_memory(command, watcher))
 
 
 @contextmanager
@@ -108,7 +135,7 @@ def watching(command: Command, observer: Observer) -> Iterator[Watcher]:
     watcher = Watcher(observer)
     reported = nullcontext() if observer is ignore else _python_warnings_as_events(watcher)
     try:
-        with out_of_memory_told(lambda: watcher.doing, LESS_MEMORY[command]), reported:
+        with out_of_memory_while(watcher, command), reported:
             yield watcher
     except OutOfDeviceMemory:
         from gptq_cli.devices.accelerators import flush

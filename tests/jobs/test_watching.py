@@ -10,9 +10,11 @@ import pytest
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.events import Event, Warned
+from gptq_cli.errors import OutOfDeviceMemory
+from gptq_cli.events import Event, Phase, PhaseStarted, Warned, ignore
 from gptq_cli.gptq import solver
 from gptq_cli.gptq.walk_choice import Guarded
+from gptq_cli.jobs.watching import Command, watching
 from tests.e2e.commands import write_text
 
 
@@ -49,3 +51,30 @@ def test_a_kernel_that_fails_in_every_solve_is_told_once_and_kept_in_the_report(
     )
     assert warned in report.warnings
     assert {linear.method for block in report.blocks for linear in block.linears} == {"gptq"}
+
+
+@pytest.mark.parametrize(
+    ("command", "phases", "says", "says_not"),
+    [
+        ("load", ["open", "load"], "--device-map cpu", "--seq-len"),
+        ("load", ["load", "generate"], "--max-new-tokens", "--against"),
+        ("load", ["load", "evaluate"], "--seq-len", "--against"),
+        ("load", ["load", "dense"], "leave --against out", "--seq-len"),
+        ("load", [], "ulimit", "--device-map"),
+        ("quantize", ["open"], "ulimit", "--samples"),
+        ("quantize", ["open", "calibration", "load"], "--device-map auto with --max-memory", "--samples"),
+        ("quantize", ["load", "capture"], "--samples", "--seq-len"),
+        ("quantize", ["load", "save", "evaluate"], "gptq load", "--samples"),
+        ("quantize", ["load", "save", "verify", "load"], "gptq load", "--max-memory"),
+    ],
+)
+def test_out_of_memory_names_what_the_step_uses(
+    command: Command, phases: list[Phase], says: str, says_not: str
+) -> None:
+    with pytest.raises(OutOfDeviceMemory) as caught, watching(command, ignore) as watcher:
+        for phase in phases:
+            watcher(PhaseStarted(phase))
+        raise MemoryError
+    hint = str(caught.value.hint)
+    assert says in hint
+    assert says_not not in hint
