@@ -16,7 +16,8 @@
      └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
          ├─ NonFinite
          │   └─ WeightTooLarge
-         └─ NotPositiveDefinite
+         ├─ NotPositiveDefinite
+         └─ LinearLost
 
 An interruption (SIGINT, SIGTERM) is exit 130; it is a KeyboardInterrupt, not a GptqError: `Interrupted` where
 finished blocks or gradients were kept.
@@ -161,3 +162,7 @@ class WeightTooLarge(NonFinite):
 
 class NotPositiveDefinite(QualityGateFailed):
     """A Hessian could not be factorised at any allowed damping, and --strict forbids the fallback."""
+
+
+class LinearLost(QualityGateFailed):
+    """Hardly anything of a linear is left after quantization, and --strict forbids that."""

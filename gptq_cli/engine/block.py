@@ -28,7 +28,7 @@ from gptq_cli.engine.finite import FiniteNotes, named_error, non_finite_error
 from gptq_cli.engine.forwards import Forwards, ParkedForwards, ReplayedForwards, unhooked_copy
 from gptq_cli.engine.gradients import output_moments
 from gptq_cli.engine.leaf_sums import LeafSums
-from gptq_cli.engine.linear_report import check_fallback, linear_report
+from gptq_cli.engine.linear_report import check_fallback, check_lost, linear_report
 from gptq_cli.engine.residuals import Residual, find_residuals
 from gptq_cli.engine.shared_solve import StageShare
 from gptq_cli.engine.stage_factors import StageFactors
@@ -356,6 +356,7 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
         info, module = context.infos[name], context.modules[name]
         options = context.options
         check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
+        check_lost(info, quantized, options.observer, strict=options.strict)
         assign(module, quantized.dequantize(weight_matrix(module).dtype))
         if options.team.rank == 0:  # one of them writes
             options.store(info, pack(quantized, own.bits, config.checkpoint_format))

@@ -26,7 +26,7 @@ from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.capture import Captured, StopForward, replaced_forward
 from gptq_cli.engine.finite import FiniteNotes, named_error, non_finite_error
 from gptq_cli.engine.leaf_sums import LeafSums
-from gptq_cli.engine.linear_report import check_fallback, linear_report
+from gptq_cli.engine.linear_report import check_fallback, check_lost, linear_report
 from gptq_cli.engine.shared_solve import Dealt
 from gptq_cli.engine.stand_ins import behind_blocks
 from gptq_cli.engine.wire import Shape, joined
@@ -92,6 +92,7 @@ def quantize_head(
             hessian, tokens = moment.matrix(), moment.tokens
         quantized, packed = _solved(work, weight_matrix(work.module), hessian)
     check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
+    check_lost(info, quantized, options.observer, strict=options.strict)
     options.store(info, packed)
     own = options.config.of_linear(info.name)
     report = linear_report(info, own, quantized, tokens=tokens, seconds=time.perf_counter() - started)

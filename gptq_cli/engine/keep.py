@@ -21,10 +21,11 @@ from gptq_cli.devices.accelerators import torch_device, working_on
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import BlockCall, moved
 from gptq_cli.engine.capture import Captured, HiddenStates
+from gptq_cli.engine.linear_report import LOST
 from gptq_cli.engine.shared import SharedWeights
 from gptq_cli.engine.tuned import Tuned
 from gptq_cli.engine.work import Block
-from gptq_cli.errors import NotPositiveDefinite
+from gptq_cli.errors import LinearLost, NotPositiveDefinite
 from gptq_cli.events import Observer, PhaseAdvanced, phase
 from gptq_cli.gptq.packing import PackedTensors, unpack
 from gptq_cli.gptq.quantized import dequantized
@@ -105,7 +106,8 @@ class NothingKept:
 
 
 def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:
-    """Raise `NotPositiveDefinite` where `strict` forbids what an earlier start fell back to."""
+    """Raise `NotPositiveDefinite` where `strict` forbids what an earlier start fell back to, and
+    `LinearLost` where it forbids what that start lost."""
     fallen = [linear.name for report in finished for linear in report.linears if linear.method != "gptq"]
     if strict and fallen:
         also = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
@@ -113,6 +115,14 @@ def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:
             f"{fallen[0]!r}{also} of the finished blocks fell back to round-to-nearest, before --strict was "
             "given",
             hint="--resume never starts over, with more or more varied text (--samples, --calibration)",
+        )
+
+    lost = [linear.name for report in finished for linear in report.linears if linear.loss >= LOST]
+    if strict and lost:
+        also = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise LinearLost(
+            f"{lost[0]!r}{also} of the finished blocks had been lost before --strict was given",
+            hint=f"--resume never --module '{lost[0]}=dense' starts over without quantizing it",
         )
 
 

@@ -1,9 +1,10 @@
-"""What a run says of one quantized linear, in a block or as the head: its report, and that it fell back."""
+"""What a run says of one quantized linear, in a block or as the head: its report, and that it fell back
+or was lost."""
 
 from __future__ import annotations
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.errors import NotPositiveDefinite
+from gptq_cli.errors import LinearLost, NotPositiveDefinite
 from gptq_cli.events import Observer, Warned
 from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.quantized import QuantizedLinear
@@ -13,6 +14,12 @@ from gptq_cli.wording import number_of
 
 NO_STEP = StepChoice()
 """That of a linear which is solved for its own output."""
+
+
+LOST = 0.9
+"""A linear with this relative error of its output or more is hardly there any longer."""
+_SMALL_SCALE = 2.0**-14
+"""Where numbers of float16 begin to lose digits."""
 
 
 def linear_report(
@@ -59,6 +66,22 @@ def check_fallback(
     if strict:
         raise NotPositiveDefinite(f"{info.name!r} would fall back to round-to-nearest: {why}", hint=hint)
     observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))
+
+
+def check_lost(info: LinearInfo, quantized: QuantizedLinear, observer: Observer, *, strict: bool) -> None:
+    """Warn of a linear of which hardly anything is left. Raises `LinearLost` where `strict` forbids that."""
+    if quantized.loss < LOST:
+        return
+    largest = quantized.scales.abs().max().item()
+    small = f": its weights are so small that float16 does not hold their scales, {largest:.2g} the largest"
+    why = (
+        f"{info.name!r} is lost, the relative error of its output is {quantized.loss:.4f}"
+        f"{small if largest < _SMALL_SCALE else ''}"
+    )
+    hint = f"--module '{info.name}=dense'"
+    if strict:
+        raise LinearLost(why, hint=hint)
+    observer(Warned(why, hint))
 
 
 def _why_rounded(quantized: QuantizedLinear, tokens: int) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from gptq_cli.errors import (
     DestinationBusy,
     GptqError,
     Interrupted,
+    LinearLost,
     NotPositiveDefinite,
     PreflightRefused,
     UsageError,
@@ -108,7 +109,7 @@ def continuing(job: QuantizeJob) -> Iterator[None]:
         kept = _kept(job)
         if kept:
             how = f"to go on: {command_of(job)}"
-            if isinstance(error, NotPositiveDefinite):  # the same command would come to the same end
+            if isinstance(error, (LinearLost, NotPositiveDefinite)):  # the same command would end alike
                 how = f"to go on without --strict: {command_of(_not_strict(job))}"
             error.hint = "; ".join(filter(None, (error.hint, f"{kept}; {how}")))
         raise

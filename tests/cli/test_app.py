@@ -50,6 +50,7 @@ def raising(error: BaseException) -> Callable[[Observer], None]:
         (errors.QualityGateFailed("m", hint="h"), 5),
         (errors.NonFinite("m", hint="h"), 5),
         (errors.NotPositiveDefinite("m", hint="h"), 5),
+        (errors.LinearLost("m", hint="h"), 5),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
@@ -70,7 +71,7 @@ def test_all_error_classes_are_tested_above() -> None:
         return {kind} | {deep for child in kind.__subclasses__() for deep in below(child)}
 
     assert {kind.exit_code for kind in below(errors.GptqError)} == {1, 2, 3, 4, 5}
-    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 16
+    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 17
 
 
 def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from gptq_cli.config import QuantizeConfig
-from gptq_cli.engine.linear_report import check_fallback
-from gptq_cli.errors import NotPositiveDefinite
+from gptq_cli.engine.keep import check_strict
+from gptq_cli.engine.linear_report import check_fallback, check_lost, linear_report
+from gptq_cli.errors import LinearLost, NotPositiveDefinite
 from gptq_cli.events import Event, Warned
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.model.skeleton import LinearInfo
+from gptq_cli.results.run import BlockReport
 
 NAME = "model.layers.1.mlp.up_proj"
 INFO = LinearInfo(
@@ -51,3 +55,36 @@ def test_a_fallback_without_inputs_does_not_speak_of_damping(tokens: int, why: s
     assert ("--calibration" in event.hint) == (tokens == 0)
     with pytest.raises(NotPositiveDefinite, match=why):
         check_fallback(INFO, found, tokens, events.append, strict=True)
+
+
+def test_a_linear_of_which_nothing_is_left_is_named() -> None:
+    """float16 ends at 6e-8 below as it does at 65504 above; what is lost there is no fallback."""
+    H = torch.eye(64)
+    events: list[Event] = []
+    for scale in (1.0, 1e-4):
+        check_lost(INFO, solved(weights() * scale, H), events.append, strict=True)
+    lost = solved(weights() * 1e-12, H)
+    assert lost.method == "gptq"
+    check_lost(INFO, lost, events.append, strict=False)
+    (event,) = events
+    assert isinstance(event, Warned)
+    assert event.message.startswith(
+        f"{NAME!r} is lost, the relative error of its output is 1.0000: its weights"
+    )
+    assert "float16" in event.message
+    assert event.hint == f"--module '{NAME}=dense'"
+    with pytest.raises(LinearLost, match="is lost"):
+        check_lost(INFO, lost, events.append, strict=True)
+    poor = replace(solved(weights(), H), loss=0.95)
+    check_lost(INFO, poor, events.append, strict=False)
+    assert "float16" not in str(events[-1]), "only where that is the cause"
+
+
+def test_strict_holds_for_what_an_earlier_start_lost() -> None:
+    one = linear_report(
+        INFO, CONFIG, replace(solved(weights(), torch.eye(64)), loss=0.95), tokens=9, seconds=1.0
+    )
+    finished = [BlockReport(name="model.layers.1", seconds=1.0, peak_bytes=(), linears=(one,))]
+    check_strict(finished, strict=False)
+    with pytest.raises(LinearLost, match=f"{NAME}' of the finished blocks had been lost"):
+        check_strict(finished, strict=True)
