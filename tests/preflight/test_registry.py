@@ -20,8 +20,9 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import ModelFacts, StackFact, TensorFact
 from gptq_cli.model.source import READABLE, SourceProblem
-from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.device import CPU, Device, format_size
 from gptq_cli.planning.cases import Capability, OutputFacts, Work
+from gptq_cli.planning.memory import quantized_bytes
 from gptq_cli.preflight.facts import output_facts
 from gptq_cli.preflight.registry import MODULES, RULES, check_quantize, explain
 from gptq_cli.preflight.rules import model_files
@@ -160,6 +161,8 @@ def test_gradients_take_room_on_the_disk() -> None:
     assert "and gradients 54.0 MiB while the run works" in finding.message
     assert finding.hint.endswith("or --fisher-tokens 0")
     (finding,) = found(rule="output-disk-full", output=output(free_bytes=1000), fisher_tokens=512)
+    size = format_size(quantized_bytes(FACTS, QuantizeConfig(group_size=64)))
+    assert f"takes about {size}, and 61.0 MiB are kept for files beside it" in finding.message
     assert finding.hint.endswith("on another disk")
 
 

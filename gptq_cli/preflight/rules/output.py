@@ -13,7 +13,7 @@ from gptq_cli.planning.memory import quantized_bytes
 from gptq_cli.rules import Remark, Rule, rule
 
 _OTHER_FILES_BYTES = 64_000_000
-"""Tokenizer, reports, headers."""
+"""Kept for tokenizer, reports and headers."""
 
 
 @rule("error")
@@ -197,7 +197,8 @@ def output_disk_full(case: JobCase) -> list[Remark]:
     out = case.output
     if out is None:
         return []
-    checkpoint = quantized_bytes(case.facts, case.work.quantize) + _OTHER_FILES_BYTES
+    weights = quantized_bytes(case.facts, case.work.quantize)
+    checkpoint = weights + _OTHER_FILES_BYTES
     gradients = file_bytes(case.facts, case.work)
     needed = checkpoint + gradients
     if needed <= out.free_bytes:
@@ -207,7 +208,8 @@ def output_disk_full(case: JobCase) -> list[Remark]:
     return [
         Remark(
             subject="--out",
-            message=f"the checkpoint takes about {format_size(checkpoint)}{also}, but {out.parent} has "
+            message=f"the checkpoint takes about {format_size(weights)}, and "
+            f"{format_size(_OTHER_FILES_BYTES)} are kept for files beside it{also}, but {out.parent} has "
             f"{format_size(out.free_bytes)} free",
             hint=f"free {format_size(needed - out.free_bytes)}, or give an --out on another disk{less}",
             size_bytes=needed,
