@@ -142,6 +142,21 @@ def _left_out(keys: KeyMap, tensors: Iterable[TensorInfo]) -> Iterator[BesideInf
             )
 
 
+def is_surplus(part: BesideInfo, tensors: Iterable[TensorInfo]) -> bool:
+    """Whether a part that the class leaves out has the tensors of a block before it, by name and shape. A
+    layer for multi-token prediction in the list of blocks has some of its own."""
+    above, _, number = part.name.rpartition(".")
+    if part.reason != LEFT_OUT or not number.isdigit():
+        return False
+    siblings: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
+    for tensor in tensors:
+        if tensor.name.startswith(f"{above}."):
+            sibling, _, inside = tensor.name.removeprefix(f"{above}.").partition(".")
+            siblings.setdefault(sibling, set()).add((inside, tensor.shape))
+    own = siblings.pop(number, set())
+    return any(k.isdigit() and int(k) < int(number) and held == own for k, held in siblings.items())
+
+
 def _owners(name: str) -> Iterator[str]:
     """`a.b.c` -> `a`, `a.b`."""
     parts = name.split(".")

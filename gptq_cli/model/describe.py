@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptq_cli.model.beside import LEFT_OUT
+from gptq_cli.model.beside import LEFT_OUT, is_surplus
 from gptq_cli.model.blocks import is_linear
 from gptq_cli.model.expert_linears import ExpertLinear, is_interleaved
 from gptq_cli.model.facts import (
@@ -80,7 +80,12 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
         decoded=skeleton.files.decoded,
         tensor_files_bytes=skeleton.files.size_bytes,
         beside=tuple(
-            BesideFact(name=part.name, parameters=part.parameters, in_class=part.reason != LEFT_OUT)
+            BesideFact(
+                name=part.name,
+                parameters=part.parameters,
+                in_class=part.reason != LEFT_OUT,
+                surplus=is_surplus(part, skeleton.files.tensors),
+            )
             for part in skeleton.beside
         ),
     )

@@ -174,6 +174,8 @@ class BesideFact:
     parameters: int
     in_class: bool
     """False: in the files alone, such as layers for multi-token prediction."""
+    surplus: bool = False
+    """A block like those of the model, in the files alone: config.json says fewer than there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from gptq_cli.checkpoint.declared import declared_dynamic
-from gptq_cli.config import ModelRef
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.errors import ModelError
 from gptq_cli.model.architecture import load_config
 from gptq_cli.model.beside import LEFT_OUT, TOWER, UNREACHED, parts_beside
 from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.conversion import KeyMap, Origin
+from gptq_cli.model.describe import model_facts
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.find import find_model
 from gptq_cli.model.model_class import own_class
 from gptq_cli.model.positions import positions_of
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.text_part import beside_the_text, language_model, text_modules
+from gptq_cli.planning.cases import JobCase, Work
+from gptq_cli.preflight.rules.modules import surplus_blocks
 from tests.conftest import TinyFactory
 from tests.towers import TOWERS, VOCAB, with_towers
 
@@ -181,3 +186,25 @@ def test_what_is_refused_and_why(name: str, tmp_path: Path) -> None:
     path = config_only(tmp_path / "m", build())
     with pytest.raises(ModelError, match=says):
         opened(path)
+
+
+def test_blocks_that_config_json_does_not_count_are_named(tiny_llama: Path, tmp_path: Path) -> None:
+    """Layers for multi-token prediction are not: they have tensors that no block has."""
+    path = tmp_path / "fewer"
+    shutil.copytree(tiny_llama, path)
+    config = json.loads((path / "config.json").read_text())
+    blocks = config["num_hidden_layers"]
+    assert _surplus(path) == []
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    assert _surplus(path) == [f"model.layers.{number}" for number in range(2, blocks)]
+    work = Work(QuantizeConfig(group_size=32), CalibrationConfig())
+    (finding,) = surplus_blocks(JobCase(facts=model_facts(opened(path)), work=work))
+    assert f"config.json describes 2 blocks, and the files hold {blocks - 2} more" in finding.message
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert "model.layers.2" not in _surplus(path)
+
+
+def _surplus(path: Path) -> list[str]:
+    return [part.name for part in model_facts(opened(path)).beside if part.surplus]

@@ -1,4 +1,4 @@
-"""Rules about settings by module, about the head, and about linears that stay dense by themselves"""
+"""Rules about settings by module, about the head, and about what stays dense by itself"""
 
 from __future__ import annotations
 
@@ -171,4 +171,27 @@ def small_linears(case: JobCase) -> list[Remark]:
         )
         for one in case.facts.kept
         if one.reason == TOO_SMALL
+    ]
+
+
+@rule("warning")
+def surplus_blocks(case: JobCase) -> list[Remark]:
+    """The files hold more decoder blocks than config.json says, and the model does not run the others.
+
+    They are copied as they are, and no reader uses them: config.json belongs to another version of the model,
+    or its number of layers was changed. Layers for multi-token prediction are no such blocks.
+    """
+    blocks = [part for part in case.facts.beside if part.surplus]
+    if not blocks:
+        return []
+    names = [part.name for part in blocks]
+    used = len(case.facts.blocks)
+    return [
+        Remark(
+            subject=names_text(names),
+            message=f"config.json describes {used} blocks, and the files hold {len(names)} more, which the "
+            "model does not run: they are copied dense",
+            hint="compare config.json with the one that the model was published with",
+            modules=tuple(names),
+        )
     ]
