@@ -17,6 +17,7 @@ from gptq_cli.model.source import (
     scan_directory,
 )
 from gptq_cli.model.source_files import (
+    content_elsewhere,
     special_kind,
 )
 
@@ -87,6 +88,9 @@ def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:
 
 
 def _with_config_checked(files: ModelFiles) -> ModelFiles:
+    other = content_elsewhere(files.directory / "config.json")
+    if other is not None:
+        raise ModelError(f"config.json in {files.source} {other[0]}", hint=other[1])
     if (files.directory / "config.json").is_file():
         return files
     kind = special_kind(files.directory / "config.json")

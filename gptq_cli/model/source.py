@@ -30,6 +30,7 @@ from gptq_cli.model.source_files import (
     FileStamp,
     NotRegularError,
     check_unchanged,
+    content_elsewhere,
     has_tokenizer,
     is_copied,
     is_needed,
@@ -59,9 +60,9 @@ class SourceProblem:
 
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
-    bad-index, unsafe-path, special-file, file-too-large, outside-link, link-left-out, pickled-weights,
-    no-weights, no-tokenizer, missing-weight, shape-mismatch, unreadable-shard, unreadable-file,
-    unsupported-dtype, missing-scale, scale-mismatch, unknown-scaling."""
+    bad-index, unsafe-path, special-file, file-not-fetched, file-too-large, outside-link, link-left-out,
+    pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch, unreadable-shard,
+    unreadable-file, unsupported-dtype, missing-scale, scale-mismatch, unknown-scaling."""
     subject: str
     """The file or tensor."""
     message: str
@@ -165,6 +166,7 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
     """Problems for the names that are not regular files, or are links that lead out of the directory."""
     for name in names:
         kind, target = special_kind(directory / name), outside_target(directory, name)
+        needed = is_needed(name) or name.endswith(".safetensors")
         if kind is not None:
             yield SourceProblem(
                 "special-file",
@@ -180,7 +182,9 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 f"{name} has {found} bytes; allowed: {allowed}",
                 f"compare {name} with the one that the model was published with",
             )
-        elif target is not None and (is_needed(name) or name.endswith(".safetensors")):
+        elif needed and (other := content_elsewhere(directory / name)) is not None:
+            yield SourceProblem("file-not-fetched", name, f"{name} {other[0]}", other[1])
+        elif target is not None and needed:
             yield SourceProblem(
                 "outside-link",
                 name,
@@ -242,7 +246,8 @@ def _shard_names(
     try:
         weight_map = index_map(read_json(directory / found), found)
     except (OSError, ValueError) as error:
-        problems.append(SourceProblem("bad-index", found, str(error), "fetch the model again"))
+        if content_elsewhere(directory / found) is None:  # that is reported with the other files
+            problems.append(SourceProblem("bad-index", found, str(error), "fetch the model again"))
         return (), {}
     names = tuple(sorted(set(weight_map.values())))
     safe: list[str] = []
@@ -285,9 +290,9 @@ def _weights_file(directory: Path, bases: Sequence[str] | None) -> str | None:
         if unsafe_path(base):
             continue
         single, index = f"{base}.safetensors", f"{base}{_INDEX_ENDING}"
-        if (directory / single).exists():
+        if (directory / single).exists() or (directory / single).is_symlink():
             return single
-        if (directory / index).is_file():
+        if (directory / index).is_file() or (directory / index).is_symlink():
             return index
     if bases is None:
         return None
@@ -360,6 +365,8 @@ def _no_weights(directory: Path, *, named: bool) -> SourceProblem:
 
 
 def _read_shard(path: Path, name: str, problems: list[SourceProblem]) -> tuple[TensorInfo, ...] | None:
+    if content_elsewhere(path) is not None:
+        return None  # reported with the other files
     try:
         stored = read_header(path)
     except FileNotFoundError:

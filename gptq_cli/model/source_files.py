@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -135,6 +136,31 @@ def open_regular(path: Path) -> BufferedReader:
     except BaseException:
         os.close(handle)
         raise
+
+
+def content_elsewhere(path: Path) -> tuple[str, str] | None:
+    """What stands in the place of a file that was not fetched, and what to do; None where it is there."""
+    if os.path.islink(path) and not os.path.exists(path):
+        return (
+            f"is a link to {os.readlink(path)}, which is not there",
+            "put the file there, or fetch the model again",
+        )
+    try:
+        with open_regular(path) as file:
+            pointer = file.read(len(_LFS)) == _LFS
+    except (OSError, ValueError):
+        return None
+    if not pointer:
+        return None
+    folder = shlex.quote(str(path.parent))
+    return (
+        "is a pointer of Git LFS, not the file itself",
+        f"git -C {folder} lfs pull fetches it; or fetch the model again",
+    )
+
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+"""How a pointer begins."""
 
 
 def outside_target(directory: Path, name: str) -> str | None:

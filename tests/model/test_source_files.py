@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
 
-from gptq_cli.errors import SourceChanged
+from gptq_cli.config import ModelRef
+from gptq_cli.errors import ModelError, SourceChanged
+from gptq_cli.model.find import find_model
+from gptq_cli.model.source import scan_directory
 from gptq_cli.model.source_files import (
     NotRegularError,
     check_unchanged,
@@ -226,3 +230,34 @@ def test_what_leaves_the_content_alone_is_no_change(model: Path, weights: Path) 
     os.utime(weights, ns=(1, 1))  # weights are not read twice: a touch counts as a change
     with pytest.raises(SourceChanged, match="modification time"):
         check_unchanged(model, stamps)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "config.json", "model.safetensors.index.json"]
+)
+@pytest.mark.parametrize("pointer", [True, False])
+def test_a_file_that_was_not_fetched_is_named(
+    tiny_llama: Path, tmp_path: Path, name: str, pointer: bool
+) -> None:
+    """A pointer of Git LFS, and a link to nothing: one problem each, which says what to do."""
+    path = tmp_path / "model"
+    shutil.copytree(tiny_llama, path)
+    if name.endswith("index.json"):
+        (path / "model.safetensors").unlink()
+    (path / name).unlink(missing_ok=True)
+    if pointer:
+        (path / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+        )
+        words, hint = f"{name} is a pointer of Git LFS, not the file itself", "lfs pull"
+    else:
+        (path / name).symlink_to("nowhere")
+        words, hint = f"{name} is a link to nowhere, which is not there", "put the file there"
+    if name == "config.json":
+        with pytest.raises(ModelError, match=words.partition(" ")[2]) as caught:
+            find_model(ModelRef(model=str(path)))
+        assert hint in str(caught.value.hint)
+        return
+    (problem,) = [p for p in scan_directory(path).problems if p.kind != "no-tokenizer"]
+    assert (problem.kind, problem.subject, problem.message) == ("file-not-fetched", name, words)
+    assert hint in problem.hint

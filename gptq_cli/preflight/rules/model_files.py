@@ -114,6 +114,14 @@ def special_file() -> None:
 
 
 @_problem("error")
+def file_not_fetched() -> None:
+    """A pointer of Git LFS, or a link to nothing, stands in the place of a file of the model.
+
+    A clone without `git lfs` leaves pointers, and a folder that was copied out of a hub cache leaves links.
+    """
+
+
+@_problem("error")
 def file_too_large() -> None:
     """A small file beside the weights is larger than any of its kind: reading it could exhaust the memory."""
 
