@@ -127,6 +127,14 @@ def is_taken(folder: Path) -> bool:
     return os.path.lexists(folder) and not is_ours(folder)
 
 
+def why_taken(folder: Path) -> str:
+    """Why a folder that `is_taken` cannot be used, as a clause."""
+    inside = os.path.isdir(folder / JOURNAL) or os.path.isdir(folder / RESULT)
+    if os.path.isfile(folder / MARKER) and inside:
+        return f"its {MARKER} is damaged, so neither is its work gone on with nor is anything in it removed"
+    return "no run made it"
+
+
 def is_held(folder: Path) -> bool:
     """Whether a live run uses the folder. Writes nothing."""
     if (folder / SOFT_LOCK).exists():
@@ -179,7 +187,8 @@ class WorkingFolder:
                 self.path.mkdir()
             if is_taken(self.path):
                 raise ConfigError(
-                    f"{self.path} is in the way: the working folder needs this name, but this is not one",
+                    f"{self.path} is in the way: the working folder needs this name, but "
+                    f"{why_taken(self.path)}",
                     hint="rename it, or give another --out",
                 )
             try:

@@ -235,6 +235,8 @@ class OutputFacts:
     """What is done about the leftovers of a run that ended."""
     folder_taken: str = ""
     """Where something that is not ours has the working folder's name."""
+    why_taken: str = ""
+    """Why that cannot be used, as a clause."""
     unlocked: str = ""
     """Why the place cannot be locked."""
     resume: Resume = "auto"

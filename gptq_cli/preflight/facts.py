@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, may_be_removed, may_write
-from gptq_cli.checkpoint.working_folder import is_taken, tree_bytes
+from gptq_cli.checkpoint.working_folder import is_taken, tree_bytes, why_taken
 from gptq_cli.errors import DestinationBusy
 from gptq_cli.fields import Resume
 from gptq_cli.placement.device import VISIBLE_VARIABLES, Device
@@ -96,6 +96,7 @@ def output_facts(
         busy_hint=busy_hint,
         leftovers=cleared,
         folder_taken=str(place.folder) if is_taken(place.folder) else "",
+        why_taken=why_taken(place.folder) if is_taken(place.folder) else "",
         unlocked=unlocked,
         resume=resume,
         work=work,

@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from gptq_cli.checkpoint.working_folder import WorkingFolder, is_held, is_ours, is_taken, read_owner, stem
+from gptq_cli.checkpoint.working_folder import (
+    WorkingFolder,
+    is_held,
+    is_ours,
+    is_taken,
+    read_owner,
+    stem,
+    why_taken,
+)
 from gptq_cli.errors import ConfigError, DestinationBusy
 
 HOLD = """
@@ -177,3 +185,15 @@ def test_the_marker_says_who_works_here(tmp_path: Path) -> None:
     assert owner.placing == {"config.json": (7, 11)}
     assert json.loads((folder.path / "run.json").read_text())["out"] == str(tmp_path / "q")
     folder.release()
+
+
+def test_a_damaged_marker_is_not_said_to_be_of_no_run(tmp_path: Path) -> None:
+    """Nothing in the folder is touched, but the words are true."""
+    folder = tmp_path / ".q.gptq"
+    (folder / "journal").mkdir(parents=True)
+    assert why_taken(folder) == "no run made it"
+    (folder / "run.json").write_text("{")
+    assert is_taken(folder)
+    assert why_taken(folder).startswith("its run.json is damaged")
+    with pytest.raises(ConfigError, match="is damaged"):
+        WorkingFolder(folder, tmp_path / "q").claim()
