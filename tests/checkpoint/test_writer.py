@@ -20,6 +20,7 @@ from gptq_cli import __version__
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint import writer as writer_module
 from gptq_cli.checkpoint.declared import declared_dynamic, modules_in_block
+from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.layout import plan_checkpoint
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.target_facts import target_facts
@@ -341,6 +342,19 @@ def test_side_files_are_copied_before_the_work(tiny_llama: Path, tmp_path: Path)
         fill(writer, skeleton)
         writer.finish({})
     assert (tmp_path / "out" / "LICENSE").read_text() == "free"
+
+
+def test_what_no_run_wrote_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
+    """As where somebody put a file into the result of a run that had been interrupted."""
+    out, skeleton = tmp_path / "out", opened(tiny_llama)
+    with Destination(out) as destination:
+        (destination.result / "stray.txt").write_text("mine")
+        (destination.result / "below").mkdir()
+        (destination.result / "below" / "stray.txt").write_text("mine")
+        with CheckpointWriter(out, skeleton, CONFIG, destination=destination):
+            names = {path.name for path in destination.result.rglob("*")}
+            assert {"model.safetensors", "tokenizer.json"} <= names
+            assert not names & {"stray.txt", "below"}
 
 
 def test_what_is_not_utf8_in_a_report_stays_readable(tiny_llama: Path, tmp_path: Path) -> None:
