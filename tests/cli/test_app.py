@@ -49,6 +49,7 @@ def raising(error: BaseException) -> Callable[[Observer], None]:
         (errors.RankLost("m", hint="h"), 1),
         (errors.QualityGateFailed("m", hint="h"), 5),
         (errors.NonFinite("m", hint="h"), 5),
+        (errors.WeightTooLarge("m", hint="h"), 5),
         (errors.NotPositiveDefinite("m", hint="h"), 5),
         (errors.LinearLost("m", hint="h"), 5),
     ],
@@ -71,7 +72,7 @@ def test_all_error_classes_are_tested_above() -> None:
         return {kind} | {deep for child in kind.__subclasses__() for deep in below(child)}
 
     assert {kind.exit_code for kind in below(errors.GptqError)} == {1, 2, 3, 4, 5}
-    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 17
+    assert len([kind for kind in below(errors.GptqError) if kind.__module__ == errors.__name__]) == 18
 
 
 def test_a_refusal_shows_all_findings_at_once(jobs: FakeJobs, run: Run) -> None:
