@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 _ENDING = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -27,17 +27,16 @@ def held_signals() -> Iterator[Callable[[], None]]:
         if waiting:
             raise KeyboardInterrupt
 
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in _ENDING:
-            number = getattr(signal, name, None)
-            handler = signal.SIG_IGN if number is None else signal.getsignal(number)
-            if number is not None and handler not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, keep)
     try:
-        yield check
+        with ExitStack() as handlers:  # each is put back, whatever comes meanwhile; that of SIGINT last
+            if threading.current_thread() is threading.main_thread():
+                for name in _ENDING:
+                    number = getattr(signal, name, None)
+                    handler = signal.SIG_IGN if number is None else signal.getsignal(number)
+                    if number is not None and handler not in (signal.SIG_IGN, None):
+                        handlers.callback(signal.signal, number, handler)
+                        signal.signal(number, keep)
+            yield check
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for number in dict.fromkeys(waiting):
             signal.raise_signal(number)

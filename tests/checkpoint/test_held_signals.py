@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 
@@ -43,4 +44,18 @@ def test_ctrl_c_interrupts_after_the_block() -> None:
         signal.raise_signal(signal.SIGINT)
         done.append("block")
     assert done == ["block"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interruption_while_handlers_are_set_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = signal.signal
+
+    def interrupted(number: int, handler: Any) -> Any:
+        if number == signal.SIGTERM:
+            raise KeyboardInterrupt
+        return usual(number, handler)
+
+    monkeypatch.setattr(signal, "signal", interrupted)
+    with pytest.raises(KeyboardInterrupt), held_signals():
+        pytest.fail("it was interrupted before")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
