@@ -388,6 +388,6 @@ def _too_little(
     ways.append("a longer text" if label.startswith("pydoc") else "a longer text (--calibration pydoc)")
     return CalibrationError(
         f"{label} holds {number_of(windows, 'window')} of {config.seq_len} tokens ({tokens} tokens); "
-        f"{number_of(samples, 'window', 'is', 'are')} required",
+        f"{samples} {'window is' if samples == 1 else 'windows are'} required",
         hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

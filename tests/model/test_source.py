@@ -42,7 +42,7 @@ def test_a_sound_model(tiny_llama_sharded: Path, tiny_llama: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", ["/no/such/place", "./nothing", "~/nothing-here", "a/b/c", "a b", "../x", "a\0b"]
+    "missing", ["/no/such/place", "./nothing", "~/nothing-here", "a/b/c", "a b", "../no-such-place", "a\0b"]
 )
 def test_no_such_directory(missing: str) -> None:
     with pytest.raises(ModelError, match="no such directory") as caught:

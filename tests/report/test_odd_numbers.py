@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gptq_cli.cli.report import _page, _table
+from gptq_cli.cli.report import _drawn, _table
 from gptq_cli.display.escapes import json_line
 from gptq_cli.results.document import SCHEMA_VERSION, document
 from gptq_cli.results.load import LoadReport
@@ -42,6 +42,6 @@ def test_any_number_can_be_shown(made: RunReport | LoadReport, odd: float | None
             assert f" is {odd!r}; expected: " in str(error)  # noqa: PT017  # a count is no fraction
         else:
             Console(file=io.StringIO(), width=100).print(_table(read))
-            assert _page(read).endswith("</html>\n")
+            assert _drawn(read).endswith("</html>\n")
             json_line(document(read))
         place[key] = before
