@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -27,7 +27,6 @@ T = TypeVar("T")
 
 MIN_WIDTH = 40
 """Columns in which every table of a result can still be wrapped without losing text."""
-_SIZES = ("COLUMNS", "LINES")
 _SIZE = re.compile("[0-9]{1,5}")
 _BIDI = "\u202a-\u202e\u2066-\u2069"
 _SEPARATORS = "\u2028\u2029"
@@ -86,27 +85,36 @@ def console_for(stream: TextIO, least_width: int = MIN_WIDTH) -> Console:
     """
     from rich.console import Console
 
-    with environment_that_fits(least_width):
-        environ = dict(os.environ)  # Rich asks it again whenever it draws
-    console = Console(file=stream, highlight=False, markup=False, emoji=False, _environ=environ)
+    console = Console(file=stream, highlight=False, markup=False, emoji=False, _environ=_fitting(least_width))
     if console.width < least_width:
         console.width = least_width
     return console
 
 
+def _fitting(least_width: int) -> dict[str, str]:
+    """The environment, with COLUMNS and LINES as Rich can use them: only where they are a size, and wide
+    enough."""
+    environ = dict(os.environ)
+    for key, least in (("COLUMNS", least_width), ("LINES", 1)):
+        text = environ.pop(key, "")
+        if _SIZE.fullmatch(text) and int(text):
+            environ[key] = str(max(int(text), least))
+    return environ
+
+
 @contextmanager
-def environment_that_fits(least_width: int = MIN_WIDTH) -> Iterator[None]:
-    """COLUMNS and LINES as Rich can use them: unset where they are no size, and wide enough."""
-    given = {key: os.environ[key] for key in _SIZES if key in os.environ}
-    sizes = {key: int(text) for key, text in given.items() if _SIZE.fullmatch(text) and int(text)}
-    for key in given:
-        del os.environ[key]
-    if "COLUMNS" in sizes:
-        sizes["COLUMNS"] = max(sizes["COLUMNS"], least_width)
-    os.environ.update({key: str(size) for key, size in sizes.items()})
+def environment_that_fits() -> Iterator[None]:
+    """`_fitting` for who makes a console of its own, as Typer does for help."""
+    given, fitting = dict(os.environ), _fitting(MIN_WIDTH)
+    _take_sizes(fitting)
     try:
         yield
     finally:
-        for key in sizes:
-            del os.environ[key]
-        os.environ.update(given)
+        _take_sizes(given)
+
+
+def _take_sizes(environ: Mapping[str, str]) -> None:
+    for key in ("COLUMNS", "LINES"):
+        os.environ.pop(key, None)
+        if key in environ:
+            os.environ[key] = environ[key]

@@ -108,22 +108,25 @@ class NothingKept:
 def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:
     """Raise `NotPositiveDefinite` where `strict` forbids what an earlier start fell back to, and
     `LinearLost` where it forbids what that start lost."""
-    fallen = [linear.name for report in finished for linear in report.linears if linear.method != "gptq"]
+    linears = [linear for report in finished for linear in report.linears]
+    fallen = [linear.name for linear in linears if linear.method != "gptq"]
+    lost = [linear.name for linear in linears if linear.loss >= LOST]
     if strict and fallen:
-        also = f" and {len(fallen) - 1} more" if len(fallen) > 1 else ""
         raise NotPositiveDefinite(
-            f"{fallen[0]!r}{also} of the finished blocks fell back to round-to-nearest, before --strict was "
+            f"{_first_of(fallen)} of the finished blocks fell back to round-to-nearest, before --strict was "
             "given",
             hint="--resume never starts over, with more or more varied text (--samples, --calibration)",
         )
-
-    lost = [linear.name for report in finished for linear in report.linears if linear.loss >= LOST]
     if strict and lost:
-        also = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise LinearLost(
-            f"{lost[0]!r}{also} of the finished blocks had been lost before --strict was given",
+            f"{_first_of(lost)} of the finished blocks had been lost before --strict was given",
             hint=f"--resume never --module '{lost[0]}=dense' starts over without quantizing it",
         )
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """`'a' and 3 more`."""
+    return f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
 
 
 def catch_up(

@@ -90,28 +90,27 @@ def fold_dense(
         alike.names.append(name)
         alike.parameters += size
     found = [
-        DenseInfo(
-            name=name if len(alike.names) == len(seen[name]) else _in_blocks(alike.names, blocks),
-            kind=alike.kind,
-            reason=reason,
-            modules=len(alike.names),
-            parameters=alike.parameters,
-            share=alike.parameters / max(1, total),
+        (
+            name if len(alike.names) == len(seen[name]) else _in_blocks(alike.names, blocks),
+            alike.kind,
+            reason,
+            len(alike.names),
+            alike.parameters,
         )
         for (name, reason), alike in folded.items()
     ]
-    found += [
+    found += [(part.name, part.kind, part.reason, part.modules, part.parameters) for part in beside]
+    return tuple(
         DenseInfo(
-            name=part.name,
-            kind=part.kind,
-            reason=part.reason,
-            modules=part.modules,
-            parameters=part.parameters,
-            share=part.parameters / max(1, total),
+            name=name,
+            kind=kind,
+            reason=reason,
+            modules=modules,
+            parameters=parameters,
+            share=parameters / max(1, total),
         )
-        for part in beside
-    ]
-    return tuple(found)
+        for name, kind, reason, modules, parameters in found
+    )
 
 
 @dataclass(slots=True)

@@ -56,6 +56,8 @@ CODE = "*.py"
 CONFIGS = ("config.json", "quantize_config.json", "quant_config.json")
 _READ = (*COPIED, CODE, "*.json")
 """Names that this tool or Transformers may open, weights aside."""
+_LFS = b"version https://git-lfs.github.com/spec/"
+"""How a pointer of Git LFS begins, which stands in the place of a file."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -157,10 +159,6 @@ def content_elsewhere(path: Path) -> tuple[str, str] | None:
         "is a pointer of Git LFS, not the file itself",
         f"git -C {folder} lfs pull fetches it; or fetch the model again",
     )
-
-
-_LFS = b"version https://git-lfs.github.com/spec/"
-"""How a pointer begins."""
 
 
 def outside_target(directory: Path, name: str) -> str | None:
