@@ -25,6 +25,7 @@ from gptq_cli.model.facts import (
     TensorInfo,
 )
 from gptq_cli.model.few_bits_config import ALL, Layout, NotDecodableError, layouts_of, quantization_of
+from gptq_cli.model.packed_codes import is_left_over, left_over, packed_codes
 from gptq_cli.model.source import ModelFiles, SourceProblem
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
@@ -120,7 +121,12 @@ def decoded_files(files: ModelFiles, raw: Mapping[str, Any]) -> tuple[ModelFiles
     """
     quantization = quantization_of(files.directory, raw)
     if quantization is None:
+        packed = packed_codes(files.tensors)
+        if packed is not None:
+            return files, f"tensor {packed.name} is {packed.dtype}"
         return _with_problems(files, _unexplained(files.tensors)), None
+    if is_left_over(quantization, files.tensors):
+        return _with_problems(files, iter([left_over(files.source, quantization)])), None
     try:
         layouts = layouts_of(quantization)
     except NotDecodableError as error:

@@ -156,10 +156,9 @@ def _modelopt(config: Mapping[str, Any]) -> Iterator[Layout]:
 
 
 def _compressed_tensors(config: Mapping[str, Any]) -> Iterator[Layout]:
-    for name in _ROTATED:
-        part = config.get(name)
-        if isinstance(part, Mapping) and part.get("format", "") != "dense" and any(part.values()):
-            raise NotDecodableError(f"{name}: it has to be undone while the model runs")
+    rotation = rotation_of(config)
+    if rotation is not None:
+        raise NotDecodableError(f"{rotation}: it has to be undone while the model runs")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise NotDecodableError("no config_groups")
@@ -168,6 +167,15 @@ def _compressed_tensors(config: Mapping[str, Any]) -> Iterator[Layout]:
         if not isinstance(weights, Mapping):
             raise NotDecodableError(f"{name} without weights")
         yield _scheme(str(name), str(group.get("format") or config.get("format")), weights)
+
+
+def rotation_of(config: Mapping[str, Any]) -> str | None:
+    """The key of a transform of the weights that has to be undone while the model runs; None without any."""
+    for name in _ROTATED:
+        part = config.get(name)
+        if isinstance(part, Mapping) and part.get("format", "") != "dense" and any(part.values()):
+            return name
+    return None
 
 
 def _scheme(name: str, form: str, weights: Mapping[str, Any]) -> Layout:

@@ -91,9 +91,9 @@ def test_a_model_that_is_no_causal_lm(tiny_llama: Path, place: Path) -> None:
 def test_an_already_quantized_model(tiny_llama: Path, place: Path) -> None:
     model = edited(tiny_llama, place)
     config = json.loads((model / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "bitnet", "quantization_mode": "online"}
     (model / "config.json").write_text(json.dumps(config))
-    refused(place, model, code=3, says="awq")
+    refused(place, model, code=3, says="bitnet")
 
 
 def test_pickled_weights_only(tiny_llama: Path, place: Path) -> None:

@@ -236,3 +236,44 @@ def test_a_config_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "hf_quant_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"hf_quant_config\.json cannot be read"):
         decoded(tmp_path, None, CODES)
+
+
+@pytest.mark.parametrize("name", ["a.qweight", "a.weight_packed"])
+def test_packed_codes_are_seen_without_a_config(tmp_path: Path, name: str) -> None:
+    """AutoGPTQ kept its config in a file of its own."""
+    files, refused = decoded(tmp_path, None, tensor("n.weight", "bfloat16", 8), tensor(name, "int32", 8, 8))
+    assert (refused, files.problems) == (f"tensor {name} is int32", ())
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
+def test_a_config_that_was_left_over_is_said_and_not_followed(tmp_path: Path, method: str) -> None:
+    """After QLoRA is merged, say."""
+    dense = (tensor("a.weight", "bfloat16", 8, 8), tensor("position_ids", "int64", 1, 8))
+    files, refused = decoded(tmp_path, {"quant_method": method}, *dense)
+    assert (files.tensors, refused) == (dense, None)
+    (problem,) = files.problems
+    assert problem.kind == "left-over-config"
+    assert f"quant_method {method!r}" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        ({"quant_method": "bitnet", "quantization_mode": "online"}, "bfloat16"),
+        (
+            {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"R1": {}}}},
+            "bfloat16",
+        ),
+        ({"quant_method": "bitsandbytes"}, "uint8"),
+        ({"quant_method": "gptq"}, "int32"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_not_the_models_own_are_refused(
+    tmp_path: Path, config: dict[str, Any], weight: str
+) -> None:
+    """Floats that are rounded or rotated back in every forward, and integers."""
+    files, refused = decoded(tmp_path, config, tensor("a.weight", weight, 8, 8))
+    assert files.problems == ()
+    assert refused is not None
+    assert config["quant_method"] in refused

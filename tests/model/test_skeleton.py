@@ -202,8 +202,8 @@ def test_building_leaves_no_traces(tiny_llama: Path) -> None:
 
 def test_already_quantized(model: Path) -> None:
     assert opened(model).already_quantized is None
-    config_of(model, quantization_config={"quant_method": "awq", "bits": 4})
-    assert opened(model).already_quantized == "quant_method 'awq'"
+    config_of(model, quantization_config={"quant_method": "bitnet", "quantization_mode": "online"})
+    assert opened(model).already_quantized == "quant_method 'bitnet'"
 
 
 @pytest.mark.parametrize(

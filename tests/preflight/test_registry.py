@@ -111,6 +111,14 @@ def test_no_linears() -> None:
     assert f"all {len(FACTS.linears)} linears that could be quantized are left dense" in finding.message
 
 
+def test_what_is_quantized_or_damaged_is_not_said_to_have_no_linears() -> None:
+    """It follows from the other finding, and is not true of the model."""
+    without = replace(FACTS, linears=())
+    assert found(replace(without, already_quantized="quant_method 'awq'"), "no-linears") == []
+    missing = SourceProblem("missing-scale", "a.weight", "has none")
+    assert found(without, "no-linears", problems=(missing,)) == []
+
+
 def test_blocks_without_an_order() -> None:
     why = "layers.0 is called 2 times before the last block is called"
     (finding,) = found(replace(FACTS, obstacle=why), "blocks-in-order")

@@ -43,7 +43,8 @@ def unsound(case: JobCase) -> bool:
 
 @rule("error")
 def already_quantized(case: JobCase) -> list[Remark]:
-    """The model's config.json names a quantization that is not decoded: its weights are codes already.
+    """The model's weights are codes already: config.json names a quantization that is not decoded, or the
+    files hold packed integers.
 
     Quantizing codes would read packed integers as weights. Start from the unquantized original, or from a
     release in FP8, MXFP4 or NVFP4: those are decoded while they are read.
@@ -187,6 +188,15 @@ def shape_mismatch() -> None:
 @_problem("error")
 def unsupported_dtype() -> None:
     """A weight is stored in few bits, and no quantization_config in config.json says how it is decoded."""
+
+
+@_problem("warning")
+def left_over_config() -> None:
+    """config.json describes a quantization, and every tensor of the files is dense.
+
+    A model that was merged or dequantized often keeps the config of what it was. Its weights are taken as
+    they are, and the checkpoint gets a quantization_config of its own.
+    """
 
 
 @_problem("error")

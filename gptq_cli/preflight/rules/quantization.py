@@ -9,6 +9,7 @@ from gptq_cli.config import AUTO_GROUPS
 from gptq_cli.model.facts import LinearFact
 from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase, gradient_obstacles
+from gptq_cli.preflight.rules.model_files import unsound
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import all_of, names_text, number_of
 
@@ -21,7 +22,7 @@ _NAMED = 4
 @rule("error")
 def no_linears(case: JobCase) -> list[Remark]:
     """No linear in the decoder blocks can be quantized, so the result would be a copy of the model."""
-    if case.facts.linears:
+    if case.facts.linears or unsound(case):
         return []
     if case.facts.by_module:
         return [
