@@ -71,7 +71,7 @@ def save_source(model: Any, folder: Path) -> Path:
     source = folder / "source"
     model.save_pretrained(source)
     tiny.save_tokenizer(source)
-    (folder / "text.txt").write_text(" ".join(topics.values())[:200_000])
+    (folder / "text.txt").write_text(" ".join(topics.values())[:30_000])
     return source
 
 

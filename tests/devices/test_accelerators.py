@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,9 +13,11 @@ import torch
 
 from gptq_cli.devices import accelerators
 from gptq_cli.devices.accelerators import (
+    PYTHONS_OWN,
     accelerator_kind,
     current_accelerator,
     flush,
+    frozen_gc,
     present_devices,
     read_memory,
     reset_peak,
@@ -148,3 +153,38 @@ def test_the_current_device_is_set_where_there_are_several(
 @pytest.mark.parametrize("device", [CPU, Device("cuda", 3), Device("mps")])
 def test_torch_device(device: Device) -> None:
     assert Device.parse(torch_device(device)) == device
+
+
+class TestFrozen:
+    @pytest.fixture(autouse=True)
+    def as_it_was(self) -> Iterator[None]:
+        """The session's own objects are frozen (tests/conftest.py)."""
+        gc.unfreeze()
+        yield
+        gc.freeze()
+
+    def test_objects_from_before_are_left_out_and_come_back(self) -> None:
+        own = gc.get_freeze_count()
+        with frozen_gc():
+            assert gc.get_freeze_count() > PYTHONS_OWN
+        assert gc.get_freeze_count() == own
+
+    def test_garbage_from_inside_is_collected(self) -> None:
+        with frozen_gc():
+            circle: list[Any] = [Marked()]
+            circle.append(circle)
+            gone = weakref.ref(circle[0])
+            del circle
+            gc.collect()
+            assert gone() is None
+
+    def test_what_the_process_has_frozen_itself_stays_so(self) -> None:
+        gc.freeze()
+        own = gc.get_freeze_count()
+        with frozen_gc():
+            assert gc.get_freeze_count() == own
+        assert gc.get_freeze_count() == own
+
+
+class Marked:
+    """Something that can be referred to weakly."""
