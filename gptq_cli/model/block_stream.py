@@ -43,6 +43,7 @@ from gptq_cli.model.fill import (
     empty_out,
     get_tensor,
 )
+from gptq_cli.model.running import locate_by_values
 from gptq_cli.model.shards import ShardFiles, Shards
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.streamed import Ahead, StreamedReader
@@ -75,6 +76,7 @@ class BlockStream:
         tell: Callable[[str], None] = lambda words: None,
     ) -> None:
         self.model: Any = copy.deepcopy(skeleton.model)
+        locate_by_values(self.model)
         self.model.requires_grad_(False)
         self.model.config.use_cache = False
         self._placement, self._tell = placement, tell

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
@@ -26,3 +27,21 @@ def matmul_scope_of(model: Any) -> Iterator[None]:
     device = input_device(model)
     with working_on(device), matmul_scope(model.get_input_embeddings().weight.dtype, device):
         yield
+
+
+def locate_by_values(model: Any) -> None:
+    """Make `model.device`, and that of models inside it, the device of its first parameter that has values.
+
+    Transformers takes the first parameter of all, which in a model whose tower stays in the files is on meta
+    for good, and the forward of Idefics 3 puts the embedded tokens there.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            kind = type(module)
+            own = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            module.__class__ = type(kind.__name__, (kind,), own | {"device": property(_device_of_values)})
+
+
+def _device_of_values(model: PreTrainedModel) -> torch.device:
+    devices: list[torch.device] = [parameter.device for parameter in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])

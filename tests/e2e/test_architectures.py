@@ -24,7 +24,7 @@ DENSE = (
 )
 EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "jetmoe", "dbrx")
 HYBRID = ("mamba", "bamba", "zamba2", "qwen3_next", "gemma3n_text")
-TOWERS = ("qwen2_5_vl", "gemma3", "llava", "llama4")
+TOWERS = ("qwen2_5_vl", "gemma3", "llava", "llama4", "idefics3")
 
 
 @pytest.mark.parametrize("kind", [*DENSE, *EXPERTS, *HYBRID, *TOWERS])
