@@ -20,7 +20,8 @@ BIASES = "biases of experts"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseInfo:
-    """Modules that keep their weights, folded over the blocks that they are in."""
+    """Modules that keep their weights, folded over the blocks that they are in; tensors, of a module of which
+    other parts are quantized."""
 
     name: str
     """`model.layers.*.input_layernorm`; where not all that are alike stay dense, or not for one reason,
@@ -32,7 +33,7 @@ class DenseInfo:
     biases of experts | convolution | no linear | not computed matrix by matrix (of three dimensions: see
     `FoundExperts.dense`), and those of `beside` and `results.kept`"""
     modules: int
-    """Number of modules under the folded name."""
+    """Number of modules, or tensors, under the folded name."""
     parameters: int
     """Of all of them together; a tied tensor counts once."""
     share: float
@@ -64,6 +65,7 @@ def fold_dense(
     towers = {part.name for part in beside if part.reason != LEFT_OUT}
     below_blocks = tuple(f"{block}." for block in blocks)
     counted: set[int] = set()
+    holders = {holder for name in quantized for holder in parents(name)}
     folded: dict[tuple[str, str], _Alike] = {}
     seen: dict[str, set[str]] = {}  # folded name -> the modules that are quantized or dense
     for name, module in model.named_modules():
@@ -73,22 +75,23 @@ def fold_dense(
             seen.setdefault(fold(name), set()).add(name)
         if any(above in towers for above in (name, *parents(name))):
             continue
-        if all(id(p) in counted for p in own.values()):
+        left = {leaf: p for leaf, p in own.items() if id(p) not in counted}
+        counted.update(id(p) for p in own.values())
+        if not left:
             continue
         seen.setdefault(fold(name), set()).add(name)
         if name in quantized:
-            counted.update(id(p) for p in own.values())
             continue
-        left = [p for p in own.values() if id(p) not in counted]
-        size = sum(p.numel() for p in left)
-        counted.update(id(p) for p in own.values())
-        reason = kept.get(name) or together.get(name)
-        if not reason:
-            biases = name in together and max(p.ndim for p in left) < 3
-            reason = BIASES if biases else _reason(module, left, head, in_block=name.startswith(below_blocks))
-        alike = folded.setdefault((fold(name), reason), _Alike(type(module).__name__))
-        alike.names.append(name)
-        alike.parameters += size
+        for part, parameters in _parts(name, left, partly=bool(inside) or name in holders):
+            reason = kept.get(name) or together.get(name)
+            if not reason:
+                biases = name in together and max(p.ndim for p in parameters) < 3
+                in_block = name.startswith(below_blocks)
+                reason = BIASES if biases else _reason(module, parameters, head, in_block=in_block)
+            seen.setdefault(fold(part), set()).add(part)
+            alike = folded.setdefault((fold(part), reason), _Alike(type(module).__name__))
+            alike.names.append(part)
+            alike.parameters += sum(p.numel() for p in parameters)
     found = [
         (
             name if len(alike.names) == len(seen[name]) else _in_blocks(alike.names, blocks),
@@ -111,6 +114,15 @@ def fold_dense(
         )
         for name, kind, reason, modules, parameters in found
     )
+
+
+def _parts(
+    name: str, left: Mapping[str, nn.Parameter], *, partly: bool
+) -> list[tuple[str, list[nn.Parameter]]]:
+    """A module, or each of its tensors where a part of it is quantized."""
+    if partly:
+        return [(f"{name}.{leaf}", [parameter]) for leaf, parameter in left.items()]
+    return [(name, list(left.values()))]
 
 
 @dataclass(slots=True)

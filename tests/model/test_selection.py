@@ -77,6 +77,14 @@ def test_what_is_dense_in_some_blocks_is_named_with_them(tiny: TinyFactory, tiny
     ]
 
 
+def test_tensors_of_a_module_whose_linears_are_quantized_are_named_themselves(tmp_path: Path) -> None:
+    """`linear_attn` would be said to stay dense."""
+    skeleton = selected(save(tmp_path / "m", "Qwen3_5TextConfig", **DELTA))
+    dense = {one.name for one in skeleton.dense}
+    assert {"model.layers.*.linear_attn.A_log", "model.layers.*.linear_attn.dt_bias"} <= dense
+    assert "model.layers.*.linear_attn" not in dense
+
+
 def test_gates_stay_dense_unless_they_are_named(tmp_path: Path) -> None:
     path = save(tmp_path / "m", "Qwen3_5TextConfig", **DELTA)
     skeleton = selected(path)
