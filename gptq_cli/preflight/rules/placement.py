@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from gptq_cli.placement.device import CPU, Device, format_size
@@ -96,8 +97,10 @@ def block_order(placed: PlacedCase) -> list[Remark]:
     if made is None:
         return []
     devices = _block_devices(placed)
-    changes, fewer = _changes(devices), _changes(_moved(devices, made))
-    remark = " (each device has one run of blocks)" if f'"{made}"' in placed.in_runs else ""
+    moved = _moved(devices, made)
+    changes, fewer = _changes(devices), _changes(moved)
+    offered = f'"{made}"' in placed.in_runs and _one_run_each(moved)
+    remark = " (each device has one run of blocks)" if offered else ""
     return [
         Remark(
             subject="device map",
@@ -109,13 +112,21 @@ def block_order(placed: PlacedCase) -> list[Remark]:
 
 
 def block_runs(placed: PlacedCase) -> DeviceMap | None:
-    """The map with one run of blocks for each device, where its blocks change devices less often."""
-    devices = _block_devices(placed)
-    changes = _changes(devices)
-    if placed.case.spec.strategy is not None or len(changes) < max(1, len(set(devices.values()))):
-        return None
-    made = in_runs(placed.case, devices)
-    return made if len(_changes(_moved(devices, made))) < len(changes) else None
+    """The map with one run of blocks for each device, or as near to it as ties allow, where its blocks change
+    devices less often."""
+    case, made, devices = placed.case, None, _block_devices(placed)
+    while case.spec.strategy is None and not _one_run_each(devices):
+        tried = in_runs(case, devices)
+        moved = _moved(devices, tried)
+        if len(_changes(moved)) >= len(_changes(devices)):
+            break
+        # once more: devices that are not there became others, and ties moved blocks
+        case, made, devices = replace(case, spec=tried), tried, moved
+    return made
+
+
+def _one_run_each(devices: dict[str, Device]) -> bool:
+    return len(_changes(devices)) < max(1, len(set(devices.values())))
 
 
 def _block_devices(placed: PlacedCase) -> dict[str, Device]:

@@ -82,6 +82,8 @@ HINTED = re.compile('--device-map "([^"]*)"')
         ("model.layers.*=1,model.layers.[02468]=0,rest=disk", llama(), 1),
         ("model.layers.*=1,model.layers.[02468]=0,lm_head=1,rest=0", llama(tied=True), 1),
         ("model.layers.[02468]=0,model.layers.5=0,rest=1", shared_blocks(), 3),
+        ("model.layers.0-1=2,model.layers.2=0,model.layers.3=1,rest=0", llama(), 1),
+        ("model.layers.[024]=1,model.layers.9=1,rest=0", shared_blocks(), 3),
     ],
 )
 def test_the_map_with_one_run_for_each_device_can_be_followed(
