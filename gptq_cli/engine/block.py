@@ -356,7 +356,7 @@ def _finish(context: BlockContext, solved: SolvedStage, step: StepChoice) -> Ite
         info, module = context.infos[name], context.modules[name]
         options = context.options
         check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
-        check_lost(info, quantized, options.observer, strict=options.strict)
+        check_lost(info, quantized.loss, quantized.scales, options.observer, strict=options.strict)
         assign(module, quantized.dequantize(weight_matrix(module).dtype))
         if options.team.rank == 0:  # one of them writes
             options.store(info, pack(quantized, own.bits, config.checkpoint_format))

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from gptq_cli.engine.linear_report import dense_hint
 from gptq_cli.errors import NonFinite, WeightTooLarge
 
 Place = TypeVar("Place")
@@ -48,12 +49,14 @@ def named_error(
     error: NonFinite,
     names: Sequence[str],
     weights: Sequence[Tensor],  # (N_i, K) of each linear
+    *,
+    head: bool = False,
 ) -> NonFinite:
     """`error` with the linears that it is about; of weights that are too large, the one, and the way out."""
     if isinstance(error, WeightTooLarge):
         sizes = [float(weight.abs().max()) for weight in weights]
         name = names[sizes.index(max(sizes))]
-        return WeightTooLarge(f"{name}: {error.message}", hint=f"leave it dense: --module {name}=dense")
+        return WeightTooLarge(f"{name}: {error.message}", hint=dense_hint(name, head=head))
     return NonFinite(f"{', '.join(names)}: {error.message}", hint=error.hint)
 
 

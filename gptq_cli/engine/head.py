@@ -92,7 +92,7 @@ def quantize_head(
             hessian, tokens = moment.matrix(), moment.tokens
         quantized, packed = _solved(work, weight_matrix(work.module), hessian)
     check_fallback(info, quantized, tokens, options.observer, strict=options.strict)
-    check_lost(info, quantized, options.observer, strict=options.strict)
+    check_lost(info, quantized.loss, packed.scales, options.observer, strict=options.strict)
     options.store(info, packed)
     own = options.config.of_linear(info.name)
     report = linear_report(info, own, quantized, tokens=tokens, seconds=time.perf_counter() - started)
@@ -153,7 +153,7 @@ def _solved(
             try:
                 found = quantize_linears([rows.to(work.device)], hessian, config)
             except NonFinite as error:
-                raise named_error(error, [work.info.name], [rows]) from error
+                raise named_error(error, [work.info.name], [rows], head=True) from error
             yield _Rows(found)
 
     rows = Dealt(shapes, solve, lambda part, linears, seconds: _Rows(linears))

@@ -3,6 +3,8 @@ or was lost."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import LinearLost, NotPositiveDefinite
 from gptq_cli.events import Observer, Warned
@@ -56,6 +58,11 @@ def linear_report(
     )
 
 
+def dense_hint(name: str, *, head: bool) -> str:
+    """What leaves a linear dense, or the head."""
+    return "leave --quantize-head out" if head else f"leave it dense: --module {name}=dense"
+
+
 def check_fallback(
     info: LinearInfo, quantized: QuantizedLinear, tokens: int, observer: Observer, *, strict: bool
 ) -> None:
@@ -68,17 +75,24 @@ def check_fallback(
     observer(Warned(f"{info.name!r} falls back to round-to-nearest: {why}", hint))
 
 
-def check_lost(info: LinearInfo, quantized: QuantizedLinear, observer: Observer, *, strict: bool) -> None:
+def check_lost(
+    info: LinearInfo,
+    loss: float,  # of the linear
+    scales: Tensor,  # all of them
+    observer: Observer,
+    *,
+    strict: bool,
+) -> None:
     """Warn of a linear of which hardly anything is left. Raises `LinearLost` where `strict` forbids that."""
-    if quantized.loss < LOST:
+    if loss < LOST:
         return
-    largest = quantized.scales.abs().max().item()
+    largest = scales.abs().max().item()
     small = f": its weights are so small that float16 does not hold their scales, {largest:.2g} the largest"
     why = (
-        f"{info.name!r} is lost, the relative error of its output is {quantized.loss:.4f}"
+        f"{info.name!r} is lost, the relative error of its output is {loss:.4f}"
         f"{small if largest < _SMALL_SCALE else ''}"
     )
-    hint = f"--module '{info.name}=dense'"
+    hint = dense_hint(info.name, head=not info.block)
     if strict:
         raise LinearLost(why, hint=hint)
     observer(Warned(why, hint))

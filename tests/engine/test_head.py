@@ -13,8 +13,8 @@ from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine import head as head_module
 from gptq_cli.engine.head import HeadWork, quantize_head
 from gptq_cli.engine.work import WorkOptions
-from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
-from gptq_cli.events import Event, LinearQuantized
+from gptq_cli.errors import GptqError, LinearLost, NonFinite, NotPositiveDefinite, WeightTooLarge
+from gptq_cli.events import Event, LinearQuantized, Warned
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.gptq.packing import pack as pack_linear
 from gptq_cli.gptq.solver import quantize_linears
@@ -135,6 +135,33 @@ def test_a_fallback_is_refused_where_it_is_forbidden(monkeypatch: pytest.MonkeyP
         hidden.zero_()
     with pytest.raises(NotPositiveDefinite, match="'lm_head' would fall back"):
         run()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_head_of_which_nothing_is_left_is_named(strict: bool) -> None:
+    run = Run("llama", CONFIG, strict=strict)
+    with torch.no_grad():
+        run.head.weight *= 1e-12
+    if strict:
+        with pytest.raises(LinearLost, match="'lm_head' is lost") as caught:
+            run()
+        assert caught.value.hint == "leave --quantize-head out"
+        return
+    assert run().loss == pytest.approx(1.0)
+    (warned,) = [event for event in run.events if isinstance(event, Warned)]
+    assert warned.message.startswith(
+        "'lm_head' is lost, the relative error of its output is 1.0000: its weights"
+    )
+    assert warned.hint == "leave --quantize-head out"
+
+
+def test_a_head_with_a_weight_that_is_too_large_may_stay_dense() -> None:
+    run = Run("llama", CONFIG)
+    with torch.no_grad():
+        run.head.weight[3, 5] = 1e9
+    with pytest.raises(WeightTooLarge, match=r"^lm_head: the weight reaches 1e\+09") as caught:
+        run()
+    assert caught.value.hint == "leave --quantize-head out"
 
 
 def test_what_is_not_finite_is_named() -> None:

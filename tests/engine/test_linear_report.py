@@ -61,22 +61,26 @@ def test_a_linear_of_which_nothing_is_left_is_named() -> None:
     """float16 ends at 6e-8 below as it does at 65504 above; what is lost there is no fallback."""
     H = torch.eye(64)
     events: list[Event] = []
+
+    def check(found: QuantizedLinear, *, strict: bool) -> None:
+        check_lost(INFO, found.loss, found.scales, events.append, strict=strict)
+
     for scale in (1.0, 1e-4):
-        check_lost(INFO, solved(weights() * scale, H), events.append, strict=True)
+        check(solved(weights() * scale, H), strict=True)
     lost = solved(weights() * 1e-12, H)
     assert lost.method == "gptq"
-    check_lost(INFO, lost, events.append, strict=False)
+    check(lost, strict=False)
     (event,) = events
     assert isinstance(event, Warned)
     assert event.message.startswith(
         f"{NAME!r} is lost, the relative error of its output is 1.0000: its weights"
     )
     assert "float16" in event.message
-    assert event.hint == f"--module '{NAME}=dense'"
+    assert event.hint == f"leave it dense: --module {NAME}=dense"
     with pytest.raises(LinearLost, match="is lost"):
-        check_lost(INFO, lost, events.append, strict=True)
+        check(lost, strict=True)
     poor = replace(solved(weights(), H), loss=0.95)
-    check_lost(INFO, poor, events.append, strict=False)
+    check(poor, strict=False)
     assert "float16" not in str(events[-1]), "only where that is the cause"
 
 
