@@ -35,6 +35,7 @@ from gptq_cli.errors import (
     OutOfDeviceMemory,
     RankLost,
     SourceChanged,
+    WeightTooLarge,
 )
 from gptq_cli.wording import duration_words, first_line
 
@@ -49,6 +50,7 @@ _ERRORS: dict[str, Callable[..., GptqError]] = {
         NotPositiveDefinite,
         OutOfDeviceMemory,
         SourceChanged,
+        WeightTooLarge,
     )
 }
 """Errors that mean the same on whatever rank they are raised."""

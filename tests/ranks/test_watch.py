@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from gptq_cli.errors import ConfigError, GptqError, NonFinite, RankLost
+from gptq_cli.errors import ConfigError, GptqError, NonFinite, QualityGateFailed, RankLost
 from gptq_cli.ranks.watch import START, Limits, Watch, Word
 
 LIMITS = Limits(beat_seconds=0.01, silent_seconds=0.2, stuck_seconds=0.1, settle_seconds=0.3)
@@ -97,8 +97,12 @@ def test_a_rank_that_waits_as_well_is_not_stuck() -> None:
         ranks.watch.check()
 
 
-@pytest.mark.parametrize("kind", [NonFinite, ConfigError])
-def test_the_error_of_another_rank_is_of_its_kind_and_names_it(kind: type[Exception]) -> None:
+def below(kind: type[GptqError]) -> list[type[GptqError]]:
+    return [deep for child in kind.__subclasses__() for deep in (child, *below(child))]
+
+
+@pytest.mark.parametrize("kind", [ConfigError, *below(QualityGateFailed)])
+def test_the_error_of_another_rank_is_of_its_kind_and_names_it(kind: type[GptqError]) -> None:
     ranks = Ranks()
     with ranks.watch:
         ranks.say(replace(OTHER, state="failed", error=(kind.__name__, "it is wrong", "mend it")))
