@@ -53,8 +53,9 @@ def _try_to_write(path: Path, kind: str | None) -> None:
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "a name cannot hold a NUL character")
     if kind is None:  # opened for real: rights alone do not tell of a sealed or full file system
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
-        path.unlink()
+        target = os.path.realpath(path)  # of a link to nothing, what it leads to
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.unlink(target)
     elif kind == "file":
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
     elif not os.access(path, os.W_OK):

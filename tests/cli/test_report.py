@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.cli.page_file import check_page, write_page
 from gptq_cli.results.document import document
 from tests.cli.conftest import Run
 from tests.display.events import report, verify_report
@@ -52,6 +53,14 @@ def test_a_page_that_cannot_be_written_is_an_error_before_anything_is_read(run: 
     refused = run("report", "nosuch", "--out", str(tmp_path))
     assert refused.code == 2
     assert f"out is '{tmp_path}', which is a directory" in refused.err
+
+
+def test_a_link_to_a_page_that_is_not_there_yet_stays_a_link(tmp_path: Path) -> None:
+    link, target = tmp_path / "link.html", tmp_path / "page.html"
+    link.symlink_to(target)
+    write_page(check_page("out", str(link)), "<!doctype html>")
+    assert link.is_symlink()
+    assert target.read_text() == "<!doctype html>"
 
 
 @pytest.mark.parametrize(
