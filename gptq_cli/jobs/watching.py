@@ -46,6 +46,9 @@ _LESS_IN: dict[tuple[Command, Phase], str] = {
     ("quantize", "open"): _MACHINE,
     ("quantize", "load"): "offload blocks (--device-map auto with --max-memory), or see what needs memory: "
     "gptq quantize … --dry-run",
+    ("quantize", "save"): _MACHINE,
+    ("quantize", "verify"): _MACHINE,
+    ("quantize", "upload"): _MACHINE,
     ("load", "open"): _MACHINE,
     ("load", "verify"): _MACHINE,
     ("load", "upload"): _MACHINE,
