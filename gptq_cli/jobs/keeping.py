@@ -148,8 +148,9 @@ class Keeping:
         return found, ""
 
     def _gradients_problem(self, first: int) -> str:
-        """Why the gradients of the blocks from `first` on are not those that the journal has; else ""."""
-        held = self._journal.manifest.gradients
+        """Why the gradients of the blocks from `first` on are not those that the journal has; "" where they
+        are, and where no block is left that needs them."""
+        held = self._journal.manifest.gradients and first < len(self._skeleton.blocks)
         return StatesOnDisk(self._destination.gradients).problem(first) if held else ""
 
     def _warn_of_other_libraries(self) -> None:

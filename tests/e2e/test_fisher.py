@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gptq_cli.checkpoint import kept_states
+from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.engine import block as block_module
 from gptq_cli.engine import gradient_pass
 from gptq_cli.errors import GptqError
@@ -152,6 +153,24 @@ def test_gradients_that_are_gone_before_a_block_was_finished(
     assert ran.code == 0, ran.stderr
     assert "gradients are not as they were kept; they are taken again" in ran.stderr.replace("\n", " ")
     assert list(tmp_path.glob(".*.gptq")) == []
+
+
+def test_gradients_that_are_gone_after_the_last_block_are_not_missed(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "q"
+
+    def stopped(*words: Any) -> None:
+        raise GptqError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "complete", stopped)
+        assert quantized(tiny_llama, out, text).code == 1
+    (kept,) = tmp_path.glob("*.gptq/gradients")
+    (kept / "complete.json").unlink()
+    ran = quantized(tiny_llama, out, text, "--resume", "required")
+    assert ran.code == 0, ran.stderr
+    assert "gradients" not in ran.stderr
 
 
 def stopped_after(finished: int, model: Path, out: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
