@@ -12,7 +12,7 @@ from gptq_cli.gptq.choice import StepChoice
 from gptq_cli.gptq.quantized import QuantizedLinear
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.results.run import LinearReport
-from gptq_cli.wording import number_of
+from gptq_cli.wording import all_of, number_of
 
 NO_STEP = StepChoice()
 """That of a linear which is solved for its own output."""
@@ -105,7 +105,7 @@ def _why_rounded(quantized: QuantizedLinear, tokens: int) -> tuple[str, str]:
         return "no calibration token reached it", more
     if quantized.attempts == 0:
         return (
-            f"every input of it is 0, for all {tokens} tokens",
+            f"every input of it is 0, for {all_of(tokens, 'token')}",
             "a linear or norm before it has weights that are all 0, or too small: look for a warning about "
             "it, or compare the model's files with their source",
         )

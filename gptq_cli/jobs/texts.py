@@ -18,6 +18,7 @@ from gptq_cli.events import Warned
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.text_part import language_model
+from gptq_cli.wording import number_of
 
 
 def check_prompt(
@@ -99,21 +100,21 @@ def check_windows(seq_len: int, positions: Positions | None) -> list[Warned]:
 def check_answers(windows: TokenBatches) -> list[Warned]:
     """Warnings where conversations are not measured: no answer of theirs is within a window, or they are
     longer than what is tokenized at once."""
-    found = []
-    if windows.left_out:
-        found.append(
-            Warned(
-                f"{windows.left_out} of the conversations of {windows.source} are left out: they have no "
-                f"answer within {windows.seq_len} tokens",
-                "longer windows measure them, too: --seq-len of gptq load",
-            )
-        )
-    if windows.too_long:
-        found.append(
-            Warned(
-                f"{windows.too_long} of the conversations of {windows.source} are left out: they have more "
-                f"than {PIECE_CHARACTERS:,} characters",
-                "shorter conversations are measured: cut them",
-            )
-        )
-    return found
+    reasons = (
+        (
+            windows.left_out,
+            f"no answer within {windows.seq_len} tokens",
+            "longer windows measure more of them: --seq-len of gptq load",
+        ),
+        (
+            windows.too_long,
+            f"more than {PIECE_CHARACTERS:,} characters",
+            "shorter conversations are measured: cut what is longer",
+        ),
+    )
+    whose = f"of {windows.source}"
+    return [
+        Warned(f"{number_of(count, 'conversation', f'{whose} is', f'{whose} are')} left out: {why}", hint)
+        for count, why, hint in reasons
+        if count
+    ]

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from gptq_cli.errors import CheckpointError, NonFinite
 from gptq_cli.model.facts import CodedTensor
+from gptq_cli.wording import number_of
 
 CHUNK_BYTES = 32 << 20
 """Memory beside the codes and the result."""
@@ -129,7 +130,10 @@ def _checked(name: str, scale: Tensor) -> Tensor:
         wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
         count = int(wrong.sum())
-        raise NonFinite(f"tensor {name} holds {count} scales that are not finite numbers", hint=_DAMAGED)
+        raise NonFinite(
+            f"tensor {name} holds {number_of(count, 'scale', 'that is', 'that are')} not finite",
+            hint=_DAMAGED,
+        )
     if bool((values < 0).any()):
         raise CheckpointError(
             f"tensor {name} holds {float(values.min()):g}; allowed: scales of at least 0", hint=_DAMAGED

@@ -23,7 +23,7 @@ from gptq_cli.model.model_class import load_model
 from gptq_cli.model.quiet import no_random_traces, quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.placement.placement import Placement
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 if TYPE_CHECKING:
     from gptq_cli.model.skeleton import Skeleton
@@ -190,8 +190,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(flat)).sum())
         position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
         raise NonFinite(
-            f"tensor {name} holds {count} values that are not finite, the first ({flat[index].item()}) "
-            f"at {position}",
+            f"tensor {name} holds {number_of(count, 'value', 'that is', 'that are')} not finite, "
+            f"the first ({flat[index].item()}) at {position}",
             hint="the files are damaged, or values overflowed in float16: fetch the model again, or use "
             "--dtype bfloat16"
             if tensor.dtype == torch.float16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,9 @@ def test_conversations_that_are_left_out_are_counted(tokenizer: Any, tmp_path: P
     found = evaluation_windows(tokenizer, source, 32, 9)
     assert found.left_out == 2
     (warned,) = check_answers(found)
-    assert warned.message == (
-        f"2 of the conversations of {source} are left out: they have no answer within 32 tokens"
-    )
+    assert warned.message == (f"2 conversations of {source} are left out: no answer within 32 tokens")
+    (one,) = check_answers(replace(found, left_out=1))
+    assert one.message == f"1 conversation of {source} is left out: no answer within 32 tokens"
     assert check_answers(evaluation_windows(tokenizer, source, 256, 9)) == []
 
 
@@ -136,9 +137,7 @@ def test_conversations_that_are_too_long_are_counted(
     assert found.answers is not None
     assert (found.left_out, found.too_long) == (0, 2)
     (warned,) = check_answers(found)
-    assert warned.message == (
-        f"2 of the conversations of {source} are left out: they have more than 400 characters"
-    )
+    assert warned.message == (f"2 conversations of {source} are left out: more than 400 characters")
 
 
 def test_only_answers_count(tokenizer: Any, tmp_path: Path) -> None:

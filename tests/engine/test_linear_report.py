@@ -42,7 +42,11 @@ def weights() -> Tensor:
 
 @pytest.mark.parametrize(
     ("tokens", "why"),
-    [(384, "every input of it is 0, for all 384 tokens"), (0, "no calibration token reached it")],
+    [
+        (384, "every input of it is 0, for all 384 tokens"),
+        (1, "every input of it is 0, for the one token"),
+        (0, "no calibration token reached it"),
+    ],
 )
 def test_a_fallback_without_inputs_does_not_speak_of_damping(tokens: int, why: str) -> None:
     found = solved(weights(), torch.zeros(64, 64))

@@ -200,6 +200,10 @@ def test_blocks_that_config_json_does_not_count_are_named(tiny_llama: Path, tmp_
     work = Work(QuantizeConfig(group_size=32), CalibrationConfig())
     (finding,) = surplus_blocks(JobCase(facts=model_facts(opened(path)), work=work))
     assert f"config.json describes 2 blocks, and the files hold {blocks - 2} more" in finding.message
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (finding,) = surplus_blocks(JobCase(facts=model_facts(opened(path)), work=work))
+    assert finding.message.startswith("config.json describes 1 block, and the files hold")
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
     save_file(tensors, path / "model.safetensors", {"format": "pt"})

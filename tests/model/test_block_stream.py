@@ -111,7 +111,7 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(
     name: str, tiny: TinyFactory, tmp_path: Path
 ) -> None:
     skeleton = opened(damaged(tiny("llama"), tmp_path / "model", name))
-    with pytest.raises(NonFinite, match=f"{name} holds 1 values"), BlockStream(skeleton, ON_CPU):
+    with pytest.raises(NonFinite, match=f"{name} holds 1 value that is"), BlockStream(skeleton, ON_CPU):
         pass
 
 

@@ -130,9 +130,9 @@ def test_zeros_may_have_any_scale() -> None:
 @pytest.mark.parametrize(
     ("scale", "error", "says"),
     [
-        (torch.tensor([float("nan")]), NonFinite, "w_scale holds 1 scales that are not finite"),
-        (torch.tensor([float("inf")]), NonFinite, "w_scale holds 1 scales that are not finite"),
-        (torch.tensor([255], dtype=torch.uint8), NonFinite, "w_scale holds 1 scales that are not finite"),
+        (torch.tensor([float("nan")]), NonFinite, "w_scale holds 1 scale that is not finite"),
+        (torch.tensor([float("inf")]), NonFinite, "w_scale holds 1 scale that is not finite"),
+        (torch.tensor([255], dtype=torch.uint8), NonFinite, "w_scale holds 1 scale that is not finite"),
         (torch.tensor([-2.0]), CheckpointError, "w_scale holds -2; allowed: scales of at least 0"),
         (torch.tensor([0.0]), CheckpointError, "w_scale holds a scale of 0"),
         (torch.tensor([3e38]), NonFinite, "w decodes to values that are not finite"),

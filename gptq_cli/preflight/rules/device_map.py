@@ -11,7 +11,7 @@ from gptq_cli.placement.names import owner
 from gptq_cli.planning.cases import MapCase
 from gptq_cli.planning.repair import beyond_last, known_names, nearest_names, repaired, tensor_names, usable
 from gptq_cli.rules import Remark, rule
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 _FINDINGS = 20
 """Findings of one rule about single entries of a map; what is beyond stands in one more."""
@@ -181,7 +181,8 @@ def uncovered_parameters(case: MapCase) -> list[Remark]:
     return [
         Remark(
             subject=names_text(owners),
-            message=f"{len(uncovered)} parameters ({format_size(size)}) have no device in the device map",
+            message=f"{number_of(len(uncovered), 'parameter')} ({format_size(size)}) "
+            f"{'has' if len(uncovered) == 1 else 'have'} no device in the device map",
             hint=instead(case),
             modules=tuple(owners),
             size_bytes=size,

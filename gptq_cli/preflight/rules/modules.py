@@ -185,12 +185,12 @@ def surplus_blocks(case: JobCase) -> list[Remark]:
     if not blocks:
         return []
     names = [part.name for part in blocks]
-    used = len(case.facts.blocks)
     return [
         Remark(
             subject=names_text(names),
-            message=f"config.json describes {used} blocks, and the files hold {len(names)} more, which the "
-            "model does not run: they are copied dense",
+            message=f"config.json describes {number_of(len(case.facts.blocks), 'block')}, and the files hold "
+            f"{len(names)} more, which the model does not run: "
+            f"{'it is' if len(names) == 1 else 'they are'} copied dense",
             hint="compare config.json with the one that the model was published with",
             modules=tuple(names),
         )
