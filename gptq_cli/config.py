@@ -355,7 +355,7 @@ class QuantizeJob:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     overwrite: bool = False
     strict: bool = False
-    """A fallback to round-to-nearest ends the run with exit 5."""
+    """A linear that falls back to round-to-nearest, or is lost, ends the run with exit 5."""
     targets: tuple[Target, ...] = ()
     """Readers that must take the result; where one will not, preflight refuses."""
     tp: int = 1

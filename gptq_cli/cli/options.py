@@ -179,7 +179,9 @@ Blocks = Annotated[
         "N",
     ),
 ]
-Strict = Annotated[bool, _flag("--strict", "A linear that falls back or is lost is an error (exit 5).", RUN)]
+Strict = Annotated[
+    bool, _flag("--strict", "A linear that is rounded to nearest, or lost, is an error (exit 5).", RUN)
+]
 Report = Annotated[str | None, option("--report", "Also write the result as one HTML page.", OUTPUT, "FILE")]
 Page = Annotated[str | None, option("--out", "Write the page to this HTML file.", OUTPUT, "FILE")]
 Json = Annotated[
