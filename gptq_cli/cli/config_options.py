@@ -11,7 +11,7 @@ fields. An option whose default depends on the recipe has the value None where i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -23,7 +23,7 @@ from gptq_cli.cli.options import CALIBRATION, RECIPE, SOLVER, lines_of_variable,
 from gptq_cli.cli.preset import earlier_run
 from gptq_cli.cli.run_again import EarlierRun
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
-from gptq_cli.module_settings import AskedBefore, parse_module_rules
+from gptq_cli.module_settings import AskedBefore, ModuleRule, parse_module_rules
 from gptq_cli.recipes import RECIPE_FIELDS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -130,8 +130,11 @@ def asked_before(context: typer.Context, quantize: QuantizeConfig) -> AskedBefor
         return None
     if any(_stronger(context, name) for name in ("bits", "bits_per_weight", "module")):
         return None
-    held = quantize.quantize_head if _stronger(context, "quantize_head") else earlier.asked["quantize_head"]
-    return AskedBefore(modules=tuple(earlier.asked["module"]), quantize_head=held)
+    modules, held = earlier.asked["module"], earlier.asked["quantize_head"]
+    if _stronger(context, "quantize_head"):
+        held = quantize.quantize_head
+        modules = modules if held else _without_head(modules, earlier)
+    return AskedBefore(modules=tuple(map(str, modules)), quantize_head=held)
 
 
 def _without_its_choice(
@@ -143,9 +146,12 @@ def _without_its_choice(
     if earlier.asked is not None and (_stronger(context, "bits") or _stronger(context, "bits_per_weight")):
         held = {name: earlier.asked[name] for name in held}
     if "module" in held and _stronger(context, "quantize_head") and not given["quantize_head"]:
-        rules = parse_module_rules(held["module"] or ())
-        held["module"] = [rule for rule in rules if rule.pattern != earlier.head]
+        held["module"] = _without_head(held["module"] or (), earlier)
     return held
+
+
+def _without_head(modules: Sequence[str], earlier: EarlierRun) -> list[ModuleRule]:
+    return [rule for rule in parse_module_rules(modules) if rule.pattern != earlier.head]
 
 
 def _stronger(context: typer.Context, name: str) -> bool:

@@ -81,6 +81,16 @@ def test_a_run_again_keeps_what_was_given_at_first(
         assert jobs.job.quantize.quantize_head == head
 
 
+def test_what_was_given_for_a_head_that_is_not_quantized_is_left_out(
+    jobs: FakeJobs, run: Run, report: Path
+) -> None:
+    whole = json.loads(report.read_text())
+    whole["bit_choice"] |= {"given_modules": [*GIVEN, "lm_head=bits:8"], "quantize_head": True}
+    report.write_text(json.dumps(whole))
+    assert run("quantize", "--config", str(report), "--no-quantize-head").code == 0
+    assert jobs.job.asked_before == AskedBefore(modules=tuple(GIVEN), quantize_head=False)
+
+
 def test_the_environment_asks_for_other_bits_too(
     jobs: FakeJobs, run: Run, report: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
