@@ -224,12 +224,13 @@ def make_plan(strategy: str, case: MapCase) -> Plan:
 
 def _cpu_plan(case: MapCase) -> Plan:
     """No accelerator: a plain CPU run, which the memory rules check like any other."""
+    free = replace(case, max_memory=None)
     if case.cpu_room is None:
-        which = "--devices lists" if case.listed(CPU) else "--max-memory lists"
+        which = "--max-memory lists" if free.accelerators or free.cpu_room else "--devices lists"
         return Plan(None, (), None, tried=(f"{which} no device that can hold the model",))
     there = any(budget.device.is_accelerator for budget in case.budgets)
     why = "no accelerator has free memory" if there else "there is no accelerator"
-    if replace(case, max_memory=None).accelerators:
+    if free.accelerators:
         why = "--max-memory leaves no accelerator"
     made = place(case.facts, lambda name: CPU, f"everything on cpu: {why}", CPU)
     if made is None:

@@ -49,9 +49,17 @@ def test_what_does_not_fit_is_an_error(spec: str, max_memory: str | None) -> Non
 
 def test_a_cpu_that_is_not_in_devices_holds_nothing() -> None:
     """As with --max-memory: nothing is placed on what is not listed, and the words name the right option."""
-    (finding,) = resolved("auto", MODEL, "0=0").report.findings
-    assert (finding.rule, finding.level) == ("no-plan-fits", "error")
-    assert finding.message == "no plan fits: --devices lists no device that can hold the model"
+    options = {
+        ("0=0", None): "--devices",
+        ("0=0", "0=1GiB"): "--devices",
+        ("0=24GiB", "cpu=64GiB"): "--max-memory",
+        ("cpu=64GiB", "0=1GiB"): "--max-memory",
+    }
+    for (devices, max_memory), option in options.items():
+        findings = resolved("auto", MODEL, devices, max_memory=max_memory).report.findings
+        (finding,) = [f for f in findings if f.rule == "no-plan-fits"]
+        assert finding.level == "error"
+        assert finding.message == f"no plan fits: {option} lists no device that can hold the model"
     reasons = {
         ("0=0,cpu=64GiB", None): "everything on cpu: no accelerator has free memory",
         ("0=24GiB,cpu=64GiB", "cpu=64GiB"): "everything on cpu: --max-memory leaves no accelerator",
