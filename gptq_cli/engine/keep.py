@@ -32,7 +32,7 @@ from gptq_cli.gptq.quantized import dequantized
 from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.results.run import BlockReport
-from gptq_cli.wording import number_of
+from gptq_cli.wording import names_text, number_of
 
 HIDDEN, DENSE = "hidden", "dense"
 
@@ -113,20 +113,16 @@ def check_strict(finished: Sequence[BlockReport], *, strict: bool) -> None:
     lost = [linear.name for linear in linears if linear.loss >= LOST]
     if strict and fallen:
         raise NotPositiveDefinite(
-            f"{_first_of(fallen)} of the finished blocks fell back to round-to-nearest, before --strict was "
-            "given",
+            f"{names_text(map(repr, fallen), 1)} of the finished blocks fell back to round-to-nearest, "
+            "before --strict was given",
             hint="--resume never starts over, with more or more varied text (--samples, --calibration)",
         )
     if strict and lost:
         raise LinearLost(
-            f"{_first_of(lost)} of the finished blocks had been lost before --strict was given",
+            f"{names_text(map(repr, lost), 1)} of the finished blocks had been lost before --strict "
+            "was given",
             hint=f"--resume never --module '{lost[0]}=dense' starts over without quantizing it",
         )
-
-
-def _first_of(names: Sequence[str]) -> str:
-    """`'a' and 3 more`."""
-    return f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
 
 
 def catch_up(

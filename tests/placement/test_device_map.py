@@ -115,7 +115,6 @@ def test_the_map_of_a_file_needs_no_file_afterwards(tmp_path: Path) -> None:
         ('{"a": 1.5}', 6, "1.5 is not a device for 'a'", ""),
         ('{"a": null}', 6, "null is not a device", ""),
         ('{"a": true}', 6, "true is not a device", ""),
-        ('{"a": true}', 6, "not a device", ""),
         ('{"a": [0]}', 6, "[0] is not a device", ""),
         ('{"a": -2}', 6, "out of range", ""),
         ("{3: 0}", 1, "double quotes", ""),

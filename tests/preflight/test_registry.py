@@ -256,7 +256,11 @@ def replaced(**changed: object) -> OutputFacts:
         (output(exists=True, is_directory=True, is_fixed=True), False, "output-exists"),
         (output(exists=True, is_directory=True, is_fixed=True, is_empty_directory=True), False, None),
         (output(out="q\udcff", is_text=False), False, "output-name-not-text"),
-        (output(folder_taken="/somewhere/.out.gptq"), False, "output-folder-taken"),
+        (
+            output(folder_taken="/somewhere/.out.gptq", why_taken="no run made it"),
+            False,
+            "output-folder-taken",
+        ),
         (output(busy="out is being written by another run: x", busy_hint="wait"), False, "output-busy"),
         (output(free_bytes=1000), False, "output-disk-full"),
     ],

@@ -127,7 +127,7 @@ def output_folder_taken(case: JobCase) -> list[Remark]:
         Remark(
             subject="--out",
             message=f"{out.folder_taken} is in the way: a working folder would have that name, "
-            f"but {out.why_taken or 'no run made it'}",
+            f"but {out.why_taken}",
             hint="rename it, or give another --out",
         )
     ]
