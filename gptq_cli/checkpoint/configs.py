@@ -16,6 +16,7 @@ from gptq_cli.errors import CheckpointError
 from gptq_cli.files import shown
 from gptq_cli.model.find import local_directory
 from gptq_cli.model.source import holds_codes, read_json
+from gptq_cli.model.source_files import content_elsewhere
 from gptq_cli.wording import as_json
 
 CONFIG_FILES = ("quantize_config.json", "quant_config.json")
@@ -73,6 +74,9 @@ def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
         try:
             content = read_json(directory / name)
         except (OSError, ValueError) as error:
+            other = content_elsewhere(directory / name)
+            if other is not None:
+                raise CheckpointError(f"{name} in {directory} {other[0]}", hint=other[1]) from error
             raise CheckpointError(f"{directory}: {error}") from error
         if name == "config.json" and isinstance(content, Mapping):
             found += list(_inside_config(content, name))

@@ -616,6 +616,14 @@ def test_an_unknown_dense_tensor_is_left_unread(damaged: Path) -> None:
     assert checkpoint.notes == ("1 tensor that does not belong to the model is not read",)
 
 
+@pytest.mark.parametrize("name", ["config.json", "quantize_config.json"])
+def test_a_config_that_was_not_fetched_is_named(name: str, damaged: Path) -> None:
+    (damaged / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n")
+    with pytest.raises(CheckpointError, match=f"{name} in .* is a pointer of Git LFS") as caught:
+        open_checkpoint(damaged)
+    assert "lfs pull" in str(caught.value.hint)
+
+
 # hostile files
 
 
