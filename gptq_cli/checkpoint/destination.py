@@ -20,7 +20,7 @@ from typing import Self
 
 from gptq_cli.checkpoint.place import NOT_CONTENT, Place, State, placed_files, state_of
 from gptq_cli.checkpoint.renames import exchange, fsync, rename_to_free
-from gptq_cli.checkpoint.working_folder import Owner, WorkingFolder, remove, stem
+from gptq_cli.checkpoint.working_folder import Owner, WorkingFolder, marker_problem, remove, stem
 from gptq_cli.errors import GptqError
 from gptq_cli.model.source import INDEX
 from gptq_cli.wording import names_text, number_of
@@ -259,7 +259,7 @@ class Destination:
         self.kept = self.place.has_work()
         words, _ = self.place.left_over(done=True)
         old = self._folder.old
-        said = [words] if words else []
+        said = [text for text in (marker_problem(self.folder), words) if text]
         if os.path.isdir(old):
             if not os.path.lexists(self.out):
                 os.rename(old, self.out)

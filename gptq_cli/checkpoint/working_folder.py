@@ -4,7 +4,9 @@ For the destination `models/q` it is `models/.q.gptq`, however the destination i
 
     .q.gptq/
       lock        locked with flock while the run lives; kill -9 releases it
-      run.json    the owner: process, machine, start time. It marks the folder as ours
+      run.json    the owner: process, machine, start time, and what is about to be moved to the destination.
+                  It marks the folder as ours
+      run-copy.json  the same once more: it counts where run.json is damaged or gone
       result/     the checkpoint being written
       journal/    which blocks of it are finished, see `journal.py`
       gradients/  those of the dense model, see `kept_states.py`
@@ -12,8 +14,9 @@ For the destination `models/q` it is `models/.q.gptq`, however the destination i
 
 Where a run ended before its checkpoint was in place and a block was finished, or the gradients were taken,
 the folder stays: the same command run again goes on. It may be removed at any time, and is when the
-checkpoint is in place. A folder of that name without our `run.json` is not ours and is never touched; in a
-folder of ours, only the names above are ever removed.
+checkpoint is in place. A folder of that name without our `run.json` or its copy is not ours and is never
+touched; in a folder of ours, only the names above are ever removed. The journal alone does not make it ours:
+it says neither what of the result was already moved, nor whether the folder was left to the user.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from gptq_cli.checkpoint.renames import fsync
 from gptq_cli.errors import ConfigError, DestinationBusy
 
-LOCK, SOFT_LOCK, MARKER, MARKER_NEW = "lock", "lock.soft", "run.json", "run.json.new"
+LOCK, SOFT_LOCK = "lock", "lock.soft"
+MARKER, MARKER_COPY, MARKER_NEW = "run.json", "run-copy.json", "run.json.new"
 RESULT, OLD, JOURNAL, GRADIENTS = "result", "old", "journal", "gradients"
 INSIDE = ".gptq"
 """The folder's name where it must be inside the destination."""
@@ -91,7 +95,18 @@ class Owner:
 
 def read_owner(folder: Path) -> Owner | None:
     """The owner of the folder; None where it is not a working folder of ours."""
-    path = folder / MARKER
+    return _marked_by(folder / MARKER) or _marked_by(folder / MARKER_COPY)
+
+
+def marker_problem(folder: Path) -> str:
+    """What is wrong with the marker of a folder whose copy of it is read instead; "" where nothing is."""
+    if _marked_by(folder / MARKER) is not None or _marked_by(folder / MARKER_COPY) is None:
+        return ""
+    what = "damaged" if os.path.lexists(folder / MARKER) else "gone"
+    return f"{folder / MARKER} is {what}; its copy is used"
+
+
+def _marked_by(path: Path) -> Owner | None:
     try:
         found = os.lstat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MARKER_LIMIT_BYTES:
@@ -129,9 +144,13 @@ def is_taken(folder: Path) -> bool:
 
 def why_taken(folder: Path) -> str:
     """Why a folder that `is_taken` cannot be used, as a clause."""
+    signs = (MARKER, MARKER_COPY, os.path.join(JOURNAL, "manifest.json"))
     inside = os.path.isdir(folder / JOURNAL) or os.path.isdir(folder / RESULT)
-    if os.path.isfile(folder / MARKER) and inside:
-        return f"its {MARKER} is damaged, so neither is its work gone on with nor is anything in it removed"
+    if inside and any(os.path.isfile(folder / name) for name in signs):
+        return (
+            f"neither its {MARKER} nor the copy of it can be read, so its work is not gone on with, and "
+            "nothing in it is removed"
+        )
     return "no run made it"
 
 
@@ -213,24 +232,26 @@ class WorkingFolder:
             "placing": placing or {},
             "moving": moving,
         }
-        new = self.path / MARKER_NEW
-        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        fsync(new)
-        new.replace(self.path / MARKER)
+        new, text = self.path / MARKER_NEW, json.dumps(content, indent=2) + "\n"
+        for name in (MARKER, MARKER_COPY):  # nothing is moved before both say so: either may be believed
+            new.write_text(text, encoding="utf-8")
+            fsync(new)
+            new.replace(self.path / name)
         fsync(self.path)
 
     def unmark(self) -> None:
         """Leave the folder and its content to the user: no later run will treat it as ours."""
-        (self.path / MARKER).unlink(missing_ok=True)
+        for name in (MARKER_COPY, MARKER):
+            (self.path / name).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove what a run creates here, except lock and marker. Raises `OSError`."""
+        """Remove what a run creates here, except lock and markers. Raises `OSError`."""
         for path in (self.journal, self.result, self.old, self.gradients):
             remove(path)  # the journal first: it speaks of the result
 
     def release(self) -> None:
         """Remove the folder and release the lock, in an order that leaves no moment for another run."""
-        for name in (MARKER_NEW, MARKER, LOCK):
+        for name in (MARKER_NEW, MARKER_COPY, MARKER, LOCK):
             (self.path / name).unlink(missing_ok=True)
         self.let_go()
 

@@ -19,6 +19,7 @@ from gptq_cli.checkpoint.working_folder import (
     is_held,
     is_ours,
     is_taken,
+    marker_problem,
     read_owner,
     stem,
     why_taken,
@@ -187,13 +188,53 @@ def test_the_marker_says_who_works_here(tmp_path: Path) -> None:
     folder.release()
 
 
-def test_a_damaged_marker_is_not_said_to_be_of_no_run(tmp_path: Path) -> None:
+MARKERS = ("run.json", "run-copy.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0" * 300, None], ids=["empty", "cut", "zeros", "gone"])
+@pytest.mark.parametrize("name", MARKERS)
+def test_one_damaged_marker_is_no_loss(name: str, text: str | None, tmp_path: Path) -> None:
+    """Each of the two says all that is to be known, and a problem with the first is told."""
+    folder = folder_of(tmp_path)
+    folder.claim()
+    folder.mark({"config.json": (7, 11)}, moving=3)
+    owner = read_owner(folder.path)
+    assert marker_problem(folder.path) == ""
+    (folder.path / name).unlink()
+    if text is not None:
+        (folder.path / name).write_text(text)
+    assert read_owner(folder.path) == owner
+    assert is_ours(folder.path)
+    what = "gone" if text is None else "damaged"
+    said = f"{folder.path / name} is {what}; its copy is used" if name == MARKERS[0] else ""
+    assert marker_problem(folder.path) == said
+    folder.mark()
+    assert [(folder.path / one).read_text() for one in MARKERS][1:] == [
+        (folder.path / MARKERS[0]).read_text()
+    ]
+    folder.clear()
+    folder.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_left_to_the_user_has_no_marker(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    folder.claim()
+    folder.mark()
+    folder.result.mkdir()
+    folder.unmark()
+    folder.let_go()
+    assert not is_ours(folder.path)
+
+
+@pytest.mark.parametrize("name", [*MARKERS, "journal/manifest.json"])
+def test_damaged_markers_are_not_said_to_be_of_no_run(name: str, tmp_path: Path) -> None:
     """Nothing in the folder is touched, but the words are true."""
     folder = tmp_path / ".q.gptq"
     (folder / "journal").mkdir(parents=True)
     assert why_taken(folder) == "no run made it"
-    (folder / "run.json").write_text("{")
+    (folder / name).write_text("{")
     assert is_taken(folder)
-    assert why_taken(folder).startswith("its run.json is damaged")
-    with pytest.raises(ConfigError, match="is damaged"):
+    assert why_taken(folder).startswith("neither its run.json nor the copy of it can be read")
+    with pytest.raises(ConfigError, match="can be read"):
         WorkingFolder(folder, tmp_path / "q").claim()

@@ -365,6 +365,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str, list[int]]] = {
     "header": (lambda f: flip(f / "result" / "model.safetensors", 20), "is not in the files", [0]),
     "snapshot": (lambda f: flip(f / "journal" / "hidden-2.safetensors"), "snapshot cannot be used", [0, 2]),
     "snapshot gone": (lambda f: (f / "journal" / "hidden-2.safetensors").unlink(), "is missing", [0, 2]),
+    "marker": (lambda f: os.truncate(f / "run.json", 20), "run.json is damaged; its copy is used", [0, 2]),
+    "marker gone": (lambda f: (f / "run.json").unlink(), "run.json is gone; its copy is used", [0, 2]),
 }
 
 
