@@ -62,7 +62,8 @@ def read_formats(directory: Path) -> tuple[Mapping[str, Any], CheckpointFormat]:
     (first, merged), *others = found
     for _, other in others:
         merged = _completed(merged, other)
-    return merged, parse_quantization(merged, first)
+    dynamic_in = next((name for name, content in found if content.get("dynamic")), first)
+    return merged, parse_quantization(merged, first, dynamic_in)
 
 
 def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:

@@ -14,6 +14,8 @@ from typing import Any
 from gptq_cli.errors import CheckpointError
 
 _PATTERN_LIMIT = 1000
+_SHOWN = 80
+"""Characters of a pattern in a message."""
 _NESTED_REPEATS = re.compile(r"[+*}]\??\)+[+*{]")
 """A repeat inside a repeated group, `(a+)+`: matching such a pattern can take practically for ever."""
 _EXACT = re.compile(r"\^?((?:\w|\\\.)+)\$")
@@ -31,18 +33,30 @@ class DynamicRules:
     _exact: Mapping[str, int] = field(default_factory=dict)
     """Names that patterns spell out -> which pattern; so that thousands of these cost nothing."""
     _others: tuple[int, ...] = ()
+    _keys: tuple[str, ...] = field(default=(), compare=False)
+    _where: str = field(default="", compare=False)
 
     def of(self, module: str) -> tuple[bool, Fields]:
         """(left dense, changed fields) of one linear."""
+        first = self._first(module)
+        fields = self.patterns[first][1] if first < len(self.patterns) else {}
+        return fields is None, fields or {}
+
+    def place(self, module: str) -> str:
+        """The key that decides about a linear, and its file: `quantize_config.json: dynamic['+:.*up_proj']`;
+        "" without one."""
+        first = self._first(module)
+        return f"{self._where}: {_entry(self._keys[first])}" if first < len(self._keys) else ""
+
+    def _first(self, module: str) -> int:
+        """The number of the first pattern that matches; that of all of them where none does."""
         first = self._exact.get(module, len(self.patterns))
         for number in self._others:
             if number > first:
                 break
             if self.patterns[number][0].match(module):
-                first = number
-                break
-        fields = self.patterns[first][1] if first < len(self.patterns) else {}
-        return fields is None, fields or {}
+                return number
+        return first
 
 
 def parse_dynamic(dynamic: object, where: str) -> DynamicRules:
@@ -69,10 +83,15 @@ def parse_dynamic(dynamic: object, where: str) -> DynamicRules:
             result.append((pattern, None))
             continue
         if not isinstance(fields, Mapping):
-            raise CheckpointError(f"{where}: dynamic[{key!r}] is not a JSON object")
+            raise CheckpointError(f"{where}: {_entry(key)} is not a JSON object")
         known = ("bits", "group_size", "sym", "desc_act")
         result.append((pattern, {name: fields[name] for name in known if fields.get(name) is not None}))
-    return DynamicRules(tuple(result), exact, tuple(others))
+    return DynamicRules(tuple(result), exact, tuple(others), tuple(dynamic), where)
+
+
+def _entry(key: str) -> str:
+    shown = key if len(key) <= _SHOWN else f"{key[:_SHOWN]}…"
+    return f"dynamic[{shown!r}]"
 
 
 def _compiled(text: str, where: str) -> re.Pattern[str]:
@@ -83,4 +102,4 @@ def _compiled(text: str, where: str) -> re.Pattern[str]:
             raise re.error("it repeats a group that repeats")
         return re.compile(text)
     except re.error as error:
-        raise CheckpointError(f"{where}: dynamic has the pattern {text[:80]!r}: {error}") from error
+        raise CheckpointError(f"{where}: dynamic has the pattern {text[:_SHOWN]!r}: {error}") from error

@@ -83,7 +83,9 @@ class CheckpointFormat:
         dense, fields = self.dynamic.of(module)
         if dense:
             return None
-        return _checked(replace(self.base, **fields), f"dynamic[{module}]") if fields else self.base
+        if not fields:
+            return self.base
+        return _checked(replace(self.base, **fields), f"{self.dynamic.place(module)} for {module}")
 
 
 def quantization_dict(
@@ -117,8 +119,11 @@ def quantization_dict(
     return result
 
 
-def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
-    """Read the dictionary of the file `where`, written by any tool. Raises `CheckpointError`."""
+def parse_quantization(raw: Mapping[str, Any], where: str, dynamic_where: str = "") -> CheckpointFormat:
+    """Read the dictionary of the file `where`, written by any tool. Raises `CheckpointError`.
+
+    `dynamic_where`: the file that `dynamic` comes from, where that is another one.
+    """
     method = _or_default(raw.get("quant_method"), default="gptq")
     if method != "gptq":
         raise CheckpointError(
@@ -160,7 +165,7 @@ def parse_quantization(raw: Mapping[str, Any], where: str) -> CheckpointFormat:
     return CheckpointFormat(
         base=_checked(base, where),
         quantizer=_quantizer(raw.get("meta")),
-        dynamic=parse_dynamic(raw.get("dynamic"), where),
+        dynamic=parse_dynamic(raw.get("dynamic"), dynamic_where or where),
         notes=tuple(notes),
     )
 

@@ -119,7 +119,10 @@ class CheckpointMatcher:
             self.errors.append(f"there are both {source}.weight and {source}.qweight")
             return None
         if form is None:
-            self.errors.append(f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense")
+            place = self.form.dynamic.place(source)
+            self.errors.append(
+                f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense ({place})"
+            )
             return None
         info = self._info(source, form, target, pattern)
         if info is not None:

@@ -253,7 +253,7 @@ def test_dynamic_overrides(damaged: Path, tiny: TinyFactory) -> None:
 
 def test_dynamic_says_dense_but_it_is_packed(damaged: Path) -> None:
     set_config(damaged, dynamic={r"-:.*up_proj": {}})
-    assert "dynamic" in refused(damaged)
+    assert "is dense (quantize_config.json: dynamic['-:.*up_proj'])" in refused(damaged)
 
 
 def test_a_quantized_lm_head(tiny_llama: Path, tmp_path: Path) -> None:
@@ -329,6 +329,19 @@ def test_experts_by_their_own_names(tiny_moe: Path, tmp_path: Path) -> None:
 def test_bad_configurations(changes: dict[str, Any], says: str, damaged: Path) -> None:
     set_config(damaged, **changes)
     assert says in refused(damaged)
+
+
+@pytest.mark.parametrize("file", ["quantize_config.json", "config.json"])
+@pytest.mark.parametrize(
+    "before", [{}, {"+:nothing": {"bits": 99}}], ids=["alone", "beside one that is unused"]
+)
+@pytest.mark.parametrize("key", [r"+:.*\.1\.mlp\.up_proj$", r"model\.layers\.1\.mlp\.up_proj$"])
+def test_a_bad_value_for_a_linear_is_named_with_its_file_and_key(
+    file: str, key: str, before: dict[str, Any], damaged: Path
+) -> None:
+    set_config(damaged, dynamic=...)
+    set_config(damaged, (file,), dynamic={**before, key: {"bits": 5}, ".*": {}})
+    assert refused(damaged) == f"{file}: dynamic[{key!r}] for {Q}: bits is 5; allowed: 2, 3, 4, 8"
 
 
 @pytest.mark.parametrize("changes", [{"bits": 8}, {"group_size": 64}, {"sym": False}, {"desc_act": True}])
