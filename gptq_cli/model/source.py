@@ -34,6 +34,7 @@ from gptq_cli.model.source_files import (
     has_tokenizer,
     is_copied,
     is_needed,
+    link_to_nothing,
     open_regular,
     outside_target,
     oversize,
@@ -189,18 +190,21 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
             yield SourceProblem(
                 "outside-link",
                 name,
-                f"{name} is a link that leads out of the model's directory, to {target}",
+                f"{name} {_leads_out(target)}",
                 f"if that is intended, replace the link by a copy: cp --remove-destination {target} "
                 f"{directory / name}",
             )
-        elif target is not None and is_copied(name):
+        elif is_copied(name) and (astray := link_to_nothing(directory / name) or _leads_out(target)):
             yield SourceProblem(
                 "link-left-out",
                 name,
-                f"{name} is a link that leads out of the model's directory, to {target}: it is left out of "
-                "the checkpoint",
-                "if it belongs to the model, replace the link by a copy",
+                f"{name} {astray}: it is left out of the checkpoint",
+                "if it belongs to the model, put the file in the place of the link",
             )
+
+
+def _leads_out(target: str | None) -> str:
+    return f"is a link that leads out of the model's directory, to {target}" if target is not None else ""
 
 
 def read_json(path: Path, *, limit_bytes: int = _JSON_LIMIT_BYTES) -> Any:

@@ -140,13 +140,17 @@ def open_regular(path: Path) -> BufferedReader:
         raise
 
 
+def link_to_nothing(path: Path) -> str:
+    """What is said of a link without a file at its end; "" for anything else."""
+    if not os.path.islink(path) or os.path.exists(path):
+        return ""
+    return f"is a link to {os.readlink(path)}, which is not there"
+
+
 def content_elsewhere(path: Path) -> tuple[str, str] | None:
     """What stands in the place of a file that was not fetched, and what to do; None where it is there."""
-    if os.path.islink(path) and not os.path.exists(path):
-        return (
-            f"is a link to {os.readlink(path)}, which is not there",
-            "put the file there, or fetch the model again",
-        )
+    if nothing := link_to_nothing(path):
+        return nothing, "put the file there, or fetch the model again"
     try:
         with open_regular(path) as file:
             pointer = file.read(len(_LFS)) == _LFS

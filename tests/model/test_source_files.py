@@ -261,3 +261,20 @@ def test_a_file_that_was_not_fetched_is_named(
     (problem,) = [p for p in scan_directory(path).problems if p.kind != "no-tokenizer"]
     assert (problem.kind, problem.subject, problem.message) == ("file-not-fetched", name, words)
     assert hint in problem.hint
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja", "additional_chat_templates/tool.jinja"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_link_to_nothing_in_the_place_of_a_file_that_is_copied_is_told(
+    tiny_llama: Path, tmp_path: Path, name: str, inside: bool
+) -> None:
+    """The model opens without it; that the checkpoint will lack it is said."""
+    path = tmp_path / "model"
+    shutil.copytree(tiny_llama, path)
+    (path / name).parent.mkdir(exist_ok=True)
+    target = "nowhere" if inside else str(tmp_path / "blobs" / "gone")
+    (path / name).symlink_to(target)
+    (problem,) = scan_directory(path).problems
+    assert (problem.kind, problem.subject) == ("link-left-out", name)
+    said = f"{name} is a link to {target}, which is not there: it is left out of the checkpoint"
+    assert problem.message == said

@@ -138,7 +138,7 @@ def outside_link() -> None:
 
 @_problem("warning")
 def link_left_out() -> None:
-    """A small file beside the model is a link that leads out of its directory: it is not copied.
+    """A small file beside the model is a link out of its directory, or to nothing: it is not copied.
 
     A licence or a chat template that is missing can be added by hand; somebody else's file in a published
     checkpoint cannot be taken back.
