@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint
 from gptq_cli.checkpoint.configs import CONFIG_FILES
-from gptq_cli.checkpoint.side_files import copy_sidecars
+from gptq_cli.checkpoint.side_files import BESIDE, copy_sidecars
 from gptq_cli.checkpoint.zeros import read_zeros, store_zeros
 from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.model.facts import TensorInfo
@@ -29,7 +29,6 @@ from gptq_cli.model.source import INDEX, SINGLE, ModelFiles, read_json
 from gptq_cli.model.source_files import is_copied, is_needed, outside_target
 from gptq_cli.model.streamed import StreamedReader
 
-_BESIDE = ("README.md", "loss_per_block.svg", "report.json")
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 
 
@@ -113,7 +112,7 @@ class CheckpointFiles:
             _write_json(work / INDEX, self._index())
         config = read_json(self.directory / "config.json")
         copy_sidecars(self.files, work, code=bool(config.get("auto_map")))
-        for name in (*_BESIDE, *CONFIG_FILES):
+        for name in (*BESIDE, *CONFIG_FILES):
             # what a link brings in from elsewhere is not the model's, and not for upload
             if (self.directory / name).is_file() and outside_target(self.directory, name) is None:
                 shutil.copyfile(self.directory / name, work / name)

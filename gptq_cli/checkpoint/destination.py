@@ -45,7 +45,7 @@ class Destination:
         self.out, self.overwrite = self.place.out, overwrite
         self.cleared: tuple[str, ...] = ()
         """What was done about the leftovers of an earlier run."""
-        self._warn = warn
+        self.warn = warn
         self._folder = WorkingFolder(self.place.folder, self.out)
         self._made_parents: list[Path] = []
         self._begun = State("absent")
@@ -291,7 +291,7 @@ class Destination:
                 self._folder.clear()
                 self._folder.release()
         except OSError as error:
-            self._warn(f"{error.filename} could not be removed: {error.strerror}", f"remove {self.folder}")
+            self.warn(f"{error.filename} could not be removed: {error.strerror}", f"remove {self.folder}")
         finally:
             self._folder.let_go()
         if not self.kept:

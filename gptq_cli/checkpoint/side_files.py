@@ -10,11 +10,19 @@ from typing import Any
 import torch
 
 from gptq_cli.model.facts import dtype_name
-from gptq_cli.model.source import ModelFiles, read_json
+from gptq_cli.model.source import INDEX, ModelFiles, read_json
 from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
 
+BESIDE = ("README.md", "loss_per_block.svg", "report.json")
+"""What a run writes for people."""
 _INNER_CONFIGS = 2
 """How deep configs stand inside config.json: thinker_config has a text_config."""
+
+
+def file_names(files: ModelFiles) -> frozenset[str]:
+    """Names of all files that a run may write beside the weights."""
+    copied = (stamp.name for stamp in files.stamps if is_copied(stamp.name))
+    return frozenset((*copied, *BESIDE, INDEX, "config.json", "quantize_config.json"))
 
 
 def checkpoint_config(

@@ -41,10 +41,9 @@ from gptq_cli.checkpoint.layout import (
 from gptq_cli.checkpoint.place import check_destination
 from gptq_cli.checkpoint.renames import FULL, fsync, reserve
 from gptq_cli.checkpoint.self_check import check_written
-from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars
+from gptq_cli.checkpoint.side_files import checkpoint_config, copy_sidecars, file_names
 from gptq_cli.checkpoint.values import CHUNK_BYTES, bytes_of, cast_to, rewrite, write_at
-from gptq_cli.checkpoint.working_folder import remove
-from gptq_cli.checkpoint.written import has_digest, is_begun, read_tensor
+from gptq_cli.checkpoint.written import has_digest, is_begun, read_tensor, remove_all_but
 from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import GptqError
 from gptq_cli.gptq.packing import PackedTensors
@@ -100,8 +99,8 @@ class CheckpointWriter:
                     self._destination.__enter__()
                 check_destination(self.out, self._skeleton.files.directory, overwrite=self._overwrite)
                 kept = {shard.file for shard in self.plan.shards}
-                for name in sorted(set(os.listdir(self._work)) - kept):
-                    remove(self._work / name)  # all else is written anew; the rest came from elsewhere
+                known = file_names(self._skeleton.files)
+                remove_all_but(kept, self._work, known, self._destination.warn)
                 for shard in self.plan.shards:
                     self._open_shard(shard)
                 # now rather than at the end: unreadable files are found before the work

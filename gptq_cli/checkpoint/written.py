@@ -1,7 +1,10 @@
-"""Reading back what an unfinished checkpoint holds: shards of a known layout, tensors of known digests."""
+"""Reading back what an unfinished checkpoint holds: shards of a known layout, tensors of known digests; and
+removing the rest."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -9,7 +12,30 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.journal import digest
 from gptq_cli.checkpoint.layout import PlannedShard, PlannedTensor
+from gptq_cli.checkpoint.working_folder import remove
 from gptq_cli.model.skeleton import as_torch_dtype
+from gptq_cli.wording import names_text
+
+
+def remove_all_but(
+    shards: Collection[str], folder: Path, known: Collection[str], warn: Callable[[str, str], None]
+) -> None:
+    """Remove everything that is not a shard: a run writes it anew. What is not `known` either came from
+    elsewhere, and would be part of the checkpoint: `warn` is called with its names."""
+    strange: list[str] = []
+    for name in sorted(set(os.listdir(folder)) - set(shards)):
+        path = folder / name
+        inside = sorted(path.rglob("*")) if path.is_dir() and not path.is_symlink() else [path]
+        files = (below for below in inside if below.is_symlink() or not below.is_dir())
+        names = (below.relative_to(folder).as_posix() for below in files)
+        strange += [below for below in names if below not in known]
+        remove(path)
+    if strange:
+        warn(
+            f"removed {names_text(strange)} from {folder}: no run wrote that, and all that is there becomes "
+            "the checkpoint",
+            "files of yours are safe anywhere else",
+        )
 
 
 def is_begun(path: Path, shard: PlannedShard) -> bool:

@@ -347,14 +347,19 @@ def test_side_files_are_copied_before_the_work(tiny_llama: Path, tmp_path: Path)
 def test_what_no_run_wrote_is_left_out(tiny_llama: Path, tmp_path: Path) -> None:
     """As where somebody put a file into the result of a run that had been interrupted."""
     out, skeleton = tmp_path / "out", opened(tiny_llama)
-    with Destination(out) as destination:
+    said: list[str] = []
+    with Destination(out, warn=lambda message, hint: said.append(message)) as destination:
+        (destination.result / "tokenizer.json").write_text("an earlier run's")
+        (destination.result / "report.json").write_text("an earlier run's")
         (destination.result / "stray.txt").write_text("mine")
         (destination.result / "below").mkdir()
         (destination.result / "below" / "stray.txt").write_text("mine")
         with CheckpointWriter(out, skeleton, CONFIG, destination=destination):
             names = {path.name for path in destination.result.rglob("*")}
             assert {"model.safetensors", "tokenizer.json"} <= names
-            assert not names & {"stray.txt", "below"}
+            assert not names & {"stray.txt", "below", "report.json"}
+    (one,) = said
+    assert one.startswith(f"removed below/stray.txt, stray.txt from {destination.result}: no run wrote")
 
 
 def test_what_is_not_utf8_in_a_report_stays_readable(tiny_llama: Path, tmp_path: Path) -> None:

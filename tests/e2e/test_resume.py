@@ -384,6 +384,21 @@ def test_damage_is_found_told_and_done_again(
     assert sorted(os.listdir(stopped.parent)) == ["q"]
 
 
+def test_a_stray_file_in_the_result_is_named(
+    tiny_llama: Path, text: Path, stopped: Path, reference: dict[str, bytes]
+) -> None:
+    """It would have become part of the checkpoint. What the run itself had written there is no stray."""
+    (stopped.parent / ".q.gptq" / "result" / "thesis.tex").write_text("mine")
+    ran = quantized(tiny_llama, stopped, text, "--json")
+    assert ran.code == 0, ran.stderr
+    said = f"removed thesis.tex from {stopped.parent / '.q.gptq' / 'result'}: no run wrote that"
+    assert said in ran.stderr
+    report = json.loads((stopped / "report.json").read_text())
+    assert [one for one in report["warnings"] if said in one]
+    assert not [one for one in ran.document["warnings"] if "json" in one]
+    assert content(stopped) == reference
+
+
 def test_a_full_disk(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: dict[str, bytes]
 ) -> None:
