@@ -26,6 +26,7 @@ from gptq_cli.planning.memory import quantized_bytes
 from gptq_cli.preflight.facts import output_facts
 from gptq_cli.preflight.registry import MODULES, RULES, check_quantize, explain
 from gptq_cli.preflight.rules import model_files
+from gptq_cli.results.kept import TOO_SMALL, KeptDense
 from gptq_cli.rules import Rule, rules_in
 from gptq_cli.targets.facts import TARGETS
 from gptq_cli.targets.rules import MODULES as TARGET_MODULES
@@ -211,6 +212,24 @@ def test_every_problem_of_the_files_is_a_finding(kind: str) -> None:
     level = "warning" if kind in ("link-left-out", "left-over-config") else "error"
     assert (finding.level, finding.subject, finding.message) == (level, problem.subject, "it is broken")
     assert finding.hint
+
+
+def test_what_would_stay_dense_does_not_stand_beside_an_error_about_the_files() -> None:
+    """The numbers of a broken model mean nothing; those of a sound one that is refused otherwise do."""
+    small = KeptDense(name="model.layers.*.small", reason=TOO_SMALL, linears=3, weights=8)
+    facts = replace(FACTS, fused=(StackFact("model.layers.0.experts", "why"),), kept=(small,))
+    about = {"left-dense", "fused-experts", "small-linears"}
+
+    def said(**more: object) -> set[str]:
+        return {f.rule for f in found(facts, **more)} & about
+
+    broken = SourceProblem("missing-weight", "model.layers.0.mlp.up_proj.weight", "it is gone")
+    left_out = SourceProblem("link-left-out", "LICENSE", "leads out of the directory")
+    assert said() == about
+    assert said(problems=(left_out,)) == said(group_size=128) == about
+    assert said(problems=(broken,)) == set()
+    quantized = replace(facts, already_quantized="gptq")
+    assert not {f.rule for f in found(quantized)} & about
 
 
 def test_an_unknown_problem_is_not_lost() -> None:

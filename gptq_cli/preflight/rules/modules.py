@@ -10,6 +10,7 @@ from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.placement.names import fold, parents
 from gptq_cli.planning.cases import JobCase
 from gptq_cli.planning.memory import packed_bytes
+from gptq_cli.preflight.rules.model_files import unsound
 from gptq_cli.results.kept import TOO_SMALL
 from gptq_cli.rules import Remark, rule
 from gptq_cli.wording import names_text, number_of
@@ -170,7 +171,7 @@ def small_linears(case: JobCase) -> list[Remark]:
             "these bits and groups",
         )
         for one in case.facts.kept
-        if one.reason == TOO_SMALL
+        if one.reason == TOO_SMALL and not unsound(case)
     ]
 
 

@@ -219,6 +219,8 @@ def fused_experts(case: JobCase) -> list[Remark]:
     Transformers 5 keeps all experts of a block in such parameters. They are quantized expert by expert where
     the model's own code multiplies with one matrix at a time; this names the ones that are not, and why.
     """
+    if unsound(case):
+        return []
     sizes = {tensor.name: tensor for tensor in case.facts.tensors}
     reasons: dict[str, list[str]] = {}
     for stack in case.facts.fused:
@@ -314,9 +316,13 @@ def gradients_possible(case: JobCase) -> list[Remark]:
 @rule("warning", "note")
 def left_dense(case: JobCase) -> list[Remark]:
     """What stays dense: embeddings, head, norms, routers, towers for images or sound, layers for multi-token
-    prediction, and all else that is not a linear in a block."""
+    prediction, and all else that is not a linear in a block.
+
+    Nothing is said of a model whose own files are refused: its numbers would stand beside the error, and mean
+    nothing.
+    """
     total = case.facts.parameters
-    if not total or not case.facts.linears:
+    if not total or not case.facts.linears or unsound(case):
         return []
     share = 1 - case.facts.quantized_share
     replaced = case.facts.linears if case.facts.head_is_tied else case.facts.packed
