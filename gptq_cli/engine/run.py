@@ -26,7 +26,7 @@ from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.device import CPU
-from gptq_cli.placement.schedule import lighter
+from gptq_cli.placement.schedule import Schedule, lighter
 from gptq_cli.results.run import BlockReport, LinearReport
 from gptq_cli.wording import first_line
 
@@ -76,7 +76,7 @@ def quantize_model(
         del failure
         flush(run.options.devices)
         schedule, words = less
-        observer(_tried_again(said, words, changes_sums=schedule.blocks == run.schedule.blocks))
+        observer(_tried_again(said, words, run.schedule, schedule))
         run = replace(run, schedule=schedule)
         keeper.forget_unfinished()
 
@@ -85,11 +85,17 @@ class _MemoryRanOut(Exception):  # noqa: N818 - it says what happened
     """A device ran out of memory while it worked on the samples; its cause is the error."""
 
 
-def _tried_again(said: str, words: str, *, changes_sums: bool) -> Warned:
-    sums = "; codes may differ a little, because sums are rounded in another order" if changes_sums else ""
+def _tried_again(said: str, words: str, before: Schedule, now: Schedule) -> Warned:
+    """A smaller micro-batch than was in use is proposed for the next run; where it is one sample, none."""
+    samples, sums = now.micro_batch_samples, ""
+    if samples != before.micro_batch_samples:
+        sums = "; codes may differ a little, because sums are rounded in another order"
+    else:
+        samples //= 2
+    lower = f"--batch-size {samples} (from the start); or " if samples else ""
     return Warned(
         f"out of memory ({said}): the block is tried again with {words}{sums}",
-        "lower --batch-size, or give the work more room: gptq quantize … --dry-run says what needs memory",
+        f"{lower}give the work more room: gptq quantize … --dry-run says what needs memory",
     )
 
 

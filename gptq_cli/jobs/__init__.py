@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.events import Observer, ignore, phase
-from gptq_cli.jobs.watching import Command, out_of_memory_in
+from gptq_cli.jobs.watching import out_of_memory_in
 
 if TYPE_CHECKING:
     from gptq_cli.config import InspectJob, QuantizeJob
@@ -48,10 +48,10 @@ def quantize(
     if proof is not None:
         check_harness(proof.tasks)
     if launch is None:
-        module = _started("quantizing", "quantize", check, observer)
+        module = _started("quantizing", check, observer)
         report: RunReport = module.quantize(job, observer, card=card, proof=proof, push=push)
         return report
-    module = _started("quantizing", "quantize", lambda: None, observer)
+    module = _started("quantizing", lambda: None, observer)
     from gptq_cli.jobs.together import on_cpu
     from gptq_cli.ranks.joining import joined
 
@@ -65,7 +65,7 @@ def quantize(
 
 def follow(job: QuantizeJob, launch: Launch, *, came: Callable[[], None], heard: Callable[[], None]) -> None:
     """See `together.follow`."""
-    _started("together", "quantize", lambda: None, ignore).follow(job, launch, came=came, heard=heard)
+    _started("together", lambda: None, ignore).follow(job, launch, came=came, heard=heard)
 
 
 def dry_run(
@@ -81,7 +81,7 @@ def dry_run(
 
     if proof is not None:
         check_harness(proof.tasks)
-    module = _started("quantizing", "quantize", lambda: before_plan(job), observer)
+    module = _started("quantizing", lambda: before_plan(job), observer)
     report: MapReport = module.dry_run(job, observer, proof=proof, push=push, processes=processes)
     return report
 
@@ -90,7 +90,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
     """See `some_blocks.trial`."""
     from gptq_cli.jobs.early import before_quantize
 
-    module = _started("some_blocks", "quantize", lambda: before_quantize(job, observer), observer)
+    module = _started("some_blocks", lambda: before_quantize(job, observer), observer)
     report: TrialReport = module.trial(job, blocks, observer)
     return report
 
@@ -99,9 +99,8 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     """See `inspecting.inspect_map`."""
     from gptq_cli.jobs.early import before_plan
 
-    report: MapReport = _started("inspecting", "inspect-map", lambda: before_plan(job), observer).inspect_map(
-        job, observer
-    )
+    module = _started("inspecting", lambda: before_plan(job), observer)
+    report: MapReport = module.inspect_map(job, observer)
     return report
 
 
@@ -109,7 +108,7 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
     """See `loading.load`."""
     from gptq_cli.jobs.early import before_load
 
-    module = _started("loading", "load", lambda: before_load(job), observer)
+    module = _started("loading", lambda: before_load(job), observer)
     report: LoadReport | VerifyReport = module.load(job, observer)
     return report
 
@@ -118,7 +117,7 @@ def push(path: str, config: PushConfig, observer: Observer = ignore) -> PushRepo
     """See `pushing.push`."""
     from gptq_cli.jobs.early import before_push
 
-    module = _started("pushing", "load", lambda: before_push(path, config, observer), observer)
+    module = _started("pushing", lambda: before_push(path, config, observer), observer)
     report: PushReport = module.push(path, config, observer)
     return report
 
@@ -127,18 +126,18 @@ def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
     """See `loading.open_model`."""
     from gptq_cli.jobs.early import before_load
 
-    return _started("loading", "load", lambda: before_load(job), observer).open_model(job, observer)
+    return _started("loading", lambda: before_load(job), observer).open_model(job, observer)
 
 
-def _started(name: str, command: Command, check: Callable[[], None], observer: Observer) -> Any:
+def _started(name: str, check: Callable[[], None], observer: Observer) -> Any:
     """The module with the steps, after `check`. A phase of its own where torch has yet to be imported."""
     if "torch" in sys.modules:
-        return _checked(name, command, check)
+        return _checked(name, check)
     with phase(observer, "startup"):
-        return _checked(name, command, check)
+        return _checked(name, check)
 
 
-def _checked(name: str, command: Command, check: Callable[[], None]) -> Any:
-    with out_of_memory_in(command, "while opening the model"):
+def _checked(name: str, check: Callable[[], None]) -> Any:
+    with out_of_memory_in("while opening the model"):
         check()
     return import_module(f"{__name__}.{name}")

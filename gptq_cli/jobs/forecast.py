@@ -12,6 +12,7 @@ from functools import cached_property
 
 from gptq_cli.devices.host_memory import resident_bytes
 from gptq_cli.events import BlockFinished, DeviceMemory, Event, Observer, Warned
+from gptq_cli.jobs.less_memory import half
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.schedule import Schedule
@@ -74,10 +75,25 @@ class Forecast:
                     Warned(
                         f"the first block took {format_size(peak)} on {entry.device}, {format_size(plan)} "
                         f"were planned ({peak / plan - 1:.0%} more)",
-                        "a larger block may not fit: lower --batch-size or --samples",
+                        self._less_memory(),
                     )
                 )
         return found
+
+    def _less_memory(self) -> str:
+        """For a larger block; what cannot be less is not named."""
+        data = self.work.calibration
+        less = (
+            ("--batch-size", half(self.schedule.micro_batch_samples)),
+            ("--samples", half(data.samples, len(data.sources))),
+        )
+        named = " or ".join(f"{option} {value}" for option, value in less if value is not None)
+        return f"a larger block may not fit{f': {named} takes less' if named else ''}"
+
+    def _less_time(self) -> str:
+        data = self.work.calibration
+        samples = half(data.samples, len(data.sources))
+        return f"; --samples {samples} halves the time" if samples is not None else ""
 
     def time_warnings(self, done: BlockReport, blocks_left: Sequence[str]) -> list[Warned]:
         """Whether the block took longer than planned, and what that means for the others."""
@@ -91,7 +107,7 @@ class Forecast:
             Warned(
                 f"the first block took {duration_words(done.seconds)}, {duration_words(plan)} were planned "
                 f"({slower - 1:.0%} more): the other blocks will take about {duration_words(left)}",
-                "other work on this machine, or a slow disk, may be why; --samples 64 halves the time",
+                f"other work on this machine, or a slow disk, may be why{self._less_time()}",
             )
         ]
 

@@ -38,7 +38,7 @@ from gptq_cli.jobs.evaluating import (
 )
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.texts import check_answers, check_prompt, check_windows
-from gptq_cli.jobs.watching import watching
+from gptq_cli.jobs.watching import Watcher, watching
 from gptq_cli.jobs.writing import check_can_write, evaluation_wanted, text_store
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.facts import dtype_name
@@ -60,17 +60,18 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
     Raises `CheckpointError` naming the tensor that is missing, truncated or inconsistent, and
     `PreflightRefused` when the device map is not legal or a model does not fit.
     """
-    with watching("load", observer) as watcher:
+    with watching("load", observer, job) as watcher:
         report = _load(job, watcher)
         return replace(report, warnings=tuple(watcher.warnings))
 
 
-def _load(job: LoadJob, observer: Observer) -> LoadReport | VerifyReport:
+def _load(job: LoadJob, observer: Watcher) -> LoadReport | VerifyReport:
     verification = _verified(job, observer)
     if verification is not None and not (job.opens and verification.sound):
         return verification
     with phase(observer, "open"):
         plan = _plan(job, observer)
+    observer.planned(plan.placement)
     for warning in (*map(Warned, plan.checkpoint.notes), *plan.warnings):
         observer(warning)
     model, report = _opened(job, plan, verification, observer)
@@ -96,10 +97,11 @@ def open_model(job: LoadJob, observer: Observer = ignore) -> Any:
 
     What the user should know about how it was read is a `Warned` event.
     """
-    with watching("load", observer) as watcher:
+    with watching("load", observer, job) as watcher:
         with phase(watcher, "open"):
             checkpoint = open_checkpoint(job.path, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
             placement = _load_placement(job, checkpoint, watcher)
+        watcher.planned(placement)
         for note in checkpoint.notes:
             watcher(Warned(note))
         with phase(watcher, "load"):

@@ -86,7 +86,7 @@ def quantize(
     (`continuing`); where nothing was finished, or the model itself is at fault, no working folder is left.
     """
     asked = _Asked(job, card, proof, push, time.perf_counter(), joined)
-    with watching("quantize", observer) as watcher:
+    with watching("quantize", observer, job) as watcher:
         tally = Tally(watcher, reset_peak_resident())
         with continuing(job), out_of_memory_while(watcher, "quantize"), claimed(job, tally) as claim:
             report, skeleton, own_card = _quantize(asked, claim, watcher, tally)
@@ -140,6 +140,7 @@ def _quantize(
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:
         raise refusal(checked.findings)
+    watcher.planned(placement, schedule, asked.team.size)
     if job.quantize.bits_per_weight is not None:
         raise GptqError(
             f"a budget of {job.quantize.bits_per_weight:g} bits was not spent", hint="give --bits"
@@ -288,7 +289,7 @@ def dry_run(
     `processes`: as many, started by torchrun, would share the work; None: there is no launcher.
     """
     check_share(job, processes or 1)
-    with watching("quantize", observer) as watcher:
+    with watching("quantize", observer, job) as watcher:
         checked = check(job, watcher, proof=proof, push=push, processes=processes)
         announce(checked.findings, watcher)
         job = checked.job

@@ -34,7 +34,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
     Raises what `quantize` raises.
     """
     check_int("blocks", blocks, 1)
-    with watching("quantize", observer) as watcher:
+    with watching("quantize", observer, job) as watcher:
         tally = Tally(watcher, reset_peak_resident())
         checked = check(job, tally, goes_on=False, writes=True)
         announce(checked.findings, tally, known=checked.announced)
@@ -43,6 +43,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
         placement, schedule = resolved.placement, resolved.schedule
         if not checked.findings.ok or placement is None or schedule is None or tokens is None:
             raise refusal(checked.findings)
+        watcher.planned(placement, schedule)
         config = checked.work.quantize
         tried = replace(checked.work, quantize=replace(config, tune_epochs=0, fisher_tokens=0))
         plan = Forecast(  # of the whole: gradients and tuning take all blocks

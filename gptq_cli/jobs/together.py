@@ -112,7 +112,7 @@ def follow(job: QuantizeJob, launch: Launch, *, came: Callable[[], None], heard:
     Raises what `quantize_model` raises, `ModelError` where the model is not the one that rank 0 has, and what
     ended rank 0.
     """
-    watcher = Watcher(ignore)
+    watcher = Watcher(ignore, job=job)
     with joined(launch, job.command_line, on_cpu=on_cpu(job), came=came) as own:
         heard()
         with out_of_memory_while(watcher, "quantize"):
@@ -135,6 +135,7 @@ def _work(own: Joined, told: Assignment, watcher: Watcher) -> None:
             options=LoopOptions(strict=job.strict, devices=watched(placement), team=own.team),
             shards=seen.shards,
         )
+        watcher.planned(run.placement, run.schedule, own.team.size)
         keeper = FollowingKeeper(own.team, told.finished)
         quantize_model(run, told.tokens.input_ids, _written_elsewhere, watcher, keeper)
     account(own)

@@ -16,8 +16,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Literal, TextIO
+from typing import TextIO
 
+from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.events import (
@@ -32,32 +33,15 @@ from gptq_cli.events import (
     ignore,
     warning_text,
 )
+from gptq_cli.jobs.less_memory import MACHINE, PROVED, Command, of_load, of_quantize
+from gptq_cli.load_job import LoadJob
+from gptq_cli.placement.device import CPU
+from gptq_cli.placement.placement import Placement
+from gptq_cli.placement.schedule import Schedule
 
-Command = Literal["quantize", "load", "inspect-map"]
-_MACHINE = "free memory on this machine, or raise its limit (ulimit -v, the container's)"
-_ELSEWHERE = "spread the model (--device-map auto), or take the CPU (--device-map cpu)"
-_LESS_MEMORY: dict[Command, str] = {
-    "quantize": "lower --batch-size or --samples, offload blocks (--device-map auto with --max-memory), "
-    "or see what needs memory: gptq quantize … --dry-run",
-    "load": _ELSEWHERE,
-    "inspect-map": f"no weight is read here: {_MACHINE}",
-}
-_LESS_IN: dict[tuple[Command, Phase], str] = {
-    ("quantize", "open"): _MACHINE,
-    ("quantize", "load"): "offload blocks (--device-map auto with --max-memory), or see what needs memory: "
-    "gptq quantize … --dry-run",
-    ("quantize", "save"): _MACHINE,
-    ("quantize", "verify"): _MACHINE,
-    ("quantize", "upload"): _MACHINE,
-    ("load", "open"): _MACHINE,
-    ("load", "verify"): _MACHINE,
-    ("load", "upload"): _MACHINE,
-    ("load", "generate"): f"shorten the prompt or --max-new-tokens; or {_ELSEWHERE}",
-    ("load", "dense"): f"leave --against out; or {_ELSEWHERE}",
-    ("load", "evaluate"): f"lower --seq-len; or {_ELSEWHERE}",
-}
 _PROOF: tuple[Phase, ...] = ("open", "load", "generate", "bench", "dense", "evaluate", "tasks")
-_PROVED = "the checkpoint is complete: measure it by itself with gptq load, which can spread the model"
+_OF_FILES: tuple[Phase, ...] = ("startup", "open", "save", "verify", "upload")
+"""No option makes these smaller."""
 _PHASES: dict[Phase, str] = {
     "startup": "starting",
     "open": "opening the model",
@@ -90,6 +74,20 @@ class Watcher:
     warnings: list[str] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
     """Those that were started, the current one last."""
+    job: QuantizeJob | LoadJob | None = None
+    """What was asked for; None where no option decides how much memory is needed."""
+    micro_batch: int | None = None
+    """Samples of a forward that runs out of memory; None before that is known."""
+    on_cpu: bool = False
+    """The CPU does all the work."""
+    kept: bool = False
+    """Blocks are finished."""
+
+    def planned(self, placement: Placement, schedule: Schedule | None = None, ranks: int = 1) -> None:
+        """Note where the work will be done, and how much of the text at a time."""
+        self.on_cpu = set(placement.devices) == {CPU}
+        if schedule is not None:  # alone, the engine gives up only once it has tried one sample at a time
+            self.micro_batch = schedule.micro_batch_samples if ranks > 1 else 1
 
     def __call__(self, event: Event) -> None:
         """Note the event and pass it on."""
@@ -100,6 +98,7 @@ class Watcher:
             case PhaseStarted(phase):
                 self.doing = f"while {_PHASES[phase]}"
                 self.phases.append(phase)
+                self.kept |= phase == "resume"
             case PhaseFinished(phase):
                 self.doing = f"after {_PHASES[phase]}"
             case BlockStarted():
@@ -107,6 +106,7 @@ class Watcher:
                 self.doing = f"while quantizing block {where}"
             case BlockFinished():
                 self.doing = f"after quantizing block {event.report.name}"
+                self.kept = True
             case _:
                 pass
         self.observer(event)
@@ -114,17 +114,23 @@ class Watcher:
 
 def less_memory(command: Command, watcher: Watcher) -> str:
     """What to change so that the current step needs less memory: only what that step uses."""
-    phase = watcher.phases[-1] if watcher.phases else None
-    if phase is None or phase == "startup":
-        return _MACHINE
+    phase = watcher.phases[-1] if watcher.phases else "startup"
     if command == "quantize" and phase in _PROOF and "save" in watcher.phases:
-        return _PROVED
-    return _LESS_IN.get((command, phase), _LESS_MEMORY[command])
+        return PROVED
+    if command == "inspect-map" and phase != "startup":
+        return f"no weight is read here: {MACHINE}"
+    job = watcher.job
+    if job is None or phase in _OF_FILES:
+        return MACHINE
+    if isinstance(job, LoadJob):
+        return "; or ".join(of_load(job, phase, on_cpu=watcher.on_cpu))
+    found = of_quantize(job, phase, micro_batch=watcher.micro_batch, on_cpu=watcher.on_cpu, kept=watcher.kept)
+    return "; or ".join(found)
 
 
-def out_of_memory_in(command: Command, doing: str) -> AbstractContextManager[None]:
+def out_of_memory_in(doing: str) -> AbstractContextManager[None]:
     """What raises `OutOfDeviceMemory` for a step outside of `watching`, such as one before torch is there."""
-    return out_of_memory_told(lambda: doing, _LESS_IN.get((command, "open"), _LESS_MEMORY[command]))
+    return out_of_memory_told(lambda: doing, MACHINE)
 
 
 def out_of_memory_while(watcher: Watcher, command: Command) -> AbstractContextManager[None]:
@@ -133,9 +139,11 @@ def out_of_memory_while(watcher: Watcher, command: Command) -> AbstractContextMa
 
 
 @contextmanager
-def watching(command: Command, observer: Observer) -> Iterator[Watcher]:
+def watching(
+    command: Command, observer: Observer, job: QuantizeJob | LoadJob | None = None
+) -> Iterator[Watcher]:
     """Yield the observer for the steps of `command`. Raises `OutOfDeviceMemory`, exit code 4."""
-    watcher = Watcher(observer)
+    watcher = Watcher(observer, job=job)
     reported = nullcontext() if observer is ignore else _python_warnings_as_events(watcher)
     try:
         with out_of_memory_while(watcher, command), reported:
