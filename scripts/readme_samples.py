@@ -145,9 +145,10 @@ def time_sample(folder: Path) -> str:
     """`--dry-run`'s own estimate of an 8B model on the CPU of this machine."""
     import torch
 
-    from gptq_cli.display.format import count, duration
+    from gptq_cli.display.format import duration
+    from gptq_cli.wording import number_of
 
-    threads = count(torch.get_num_threads(), "thread")
+    threads = number_of(torch.get_num_threads(), "thread")
     rows = [f"| `--recipe` | `--samples` x `--seq-len` | estimate, {threads} |", "|---|---|---:|"]
     for recipe, seq_len in TIMED:
         words = ("--device-map", "cpu", "--recipe", recipe, "--seq-len", str(seq_len), "--json")

@@ -9,6 +9,7 @@ from gptq_cli.display import format as fmt
 from gptq_cli.placement.names import fold, leaf
 from gptq_cli.results.bits import BitChoice, FusedBits
 from gptq_cli.results.kept import OwnSettings
+from gptq_cli.wording import number_of
 
 
 def bits_text(bits: int | None) -> str:
@@ -51,7 +52,7 @@ def bits_rows(choice: BitChoice) -> Iterator[tuple[str, str]]:
 
 def budget_text(choice: BitChoice) -> str:
     """`4.25 bits per parameter, 4.2497 reached: 412 bytes to spare`."""
-    reached = f"{choice.bits_per_parameter:.4f} reached: {fmt.count(choice.spare_bytes, 'byte')} to spare"
+    reached = f"{choice.bits_per_parameter:.4f} reached: {number_of(choice.spare_bytes, 'byte')} to spare"
     asked = f"{choice.asked:g} bits per parameter of the whole file, {reached}"
     return (
         asked

@@ -48,11 +48,6 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def count(number: int, noun: str) -> str:
-    """`1 linear`, `2,048 linears`."""
-    return number_of(number, noun)
-
-
 def group(group_size: int) -> str:
     """`group 64`, `one group per row`."""
     return "one group per row" if group_size == -1 else f"group {group_size}"
@@ -172,7 +167,7 @@ def evaluated(report: LoadReport, source: str) -> str:
     """`64 windows of 512 tokens of self, the answers alone`: what a perplexity was measured on."""
     of = f" of {source}" if source else ""
     alone = ", the answers alone" if report.answers_only else ""
-    return f"{count(report.windows or 0, 'window')} of {report.seq_len or 0} tokens{of}{alone}"
+    return f"{number_of(report.windows or 0, 'window')} of {report.seq_len or 0} tokens{of}{alone}"
 
 
 def experts(found: ExpertsReport) -> str:

@@ -38,6 +38,7 @@ from gptq_cli.results.load import (
 )
 from gptq_cli.results.push import PushReport
 from gptq_cli.results.run import RunReport
+from gptq_cli.wording import number_of
 
 NARROW = 70
 """Columns below which scores are words."""
@@ -52,7 +53,7 @@ _STYLES: dict[Outcome, str] = {
 def load_summary(report: LoadReport) -> Group:
     """What was loaded, on which device and why, and what was measured. Generated text comes before this."""
     title = Text(f" {report.path}", style="bold green")
-    title.append(f" is loaded, {fmt.count(report.linears, 'quantized linear')}", style="default not bold")
+    title.append(f" is loaded, {number_of(report.linears, 'quantized linear')}", style="default not bold")
     parts: list[RenderableType] = [title, "", facts_table([*_opened(report), *_proved(report)])]
     parts += _tables(report)
     if report.verification is not None:
@@ -119,7 +120,7 @@ def _figures(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
         yield from _compared(report.against or "", report.agreement)
     if report.new_tokens:
         rate = f", {report.tokens_per_second:.1f} per second" if report.tokens_per_second else ""
-        yield "generated", f"{fmt.count(report.new_tokens, 'token')}{rate}"
+        yield "generated", f"{number_of(report.new_tokens, 'token')}{rate}"
     yield from listed("gates", [gate_text(gate) for gate in report.gates])
 
 
@@ -140,7 +141,7 @@ def _compared(against: str, agreement: Agreement) -> Iterator[tuple[str, Rendera
 
 def kernel_text(kernel: KernelCount) -> str:
     """`cpu-int4 for 180 linears: bfloat16 on a CPU`."""
-    return f"{kernel.kernel} for {fmt.count(kernel.linears, 'linear')}: {kernel.reason}"
+    return f"{kernel.kernel} for {number_of(kernel.linears, 'linear')}: {kernel.reason}"
 
 
 def gate_text(gate: Gate) -> Text:
@@ -230,7 +231,7 @@ def verify_summary(report: VerifyReport) -> Group:
     complete = len(report.checks) > 1
     title = Text(f" {report.path}", style=style if complete or not report.sound else "bold green")
     tensors, linears = report.tensors or 0, report.linears or 0
-    counted = f"{fmt.count(tensors, 'tensor')}, {fmt.count(linears, 'quantized linear')}"
+    counted = f"{number_of(tensors, 'tensor')}, {number_of(linears, 'quantized linear')}"
     share = f"{fmt.share(report.coverage or 0.0)} of the weights in the blocks"
     facts = f": {counted}, {share}" if tensors else ""
     shown = verdict if complete or not report.sound else "is readable"

@@ -34,6 +34,7 @@ from gptq_cli.display.tables import (
 )
 from gptq_cli.results.kept import KeptDense
 from gptq_cli.results.map import DevicePlan, MapReport, QuantizePlan, TreeRow
+from gptq_cli.wording import number_of
 
 GLYPHS = (
     ("█", "cyan"),
@@ -77,7 +78,7 @@ def _rows(report: MapReport) -> list[tuple[str, RenderableType]]:
         f"{budget.device} {fmt.size(budget.free_bytes)} free of {fmt.size(budget.total_bytes)}"
         for budget in report.budgets
     )
-    work = f"{fmt.count(report.parameters, 'parameter')}, {fmt.count(report.blocks, 'block')}"
+    work = f"{number_of(report.parameters, 'parameter')}, {number_of(report.blocks, 'block')}"
     given = " (given, not detected)" if report.inventory == "given" else ""
     rows: list[tuple[str, RenderableType]] = [
         ("model", f"{report.architecture}, {work}, {fmt.size(report.weights_bytes)} as {report.dtype}"),
@@ -222,7 +223,7 @@ def _plan(plan: QuantizePlan, kept: Sequence[KeptDense]) -> list[RenderableType]
     bits = widths_text(plan.bits, plan.bit_choice, plan.own_settings, plan.linears)
     group = fmt.group(plan.group_size)
     reason = f" ({plan.group_reason})" if plan.group_reason else ""
-    work = f"{fmt.count(plan.blocks, 'block')}, {fmt.count(plan.linears, 'linear')}"
+    work = f"{number_of(plan.blocks, 'block')}, {number_of(plan.linears, 'linear')}"
     smaller = plan.size_before_bytes / plan.size_after_bytes if plan.size_after_bytes else 0.0
     sizes = f"{fmt.size(plan.size_before_bytes)} -> {fmt.size(plan.size_after_bytes)}"
     rows: list[tuple[str, RenderableType]] = [

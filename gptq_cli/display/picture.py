@@ -24,7 +24,7 @@ from gptq_cli.display import format as fmt
 from gptq_cli.display.plain import flush_text, flush_title, freed_text
 from gptq_cli.display.state import BlockState, PhaseState, Recent, State
 from gptq_cli.events import DeviceMemory, Phase, RankState
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 LABEL_WIDTH = 9
 """A label with the space before it."""
@@ -84,7 +84,7 @@ class Picture:
             freed = freed_text(state.flush)
             yield _line("flush", (f"{title}: {flush_text(state.flush)}", f"{title}: {freed}", freed), width)
         if state.fallbacks:
-            of = fmt.count(state.linears_done, "linear")
+            of = number_of(state.linears_done, "linear")
             short = f"{state.fallbacks} of {of} fell back"
             yield _line("FALLBACK", (f"{short} to round-to-nearest", short), width, style="bold red")
 

@@ -33,7 +33,7 @@ from gptq_cli.events import (
     Warned,
     warning_text,
 )
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 HEARTBEAT_SECONDS = 30.0
 LONG_WAIT_SECONDS = 10.0
@@ -122,10 +122,10 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
         case PhaseFinished(phase, seconds, detail):
             return (f"{phase}: done in {fmt.duration(seconds)}{', ' if detail else ''}{detail}",)
         case TextGenerated(_, tokens):
-            return (f"generate: {fmt.count(tokens, 'token')}",) if heartbeat else ()
+            return (f"generate: {number_of(tokens, 'token')}",) if heartbeat else ()
         case BlockStarted():
-            linears = fmt.count(sum(len(stage) for stage in event.stages), "linear")
-            stages = fmt.count(len(event.stages), "stage")
+            linears = number_of(sum(len(stage) for stage in event.stages), "linear")
+            stages = number_of(len(event.stages), "stage")
             where = f"{event.name} on {event.device}"
             return (f"block {event.index + 1}/{event.total} {where}: {linears} in {stages}",)
         case SamplesAdvanced():
@@ -152,7 +152,7 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
         case RanksWaited():
             return (waiting_text(event),) if event.seconds >= LONG_WAIT_SECONDS else ()
         case ShardWritten(path, size_bytes, tensors):
-            return (f"written: {path}, {fmt.size(size_bytes)}, {fmt.count(tensors, 'tensor')}",)
+            return (f"written: {path}, {fmt.size(size_bytes)}, {number_of(tensors, 'tensor')}",)
         case Warned(message, hint):
             return (f"warning: {message}", *((f"  hint: {hint}",) if hint else ()))
         case RunFinished(report):
@@ -231,6 +231,6 @@ def _flushed(event: CacheFlushed) -> tuple[str, ...]:
 def _started(event: RunStarted) -> tuple[str, ...]:
     target = f" -> {event.out}" if event.out else ""
     settings = ", ".join(f"{label} {value}" for label, value in event.settings)
-    work = f"{fmt.count(event.blocks, 'block')}, {fmt.count(event.linears, 'linear')}"
+    work = f"{number_of(event.blocks, 'block')}, {number_of(event.linears, 'linear')}"
     first = f"{event.command} {event.model}{target}"
     return (first, f"plan: {settings}; {work} on {', '.join(event.devices)}")

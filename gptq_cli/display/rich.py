@@ -44,6 +44,7 @@ from gptq_cli.events import (
     Warned,
 )
 from gptq_cli.findings import Finding
+from gptq_cli.wording import number_of
 
 REFRESHES_PER_SECOND = 8.0
 LABEL_WIDTH = 11
@@ -146,7 +147,7 @@ class RichDisplay:
                 self._finished = event
                 self._execution_device = self._state.block.device if self._state.block else ""
             case ShardWritten(path, size_bytes, tensors):
-                facts = (fmt.count(tensors, "tensor"), fmt.size(size_bytes))
+                facts = (number_of(tensors, "tensor"), fmt.size(size_bytes))
                 self._print(settled("written", path, facts, width))
             case Warned(message, hint):
                 self._print(warned(message, hint))
@@ -189,7 +190,7 @@ def block_facts(
     if linears:
         fallbacks = sum(report.method != "gptq" for report in linears)
         if fallbacks and wide:
-            facts.append(f"{fmt.count(fallbacks, 'linear')} fell back")
+            facts.append(f"{number_of(fallbacks, 'linear')} fell back")
         mean = sum(report.loss for report in linears) / len(linears)
         nearest = sum(report.rtn_loss for report in linears) / len(linears)
         change = fmt.change(mean, nearest)
@@ -250,6 +251,6 @@ def header(event: RunStarted, width: int) -> Panel:
     plan = " · ".join(f"{label} {value}" for label, value in event.settings)
     if plan:
         grid.add_row("plan", Text(plan))
-    work = f"{fmt.count(event.blocks, 'block')}, {fmt.count(event.linears, 'linear')}"
+    work = f"{number_of(event.blocks, 'block')}, {number_of(event.linears, 'linear')}"
     grid.add_row("where", Text(f"{', '.join(event.devices)} · {work}"))
     return Panel(grid, title=f"gptq {event.command}", title_align="left", border_style="dim")

@@ -24,7 +24,7 @@ from gptq_cli.results.load import LoadReport
 from gptq_cli.results.map import QuantizePlan
 from gptq_cli.results.run import LinearReport, RunReport, slowest_rank
 from gptq_cli.results.trial import TrialReport
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 LEVEL_STYLES: dict[Level, str] = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 LISTED = 5
@@ -66,7 +66,7 @@ def modules_text(finding: Finding) -> str:
     """`832 MiB in 2 modules: model.layers.30, model.layers.31`; a long list is cut and says so."""
     listed = names_text(finding.modules, MODULES_NAMED)
     held = f"{fmt.size(finding.size_bytes)} in " if finding.size_bytes else ""
-    return f"{held}{fmt.count(len(finding.modules), 'module')}: {listed}"
+    return f"{held}{number_of(len(finding.modules), 'module')}: {listed}"
 
 
 def facts_table(rows: Sequence[tuple[str, RenderableType]]) -> Table:
@@ -104,7 +104,7 @@ def other_settings(report: RunReport | QuantizePlan) -> tuple[OwnSettings, ...]:
 
 
 def _times(linears: int) -> str:
-    return f" ({fmt.count(linears, 'linear')})" if linears > 1 else ""
+    return f" ({number_of(linears, 'linear')})" if linears > 1 else ""
 
 
 def symmetry(sym: bool) -> str:
@@ -152,7 +152,7 @@ def _starts_rows(report: RunReport) -> list[tuple[str, RenderableType]]:
         "starts",
         [
             f"{start.started[:16].replace('T', ' ')}, {fmt.duration(start.seconds)}, "
-            f"{fmt.count(start.blocks, 'block')} from {start.first_block}"
+            f"{number_of(start.blocks, 'block')} from {start.first_block}"
             for start in report.starts
         ],
     )
@@ -175,7 +175,7 @@ def ranks_rows(report: RunReport) -> list[tuple[str, str]]:
 
 def trial_summary(report: TrialReport) -> Group:
     """The result of `gptq quantize --blocks N`."""
-    done = fmt.count(len(report.blocks), "block")
+    done = number_of(len(report.blocks), "block")
     title = Text(f" {report.model}", style="bold", overflow="fold")
     title.append(f": the whole would take about {fmt.duration(report.seconds)}", style="default not bold")
     took = f"{fmt.duration(report.block_seconds)}, planned {fmt.duration(report.planned_block_seconds)}"
@@ -269,7 +269,7 @@ def _fallbacks(report: RunReport) -> Text:
         return Text("none")
     names = [linear.name for linear in report.linears if linear.method != "gptq"]
     listed = names_text(names, MODULES_NAMED)
-    of = fmt.count(len(report.linears), "linear")
+    of = number_of(len(report.linears), "linear")
     text = f"{report.fallbacks} of {of} fell back to round-to-nearest"
     return Text(f"{text}: {listed}" if listed else text, style="bold red", overflow="fold")
 

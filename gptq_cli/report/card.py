@@ -30,6 +30,7 @@ from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.card import CARD, CardFacts
 from gptq_cli.results.load import LoadReport, TargetReport, TaskScore
 from gptq_cli.results.run import RunReport, Setting, finite_mean
+from gptq_cli.wording import number_of
 
 PLOT = "loss_per_block.svg"
 _MARKS = re.compile(r"([\\`*_\[\]|~$])")
@@ -194,7 +195,7 @@ def _result(report: RunReport) -> Iterator[tuple[str, str]]:
     ours, nearest = report.mean_loss, report.mean_rtn_loss
     if ours is not None and nearest is not None:
         yield "mean loss", f"{fmt.loss(ours)}, round-to-nearest {fmt.loss(nearest)}"
-    count = fmt.count(len(report.linears), "linear")
+    count = number_of(len(report.linears), "linear")
     yield "fallbacks", f"{report.fallbacks} of {count} (round-to-nearest)" if report.fallbacks else "none"
     if report.experts is not None:
         yield "experts", text(fmt.experts(report.experts))
@@ -297,7 +298,7 @@ def _not_taken(targets: Iterable[TargetReport]) -> Iterator[str]:
 
 def _dense(report: RunReport) -> Iterator[str]:
     lines = [
-        f"- {code(one.name)}: {text(one.reason)}, {fmt.count(one.linears, 'linear')}"
+        f"- {code(one.name)}: {text(one.reason)}, {number_of(one.linears, 'linear')}"
         for one in report.kept_dense
     ]
     lines += [f"- {code(name)}" for name in report.dense_modules]

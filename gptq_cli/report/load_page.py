@@ -14,6 +14,7 @@ from gptq_cli.report.html import Cell, Markup, Section, Tile, Tone
 from gptq_cli.report.measured import measured, measured_tiles
 from gptq_cli.report.page import MADE_BY
 from gptq_cli.results.load import LoadReport, Outcome, RuleResult, VerifyReport
+from gptq_cli.wording import number_of
 
 _TONES: dict[Outcome, Tone] = {"ok": "good", "note": "", "warning": "warn", "error": "bad"}
 
@@ -34,7 +35,7 @@ def load_html(report: LoadReport | VerifyReport) -> str:
 
 def _tiles(report: LoadReport) -> Iterator[Tile]:
     failed = report.failures
-    count = fmt.count(len(failed), "failure") if failed else ""
+    count = number_of(len(failed), "failure") if failed else ""
     yield Tile("verdict", "failed" if failed else "loads", count, "bad" if failed else "good")
     yield from measured_tiles(report)
     yield Tile("weights", fmt.size(report.weight_bytes), f"loaded in {fmt.duration(report.load_seconds)}")
@@ -71,7 +72,7 @@ def _generated(report: LoadReport, text: str) -> Iterator[Markup]:
     yield html.preformatted(report.prompt or "")
     yield html.preformatted(text)
     rate = f", {report.tokens_per_second:.1f} per second" if report.tokens_per_second else ""
-    yield html.paragraph(f"{fmt.count(report.new_tokens or 0, 'token')}{rate}.")
+    yield html.paragraph(f"{number_of(report.new_tokens or 0, 'token')}{rate}.")
 
 
 def _opened(report: LoadReport) -> Iterator[tuple[str, str]]:
@@ -86,7 +87,7 @@ def _verified_tiles(report: VerifyReport) -> Iterator[Tile]:
     yield Tile(
         "files",
         "sound" if report.sound else "not sound",
-        f"{fmt.count(report.tensors, 'tensor')}, {fmt.size(report.size_bytes or 0)}"
+        f"{number_of(report.tensors, 'tensor')}, {fmt.size(report.size_bytes or 0)}"
         if report.tensors
         else "",
         "good" if report.sound else "bad",

@@ -9,6 +9,7 @@ from gptq_cli.display.load import score_text
 from gptq_cli.report import html
 from gptq_cli.report.html import Cell, Markup, Tile
 from gptq_cli.results.load import Bench, LoadReport, Rate, TaskScore
+from gptq_cli.wording import number_of
 
 KL_EXPLAINED = "KL(dense, quantized): how far the predictions moved, in nats per token; 0 is not at all."
 
@@ -71,7 +72,7 @@ def _figures(report: LoadReport) -> Iterator[tuple[str, str]]:
         yield "KL(dense, quantized)", f"{fmt.loss(held.kl)} nats per token"
         yield "same most likely token", f"{fmt.share(held.top1)} of {held.tokens:,} tokens"
     for one in report.kernels:
-        yield "kernels", f"{one.kernel} for {fmt.count(one.linears, 'linear')}: {one.reason}"
+        yield "kernels", f"{one.kernel} for {number_of(one.linears, 'linear')}: {one.reason}"
 
 
 def _tasks(scores: Sequence[TaskScore]) -> Markup:

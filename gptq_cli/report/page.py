@@ -31,6 +31,7 @@ from gptq_cli.report.plots import (
 )
 from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.run import LinearReport, RunReport, finite_mean
+from gptq_cli.wording import number_of
 
 WORST = 10
 MOST_ROWS = 2000
@@ -84,7 +85,7 @@ def _tiles(report: RunReport) -> Iterator[Tile]:
         plan = f"predicted {fmt.size(predicted[device])}" if device in predicted else ""
         yield Tile(f"peak memory, {device}", fmt.size(peak), plan)
     failed = report.fallbacks
-    of = f"of {fmt.count(len(report.linears), 'linear')}"
+    of = f"of {number_of(len(report.linears), 'linear')}"
     yield Tile("fallbacks", str(failed) if failed else "none", of, "bad" if failed else "")
 
 
@@ -145,7 +146,7 @@ def _memory_and_time(report: RunReport) -> Iterator[Markup]:
         yield html.facts(
             (
                 start.started[:16].replace("T", " "),
-                f"{fmt.duration(start.seconds)}, {fmt.count(start.blocks, 'block')} from {start.first_block}",
+                f"{fmt.duration(start.seconds)}, {number_of(start.blocks, 'block')} from {start.first_block}",
             )
             for start in report.starts
         )
@@ -168,7 +169,7 @@ def _bits(choice: BitChoice) -> Iterator[Markup]:
         for one in choice.fused
     ]
     whole = html.table(("linears", "bits", "size", "predicted KL"), rows, "The bits of all linears", words=2)
-    yield html.folded(f"All {fmt.count(len(rows), 'set')} of linears", whole)
+    yield html.folded(f"All {number_of(len(rows), 'set')} of linears", whole)
 
 
 def _checkpoint(report: RunReport) -> Iterator[tuple[str, str]]:
@@ -182,7 +183,7 @@ def _checkpoint(report: RunReport) -> Iterator[tuple[str, str]]:
     for own in other_settings(report):
         yield "by module", f"{own.name}: {own.bits} bits, {fmt.group(own.group_size)}"
     for kept in report.kept_dense:
-        yield "stays dense", f"{kept.name}: {kept.reason}, {fmt.count(kept.linears, 'linear')}"
+        yield "stays dense", f"{kept.name}: {kept.reason}, {number_of(kept.linears, 'linear')}"
     yield "dense modules", ", ".join(report.dense_modules) or "none"
     yield "dtype", f"{report.dtype}, use_cuda_fp16 {yes(report.use_cuda_fp16)}"
     if report.pushed is not None:
@@ -205,14 +206,14 @@ def _linears(report: RunReport) -> list[Markup]:
         return []
     if len(linears) <= MOST_ROWS:
         whole = _linear_table(linears, "All linears")
-        return [html.folded(f"All {fmt.count(len(linears), 'linear')}", whole)]
+        return [html.folded(f"All {number_of(len(linears), 'linear')}", whole)]
     folded = {
         f"{block.name}.{kind}": [x for x in block.linears if kind_of(x, block.name) == kind]
         for block in report.blocks
         for kind in dict.fromkeys(kind_of(x, block.name) for x in block.linears)
     }
     rows = _table_of_kinds(folded)
-    return [html.folded(f"All {fmt.count(len(linears), 'linear')}, those of experts together", rows)]
+    return [html.folded(f"All {number_of(len(linears), 'linear')}, those of experts together", rows)]
 
 
 def _table_of_kinds(folded: Mapping[str, Sequence[LinearReport]]) -> Markup:

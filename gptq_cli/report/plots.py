@@ -9,6 +9,7 @@ from gptq_cli.display import format as fmt
 from gptq_cli.report.style import BAD, BASELINE, COLOURS
 from gptq_cli.report.svg import POINTS, Plot, Series
 from gptq_cli.results.run import BlockReport, LinearReport, RunReport, finite_mean
+from gptq_cli.wording import number_of
 
 LOSS_EXPLAINED = (
     "The loss of a linear is the share of its output's energy that is lost, measured on the calibration text."
@@ -60,15 +61,15 @@ def loss_per_linear(report: RunReport) -> Plot:
     kinds = list(dict.fromkeys(kind for place in cells for kind in place))
     together = _few(kinds)
     series = []
-    for number_of, (name, members) in enumerate(together.items()):
+    for index, (name, members) in enumerate(together.items()):
         found = [[x for kind in members for x in place.get(kind, ())] for place in cells]
         series.append(
             Series(
                 name=name,
                 values=tuple(finite_mean(x.loss for x in linears) for linears in found),
                 labels=tuple(_tooltip(linears) for linears in found),
-                mark=POINTS[number_of % len(POINTS)],
-                style=COLOURS[number_of % len(COLOURS)],
+                mark=POINTS[index % len(POINTS)],
+                style=COLOURS[index % len(COLOURS)],
                 joined=True,
             )
         )
@@ -81,7 +82,7 @@ def loss_per_linear(report: RunReport) -> Plot:
     better = sum(1 for x in linears if x.loss < x.rtn_loss)
     return Plot(
         title="Loss of each linear",
-        description=f"{better} of {fmt.count(len(linears), 'linear')} have a lower loss than "
+        description=f"{better} of {number_of(len(linears), 'linear')} have a lower loss than "
         "round-to-nearest. The axis of the loss is logarithmic.",
         series=series,
         x_names=[*block_names(report.blocks), *([HEAD] if report.head is not None else [])],

@@ -58,11 +58,6 @@ def test_change_says_nothing_where_it_means_nothing() -> None:
     assert fmt.change(1.0, 0.0) == fmt.change(float("nan"), 1.0) == ""
 
 
-def test_count_knows_one() -> None:
-    assert fmt.count(1, "linear") == "1 linear"
-    assert fmt.count(2048, "linear") == "2,048 linears"
-
-
 def test_a_name_loses_its_middle_first() -> None:
     name = "model.layers.3.self_attn.q_proj"
     assert fmt.shorten_name(name, 31) == name
