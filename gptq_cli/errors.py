@@ -33,6 +33,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gptq_cli.wording import number_of
+
 if TYPE_CHECKING:
     from gptq_cli.findings import PreflightReport
 
@@ -96,8 +98,7 @@ class PreflightRefused(GptqError):  # noqa: N818 - it is a decision, not a defec
 
     def __init__(self, report: PreflightReport) -> None:
         errors = [finding for finding in report.findings if finding.level == "error"]
-        count = len(errors)
-        super().__init__(f"refused by preflight: {count} error{'s' if count != 1 else ''}")
+        super().__init__(f"refused by preflight: {number_of(len(errors), 'error')}")
         self.report = report
 
     def __str__(self) -> str:

@@ -15,7 +15,8 @@ def names_text(items: Iterable[object], shown: int = 6) -> str:
 
 def number_of(number: int, noun: str, one: str = "", many: str = "") -> str:
     """`1 linear`, `2,048 linears`; with the verb that follows, `1 linear stays`, `2,048 linears stay`."""
-    noun, verb = (noun, one) if number == 1 else (f"{noun}s", many)
+    plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    noun, verb = (noun, one) if number == 1 else (plural, many)
     return f"{number:,} {noun}{f' {verb}' if verb else ''}"
 
 

@@ -20,6 +20,7 @@ def test_what_follows_the_first() -> None:
 
 def test_one_is_not_many() -> None:
     assert [number_of(n, "block") for n in (0, 1, 2048)] == ["0 blocks", "1 block", "2,048 blocks"]
+    assert [number_of(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
     assert number_of(1, "linear", "stays", "stay") == "1 linear stays"
     assert number_of(2, "linear", "stays", "stay") == "2 linears stay"
     assert (all_of(1, "block"), all_of(12, "block", "is", "are")) == ("the one block", "all 12 blocks are")

@@ -255,7 +255,8 @@ def evaluation_windows(
         cut, tokens = _cut_windows(tokenizer, row.ids, seq_len), row.ids.numel()
         if cut.shape[0] == 0:
             raise CalibrationError(
-                f"{documents.label} holds {tokens} tokens; at least one window of {seq_len} is needed",
+                f"{documents.label} holds {number_of(tokens, 'token')}; "
+                f"at least one window of {seq_len} is needed",
                 hint=f"give more text, or a shorter window: --seq-len {max(2, tokens)}"
                 if tokens >= MIN_WINDOW
                 else "give more text",
@@ -387,7 +388,7 @@ def _too_little(
         ways.append(f"--samples {config.samples} --seq-len {shorter}")
     ways.append("a longer text" if label.startswith("pydoc") else "a longer text (--calibration pydoc)")
     return CalibrationError(
-        f"{label} holds {number_of(windows, 'window')} of {config.seq_len} tokens ({tokens} tokens); "
-        f"{samples} {'window is' if samples == 1 else 'windows are'} required",
+        f"{label} holds {number_of(windows, 'window')} of {config.seq_len} tokens "
+        f"({number_of(tokens, 'token')}); {number_of(samples, 'window', 'is', 'are')} required",
         hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

@@ -218,7 +218,9 @@ class CheckpointMatcher:
                     f"{info.out_features} outputs"
                 )
         if info.bias and self.by_name[f"{info.source_name}.bias"].shape != (info.out_features,):
-            self.errors.append(f"tensor {info.source_name}.bias does not have {info.out_features} values")
+            self.errors.append(
+                f"tensor {info.source_name}.bias does not have {number_of(info.out_features, 'value')}"
+            )
 
     def _dense(self, keys: KeyMap, sources: set[str]) -> None:
         state = self.model.state_dict()

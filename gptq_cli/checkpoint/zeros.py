@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.format import WORDS, PackedFormat
 from gptq_cli.gptq.packing import V1, V2, fields_to_zeros, pack_rows, unpack_rows, zeros_to_fields
+from gptq_cli.wording import number_of
 
 _ONES = {bits: sum(1 << place for place in range(0, 32, bits)) for bits in (2, 4, 8)}
 _THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
@@ -112,13 +113,15 @@ class ZerosTally:
         """Notes for the user; none where all zeros are as the config says."""
         for (declared, found), count in self.others.items():
             yield (
-                f"{count} of {self.linears} linears store their zeros as in {_NAMES[found]}, though the "
+                f"{count:,} of {number_of(self.linears, 'linear')} "
+                f"{'stores its' if count == 1 else 'store their'} zeros as in {_NAMES[found]}, though the "
                 f"config says {_NAMES[declared]}: their codes are symmetric, so they are read as "
                 f"{_NAMES[found]}; in other readers every weight may be off by one step"
             )
         if self.unknown:
             yield (
-                f"{self.unknown} of {self.linears} linears have zeros that do not fit symmetric codes, "
+                f"{self.unknown:,} of {number_of(self.linears, 'linear')} "
+                f"{'has' if self.unknown == 1 else 'have'} zeros that do not fit symmetric codes, "
                 "though sym is true (or missing): they are read as the config says; other readers may "
                 "ignore them"
             )

@@ -136,7 +136,8 @@ def _compared(against: str, agreement: Agreement) -> Iterator[tuple[str, Rendera
     gap = 100 * agreement.perplexity_gap
     yield "against", f"{against}: perplexity {agreement.dense_perplexity:.3f} ({gap:+.2f} % here)"
     yield "KL", Text(f"{fmt.loss(agreement.kl)}", style="bold").append(" nats per token", style="not bold")
-    yield "top-1", f"{fmt.share(agreement.top1)} of {agreement.tokens:,} tokens have the same prediction"
+    tokens = number_of(agreement.tokens, "token", "has", "have")
+    yield "top-1", f"{fmt.share(agreement.top1)} of {tokens} the same prediction"
 
 
 def kernel_text(kernel: KernelCount) -> str:

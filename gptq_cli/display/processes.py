@@ -18,6 +18,7 @@ from rich.table import Table
 from gptq_cli.display import format as fmt
 from gptq_cli.display.tables import listed
 from gptq_cli.results.map import DevicePlan, HostMemory, MapReport, RankMemory, RanksPlan
+from gptq_cli.wording import number_of
 
 
 def memory_rows(report: MapReport) -> list[tuple[str, RenderableType]]:
@@ -52,12 +53,7 @@ def _figures(plan: DevicePlan) -> str:
 def _host_text(host: HostMemory) -> str:
     need = f"{fmt.gib(host.needed_bytes)} of {fmt.gib(host.limit_bytes)} GiB main memory"
     lack = "" if host.fits else f", {fmt.size(host.needed_bytes - host.limit_bytes)} TOO MUCH"
-    many = host.processes > 1
-    return f"{_processes(host.processes)} need{'' if many else 's'} {need}{lack}"
-
-
-def _processes(number: int) -> str:
-    return f"{number:,} process{'' if number == 1 else 'es'}"
+    return f"{number_of(host.processes, 'process', 'needs', 'need')} {need}{lack}"
 
 
 def gain_rows(plan: RanksPlan) -> list[tuple[str, RenderableType]]:
@@ -87,7 +83,8 @@ def phases_table(plan: RanksPlan) -> Table | None:
     table.add_column(overflow="fold")
     table.add_column(justify="right", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_row(" phase, all blocks", _processes(1), _processes(plan.processes), style="bold")
+    alone, together = (number_of(number, "process") for number in (1, plan.processes))
+    table.add_row(" phase, all blocks", alone, together, style="bold")
     for one in plan.phases:
         table.add_row(f" {one.phase}", fmt.duration(one.alone_seconds), fmt.duration(one.seconds))
     return table

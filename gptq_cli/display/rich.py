@@ -93,7 +93,9 @@ class RichDisplay:
         block = self._state.block
         if kind is not None and block is not None and not block.finished:
             where = f"block {block.index + 1}/{block.total}, {block.name}"
-            self._print(Text(f"stopped in {where}, {block.linears_done} of {block.linears} linears done"))
+            self._print(
+                Text(f"stopped in {where}, {block.linears_done} of {number_of(block.linears, 'linear')} done")
+            )
 
     def __call__(self, event: Event) -> None:
         self._make_way(isinstance(event, TextGenerated))

@@ -42,6 +42,7 @@ from gptq_cli.model.flow import Flow
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.placement.schedule import HEAD_ROWS
 from gptq_cli.results.run import LinearReport
+from gptq_cli.wording import number_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ def _input(work: HeadWork, captured: Captured, input_ids: Tensor, place: int) ->
     if not caught or caught[0].shape[:-1].numel() != ids.numel():
         found = f"an input of shape {list(caught[0].shape)}" if caught else "no input"
         raise GptqError(
-            f"the head {work.info.name} got {found} for {ids.numel()} tokens",
+            f"the head {work.info.name} got {found} for {number_of(ids.numel(), 'token')}",
             hint="leave --quantize-head out, and report it with the model's config.json",
         )
     return caught[0].to(work.device)

@@ -23,6 +23,7 @@ from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.running import input_device, matmul_scope_of
 from gptq_cli.model.text_part import language_model
 from gptq_cli.results.load import Agreement
+from gptq_cli.wording import number_of
 
 
 def check_comparable(quantized: Any, dense: Any) -> None:
@@ -42,7 +43,7 @@ def _differences(quantized: Any, dense: Any) -> Iterator[str]:
         yield f"the quantized model is a {ours.model_type}, the dense one a {theirs.model_type}"
     blocks, others = _blocks(quantized), _blocks(dense)
     if len(blocks) != len(others):
-        yield f"the quantized model has {len(blocks)} blocks, the dense one {len(others)}"
+        yield f"the quantized model has {number_of(len(blocks), 'block')}, the dense one {len(others)}"
     embeddings = [language_model(model).get_input_embeddings() for model in (quantized, dense)]
     width, other = (embedding.embedding_dim for embedding in embeddings)
     if width != other:

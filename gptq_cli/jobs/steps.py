@@ -23,6 +23,7 @@ from gptq_cli.preflight.facts import Claim, capabilities, environment_facts, out
 from gptq_cli.preflight.registry import check_quantize
 from gptq_cli.preflight.resolve import Resolution, resolve
 from gptq_cli.ranks.joining import Joined
+from gptq_cli.wording import number_of
 
 
 def work_of(job: QuantizeJob | InspectJob, facts: ModelFacts, ranks: int = 0) -> Work:
@@ -147,4 +148,4 @@ def passes_words(schedule: Schedule) -> str:
     else:
         parts = [f"several in {n} of {total} {_WHY_SEVERAL[why]}" for why, n in several.items()]
         words = ", ".join(["one per block", *parts])
-    return f"{words}, {count} sample{'s' if count > 1 else ''} at a time"
+    return f"{words}, {number_of(count, 'sample')} at a time"

@@ -62,19 +62,19 @@ def _check_length(prompt: int, new: int, positions: Positions | None) -> list[Wa
     if not positions.fixed:
         return [
             Warned(
-                f"the prompt of {prompt} tokens and up to {new} new ones go past the {limit} positions "
-                "that the model was made for",
+                f"the prompt of {number_of(prompt, 'token')} and up to {new:,} new ones go past the "
+                f"{limit:,} positions that the model was made for",
                 "text past them tends to be poor; shorten the prompt, or lower --max-new-tokens",
             )
         ]
     if prompt > limit:
         raise ConfigError(
-            f"the prompt has {prompt} tokens, but the model has {limit} positions",
-            hint=f"shorten the prompt to at most {limit} tokens",
+            f"the prompt has {number_of(prompt, 'token')}, but the model has {number_of(limit, 'position')}",
+            hint=f"shorten the prompt to at most {number_of(limit, 'token')}",
         )
     raise ConfigError(
-        f"the prompt of {prompt} tokens and max_new_tokens {new} need {last} positions, "
-        f"but the model has {limit}",
+        f"the prompt of {number_of(prompt, 'token')} and max_new_tokens {new} need "
+        f"{number_of(last, 'position')}, but the model has {limit:,}",
         hint=f"use --max-new-tokens {limit - prompt + 1}, or a shorter prompt",
     )
 

@@ -21,6 +21,7 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.text_part import language_model
 from gptq_cli.model.weights import load_resident
 from gptq_cli.placement.placement import Placement
+from gptq_cli.wording import number_of
 
 
 def text_store(observer: Observer) -> TextStore:
@@ -73,8 +74,8 @@ def write_first(
         if not rows:
             raise
         raise Interrupted(
-            f"interrupted while the model wrote its calibration text; {rows * wanted.row_tokens} of "
-            f"{wanted.tokens} tokens are kept",
+            f"interrupted while the model wrote its calibration text; {rows * wanted.row_tokens:,} of "
+            f"{number_of(wanted.tokens, 'token')} are kept",
             hint=f"to go on: {command}",
         ) from error
     finally:
@@ -87,7 +88,7 @@ def write(wanted: Wanted, model: Any, tokenizer: Any, store: TextStore, observer
     with phase(observer, "write", wanted.tokens) as words:
         first = store.written_rows(wanted) * wanted.row_tokens
         found = store.write(wanted, model, tokenizer, _advanced(observer, first))
-        words.append(f"{wanted.tokens - first} tokens" + (f", {first} were kept" if first else ""))
+        words.append(f"{number_of(wanted.tokens - first, 'token')}{f', {first:,} kept' if first else ''}")
     return found
 
 

@@ -30,6 +30,7 @@ from gptq_cli.model.model_class import (
     remote_class,
 )
 from gptq_cli.model.source import ModelFiles, read_json
+from gptq_cli.wording import number_of
 
 COUNT_LIMIT = 100_000
 """Experts, heads, labels, entries of a list: the largest numbers in published models are below 1,000, and
@@ -124,7 +125,9 @@ def check_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
         if word in _LAYERS and count > layers:
             known = 0 < len(files.tensors) <= _LAYERS_LIMIT
             reason = (
-                f"but the files hold {len(files.tensors)} tensors" if known else f"allowed: up to {layers}"
+                f"but the files hold {number_of(len(files.tensors), 'tensor')}"
+                if known
+                else f"allowed: up to {layers}"
             )
             raise ModelError(f"{files.source}: config.json asks for {brief(count)} layers ({name}), {reason}")
         if count > COUNT_LIMIT:

@@ -181,7 +181,7 @@ def rotation_of(config: Mapping[str, Any]) -> str | None:
 def _scheme(name: str, form: str, weights: Mapping[str, Any]) -> Layout:
     """One of compressed-tensors' config groups."""
     bits, kind, strategy = weights.get("num_bits"), weights.get("type"), weights.get("strategy")
-    what = f"{name}: {bits} bits, type {kind!r:.40}, strategy {strategy!r:.40}, format {form!r:.40}"
+    what = f"{name}: num_bits {bits}, type {kind!r:.40}, strategy {strategy!r:.40}, format {form!r:.40}"
     if kind != "float" or weights.get("symmetric") is False or form == "dense":
         raise NotDecodableError(what)
     size = weights.get("group_size")

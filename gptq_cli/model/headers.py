@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from gptq_cli.model.source_files import open_regular
-from gptq_cli.wording import as_json
+from gptq_cli.wording import as_json, number_of
 
 HEADER_LIMIT_BYTES = 100_000_000
 """The library's own limit; 70B-parameter models need about a tenth of a megabyte."""
@@ -91,7 +91,9 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
-            raise HeaderError(f"{size} bytes are too few for a safetensors file: it is truncated")
+            raise HeaderError(
+                f"{number_of(size, 'byte', 'is', 'are')} too few for a safetensors file: it is truncated"
+            )
         length = int.from_bytes(file.read(8), "little")
         if length > HEADER_LIMIT_BYTES:
             raise HeaderError(
@@ -99,7 +101,9 @@ def read_header(path: Path) -> tuple[StoredTensor, ...]:
                 "it is not a safetensors file"
             )
         if 8 + length > size:
-            raise HeaderError(f"its header claims {length} bytes, the file has {size}: it is truncated")
+            raise HeaderError(
+                f"its header claims {number_of(length, 'byte')}, the file has {size:,}: it is truncated"
+            )
         text = file.read(length)
     return parse_header(text, data_start=8 + length, file_bytes=size)
 
@@ -135,19 +139,21 @@ def parse_header(text: bytes, *, data_start: int, file_bytes: int) -> tuple[Stor
     position = data_start
     for tensor in tensors:
         if tensor.end > file_bytes:
-            missing = tensor.end - file_bytes
+            missing = number_of(tensor.end - file_bytes, "byte")
             raise HeaderError(
-                f"tensor {tensor.name} ends {missing} bytes after the end of the file: it is truncated"
+                f"tensor {tensor.name} ends {missing} after the end of the file: it is truncated"
             )
         if tensor.begin < position:
             raise HeaderError(f"tensor {tensor.name} overlaps its neighbour: it is corrupt")
         if tensor.begin > position:
             raise HeaderError(
-                f"{tensor.begin - position} bytes before tensor {tensor.name} belong to no tensor"
+                f"{number_of(tensor.begin - position, 'byte', 'belongs', 'belong')} to no tensor, "
+                f"before tensor {tensor.name}"
             )
         position = tensor.end
     if position != file_bytes:
-        raise HeaderError(f"{file_bytes - position} bytes at its end belong to no tensor: it is corrupt")
+        loose = number_of(file_bytes - position, "byte", "belongs", "belong")
+        raise HeaderError(f"{loose} to no tensor, at its end: it is corrupt")
     return tuple(tensors)
 
 
@@ -211,7 +217,8 @@ def _parse_entry(name: str, entry: object, data_start: int) -> StoredTensor:
     begin, end = offsets
     torch_name, bits = DTYPES[dtype]
     if (end - begin) * 8 != _elements(shape) * bits:
-        raise HeaderError(f"tensor {name} is {dtype} {shape} but has {end - begin} bytes: it is corrupt")
+        size = number_of(end - begin, "byte")
+        raise HeaderError(f"tensor {name} is {dtype} {shape} but has {size}: it is corrupt")
     return StoredTensor(name, torch_name, tuple(shape), data_start + begin, data_start + end)
 
 

@@ -17,6 +17,7 @@ from gptq_cli.errors import ModelError
 from gptq_cli.model.architecture import first_line, raise_import_failure
 from gptq_cli.model.model_class import make_model
 from gptq_cli.model.quiet import quiet_libraries
+from gptq_cli.wording import number_of
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and
@@ -70,7 +71,7 @@ def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
         if count > limit:
             raise ModelError(
                 f"config.json of {ref.model} asks for more than {limit} modules; "
-                f"the files hold {tensors} tensors",
+                f"the files hold {number_of(tensors, 'tensor')}",
                 hint="compare config.json with the one that the model was published with",
             )
 

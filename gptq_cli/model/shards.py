@@ -25,6 +25,7 @@ from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import HeaderError, StoredTensor, read_header
 from gptq_cli.model.source_files import FileStamp, check_unchanged
 from gptq_cli.ranks.channel import Channel
+from gptq_cli.wording import number_of
 
 
 def _go_on() -> None:
@@ -134,8 +135,8 @@ class ShardFiles:
     def _truncated(self, tensor: TensorInfo, stored: StoredTensor, found: int) -> CheckpointError:
         self._check(tensor.shard)
         return CheckpointError(
-            f"tensor {tensor.name} in {tensor.shard} has {stored.size_bytes} bytes, of which the file holds "
-            f"{found}",
+            f"tensor {tensor.name} in {tensor.shard} has {number_of(stored.size_bytes, 'byte')}, "
+            f"of which the file holds {found:,}",
             hint="the file is truncated: fetch it again",
         )
 

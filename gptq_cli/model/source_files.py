@@ -29,6 +29,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from gptq_cli.errors import SourceChanged
+from gptq_cli.wording import number_of
 
 COPIED = (
     "tokenizer*",
@@ -306,7 +307,7 @@ def _change(directory: Path, stamp: FileStamp) -> str | None:
         if not stat.S_ISREG(now.st_mode):
             return f"it is {_special(now.st_mode) or 'not a file'} now"
         if now.st_size != stamp.size_bytes:
-            return f"it had {stamp.size_bytes} bytes and now has {now.st_size}"
+            return f"it had {number_of(stamp.size_bytes, 'byte')} and now has {now.st_size:,}"
         times = now.st_mtime_ns == stamp.mtime_ns
         weights = stamp.name.endswith(".safetensors")
         if times and (now.st_ctime_ns, now.st_ino) == (stamp.ctime_ns, stamp.inode):

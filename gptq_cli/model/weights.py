@@ -190,8 +190,8 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         count = int((~torch.isfinite(flat)).sum())
         position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
         raise NonFinite(
-            f"tensor {name} holds {number_of(count, 'value', 'that is', 'that are')} not finite, "
-            f"the first ({flat[index].item()}) at {position}",
+            f"tensor {name} holds {number_of(count, 'value', 'that is', 'that are')} not finite"
+            f"{', the first' if count > 1 else ''} ({flat[index].item()}) at {position}",
             hint="the files are damaged, or values overflowed in float16: fetch the model again, or use "
             "--dtype bfloat16"
             if tensor.dtype == torch.float16

@@ -209,8 +209,9 @@ def parse_capacity(text: object) -> int:
     bare = written.replace(".", "", 1).isdecimal()
     if bare and float(written) > 0 and size < _UNITS["mib"]:
         meant = "GiB" if size < 1024 else "MiB"
+        byte = "byte" if float(written) == 1 else "bytes"
         raise DeviceMapError(
-            f"{written} has no unit: {written} bytes, or {written} {meant}?",
+            f"{written} has no unit: {written} {byte}, or {written} {meant}?",
             hint=f"write {written}{meant}, or {written}B for bytes",
         )
     return size

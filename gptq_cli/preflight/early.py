@@ -26,6 +26,7 @@ from gptq_cli.placement.names import fold
 from gptq_cli.planning.cases import JobCase, OutputFacts, Work
 from gptq_cli.preflight.rules import calibration, device_map, memory, model_files, output, quantization
 from gptq_cli.rules import Remark, rules_in
+from gptq_cli.wording import number_of
 
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
 """How configs call the width of the hidden states, which most linears of a block read or write."""
@@ -122,7 +123,10 @@ def _besides(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
         name = source.name
         size = too_few_bytes(name, samples * (data.seq_len - 1))
         if size is not None:
-            words = f"{name} has {size} bytes, too few for {samples} windows of {data.seq_len} tokens"
+            words = (
+                f"{name} has {number_of(size, 'byte')}, too few for {number_of(samples, 'window')} of "
+                f"{data.seq_len} tokens"
+            )
             hint = "give a longer text, or lower --samples and --seq-len"
             yield from _about_text(name, files, CalibrationError(words, hint=hint))
 

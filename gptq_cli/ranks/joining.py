@@ -37,7 +37,7 @@ from gptq_cli.ranks.launch import Launch
 from gptq_cli.ranks.leaves import leaf_count
 from gptq_cli.ranks.team import Alone, Team
 from gptq_cli.ranks.watch import LIMITS, Limits, Watch, Word
-from gptq_cli.wording import duration_words, first_line
+from gptq_cli.wording import duration_words, first_line, number_of
 
 MAX_CLOCK_GAP_SECONDS = 60.0
 _BACKENDS = {"cuda": "nccl", "xpu": "xccl", "npu": "hccl"}
@@ -316,7 +316,7 @@ def _shared_accelerator(members: Sequence[Member], member: Member) -> ConfigErro
             hint="LOCAL_RANK must be another one for each process of a machine",
         )
     return ConfigError(
-        f"{member.host} has {member.accelerators} accelerator{'s' if member.accelerators > 1 else ''} for "
+        f"{member.host} has {number_of(member.accelerators, 'accelerator')} for "
         f"{member.local_size} processes; each needs one of its own",
         hint=f"torchrun --nproc-per-node {member.accelerators}, or --device-map cpu",
     )

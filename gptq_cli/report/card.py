@@ -249,8 +249,9 @@ def _plot_words(report: RunReport) -> str:
     if not known:
         return "Mean loss of each block"
     worst, best = max(known, key=lambda one: one[1]), min(known, key=lambda one: one[1])
+    of = f"each of {number_of(len(means), 'block')}" if len(means) > 1 else "the one block"
     return (
-        f"Mean loss of each of {len(means)} blocks, GPTQ against round-to-nearest: from "
+        f"Mean loss of {of}, GPTQ against round-to-nearest: from "
         f"{fmt.loss(best[1])} ({best[0]}) to {fmt.loss(worst[1])} ({worst[0]})"
     )
 

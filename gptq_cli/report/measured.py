@@ -70,7 +70,7 @@ def _figures(report: LoadReport) -> Iterator[tuple[str, str]]:
         held = report.agreement
         yield "dense perplexity", f"{held.dense_perplexity:.3f}, {report.against or 'the dense model'}"
         yield "KL(dense, quantized)", f"{fmt.loss(held.kl)} nats per token"
-        yield "same most likely token", f"{fmt.share(held.top1)} of {held.tokens:,} tokens"
+        yield "same most likely token", f"{fmt.share(held.top1)} of {number_of(held.tokens, 'token')}"
     for one in report.kernels:
         yield "kernels", f"{one.kernel} for {number_of(one.linears, 'linear')}: {one.reason}"
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from gptq_cli.fields import INT64
 from gptq_cli.placement.device import Device
 from gptq_cli.results.document import SCHEMA_VERSION, Json
+from gptq_cli.wording import number_of
 
 T = TypeVar("T")
 _SHOWN = 40
@@ -79,7 +80,7 @@ def _sequence(kinds: tuple[Any, ...], held: Any, where: str) -> tuple[Any, ...]:
     if len(kinds) == 2 and kinds[1] is Ellipsis:
         return tuple(_read(kinds[0], item, f"{where}[{number}]") for number, item in enumerate(items))
     if len(items) != len(kinds):
-        raise ValueError(_wrong(where, held, f"{len(kinds)} values"))
+        raise ValueError(_wrong(where, held, number_of(len(kinds), "value")))
     return tuple(_read(kind, item, where) for kind, item in zip(kinds, items, strict=True))
 
 

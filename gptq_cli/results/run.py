@@ -15,6 +15,7 @@ from gptq_cli.results.bits import BitChoice
 from gptq_cli.results.kept import KeptDense, OwnSettings
 from gptq_cli.results.load import LoadReport
 from gptq_cli.results.push import PushReport
+from gptq_cli.wording import number_of
 
 Method = Literal["gptq", "rtn"]
 Setting = str | int | float | bool | tuple[str, ...] | None
@@ -194,11 +195,12 @@ class TuningReport:
     @property
     def words(self) -> str:
         """`KL 0.0512 -> 0.0391 on 16 held-out samples, 112 steps`; or that nothing is taken."""
+        held = number_of(self.held_out_samples, "held-out sample")
         if not self.part:
             kept = f"KL {self.kl_before:.4g} does not fall"
-            return f"nothing taken: {kept} on {self.held_out_samples} held-out samples"
+            return f"nothing taken: {kept} on {held}"
         moved = f"KL {self.kl_before:.4g} -> {self.kl_after:.4g}"
-        return f"{moved} on {self.held_out_samples} held-out samples, {self.steps} steps"
+        return f"{moved} on {held}, {number_of(self.steps, 'step')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,7 +170,7 @@ class TestTooLittle:
         with pytest.raises(CalibrationError) as caught:
             make_batches(tokenizer, config(corpus, samples=64, seq_len=1024))
         holds = tokens // 1024
-        assert f"holds {holds} windows of 1024 tokens ({tokens} tokens); 64 windows are required" in str(
+        assert f"holds {holds} windows of 1024 tokens ({tokens:,} tokens); 64 windows are required" in str(
             caught.value
         )
         hint = str(caught.value.hint)

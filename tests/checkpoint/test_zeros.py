@@ -133,5 +133,5 @@ def test_the_tally_tells_only_what_is_not_as_the_config_says() -> None:
     tally.add("gptq", Zeros(values, "gptq_v2", known=True))
     tally.add("gptq", Zeros(values, "gptq", known=False))
     first, second = tally.sentences()
-    assert first.startswith("1 of 3 linears store their zeros as in gptq_v2, though the config says gptq")
-    assert second.startswith("1 of 3 linears have zeros that do not fit symmetric codes")
+    assert first.startswith("1 of 3 linears stores its zeros as in gptq_v2, though the config says gptq")
+    assert second.startswith("1 of 3 linears has zeros that do not fit symmetric codes")

@@ -212,13 +212,15 @@ def test_symmetric_zeros_are_read_as_what_they_are(
     events: list[Event] = []
     report = opened(LoadJob(path=str(tmp_path / "q")), events)
     (told,) = [event.message for event in events if isinstance(event, Warned)]
-    assert told.startswith(f"{1 if some else 21} of 21 linears store their zeros as in {found}")
+    assert told.startswith(
+        f"{'1 of 21 linears stores its' if some else '21 of 21 linears store their'} zeros as in {found}"
+    )
     assert f"though the config says {said}" in told
     assert report.warnings == (told,)
     assert document(report)["warnings"] == [told]
     ran = gptq("load", tmp_path / "q")
-    assert (ran.code, "store their zeros as in" in ran.stderr) == (0, True)
-    assert "store their zeros as in" in ran.stdout.replace("\n", " ")
+    assert (ran.code, "zeros as in" in ran.stderr) == (0, True)
+    assert "zeros as in" in ran.stdout.replace("\n", " ")
     assert gptq("load", tmp_path / "q", "--verify").code == 5
 
 

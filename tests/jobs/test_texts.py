@@ -72,11 +72,11 @@ def test_learned_positions_end(checkpoints: Any, monkeypatch: pytest.MonkeyPatch
         path = str(checkpoints(name))
         long = LoadJob(path=path, prompt=WORD * 600, max_new_tokens=1)
         hint = refused(
-            long, monkeypatch, ConfigError, r"the prompt has \d+ tokens, but the model has 512 pos"
+            long, monkeypatch, ConfigError, r"the prompt has [\d,]+ tokens, but the model has 512 pos"
         )
         assert "shorten" in hint
         much = LoadJob(path=path, prompt="a", max_new_tokens=600)
-        message = r"1 tokens and max_new_tokens 600 need 600 positions, but the model has 512"
+        message = r"prompt of 1 token and max_new_tokens 600 need 600 positions, but the model has 512"
         assert "--max-new-tokens 512" in refused(much, monkeypatch, ConfigError, message)
         wide = LoadJob(path=path, evaluate="pydoc-heldout", seq_len=513)
         message = "seq_len is 513; allowed: at most the 512 positions"
@@ -102,7 +102,7 @@ def test_rotary_positions_go_on_with_a_warning(llama: Path, tmp_path: Path) -> N
     report, warned = warnings_of(job)
     assert report.new_tokens >= fits.new_tokens
     assert "windows of 32 tokens go past the 8 positions that the model was made for" in warned
-    prompt = "the prompt of 1 tokens and up to 9 new ones go past the 8 positions that the model was made for"
+    prompt = "the prompt of 1 token and up to 9 new ones go past the 8 positions that the model was made for"
     assert prompt in warned
     assert report.bench is not None
     assert report.bench.speed.prompt_tokens + report.bench.speed.new_tokens <= 8

@@ -221,3 +221,15 @@ def test_reader_names_what_it_cannot_find(tiny_llama: Path) -> None:
         assert "lm_head.weight" in reader
         with pytest.raises(CheckpointError, match="no tensor nothing"):
             reader.get("nothing")
+
+
+def test_values_that_are_not_finite_are_counted() -> None:
+    tensor = torch.ones(2, 3)
+    tensor[1, 2] = float("nan")
+    with pytest.raises(NonFinite) as caught:
+        check_tensor("w", tensor)
+    assert caught.value.message == "tensor w holds 1 value that is not finite (nan) at (1, 2)"
+    tensor[0, 1] = float("inf")
+    with pytest.raises(NonFinite) as caught:
+        check_tensor("w", tensor)
+    assert caught.value.message == "tensor w holds 2 values that are not finite, the first (inf) at (0, 1)"

@@ -147,3 +147,12 @@ def test_matrices() -> None:
         f"{block}.mlp.gate_up_proj",
         f"{block}.mlp.down_proj",
     ]
+
+
+def test_one_of_something_is_said_in_the_singular() -> None:
+    facts = decoder(hidden=128, inner=128, heads=1, keys=1)
+    (head, _) = asked("vllm", facts, 2)
+    assert head.message.startswith("1 attention head does not divide over 2 ranks")
+    facts = replace(facts, heads=HeadCounts(2, 2, (("key heads of linear attention", 1),)))
+    (head, _) = asked("vllm", facts, 2)
+    assert head.message.startswith("1 key head of linear attention does not divide over 2 ranks")

@@ -73,9 +73,9 @@ def decoded_source(case: JobCase) -> list[Remark]:
     decoded = case.facts.decoded
     if decoded is None:
         return []
+    left_out = "without a place in a dense model is", "without a place in a dense model are"
     dropped = (
-        f"; {len(decoded.dropped)} scales without a place in a dense model are left out "
-        f"({names_text(decoded.dropped, 2)})"
+        f"; {number_of(len(decoded.dropped), 'scale', *left_out)} left out ({names_text(decoded.dropped, 2)})"
         if decoded.dropped
         else ""
     )

@@ -25,11 +25,11 @@ def no_linears(case: JobCase) -> list[Remark]:
     if case.facts.linears or unsound(case):
         return []
     if case.facts.by_module:
+        left = "that could be quantized is", "that could be quantized are"
         return [
             Remark(
                 subject=case.facts.model,
-                message=f"{all_of(len(case.facts.by_module), 'linear')} that could be quantized "
-                f"{'is' if len(case.facts.by_module) == 1 else 'are'} left dense",
+                message=f"{all_of(len(case.facts.by_module), 'linear', *left)} left dense",
                 hint="quantize some of them: a --module that leaves fewer dense, or fewer --bits-per-weight",
             )
         ]
@@ -253,11 +253,12 @@ def experts_own_target(case: JobCase) -> list[Remark]:
     routed = [x.name for x in case.facts.linears if x.routed]
     if not routed or case.work.quantize.solve_for != "dense":
         return []
+    solved = "(an expert) is solved for its", "(experts) are solved for their"
     return [
         Remark(
             subject=f"--solve-for {case.work.quantize.solve_for}",
-            message=f"{len(routed)} routed linears (experts) are solved for their own output, the other "
-            f"{len(case.facts.linears) - len(routed)} for the dense model's",
+            message=f"{number_of(len(routed), 'routed linear', *solved)} own output, the other "
+            f"{len(case.facts.linears) - len(routed):,} for the dense model's",
             modules=tuple(routed),
         )
     ]

@@ -15,6 +15,7 @@ from gptq_cli.readers import MAX_RANKS
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import Case, FusedMatrix, TargetLinear
 from gptq_cli.targets.rules.sglang import MIN_COLUMNS
+from gptq_cli.wording import number_of
 
 _SMALLEST_GROUP = 32
 """vLLM's MoeWNA16 halves groups that do not fit a rank, down to this."""
@@ -48,6 +49,10 @@ def tensor_parallel(case: Case) -> Iterator[Remark]:
             yield case.remark(f"{about[0].reason}{more}; {way}", hint, linears)
 
 
+_DO = "does", "do"
+_PER_RANK = "per rank does", "per rank do"
+
+
 @dataclass(frozen=True, slots=True)
 class _Misfit:
     reason: str
@@ -70,14 +75,19 @@ def _shapes(case: Case) -> list[FusedMatrix]:
 def _misfits(case: Case, shapes: Sequence[FusedMatrix], ranks: int) -> Iterator[_Misfit]:
     heads = case.facts.heads
     if heads.queries % ranks:
-        yield _Misfit(f"{heads.queries} attention heads do not divide over {ranks} ranks")
+        yield _Misfit(
+            f"{number_of(heads.queries, 'attention head', 'does', 'do')} not divide over {ranks} ranks"
+        )
     if heads.keys and heads.keys % ranks and ranks % heads.keys:
         yield _Misfit(
             f"{heads.keys} key-value heads neither divide over {ranks} ranks nor can be copied evenly"
         )
     for label, number in heads.others:
         if number % ranks:
-            yield _Misfit(f"{number} {label} do not divide over {ranks} ranks")
+            noun, _, rest = label.partition(" of ")
+            does, do = (f"of {rest} {verb}" if rest else verb for verb in _DO)
+            what = number_of(number, noun.removesuffix("s"), does, do)
+            yield _Misfit(f"{what} not divide over {ranks} ranks")
     for matrix in shapes:
         reason = _reason(case, matrix, ranks)
         if reason:
@@ -92,23 +102,24 @@ def _reason(case: Case, matrix: FusedMatrix, ranks: int) -> str:
             return _row_reason(case, linear, ranks)
         own = _columns(case, linear, ranks) if linear.split == "column" else linear.out_features
         if own is None:
-            return f"its {linear.out_features} outputs do not divide over {ranks} ranks"
+            return f"its {number_of(linear.out_features, 'output', *_DO)} not divide over {ranks} ranks"
         if own * linear.bits % 32:
-            return f"{own} outputs per rank do not fill whole words of zeros"
+            return f"{number_of(own, 'output', *_PER_RANK)} not fill whole words of zeros"
         columns += own
     if case.target == "sglang" and columns % MIN_COLUMNS:
         fused = len(matrix.linears) > 1
-        what = f"{leaf(matrix.name)} has {columns} columns" if fused else f"{columns} outputs"
+        what = number_of(columns, "column" if fused else "output")
+        what = f"{leaf(matrix.name)} has {what}" if fused else what
         return f"{what} per rank; SGLang takes multiples of {MIN_COLUMNS}"
     return ""
 
 
 def _row_reason(case: Case, linear: TargetLinear, ranks: int) -> str:
     if linear.in_features % ranks:
-        return f"its {linear.in_features} inputs do not divide over {ranks} ranks"
+        return f"its {number_of(linear.in_features, 'input', *_DO)} not divide over {ranks} ranks"
     own = linear.in_features // ranks
     if own * linear.bits % 32:
-        return f"{own} inputs per rank do not fill whole words of codes"
+        return f"{number_of(own, 'input', *_PER_RANK)} not fill whole words of codes"
     group = linear.group_size
     if linear.is_expert and case.target == "vllm":
         group = min(group, _SMALLEST_GROUP)

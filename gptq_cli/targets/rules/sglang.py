@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import Case
-from gptq_cli.wording import names_text
+from gptq_cli.wording import names_text, number_of
 
 MIN_COLUMNS = 64
 """Marlin's tile: the columns of a matrix on one rank are a multiple of it."""
@@ -27,7 +27,8 @@ def fused_columns(case: Case) -> Iterator[Remark]:
         first = odd[0]
         what = f" as {first.name.rpartition('.')[2]}" if len(first.linears) > 1 else ""
         yield case.remark(
-            f"SGLang loads it{what} with {first.out_features} columns; allowed: multiples of {MIN_COLUMNS}",
+            f"SGLang loads it{what} with {number_of(first.out_features, 'column')}; "
+            f"allowed: multiples of {MIN_COLUMNS}",
             "leave the parts of this matrix dense",
             [linear for matrix in odd for linear in matrix.linears],
         )
