@@ -93,7 +93,7 @@ class Forecast:
     def _less_time(self) -> str:
         data = self.work.calibration
         samples = half(data.samples, len(data.sources))
-        return f"; --samples {samples} halves the time" if samples is not None else ""
+        return f"; --samples {samples} takes less" if samples is not None else ""
 
     def time_warnings(self, done: BlockReport, blocks_left: Sequence[str]) -> list[Warned]:
         """Whether the block took longer than planned, and what that means for the others."""
