@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -84,10 +85,14 @@ def _is_page(path: Path) -> bool:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page. Raises `GptqError`."""
+    """Write a page. Raises `GptqError`; a file that was not there before is not there then."""
+    new = kind_of(path) is None
     try:
         path.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
+        if new:
+            with suppress(OSError):
+                os.unlink(os.path.realpath(path))
         raise GptqError(f"the page {path} was not written: {reason(error)}") from error
 
 

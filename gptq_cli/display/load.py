@@ -54,7 +54,8 @@ def load_summary(report: LoadReport) -> Group:
     """What was loaded, on which device and why, and what was measured. Generated text comes before this."""
     title = Text(f" {report.path}", style="bold green")
     title.append(f" is loaded, {number_of(report.linears, 'quantized linear')}", style="default not bold")
-    parts: list[RenderableType] = [title, "", facts_table([*_opened(report), *_proved(report)])]
+    warnings = warnings_rows(report.warnings, _findings(report.verification))
+    parts: list[RenderableType] = [title, "", facts_table([*_opened(report), *_figures(report), *warnings])]
     parts += _tables(report)
     if report.verification is not None:
         parts += ["", verify_summary(report.verification)]
@@ -104,12 +105,6 @@ def _opened(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
     yield from listed("kernels", [kernel_text(kernel) for kernel in report.kernels])
     yield "weights", f"{fmt.size(report.weight_bytes)} in {fmt.duration(report.load_seconds)}{rate}"
     yield from listed("memory", [f"{device} {fmt.size(used)}" for device, used in report.memory])
-    yield from listed("warnings", [Text(text) for text in report.warnings])
-
-
-def _proved(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:
-    yield from _figures(report)
-    yield from warnings_rows(report.warnings, _findings(report.verification))
 
 
 def _figures(report: LoadReport) -> Iterator[tuple[str, RenderableType]]:

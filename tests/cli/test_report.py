@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.cli.page_file import check_page, write_page
+from gptq_cli.errors import GptqError
 from gptq_cli.results.document import document
 from tests.cli.conftest import Run
 from tests.display.events import report, verify_report
@@ -61,6 +63,22 @@ def test_a_link_to_a_page_that_is_not_there_yet_stays_a_link(tmp_path: Path) -> 
     write_page(check_page("out", str(link)), "<!doctype html>")
     assert link.is_symlink()
     assert target.read_text() == "<!doctype html>"
+
+
+def test_a_page_that_could_not_be_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty file would be taken for one."""
+    page = check_page("report", str(tmp_path / "page.html"))
+
+    def full(path: Path, *_: object, **__: object) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(GptqError, match="no space left"):
+        write_page(page, "<!doctype html>")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,11 @@ def test_a_load_that_proved_nothing_claims_nothing() -> None:
         assert word not in text
 
 
+def test_a_warning_is_shown_once() -> None:
+    shown = rendered(load_summary(replace(full_load_report(), warnings=("the page is missing",))))
+    assert shown.count("the page is missing") == 1
+
+
 def test_a_bench_without_a_dense_model_has_one_column() -> None:
     full = full_load_report()
     assert full.bench is not None
