@@ -37,9 +37,12 @@ def and_others(items: Sized, noun: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in one line; its type where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an error says in one line, the second with it where the first ends in a colon; its type where it
+    says nothing."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def as_json(value: object, limit: int = 100) -> str:

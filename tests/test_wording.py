@@ -28,6 +28,7 @@ def test_one_is_not_many() -> None:
 
 def test_the_first_line_of_an_error() -> None:
     assert first_line(ValueError("\n one\ntwo")) == "one"
+    assert first_line(ValueError("wrong:\n  this")) == "wrong: this"
     assert first_line(KeyError()) == "KeyError"
     assert first_line(ValueError(" \n")) == "ValueError"
 

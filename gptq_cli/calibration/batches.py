@@ -387,8 +387,9 @@ def _too_little(
     if shorter >= MIN_WINDOW:
         ways.append(f"--samples {config.samples} --seq-len {shorter}")
     ways.append("a longer text" if label.startswith("pydoc") else "a longer text (--calibration pydoc)")
+    required = f"{samples} {'window is' if samples == 1 else 'windows are'} required"  # as it was given
     return CalibrationError(
         f"{label} holds {number_of(windows, 'window')} of {config.seq_len} tokens "
-        f"({number_of(tokens, 'token')}); {number_of(samples, 'window', 'is', 'are')} required",
+        f"({number_of(tokens, 'token')}); {required}",
         hint="use " + ", or ".join(ways) if tokens else SOURCES_HINT,
     )

@@ -30,7 +30,7 @@ from gptq_cli.model.model_class import (
     remote_class,
 )
 from gptq_cli.model.source import ModelFiles, read_json
-from gptq_cli.wording import number_of
+from gptq_cli.wording import first_line, number_of
 
 COUNT_LIMIT = 100_000
 """Experts, heads, labels, entries of a list: the largest numbers in published models are below 1,000, and
@@ -47,6 +47,7 @@ _COUNTS = re.compile(
 """Config fields whose value becomes a number of objects."""
 _ENDLESS = 1 << 63
 _KEY_SHOWN = 80
+_COMPARE = "compare config.json with the one that the model was published with"
 _CONFIG_LIMIT_BYTES = 10_000_000
 
 
@@ -86,7 +87,7 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
             raise ModelError(
                 f"{files.source}: config.json says {wrong[0]} = {brief(wrong[1])}; "
                 "allowed: float16, bfloat16, float32",
-                hint="compare config.json with the one that the model was published with",
+                hint=_COMPARE,
             ) from error
         unknown = "does not recognize this architecture" in str(error)
         raise ModelError(
@@ -129,11 +130,14 @@ def check_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
                 if known
                 else f"allowed: up to {layers}"
             )
-            raise ModelError(f"{files.source}: config.json asks for {brief(count)} layers ({name}), {reason}")
+            raise ModelError(
+                f"{files.source}: config.json asks for {brief(count)} layers ({name}), {reason}",
+                hint=_COMPARE,
+            )
         if count > COUNT_LIMIT:
             raise ModelError(
                 f"{files.source}: config.json says {name} = {brief(count)}; allowed: up to {COUNT_LIMIT}",
-                hint="compare config.json with the one that the model was published with",
+                hint=_COMPARE,
             )
 
 
@@ -211,11 +215,3 @@ def _may_be_causal(declared: str, names: AbstractSet[str]) -> bool:
         return True
     endings = ("ForCausalLM", "LMHeadModel", "Model", "ForConditionalGeneration")
     return declared.endswith(endings) and not declared.endswith("VisionModel")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, with the second where it ends in a colon; else its class."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -44,10 +44,12 @@ from gptq_cli.model.source import (
     unsafe_path,
     without_weight_files,
 )
+from gptq_cli.wording import first_line
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 """HTTP clients of the various versions of `huggingface_hub`; their errors are network errors."""
+_NOT_ALLOWED = (401, 403)
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
 
 
@@ -161,7 +163,10 @@ def _explained(ref: ModelRef) -> Iterator[None]:
             hint="check the spelling; a private model needs HF_TOKEN, a local one the path of its directory",
         ) from error
     except RevisionNotFoundError as error:
-        raise ModelError(f"{ref.model} on the Hub has no revision {ref.revision}") from error
+        raise ModelError(
+            f"{ref.model} on the Hub has no revision {ref.revision}",
+            hint="give --revision a branch, a tag or a commit of it, or leave it out",
+        ) from error
     except HFValidationError as error:
         raise ModelError(f"no such directory, and not a valid Hub model id: {ref.model}") from error
     except NotASafetensorsRepoError:
@@ -173,7 +178,12 @@ def _explained(ref: ModelRef) -> Iterator[None]:
             hint="connect to the network, unset HF_HUB_OFFLINE, or give the path of a local model directory",
         ) from error
     except HfHubHTTPError as error:
-        raise ModelError(f"the Hub answered for {what}: {error}", hint="try again later") from error
+        raise ModelError(
+            f"the Hub answered for {what}: {first_line(error)}",
+            hint="the token is not accepted, or may not read this: set HF_TOKEN to one that may"
+            if error.response.status_code in _NOT_ALLOWED
+            else "try again later",
+        ) from error
     except Exception as error:
         if not type(error).__module__.startswith(_HTTP_CLIENTS):
             raise

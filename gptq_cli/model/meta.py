@@ -14,10 +14,10 @@ from transformers.initialization import meta_device_safe_creation_ops
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
-from gptq_cli.model.architecture import first_line, raise_import_failure
+from gptq_cli.model.architecture import raise_import_failure
 from gptq_cli.model.model_class import make_model
 from gptq_cli.model.quiet import quiet_libraries
-from gptq_cli.wording import number_of
+from gptq_cli.wording import first_line, number_of
 
 _MODULES_LIMIT = 50_000
 """Modules of any model, beside 3 for each tensor of its files. The largest models have 100,000 modules, and

@@ -148,10 +148,15 @@ class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names 
             "HF_TOKEN",
         ),
         (GatedRepoError("x", response=response(403)), "gated", "accept its licence"),
-        (RevisionNotFoundError("x", response=response(404)), "no revision v1", ""),
+        (RevisionNotFoundError("x", response=response(404)), "no revision v1", "leave it out"),
         (LocalEntryNotFoundError("x"), "Hub cannot be reached", "HF_HUB_OFFLINE"),
         (ConnectionError("x"), "Hub cannot be reached", "network"),
-        (HfHubHTTPError("busy", response=response(503)), "the Hub answered", "later"),
+        (
+            HfHubHTTPError("busy\nsee a page", response=response(503)),
+            "the Hub answered for .*: busy$",
+            "later",
+        ),
+        (HfHubHTTPError("bad token", response=response(401)), "the Hub answered .*: bad token$", "HF_TOKEN"),
         (ConnectTimeout("slow"), "cannot be fetched: slow", "network"),
     ],
 )
