@@ -12,7 +12,7 @@ from typing import Any
 
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.few_bits_config import MODELOPT_FILE, rotation_of
-from gptq_cli.model.source import SourceProblem
+from gptq_cli.model.source import ModelFiles, SourceProblem
 from gptq_cli.wording import as_json
 
 _PACKED = (".qweight", ".weight_packed")
@@ -28,6 +28,7 @@ _SEEN_IN_FILES = frozenset(
 )
 """Methods whose quantized weights are no floats of 16 bits in the files. With others they may be, and not be
 the weights that the model runs with: BitNet rounds its own in every forward."""
+_LEFT_OVER = "left-over-config"
 
 
 def packed_codes(tensors: Sequence[TensorInfo]) -> TensorInfo | None:
@@ -55,10 +56,15 @@ def left_over(source: str, quantization: Mapping[str, Any]) -> SourceProblem:
     """What is said of it."""
     method = as_json(quantization.get("quant_method"))
     return SourceProblem(
-        "left-over-config",
+        _LEFT_OVER,
         source,
         f"its config describes a quantization (quant_method {method}), and all its tensors are dense: "
         "they are read as they are",
         "where these are the model's own weights, take quantization_config out of config.json (or remove "
         f"{MODELOPT_FILE})",
     )
+
+
+def is_said_left_over(files: ModelFiles) -> bool:
+    """Whether `left_over` was said of these files: their config.json is not to be followed."""
+    return any(problem.kind == _LEFT_OVER for problem in files.problems)

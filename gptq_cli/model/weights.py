@@ -20,6 +20,7 @@ from gptq_cli.errors import CheckpointError, ModelError, NonFinite
 from gptq_cli.model.conversion import Conversion
 from gptq_cli.model.fill import fill_dense
 from gptq_cli.model.model_class import load_model
+from gptq_cli.model.packed_codes import is_said_left_over
 from gptq_cli.model.quiet import no_random_traces, quiet_libraries
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.placement.placement import Placement
@@ -34,15 +35,15 @@ _CHUNK_ELEMENTS = 1 << 24
 def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     """The whole model in memory, by the placement: eval, no gradients, no cache, dtype of the skeleton.
 
-    Where the files hold weights in few bits, they are read and decoded here, one tensor at a time:
-    Transformers would build modules of its own for them.
+    Where the files hold weights in few bits, or the config describes a quantization that is not there, they
+    are read here, one tensor at a time: Transformers would build modules of its own for them.
 
     Raises `ModelError` when a weight is missing or has another shape than the config asks for, and
     `SourceChanged` when a file has changed since the skeleton was made.
     """
     skeleton.files.check()
-    if skeleton.files.decoded is not None:
-        return _decoded(skeleton, placement)
+    if skeleton.files.decoded is not None or is_said_left_over(skeleton.files):
+        return _filled(skeleton, placement)
     device_map = _device_map(skeleton, placement)
     extra: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     with quiet_libraries(), no_random_traces():
@@ -76,7 +77,7 @@ def load_resident(skeleton: Skeleton, placement: Placement) -> Any:
     return model.eval()
 
 
-def _decoded(skeleton: Skeleton, placement: Placement) -> Any:
+def _filled(skeleton: Skeleton, placement: Placement) -> Any:
     """A copy of the skeleton's model, filled tensor by tensor, and dispatched as Transformers does it."""
     model = copy.deepcopy(skeleton.model)
     files = skeleton.files

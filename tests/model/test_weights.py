@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -138,6 +139,21 @@ def test_not_finite_is_named(model: Path, value: float) -> None:
     check_finite(loaded.model.layers[0], "model.layers.0")
     with pytest.raises(NonFinite, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         check_finite(loaded.model.layers[1], "model.layers.1")
+
+
+def test_a_config_that_was_left_over_is_not_followed(tiny_llama: Path, tmp_path: Path) -> None:
+    """Transformers would ask for bitsandbytes, or quantize with it where it is there."""
+    path = tmp_path / "model"
+    shutil.copytree(tiny_llama, path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (path / "config.json").write_text(json.dumps(config))
+    model = load_resident(opened(path), ON_CPU)
+    expected = load_resident(opened(tiny_llama), ON_CPU).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not model.training
 
 
 def test_finite_check_goes_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
