@@ -34,19 +34,20 @@ def of_quantize(
     job: QuantizeJob, phase: Phase, *, micro_batch: int | None, on_cpu: bool, kept: bool
 ) -> Iterator[str]:
     """`micro_batch`: samples of a forward, None where that is not known yet. `kept`: blocks are finished, and
-    count only for the same text."""
+    count only for the same text and settings."""
     data, config = job.calibration, job.quantize
+    anew = " --resume never (the work begins anew)" if kept else ""
     batch = half(micro_batch or data.batch_size or 1)
     if batch is not None and phase in _BATCHED:
         yield f"--batch-size {batch}"
     if phase == "gradients":
-        yield "--fisher-tokens 0"
+        yield f"--fisher-tokens 0{anew}"
     if phase == "tune" and config.tune_epochs:
-        yield "--tune-epochs 0"
+        yield f"--tune-epochs 0{anew}"
     yield MACHINE if on_cpu or _is_cpu(job.device_map) else _OFFLOAD
     samples = half(data.samples, len(data.sources))
     if samples is not None and phase in _SAMPLED:
-        yield f"--samples {samples}{' (the work begins anew)' if kept else ''}"
+        yield f"--samples {samples}{anew}"
     yield _SEE
 
 

@@ -191,6 +191,7 @@ def _quantize(
             team=asked.team,
         ) as keeper,
     ):
+        watcher.kept = bool(keeper.finished)
         forecast = Forecast(
             facts=checked.facts,
             work=checked.work,

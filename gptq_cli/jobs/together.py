@@ -136,6 +136,7 @@ def _work(own: Joined, told: Assignment, watcher: Watcher) -> None:
             shards=seen.shards,
         )
         watcher.planned(run.placement, run.schedule, own.team.size)
+        watcher.kept = bool(told.finished)
         keeper = FollowingKeeper(own.team, told.finished)
         quantize_model(run, told.tokens.input_ids, _written_elsewhere, watcher, keeper)
     account(own)

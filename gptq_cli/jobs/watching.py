@@ -98,7 +98,6 @@ class Watcher:
             case PhaseStarted(phase):
                 self.doing = f"while {_PHASES[phase]}"
                 self.phases.append(phase)
-                self.kept |= phase == "resume"
             case PhaseFinished(phase):
                 self.doing = f"after {_PHASES[phase]}"
             case BlockStarted():

@@ -21,6 +21,7 @@ from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.engine import block as block_module
 from gptq_cli.engine import mixed
+from gptq_cli.engine import run as run_module
 from gptq_cli.errors import GptqError
 from gptq_cli.jobs import forecast, keeping, snapshot_time
 from tests.conftest import TinyFactory
@@ -570,6 +571,22 @@ def test_exit_4_can_be_gone_on_with(
     assert "to go on: gptq quantize" in ran.stderr
     assert quantized(tiny_llama, tmp_path / "q", text, "--resume", "required").code == 0
     assert content(tmp_path / "q") == reference
+
+
+def test_fewer_samples_are_known_not_to_go_on_with_what_is_kept(
+    tiny_llama: Path, text: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before the run is back at the first block that is not finished."""
+
+    def full(*words: Any, **named: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "capture", full)
+        ran = quantized(tiny_llama, stopped, text)
+    assert ran.code == 4
+    assert "--samples 4 --resume never (the work begins anew)" in ran.stderr
+    assert quantized(tiny_llama, stopped, text, "--samples", "4").code == 3
 
 
 # -- a trial, and the first block against the plan

@@ -125,7 +125,7 @@ def test_out_of_memory_names_what_the_step_uses(
         (quantize_job(), {}, "--samples 64", "--batch-size"),
         (quantize_job(samples=3), {}, "--samples 1", ""),
         (quantize_job(samples=1), {}, "--max-memory", "--samples"),
-        (quantize_job(), {"kept": True}, "--samples 64 (the work begins anew)", ""),
+        (quantize_job(), {"kept": True}, "--samples 64 --resume never (the work begins anew)", ""),
         (quantize_job(device_map="cpu"), {}, "free memory on this machine", "--device-map"),
         (quantize_job(), {"on_cpu": True}, "free memory on this machine", "--device-map"),
         (replace(LOAD, max_new_tokens=1), {}, "shorten the prompt", "--max-new-tokens"),
@@ -141,6 +141,14 @@ def test_out_of_memory_proposes_less_than_is_in_use(
     hint = hint_of(command, [phase], job, **known)  # type: ignore[arg-type, list-item]
     assert says in hint
     assert not says_not or says_not not in hint
+
+
+@pytest.mark.parametrize(
+    ("phase", "option"), [("tune", "--tune-epochs 0"), ("gradients", "--fisher-tokens 0")]
+)
+def test_what_changes_codes_does_not_go_on_with_finished_blocks(phase: Phase, option: str) -> None:
+    for kept, ends in ((False, ";"), (True, " --resume never (the work begins anew);")):
+        assert f"{option}{ends}" in hint_of("quantize", [phase], quantize_job(), kept=kept)
 
 
 def test_evaluation_in_the_shortest_windows_proposes_no_shorter_ones() -> None:
