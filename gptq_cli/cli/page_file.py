@@ -86,8 +86,9 @@ def _is_page(path: Path) -> bool:
 
 def write_page(path: Path, page: str) -> None:
     """Write a page. Raises `GptqError`; a file that was not there before is not there then."""
-    new = kind_of(path) is None
+    new = False
     try:
+        new = kind_of(path) is None
         path.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         if new:

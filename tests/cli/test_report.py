@@ -81,6 +81,15 @@ def test_a_page_that_could_not_be_written_is_not_there(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_page_whose_place_cannot_be_looked_at_any_more_is_not_written(tmp_path: Path) -> None:
+    """The work is done by then."""
+    page = check_page("report", str(tmp_path / "page.html"))
+    page.symlink_to(page)
+    with pytest.raises(GptqError, match="was not written"):
+        write_page(page, "<!doctype html>")
+    assert page.is_symlink()
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
