@@ -35,6 +35,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
     """
     check_int("blocks", blocks, 1)
     with watching("quantize", observer, job) as watcher:
+        watcher.keeps = False
         tally = Tally(watcher, reset_peak_resident())
         checked = check(job, tally, goes_on=False, writes=True)
         announce(checked.findings, tally, known=checked.announced)

@@ -80,8 +80,10 @@ class Watcher:
     """Samples of a forward that runs out of memory; None before that is known."""
     on_cpu: bool = False
     """The CPU does all the work."""
+    keeps: bool = True
+    """Finished blocks are kept; a trial throws them away."""
     kept: bool = False
-    """Blocks are finished."""
+    """Blocks are finished, and kept."""
 
     def planned(self, placement: Placement, schedule: Schedule | None = None, ranks: int = 1) -> None:
         """Note where the work will be done, and how much of the text at a time."""
@@ -105,7 +107,7 @@ class Watcher:
                 self.doing = f"while quantizing block {where}"
             case BlockFinished():
                 self.doing = f"after quantizing block {event.report.name}"
-                self.kept = True
+                self.kept = self.keeps
             case _:
                 pass
         self.observer(event)

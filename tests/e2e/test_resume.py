@@ -592,6 +592,23 @@ def test_fewer_samples_are_known_not_to_go_on_with_what_is_kept(
 # -- a trial, and the first block against the plan
 
 
+def test_a_trial_without_memory_has_nothing_that_would_begin_anew(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, packed = block_module.pack, []
+
+    def pack(*words: Any) -> Any:
+        packed.append(1)
+        if len(packed) > 8:  # in the second block
+            raise MemoryError
+        return real(*words)
+
+    monkeypatch.setattr(block_module, "pack", pack)
+    ran = quantized(tiny_llama, tmp_path / "q", text, "--blocks", "2")
+    assert ran.code == 4
+    assert "--samples 4; or" in ran.stderr
+
+
 def test_a_trial_writes_nothing(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     words = words_of(tiny_llama, tmp_path / "q", text, "--blocks", "1")
     ran = gptq(*words, "--json")
