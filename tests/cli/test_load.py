@@ -317,3 +317,13 @@ def test_a_page_that_cannot_be_written_any_more_is_a_warning(
     assert outcome.code == 0
     assert "was not written: no such file" in outcome.err
     assert "was not written" in json.loads(outcome.out)["warnings"][-1]
+
+
+@pytest.mark.parametrize("words", [(), ("--verify",), ("--target", "vllm")], ids=str)
+def test_a_path_to_nothing_is_a_wrong_argument_whatever_is_asked(
+    run: Run, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """With 5 a pipeline would take a wrong path for bad files."""
+    failed = run("load", str(tmp_path / "none"), *words)
+    assert failed.code == 2
+    assert "no such directory" in failed.err
