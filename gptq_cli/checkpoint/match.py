@@ -21,6 +21,11 @@ from gptq_cli.model.source import ModelFiles
 from gptq_cli.wording import and_others, number_of
 
 _SCALE_DTYPES = ("float16", "bfloat16", "float32")
+_DAMAGED = "the checkpoint is incomplete or damaged: fetch it again"
+_OF_SETTINGS = (
+    "compare bits, group_size and dynamic in the quantization config with what it was published with: the "
+    "tensors are there, and are not as it says"
+)
 
 
 class CheckpointMatcher:
@@ -49,6 +54,7 @@ class CheckpointMatcher:
         self.names = ExpertNames(self.conversion, found.experts)
         unfuse(model, found.experts)
         self.errors: list[str] = []
+        self._misfits = 0
         self.notes: list[str] = list(form.notes)
 
     def checkpoint(self) -> QuantizedCheckpoint:
@@ -69,7 +75,7 @@ class CheckpointMatcher:
         if self.errors:
             raise CheckpointError(
                 self.errors[0] + and_others(self.errors, "problem"),
-                hint="the checkpoint is incomplete or damaged: fetch it again",
+                hint=_OF_SETTINGS if self._misfits == len(self.errors) else _DAMAGED,
                 problems=tuple(self.errors),
             )
         order = {name: index for index, (name, _) in enumerate(self.model.named_modules())}
@@ -100,6 +106,11 @@ class CheckpointMatcher:
             notes=tuple(self.notes),
         )
 
+    def _misfit(self, error: str) -> None:
+        """A tensor that is there is not as the settings say, and these may be what is wrong."""
+        self.errors.append(error)
+        self._misfits += 1
+
     def _foreign_bias(self, name: str) -> bool:
         """A bias of a packed linear whose class in the model has none: AutoGPTQ writes one for every
         linear."""
@@ -120,7 +131,7 @@ class CheckpointMatcher:
             return None
         if form is None:
             place = self.form.dynamic.place(source)
-            self.errors.append(
+            self._misfit(
                 f"tensor {source}.qweight is there, but `dynamic` says that {source} is dense ({place})"
             )
             return None
@@ -212,7 +223,7 @@ class CheckpointMatcher:
                     f"tensor {name} has dtype {tensor.dtype}; allowed: {', '.join(allowed[part])}"
                 )
             if tensor.shape != wanted:
-                self.errors.append(
+                self._misfit(
                     f"tensor {name} has shape {list(tensor.shape)}; {info.format.bits} bits with group "
                     f"size {info.format.group_size} need {list(wanted)} for {info.in_features} inputs and "
                     f"{info.out_features} outputs"

@@ -251,6 +251,27 @@ def test_dynamic_overrides(damaged: Path, tiny: TinyFactory) -> None:
     assert by_name[Q.replace("up", "down")].bits == 4
 
 
+@pytest.mark.parametrize(
+    ("changes", "taken_out", "word"),
+    [
+        ({"group_size": 64}, None, "group_size"),
+        ({"bits": 8}, None, "bits"),
+        ({"dynamic": {r"-:.*": {}}}, None, "dynamic"),
+        ({}, f"{Q}.scales", "incomplete or damaged"),
+        ({"group_size": 64}, "model.norm.weight", "incomplete or damaged"),
+    ],
+)
+def test_settings_that_fit_no_tensor_are_not_a_damaged_file(
+    changes: dict[str, Any], taken_out: str | None, word: str, damaged: Path
+) -> None:
+    set_config(damaged, **changes)
+    if taken_out is not None:
+        edit(damaged, drop(taken_out))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(damaged)
+    assert word in caught.value.hint
+
+
 def test_dynamic_says_dense_but_it_is_packed(damaged: Path) -> None:
     set_config(damaged, dynamic={r"-:.*up_proj": {}})
     assert "is dense (quantize_config.json: dynamic['-:.*up_proj'])" in refused(damaged)
