@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptq_cli.calibration.batches import TokenBatches, evaluation_windows, make_batches, open_tokenizer
+    from gptq_cli.calibration.batches import TokenBatches, evaluation_windows, make_batches
     from gptq_cli.calibration.documents import Documents
     from gptq_cli.calibration.text import read_documents
+    from gptq_cli.calibration.tokenizer import open_tokenizer
 
 __all__ = [
     "Documents",
@@ -19,7 +20,7 @@ __all__ = [
     "open_tokenizer",
     "read_documents",
 ]
-_MODULES = {"Documents": "documents", "read_documents": "text"}
+_MODULES = {"Documents": "documents", "open_tokenizer": "tokenizer", "read_documents": "text"}
 
 
 def __getattr__(name: str) -> Any:

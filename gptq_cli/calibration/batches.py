@@ -21,7 +21,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -31,16 +30,14 @@ from gptq_cli.calibration.answers import conversation_windows
 from gptq_cli.calibration.conversations import Conversations
 from gptq_cli.calibration.documents import PIECE_CHARACTERS, Documents, Piece
 from gptq_cli.calibration.own_text import OwnText
-from gptq_cli.calibration.processor import processor_template
 from gptq_cli.calibration.rows import Render
 from gptq_cli.calibration.text import check_distinct, read_documents, to_measure_on
 from gptq_cli.calibration.utf8 import SOURCES_HINT
 from gptq_cli.config import CalibrationConfig
-from gptq_cli.errors import CalibrationError, ModelError
-from gptq_cli.model.source_files import has_tokenizer
+from gptq_cli.errors import CalibrationError
 from gptq_cli.results.run import TextShare
 from gptq_cli.text_sources import OWN_TEXT, TextSource, interleaved
-from gptq_cli.wording import first_line, number_of
+from gptq_cli.wording import number_of
 
 POOL = 8
 """Tokens read for each token required, where the text has them."""
@@ -72,6 +69,8 @@ class TokenBatches:
     """Conversations with no answer within a window."""
     too_long: int = 0
     """Conversations of more characters than are tokenized at once."""
+    joined: int = 0
+    """Conversations that were read as their messages in turn, for want of a chat template."""
 
     @property
     def source(self) -> str:
@@ -94,34 +93,6 @@ class TokenBatches:
     def tokens(self) -> int:
         """Tokens of all windows."""
         return self.input_ids.numel()
-
-
-def open_tokenizer(directory: Path | str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a local model directory. Raises `ModelError` where it is missing or does not work."""
-    from transformers import AutoTokenizer
-
-    folder = Path(directory)
-    hint = "copy the tokenizer files of the original model (tokenizer.json, tokenizer_config.json) beside it"
-    if not has_tokenizer(folder):
-        raise ModelError(f"{folder} has no tokenizer (no tokenizer.json or tokenizer.model)", hint=hint)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        words = tokenizer("one two three", verbose=False)["input_ids"]
-    except Exception as error:  # the loaders raise anything: OSError, KeyError, json and Rust errors
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            raise ModelError(
-                f"the tokenizer of {folder} is code of the model repository",
-                hint="read the code, then add --trust-remote-code",
-            ) from error
-        raise ModelError(f"the tokenizer of {folder} cannot be opened: {reason}", hint=hint) from error
-    if not words:
-        raise ModelError(f"the tokenizer of {folder} is empty: it makes no tokens from a text", hint=hint)
-    if not getattr(tokenizer, "chat_template", None):
-        tokenizer.chat_template = processor_template(folder)
-    return tokenizer
 
 
 def make_batches(
@@ -217,6 +188,7 @@ def mixed(parts: Sequence[TokenBatches]) -> TokenBatches:
         tokens_available=sum(part.tokens_available for part in parts),
         windows_available=sum(part.windows_available for part in parts),
         read_to_end=all(part.read_to_end for part in parts),
+        joined=sum(part.joined for part in parts),
     )
 
 
@@ -268,6 +240,7 @@ def evaluation_windows(
 class _TokenRow:
     ids: Tensor  # (tokens,) int64
     read_to_end: bool
+    joined: int = 0
 
 
 def _renderer(tokenizer: Any) -> Render | None:
@@ -297,7 +270,7 @@ def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
     """Tokens of the documents, until there are `enough` or the documents end."""
     between = tokenizer.eos_token_id
     parts: list[Tensor] = []
-    count = 0
+    count = joined = 0
     for group in _groups(documents.pieces):
         encoded = tokenizer(
             [piece.text for piece in group],
@@ -311,9 +284,11 @@ def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
                 count += 1
             parts.append(torch.tensor(ids, dtype=torch.int64))
             count += len(ids)
+            joined += piece.joined
         if count >= enough:
-            return _TokenRow(torch.cat(parts), read_to_end=False)
-    return _TokenRow(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64), read_to_end=True)
+            return _TokenRow(torch.cat(parts), read_to_end=False, joined=joined)
+    whole = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return _TokenRow(whole, read_to_end=True, joined=joined)
 
 
 def _cut_windows(tokenizer: Any, ids: Tensor, seq_len: int) -> Tensor:
@@ -366,6 +341,7 @@ def _batches(
         tokens_available=row.ids.numel(),
         windows_available=available,
         read_to_end=row.read_to_end,
+        joined=row.joined,
     )
 
 

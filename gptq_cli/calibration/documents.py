@@ -37,6 +37,8 @@ class Piece:
     """Of a conversation that the chat template wrote as a whole: what it was given; of other texts None."""
     too_long: bool = False
     """It begins a conversation with answers that is longer than a piece, whose answers are not looked for."""
+    joined: bool = False
+    """It begins a conversation that is its messages in turn, for want of a chat template."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ def rows_to_pieces(
                 yield Piece(text, messages=messages)
             else:
                 pieces = _cut(text)
-                yield replace(next(pieces), too_long=has_answer(messages or ()))
+                joined = render is None and isinstance(value, list)
+                yield replace(next(pieces), too_long=has_answer(messages or ()), joined=joined)
                 yield from pieces
     if not written:
         what = f"column {column!r} of {name}" if column else name

@@ -18,6 +18,7 @@ from gptq_cli.events import Warned
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.text_part import language_model
+from gptq_cli.preflight.rules.calibration import WindowsCase, no_chat_template
 from gptq_cli.wording import number_of
 
 
@@ -98,8 +99,8 @@ def check_windows(seq_len: int, positions: Positions | None) -> list[Warned]:
 
 
 def check_answers(windows: TokenBatches) -> list[Warned]:
-    """Warnings where conversations are not measured: no answer of theirs is within a window, or they are
-    longer than what is tokenized at once."""
+    """Warnings where conversations are not measured (no answer of theirs is within a window, or they are
+    longer than what is tokenized at once), or not as the model is used."""
     reasons = (
         (
             windows.left_out,
@@ -113,8 +114,10 @@ def check_answers(windows: TokenBatches) -> list[Warned]:
         ),
     )
     whose = f"of {windows.source}"
-    return [
+    found = [
         Warned(f"{number_of(count, 'conversation', f'{whose} is', f'{whose} are')} left out: {why}", hint)
         for count, why, hint in reasons
         if count
     ]
+    case = WindowsCase(source=windows.source, joined=windows.joined)
+    return found + [Warned(f"{one.subject}: {one.message}", one.hint) for one in no_chat_template(case)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import gptq_cli
 from gptq_cli.calibration import documents, evaluation_windows, make_batches, open_tokenizer
 from gptq_cli.calibration.answers import answer_spans
 from gptq_cli.calibration.conversations import Conversations
@@ -199,3 +200,31 @@ def test_calibration_cuts_conversations_as_before(tokenizer: Any, tmp_path: Path
     found = make_batches(tokenizer, CalibrationConfig.of(source, samples=4, seq_len=32))
     assert found.answers is None
     assert found.input_ids.shape == (4, 32)
+
+
+def test_conversations_that_no_template_writes_are_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    """They are read as their messages in turn, which is not how a chat model is used."""
+    source = rows(tmp_path / "chat.jsonl", *[TALK] * 60)
+    config = CalibrationConfig.of(source, samples=2, seq_len=32)
+    plain = open_tokenizer(tiny_llama)
+    assert make_batches(plain, config).joined > 0
+    measured = evaluation_windows(plain, source, 32, 2)
+    (warned,) = check_answers(measured)
+    assert "the model has no chat template" in warned.message
+    plain.chat_template = TEMPLATE
+    assert make_batches(plain, config).joined == 0
+    assert check_answers(evaluation_windows(plain, source, 64, 2)) == []
+
+
+def test_a_run_on_conversations_without_a_template_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    source = rows(tmp_path / "chat.jsonl", *[TALK] * 60)
+    report = gptq_cli.quantize(
+        tiny_llama,
+        tmp_path / "out",
+        group_size=32,
+        calibration=source,
+        samples=2,
+        seq_len=32,
+        device_map="cpu",
+    )
+    assert any("no chat template" in warning for warning in report.warnings)

@@ -8,7 +8,7 @@ from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.planning.cases import DeviceNeed
 from gptq_cli.rules import Remark, rule
-from gptq_cli.wording import duration_words
+from gptq_cli.wording import duration_words, number_of
 
 LONG_SECONDS = 600.0
 """Of writing, from which on it is worth a warning."""
@@ -37,6 +37,15 @@ class WritingCase:
     """An estimate; None where none was made."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowsCase:
+    """Calibration windows that were made."""
+
+    source: str
+    joined: int
+    """Conversations that no chat template wrote."""
+
+
 @rule("error")
 def tokenizer(case: TextCase) -> list[Remark]:
     """The tokenizer of the model cannot be opened, so calibration text cannot become tokens."""
@@ -59,6 +68,23 @@ def evaluation_text(case: TextCase) -> list[Remark]:
     cut before the work, because the measurement comes after hours of it.
     """
     return [_remark(case.source, case.failure)]
+
+
+@rule("warning")
+def no_chat_template(case: WindowsCase) -> list[Remark]:
+    """The calibration text is conversations, and the model has no chat template to write them: their messages
+    are joined by blank lines. A chat model is used through its template, which a copy of it may lack.
+    """
+    if not case.joined:
+        return []
+    return [
+        Remark(
+            subject=case.source,
+            message=f"the model has no chat template: {number_of(case.joined, 'conversation', 'is', 'are')} "
+            "read as messages joined by blank lines",
+            hint="a chat model: put its chat_template.jinja beside it; a base model: give it plain text",
+        )
+    ]
 
 
 @rule("error")

@@ -6,7 +6,14 @@ import pytest
 
 from gptq_cli.placement.device import CPU
 from gptq_cli.planning.cases import DeviceNeed
-from gptq_cli.preflight.rules.calibration import LONG_SECONDS, WritingCase, own_text_memory, own_text_time
+from gptq_cli.preflight.rules.calibration import (
+    LONG_SECONDS,
+    WindowsCase,
+    WritingCase,
+    no_chat_template,
+    own_text_memory,
+    own_text_time,
+)
 
 GIB = 1 << 30
 
@@ -32,3 +39,11 @@ def test_a_long_time_is_a_warning(seconds: float | None, found: int) -> None:
         assert remark.level == "warning"
         assert "262144 tokens of text on cpu first, about 11 min" in remark.message
         assert "--calibration self*0.25" in remark.hint
+
+
+def test_conversations_without_a_template_are_a_warning() -> None:
+    assert no_chat_template(WindowsCase(source="a.jsonl", joined=0)) == []
+    (found,) = no_chat_template(WindowsCase(source="a.jsonl", joined=1))
+    assert (found.level, found.subject) == ("warning", "a.jsonl")
+    assert "no chat template: 1 conversation is read" in found.message
+    assert "chat_template.jinja" in found.hint
