@@ -62,9 +62,10 @@ def before_load(job: LoadJob) -> None:
     What is wrong inside a checkpoint is the answer of --verify, and no error there.
     """
     check_harness(job.tasks)
+    directory = checkpoint_directory(job.path)
     if job.verify or job.targets:
         return
-    read_formats(checkpoint_directory(job.path))
+    read_formats(directory)
     if job.against is not None:
         glance_at_model(ModelRef(model=job.against, trust_remote_code=job.trust_remote_code))
 

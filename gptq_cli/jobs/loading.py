@@ -14,7 +14,6 @@ from gptq_cli.calibration import TokenBatches, evaluation_windows, open_tokenize
 from gptq_cli.calibration.batches import own_windows
 from gptq_cli.calibration.own_text import Wanted
 from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
-from gptq_cli.checkpoint.configs import checkpoint_directory
 from gptq_cli.checkpoint.describe import checkpoint_facts
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.verify import check_targets, verify_checkpoint
@@ -67,7 +66,6 @@ def load(job: LoadJob, observer: Observer = ignore) -> LoadReport | VerifyReport
 
 
 def _load(job: LoadJob, observer: Watcher) -> LoadReport | VerifyReport:
-    checkpoint_directory(job.path)  # without one there is nothing to find fault with
     verification = _verified(job, observer)
     if verification is not None and not (job.opens and verification.sound):
         return verification

@@ -158,17 +158,19 @@ def test_what_an_ended_run_left_is_the_jobs_to_put_in_order(model: Path, tmp_pat
 def test_models_and_checkpoints_that_are_not_there(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such directory"):
         before_quantize(job_of(tmp_path / "nosuch", tmp_path / "out"), lambda _: None)
-    with pytest.raises(CheckpointError, match="no such directory"):
-        before_load(LoadJob(path=str(tmp_path / "nosuch")))
+    for verify in (False, True):
+        with pytest.raises(CheckpointError, match="no such directory"):
+            before_load(LoadJob(path=str(tmp_path / "nosuch"), verify=verify))
     with pytest.raises(CheckpointError, match="is not a GPTQ checkpoint"):
         before_load(LoadJob(path=str(model)))
-    before_load(LoadJob(path=str(tmp_path / "nosuch"), verify=True))
+    before_load(LoadJob(path=str(model), verify=True))
 
 
 @pytest.mark.parametrize(
     ("words", "code"),
     [
         (["load", "/nosuch"], 2),
+        (["load", "/nosuch", "--verify"], 2),
         (["inspect-map", "/nosuch"], 2),
         (["quantize", "/nosuch", "--out", "OUT"], 2),
         (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], 3),
