@@ -227,11 +227,8 @@ def _texts(
             raise
         case = rules_text.TextCase(model=job.model.model, source=data.words, failure=error)
         return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
-    read = [(part.source, part.joined) for part in parts if part is not None]
-    cases = [rules_text.WindowsCase(source=source, joined=joined) for source, joined in read]
-    return texts, PreflightReport(
-        tuple(found for case in cases for found in rules_text.no_chat_template(case))
-    )
+    cases = (rules_text.WindowsCase(source=x.source, joined=x.joined) for x in parts if x is not None)
+    return texts, PreflightReport(tuple(found for one in cases for found in rules_text.no_chat_template(one)))
 
 
 def _with_writing(job: QuantizeJob, checked: Checked, wanted: Wanted) -> Checked:

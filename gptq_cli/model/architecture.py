@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import GptqError, ModelError
-from gptq_cli.model.config_types import check_types
+from gptq_cli.model.config_types import COMPARE, check_types
 from gptq_cli.model.headers import brief
 from gptq_cli.model.model_class import (
     causal_names,
@@ -47,7 +47,6 @@ _COUNTS = re.compile(
 """Config fields whose value becomes a number of objects."""
 _ENDLESS = 1 << 63
 _KEY_SHOWN = 80
-_COMPARE = "compare config.json with the one that the model was published with"
 _CONFIG_LIMIT_BYTES = 10_000_000
 
 
@@ -87,14 +86,14 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
             raise ModelError(
                 f"{files.source}: config.json says {wrong[0]} = {brief(wrong[1])}; "
                 "allowed: float16, bfloat16, float32",
-                hint=_COMPARE,
+                hint=COMPARE,
             ) from error
         unknown = "does not recognize this architecture" in str(error)
         raise ModelError(
             f"{files.source}: config.json cannot be used: {first_line(error)}",
             hint="a newer transformers may know this architecture: pip install -U transformers"
             if unknown
-            else "compare config.json with the one that the model was published with",
+            else COMPARE,
         ) from error
     _check_architecture(files.source, raw, config)
     return config
@@ -132,12 +131,12 @@ def check_counts(files: ModelFiles, raw: Mapping[str, Any]) -> None:
             )
             raise ModelError(
                 f"{files.source}: config.json asks for {brief(count)} layers ({name}), {reason}",
-                hint=_COMPARE,
+                hint=COMPARE,
             )
         if count > COUNT_LIMIT:
             raise ModelError(
                 f"{files.source}: config.json says {name} = {brief(count)}; allowed: up to {COUNT_LIMIT}",
-                hint=_COMPARE,
+                hint=COMPARE,
             )
 
 

@@ -14,6 +14,8 @@ from gptq_cli.errors import ModelError
 from gptq_cli.wording import as_json
 
 Check = Callable[[Any], bool]
+COMPARE = "compare config.json with the one that the model was published with"
+"""The hint where a value cannot be right."""
 
 
 def _text(value: Any) -> bool:
@@ -72,5 +74,5 @@ def check_types(source: str, raw: Mapping[str, Any]) -> None:
             if value is not None and not fits(value):
                 raise ModelError(
                     f"{source}: config.json says {prefix}{name} = {as_json(value, 80)}; allowed: {kind}",
-                    hint="compare config.json with the one that the model was published with",
+                    hint=COMPARE,
                 )

@@ -11,7 +11,7 @@ Scales of activations and of key-value caches have no place in a dense model: th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,7 +126,7 @@ def decoded_files(files: ModelFiles, raw: Mapping[str, Any]) -> tuple[ModelFiles
             return files, f"tensor {packed.name} is {packed.dtype}"
         return _with_problems(files, _unexplained(files.tensors)), None
     if is_left_over(quantization, files.tensors):
-        return _with_problems(files, iter([left_over(files.source, quantization)])), None
+        return _with_problems(files, [left_over(files.source, quantization)]), None
     try:
         layouts = layouts_of(quantization)
     except NotDecodableError as error:
@@ -134,7 +134,7 @@ def decoded_files(files: ModelFiles, raw: Mapping[str, Any]) -> tuple[ModelFiles
     return _Matching(files.tensors, layouts).applied_to(files), None
 
 
-def _with_problems(files: ModelFiles, problems: Iterator[SourceProblem]) -> ModelFiles:
+def _with_problems(files: ModelFiles, problems: Iterable[SourceProblem]) -> ModelFiles:
     return replace(files, problems=(*files.problems, *problems))
 
 

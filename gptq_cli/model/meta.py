@@ -15,6 +15,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.architecture import raise_import_failure
+from gptq_cli.model.config_types import COMPARE
 from gptq_cli.model.model_class import make_model
 from gptq_cli.model.quiet import quiet_libraries
 from gptq_cli.wording import first_line, number_of
@@ -72,7 +73,7 @@ def _counted(ref: ModelRef, tensors: int) -> Iterator[None]:
             raise ModelError(
                 f"config.json of {ref.model} asks for more than {limit} modules; "
                 f"the files hold {number_of(tensors, 'tensor')}",
-                hint="compare config.json with the one that the model was published with",
+                hint=COMPARE,
             )
 
     handle = register_module_module_registration_hook(registered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 
+from gptq_cli.model.config_types import COMPARE
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device_rules import NameTree
 from gptq_cli.placement.names import fold, parents
@@ -192,7 +193,7 @@ def surplus_blocks(case: JobCase) -> list[Remark]:
             message=f"config.json describes {number_of(len(case.facts.blocks), 'block')}, and the files hold "
             f"{len(names)} more, which the model does not run: "
             f"{'it is' if len(names) == 1 else 'they are'} copied dense",
-            hint="compare config.json with the one that the model was published with",
+            hint=COMPARE,
             modules=tuple(names),
         )
     ]

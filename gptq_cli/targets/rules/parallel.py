@@ -75,9 +75,7 @@ def _shapes(case: Case) -> list[FusedMatrix]:
 def _misfits(case: Case, shapes: Sequence[FusedMatrix], ranks: int) -> Iterator[_Misfit]:
     heads = case.facts.heads
     if heads.queries % ranks:
-        yield _Misfit(
-            f"{number_of(heads.queries, 'attention head', 'does', 'do')} not divide over {ranks} ranks"
-        )
+        yield _Misfit(f"{number_of(heads.queries, 'attention head', *_DO)} not divide over {ranks} ranks")
     if heads.keys and heads.keys % ranks and ranks % heads.keys:
         yield _Misfit(
             f"{heads.keys} key-value heads neither divide over {ranks} ranks nor can be copied evenly"
