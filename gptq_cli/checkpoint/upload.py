@@ -2,7 +2,7 @@
 
 An upload that was interrupted goes on when it is run again: files that the Hub has already are not sent a
 second time. `HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are honoured by `huggingface_hub`.
-report.json stays here: it names this machine and its paths.
+report.json and pages made of it stay here: they name this machine and its paths.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gptq_cli.errors import GptqError
 from gptq_cli.results.card import CARD, renamed
 from gptq_cli.results.push import HubState, PushConfig
 
-_LEFT_OUT = [".*", "*/.*", "report.json"]
+_LEFT_OUT = [".*", "*/.*", "report.json", "*.html", "*.htm"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _HTTP_CLIENTS = ("httpx", "httpcore")
 

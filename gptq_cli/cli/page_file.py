@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -16,16 +17,33 @@ from gptq_cli.events import Observer, Warned
 from gptq_cli.files import expanded, kind_of, open_once, reason, shown
 
 HTML_BEGINS = b"<!doctype html"
+_PAGES = (".html", ".htm")
 T = TypeVar("T", bound=Any)  # a report with warnings
 
 
-def check_page(option: str, text: str, others: Mapping[str, str | None] = MappingProxyType({})) -> Path:
+def check_page(
+    option: str,
+    text: str,
+    others: Mapping[str, str | None] = MappingProxyType({}),
+    *,
+    out: str | None = None,
+) -> Path:
     """The file that `--option` names. Raises `ConfigError` where none can be written, or one that is no page
     would be lost.
 
-    Before the work, not after it. `others`: options of the same command, and what they write to.
+    Before the work, not after it. `others`: options of the same command, and what they write to. `out`: the
+    directory that the work will put in place, which may hold the page.
     """
     path = expanded(text)
+    if out and not text.endswith(os.sep) and _is_in(path, out):
+        if path.suffix.lower() not in _PAGES:
+            raise ConfigError(
+                f"{option} is {shown(text)!r}, a page in out, where other files may have such a name; "
+                f"allowed there: names with {' or '.join(_PAGES)}",
+                hint=f"--{option} {shlex.quote(str(path.with_suffix(_PAGES[0])))}",
+            )
+        if not os.path.lexists(expanded(out)):
+            return path
     elsewhere = f"give --{option} a file in a directory that you can write to"
     try:
         kind = kind_of(path)
@@ -47,6 +65,13 @@ def check_page(option: str, text: str, others: Mapping[str, str | None] = Mappin
     for name, held in others.items():
         _check_apart(option, path, name, held)
     return path
+
+
+def _is_in(path: Path, directory: str) -> bool:
+    """Whether a file is, or will be, right in a directory."""
+    if "\0" in f"{path}{directory}":
+        return False
+    return os.path.realpath(path.parent) == os.path.realpath(expanded(directory))
 
 
 def _try_to_write(path: Path, kind: str | None) -> None:

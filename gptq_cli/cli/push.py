@@ -23,7 +23,7 @@ def push(
 ) -> None:
     """Verify the GPTQ checkpoint DIR and upload it to the Hub as ID, in one commit.
 
-    The same command goes on after an interruption. report.json is left out: it names this machine.
+    The same command goes on after an interruption. report.json and pages name this machine: they stay here.
     """
     session: Session = context.obj
     with watch(session, progress, quiet=quiet) as observer:

@@ -111,7 +111,7 @@ def quantize(
     page = None
     if report is not None and (launch is None or launch.leads):
         written = {"out": out, "log_file": session.log_file, "events": session.events}
-        page = check_page("report", report, written)
+        page = check_page("report", report, written, out=out)
     if launch is not None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of every rank that leaves
     job = QuantizeJob(

@@ -97,6 +97,8 @@ def test_every_field_of_the_configuration_is_an_option(jobs: FakeJobs, run: Run)
         ("--max-shard-size 5Gb", "max_shard_size: '5Gb' reads as bits"),
         ("--devices cuda:0=24GiB", "devices is given, but this is not a dry run"),
         ("--report nowhere/at/all/r.html", "which cannot be written: no such file or directory"),
+        ("--report O/report.json", "report is 'O/report.json', a page in out, where other files"),
+        ("--report O/pages/r.html", "which cannot be written: no such file or directory"),
         ("--report O", "report and out are both 'O'"),
         ("--report ./O", "report and out are both 'O'"),
         ("--report new/", "report is 'new/', which is a directory"),
@@ -142,6 +144,13 @@ def test_a_report_page_is_written(jobs: FakeJobs, run: Run, tmp_path: Path) -> N
     page = tmp_path / "run.html"
     assert run("quantize", "M", "--out", "O", "--report", str(page)).code == 0
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_a_page_in_the_destination_needs_a_name_of_its_own(jobs: FakeJobs, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()  # empty, as a volume is
+    outcome = run("quantize", "M", "--out", str(tmp_path / "o"), "--report", f"{tmp_path}/o/README.md")
+    assert (outcome.code, jobs.called) == (2, "")
+    assert f"hint: --report {tmp_path}/o/README.html\n" in outcome.err
 
 
 def test_a_page_is_not_where_the_destination_needs_a_directory(

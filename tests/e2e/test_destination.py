@@ -208,6 +208,24 @@ def test_what_the_start_can_know(
     assert names(parent) == []
 
 
+@pytest.mark.parametrize("there", [False, True], ids=["absent", "empty"])
+def test_the_page_of_a_run_may_be_in_its_result(
+    there: bool, tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
+    """Which does not exist before the end. It is no part of an upload, and no fault of the checkpoint."""
+    out = tmp_path / "new" / "q"
+    if there:
+        out.mkdir(parents=True)
+    ran = quantized(tiny_llama, out, text, "--report", str(out / "run.html"))
+    assert ran.code == 0, ran.stderr
+    assert "warning" not in ran.stderr
+    assert (out / "run.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "report.json" in names(out)
+    again = quantized(tiny_llama, out, text, "--overwrite", "--report", str(out / "run.html"))
+    assert again.code == 0, again.stderr
+    assert "run.html" in names(out)
+
+
 def test_a_command_line_that_is_not_utf8_is_reported(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     odd = tmp_path / os.fsdecode(b"t\xe9xt.txt")
     odd.write_bytes(text.read_bytes())
