@@ -11,7 +11,7 @@ import torch
 
 from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.source import INDEX, ModelFiles, read_json
-from gptq_cli.model.source_files import check_unchanged, is_copied, outside_target
+from gptq_cli.model.source_files import check_unchanged, is_copied, is_pointer, outside_target
 
 BESIDE = ("README.md", "loss_per_block.svg", "report.json")
 """What a run writes for people."""
@@ -68,14 +68,15 @@ def copy_sidecars(files: ModelFiles, target: Path, *, code: bool) -> tuple[str, 
     their names.
 
     Only files that were there when the model was opened are copied; if one has changed since, `SourceChanged`
-    is raised. A link that leads out of the directory is left out: preflight has reported it.
+    is raised. A link that leads out of the directory and a pointer of Git LFS are left out: preflight has
+    reported them.
     """
     copied: list[str] = []
     for stamp in files.stamps:
         name = stamp.name
         if not is_copied(name, code=code):
             continue
-        if outside_target(files.directory, name) is not None:
+        if outside_target(files.directory, name) is not None or is_pointer(files.directory / name):
             continue
         check_unchanged(files.directory, (stamp,))
         (target / name).parent.mkdir(exist_ok=True)

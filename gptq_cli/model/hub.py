@@ -41,9 +41,9 @@ from gptq_cli.model.source import (
     index_map,
     read_json,
     scan_directory,
-    unsafe_path,
     without_weight_files,
 )
+from gptq_cli.model.source_files import unsafe_path
 from gptq_cli.wording import first_line
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
@@ -34,6 +34,8 @@ from gptq_cli.model.source_files import (
     has_tokenizer,
     is_copied,
     is_needed,
+    is_parsed,
+    is_pointer,
     link_to_nothing,
     open_regular,
     outside_target,
@@ -41,6 +43,7 @@ from gptq_cli.model.source_files import (
     small_files,
     special_kind,
     stamps_of,
+    unsafe_path,
 )
 
 SINGLE = "model.safetensors"
@@ -48,7 +51,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _INDEX_ENDING = ".safetensors.index.json"
 _JSON_LIMIT_BYTES = 100_000_000
-READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out"})
+READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out", "pointer-left-out"})
 """Problems that matter when files are copied or text is tokenized, but not when a model is only opened."""
 
 Progress = Callable[[int, int | None], None]
@@ -62,8 +65,8 @@ class SourceProblem:
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
     bad-index, unsafe-path, special-file, file-not-fetched, file-too-large, outside-link, link-left-out,
-    pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch, unreadable-shard,
-    unreadable-file, unsupported-dtype, missing-scale, scale-mismatch, unknown-scaling,
+    pointer-left-out, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch,
+    unreadable-shard, unreadable-file, unsupported-dtype, missing-scale, scale-mismatch, unknown-scaling,
     left-over-config."""
     subject: str
     """The file or tensor."""
@@ -169,6 +172,7 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
     for name in names:
         kind, target = special_kind(directory / name), outside_target(directory, name)
         needed = is_needed(name) or name.endswith(".safetensors")
+        pointer = is_pointer(directory / name)
         if kind is not None:
             yield SourceProblem(
                 "special-file",
@@ -184,7 +188,7 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 f"{name} has {found} bytes; allowed: {allowed}",
                 f"compare {name} with the one that the model was published with",
             )
-        elif needed and (other := content_elsewhere(directory / name)) is not None:
+        elif (needed or (pointer and is_parsed(name))) and (other := content_elsewhere(directory / name)):
             yield SourceProblem("file-not-fetched", name, f"{name} {other[0]}", other[1])
         elif target is not None and needed:
             yield SourceProblem(
@@ -193,6 +197,10 @@ def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]
                 f"{name} {_leads_out(target)}",
                 f"if that is intended, replace the link by a copy: cp --remove-destination {target} "
                 f"{directory / name}",
+            )
+        elif is_copied(name) and pointer and (other := content_elsewhere(directory / name)):
+            yield SourceProblem(
+                "pointer-left-out", name, f"{name} {other[0]}: it is left out of the checkpoint", other[1]
             )
         elif is_copied(name) and (astray := link_to_nothing(directory / name) or _leads_out(target)):
             yield SourceProblem(
@@ -222,20 +230,6 @@ def read_json(path: Path, *, limit_bytes: int = _JSON_LIMIT_BYTES) -> Any:
         return json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not valid JSON: {error}") from error
-
-
-def unsafe_path(name: str) -> bool:
-    """True for a shard name that could leave the directory: absolute, with `..`, a drive, a backslash or a
-    NUL."""
-    pure = PurePosixPath(name)
-    return (
-        not name
-        or pure.is_absolute()
-        or ".." in pure.parts
-        or "\\" in name
-        or "\0" in name
-        or bool(PureWindowsPath(name).drive)
-    )
 
 
 def _shard_names(

@@ -26,11 +26,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from io import BufferedReader
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from gptq_cli.errors import SourceChanged
 from gptq_cli.wording import number_of
 
+_FOR_PEOPLE = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 COPIED = (
     "tokenizer*",
     "vocab*",
@@ -46,10 +47,7 @@ COPIED = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *_FOR_PEOPLE,
 )
 """Names of the small files that go into a checkpoint as they are."""
 COPIED_FOLDERS = ("additional_chat_templates",)
@@ -148,21 +146,39 @@ def link_to_nothing(path: Path) -> str:
     return f"is a link to {os.readlink(path)}, which is not there"
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a pointer of Git LFS stands in the place of a file."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(_LFS)) == _LFS
+    except (OSError, ValueError):
+        return False
+
+
 def content_elsewhere(path: Path) -> tuple[str, str] | None:
     """What stands in the place of a file that was not fetched, and what to do; None where it is there."""
     if nothing := link_to_nothing(path):
         return nothing, "put the file there, or fetch the model again"
-    try:
-        with open_regular(path) as file:
-            pointer = file.read(len(_LFS)) == _LFS
-    except (OSError, ValueError):
-        return None
-    if not pointer:
+    if not is_pointer(path):
         return None
     folder = shlex.quote(str(path.parent))
     return (
         "is a pointer of Git LFS, not the file itself",
         f"git -C {folder} lfs pull fetches it; or fetch the model again",
+    )
+
+
+def unsafe_path(name: str) -> bool:
+    """True for a shard name that could leave the directory: absolute, with `..`, a drive, a backslash or a
+    NUL."""
+    pure = PurePosixPath(name)
+    return (
+        not name
+        or pure.is_absolute()
+        or ".." in pure.parts
+        or "\\" in name
+        or "\0" in name
+        or bool(PureWindowsPath(name).drive)
     )
 
 
@@ -193,7 +209,8 @@ def _blobs_of(root: Path) -> str | None:
 
 
 def small_files(directory: Path) -> Iterator[str]:
-    """Names of all files beside the weights that may be opened, sorted; directories are not among them."""
+    """Names of all files beside the weights that may be opened, sorted; directories are not among them, but a
+    link to nothing in the place of one is."""
     for path in sorted(directory.iterdir()):
         if _like(path.name, _READ) and not path.is_dir():
             yield path.name
@@ -201,6 +218,8 @@ def small_files(directory: Path) -> Iterator[str]:
         if (directory / folder).is_dir():
             for path in sorted((directory / folder).glob("*.jinja")):
                 yield f"{folder}/{path.name}"
+        elif link_to_nothing(directory / folder):
+            yield folder
 
 
 def defining_files(directory: Path, *, code: bool) -> tuple[str, ...]:
@@ -244,12 +263,17 @@ def is_copied(name: str, *, code: bool = True) -> bool:
     folder, _, rest = name.rpartition("/")
     if folder:
         return folder in COPIED_FOLDERS and bool(rest)
-    return _like(name, COPIED) or (code and _like(name, (CODE,)))
+    return name in COPIED_FOLDERS or _like(name, COPIED) or (code and _like(name, (CODE,)))
 
 
 def is_needed(name: str) -> bool:
     """True for a file that is part of the model itself."""
     return _like(name.rpartition("/")[2], NEEDED)
+
+
+def is_parsed(name: str) -> bool:
+    """True for a file that a program reads if it is there: settings, a template, a vocabulary."""
+    return is_copied(name, code=False) and not _like(name, _FOR_PEOPLE)
 
 
 def _like(name: str, patterns: Iterable[str]) -> bool:

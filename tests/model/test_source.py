@@ -11,7 +11,8 @@ import pytest
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.find import find_model
-from gptq_cli.model.source import INDEX, unsafe_path
+from gptq_cli.model.source import INDEX
+from gptq_cli.model.source_files import unsafe_path
 from tests.conftest import TinyFactory
 
 

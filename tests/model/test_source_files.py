@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.checkpoint.side_files import copy_sidecars
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError, SourceChanged
 from gptq_cli.model.find import find_model
@@ -246,9 +247,7 @@ def test_a_file_that_was_not_fetched_is_named(
         (path / "model.safetensors").unlink()
     (path / name).unlink(missing_ok=True)
     if pointer:
-        (path / name).write_text(
-            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
-        )
+        (path / name).write_text(POINTER)
         words, hint = f"{name} is a pointer of Git LFS, not the file itself", "lfs pull"
     else:
         (path / name).symlink_to("nowhere")
@@ -261,6 +260,47 @@ def test_a_file_that_was_not_fetched_is_named(
     (problem,) = [p for p in scan_directory(path).problems if p.kind != "no-tokenizer"]
     assert (problem.kind, problem.subject, problem.message) == ("file-not-fetched", name, words)
     assert hint in problem.hint
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LICENSE", "pointer-left-out"),
+        ("NOTICE.txt", "pointer-left-out"),
+        ("chat_template.jinja", "file-not-fetched"),
+        ("additional_chat_templates/tool.jinja", "file-not-fetched"),
+        ("generation_config.json", "file-not-fetched"),
+        ("preprocessor_config.json", "file-not-fetched"),
+    ],
+)
+def test_a_pointer_in_the_place_of_a_file_that_is_copied_is_told(
+    tiny_llama: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    """One that would be read is an error; one for people is left out of the checkpoint."""
+    path, copy = tmp_path / "model", tmp_path / "copy"
+    shutil.copytree(tiny_llama, path)
+    (path / name).parent.mkdir(exist_ok=True)
+    (path / name).write_text(POINTER)
+    files = scan_directory(path)
+    (problem,) = files.problems
+    assert (problem.kind, problem.subject) == (kind, name)
+    assert problem.message.startswith(f"{name} is a pointer of Git LFS, not the file itself")
+    assert problem.message.endswith("left out of the checkpoint") == (kind == "pointer-left-out")
+    assert "lfs pull" in problem.hint
+    copy.mkdir()
+    assert name not in copy_sidecars(files, copy, code=True)
+
+
+def test_a_folder_of_templates_that_is_a_link_to_nothing_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_llama, path)
+    (path / "additional_chat_templates").symlink_to("nowhere")
+    (problem,) = scan_directory(path).problems
+    assert (problem.kind, problem.subject) == ("link-left-out", "additional_chat_templates")
+    assert "is a link to nowhere, which is not there: it is left out" in problem.message
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "chat_template.jinja", "additional_chat_templates/tool.jinja"])

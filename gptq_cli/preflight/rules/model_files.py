@@ -118,7 +118,8 @@ def special_file() -> None:
 def file_not_fetched() -> None:
     """A pointer of Git LFS, or a link to nothing, stands in the place of a file of the model.
 
-    A clone without `git lfs` leaves pointers, and a folder that was copied out of a hub cache leaves links.
+    A template or settings count, too: a pointer in their place would be read as one. A clone without
+    `git lfs` leaves pointers, and a folder that was copied out of a hub cache leaves links.
     """
 
 
@@ -142,6 +143,14 @@ def link_left_out() -> None:
 
     A licence or a chat template that is missing can be added by hand; somebody else's file in a published
     checkpoint cannot be taken back.
+    """
+
+
+@_problem("warning")
+def pointer_left_out() -> None:
+    """A pointer of Git LFS stands in the place of a file that only people read: it is not copied.
+
+    Such a pointer in the place of a file that programs read is an error (`file-not-fetched`).
     """
 
 
