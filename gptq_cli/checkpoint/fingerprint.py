@@ -46,6 +46,10 @@ FREE = frozenset(
     }
 )
 """Fields of a `QuantizeJob` that may differ."""
+_BITS = frozenset(
+    {"quantize.bits", "quantize.bits_per_weight", "quantize.modules", "quantize.quantize_head", "layout"}
+)
+"""Names of what a budget of bits decides, and of what is asked for in its place."""
 _DIGITS = 16
 
 
@@ -92,6 +96,18 @@ class Fingerprint:
             for name in names
             if before.get(name) != after.get(name)
         )
+
+
+def bits_asked(job: QuantizeJob) -> Fingerprint:
+    """What a job asks for about bits, as it was given: before a budget is spent."""
+    return Fingerprint(tuple((name, value) for name, value in settings_of(job) if name in _BITS))
+
+
+def in_words_of_the_job(
+    found: tuple[Difference, ...], asked: tuple[Difference, ...]
+) -> tuple[Difference, ...]:
+    """Differences of two runs, with those in what the jobs asked for in the place of what was chosen."""
+    return (*asked, *(one for one in found if one.name not in _BITS)) if found and asked else found
 
 
 def model_digest(skeleton: Skeleton) -> str:

@@ -80,6 +80,8 @@ class Manifest:
 
     version: int = VERSION
     fingerprint: Fingerprint
+    asked: Fingerprint | None = None
+    """What was asked for about bits: noted, to be named where the fingerprints differ."""
     total: int
     """Blocks of the model."""
     starts: tuple[StartReport, ...]

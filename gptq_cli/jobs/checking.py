@@ -140,7 +140,7 @@ class _Known:
 
 def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> Checked:
     """The rest of the check: the bits, unfinished work, the map, and all findings."""
-    skeleton, facts, search = known.skeleton, known.facts, known.search
+    skeleton, facts, search, given = known.skeleton, known.facts, known.search, job
     bits, measures = None, None
     if search is not None:
         measured = known.store.find(search.wanted(tokens)) if tokens is not None else None
@@ -154,7 +154,7 @@ def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> 
     work = work_of(job, facts, ranks or 0)
     same = replace(job, quantize=work.quantize)
     unfinished = (
-        find_work(same, lambda: Fingerprint.of(same, skeleton, known_tokens) if known_tokens else None)
+        find_work(same, given, lambda: Fingerprint.of(same, skeleton, known_tokens) if known_tokens else None)
         if known.goes_on
         else None
     )

@@ -340,6 +340,7 @@ def keeping(
     found: Journal | None,
     fingerprint: Fingerprint,
     *,
+    asked: Fingerprint,
     writer: CheckpointWriter,
     destination: Destination,
     skeleton: Skeleton,
@@ -350,9 +351,13 @@ def keeping(
     team: Team = ALONE,
 ) -> Iterator[Keeping]:
     """The keeper of a run that began at `started` (of `time.perf_counter`); `found`: the journal of the work
-    that it goes on with."""
+    that it goes on with; `asked`: what the job asks for about bits."""
     manifest = Manifest(
-        fingerprint=fingerprint, total=len(skeleton.blocks), starts=(), written=written_times(skeleton)
+        fingerprint=fingerprint,
+        asked=asked,
+        total=len(skeleton.blocks),
+        starts=(),
+        written=written_times(skeleton),
     )
     began = datetime.now().astimezone() - timedelta(seconds=time.perf_counter() - started)
     start = StartReport(

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.checkpoint.fingerprint import Fingerprint
+from gptq_cli.checkpoint.fingerprint import Fingerprint, bits_asked
 from gptq_cli.checkpoint.held_signals import held_signals
 from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.kept_states import StatesOnDisk
@@ -181,6 +181,7 @@ def _quantize(
         keeping(
             found.journal if found is not None else None,
             fingerprint,
+            asked=bits_asked(asked.job),
             writer=writer,
             destination=destination,
             skeleton=checked.skeleton,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from gptq_cli.checkpoint.fingerprint import Fingerprint
+from gptq_cli.checkpoint.fingerprint import Fingerprint, bits_asked, in_words_of_the_job
 from gptq_cli.checkpoint.journal import Journal, JournalError, Manifest
 from gptq_cli.checkpoint.place import Place
 from gptq_cli.config import QuantizeJob
@@ -37,10 +37,13 @@ class Found:
     journal: Journal | None
 
 
-def find_work(job: QuantizeJob, fingerprint: Callable[[], Fingerprint | None]) -> Found | None:
+def find_work(
+    job: QuantizeJob, given: QuantizeJob, fingerprint: Callable[[], Fingerprint | None]
+) -> Found | None:
     """The unfinished work at the job's destination; None without any. Writes nothing.
 
-    `fingerprint` gives that of the job; None where it has none because its text is not sound.
+    `given`: the job before a budget of bits was spent. `fingerprint` gives that of the job; None where it has
+    none because its text is not sound.
     """
     place = _place(job)
     try:
@@ -57,6 +60,8 @@ def find_work(job: QuantizeJob, fingerprint: Callable[[], Fingerprint | None]) -
     manifest = journal.manifest
     own = fingerprint()
     differences = manifest.fingerprint.differences(own) if own is not None else ()
+    if manifest.asked is not None:
+        differences = in_words_of_the_job(differences, manifest.asked.differences(bits_asked(given)))
     facts = UnfinishedWork(
         folder=folder,
         resume=job.resume,

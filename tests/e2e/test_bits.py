@@ -166,6 +166,31 @@ def test_the_same_command_goes_on(
     assert files(tmp_path / "b") == files(tmp_path / "whole")
 
 
+def test_another_budget_is_named_where_unfinished_work_does_not_fit(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the bits that were chosen for it, which nobody typed."""
+    words = ("quantize", tiny_llama, "--calibration", text, *QUICK, "--json", "--out", tmp_path / "a")
+    with monkeypatch.context() as stopping:
+        stop_after(stopping, 1)
+        assert gptq(*words, "--bits-per-weight", "11").code == 1
+
+    def message(*more: str) -> str:
+        refused = gptq(*words, *more)
+        assert refused.code == 3
+        (finding,) = [x for x in refused.document["error"]["findings"] if x["level"] == "error"]
+        assert finding["rule"] == "work-of-another-job"
+        return str(finding["message"])
+
+    assert message("--bits-per-weight", "12.5").endswith(
+        "differs in quantize.bits_per_weight (11.0, now 12.5)"
+    )
+    said = message("--bits", "8", "--samples", "5")
+    assert "quantize.bits_per_weight (11.0, now None)" in said
+    assert "calibration.samples" in said
+    assert "modules" not in said
+
+
 @pytest.mark.parametrize("damage", ["{", '{"key": 1}', "[]", '"digest"'])
 def test_damaged_numbers_are_measured_again(
     damage: str, tiny_llama: Path, text: Path, tmp_path: Path, cache: Path
