@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_safetensors_metadata, snapshot_download
+from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -25,6 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     SafetensorsParsingError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from gptq_cli.config import ModelRef
 from gptq_cli.devices.out_of_memory import is_out_of_memory
@@ -43,12 +45,13 @@ from gptq_cli.model.source import (
     scan_directory,
     without_weight_files,
 )
-from gptq_cli.model.source_files import unsafe_path
-from gptq_cli.wording import first_line
+from gptq_cli.model.source_files import has_tokenizer, unsafe_path
+from gptq_cli.wording import first_line, names_text
 
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
 _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 """HTTP clients of the various versions of `huggingface_hub`; their errors are network errors."""
+_ONLINE = "connect to the network, and unset HF_HUB_OFFLINE"
 _NOT_ALLOWED = (401, 403)
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
 
@@ -66,6 +69,8 @@ def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFi
         files = scan_directory(directory, source=ref.model)
         if any(problem.kind == "no-weights" for problem in files.problems):
             files = _name_pickles(ref, files)
+        if hub_constants.HF_HUB_OFFLINE:
+            files = _only_cached(ref, files)
     return replace(files, revision=_commit(directory))
 
 
@@ -73,7 +78,37 @@ def fetch_small(ref: ModelRef) -> Path:
     """Download configs, tokenizer and licence of `ref` (or find them in the cache). Raises `ModelError`."""
     patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
     with _explained(ref):
-        return _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
+        directory = _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
+        if hub_constants.HF_HUB_OFFLINE and not (directory / "config.json").exists():
+            raise OfflineModeIsEnabled
+        return directory
+
+
+def _lacking(ref: ModelRef) -> list[str]:
+    """What the cache lacks of a model that it holds a part of, as after a download that broke off; empty
+    where it holds nothing."""
+    folder = Path(hub_constants.HF_HUB_CACHE) / repo_folder_name(repo_id=ref.model, repo_type="model")
+    commit = ref.revision or "main"
+    with contextlib.suppress(OSError, ValueError):
+        commit = (folder / "refs" / commit).read_text(encoding="utf-8").strip()
+    snapshot = folder / "snapshots" / commit
+    if not snapshot.is_dir() and not (folder / "refs" / (ref.revision or "main")).is_file():
+        return []
+    names = ("config.json", *_shards(snapshot))
+    lacking = [name for name in names if not (snapshot / name).is_file()]
+    return lacking if has_tokenizer(snapshot) else [*lacking, "the files of the tokenizer"]
+
+
+def _only_cached(ref: ModelRef, files: ModelFiles) -> ModelFiles:
+    """The same with the hint for a client that is offline, and so does not fetch the rest."""
+    hint = f"only a part of {ref.model} is in the cache: {_ONLINE}, and the rest is fetched"
+    return replace(
+        files,
+        problems=tuple(
+            replace(one, hint=hint) if one.kind in ("no-weights", "missing-shard", "no-tokenizer") else one
+            for one in files.problems
+        ),
+    )
 
 
 def _snapshot(
@@ -172,6 +207,12 @@ def _explained(ref: ModelRef) -> Iterator[None]:
     except NotASafetensorsRepoError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        if lacking := _lacking(ref):
+            raise ModelError(
+                f"only a part of {what} is in the cache, and the Hub cannot be reached; there is no "
+                f"{names_text(lacking, 3)}",
+                hint=f"{_ONLINE}: the rest is fetched; or give the path of a local model directory",
+            ) from error
         raise ModelError(
             f"no such directory: {ref.model}; as a Hub model id it is not in the cache, "
             "and the Hub cannot be reached",

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -182,3 +183,48 @@ def test_the_weights_are_of_the_commit_that_the_small_files_were_of(fake: FakeHu
     files = find_model(ModelRef(model="org/name", revision="main"))
     assert fake.revisions == ["main", fake.snapshot.name]
     assert files.revision == fake.snapshot.name
+
+
+@pytest.fixture
+def offline(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that holds a whole model, and a client without a network."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("c0ffee" * 6 + "c0ff")
+    shutil.copytree(tiny_llama, snapshot)
+    refs = snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(snapshot.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+@pytest.mark.parametrize(
+    ("gone", "lacks"),
+    [
+        (["config.json"], "config.json$"),
+        (["config.json", "model.safetensors"], "config.json, model.safetensors$"),
+        (["*"], "config.json, model.safetensors, the files of the tokenizer$"),
+    ],
+)
+def test_offline_a_part_of_a_model_in_the_cache_is_told(gone: list[str], lacks: str, offline: Path) -> None:
+    """As a download leaves it that broke off."""
+    assert find_model(ModelRef(model="org/name")).problems == ()
+    for path in [path for name in gone for path in offline.glob(name)]:
+        path.unlink()
+    if gone == ["*"]:
+        offline.rmdir()
+    said = f"only a part of org/name is in the cache, .*; there is no {lacks}"
+    with pytest.raises(ModelError, match=said) as caught:
+        find_model(ModelRef(model="org/name"))
+    assert "unset HF_HUB_OFFLINE: the rest is fetched" in (caught.value.hint or "")
+    with pytest.raises(ModelError, match="it is not in the cache"):
+        find_model(ModelRef(model="org/name", revision="v1"))
+
+
+def test_offline_weights_that_are_not_in_the_cache_are_told(offline: Path) -> None:
+    (offline / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"only a part of org/name .*; there is no model\.safetensors$"):
+        find_model(ModelRef(model="org/name"), weights=False)
+    (problem,) = find_model(ModelRef(model="org/name")).problems
+    assert problem.kind == "no-weights"
+    assert problem.hint.startswith("only a part of org/name is in the cache: connect to the network")
