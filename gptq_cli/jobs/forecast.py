@@ -6,13 +6,13 @@ the machine to cost little beside it. More than `TOLERANCE` above the plan is a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from gptq_cli.devices.host_memory import resident_bytes
 from gptq_cli.events import BlockFinished, DeviceMemory, Event, Observer, Warned
-from gptq_cli.jobs.less_memory import half
+from gptq_cli.jobs.less_memory import ANEW, half
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.schedule import Schedule
@@ -81,19 +81,20 @@ class Forecast:
         return found
 
     def _less_memory(self) -> str:
-        """For a larger block; what cannot be less is not named."""
-        data = self.work.calibration
-        less = (
-            ("--batch-size", half(self.schedule.micro_batch_samples)),
-            ("--samples", half(data.samples, len(data.sources))),
-        )
-        named = " or ".join(f"{option} {value}" for option, value in less if value is not None)
+        """For a larger block; what cannot be less is not named. By then a block is kept."""
+        batch = half(self.schedule.micro_batch_samples)
+        fewer = (f"--batch-size {batch}",) if batch is not None else ()
+        named = " or ".join((*fewer, *self._fewer_samples()))
         return f"a larger block may not fit{f': {named} takes less' if named else ''}"
 
     def _less_time(self) -> str:
+        return "".join(f"; {option} takes less" for option in self._fewer_samples())
+
+    def _fewer_samples(self) -> Iterator[str]:
         data = self.work.calibration
         samples = half(data.samples, len(data.sources))
-        return f"; --samples {samples} takes less" if samples is not None else ""
+        if samples is not None:
+            yield f"--samples {samples}{ANEW}"
 
     def time_warnings(self, done: BlockReport, blocks_left: Sequence[str]) -> list[Warned]:
         """Whether the block took longer than planned, and what that means for the others."""

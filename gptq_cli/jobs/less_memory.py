@@ -17,6 +17,8 @@ from gptq_cli.placement.device_map import DeviceMap
 Command = Literal["quantize", "load", "inspect-map"]
 MACHINE = "free memory on this machine, or raise its limit (ulimit -v, the container's)"
 PROVED = "the checkpoint is complete: measure it by itself with gptq load, which can spread the model"
+ANEW = " --resume never (the work begins anew)"
+"""What an option needs that makes another job of a run, where blocks of it are kept."""
 _OFFLOAD = "offload blocks (--device-map auto with --max-memory)"
 _SEE = "see what needs memory: gptq quantize … --dry-run"
 _BATCHED: tuple[Phase, ...] = ("bits", "gradients", "capture", "head", "resume")
@@ -36,7 +38,7 @@ def of_quantize(
     """`micro_batch`: samples of a forward, None where that is not known yet. `kept`: blocks are finished, and
     count only for the same text and settings."""
     data, config = job.calibration, job.quantize
-    anew = " --resume never (the work begins anew)" if kept else ""
+    anew = ANEW if kept else ""
     batch = half(micro_batch or data.batch_size or 1)
     if batch is not None and phase in _BATCHED:
         yield f"--batch-size {batch}"

@@ -16,6 +16,7 @@ from gptq_cli.planning.cases import Work
 from tests.preflight.shapes import llama
 
 GIB = 2**30
+ANEW = " --resume never (the work begins anew)"
 
 
 def forecast(samples: int, batch: int) -> Forecast:
@@ -32,8 +33,8 @@ def forecast(samples: int, batch: int) -> Forecast:
 @pytest.mark.parametrize(
     ("samples", "batch", "says"),
     [
-        (128, 4, "may not fit: --batch-size 2 or --samples 64 takes less"),
-        (128, 1, "may not fit: --samples 64 takes less"),
+        (128, 4, f"may not fit: --batch-size 2 or --samples 64{ANEW} takes less"),
+        (128, 1, f"may not fit: --samples 64{ANEW} takes less"),
         (1, 2, "may not fit: --batch-size 1 takes less"),
         (1, 1, "a larger block may not fit"),
     ],
@@ -46,7 +47,9 @@ def test_more_memory_than_planned(samples: int, batch: int, says: str) -> None:
     assert warned.hint.endswith(says)
 
 
-@pytest.mark.parametrize(("samples", "says"), [(16, "may be why; --samples 8 takes less"), (1, "may be why")])
+@pytest.mark.parametrize(
+    ("samples", "says"), [(16, f"may be why; --samples 8{ANEW} takes less"), (1, "may be why")]
+)
 def test_more_time_than_planned(samples: int, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Forecast, "seconds", lambda self: {"model.layers.0": 1.0})
     done: Any = SimpleNamespace(name="model.layers.0", seconds=9.0)
