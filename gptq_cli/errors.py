@@ -31,6 +31,7 @@ do next. Only `gptq_cli.cli.app.main` turns an error into an exit code.
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING
 
 from gptq_cli.wording import number_of
@@ -158,7 +159,11 @@ class NonFinite(QualityGateFailed):
 
 
 class WeightTooLarge(NonFinite):
-    """A weight whose scales float16 cannot hold; left dense, it may stay."""
+    """A weight whose scales float16 cannot hold; left dense, it may stay. `reached`: its largest value."""
+
+    def __init__(self, message: str, *, hint: str | None = None, reached: float = inf) -> None:
+        super().__init__(message, hint=hint)
+        self.reached = reached
 
 
 class NotPositiveDefinite(QualityGateFailed):

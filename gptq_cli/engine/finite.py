@@ -55,7 +55,8 @@ def named_error(
     """`error` with the linears that it is about; of weights that are too large, the one, and the way out."""
     if isinstance(error, WeightTooLarge):
         sizes = [float(weight.abs().max()) for weight in weights]
-        name = names[sizes.index(max(sizes))]
+        # with mixed bits it need not be the largest: more bits reach further
+        name = names[sizes.index(error.reached if error.reached in sizes else max(sizes))]
         return WeightTooLarge(f"{name}: {error.message}", hint=dense_hint(name, head=head))
     return NonFinite(f"{', '.join(names)}: {error.message}", hint=error.hint)
 

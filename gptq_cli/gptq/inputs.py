@@ -37,7 +37,8 @@ def refuse_unsolvable(
         if largest / grid.half > FP16_MAX:
             raise WeightTooLarge(
                 f"the weight reaches {largest:.3g}: its scales would be infinite in float16, "
-                f"which ends at {FP16_MAX:.0f}"
+                f"which ends at {FP16_MAX:.0f}",
+                reached=largest,
             )
 
 

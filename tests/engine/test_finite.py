@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.engine.finite import FiniteNotes, named_error, non_finite_error
+from gptq_cli.engine.mixed import solve_mixed
 from gptq_cli.errors import NonFinite, WeightTooLarge
 
 
@@ -23,6 +26,21 @@ def test_the_weight_that_is_too_large_is_named_with_the_way_out() -> None:
     assert error.hint == "leave it dense: --module up=dense"
     other = named_error(NonFinite("the Hessian holds NaN", hint="x"), ["gate", "up"], weights[:2])
     assert (other.message, other.hint) == ("gate, up: the Hessian holds NaN", "x")
+
+
+def test_with_mixed_bits_the_weight_that_is_too_large_need_not_be_the_largest() -> None:
+    """8 bits reach sixteen times as far as 4."""
+    weights = [
+        torch.ones(2, 32),
+        torch.full((2, 32), 1e6),
+        torch.full((2, 32), -6e5),
+        torch.full((2, 32), 9e5),
+    ]
+    configs = [QuantizeConfig(bits=bits, group_size=32) for bits in (4, 8, 4, 4)]
+    with pytest.raises(WeightTooLarge) as caught:
+        solve_mixed(weights, torch.eye(32), configs)
+    error = named_error(caught.value, ["q", "k", "v", "w"], weights)
+    assert error.message.startswith("v: the weight reaches 6e+05")
 
 
 def test_an_overflow_of_squares_is_told_from_a_bad_value() -> None:
