@@ -13,7 +13,7 @@
      ├─ SourceChanged              1   a file of the model changed while the run worked: nothing was written
      ├─ RankLost                   1   a process that worked along is gone; finished blocks are kept
      ├─ OutOfDeviceMemory          4   a device ran out of memory; finished blocks are kept
-     └─ QualityGateFailed          5   non-finite numbers, --strict, --max-fallback
+     └─ QualityGateFailed          5   non-finite numbers, --strict, a limit or a check that failed
          ├─ NonFinite
          │   └─ WeightTooLarge
          ├─ NotPositiveDefinite

@@ -9,7 +9,7 @@ import ast
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
@@ -17,6 +17,7 @@ import yaml
 
 import gptq_cli
 from gptq_cli.cli.app import app
+from gptq_cli.events import Phase
 from tests.test_architecture import FLOORS, PACKAGE
 
 ROOT = Path(__file__).parent.parent
@@ -55,7 +56,7 @@ def _text(parameter: Any) -> str:
 
 def tree_block() -> str:
     """Every module of the package with the first sentence of its docstring."""
-    paths = sorted((ROOT / "gptq_cli").rglob("*.py"), key=lambda path: (len(path.parts) > 0, path.parts))
+    paths = sorted(PACKAGE.rglob("*.py"))
     modules = [path for path in paths if path.name not in ("__init__.py", "__main__.py")]
     lines = []
     for folder in [ROOT / "gptq_cli", *sorted({path.parent for path in modules} - {ROOT / "gptq_cli"})]:
@@ -102,6 +103,12 @@ def test_generated_parts_are_up_to_date(file: str, name: str) -> None:
         path.write_text(before + begin + expected + end + after, encoding="utf-8")
         return
     assert found == expected, "if this is meant: make golden"
+
+
+def test_every_phase_is_listed() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"The names of the phases are the same everywhere: ([^.]*)\.", text)
+    assert re.findall(r"`(\w+)`", listed) == list(get_args(Phase))
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)

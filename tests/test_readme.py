@@ -21,6 +21,7 @@ import typer.main
 
 from gptq_cli import errors
 from gptq_cli.cli.app import app
+from gptq_cli.cli.preset import shipped_presets
 from tests.e2e.commands import gptq, write_text
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +54,8 @@ def test_every_command_line_is_one_that_parses() -> None:
 
 
 def test_every_preset_and_script_that_is_named_exists() -> None:
+    (listed,) = re.findall(r"# a preset: (.*), or a file", README.read_text(encoding="utf-8"))
+    assert listed.split(", ") == list(shipped_presets())
     for document in DOCUMENTS:
         for name in re.findall(r"\b(?:scripts|tests)/[\w./-]+\.(?:toml|py|sh)\b", document.read_text()):
             assert (ROOT / name).is_file(), f"{document.name} names {name}"

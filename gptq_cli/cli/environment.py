@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gptq_cli.events import Warned
+from gptq_cli.user_cache import CACHE_VARIABLE
 
 PREFIX = "GPTQ_"
-NO_OPTIONS = frozenset({"GPTQ_CACHE"})
-"""Variables with our prefix that something else reads: `calibration.own_text`."""
+NO_OPTIONS = frozenset({CACHE_VARIABLE})
+"""Variables with our prefix that are not options."""
 
 
 def known_variables(command: Any) -> frozenset[str]:

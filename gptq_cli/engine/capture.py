@@ -37,7 +37,7 @@ PROBE_TOKENS = 16
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
-    """Raised inside a forward to end it early; caught by this type alone, by whoever planted it."""
+    """Raised inside a forward to end it early; caught by this type alone, by whoever set the hook."""
 
 
 @dataclass(slots=True, kw_only=True)
