@@ -7,13 +7,9 @@ from typing import Any, get_args
 
 import pytest
 
-from gptq_cli.config import (
-    CalibrationConfig,
-    ModelRef,
-    QuantizeConfig,
-    parse_group_size,
-)
+from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.errors import ConfigError
+from gptq_cli.fields import parse_group_size
 from gptq_cli.load_job import HELD_OUT, LoadJob, Sampling
 from gptq_cli.readers import parse_targets
 from gptq_cli.recipes import RECIPE_FIELDS, RECIPES, Recipe

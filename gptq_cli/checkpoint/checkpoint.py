@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -159,12 +159,3 @@ def trivial_g_idx(info: PackedInfo, device: torch.device | str = "cpu") -> Tenso
     """Column k belongs to group k // group_size."""
     columns = torch.arange(info.in_features, device=device, dtype=torch.int32)
     return torch.zeros_like(columns) if info.format.group_size == -1 else columns // info.format.group_size
-
-
-def dense_origins(checkpoint: QuantizedCheckpoint) -> Iterator[tuple[str, Literal["dense", "experts"]]]:
-    """Model tensors that are not packed linears: stored dense, or fused from (partly) quantized experts."""
-    packed = {f"{info.name}.weight" for info in checkpoint.linears}
-    fused = {info.fused_into for info in checkpoint.experts}
-    for target in checkpoint.keys.origins:
-        if target not in packed:
-            yield target, "experts" if target in fused else "dense"

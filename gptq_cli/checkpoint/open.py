@@ -15,13 +15,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from gptq_cli.checkpoint.checkpoint import (
-    PackedInfo,
-    QuantizedCheckpoint,
-    dense_origins,
-    read_packed,
-    trivial_g_idx,
-)
+from gptq_cli.checkpoint.checkpoint import QuantizedCheckpoint
 from gptq_cli.checkpoint.configs import checkpoint_directory, read_formats
 from gptq_cli.checkpoint.format import PARTS, CheckpointFormat
 from gptq_cli.checkpoint.match import CheckpointMatcher
@@ -32,15 +26,6 @@ from gptq_cli.model.meta import build_meta
 from gptq_cli.model.skeleton import as_torch_dtype, config_dtype, main_dtype
 from gptq_cli.model.source import READABLE, ModelFiles, SourceProblem, scan_directory
 from gptq_cli.wording import and_others
-
-__all__ = [
-    "PackedInfo",
-    "QuantizedCheckpoint",
-    "dense_origins",
-    "open_checkpoint",
-    "read_packed",
-    "trivial_g_idx",
-]
 
 
 def open_checkpoint(

@@ -12,7 +12,7 @@ from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.parallel import find_splits, head_counts
 from gptq_cli.model.text_part import output_head
 from gptq_cli.placement.names import owner
-from gptq_cli.targets.check import TargetFacts, TargetLinear
+from gptq_cli.targets.facts import TargetFacts, TargetLinear
 from gptq_cli.targets.names import finds_blocks
 
 

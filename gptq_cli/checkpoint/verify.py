@@ -30,7 +30,8 @@ from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.rules import rules_in
-from gptq_cli.targets.check import TargetFacts, target_report
+from gptq_cli.targets.check import target_report
+from gptq_cli.targets.facts import TargetFacts
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.checkpoint.checkpoint import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.checkpoint.codes import codes_of
-from gptq_cli.checkpoint.open import PackedInfo, QuantizedCheckpoint, read_packed
 from gptq_cli.checkpoint.zeros import ZerosTally
 from gptq_cli.config import KernelChoice
 from gptq_cli.devices.accelerators import current_accelerator, torch_device, working_on

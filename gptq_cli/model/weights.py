@@ -162,21 +162,6 @@ def _split(model: nn.Module, entries: Mapping[str, int | str], owner: str) -> di
     return result
 
 
-def check_finite(module: nn.Module, prefix: str = "") -> None:
-    """Raise `NonFinite`, naming the tensor, if a floating parameter or buffer under `module` holds NaN or
-    infinity.
-
-    Reads every element once, in chunks; tensors on the meta device (offloaded ones) are skipped.
-    """
-    seen: set[int] = set()
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta or not tensor.is_floating_point() or id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        full = f"{prefix}.{name}" if prefix else name
-        check_tensor(full, tensor)
-
-
 def check_tensor(name: str, tensor: Tensor) -> None:
     """Raise `NonFinite`, with the first such value and its position, if `tensor` holds NaN or infinity."""
     if tensor.numel() == 0 or tensor.element_size() == 1:

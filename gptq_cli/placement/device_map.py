@@ -25,31 +25,16 @@ from typing import Literal, get_args
 from gptq_cli.errors import DeviceMapError
 from gptq_cli.placement.device import (
     ALLOWED_DEVICE,
-    CPU,
     INDEXED_KINDS,
     Device,
     DeviceLike,
     exact_size,
-    format_size,
     is_bare_index,
     parse_capacity,
-    parse_size,
     syntax_error,
 )
 from gptq_cli.placement.device_rules import RANGE, PatternTree, component_matches, is_glob, is_plain
 from gptq_cli.placement.grammar import Pair, in_file, read_map_file, scan_compact, scan_json_object
-
-__all__ = [
-    "CPU",
-    "STRATEGIES",
-    "Device",
-    "DeviceMap",
-    "DeviceRule",
-    "MaxMemory",
-    "Strategy",
-    "format_size",
-    "parse_size",
-]
 
 Strategy = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 

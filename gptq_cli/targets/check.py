@@ -11,10 +11,8 @@ from gptq_cli.findings import Finding
 from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport
 from gptq_cli.rules import rules_in
-from gptq_cli.targets.facts import TARGETS, Case, TargetFacts, TargetLinear
+from gptq_cli.targets.facts import TARGETS, Case, TargetFacts
 from gptq_cli.targets.rules import MODULES
-
-__all__ = ["TARGETS", "Target", "TargetFacts", "TargetLinear", "check_target", "target_report"]
 
 
 def target_report(target: Target, facts: TargetFacts) -> TargetReport:

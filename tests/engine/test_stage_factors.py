@@ -21,7 +21,8 @@ from gptq_cli.gptq.choice import StepChoice, choose_step, damp_ladder
 from gptq_cli.gptq.factor import factorize
 from gptq_cli.gptq.goal import Part
 from gptq_cli.gptq.moments import StageMoments
-from gptq_cli.gptq.solver import column_order, quantize_linears
+from gptq_cli.gptq.rounding import column_order
+from gptq_cli.gptq.solver import quantize_linears
 from gptq_cli.gptq.triangle import triangle_numbers
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.factors import factor_plan

@@ -14,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from gptq_cli.calibration import open_tokenizer
 from gptq_cli.errors import CheckpointError, ConfigError, NonFinite
-from gptq_cli.evaluation.generation import TextPieces, encode_prompt, generate
+from gptq_cli.evaluation.generation import TextPieces, generate
+from gptq_cli.evaluation.prompt import encode_prompt
 from gptq_cli.load_job import Sampling
 from tests.checkpoint.checkpoints import Recipe, dense_copy, quantize_directory
 from tests.inference.test_load import load

@@ -13,7 +13,8 @@ from gptq_cli.model.blocks import find_blocks
 from gptq_cli.model.conversion import Conversion
 from gptq_cli.model.expert_names import ExpertNames, linears_in_part
 from gptq_cli.model.experts import FoundExperts, find_experts
-from gptq_cli.model.skeleton import as_torch_dtype, build_meta
+from gptq_cli.model.meta import build_meta
+from gptq_cli.model.skeleton import as_torch_dtype
 from tests.model.test_experts import MODELS
 
 LAYER = "model.layers.1"

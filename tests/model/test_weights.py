@@ -24,7 +24,7 @@ from gptq_cli.model.find import find_model
 from gptq_cli.model.meta import build_meta
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.streamed import StreamedReader
-from gptq_cli.model.weights import check_finite, check_tensor, load_resident
+from gptq_cli.model.weights import check_tensor, load_resident
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.conftest import TinyFactory
@@ -70,7 +70,6 @@ def test_both_roads_give_the_same_model(name: str, tiny: TinyFactory) -> None:
     assert not resident.training
     assert not any(p.requires_grad for p in resident.parameters())
     assert resident.config.use_cache is False
-    check_finite(resident)
     fill(skeleton)
     filled = skeleton.model
     ids = torch.arange(5, 45)[None]
@@ -133,12 +132,14 @@ def test_not_finite_is_named(model: Path, value: float) -> None:
     weight[3, 5] = value
     change(model, name, weight)
     loaded = load_resident(opened(model), ON_CPU)
-    with pytest.raises(NonFinite, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*\(3, 5\)") as caught:
-        check_finite(loaded)
+    with pytest.raises(
+        NonFinite, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight .*\(3, 5\)"
+    ) as caught:
+        check_tensor(name, loaded.get_parameter(name))
     assert caught.value.exit_code == 5
-    check_finite(loaded.model.layers[0], "model.layers.0")
-    with pytest.raises(NonFinite, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight"):
-        check_finite(loaded.model.layers[1], "model.layers.1")
+    for other, tensor in loaded.named_parameters():
+        if other != name:
+            check_tensor(other, tensor)
 
 
 def test_a_config_that_was_left_over_is_not_followed(tiny_llama: Path, tmp_path: Path) -> None:
@@ -171,14 +172,6 @@ def test_another_dtype_is_no_advice_where_the_files_hold_the_nan(dtype: torch.dt
     with pytest.raises(NonFinite) as caught:
         check_tensor("t", torch.tensor([1.0, float("nan")], dtype=dtype))
     assert ("--dtype" in str(caught.value.hint)) is (dtype == torch.float16)
-
-
-def test_finite_check_leaves_other_kinds_alone() -> None:
-    module = nn.Module()
-    module.register_buffer("mask", torch.ones(3, dtype=torch.bool))
-    module.register_buffer("count", torch.ones(3, dtype=torch.int64))
-    module.weight = nn.Parameter(torch.empty(3, device="meta"))
-    check_finite(module)
 
 
 def names(model: nn.Module) -> Iterable[str]:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gptq_cli.errors import DeviceMapError
-from gptq_cli.placement.device_map import CPU, STRATEGIES, Device, DeviceMap, DeviceRule, MaxMemory
+from gptq_cli.placement.device import CPU, Device
+from gptq_cli.placement.device_map import STRATEGIES, DeviceMap, DeviceRule, MaxMemory
 from gptq_cli.placement.placement import parse_inventory
 
 CUDA0, CUDA1 = Device("cuda", 0), Device("cuda", 1)

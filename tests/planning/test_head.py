@@ -7,9 +7,9 @@ from dataclasses import replace
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import Device
-from gptq_cli.placement.schedule import HEAD_ROWS
+from gptq_cli.placement.schedule import HEAD_ROWS, SOLVE_BYTES
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.memory import PACK_BYTES, SOLVE_BYTES, head_work_set, packed_bytes
+from gptq_cli.planning.memory import PACK_BYTES, head_work_set, packed_bytes
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.time import job_seconds
 from tests.preflight.shapes import llama, resolved

@@ -9,6 +9,7 @@ import pytest
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.model.facts import DecodedSource, LinearFact
 from gptq_cli.placement.device import CPU
+from gptq_cli.placement.schedule import SOLVE_BYTES
 from gptq_cli.planning import memory as budget
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import (
@@ -17,7 +18,6 @@ from gptq_cli.planning.memory import (
     IN_FLIGHT_HIDDEN,
     IN_FLIGHT_ROWS,
     SCORE_BYTES,
-    SOLVE_BYTES,
     packed_bytes,
     quantized_bytes,
     work_sets,

@@ -9,8 +9,8 @@ import pytest
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import HeadCounts, Split
 from gptq_cli.readers import Target
-from gptq_cli.targets.check import TargetFacts, TargetLinear, check_target
-from gptq_cli.targets.facts import Case
+from gptq_cli.targets.check import check_target
+from gptq_cli.targets.facts import Case, TargetFacts, TargetLinear
 
 
 def linear(name: str, k: int, n: int, split: Split, group: int = 128) -> TargetLinear:

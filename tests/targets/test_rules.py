@@ -9,7 +9,9 @@ import pytest
 
 from gptq_cli.errors import ConfigError
 from gptq_cli.findings import Level
-from gptq_cli.targets.check import TARGETS, Target, TargetFacts, TargetLinear, check_target
+from gptq_cli.readers import Target
+from gptq_cli.targets.check import check_target
+from gptq_cli.targets.facts import TARGETS, TargetFacts, TargetLinear
 
 
 def linear(name: str = "model.layers.0.mlp.down_proj", **changed: Any) -> TargetLinear:

@@ -16,7 +16,8 @@ from gptq_cli.planning.target_facts import target_facts, with_few_experts
 from gptq_cli.preflight.rules.model_files import unsound
 from gptq_cli.readers import Target
 from gptq_cli.rules import Remark, rule
-from gptq_cli.targets.check import TARGETS, check_target
+from gptq_cli.targets.check import check_target
+from gptq_cli.targets.facts import TARGETS
 from gptq_cli.targets.rules.formats import whole_groups, whole_words
 from gptq_cli.targets.rules.parallel import tensor_parallel
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.config import CalibrationConfig, QuantizeConfig, Target
+from gptq_cli.config import CalibrationConfig, QuantizeConfig
 from gptq_cli.findings import Finding
 from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.planning.cases import Work
 from gptq_cli.preflight.registry import check_quantize
+from gptq_cli.readers import Target
 from gptq_cli.results.kept import BY_MODULE, TOO_SMALL, KeptDense
 from tests.preflight.shapes import llama
 
