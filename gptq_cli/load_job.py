@@ -224,7 +224,7 @@ def proof_job(
         )
     if evaluate == OWN_TEXT and not against_source:
         raise ConfigError(
-            f"eval is {OWN_TEXT}, the text that the dense model writes, and it is not compared with",
+            f"eval is {OWN_TEXT}, which the dense model writes, but nothing is compared with that model",
             hint="add --against-source",
         )
     if max_kl is not None and not against_source:

@@ -67,7 +67,7 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
         texts = stdlib_text.stdlib_documents(evaluation=source == "pydoc-heldout")
         return Documents(stdlib_text.label(source), (Piece(text) for text in texts))
     if source == OWN_TEXT:
-        raise CalibrationError(f"{source} is what the model writes; it is no text that can be read")
+        raise CalibrationError(f"{source} is what the model writes, not a text that can be read")
     found = find_file(source)
     if found is None:
         _refuse_missing_path(source)
@@ -149,7 +149,7 @@ def to_measure_on(source: str) -> Iterator[None]:
         name, star, _ = source.rpartition("*")
         if star and find_file(source) is None:  # no data set has a * in its name
             raise CalibrationError(
-                f"{source!r} is no file, and --eval takes no weight: it names one text",
+                f"{source!r} is not a file, and --eval takes no weight: it names one text",
                 hint=f"--calibration {name}",
             )
         yield

@@ -59,7 +59,7 @@ def check_page(
         ) from error
     if other:
         raise ConfigError(
-            f"{option} is {shown(text)!r}, a file that is no page and would be lost",
+            f"{option} is {shown(text)!r}, a file that is not a page and would be lost",
             hint=f"give --{option} a new file, or remove that one",
         )
     for name, held in others.items():

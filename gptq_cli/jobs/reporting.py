@@ -102,7 +102,7 @@ def _report(path: str) -> Report | None:
 
 def _kind(held: Json) -> type[Report]:
     if not isinstance(held, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     failed = held.get("error")
     if isinstance(failed, dict):
         raise ValueError(f"the command that wrote it failed: {failed.get('message')}")

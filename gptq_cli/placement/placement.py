@@ -111,12 +111,12 @@ def _card(text: str, part: tuple[int, str]) -> str:
     found = _CARD.search(entry)
     name = found[0][1:].strip().lower() if found else ""
     if found is not None and entry.strip().lower().startswith("cpu"):
-        message = f"{found[0][:60]!r} names a card, and the cpu is none; allowed: cpu=SIZE"
+        message = f"{found[0][:60]!r} names a card, but the cpu is not one; allowed: cpu=SIZE"
         raise syntax_error("devices", text, at + found.start(), message, hint="leave it out")
     if found is None or name in CARDS:
         return name
     known = ", ".join(CARDS)
-    message = f"{found[0][:60]!r} is no card whose rates are known; allowed after '@': {known}"
+    message = f"{found[0][:60]!r} is not a card whose rates are known; allowed after '@': {known}"
     raise syntax_error(
         "devices", text, at + found.start(), message, hint="leave it out: no time is estimated"
     )

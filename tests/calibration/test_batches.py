@@ -239,7 +239,7 @@ class TestTooLittle:
         assert caught.value.hint == f"give it a larger weight instead: {one}*2"
 
     def test_a_text_to_measure_on_has_no_weight(self, tokenizer: Any, corpus: str, tmp_path: Path) -> None:
-        with pytest.raises(CalibrationError, match=r"is no file, and --eval takes no weight") as caught:
+        with pytest.raises(CalibrationError, match=r"is not a file, and --eval takes no weight") as caught:
             evaluation_windows(tokenizer, f"{corpus}*0.5", 16, 1)
         assert caught.value.hint == f"--eval {corpus}"
         starred = tmp_path / "a*2.txt"

@@ -125,7 +125,7 @@ def test_a_file_that_is_no_page_is_not_written_over(run: Run, file: Path, tmp_pa
     held = file.read_bytes()
     refused = run("report", str(file), "--out", str(file))
     assert refused.code == 2
-    assert f"out is '{file}', a file that is no page and would be lost" in refused.err
+    assert f"out is '{file}', a file that is not a page and would be lost" in refused.err
     assert file.read_bytes() == held
     page = tmp_path / "page.html"
     page.touch()

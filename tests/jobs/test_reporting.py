@@ -90,7 +90,7 @@ def test_one_run_under_two_names_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "is not a report that can be read: Expecting property name"),
-        ("[1]", "it is no JSON object"),
+        ("[1]", "it is not a JSON object"),
         ("{}", "it is neither a report.json nor what gptq load --json prints"),
         ('{"error": {"message": "out of memory"}}', "the command that wrote it failed: out of memory"),
         ('{"schema_version": 9, "kernels": []}', "schema_version is 9; this version reads 1"),

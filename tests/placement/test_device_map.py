@@ -363,12 +363,12 @@ def test_inventory_with_cards() -> None:
         ("cuda:1", 80, "h100"),
         ("cpu", 64, ""),
     ]
-    with pytest.raises(DeviceMapError, match=r"'@rtx' is no card .* allowed after '@': t4, ") as caught:
+    with pytest.raises(DeviceMapError, match=r"'@rtx' is not a card .* allowed after '@': t4, ") as caught:
         parse_inventory("cpu=1GiB,cuda:0=24GiB@rtx")
     assert caught.value.position == len("cpu=1GiB,cuda:0=24GiB")
     with pytest.raises(DeviceMapError, match="is not a size"):
         parse_inventory("cuda:0=24Gi@4090")
-    with pytest.raises(DeviceMapError, match="'@h100' names a card, and the cpu is none") as caught:
+    with pytest.raises(DeviceMapError, match="'@h100' names a card, but the cpu is not one") as caught:
         parse_inventory("cuda:0=24GiB@h100, cpu=64GiB@h100")
     assert caught.value.position == len("cuda:0=24GiB@h100, cpu=64GiB")
     with pytest.raises(DeviceMapError, match="'cuda:0' has no size; allowed: NAME=SIZE"):

@@ -42,7 +42,7 @@ def module_pattern(case: JobCase) -> list[Remark]:
             message, hint = f"what it covers cannot be quantized{why}", "leave it out, or say dense"
         elif there and not _names_head(one.pattern):
             message, hint = (
-                "what it covers is no linear, and stays dense as it is",
+                "what it covers is not a linear, and stays dense as it is",
                 _near(one.pattern, packed, facts),
             )
         else:

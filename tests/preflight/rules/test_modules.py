@@ -67,7 +67,7 @@ def test_dense_may_name_what_is_dense_anyway() -> None:
     facts = replace(facts, modules=(*facts.modules, "model.layers.0.mlp.gate"))
     assert not found("module-pattern", facts, modules=f"{router}=dense")
     (finding,) = found("module-pattern", facts, modules=f"{router}=bits:8")
-    assert "is no linear, and stays dense" in finding.message
+    assert "is not a linear, and stays dense" in finding.message
 
 
 def test_patterns_that_cover_something() -> None:
