@@ -6,7 +6,6 @@ Nothing is printed. Warnings go to the logger `gptq_cli`; everything else that h
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Collection, Mapping
@@ -23,7 +22,7 @@ from gptq_cli.config import (
 )
 from gptq_cli.errors import ConfigError, QualityGateFailed
 from gptq_cli.events import Event, Observer, ignore, warning_text
-from gptq_cli.fields import CardKind, Resume, check_choice
+from gptq_cli.fields import CardKind, Resume, check_choice, nearest
 from gptq_cli.load_job import LoadJob, proof_job, task_config
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
 from gptq_cli.readers import Target, parse_targets
@@ -170,8 +169,8 @@ def _sorted_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     text = {item.metadata.get("name", item.name): item.name for item in fields(CalibrationConfig)}
     for name in options:
         if name not in codes and name not in text:
-            near = difflib.get_close_matches(name, [*codes, *text], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            near = nearest(name, [*codes, *text])
+            hint = f"; did you mean {near}?" if near else ""
             raise TypeError(f"quantize() got an unexpected keyword argument {name!r}{hint}")
     given = {name: value for name, value in options.items() if value is not None}
     return (

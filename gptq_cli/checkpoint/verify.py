@@ -26,12 +26,14 @@ from gptq_cli.findings import Finding
 from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
 from gptq_cli.rules import rules_in
 from gptq_cli.targets.check import target_report
 from gptq_cli.targets.facts import TargetFacts
+from gptq_cli.wording import names_text
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -152,7 +154,7 @@ def _together(findings: list[Finding]) -> tuple[Finding, ...]:
     return tuple(
         replace(
             finding,
-            subject=subjects[0] if len(subjects) == 1 else f"{subjects[0]} and {len(subjects) - 1} more",
+            subject=names_text(subjects, 1),
             modules=tuple(subjects),
         )
         for finding, subjects in groups.items()
@@ -296,7 +298,7 @@ def linear_facts(info: PackedInfo, tensors: dict[str, Tensor]) -> LinearFacts:
         scales_finite=finite,
         scales_zero=finite and bool((scales == 0).any()),
         scales_negative=finite and bool((scales < 0).any()),
-        scales_dtype=str(scales.dtype).removeprefix("torch."),
+        scales_dtype=dtype_name(scales.dtype),
         codes_constant=qweight.numel() > 1 and bool((qweight == qweight[0, 0]).all()),
         order=order_facts(info, g_idx) if g_idx is not None else None,
         zeros=ZerosFacts(stored=zeros.stored, known=zeros.known, any_zero=bool((zeros.values == 0).any())),

@@ -32,6 +32,7 @@ import typer
 
 from gptq_cli.cli.run_again import EarlierRun, read_settings
 from gptq_cli.errors import ConfigError
+from gptq_cli.fields import nearest
 from gptq_cli.files import open_once, reason, shown
 from gptq_cli.module_settings import MODULE_KEYS, ModuleRule
 
@@ -53,7 +54,7 @@ _TOML_WORDS = (
     ("Cannot", "the name was given before"),
     ("Duplicate", "the name was given before"),
     ("Expected '=' after a key", "there is no = after the name"),
-    ("Invalid value", "this is no value"),
+    ("Invalid value", "this is not a value"),
     ("Expected newline", "something follows the value"),
     ("Unclosed", "a bracket is not closed"),
     ("Unterminated", "a quotation mark is missing"),
@@ -122,10 +123,10 @@ def find_preset(value: str) -> Path:
         return shipped[value]
     if _NAME.fullmatch(value) is None or os.path.exists(value):
         return Path(value)
-    near = difflib.get_close_matches(value, shipped, n=1, cutoff=0.6)
+    near = nearest(value, list(shipped))
     raise ConfigError(
         f"preset {shown(value)!r} is not found; available: {', '.join(shipped)}, or the path of a file",
-        hint=f"did you mean --config {near[0]}?" if near else None,
+        hint=f"did you mean --config {near}?" if near else None,
     )
 
 

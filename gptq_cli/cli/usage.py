@@ -10,6 +10,7 @@ import difflib
 import os
 from typing import Any
 
+from gptq_cli.fields import nearest
 from gptq_cli.files import shown
 
 NEAR = 0.7
@@ -39,15 +40,15 @@ def usage_words(error: Exception, message: str, command: str) -> tuple[str, str]
     elif context is not None and hasattr(context.command, "commands") and context.command.commands:
         asked = command or "no command"
         words = f"no such command: {shown(asked)}; available: {', '.join(context.command.commands)}"
-        near = difflib.get_close_matches(asked, context.command.commands, n=1, cutoff=0.6)
-        hint = f"did you mean gptq {near[0]}?" if near else hint
+        meant = nearest(asked, list(context.command.commands))
+        hint = f"did you mean gptq {meant}?" if meant else hint
     given = _given(error)
     if given is not None:
         name, value, allowed, choices = given
         words = f"{name} is {shown(str(value))!r}; allowed: {allowed}"
-        near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.6)
-        if near:
-            hint = f"did you mean {near[0]}? {path} --help says what each is"
+        meant = nearest(str(value), choices)
+        if meant:
+            hint = f"did you mean {meant}? {path} --help says what each is"
     variable = getattr(getattr(error, "param", None), "envvar", None)
     if isinstance(variable, str) and variable in os.environ:
         words += f" ({variable} is {os.environ[variable]!r} in the environment)"

@@ -30,6 +30,7 @@ from gptq_cli.engine.calls import BlockCall, hidden_of
 from gptq_cli.engine.going_back import GoingBack
 from gptq_cli.events import Observer, Warned
 from gptq_cli.gptq.feedback import OutputMoment
+from gptq_cli.wording import names_text
 
 
 class KeptStates(Protocol):
@@ -127,10 +128,9 @@ def output_moments(
     finite = torch.stack([moments[name].finite() for name in names]).tolist() if names else []
     bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
     if bad:
-        also = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         observer(
             Warned(
-                f"the gradients of {bad[0]}{also} are not finite: rows are solved apart",
+                f"the gradients of {names_text(bad, 1)} are not finite: rows are solved apart",
                 "float16 may overflow: try --dtype bfloat16",
             )
         )

@@ -47,6 +47,7 @@ from gptq_cli.events import (
 from gptq_cli.placement.device import Device
 from gptq_cli.ranks.team import ALONE, Team
 from gptq_cli.results.run import BlockReport
+from gptq_cli.wording import names_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,12 +155,12 @@ def _finished(
 
 def _unplanned_warning(context: BlockContext) -> Warned:
     """Said once per run: blocks of one model are alike."""
-    first, *others = context.unplanned
-    also = f" and {len(others)} more linears" if len(others) > 1 else f" and {others[0]!r}" if others else ""
+    found = context.unplanned
+    see, run = ("sees", "runs") if len(found) == 1 else ("see", "run")
     return Warned(
-        f"{context.block.name}: {first!r}{also} see a part of the tokens, or run more than once per forward,"
-        " which was not known when the run was planned: the forwards of such blocks are replayed, so the run"
-        " takes longer than planned",
+        f"{context.block.name}: {names_text(map(repr, found), 1)} {see} a part of the tokens, or {run} more"
+        " than once per forward, which was not known when the run was planned: the forwards of such blocks"
+        " are replayed, so the run takes longer than planned",
         "report it with the model's config.json",
     )
 

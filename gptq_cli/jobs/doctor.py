@@ -80,9 +80,10 @@ def _arithmetic(environ: Mapping[str, str]) -> Iterator[Check]:
 
     from gptq_cli.gptq.matmul import fast_matmul_supported
     from gptq_cli.inference.kernels import cpu_block
+    from gptq_cli.model.facts import dtype_name
 
     for dtype in (torch.bfloat16, torch.float16):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         if fast_matmul_supported(dtype, "cpu"):
             yield Check(name=f"{name} on cpu", found="native", verdict="good")
         else:

@@ -27,6 +27,7 @@ from gptq_cli.model.facts import (
 from gptq_cli.model.few_bits_config import ALL, Layout, NotDecodableError, layouts_of, quantization_of
 from gptq_cli.model.packed_codes import is_left_over, left_over, packed_codes
 from gptq_cli.model.source import ModelFiles, SourceProblem
+from gptq_cli.wording import number_of
 
 _FP8 = ("float8_e4m3fn", "float8_e5m2")
 _PAIRS = ("uint8", "int8", "float4_e2m1fn_x2")
@@ -144,7 +145,8 @@ def _unexplained(tensors: Sequence[TensorInfo]) -> Iterator[SourceProblem]:
     if not found:
         return
     first = found[0]
-    others = f", and {len(found) - 1} more are in few bits" if len(found) > 1 else ""
+    more = number_of(len(found) - 1, "more tensor", "is", "are")
+    others = f", and {more} in few bits" if len(found) > 1 else ""
     yield SourceProblem(
         "unsupported-dtype",
         first.name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from gptq_cli.engine.calls import BlockCall
 from gptq_cli.engine.capture import Captured
 from gptq_cli.engine.experts import FewTokens
 from gptq_cli.engine.frames import Sharing
-from gptq_cli.engine.loop import LoopOptions, quantize_blocks
+from gptq_cli.engine.loop import LoopOptions, _unplanned_warning, quantize_blocks
 from gptq_cli.engine.stages import Stage, collection_passes
 from gptq_cli.engine.work import Block
 from gptq_cli.errors import GptqError, NonFinite, NotPositiveDefinite
@@ -168,8 +169,14 @@ def test_experts_that_the_plan_did_not_know_are_replayed_and_warned_of(true_sequ
     assert [r.loss for r in ours.values()] == [r.loss for r in theirs.values()]
     more, usual = ([e.message for e in events if isinstance(e, Warned)] for events in (corrected, planned))
     assert more[1:] == usual
-    assert "'experts.0.up' and 7 more linears see a part of the tokens" in more[0]
+    assert "'experts.0.up' and 7 more see a part of the tokens" in more[0]
     assert "replayed" in more[0]
+
+
+def test_the_warning_of_one_linear_is_in_the_singular() -> None:
+    context = SimpleNamespace(unplanned=("fc",), block=SimpleNamespace(name="layers.0"))
+    message = _unplanned_warning(context).message  # type: ignore[arg-type]
+    assert message.startswith("layers.0: 'fc' sees a part of the tokens, or runs more than once per forward")
 
 
 @pytest.mark.parametrize("kind", [Expert, Gated])

@@ -135,7 +135,12 @@ NV_CODES, NV_SCALE = tensor("a.weight", "uint8", 64, 32), tensor("a.weight_scale
     ("config", "tensors", "kind", "says"),
     [
         (None, [CODES], "unsupported-dtype", "a.weight is float8_e4m3fn, and config.json has no"),
-        (None, [CODES, SCALE, replace(CODES, name="b.weight")], "unsupported-dtype", "and 1 more"),
+        (
+            None,
+            [CODES, SCALE, replace(CODES, name="b.weight")],
+            "unsupported-dtype",
+            ", and 1 more tensor is in few bits",
+        ),
         (None, [NV_CODES, NV_SCALE], "unsupported-dtype", "a.weight is uint8"),
         (BLOCKS, [CODES], "missing-scale", "a.weight is float8_e4m3fn and has no scale; looked for"),
         (BLOCKS, [CODES, replace(SCALE, shape=(3, 2))], "scale-mismatch", r"has shape \[3, 2\].*\[2, 3\]"),

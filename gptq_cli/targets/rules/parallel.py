@@ -15,7 +15,7 @@ from gptq_cli.readers import MAX_RANKS
 from gptq_cli.rules import Remark, rule
 from gptq_cli.targets.facts import Case, FusedMatrix, TargetLinear
 from gptq_cli.targets.rules.sglang import MIN_COLUMNS
-from gptq_cli.wording import number_of
+from gptq_cli.wording import and_others, number_of
 
 _SMALLEST_GROUP = 32
 """vLLM's MoeWNA16 halves groups that do not fit a rank, down to this."""
@@ -44,9 +44,8 @@ def tensor_parallel(case: Case) -> Iterator[Remark]:
     hint = _way_out(case, shapes, most)
     for about in ([x for x in misfits if not x.linears], [x for x in misfits if x.linears]):
         if about:
-            more = f" (and {len(about) - 1} more)" if len(about) > 1 else ""
             linears = [linear for misfit in about for linear in misfit.linears]
-            yield case.remark(f"{about[0].reason}{more}; {way}", hint, linears)
+            yield case.remark(f"{about[0].reason}{and_others(about)}; {way}", hint, linears)
 
 
 _DO = "does", "do"
