@@ -84,10 +84,10 @@ class TaskConfig:
 def task_config(
     names: str | None,
     *,
-    directory: str | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
-    min_scores: Iterable[str] = (),
+    directory: str | None,
+    limit: int | None,
+    shots: int | None,
+    min_scores: Iterable[str],
 ) -> TaskConfig | None:
     """The tasks as a person writes them: names with commas between them, limits as `TASK=0.4`.
 
@@ -204,15 +204,15 @@ def proof_job(
     path: str,
     model: str,
     *,
-    evaluate: str | None = None,
-    against_source: bool = False,
-    max_kl: float | None = None,
-    max_perplexity: float | None = None,
-    tasks: TaskConfig | None = None,
-    bench: bool = False,
-    device_map: DeviceMap | None = None,
-    dtype: DType = "auto",
-    trust_remote_code: bool = False,
+    evaluate: str | None,
+    against_source: bool,
+    max_kl: float | None,
+    max_perplexity: float | None,
+    tasks: TaskConfig | None,
+    bench: bool,
+    device_map: DeviceMap | None,
+    dtype: DType,
+    trust_remote_code: bool,
 ) -> LoadJob | None:
     """What to measure of the checkpoint at `path` that is made of `model`; None where nothing is asked for.
 

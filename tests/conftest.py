@@ -94,12 +94,6 @@ def tiny_llama_sharded(tiny: TinyFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2(tiny: TinyFactory) -> Path:
-    """Two GPT-2 blocks: Conv1D, biases, tied embeddings."""
-    return tiny("gpt2")
-
-
-@pytest.fixture(scope="session")
 def tiny_moe(tiny: TinyFactory) -> Path:
     """Two Qwen3-MoE blocks: one dense, one with fused experts."""
     return tiny("qwen3_moe")

@@ -34,19 +34,6 @@ LLAMA_70B: dict[str, Any] = LLAMA_8B | {
     "num_hidden_layers": 80,
     "num_attention_heads": 64,
 }
-QWEN3_30B_A3B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "max_position_embeddings": 40960,
-}
 
 
 DEEPSEEK_V3: dict[str, Any] = {
@@ -87,11 +74,6 @@ def config_8b() -> PretrainedConfig:
 def config_70b() -> PretrainedConfig:
     """Llama 3.1 70B."""
     return transformers.LlamaConfig(**LLAMA_70B)
-
-
-def config_moe() -> PretrainedConfig:
-    """Qwen3 30B-A3B."""
-    return transformers.Qwen3MoeConfig(**QWEN3_30B_A3B)
 
 
 def config_671b() -> PretrainedConfig:

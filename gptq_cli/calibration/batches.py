@@ -117,7 +117,7 @@ def batches_by_source(
     tokenizer: Any,
     config: CalibrationConfig,
     *,
-    vocab_size: int | None = None,
+    vocab_size: int | None,
     stdin: BinaryIO | None = None,
 ) -> tuple[TokenBatches | None, ...]:
     """The windows of each source by itself; None for what the model writes. Raises `CalibrationError`."""
@@ -128,9 +128,7 @@ def batches_by_source(
     )
 
 
-def own_batches(
-    own: OwnText | None, config: CalibrationConfig, vocab_size: int | None = None
-) -> TokenBatches:
+def own_batches(own: OwnText | None, config: CalibrationConfig, vocab_size: int | None) -> TokenBatches:
     """What the model wrote, as it stands: its windows are not drawn. Raises `CalibrationError` for None."""
     if own is None:
         raise CalibrationError(f"{OWN_TEXT} is what the model writes, and it has not written yet")

@@ -91,10 +91,10 @@ class CheckpointFormat:
 def quantization_dict(
     quantize: QuantizeConfig,
     *,
-    dynamic: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    modules_in_block: tuple[str, ...] = (),
-    block_name: str = "",
-    lm_head: bool = False,
+    dynamic: Mapping[str, Mapping[str, Any]],
+    modules_in_block: tuple[str, ...],
+    block_name: str,
+    lm_head: bool,
 ) -> dict[str, Any]:
     """The dictionary we write. What it says of linears and blocks is made in `checkpoint.declared`."""
     result: dict[str, Any] = {

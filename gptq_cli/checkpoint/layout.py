@@ -77,9 +77,9 @@ class CheckpointPlan:
         return sum(tensor.size_bytes for shard in self.shards for tensor in shard.tensors)
 
 
-def packed_format(quantize: QuantizeConfig, linear: str | None = None) -> PackedFormat:
-    """The format in which a configuration is stored; with `linear`, the one of that linear."""
-    own = quantize if linear is None else quantize.of_linear(linear)
+def packed_format(quantize: QuantizeConfig, linear: str) -> PackedFormat:
+    """The format in which the codes of `linear` are stored."""
+    own = quantize.of_linear(linear)
     return PackedFormat(
         bits=own.bits,
         group_size=own.group_columns,

@@ -26,7 +26,7 @@ def file_names(files: ModelFiles) -> frozenset[str]:
 
 
 def checkpoint_config(
-    source: Path, quantization: Mapping[str, Any], dtype: torch.dtype, *, untie: bool = False
+    source: Path, quantization: Mapping[str, Any], dtype: torch.dtype, *, untie: bool
 ) -> dict[str, Any]:
     """The source's config.json with the quantization and the dtype set, and nothing else changed.
 

@@ -142,7 +142,7 @@ class CheckpointWriter:
                     self._files[file] = os.open(self._work / file, os.O_RDWR | getattr(os, "O_BINARY", 0))
         self._digests.clear()
 
-    def damaged(self, digests: Mapping[str, str], replaced: Container[str] = ()) -> str:
+    def damaged(self, digests: Mapping[str, str], replaced: Container[str]) -> str:
         """The first of these packed tensors that an earlier run did not leave in the files with this digest;
         "" where there is none. The bytes of those in `replaced` do not matter: `replace` writes them again.
         """

@@ -58,7 +58,7 @@ def _write_document(body: dict[str, Json]) -> None:
         write_document(body)
 
 
-def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, quiet: bool = False) -> int:
+def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, quiet: bool) -> int:
     """An error raised on purpose: message and hint. Returns its exit code. `quiet`: no warnings, no notes."""
     if isinstance(error, PreflightRefused):
         unseen = [finding for finding in error.report.ordered() if finding not in seen]

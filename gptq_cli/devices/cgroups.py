@@ -25,7 +25,7 @@ class ControlGroup:
     """Version 2 of the file names (`memory.max`) and not version 1 (`memory.limit_in_bytes`)."""
 
 
-def control_groups(controller: str, root: Path = Path("/")) -> Iterator[ControlGroup]:
+def control_groups(controller: str, root: Path) -> Iterator[ControlGroup]:
     """Groups that `controller` ("memory", "cpu") may limit this process by, from its own outwards.
 
     Yields nothing where there is no /proc/self/cgroup (macOS).

@@ -17,9 +17,7 @@ def bits_text(bits: int | None) -> str:
     return "dense" if bits is None else f"{bits} bits"
 
 
-def widths(
-    bits: int, choice: BitChoice | None, own: Sequence[OwnSettings] = (), linears: int = 0
-) -> tuple[int, ...]:
+def widths(bits: int, choice: BitChoice | None, own: Sequence[OwnSettings], linears: int) -> tuple[int, ...]:
     """The numbers of bits that the `linears` quantized ones (0: unknown how many) have; `bits` only where a
     linear is left that has no settings of its own."""
     if choice is not None:

@@ -18,7 +18,7 @@ Sources: EfficientQAT (arXiv 2407.11062), whose second phase trains the scales o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -116,11 +116,10 @@ def rate_at(step: int, steps: int) -> float:
 def best_part(
     loss: Callable[[float], float],  # part of the way -> held-out loss
     before: float,  # loss(0)
-    parts: Sequence[float] = PARTS,
 ) -> tuple[float, float]:  # the part that loses least, and its loss
     """How much of the way to go; 0 where all of it loses more than staying. A loss that is not finite loses
     more."""
-    tried = ((loss(part), part) for part in parts)
+    tried = ((loss(part), part) for part in PARTS)
     better = [one for one in tried if one[0] < before * (1 - LEAST_GAIN)]  # NaN is not
     least, part = min(better, default=(before, 0.0))
     return part, least

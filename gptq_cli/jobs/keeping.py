@@ -37,7 +37,7 @@ from gptq_cli.jobs.run_report import LIBRARIES, versions
 from gptq_cli.jobs.snapshot_time import Clock
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.placement.device import format_size
-from gptq_cli.ranks.team import ALONE, Team
+from gptq_cli.ranks.team import Team
 from gptq_cli.results.run import BlockReport, StartReport
 from gptq_cli.wording import number_of
 
@@ -56,7 +56,7 @@ class Keeping:
         clock: Clock,
         observer: Observer,
         warnings: Callable[[], tuple[str, ...]],
-        team: Team = ALONE,
+        team: Team,
     ) -> None:
         self._team = team
         self._journal, self._writer, self._destination = journal, writer, destination
@@ -348,7 +348,7 @@ def keeping(
     started: float,
     observer: Observer,
     warnings: Callable[[], tuple[str, ...]],
-    team: Team = ALONE,
+    team: Team,
 ) -> Iterator[Keeping]:
     """The keeper of a run that began at `started` (of `time.perf_counter`); `found`: the journal of the work
     that it goes on with; `asked`: what the job asks for about bits."""

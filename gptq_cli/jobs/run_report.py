@@ -113,7 +113,7 @@ def summarize(
     tally: Tally,
     kept: Kept,
     settings: tuple[tuple[str, Setting], ...],
-    ranks: tuple[RankReport, ...] = (),
+    ranks: tuple[RankReport, ...],
 ) -> RunReport:
     """The report of a finished run. `packed_bytes`: size of all linears' qweight, qzeros, scales and
     g_idx."""

@@ -40,10 +40,9 @@ class Flow:
     blocks: tuple[str, ...] = ()
     """Those that the forward called, as they stand in the model."""
     called: tuple[str, ...] = ()
-    """Blocks in the order of their calls, up to the call of the last one that had not been called."""
-    repeated: bool = False
-    """Blocks are called again after that (a recurrence over the whole stack). They are worked on once, with
-    what they are given first."""
+    """Blocks in the order of their calls, up to the call of the last one that had not been called. Where they
+    are called again after that (a recurrence over the whole stack), they are worked on once, with what they
+    are given first."""
     shapes: Mapping[str, BlockShape]
     between: str = ""
     """Why the model's own code has to run between the blocks; "" where the flow is direct."""
@@ -178,7 +177,6 @@ class FlowWatch:
         return Flow(
             blocks=tuple(block for block in self._blocks if block in names),
             called=tuple(names[: last + 1]),
-            repeated=len(names) > last + 1,
             shapes=shapes,
             between=next((why for place, why in self._between if place <= last), ""),
             hidden_channel=next((why for place, why in self._channel if place <= last), ""),

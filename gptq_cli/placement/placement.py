@@ -84,11 +84,11 @@ def places_for(processes: int, budgets: Sequence[DeviceBudget], host: str = "") 
     return tuple(place(rank) for rank in range(processes))
 
 
-def parse_inventory(text: str, accelerator: str = "cuda") -> tuple[DeviceBudget, ...]:
+def parse_inventory(text: str) -> tuple[DeviceBudget, ...]:
     """Read `--devices "cuda:0=24GiB@4090,cpu=64GiB"`: devices to plan for, all free, and what card each is.
     Raises `DeviceMapError`."""
     sizes = _CARD.sub(lambda found: " " * len(found[0]), text)
-    limits = MaxMemory.parse(sizes, accelerator, what="devices").limits
+    limits = MaxMemory.parse(sizes, what="devices").limits
     cards = [_card(text, part) for part in _parts(text)]
     return tuple(
         DeviceBudget(device, size, size, card) for (device, size), card in zip(limits, cards, strict=True)

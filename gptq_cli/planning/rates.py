@@ -171,7 +171,7 @@ def rates(
     *,
     card: str = "",
     thorough: bool = False,
-    shards: Sequence[Path] = (),
+    shards: Sequence[Path],
 ) -> MachineRates:
     """Those of the data sheet of a `card`; or of a probe of this machine, of two seconds if `thorough`, and
     of the model's files `shards`."""

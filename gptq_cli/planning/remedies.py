@@ -11,6 +11,8 @@ from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.planning.cases import MapCase
 
 GIB = 1 << 30
+NAMED = 3
+"""Remedies of a hint, at most."""
 Fits = Callable[[MapCase], bool]
 
 
@@ -35,17 +37,17 @@ def less_work(case: MapCase, fits: Fits) -> Remedy | None:
     return next((remedy for remedy, changed in _less_work(case) if fits(changed)), None)
 
 
-def cheapest(case: MapCase, fits: Fits, count: int = 3) -> tuple[Remedy, ...]:
-    """The first `count` candidates that fit."""
+def cheapest(case: MapCase, fits: Fits) -> tuple[Remedy, ...]:
+    """The first `NAMED` candidates that fit."""
     found: list[Remedy] = []
     for remedy, changed in _candidates(case):
         more_than_needed = any(remedy.change.startswith(f"{one.change} ") for one in found)
         if not more_than_needed and fits(changed):
             found.append(remedy)
-            if len(found) == count:
+            if len(found) == NAMED:
                 break
-    if len(found) < count:
-        found += _more_memory(case, fits)[: count - len(found)]
+    if len(found) < NAMED:
+        found += _more_memory(case, fits)[: NAMED - len(found)]
     return tuple(found)
 
 

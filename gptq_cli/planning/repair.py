@@ -28,6 +28,7 @@ _MAX_RULES = 500
 """A longer map is a program's, which is mended where it was made; `auto` stands in for it here."""
 _MAX_GUESSES = 20
 """Misspelled names that are looked for; a map with more was not mistyped."""
+_NAMED = 2
 
 
 def repaired(case: MapCase) -> DeviceMap:
@@ -84,8 +85,8 @@ def closest_device(case: MapCase, device: Device) -> Device:
     return max(same or accelerators or [CPU])
 
 
-def nearest_names(pattern: str, known: list[str], count: int = 2) -> list[str]:
-    """Patterns that cover something and are spelled most like `pattern`, which covers nothing.
+def nearest_names(pattern: str, known: list[str]) -> list[str]:
+    """The `_NAMED` patterns that cover something and are spelled most like `pattern`, which covers nothing.
 
     Numbers, ranges and globs of `pattern` are kept where they cover something. Empty where only a number is
     wrong: nothing that exists was meant.
@@ -103,9 +104,9 @@ def nearest_names(pattern: str, known: list[str], count: int = 2) -> list[str]:
         if shown not in valid:
             valid[shown] = shown == name or names.covered_by(shown)
         candidates.setdefault(shown if valid[shown] else name)
-    close = difflib.get_close_matches(pattern, list(candidates), n=count, cutoff=0.6)
+    close = difflib.get_close_matches(pattern, list(candidates), n=_NAMED, cutoff=0.6)
     same_end = [name for name in candidates if name.rpartition(".")[2] == pattern.rpartition(".")[2]]
-    return list(dict.fromkeys([*close, *same_end]))[:count]
+    return list(dict.fromkeys([*close, *same_end]))[:_NAMED]
 
 
 def beyond_last(pattern: str, known: list[str]) -> str | None:

@@ -86,8 +86,6 @@ class Joined:
     launch: Launch
     team: Team
     members: tuple[Member, ...]
-    watch: Watch | None
-    """None where it is the only one."""
 
     @property
     def device(self) -> Device:
@@ -130,7 +128,7 @@ def joined(
     accelerators = 0 if on_cpu else len(present_accelerators())
     own = _member(launch, asked, device, accelerators=accelerators)
     if launch.size == 1:
-        yield Joined(launch, Alone(leaves=leaf_count(1)), (own,), None)
+        yield Joined(launch, Alone(leaves=leaf_count(1)), (own,))
         return
     store = _store(launch, limits)
     word = Word(own.rank, own.host, own.pid)
@@ -139,7 +137,7 @@ def joined(
         try:
             members = _meet(store, own, launch, watch, limits)
             team = _opened(store, launch, device, watch)
-            yield Joined(launch, team, members, watch)
+            yield Joined(launch, team, members)
         except KeyboardInterrupt as stop:
             watch.leave("interrupted")
             error = watch.blamed()

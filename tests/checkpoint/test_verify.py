@@ -88,10 +88,6 @@ def test_all_structural_problems_at_once(checkpoint: Path) -> None:
     assert any("model.norm.weight is missing" in message for message in messages)
 
 
-def constant(value: int) -> object:
-    return lambda tensor: torch.full_like(tensor, value)
-
-
 def ordered(tensor: Tensor) -> Tensor:
     return tensor[torch.randperm(len(tensor), generator=torch.Generator().manual_seed(0))]
 

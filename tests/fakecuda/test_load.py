@@ -128,11 +128,6 @@ def missing(*args: object) -> torch.Tensor:
     )
 
 
-def shuffling(pairs: torch.Tensor, inner: int) -> torch.Tensor:
-    """A layout that keeps no order: some elements twice, others nowhere."""
-    return operators.convert_weight_to_int4pack(pairs[:1].expand_as(pairs).contiguous(), inner)
-
-
 @pytest.mark.parametrize("name", ["convert_weight_to_int4pack", "weight_int4pack_mm"])
 @pytest.mark.parametrize("broken", [failing, missing])
 def test_an_operator_that_raises_at_load_is_done_without(

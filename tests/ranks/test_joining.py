@@ -66,5 +66,5 @@ def test_ranks_that_cannot(second: Member, gap: float, said: str) -> None:
 def test_every_rank_can_count_on_what_the_smallest_has() -> None:
     launch = Launch(rank=0, size=2, local_rank=0, local_size=2, host="a", port=1)
     other = replace(SECOND, host_bytes=(200, 100))
-    joined = Joined(launch, ALONE, (FIRST, other), None)
+    joined = Joined(launch, ALONE, (FIRST, other))
     assert joined.budgets == (DeviceBudget(Device("cuda", 0), 80, 60), DeviceBudget(CPU, 200, 100))

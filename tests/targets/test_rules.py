@@ -62,7 +62,6 @@ def every(**changed: Any) -> TargetFacts:
 
 EXPERTS = replace(PORTABLE, linears=(linear("model.layers.0.mlp.experts.3.down_proj"),))
 MIXED = replace(PORTABLE, linears=(*PORTABLE.linears[1:], replace(PORTABLE.linears[0], bits=8)))
-NONE: dict[Target, dict[str, Level]] = {}
 
 CASES: list[tuple[str, TargetFacts, dict[str, dict[str, Level]]]] = [
     (
