@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from socket import gethostname
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +19,10 @@ from torch import Tensor
 from gptq_cli.engine.capture import HiddenStates
 from gptq_cli.engine.keep import by_sample, restore, samples_wanted
 from gptq_cli.engine.tuned import Tuned
-from gptq_cli.errors import GptqError
 from gptq_cli.events import DeviceMemory, Observer, RanksReported, RankState
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.model.skeleton import LinearInfo
-from gptq_cli.ranks.team import Team
+from gptq_cli.ranks.team import Team, decided_elsewhere
 from gptq_cli.results.run import BlockReport
 
 Samples = Iterable[tuple[str, Tensor]]
@@ -122,19 +120,19 @@ class FollowingKeeper:
 
     def packed(self, linear: LinearInfo) -> PackedTensors:
         """See `Keeper.packed`."""
-        packed: PackedTensors = self.team.decided(_elsewhere)
+        packed: PackedTensors = self.team.decided(decided_elsewhere)
         return packed
 
     def restore(self, states: HiddenStates) -> int:
         """See `Keeper.restore`."""
-        return restore_together(self.team, states, _elsewhere)[0]
+        return restore_together(self.team, states, decided_elsewhere)[0]
 
     def keep_gradients(self) -> None:
         """See `Keeper.keep_gradients`: several processes take none."""
 
     def keep(self, report: BlockReport, states: HiddenStates) -> None:
         """See `Keeper.keep`."""
-        due: bool = self.team.decided(_elsewhere)
+        due: bool = self.team.decided(decided_elsewhere)
         if due:
             for _ in collected(self.team, by_sample(states) or ()):
                 pass
@@ -148,8 +146,3 @@ class FollowingKeeper:
 
     def keep_tuned(self, tuned: Tuned) -> None:
         """See `Keeper.keep_tuned`."""
-
-
-def _elsewhere() -> Any:
-    """What only the rank that leads can find out."""
-    raise GptqError("a rank that follows was asked to decide")

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import GptqError, ModelError
@@ -25,7 +24,7 @@ from gptq_cli.model.source import ModelFiles, scan_directory
 from gptq_cli.model.source_files import defining_files
 from gptq_cli.placement.device import format_size
 from gptq_cli.ranks.joining import Joined, Member
-from gptq_cli.ranks.team import Team
+from gptq_cli.ranks.team import Team, decided_elsewhere
 from gptq_cli.wording import names_text
 
 MAX_NAMED = 3
@@ -71,7 +70,7 @@ def seen_files(team: Team, ref: ModelRef, revision: str | None) -> Iterator[Seen
     if not blind:
         yield SeenFiles(_there(found), None)
         return
-    sent: SentFiles = team.decided(_elsewhere)
+    sent: SentFiles = team.decided(decided_elsewhere)
     channel = team.channel(tuple(blind))
     if channel is None:
         yield SeenFiles(_there(found), None)
@@ -124,7 +123,3 @@ def _there(files: ModelFiles | None) -> ModelFiles:
     if files is None:
         raise GptqError("a rank without the model's files was not sent any")
     return files
-
-
-def _elsewhere() -> Any:
-    raise GptqError("a rank that follows was asked to decide")

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gptq_cli.calibration import TokenBatches
 from gptq_cli.checkpoint.fingerprint import Fingerprint
@@ -18,7 +17,7 @@ from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.opening import EngineRun
 from gptq_cli.engine.run import quantize_model
 from gptq_cli.engine.together import FollowingKeeper
-from gptq_cli.errors import ConfigError, GptqError, ModelError
+from gptq_cli.errors import ConfigError, ModelError
 from gptq_cli.events import ignore
 from gptq_cli.gptq.packing import PackedTensors
 from gptq_cli.jobs.shared_files import seen_files
@@ -32,6 +31,7 @@ from gptq_cli.placement.schedule import Schedule
 from gptq_cli.ranks.joining import Joined, Member, joined
 from gptq_cli.ranks.launch import Launch
 from gptq_cli.ranks.leaves import idle_ranks
+from gptq_cli.ranks.team import decided_elsewhere
 from gptq_cli.results.run import BlockReport, RankReport
 
 MAX_RANKS_NAMED = 8
@@ -116,7 +116,7 @@ def follow(job: QuantizeJob, launch: Launch, *, came: Callable[[], None], heard:
     with joined(launch, job.command_line, on_cpu=on_cpu(job), came=came) as own:
         heard()
         with out_of_memory_while(watcher, "quantize"):
-            told: Assignment = own.team.decided(_elsewhere)
+            told: Assignment = own.team.decided(decided_elsewhere)
             _work(own, told, watcher)
 
 
@@ -178,7 +178,3 @@ def _in_place_of(device: Device, own: Device) -> Device:
 
 def _written_elsewhere(linear: LinearInfo, packed: PackedTensors) -> None:
     """The store of a rank that follows: rank 0 writes."""
-
-
-def _elsewhere() -> Any:
-    raise GptqError("a rank that follows was asked to decide")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from gptq_cli.errors import GptqError
 from gptq_cli.events import Observer
 from gptq_cli.ranks.channel import Channel, Traffic
 from gptq_cli.ranks.leaves import Share, micro_batches, share_of
@@ -158,6 +159,11 @@ class Alone:
 
 ALONE = Alone()
 """A run without a launcher."""
+
+
+def decided_elsewhere() -> Any:
+    """What a rank that follows gives to `Team.decided`: there it is not called."""
+    raise GptqError("a rank that follows was asked to decide")
 
 
 def share_samples(team: Team, pairs: Sequence[int], others: Sequence[int], batch_size: int) -> Share:
