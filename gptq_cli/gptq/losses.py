@@ -12,8 +12,7 @@ from gptq_cli.gptq.batch import add_product_, diagonal_of
 from gptq_cli.gptq.grid import Grid, round_to_nearest
 from gptq_cli.gptq.matmul import fast_matmul
 from gptq_cli.gptq.search import group_parameters
-
-_BLOCK_ROWS = 8
+from gptq_cli.gptq.triangle import block_rows
 
 
 def row_losses(
@@ -24,11 +23,8 @@ def row_losses(
 
     H is symmetric, so its upper half is counted twice instead of multiplied: K²·N multiply-adds.
     """
-    K = D.shape[-2]
     total = D.new_zeros(*D.shape[:-2], D.shape[-1])
-    step = max(1, -(-K // _BLOCK_ROWS))
-    for a in range(0, K, step):
-        b = min(a + step, K)
+    for a, b in block_rows(D.shape[-2]):
         P = H[..., a:b, a:b] @ D[..., a:b, :]
         if a:
             add_product_(P, H[..., a:b, :a], D[..., :a, :], alpha=2)

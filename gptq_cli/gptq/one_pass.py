@@ -20,7 +20,7 @@ from gptq_cli.gptq.grid import Grid, round_to_nearest
 from gptq_cli.gptq.inputs import refuse_unsolvable, stack_rows
 from gptq_cli.gptq.losses import row_losses
 from gptq_cli.gptq.matmul import exact_matmul
-from gptq_cli.gptq.rounding import column_order, solve_columns
+from gptq_cli.gptq.rounding import column_order, group_width, solve_columns
 from gptq_cli.gptq.search import group_parameters
 from gptq_cli.gptq.walk_choice import walk_on
 
@@ -56,10 +56,8 @@ class Factored:
         Raises `NonFinite` for NaN or infinity in H or in a weight, and for weights whose scales float16
         cannot hold.
         """
-        grid, K = Grid.of(config), self.H.shape[-1]
+        grid, g = Grid.of(config), group_width(self.H.shape[-1], config)
         refuse_unsolvable([list(weights)], self.H.unsqueeze(0), grid)
-        group = config.for_columns([K]).group_columns
-        g = K if group == -1 else min(group, K)
         W = stack_rows([weights], self.H)
         if self.RT is None:
             return round_to_nearest(W, *group_parameters(W, diagonal_of(self.H), g, grid), g, grid).D.T

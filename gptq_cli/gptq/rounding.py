@@ -25,6 +25,12 @@ def column_order(H: Tensor, config: QuantizeConfig) -> Tensor:  # (…, K) int64
     return torch.arange(H.shape[-1], device=H.device)
 
 
+def group_width(K: int, config: QuantizeConfig) -> int:
+    """Columns of a group where there are K: all of them for a group size of -1, and where it is larger."""
+    group = config.for_columns([K]).group_columns
+    return K if group == -1 else min(group, K)
+
+
 def solve_rows(
     H: Tensor,
     order: Tensor,

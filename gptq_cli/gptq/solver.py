@@ -33,7 +33,7 @@ from gptq_cli.gptq.inputs import refuse_unsolvable, stack_rows
 from gptq_cli.gptq.losses import baseline_losses, relative_losses, row_losses
 from gptq_cli.gptq.matmul import exact_matmul
 from gptq_cli.gptq.quantized import QuantizedLinear, cut_stages
-from gptq_cli.gptq.rounding import column_order, refined, solve_columns, solve_rows
+from gptq_cli.gptq.rounding import column_order, group_width, refined, solve_columns, solve_rows
 from gptq_cli.gptq.search import group_parameters
 from gptq_cli.gptq.walk_choice import walk_on
 
@@ -89,8 +89,7 @@ def _quantized(
     outputs: Sequence[OutputMoment | None] = (),
 ) -> list[list[QuantizedLinear]]:
     K = H.shape[-1]
-    group = config.for_columns([K]).group_columns
-    g = K if group == -1 else min(group, K)
+    g = group_width(K, config)
     rows = [weight.shape[0] for weight in stages[0]]
 
     aims = stages if goals is None else goals
