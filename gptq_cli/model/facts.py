@@ -103,6 +103,12 @@ class DecodedSource:
         return f"{' and '.join(self.formats)}, decoded to {DECODED_DTYPE} while read"
 
 
+def can_be_packed(in_features: int, out_features: int, bits: int, group_size: int) -> bool:
+    """Whether the codes and zeros of a linear fill whole words, and its columns whole groups."""
+    words = in_features * bits % 32 == 0 and out_features * bits % 32 == 0
+    return words and (group_size == -1 or in_features % group_size == 0)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorFact:
     """A parameter or a buffer of the skeleton; tied ones appear once, under their first name."""

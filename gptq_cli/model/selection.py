@@ -27,6 +27,7 @@ from gptq_cli.config import AUTO_GROUPS, QuantizeConfig
 from gptq_cli.model.blocks import is_linear, shape
 from gptq_cli.model.dense import fold_dense
 from gptq_cli.model.expert_names import linears_in_part
+from gptq_cli.model.facts import can_be_packed
 from gptq_cli.model.skeleton import LinearInfo, Skeleton
 from gptq_cli.model.text_part import output_head
 from gptq_cli.module_settings import settings_for
@@ -48,7 +49,9 @@ def select_linears(skeleton: Skeleton, config: QuantizeConfig) -> Skeleton:
     kept = dict(skeleton.kept)
     by_module = []
     small = _negligible(skeleton.linears)
-    unfit = {x.name for x in skeleton.linears if x.name in small and not fits(x, config.of_linear(x.name))}
+    unfit = {
+        x.name for x in skeleton.linears if x.name in small and not _packable(x, config.of_linear(x.name))
+    }
     if all(info.name in unfit for info in skeleton.linears if _may_be_quantized(skeleton, config, info)):
         unfit = set()
     for info in skeleton.linears:
@@ -86,11 +89,8 @@ def _may_be_quantized(skeleton: Skeleton, config: QuantizeConfig, info: LinearIn
     return not own.dense and (own.named or info.name not in skeleton.trace.gating)
 
 
-def fits(info: LinearInfo, config: QuantizeConfig) -> bool:
-    """Whether codes and zeros fill whole words, and columns whole groups. `config`: that of this linear."""
-    group = config.group_columns
-    words = info.in_features * config.bits % 32 == 0 and info.out_features * config.bits % 32 == 0
-    return words and (group == -1 or info.in_features % group == 0)
+def _packable(info: LinearInfo, own: QuantizeConfig) -> bool:
+    return can_be_packed(info.in_features, info.out_features, own.bits, own.group_columns)
 
 
 def _decisive(skeleton: Skeleton) -> Iterator[LinearInfo]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from gptq_cli.config import HEAD_BITS, QuantizeConfig
-from gptq_cli.model.facts import LinearFact, ModelFacts
+from gptq_cli.model.facts import LinearFact, ModelFacts, can_be_packed
 from gptq_cli.module_settings import ALLOWED_BITS, ModuleRule, settings_for
 from gptq_cli.placement.names import fold, neighbours, range_words
 from gptq_cli.planning.knapsack import Option, choose
@@ -114,10 +114,8 @@ def _head(facts: ModelFacts, config: QuantizeConfig, head: LinearFact, readable:
 
 
 def _whole(linear: LinearFact, config: QuantizeConfig, bits: int) -> bool:
-    """Whether codes and zeros fill whole words, and columns whole groups."""
-    group = config.group_columns
-    words = linear.in_features * bits % 32 == 0 and linear.out_features * bits % 32 == 0
-    return words and (group == -1 or linear.in_features % group == 0)
+    """Whether a linear of this configuration can have `bits` instead."""
+    return can_be_packed(linear.in_features, linear.out_features, bits, config.group_columns)
 
 
 def _bytes(facts: ModelFacts, config: QuantizeConfig, linears: Sequence[LinearFact], bits: Bits) -> int:
