@@ -34,8 +34,6 @@ from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.results.run import BlockReport
 from gptq_cli.wording import names_text, number_of
 
-HIDDEN, DENSE = "hidden", "dense"
-
 
 class Keeper(Protocol):
     """Has what earlier runs finished, and keeps what this one finishes."""
@@ -211,30 +209,33 @@ def by_sample(states: HiddenStates) -> Iterator[tuple[str, Tensor]] | None:
     """
     if not isinstance(states, Captured):
         return None
-    captured = states
-    streams = ((HIDDEN, captured.hidden), (DENSE, captured.dense))
+    streams, batches = _streams(states), states.samples
     if any(
         len(hidden) != len(batch)
         for _, stream in streams
-        for hidden, batch in zip(stream, captured.samples, strict=False)
+        for hidden, batch in zip(stream, batches, strict=False)
     ):
         return None
     return (
         (f"{name}.{sample}", row)
         for name, stream in streams
-        for hidden, batch in zip(stream, captured.samples, strict=False)
+        for hidden, batch in zip(stream, batches, strict=False)
         for sample, row in zip(batch, hidden, strict=True)
     )
+
+
+def _streams(states: Captured) -> tuple[tuple[str, list[Tensor]], ...]:
+    """Both, as a snapshot names them; of the dense one the first micro-batches alone."""
+    return ("hidden", states.hidden), ("dense", states.dense)
 
 
 def samples_wanted(states: HiddenStates) -> set[str] | None:
     """The names of the samples that `restore` needs; None where the hidden states cannot be replaced."""
     if not isinstance(states, Captured):
         return None
-    streams = ((HIDDEN, states.hidden), (DENSE, states.dense))
     return {
         f"{name}.{sample}"
-        for name, stream in streams
+        for name, stream in _streams(states)
         for batch in states.samples[: len(stream)]
         for sample in batch
     }
@@ -246,12 +247,10 @@ def restore(states: HiddenStates, stored: Mapping[str, Callable[[], Tensor]], bl
     wanted = samples_wanted(states)
     if not isinstance(states, Captured) or wanted is None or not wanted <= set(stored):
         return False
-    captured = states
-    streams = ((HIDDEN, captured.hidden), (DENSE, captured.dense))
-    for name, stream in streams:
-        for place, batch in enumerate(captured.samples[: len(stream)]):
+    for name, stream in _streams(states):
+        for place, batch in enumerate(states.samples[: len(stream)]):
             device, stream[place] = stream[place].device, stream[place].new_empty(0)
             stream[place] = torch.stack([stored[f"{name}.{sample}"]() for sample in batch]).to(device)
     for index in range(block):
-        captured.calls[index] = []
+        states.calls[index] = []
     return True

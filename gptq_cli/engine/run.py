@@ -24,6 +24,7 @@ from gptq_cli.engine.tuning import CalibrationText, TunedModel, text_of, tune_mo
 from gptq_cli.engine.work import Block, Store, WorkOptions
 from gptq_cli.events import CacheFlushed, Observer, PhaseAdvanced, Warned, phase
 from gptq_cli.model.block_stream import BlockStream
+from gptq_cli.model.facts import dtype_name
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.schedule import Schedule, lighter
@@ -109,7 +110,7 @@ def _attempt(
         with phase(observer, "load") as words:
             stream = opened.enter_context(open_stream(run, observer))
             model = stream.model
-            words.append(f"{run.skeleton.parameters:,} parameters in {str(run.skeleton.dtype)[6:]}")
+            words.append(f"{run.skeleton.parameters:,} parameters in {dtype_name(run.skeleton.dtype)}")
             if any(run.placement.streams(block) for block in run.skeleton.blocks):
                 words.append("each block when its turn comes")
         try:
