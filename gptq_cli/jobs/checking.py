@@ -1,8 +1,8 @@
 """A job checked: files, text, map and memory, before a weight is read.
 
-Text that the model is to write itself (`--calibration self`) is the exception: it takes the weights. Then
-everything else is checked first, and refused or announced; the model writes; and the check is completed with
-its text, which decides whether unfinished work is of the same job.
+Two things take the weights: text that the model is to write itself (`--calibration self`), and what fewer
+bits cost (`--bits-per-weight`). Then everything else is checked first, and refused or announced; the model is
+run; and the check is completed with the result, which decides whether unfinished work is of the same job.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class Checked:
     unfinished: Found | None = None
     """What an earlier run with the same output had finished."""
     announced: frozenset[Finding] = frozenset()
-    """Findings that were announced before the model wrote its text."""
-    wrote: bool = False
-    """The model wrote text, so it was in memory as a whole."""
+    """Findings that were announced before the model was run."""
+    ran: bool = False
+    """The model was run for this: it wrote text, or what fewer bits cost was measured."""
     writing_seconds: float | None = None
     """An estimate of how long the model will write; None where there is nothing to write."""
     bits: BitChoice | None = None
@@ -86,7 +86,7 @@ def check(
     """Open the headers of the files, cut the calibration text, resolve the map, and collect every finding.
 
     `goes_on`: what an earlier run with the same output had finished is of interest. `writes`: where the model
-    is to write its own text and nothing stands against the job, it does; the findings are announced before.
+    has to be run for the check and nothing stands against the job, it is; the findings are announced before.
     `joined`: the ranks that will work together; `processes`: as many are planned.
     """
     with phase(observer, "open"):
@@ -119,7 +119,7 @@ def check(
     if search is not None and tokens is not None and store.find(search.wanted(tokens)) is None:
         store.keep(search.wanted(tokens), search.measure(tokens, placement, schedule, observer))
     complete = _completed(job, known, tokens)
-    return replace(complete, announced=frozenset(checked.findings.findings), wrote=True)
+    return replace(complete, announced=frozenset(checked.findings.findings), ran=True)
 
 
 @dataclass(frozen=True, slots=True)

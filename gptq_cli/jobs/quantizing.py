@@ -135,7 +135,7 @@ def _quantize(
     checked = check(job, tally, claim, writes=True, proof=asked.proof, push=asked.push, joined=asked.joined)
     announce(checked.findings, tally, known=checked.announced)
     job = checked.job
-    if checked.wrote:
+    if checked.ran:
         tally.host_peak_bytes = reset_peak_resident()
     placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
     if not checked.findings.ok or placement is None or schedule is None or tokens is None:

@@ -74,19 +74,17 @@ def placed(
     )
     devices = resolution.placement.devices if resolution.placement else ()
     source = skeleton.files.directory
-    writes = isinstance(job, QuantizeJob)
-    output = (
-        output_facts(job.out, source, claim, work=unfinished, resume=job.resume)
-        if isinstance(job, QuantizeJob)
-        else None
-    )
-    unreadable = unreadable_files(source, code=job.model.trust_remote_code) if writes else ()
+    problems, output, overwrite = skeleton.problems, None, False
+    if isinstance(job, QuantizeJob):
+        problems = (*problems, *unreadable_files(source, code=job.model.trust_remote_code))
+        output = output_facts(job.out, source, claim, work=unfinished, resume=job.resume)
+        overwrite = job.overwrite
     findings = check_quantize(
         replace(facts, listed=bool(modules_in_block(skeleton))),
         asked,
-        problems=(*skeleton.problems, *unreadable),
+        problems=problems,
         output=output,
-        overwrite=isinstance(job, QuantizeJob) and job.overwrite,
+        overwrite=overwrite,
         devices=devices,
         capabilities=() if job.devices else capabilities(devices),
         targets=job.targets,
