@@ -272,9 +272,7 @@ class CheckpointWriter:
         return {"metadata": {"total_size": self.plan.tensor_bytes}, "weight_map": weight_map}
 
     def _json(self, name: str, content: Mapping[str, Any]) -> None:
-        text = (
-            json.dumps(content, indent=2) + "\n"
-        )  # ASCII: a name may hold characters that UTF-8 cannot encode
+        text = json.dumps(content, indent=2) + "\n"  # ASCII: a name may hold what UTF-8 cannot encode
         (self._work / name).write_text(text, encoding="utf-8")
 
     def _open_shard(self, shard: PlannedShard) -> None:

@@ -74,7 +74,7 @@ def read_generation_config(directory: Path, model: Any) -> GenerationConfig:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{FILE} cannot be read: {_reason(error)}", hint=_REMOVE) from error
+        raise CheckpointError(f"{FILE} cannot be read: {first_line(error)}", hint=_REMOVE) from error
     if not isinstance(settings, dict):
         raise CheckpointError(
             f"{FILE} holds a {type(settings).__name__}; allowed: an object of settings", hint=_REMOVE
@@ -87,7 +87,7 @@ def read_generation_config(directory: Path, model: Any) -> GenerationConfig:
         f"{alone[0]} is {_short(settings[alone[0]])}, which" if alone else "its settings together are what"
     )
     raise CheckpointError(
-        f"{FILE}: {named} Transformers refuses: {_reason(refusal)}", hint=_REMOVE
+        f"{FILE}: {named} Transformers refuses: {first_line(refusal)}", hint=_REMOVE
     ) from refusal
 
 
@@ -132,9 +132,8 @@ def settings_of(config: GenerationConfig, vocabulary: int, source: str = FILE) -
     if "eos_token_id" in followed:
         _without_ends(followed)
     else:
-        followed.pop(
-            "exponential_decay_length_penalty", None
-        )  # it leads to an end token that the model does not have
+        # it leads to an end token, which the model does not have
+        followed.pop("exponential_decay_length_penalty", None)
     note = f"{source} sets {', '.join(others)}: not followed here" if others else ""
     return GenerationSettings(followed, note)
 
@@ -149,7 +148,8 @@ def stop_criterion(settings: GenerationSettings, tokenizer: Any) -> StopStringCr
         return StopStringCriteria(tokenizer, strings)
     except Exception as error:  # it decodes the whole vocabulary, which not every tokenizer allows
         raise CheckpointError(
-            f"{FILE}: stop_strings {_short(strings)} cannot be matched with this tokenizer: {_reason(error)}",
+            f"{FILE}: stop_strings {_short(strings)} cannot be matched with this tokenizer: "
+            f"{first_line(error)}",
             hint=_REMOVE,
         ) from error
 
@@ -312,7 +312,3 @@ _FOLLOWED: dict[str, _Rule] = {
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error)

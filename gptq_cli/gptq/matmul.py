@@ -111,9 +111,8 @@ def exact_bf16_product(device: torch.device) -> AddProduct | None:
     want = 1 + X[:, :_TRIED_SIZE].double().T @ X.double()
     X = X.to(device)
     for way in (_add_in_place, _add_after):
-        C = torch.ones(
-            2 * _TRIED_SIZE, 4 * _TRIED_SIZE, device=device
-        )  # as in a Hessian: a part of a larger one
+        C = torch.ones(2 * _TRIED_SIZE, 4 * _TRIED_SIZE, device=device)
+        # as in a Hessian: a part of a larger one
         part = C[:_TRIED_SIZE, : 2 * _TRIED_SIZE]
         try:
             way(part, X[:, :_TRIED_SIZE].T, X)

@@ -74,9 +74,7 @@ def check_push(push: PushConfig | None) -> PreflightReport:
     """What stands against an upload; nothing where none is asked for."""
     if push is None:
         return PreflightReport()
-    from gptq_cli.checkpoint.upload import (
-        look,
-    )  # not at the top: the client of the Hub is of no use elsewhere
+    from gptq_cli.checkpoint.upload import look  # not at the top: it imports the client of the Hub
     from gptq_cli.preflight.rules import push as rules_push
     from gptq_cli.rules import rules_in
 

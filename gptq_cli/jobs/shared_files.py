@@ -102,9 +102,7 @@ def _blind(team: Team, problem: str) -> dict[int, str]:
 
 def _described(files: ModelFiles, *, code: bool) -> SentFiles:
     directory = files.directory
-    listed = scan_directory(
-        directory, source=files.source
-    )  # as they are stored: few bits are not decoded yet
+    listed = scan_directory(directory, source=files.source)  # as stored: few bits are not decoded yet
     contents = tuple((name, (directory / name).read_bytes()) for name in defining_files(directory, code=code))
     return SentFiles(replace(listed, revision=files.revision, stamps=()), contents)
 

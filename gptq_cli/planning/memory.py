@@ -251,9 +251,7 @@ def packed_bytes(linear: LinearFact, config: QuantizeConfig) -> int:
 def quantized_bytes(facts: ModelFacts, config: QuantizeConfig) -> int:
     """Bytes of all tensors of the checkpoint to be written."""
     config = Work(config, CalibrationConfig()).on(facts).quantize
-    replaced = (
-        facts.linears if facts.head_is_tied else facts.packed
-    )  # a tied head's weight is the embedding's
+    replaced = facts.linears if facts.head_is_tied else facts.packed  # a tied head's is the embedding's
     weights = sum(linear.in_features * linear.out_features for linear in replaced)
     parameters = sum(tensor.size_bytes for tensor in facts.tensors if not tensor.buffer)
     return (

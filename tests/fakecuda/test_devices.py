@@ -40,9 +40,8 @@ def test_tensors_of_two_devices_never_meet() -> None:
     for other in (there, host):
         with pytest.raises(RuntimeError, match="same device"):
             torch.add(here, other)
-    assert torch.equal(
-        (here + torch.tensor(1.0)).cpu(), torch.full((3,), 2.0)
-    )  # a scalar may come from the CPU
+    # a scalar may come from the CPU
+    assert torch.equal((here + torch.tensor(1.0)).cpu(), torch.full((3,), 2.0))
     assert here[torch.tensor([0, 2])].device == torch.device("cuda:0")  # and so may indexes
 
 

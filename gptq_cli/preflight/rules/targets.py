@@ -85,10 +85,7 @@ def readers_lost(case: JobCase) -> list[Remark]:
     few = replace(case, facts=with_few_experts(case.facts))
     facts = target_facts(few.facts, case.work.quantize)
     lost: dict[str, list[Target]] = {}
-    everyone = (
-        whole_words.id,
-        whole_groups.id,
-    )  # what no target takes: rules about bits and groups refuse it
+    everyone = (whole_words.id, whole_groups.id)  # no target takes it: rules about bits and groups refuse it
     for reader in TARGETS:
         errors = [f for f in check_target(reader, facts) if f.level == "error" and f.rule not in everyone]
         if errors and reader not in case.targets:
