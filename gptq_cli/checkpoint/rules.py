@@ -38,6 +38,8 @@ class OrderFacts:
     """Column k belongs to group k // group_size."""
     even: bool
     """Every group has as many columns as it would have in the trivial order."""
+    of_columns: int | None = None
+    """Column k belongs to group k // of_columns, which is not what the config says."""
 
     @property
     def in_range(self) -> bool:
@@ -313,9 +315,20 @@ def g_idx_zero(case: VerifyCase) -> Iterator[Remark]:
 
 @rule("warning", topics=("g-idx",))
 def g_idx_order(case: VerifyCase) -> Iterator[Remark]:
-    """g_idx orders the columns though the config says that there is no activation order."""
+    """g_idx orders the columns though the config says that there is no activation order, or has groups of
+    another size.
+    """
     for linear in case.linears:
-        if linear.order is not None and linear.order.reorders and not linear.format.desc_act:
+        if linear.order is None or not linear.order.reorders:
+            continue
+        size = linear.format.group_size
+        if (columns := linear.order.of_columns) is not None:
+            yield Remark(
+                subject=linear.name,
+                message=f"g_idx has groups of {columns} columns, but group_size is {size}",
+                hint="compare group_size in the quantization config with what it was published with",
+            )
+        elif not linear.format.desc_act:
             yield Remark(
                 subject=linear.name,
                 message="g_idx orders the columns though desc_act is false",
@@ -327,7 +340,8 @@ def g_idx_order(case: VerifyCase) -> Iterator[Remark]:
 def g_idx_uneven(case: VerifyCase) -> Iterator[Remark]:
     """g_idx gives the groups different numbers of columns, where an order of columns keeps them equal."""
     for linear in case.linears:
-        if linear.order is not None and linear.order.reorders and not linear.order.even:
+        order = linear.order
+        if order is not None and order.reorders and not order.even and order.of_columns is None:
             message = "g_idx gives the groups different numbers of columns"
             yield Remark(subject=linear.name, message=message)
 

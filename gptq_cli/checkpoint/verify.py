@@ -312,7 +312,9 @@ def order_facts(
     """The order of the columns of one linear."""
     low, high = (int(value) for value in torch.aminmax(g_idx))
     trivial = trivial_g_idx(info)
-    even = False
+    is_trivial = torch.equal(g_idx.to(torch.int32), trivial)
+    even, size = False, max(1, int((g_idx == 0).sum()))
+    runs = torch.equal(g_idx.long(), torch.arange(len(g_idx)) // size)
     if low >= 0 and high < info.groups:
         counts = torch.bincount(g_idx.long(), minlength=info.groups)
         even = torch.equal(counts, torch.bincount(trivial.long(), minlength=info.groups))
@@ -320,6 +322,7 @@ def order_facts(
         lowest=low,
         highest=high,
         groups=info.groups,
-        trivial=torch.equal(g_idx.to(torch.int32), trivial),
+        trivial=is_trivial,
         even=even,
+        of_columns=size if runs and not is_trivial else None,
     )

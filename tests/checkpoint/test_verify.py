@@ -265,6 +265,18 @@ def test_targets_of_a_checkpoint_that_cannot_be_read(tmp_path: Path) -> None:
     assert "no such directory" in report.failures[0]
 
 
+def test_groups_of_another_size_with_as_many_groups(checkpoint: Path) -> None:
+    """64 columns have two groups of 32 or of 33: no shape tells them apart."""
+    for name in ("config.json", "quantize_config.json"):
+        text = (checkpoint / name).read_text(encoding="utf-8")
+        (checkpoint / name).write_text(text.replace('"group_size": 32', '"group_size": 33'))
+    report = verify_checkpoint(checkpoint)
+    finding = found(report, "g-idx-order")
+    assert finding.message.endswith("g_idx has groups of 32 columns, but group_size is 33")
+    assert "compare group_size" in finding.hint
+    assert "g-idx-uneven" not in rules(report)
+
+
 def test_every_finding_belongs_to_a_part(checkpoint: Path) -> None:
     """What `verify.py` says stands below the part of the checkpoint that it is about."""
     change_tensor(f"{Q}.scales", one_nan)(checkpoint)
