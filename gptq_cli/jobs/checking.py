@@ -13,6 +13,7 @@ from gptq_cli.calibration import TokenBatches, open_tokenizer
 from gptq_cli.calibration.batches import batches_by_source, mixed, own_batches
 from gptq_cli.calibration.own_text import OwnText, TextStore, Wanted, row_bytes, rows_at_once
 from gptq_cli.checkpoint.fingerprint import Fingerprint
+from gptq_cli.checkpoint.layout import plan_checkpoint
 from gptq_cli.config import CalibrationConfig, QuantizeJob
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CalibrationError, ModelError
@@ -34,6 +35,7 @@ from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.text_part import language_model
 from gptq_cli.placement.placement import DeviceBudget
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import quantized_bytes
 from gptq_cli.planning.rates import measure
 from gptq_cli.planning.writing import writing_needs, writing_seconds
 from gptq_cli.preflight.facts import Claim
@@ -69,6 +71,12 @@ class Checked:
     """How a budget of bits is spent; None without one."""
     measures: BitSearch | None = None
     """Where what fewer bits cost has yet to be measured: how."""
+
+    def written_bytes(self) -> int:
+        """Of all files with tensors, to the byte; of the tensors alone where the run is refused."""
+        if not self.findings.ok:
+            return quantized_bytes(self.facts, self.work.quantize)
+        return plan_checkpoint(self.skeleton, self.work.quantize, self.job.max_shard_bytes).size_bytes
 
 
 def check(

@@ -307,8 +307,11 @@ def dry_run(
         measuring = None
         if checked.measures is not None and speed is not None:
             measuring = checked.measures.seconds(job, speed)
+        size = checked.written_bytes()
         plan = replace(
             quantize_plan(facts, asked, took, checked.writing_seconds, measuring),
+            size_after_bytes=size,
+            bits_per_parameter=8 * size / max(1, facts.parameters),
             ranks=gain,
             bit_choice=checked.bits,
         )

@@ -21,7 +21,7 @@ from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.planning.fisher import file_bytes
-from gptq_cli.planning.memory import quantized_bytes, snapshot_bytes
+from gptq_cli.planning.memory import snapshot_bytes
 from gptq_cli.planning.rates import DISK_BYTES_PER_SECOND
 from gptq_cli.planning.time import quick_estimate
 from gptq_cli.preflight.resolve import refusal
@@ -70,7 +70,7 @@ def trial(job: QuantizeJob, blocks: int, observer: Observer = ignore) -> TrialRe
         own = sum(plan.seconds(tried)[report.name] for report in reports)
         measured = sum(report.seconds for report in reports)
         others = sum(plan.seconds().values()) - own + plan.gradient_seconds() + plan.tuning_seconds()
-        written = quantized_bytes(checked.facts, checked.work.quantize)
+        written = checked.written_bytes()
         return TrialReport(
             model=job.model.model,
             blocks_total=len(schedule.blocks),

@@ -206,7 +206,7 @@ class QuantizePlan:
     """8 · `size_after_bytes` over the parameters of the dense model, tied ones counted once."""
     size_before_bytes: int
     size_after_bytes: int
-    """Bytes of all tensors of the checkpoint, without the headers of its files."""
+    """Bytes of all files of the checkpoint with tensors; of the tensors alone where the run is refused."""
     snapshot_bytes: int
     """Bytes of the hidden states that are kept beside the checkpoint while the run works, so that an
     interrupted run goes on quickly; twice for a moment. Without room for them they are not kept."""
