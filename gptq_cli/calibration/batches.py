@@ -210,8 +210,7 @@ def evaluation_windows(
         first = next(documents.pieces, None)
         if first is not None:
             documents = Documents(documents.label, chain((first,), documents.pieces))
-        talk = first is not None and (first.messages is not None or first.too_long)
-        if talk and render is not None:
+        if first is not None and first.rendered and render is not None:
             found = conversation_windows(tokenizer, documents, seq_len, windows, render)
             if found is not None:
                 ids, label = found.input_ids, documents.label

@@ -35,6 +35,8 @@ class Piece:
     opens: bool = True
     messages: Sequence[Mapping[str, Any]] | None = None
     """Of a conversation that the chat template wrote as a whole: what it was given; of other texts None."""
+    rendered: bool = False
+    """It begins a conversation that the chat template wrote."""
     too_long: bool = False
     """It begins a conversation with answers that is longer than a piece, whose answers are not looked for."""
     joined: bool = False
@@ -74,11 +76,12 @@ def rows_to_pieces(
             rendered = render is not None and isinstance(value, list)
             messages = messages_of(value, f"{name} {place}") if rendered else None
             if rendered and len(text) <= PIECE_CHARACTERS:
-                yield Piece(text, messages=messages)
+                yield Piece(text, messages=messages, rendered=True)
             else:
                 pieces = _cut(text)
                 joined = render is None and isinstance(value, list)
-                yield replace(next(pieces), too_long=has_answer(messages or ()), joined=joined)
+                too_long = has_answer(messages or ())
+                yield replace(next(pieces), rendered=rendered, too_long=too_long, joined=joined)
                 yield from pieces
     if not written:
         what = f"column {column!r} of {name}" if column else name

@@ -133,6 +133,8 @@ def test_conversations_that_are_too_long_are_counted(
     monkeypatch.setattr(documents, "PIECE_CHARACTERS", 400)
     monkeypatch.setattr(texts, "PIECE_CHARACTERS", 400)
     long = [{"role": "user", "content": "words " * 200}, TALK[1]]
+    first = evaluation_windows(tokenizer, rows(tmp_path / "b.jsonl", long[:1], TALK[:2]), 64, 9)
+    assert first.answers is not None  # one without an answer does not make a text of the others
     source = rows(tmp_path / "a.jsonl", long, TALK[:2], long[:1], long)
     found = evaluation_windows(tokenizer, source, 64, 9)
     assert found.answers is not None
