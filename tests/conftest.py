@@ -97,3 +97,11 @@ def tiny_llama_sharded(tiny: TinyFactory) -> Path:
 def tiny_moe(tiny: TinyFactory) -> Path:
     """Two Qwen3-MoE blocks: one dense, one with fused experts."""
     return tiny("qwen3_moe")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to calibrate on."""
+    from tests.e2e.commands import write_text
+
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")

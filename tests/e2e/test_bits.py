@@ -13,7 +13,7 @@ import gptq_cli
 from gptq_cli.checkpoint.configs import read_formats
 from gptq_cli.errors import ConfigError
 from tests.conftest import TinyFactory
-from tests.e2e.commands import FAST, gptq, write_text
+from tests.e2e.commands import FAST, gptq
 from tests.e2e.test_resume import stop_after
 from tests.e2e.test_run_again import files
 
@@ -24,11 +24,6 @@ QUICK = (*FAST, "--recipe", "fast")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GPTQ_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def shards_bytes(out: Path) -> int:

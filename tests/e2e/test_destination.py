@@ -16,12 +16,7 @@ import pytest
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.jobs import checking, quantizing
-from tests.e2e.commands import FAST, Ran, gptq, write_text
-
-
-@pytest.fixture
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+from tests.e2e.commands import FAST, Ran, gptq
 
 
 def quantized(model: Path, out: Path, text: Path, *more: str, interrupted: bool = False) -> Ran:

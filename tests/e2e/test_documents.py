@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.documents import checked_document, checked_events, validator
-from tests.e2e.commands import FAST, gptq, write_text
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+from tests.e2e.commands import FAST, gptq
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from gptq_cli.checkpoint.target_facts import target_facts
 from gptq_cli.inference.load import default_placement, load_quantized
 from gptq_cli.placement.names import leaf
 from tests.checkpoint.unquantized import opened, write_checkpoint
-from tests.e2e.commands import FAST, gptq, write_text
+from tests.e2e.commands import FAST, gptq
 from tests.tiny import randomize, save_tokenizer
 
 SHAPE: dict[str, Any] = {
@@ -127,11 +127,6 @@ FAMILIES = {
 QUICK = ("qwen3_moe", "mixtral", "gpt_oss", "llama4_text")
 IDS = torch.randint(2, 500, (2, 40), generator=torch.Generator().manual_seed(3))
 _EXPERT = re.compile(r"(?P<parent>.+)\.(?P<expert>\d+)(?:\.(?P<role>[^.]+))?\Z")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def save_family(name: str, path: Path) -> Path:

@@ -20,7 +20,7 @@ from gptq_cli.model.weights import load_resident
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from tests.conftest import TinyFactory
-from tests.e2e.commands import FAST, Ran, gptq, write_text
+from tests.e2e.commands import FAST, Ran, gptq
 from tests.encoders import STYLES, store_in_few_bits
 from tests.tiny import randomize, save_tokenizer
 
@@ -70,11 +70,6 @@ CASES = [
     ("compressed-nvfp4", "deepseek_v3"),
     ("mxfp4", "gpt_oss"),
 ]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

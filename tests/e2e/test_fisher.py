@@ -16,18 +16,13 @@ from gptq_cli.engine import gradient_pass
 from gptq_cli.errors import GptqError
 from gptq_cli.jobs import forecast
 from tests import architectures
-from tests.e2e.commands import Ran, gptq, write_text
+from tests.e2e.commands import Ran, gptq
 from tests.e2e.killed import content
 from tests.second_opinion import save_source
 from tests.tiny import HIDDEN
 
 FAST = ("--samples", "24", "--seq-len", "32", "--group-size", "32", "--progress", "none", "--bits", "4")
 BEST = ("--recipe", "best", "--sweeps", "0", "--fisher-tokens", "96")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def quantized(model: Path, out: Path, text: Path, *more: str) -> Ran:

@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyFactory
-from tests.e2e.commands import FAST, gptq, write_text
+from tests.e2e.commands import FAST, gptq
 from tests.model.test_gates import DELTA
 from tests.model.test_selection import save
 from tests.tiny import save_tokenizer
 
 MEASURE = ("--seq-len", "48", "--windows", "4", "--progress", "none", "--json")
 DOWN = "model.layers.*.mlp.down_proj"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def kl(out: Path, model: Path, text: Path) -> float:

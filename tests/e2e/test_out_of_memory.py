@@ -25,7 +25,7 @@ from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
 from gptq_cli.jobs import checking, evaluating, inspecting, loading, quantizing, steps
 from gptq_cli.model import model_class, shards, skeleton, source
-from tests.e2e.commands import FAST, gptq, write_text
+from tests.e2e.commands import FAST, gptq
 
 FACES: dict[str, Callable[[], BaseException]] = {
     "python": MemoryError,
@@ -91,11 +91,6 @@ def with_faces(steps: dict[str, tuple[Any, str, str]]) -> list[tuple[str, str]]:
             pairs + [(step, face) for step in ("headers", "text", "pack") if step in steps for face in faces]
         )
     )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

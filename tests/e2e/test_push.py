@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import FAST, Ran, gptq, write_text
+from tests.e2e.commands import FAST, Ran, gptq
 from tests.hub_server import Hub, hub_server
 
 NO_HOME = str(Path(tempfile.gettempdir()) / "no-such-folder-of-the-hub")
@@ -23,11 +23,6 @@ NO_HOME = str(Path(tempfile.gettempdir()) / "no-such-folder-of-the-hub")
 def hub() -> Iterator[Hub]:
     with hub_server() as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,8 @@ from gptq_cli.model.blocks import assign
 from gptq_cli.model.expert_linears import unfuse
 from gptq_cli.model.experts import find_experts
 from tests.conftest import TinyFactory
-from tests.e2e.commands import FAST, Ran, gptq, write_text
+from tests.e2e.commands import FAST, Ran, gptq
 from tests.tiny import TINY, save_tokenizer
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def leftovers(folder: Path) -> list[str]:

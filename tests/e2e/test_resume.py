@@ -25,14 +25,9 @@ from gptq_cli.engine import run as run_module
 from gptq_cli.errors import GptqError
 from gptq_cli.jobs import forecast, keeping, snapshot_time
 from tests.conftest import TinyFactory
-from tests.e2e.commands import FAST, Ran, gptq, write_text
+from tests.e2e.commands import FAST, Ran, gptq
 from tests.e2e.killed import content
 from tests.e2e.test_interrupt import hear_signals
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from tests.conftest import TinyFactory
-from tests.e2e.commands import FAST, gptq, write_text
+from tests.e2e.commands import FAST, gptq
 from tests.towers import CLASSES, TOWERS
 
 SMALL = (*FAST, "--group-size", "16", "--recipe", "fast")
@@ -35,11 +35,6 @@ UNREACHED = {"mllama": "model.language_model.layers.1"}
 EVAL = ("--seq-len", "32", "--windows", "2", "--progress", "none", "--json")
 
 Made = Callable[[str], tuple[Path, Any]]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

@@ -20,17 +20,12 @@ from gptq_cli.engine.tuning import TunedModel
 from gptq_cli.errors import ConfigError, GptqError
 from gptq_cli.jobs import forecast, together
 from tests.conftest import TinyFactory
-from tests.e2e.commands import Ran, gptq, write_text
+from tests.e2e.commands import Ran, gptq
 from tests.e2e.killed import content
 from tests.e2e.test_resume import shard as damage_codes_of_block_1
 
 FAST = ("--samples", "24", "--seq-len", "32", "--group-size", "32", "--progress", "none", "--bits", "2")
 TUNED = ("--recipe", "max", "--sweeps", "0", "--tune-epochs", "4")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(autouse=True)

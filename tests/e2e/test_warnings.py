@@ -11,18 +11,13 @@ import pytest
 
 from gptq_cli.engine import loop
 from gptq_cli.jobs import quantizing
-from tests.e2e.commands import FAST, Ran, gptq, write_text
+from tests.e2e.commands import FAST, Ran, gptq
 
 DISPLAYS = ("auto", "rich", "plain", "jsonl", "none")
 SMALL = FAST[:-2]
 SPILLED = ("--devices", "cuda:0=24GiB,cpu=64GiB", "--device-map", "model.layers.0=cpu,rest=0")
 OFFLOAD = "[cpu-offload] device map: CPU offload is not recommended"
 LAUNCHED = "[environment] LOCAL_RANK: LOCAL_RANK=0 is set, but one process does all the work"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,11 @@ from gptq_cli.engine.gradients import StatesInMemory, output_moments
 from gptq_cli.events import Observer
 from gptq_cli.gptq.feedback import OutputMoment, drawn_label_gradient
 from tests.conftest import TinyFactory
-from tests.e2e.commands import gptq, write_text
+from tests.e2e.commands import gptq
 
 SAMPLES, LENGTH = 8, 16
 WORDS = ("--samples", str(SAMPLES), "--seq-len", str(LENGTH), "--group-size", "32", "--progress", "none")
 RECIPE = ("--recipe", "best", "--sweeps", "0", "--fisher-tokens", str(4 * LENGTH))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 class Seen:

@@ -18,15 +18,10 @@ from gptq_cli.engine.tuning import CalibrationText, TunedModel, split, tune_mode
 from gptq_cli.events import ignore
 from gptq_cli.gptq.tuning import Moving
 from tests.conftest import TinyFactory
-from tests.e2e.commands import gptq, write_text
+from tests.e2e.commands import gptq
 
 FAST = ("--samples", "10", "--seq-len", "24", "--group-size", "32", "--progress", "none", "--sweeps", "0")
 Looked = Callable[[TunedModel, CalibrationText], None]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 def looked_at(

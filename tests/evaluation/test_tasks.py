@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import FAST, gptq, write_text
+from tests.e2e.commands import FAST, gptq
 
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 TASK = """\
@@ -45,11 +45,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file.write_text("".join(json.dumps(one) + "\n" for one in questions), encoding="utf-8")
     (folder / "tiny_choice.yaml").write_text(TASK.format(file=file), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.mark.skipif(HARNESS, reason="lm-evaluation-harness is installed")

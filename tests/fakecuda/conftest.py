@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import write_text
 from tests.fakecuda.devices import Devices, installed
 from tests.fakecuda.runs import Quantized, Reference, quantize
 
@@ -32,12 +31,6 @@ def devices() -> Iterator[Devices]:
     yield found
     found.relax()
     assert torch.accelerator.current_device_index() == 0
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibration text."""
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="session")
