@@ -145,18 +145,21 @@ def quantize(
     return report
 
 
-def load(path: AnyPath, device_map: object = None, dtype: DType = "auto") -> Any:
+def load(
+    path: AnyPath, device_map: object = None, dtype: DType = "auto", *, trust_remote_code: bool = False
+) -> Any:
     """Open the GPTQ checkpoint `path`: a Transformers model on packed weights, ready for `generate`.
 
-    `device_map` takes every form that `quantize` takes; None: the current accelerator, or the CPU. Its
-    `save_pretrained` copies the checkpoint. What was read otherwise than the config says is logged as a
-    warning of the logger `gptq_cli`. Raises `CheckpointError` naming the tensor that is wrong,
-    `PreflightRefused` when the map is not legal.
+    `device_map` takes every form that `quantize` takes; None: the current accelerator, or the CPU.
+    `trust_remote_code`: run Python code that the checkpoint brings. The model's `save_pretrained` copies the
+    checkpoint. What was read otherwise than the config says is logged as a warning of the logger `gptq_cli`.
+    Raises `CheckpointError` naming the tensor that is wrong, `PreflightRefused` when the map is not legal.
     """
     job = LoadJob(
         path=os.fspath(path),
         device_map=None if device_map is None else DeviceMap.parse(device_map),
         dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     from gptq_cli import jobs
 

@@ -165,8 +165,22 @@ def test_warnings_are_logged(tiny_llama: Path, tmp_path: Path, caplog: pytest.Lo
     assert {record.levelname for record in caplog.records if record.name == "gptq_cli"} == {"WARNING"}
 
 
+def test_load_hands_over_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[LoadJob] = []
+    pretended = SimpleNamespace(open_model=lambda job, observer: asked.append(job))
+    monkeypatch.setitem(sys.modules, "gptq_cli.jobs", pretended)
+    monkeypatch.setattr(gptq_cli, "jobs", pretended, raising=False)
+    gptq_cli.load(Path("Q"))
+    gptq_cli.load("Q", {"": "cpu"}, "float16", trust_remote_code=True)
+    given = DeviceMap.parse({"": "cpu"})
+    trusted = LoadJob(path="Q", device_map=given, dtype="float16", trust_remote_code=True)
+    assert asked == [LoadJob(path="Q"), trusted]
+
+
 def test_the_documentation_names_every_parameter() -> None:
     page = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    for name in signature(gptq_cli.load).parameters:
+        assert re.search(rf"^## `gptq_cli\.load\(.*\b{name}\b", page, re.MULTILINE)
     table = set(re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE))
     names = {name for name in signature(gptq_cli.quantize).parameters if name != "options"}
     names |= {field.name for field in fields(QuantizeConfig)}
