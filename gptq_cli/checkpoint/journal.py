@@ -5,7 +5,7 @@ In the working folder (`working_folder.py`), beside the checkpoint that is being
     journal/
       manifest.json         fingerprint, starts, and by name and digest all that follows
       block-00017.json      the report of a finished block, and a digest of each of its packed tensors
-      hidden-18.safetensors what enters block 18, see `engine.snapshot`
+      hidden-18.safetensors what enters block 18, see `checkpoint.snapshot`
       tuned.safetensors     new values of scales and vectors, which are then written into the checkpoint
 
 A block is finished when the manifest names it. Its tensors are on the disk before its file is written, and
