@@ -49,7 +49,7 @@ def bits_rows(choice: BitChoice) -> Iterator[tuple[str, str]]:
 
 
 def budget_text(choice: BitChoice) -> str:
-    """`4.25 bits per parameter, 4.2497 reached: 412 bytes to spare`."""
+    """`4.25 bits per parameter of the whole file, 4.2497 reached: 412 bytes to spare`."""
     reached = f"{choice.bits_per_parameter:.4f} reached: {number_of(choice.spare_bytes, 'byte')} to spare"
     asked = f"{choice.asked:g} bits per parameter of the whole file, {reached}"
     return (
@@ -60,7 +60,7 @@ def budget_text(choice: BitChoice) -> str:
 
 
 def predicted_text(choice: BitChoice) -> str:
-    """`0.113 (all linears at 3 bits: 0.209 in 4.312 bits per parameter; …)`."""
+    """`0.1130, from 256 tokens; all linears alike: 3 bits 0.2090 in 4.312; …`."""
     others = "; ".join(
         f"{one.bits} bits {fmt.loss(one.kl)} in {one.bits_per_parameter:.3f}" for one in choice.uniform
     )
