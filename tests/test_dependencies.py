@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.jobs.doctor import OPTIONAL
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 USED_WHERE_INSTALLED = {"gptqmodel", "lm_eval", "triton"}
@@ -74,3 +76,7 @@ def test_what_is_declared_has_a_version_that_passed() -> None:
 def test_the_check_above_can_fail() -> None:
     assert {"torch", "numpy", "pyarrow", "tqdm", "jinja2", "filelock"} <= set(IMPORTED)
     assert "packaging" not in DECLARED
+
+
+def test_doctor_calls_optional_what_is() -> None:
+    assert not names_of(list(OPTIONAL)) & DECLARED

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from gptq_cli.results.about import Check, DoctorReport
 
-PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub")
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "datasets")
 OPTIONAL = {
-    "datasets": "reads data sets of the Hub and parquet files",
     "gptqmodel": "offers its kernels to gptq load",
+    "lm_eval": "scores the tasks of --tasks",
 }
 _GIB = 1 << 30
 _LITTLE_DISK_BYTES = 10 * _GIB
