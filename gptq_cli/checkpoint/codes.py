@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.checkpoint import PackedInfo
-from gptq_cli.errors import CheckpointError
+from gptq_cli.checkpoint.checkpoint import PackedInfo, trivial_g_idx
 from gptq_cli.gptq.packing import PackedTensors, fields_to_zeros, unpack_rows
 
 
@@ -67,78 +66,25 @@ def unpack_zeros(
     return fields_to_zeros(fields, bits, checkpoint_format).to(torch.int16).contiguous()
 
 
-def read_codes(
-    name: str,
-    *,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    g_idx: Tensor | None,
-    bits: int,
-    group_size: int,
-    desc_act: bool,
-    checkpoint_format: str,
-    in_features: int,
-    out_features: int,
-) -> LinearCodes:
-    """Unpack the tensors of the linear `name`; `CheckpointError` names it where they contradict each other.
-
-    A missing `g_idx`, and the all-zero one that some write for "no activation order", mean i // group.
-    """
-    group = in_features if group_size == -1 else group_size
-    groups = -(-in_features // group)
-    _expect(name, "qweight", tuple(qweight.shape), (-(-in_features * bits // 32), out_features))
-    _expect(name, "qzeros", tuple(qzeros.shape), (groups, -(-out_features * bits // 32)))
-    _expect(name, "scales", tuple(scales.shape), (groups, out_features))
-    codes = LinearCodes(
-        words=qweight,
-        scales=scales,
-        zeros=unpack_zeros(qzeros, bits, out_features, checkpoint_format),
-        bits=bits,
-        group=group,
-        in_features=in_features,
-        out_features=out_features,
-    )
-    if g_idx is None:
-        return codes
-    _expect(name, "g_idx", tuple(g_idx.shape), (in_features,))
-    index = g_idx.long()
-    trivial = torch.arange(in_features, device=index.device) // group
-    if torch.equal(index, trivial) or (not desc_act and not index.any()):
-        return codes
-    if int(index.min()) < 0 or int(index.max()) >= groups:
-        raise CheckpointError(
-            f"{name}.g_idx holds groups {int(index.min())} to {int(index.max())}; allowed: 0 to {groups - 1}"
-        )
-    order = torch.argsort(index, stable=True)
-    ordered = index[order]
-    return replace(codes, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
-
-
 def codes_of(info: PackedInfo, packed: PackedTensors) -> LinearCodes:
-    """The codes of a linear of a checkpoint, from its tensors as `read_packed` returns them."""
+    """The codes of a linear of a checkpoint, from its tensors as `read_packed` returns them: their g_idx is
+    in range, and never missing."""
     form = info.format
-    return read_codes(
-        info.source_name,
-        qweight=packed.qweight,
-        qzeros=packed.qzeros,
+    codes = LinearCodes(
+        words=packed.qweight,
         scales=packed.scales,
-        g_idx=packed.g_idx,
+        zeros=unpack_zeros(packed.qzeros, form.bits, info.out_features, form.checkpoint_format),
         bits=form.bits,
-        group_size=form.group_size,
-        desc_act=form.desc_act,
-        checkpoint_format=form.checkpoint_format,
+        group=info.in_features if form.group_size == -1 else form.group_size,
         in_features=info.in_features,
         out_features=info.out_features,
     )
-
-
-def _expect(name: str, tensor: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if found != wanted:
-        raise CheckpointError(
-            f"{name}.{tensor} has shape {list(found)}; the layer and its quantization need {list(wanted)}",
-            hint="the checkpoint is damaged or was written by a tool that packs differently: fetch it again",
-        )
+    index, trivial = packed.g_idx.long(), trivial_g_idx(info, packed.g_idx.device).long()
+    if torch.equal(index, trivial):
+        return codes
+    order = torch.argsort(index, stable=True)
+    ordered = index[order]
+    return replace(codes, order=order, row_group=None if torch.equal(ordered, trivial) else ordered)
 
 
 def as_four_bits(linear: LinearCodes) -> LinearCodes:

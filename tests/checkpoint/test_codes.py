@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
 import torch
 
-from gptq_cli.checkpoint.codes import LinearCodes, as_four_bits, dequantize, read_codes
-from gptq_cli.errors import CheckpointError
+from gptq_cli.checkpoint.checkpoint import PackedInfo, trivial_g_idx
+from gptq_cli.checkpoint.codes import LinearCodes, as_four_bits, codes_of, dequantize
+from gptq_cli.checkpoint.format import PackedFormat
+from gptq_cli.gptq.packing import PackedTensors
 from tests.checkpoint.checkpoints import Packed, Recipe, quantize_slowly
 
 
-def read(packed: Packed, recipe: Recipe, **changed: Any) -> LinearCodes:
+def read(packed: Packed, recipe: Recipe, g_idx: torch.Tensor | None = None) -> LinearCodes:
+    """The codes; `g_idx`: in the place of that of `packed`."""
     rows, columns = packed.weight.shape
-    fields: dict[str, Any] = {
-        "qweight": packed.qweight,
-        "qzeros": packed.qzeros,
-        "scales": packed.scales,
-        "g_idx": packed.g_idx if recipe.g_idx else None,
-        "bits": recipe.bits,
-        "group_size": recipe.group_size,
-        "desc_act": recipe.desc_act,
-        "checkpoint_format": recipe.version,
-        "in_features": columns,
-        "out_features": rows,
-    }
-    return read_codes("layer", **(fields | changed))
+    form = PackedFormat(
+        bits=recipe.bits,
+        group_size=recipe.group_size,
+        sym=recipe.sym,
+        desc_act=recipe.desc_act,
+        checkpoint_format=recipe.version,
+    )
+    info = PackedInfo(
+        name="layer",
+        source_name="layer",
+        in_features=columns,
+        out_features=rows,
+        format=form,
+        bias=False,
+        has_g_idx=recipe.g_idx,
+        transposed=False,
+    )
+    own = packed.g_idx if recipe.g_idx else trivial_g_idx(info)
+    tensors = PackedTensors(
+        qweight=packed.qweight,
+        qzeros=packed.qzeros,
+        scales=packed.scales,
+        g_idx=own if g_idx is None else g_idx,
+    )
+    return codes_of(info, tensors)
 
 
 def random_weight(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -62,15 +74,6 @@ def test_without_g_idx_groups_are_in_place() -> None:
     assert torch.equal(dequantize(codes).double(), packed.weight)
 
 
-def test_g_idx_of_zeros_means_no_order_unless_desc_act() -> None:
-    packed = quantize_slowly(random_weight(16, 48), Recipe())
-    zeros = torch.zeros(48, dtype=torch.int32)
-    codes = read(packed, Recipe(), g_idx=zeros)
-    assert torch.equal(dequantize(codes).double(), packed.weight)
-    ordered = read(packed, Recipe(), g_idx=zeros, desc_act=True)
-    assert ordered.row_group is not None
-
-
 def test_uneven_groups_keep_their_rows() -> None:
     """A g_idx that gives one group 20 columns and another 12 is legal; it is just no run of 16."""
     packed = quantize_slowly(random_weight(8, 32), Recipe())
@@ -96,19 +99,3 @@ def test_narrow_codes_as_four_bits_are_exact(bits: int, version: str) -> None:
 def test_wide_codes_are_left_alone() -> None:
     codes = read(quantize_slowly(random_weight(8, 32), Recipe()), Recipe())
     assert as_four_bits(codes) is codes
-
-
-@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
-def test_a_wrong_shape_names_the_tensor(part: str) -> None:
-    packed = quantize_slowly(random_weight(16, 64), Recipe())
-    cut = getattr(packed, part)[:-1]
-    with pytest.raises(CheckpointError, match=rf"layer\.{part} has shape"):
-        read(replace(packed, **{part: cut}), Recipe())
-
-
-@pytest.mark.parametrize("value", [-1, 4])
-def test_g_idx_out_of_range(value: int) -> None:
-    packed = quantize_slowly(random_weight(16, 64), Recipe())
-    packed.g_idx[3] = value
-    with pytest.raises(CheckpointError, match=r"layer\.g_idx holds groups"):
-        read(packed, Recipe())

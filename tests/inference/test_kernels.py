@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -262,15 +262,11 @@ def test_on_cuda(bits: int, sym: bool) -> None:
 
     recipe = Recipe(bits=bits, group_size=64, sym=sym, version="gptq_v2", desc_act=True)
     packed = quantize_slowly(random_weight(200, 512), recipe)
-    fields: dict[str, Any] = {
-        "qweight": packed.qweight.cuda(),
-        "qzeros": packed.qzeros.cuda(),
-        "scales": packed.scales.cuda(),
-        "g_idx": packed.g_idx.cuda(),
-    }
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    on_card = replace(packed, **{part: getattr(packed, part).cuda() for part in parts})
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         linear = PackedLinear(
-            read(packed, recipe, **fields), bias=None, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
+            read(on_card, recipe), bias=None, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
         )
         assert isinstance(linear.kernel, Tinygemm if dtype == torch.bfloat16 else Dequantize)
         for max_fused_tokens in (0, 1 << 20) if linear.kernel.can_fuse else (0,):

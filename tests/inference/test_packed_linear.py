@@ -29,12 +29,12 @@ def build(
     columns: int = 256,
     dtype: torch.dtype = torch.bfloat16,
     bias: bool = False,
-    **changed: Any,
+    g_idx: Tensor | None = None,
 ) -> tuple[PackedLinear, Packed, Tensor | None]:
     packed = quantize_slowly(random_weight(rows, columns), recipe)
     vector = torch.randn(rows).to(dtype) if bias else None
     linear = PackedLinear(
-        read(packed, recipe, **changed), bias=vector, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
+        read(packed, recipe, g_idx), bias=vector, dtype=dtype, crossovers=Crossovers(), scratch=Scratch()
     )
     return linear, packed, vector
 
