@@ -132,7 +132,7 @@ class Skeleton:
     """Tensors of the model that Transformers computes from others in the files -> what each is called where
     it is stored as it is: see `Conversion.own_names`."""
     by_module: tuple[LinearInfo, ...] = ()
-    """Those of them that `--module` names, see `model.selection`."""
+    """The linears in `kept` that `--module` names, see `model.selection`."""
     head: LinearInfo | None = None
     """The output head where it is quantized; its `block` is ""."""
 
