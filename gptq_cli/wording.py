@@ -45,6 +45,12 @@ def first_line(error: BaseException) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+def json_fault(error: json.JSONDecodeError) -> str:
+    """What is wrong with a JSON text, to be followed by a place: some of Python's messages end in their own
+    `at`."""
+    return error.msg.removesuffix(" at").removesuffix(" starting")
+
+
 def as_json(value: object, limit: int = 100) -> str:
     """A value from a JSON file as that file spells it, `true` and `null`; a text in single quotes."""
     text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)

@@ -69,7 +69,7 @@ def rows_to_pieces(
             )
             value = row[key_of_text]
         elif column is not None:
-            raise CalibrationError(f"{name} {place} is a JSON {kind(row)} and has no column {column!r}")
+            raise CalibrationError(f"{name} {place} is {kind(row)} and has no column {column!r}")
         text = row_text(value, f"{name} {place}", render)
         if text.strip():
             written = True

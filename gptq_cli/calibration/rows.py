@@ -16,7 +16,7 @@ from typing import Any
 
 from gptq_cli.calibration.utf8 import SOURCES_HINT, chunks, lines, opened, refuse_other_formats
 from gptq_cli.errors import CalibrationError
-from gptq_cli.wording import first_line
+from gptq_cli.wording import first_line, json_fault
 
 STANDARD_COLUMNS = ("text", "messages")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
@@ -43,7 +43,7 @@ def json_lines(path: Path, column: str | None) -> Iterator[Row]:
     with opened(path) as stream:
         for number, line in lines(stream, str(path)):
             if line.strip():
-                yield f"line {number}", _parsed(line, f"{path} line {number}", hint)
+                yield f"line {number}", _parsed(line.rstrip("\n"), f"{path} line {number}", hint)
 
 
 def json_rows(path: Path, column: str | None) -> Iterator[Row]:
@@ -62,7 +62,7 @@ def json_rows(path: Path, column: str | None) -> Iterator[Row]:
     value = _parsed("".join(parts), str(path), None)
     if not isinstance(value, list):
         raise CalibrationError(
-            f"{path} holds a JSON {kind(value)}; allowed: a list of objects or of strings",
+            f"{path} holds {kind(value)}; allowed: a list of objects or of strings",
             hint="one object per line is the .jsonl format",
         )
     for number, row in enumerate(value, start=1):
@@ -132,7 +132,7 @@ def row_text(value: Any, place: str, render: Render | None) -> str:
         return _whole_characters(value, place)
     if not (isinstance(value, list) and all(isinstance(item, Mapping) for item in value)):
         raise CalibrationError(
-            f"{place} is a JSON {kind(value)}; allowed: text, or a list of messages with a role and a content"
+            f"{place} is {kind(value)}; allowed: text, or a list of messages with a role and a content"
         )
     messages = messages_of(value, place)
     if render is None:
@@ -159,9 +159,14 @@ def has_answer(messages: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def kind(value: Any) -> str:
-    """The JSON word for what `value` is."""
+    """What `value` is, with its article: a kind of JSON, or of a Parquet column that JSON does not have."""
+    if value is None:
+        return "a JSON null"
+    if isinstance(value, bytes):
+        return "bytes without a character encoding"
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return names.get(type(value), "null" if value is None else type(value).__name__)
+    name = names.get(type(value))
+    return f"a JSON {name}" if name else f"a value of type {type(value).__name__}"
 
 
 def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def _content(content: Any, place: str) -> str:
         return "".join(_part(part, f"{place}, part {number} of its content") for number, part in parts)
     if not isinstance(content, str):
         raise CalibrationError(
-            f"{place} has a JSON {kind(content)} as content; allowed: text, or a list of parts of text"
+            f"{place} has {kind(content)} as content; allowed: text, or a list of parts of text"
         )
     return _whole_characters(content, place)
 
@@ -193,7 +198,7 @@ def _part(part: Any, place: str) -> str:
     if isinstance(part, str):
         return _whole_characters(part, place)
     if not isinstance(part, Mapping):
-        raise CalibrationError(f"{place} is a JSON {kind(part)}; allowed: text")
+        raise CalibrationError(f"{place} is {kind(part)}; allowed: text")
     text, named = part.get("text"), part.get("type")
     others = [str(key) for key, held in part.items() if held is not None and key not in ("text", "type")]
     if isinstance(text, str) and named in TEXT_PARTS and (named is not None or not others):
@@ -226,7 +231,9 @@ def _parsed(text: str, place: str, hint: str | None) -> Any:
                 hint = "one JSON object per line is the .jsonl format: rename the file"
         else:
             where = f"at column {error.colno}: {text.strip()[:60]!r}"
-        raise CalibrationError(f"{place} is not valid JSON: {error.msg} {where}", hint=hint) from error
+        raise CalibrationError(
+            f"{place} is not valid JSON: {json_fault(error)} {where}", hint=hint
+        ) from error
     except RecursionError as error:
         raise CalibrationError(
             f"{place} is nested too deeply to be read", hint="leave it out: it is not text"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gptq_cli.errors import DeviceMapError
 from gptq_cli.placement.device import syntax_error
+from gptq_cli.wording import json_fault
 
 _FILE_LIMIT_BYTES = 4_000_000
 
@@ -87,7 +88,10 @@ def scan_json_object(text: str, start: int) -> Iterator[Pair]:
             found, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise syntax_error(
-                "device map", text, error.pos, f"not valid JSON: {error.msg.lower()}; expected {wanted}"
+                "device map",
+                text,
+                error.pos,
+                f"not valid JSON: {json_fault(error).lower()}; expected {wanted}",
             ) from None
         except (ValueError, RecursionError):
             raise syntax_error("device map", text, at, f"not valid JSON; expected {wanted}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ BAD_LINES = [
     ("[1, 2]", "line 2 is a JSON list"),
     ("5", "line 2 is a JSON number"),
     ('{"text": "a"', "line 2 is not valid JSON"),
+    ('{"text": "a', "line 2 is not valid JSON: Unterminated string at column 10"),
+    ('{"text": "a\tb"}', "line 2 is not valid JSON: Invalid control character at column 12"),
 ]
 
 
@@ -195,6 +198,17 @@ class TestParquet:
     def test_a_column_of_numbers(self, tmp_path: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
         assert "row 1 is a JSON number" in refused(tmp_path / "a.parquet").message
+
+    @pytest.mark.parametrize(
+        ("cell", "says"),
+        [
+            (b"abc", "row 1 is bytes without a character encoding"),
+            (datetime.date(2026, 1, 2), "row 1 is a value of type date"),
+        ],
+    )
+    def test_a_column_that_json_does_not_have(self, cell: object, says: str, tmp_path: Path) -> None:
+        pyarrow.parquet.write_table(pyarrow.table({"text": [cell]}), tmp_path / "a.parquet")
+        assert says in refused(tmp_path / "a.parquet").message
 
     def test_another_format_under_its_name(self, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(b"\x1f\x8b\x08rest of it")

@@ -109,6 +109,7 @@ def test_the_map_of_a_file_needs_no_file_afterwards(tmp_path: Path) -> None:
         ("[1]", 0, "not an object", ""),
         ('"auto"', 0, "not an object", ""),
         ("{", 1, "not valid JSON", ""),
+        ('{"a', 1, "not valid JSON: unterminated string; expected", ""),
         ("{}", 0, "is empty", "auto"),
         ('{"a": 0 "b": 1}', 8, "',' or '}'", ""),
         ('{"a": 0,}', 8, "module name expected", ""),
