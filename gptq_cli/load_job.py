@@ -15,7 +15,7 @@ from gptq_cli.errors import ConfigError
 from gptq_cli.fields import INT64, check_choice, check_int, check_utf8
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.readers import Target, parse_targets
-from gptq_cli.text_sources import OWN_TEXT
+from gptq_cli.text_sources import OWN_TEXT, SOURCES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +179,10 @@ class LoadJob:
             check_utf8("prompt", self.prompt)
         if self.against == "":
             raise ConfigError("against is empty; allowed: a directory or a Hub model id")
+        if self.evaluate == "":
+            raise ConfigError(
+                f"eval is empty; allowed: {HELD_OUT}, {SOURCES}", hint=f"--eval {HELD_OUT}, or leave it out"
+            )
         if self.evaluate == OWN_TEXT and self.against is None:
             raise ConfigError(
                 f"eval is {OWN_TEXT}, the text that the dense model writes, and no dense model is named",
@@ -229,7 +233,7 @@ def proof_job(
         )
     if max_kl is not None and not against_source:
         raise ConfigError(f"max_kl is {max_kl}, but nothing is measured for it", hint="add --against-source")
-    if not (evaluate or against_source or bench or tasks or max_perplexity is not None):
+    if not (evaluate is not None or against_source or bench or tasks or max_perplexity is not None):
         return None
     return LoadJob(
         path=path,

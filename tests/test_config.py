@@ -10,7 +10,7 @@ import pytest
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.fields import parse_group_size
-from gptq_cli.load_job import HELD_OUT, LoadJob, Sampling
+from gptq_cli.load_job import HELD_OUT, LoadJob, Sampling, proof_job
 from gptq_cli.readers import parse_targets
 from gptq_cli.recipes import RECIPE_FIELDS, RECIPES, Recipe
 
@@ -68,6 +68,7 @@ def test_a_number_beyond_all_use_is_named(kind: Any, field: str, digits: int) ->
         ({"max_kl": float("nan"), "against": "D"}, "max_kl is nan", None),
         ({"max_perplexity": float("inf"), "evaluate": "pydoc"}, "max_perplexity is inf", None),
         ({"against": ""}, "against is empty", None),
+        ({"evaluate": ""}, "eval is empty; allowed: pydoc-heldout", "leave it out"),
         ({"targets": ("vlm",)}, "target is 'vlm'; allowed: vllm, sglang", None),
         ({"kernel": "marlin"}, "kernel is 'marlin'; allowed: auto, torch, dequantize, gptqmodel", None),
     ],
@@ -76,6 +77,11 @@ def test_a_load_job_is_judged(wrong: dict[str, Any], message: str, hint: str | N
     with pytest.raises(ConfigError, match=message) as caught:
         LoadJob(path="DIR", **wrong)
     assert hint is None or hint in (caught.value.hint or "")
+
+
+def test_a_proof_on_no_text_is_not_left_out_in_silence() -> None:
+    with pytest.raises(ConfigError, match="eval is empty"):
+        proof_job("DIR", "MODEL", evaluate="")
 
 
 def test_what_is_measured_on() -> None:

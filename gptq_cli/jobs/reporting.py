@@ -79,7 +79,7 @@ def _report(path: str) -> Report | None:
     """The document at `path` or in the directory `path`; None where the directory has none."""
     file = Path(path)
     try:
-        if kind_of(file) not in ("file", "pipe"):
+        if not path or kind_of(file) not in ("file", "pipe"):
             file = checkpoint_directory(path) / FILE
             if kind_of(file) is None:
                 return None

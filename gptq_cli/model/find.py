@@ -72,7 +72,10 @@ def _directory(ref: ModelRef) -> Path | None:
 
 
 def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:
-    """The directory that `text` names, None where there is none. Raises `kind` if it cannot be accessed."""
+    """The directory that `text` names, None where there is none. Raises `kind` if it cannot be accessed, and
+    for an empty text: a variable that a script did not set is not the current directory."""
+    if not str(text):
+        raise kind("the path is empty; allowed: a directory", hint="the current directory is '.'")
     path = expanded(str(text))
     try:
         if kind_of(path) != "directory":

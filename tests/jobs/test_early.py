@@ -15,6 +15,7 @@ from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, Quantiz
 from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
 from gptq_cli.events import Event, FindingRaised
 from gptq_cli.jobs.early import before_load, before_push, before_quantize
+from gptq_cli.jobs.reporting import compare, report_of
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.find import glance_at_model
@@ -244,6 +245,20 @@ def test_a_device_that_may_be_there_is_left_to_torch(
     monkeypatch.setattr("gptq_cli.preflight.early.version", lambda name: built)
     job = replace(job_of(model, tmp_path / "out"), device_map=DeviceMap.parse("cuda:0"))
     assert early_findings(job, glance_at_model(job.model), None).ok
+
+
+def test_an_empty_path_is_not_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gptq push "$DIR" ID` in a script that did not set DIR."""
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    monkeypatch.chdir(tmp_path)
+    for ask in (
+        lambda: before_push("", PushConfig(repo_id="me/model"), lambda _: None),
+        lambda: before_load(LoadJob(path="")),
+        lambda: report_of(""),
+        lambda: compare(["", "other"]),
+    ):
+        with pytest.raises(CheckpointError, match="the path is empty; allowed: a directory"):
+            ask()
 
 
 def test_nothing_is_uploaded_where_nothing_is() -> None:
