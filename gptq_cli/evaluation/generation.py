@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from gptq_cli.devices.accelerators import present_accelerators, torch_device
 from gptq_cli.errors import NonFinite
@@ -44,6 +44,20 @@ class Generation:
         """Decoding speed: tokens after the first over the time after the first; None for a single token."""
         after = self.seconds - self.first_token_seconds
         return (self.new_tokens - 1) / after if self.new_tokens > 1 and after > 0 else None
+
+
+def _finite(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """`scores`, as a processor of Transformers; raises `NonFinite` where they hold a NaN or infinity.
+
+    The largest would be token 0 for ever, and a text of nothing would count as one. Minus infinity is how
+    settings ban a token.
+    """
+    if bool((scores.isnan() | scores.isposinf()).any()):
+        raise NonFinite(
+            "the model's prediction of the next token is not finite",
+            hint="float16 may overflow: try --dtype bfloat16; --verify finds damaged weights",
+        )
+    return scores
 
 
 class TextPieces:
@@ -141,7 +155,7 @@ def generate(
 
     The model's generation config is followed as described in `gptq_cli.evaluation.generation_config`. A beam
     search reports its text at the end, as one piece. Raises `ConfigError` for a prompt that makes no tokens,
-    `CheckpointError` for an invalid setting, `NonFinite` where the probabilities to draw from are not finite.
+    `CheckpointError` for an invalid setting, `NonFinite` where predictions are not finite.
     """
     ids = encode_prompt(tokenizer, prompt, raw=raw).to(input_device(model))
     settings = settings_of(model.generation_config, model.get_input_embeddings().num_embeddings)
@@ -172,6 +186,7 @@ def generate(
                 attention_mask=torch.ones_like(ids),
                 generation_config=model.generation_config,
                 streamer=pieces if settings.beams == 1 else None,
+                logits_processor=LogitsProcessorList([_finite]),
                 stopping_criteria=StoppingCriteriaList([stop] if stop is not None else []),
             )
         seconds = time.perf_counter() - started

@@ -328,6 +328,25 @@ def test_settings_that_must_run(guided: Any, settings: dict[str, Any], sampling:
     assert 1 <= guided(sampling=sampling, **settings).new_tokens <= 12
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_prediction_that_is_not_finite_is_no_text(
+    opened: tuple[Any, Any, Any], value: float, temperature: float
+) -> None:
+    """Greedy decoding took token 0 as often as it was asked to, and the load was reported as sound."""
+    model, _, tokenizer = opened
+    norm = model.get_decoder().norm.weight
+    before = norm.detach().clone()
+    with torch.no_grad():
+        norm.fill_(value)
+    try:
+        with pytest.raises(NonFinite, match="prediction of the next token is not finite"):
+            generate(model, tokenizer, "one", 4, sampling=Sampling(temperature=temperature))
+    finally:
+        with torch.no_grad():
+            norm.copy_(before)
+
+
 def test_probabilities_that_are_none(guided: Any) -> None:
     with pytest.raises(NonFinite, match="not finite"):
         guided(sampling=Sampling(temperature=1e-45))
