@@ -222,10 +222,17 @@ class VerifyReport:
     def failures(self) -> tuple[str, ...]:
         """What is wrong, one clause each; empty: exit 0, else 5."""
         errors = [finding for finding in self.findings if finding.level == "error"]
-        unsound = (f"the files are not sound: {errors[0].message}{and_others(errors)}",) if errors else ()
+        unsound = (
+            (f"the files are not sound: {self._words(errors[0])}{and_others(errors)}",) if errors else ()
+        )
         return unsound + tuple(
             f"{target.target} will not take it" for target in self.targets if not target.ok
         )
+
+    def _words(self, finding: Finding) -> str:
+        """A finding in one clause, with what it is about: stderr and logs hold no table."""
+        named = finding.subject in ("", self.path) or finding.subject in finding.message
+        return finding.message if named else f"{finding.subject}: {finding.message}"
 
     @property
     def ok(self) -> bool:

@@ -277,6 +277,23 @@ def test_groups_of_another_size_with_as_many_groups(checkpoint: Path) -> None:
     assert "g-idx-uneven" not in rules(report)
 
 
+def test_a_failure_names_its_tensor(checkpoint: Path) -> None:
+    """Where the table goes to a file, stderr is all that a log holds."""
+    change_tensor(f"{Q}.scales", one_nan)(checkpoint)
+    assert verify_checkpoint(checkpoint).failures == (
+        f"the files are not sound: {Q}: scales hold values that are not finite",
+    )
+
+
+def test_configs_that_disagree_are_not_referred_to_verify_by_verify(checkpoint: Path) -> None:
+    path = checkpoint / "quantize_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"group_size": 64}))
+    finding = found(verify_checkpoint(checkpoint), "unreadable")
+    assert "group_size is " in finding.message
+    assert "set both to what is right" in finding.hint
+    assert "--verify" not in finding.hint
+
+
 def test_every_finding_belongs_to_a_part(checkpoint: Path) -> None:
     """What `verify.py` says stands below the part of the checkpoint that it is about."""
     change_tensor(f"{Q}.scales", one_nan)(checkpoint)
