@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shlex
 import stat
 import time
 from pathlib import Path
@@ -33,6 +34,12 @@ def reason(error: OSError | ValueError) -> str:
     """Why, in lower case and without the path: `permission denied`."""
     words = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return words if words[:2].isupper() else words[:1].lower() + words[1:]
+
+
+def unreadable(what: str, path: Path, error: OSError) -> tuple[str, str]:
+    """What is said of a file that exists but cannot be read, and what helps; "" where that is not known."""
+    hint = f"make it readable: chmod u+r {shlex.quote(str(path))}" if error.errno == errno.EACCES else ""
+    return f"{what} cannot be read: {reason(error)}", hint
 
 
 def shown(path: object) -> str:

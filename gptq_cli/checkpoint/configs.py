@@ -13,7 +13,7 @@ from typing import Any
 
 from gptq_cli.checkpoint.format import CheckpointFormat, parse_quantization
 from gptq_cli.errors import CheckpointError
-from gptq_cli.files import shown
+from gptq_cli.files import shown, unreadable
 from gptq_cli.model.find import local_directory
 from gptq_cli.model.source import holds_codes, read_json
 from gptq_cli.model.source_files import content_elsewhere
@@ -78,6 +78,9 @@ def _quantization_dicts(directory: Path) -> list[tuple[str, Mapping[str, Any]]]:
             other = content_elsewhere(directory / name)
             if other is not None:
                 raise CheckpointError(f"{name} in {directory} {other[0]}", hint=other[1]) from error
+            if isinstance(error, OSError):
+                message, hint = unreadable(f"{directory}: {name}", directory / name, error)
+                raise CheckpointError(message, hint=hint or None) from error
             raise CheckpointError(f"{directory}: {error}") from error
         if name == "config.json" and isinstance(content, Mapping):
             found += list(_inside_config(content, name))
@@ -123,7 +126,7 @@ def _agree(found: list[tuple[str, Mapping[str, Any]]]) -> None:
             if before != value:
                 raise CheckpointError(
                     f"{key} is {as_json(before)} in {first} but {as_json(value)} in {where}",
-                    hint="find out which is right (gptq load DIR --verify), and set both to it",
+                    hint="compare what the checkpoint was published with, and set both to what is right",
                 )
 
 

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import GptqError, ModelError
+from gptq_cli.files import unreadable
 from gptq_cli.model.config_types import COMPARE, check_types
 from gptq_cli.model.headers import brief
 from gptq_cli.model.model_class import (
@@ -52,9 +53,13 @@ _CONFIG_LIMIT_BYTES = 10_000_000
 
 def raw_config(files: ModelFiles) -> Mapping[str, Any]:
     """config.json, parsed. Raises `ModelError`."""
+    path = files.directory / "config.json"
     try:
-        raw = read_json(files.directory / "config.json", limit_bytes=_CONFIG_LIMIT_BYTES)
-    except (OSError, ValueError) as error:
+        raw = read_json(path, limit_bytes=_CONFIG_LIMIT_BYTES)
+    except OSError as error:
+        message, hint = unreadable(f"{files.source}: config.json", path, error)
+        raise ModelError(message, hint=hint or None) from error
+    except ValueError as error:
         raise ModelError(f"{files.source}: config.json cannot be read: {error}") from error
     if not isinstance(raw, Mapping):
         raise ModelError(f"{files.source}: config.json is not a JSON object")

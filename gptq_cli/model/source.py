@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gptq_cli.devices.out_of_memory import is_out_of_memory
+from gptq_cli.files import unreadable
 from gptq_cli.model.facts import DecodedSource, TensorInfo
 from gptq_cli.model.headers import (
     NAME_LIMIT,
@@ -380,9 +381,7 @@ def _read_shard(path: Path, name: str, problems: list[SourceProblem]) -> tuple[T
     except OSError as error:
         if is_out_of_memory(error):
             raise
-        problems.append(
-            SourceProblem("unreadable-shard", name, f"shard {name} cannot be read: {error.strerror}")
-        )
+        problems.append(SourceProblem("unreadable-shard", name, *unreadable(f"shard {name}", path, error)))
         return None
     return tuple(TensorInfo(t.name, t.shape, t.dtype, t.size_bytes, name) for t in stored)
 

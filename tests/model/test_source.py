@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from gptq_cli.checkpoint.configs import read_formats
 from gptq_cli.config import ModelRef
-from gptq_cli.errors import ModelError
+from gptq_cli.errors import CheckpointError, ModelError
+from gptq_cli.model.architecture import raw_config
 from gptq_cli.model.find import find_model
 from gptq_cli.model.source import INDEX
 from gptq_cli.model.source_files import unsafe_path
@@ -88,6 +92,33 @@ def test_corrupt_shard(model: Path) -> None:
     content[8:20] = b"xxxxxxxxxxxx"
     shard.write_bytes(bytes(content))
     assert problems(model) == [("corrupt-shard", shard.name)]
+
+
+def denied(path: Path, **_: object) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_files_that_may_not_be_read_are_not_fetched_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as a user who reads everything, so the refusal is not the file system's."""
+    monkeypatch.setattr("gptq_cli.model.source.read_header", denied)
+    first = find_model(ModelRef(model=str(model))).problems[0]
+    shard = model / "model-00001-of-00003.safetensors"
+    assert (first.kind, first.hint) == ("unreadable-shard", f"make it readable: chmod u+r {shard}")
+    assert first.message == f"shard {shard.name} cannot be read: permission denied"
+
+    monkeypatch.undo()
+    files = find_model(ModelRef(model=str(model)))
+    monkeypatch.setattr("gptq_cli.model.architecture.read_json", denied)
+    with pytest.raises(ModelError, match=r"config\.json cannot be read: permission denied$") as refused:
+        raw_config(files)
+    assert refused.value.hint == f"make it readable: chmod u+r {model / 'config.json'}"
+
+    monkeypatch.setattr("gptq_cli.checkpoint.configs.read_json", denied)
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: permission denied$") as told:
+        read_formats(model)
+    assert told.value.hint == f"make it readable: chmod u+r {model / 'config.json'}"
 
 
 def test_all_problems_come_at_once(model: Path) -> None:
