@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from itertools import zip_longest
 from types import FrameType
 from typing import Annotated, Any, TextIO, cast
 
@@ -34,6 +35,7 @@ from gptq_cli.cli.quantize import quantize
 from gptq_cli.cli.report import report
 from gptq_cli.devices.out_of_memory import out_of_memory_told
 from gptq_cli.display.escapes import environment_that_fits
+from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.errors import GptqError
 
 EPILOG = (
@@ -44,6 +46,10 @@ EPILOG = (
 )
 
 _LESS = "free memory on this machine, or raise the limit that this process has (ulimit -v, its container's)"
+
+
+_WATCHED = ("quantize", "load", "inspect-map", "push")
+"""Commands that have --progress."""
 
 
 class _Command(typer.core.TyperCommand):
@@ -154,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ended(session: Session) -> int:
     """Run the command; report how it ended and return the exit code for that."""
+    if sys.stderr is not None and _asks_for_json_lines(session.argv, os.environ):
+        session.json_lines = JsonlDisplay(sys.stderr)  # for errors before the work; `watch` makes its own
     ended: BaseException = KeyboardInterrupt()
     try:
         with _signals_interrupt(session), out_of_memory_told(lambda: "outside of the work", _LESS):
@@ -196,6 +204,18 @@ def _reported(error: BaseException, session: Session) -> int:
 def _asks_for_json(environ: Mapping[str, str]) -> bool:
     """GPTQ_JSON as Typer reads a flag, for errors before it is parsed."""
     return environ.get("GPTQ_JSON", "").strip().lower() in ("1", "true", "t", "yes", "y", "on")
+
+
+def _asks_for_json_lines(words: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """`--progress jsonl`, however it is given, for errors before it is parsed."""
+    if "--quiet" in words:
+        return False
+    asked = environ.get("GPTQ_PROGRESS", "") if words and words[0] in _WATCHED else ""
+    for word, after in zip_longest(words, words[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name == "--progress":
+            asked = value if equals else after
+    return asked == "jsonl"
 
 
 def _run(session: Session) -> int:

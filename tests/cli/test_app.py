@@ -284,6 +284,37 @@ def test_a_json_lines_stream_is_json_whatever_libraries_print(jobs: FakeJobs, ru
     json.loads(outcome.out)
 
 
+@pytest.mark.parametrize(
+    ("words", "variable"),
+    [
+        (("--bits", "x", "--progress", "jsonl"), None),
+        (("--progress=jsonl", "--bits", "5"), None),
+        (("--nope",), "jsonl"),
+        (("--bits", "5"), "jsonl"),
+    ],
+)
+def test_an_error_before_the_work_is_json_lines_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], variable: str | None
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("GPTQ_PROGRESS", variable)
+    outcome = run(*QUANTIZE, *words)
+    assert outcome.code == 2
+    *logs, failed = [json.loads(line) for line in outcome.err.splitlines()]
+    assert logs[0]["text"].startswith("error: ")
+    assert failed["event"] == "Failed"
+    quiet = run(*QUANTIZE, *words, "--quiet")
+    assert quiet.code == 2
+    assert quiet.err.startswith("error: ")
+
+
+def test_a_command_without_progress_does_not_follow_its_variable(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPTQ_PROGRESS", "jsonl")
+    assert run("report", "nosuch").err.startswith("error: no such directory")
+
+
 @pytest.mark.parametrize("progress", ["none", "plain", "jsonl", "rich"])
 def test_files_record_beside_every_display(jobs: FakeJobs, run: Run, tmp_path: Path, progress: str) -> None:
     def chatter(observer: Observer) -> None:
