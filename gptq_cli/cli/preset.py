@@ -22,6 +22,7 @@ import json
 import os
 import re
 import tomllib
+from codecs import BOM_UTF8
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ def _table(path: Path) -> tuple[dict[str, Any], EarlierRun | None]:
     if _LONG_KEY.search(raw):
         raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels")
     try:
-        table = tomllib.loads(raw.decode("utf-8"))
+        table = tomllib.loads(raw.removeprefix(BOM_UTF8).decode("utf-8"))
     except RecursionError as error:
         raise ConfigError(f"{where} is nested too deeply; allowed: {DEEPEST} levels") from error
     except ValueError as error:  # not TOML, not UTF-8, a number of thousands of digits
@@ -197,7 +198,7 @@ def _toml_words(raw: bytes, error: ValueError) -> str:
         return f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at byte {error.start + 1}"
     found = _PLACE.search(str(error))
     why = next((words for begin, words in _TOML_WORDS if str(error).startswith(begin)), "")
-    lines = raw.decode("utf-8").splitlines() or [""]
+    lines = raw.removeprefix(BOM_UTF8).decode("utf-8").splitlines() or [""]
     if "(at end of document)" in str(error):
         last = next((line for line in reversed(lines) if line.strip()), "").strip()
         return f"the last line, {shown(last)!r}: {why or 'it ends too early'}"

@@ -206,6 +206,15 @@ def test_a_preset_that_is_none_is_one_short_error(run: Run, preset: Path, data: 
     assert len(outcome.err) < 3000
 
 
+def test_a_byte_order_mark_is_no_part_of_a_preset(jobs: FakeJobs, run: Run, preset: Path) -> None:
+    """As an editor on Windows writes it; a device map in a file may begin with one, too."""
+    preset.write_bytes(b"\xef\xbb\xbfbits = 8\r\n")
+    assert run("quantize", "M", "--out", "O", "--config", str(preset)).code == 0
+    assert jobs.job.quantize.bits == 8
+    preset.write_bytes(b"\xef\xbb\xbfbits = \r\n")
+    assert "line 1, column 8 of 'bits ='" in run("quantize", "M", "--config", str(preset)).err
+
+
 @pytest.mark.parametrize("name", ["x" * 5000, "/dev/zero"])
 def test_a_preset_that_cannot_be_a_file(run: Run, name: str) -> None:
     outcome = run("quantize", "M", "--out", "O", "--config", name)
