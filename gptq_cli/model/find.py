@@ -23,6 +23,10 @@ from gptq_cli.model.source_files import (
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?\Z", re.ASCII)
 
+_HUB_PAGE = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.\-]+/[\w.\-]+)(?:/tree/([^/]+))?/?"
+)
+
 
 def find_model(ref: ModelRef, *, weights: bool = True, progress: Progress | None = None) -> ModelFiles:
     """Open a local directory or a Hub model id. Reads only the headers of weight files; `weights=False` does
@@ -66,9 +70,19 @@ def _directory(ref: ModelRef) -> Path | None:
     if not _HUB_ID.match(ref.model) or ref.model.startswith((".", "~")) or ".." in ref.model:
         raise ModelError(
             f"no such directory: {shown(ref.model)}",
-            hint="give a directory with config.json and safetensors files, or a Hub model id (org/name)",
+            hint=_meant(ref.model)
+            or "give a directory with config.json and safetensors files, or a Hub model id (org/name)",
         )
     return None
+
+
+def _meant(text: str) -> str | None:
+    """How to write a model of the Hub that is given by its address, or with its revision behind it."""
+    page = _HUB_PAGE.fullmatch(text)
+    name, _, revision = text.rpartition("@") if page is None else (page[1], "", page[2] or "")
+    if not _HUB_ID.match(name):
+        return None
+    return f"write {name}" + (f" --revision {revision}" if revision else "")
 
 
 def local_directory(text: str | Path, kind: type[UsageError]) -> Path | None:

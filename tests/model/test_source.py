@@ -19,6 +19,8 @@ from gptq_cli.model.source import INDEX
 from gptq_cli.model.source_files import unsafe_path
 from tests.conftest import TinyFactory
 
+HINT = "give a directory with config.json and safetensors files, or a Hub model id (org/name)"
+
 
 @pytest.fixture
 def model(tiny_llama_sharded: Path, tmp_path: Path) -> Path:
@@ -54,6 +56,24 @@ def test_no_such_directory(missing: str) -> None:
         find_model(ModelRef(model=missing))
     assert caught.value.hint
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("org/name@v1.0", "write org/name --revision v1.0"),
+        ("https://huggingface.co/org/name", "write org/name"),
+        ("https://huggingface.co/org/name/", "write org/name"),
+        ("https://hf.co/org/name/tree/main", "write org/name --revision main"),
+        ("https://example.org/org/name", None),
+        ("./nothing@main", None),
+        ("@main", None),
+    ],
+)
+def test_a_model_of_the_hub_in_another_spelling(given: str, hint: str | None) -> None:
+    with pytest.raises(ModelError, match="no such directory") as caught:
+        find_model(ModelRef(model=given))
+    assert caught.value.hint == (hint or HINT)
 
 
 def test_a_hub_id_without_network() -> None:
