@@ -89,11 +89,14 @@ def _impossible(kind: str) -> str:
 
 
 def _text_findings(job: QuantizeJob, files: ModelFiles) -> list[Finding]:
+    found = []
     for source in job.calibration.sources:
         try:
             check_source(source.name)
         except CalibrationError as error:
-            return _about_text(source.name, files, error)
+            found += _about_text(source.name, files, error)
+    if found:
+        return found
     try:
         check_distinct([source.name for source in job.calibration.sources])
     except CalibrationError as error:

@@ -88,6 +88,13 @@ def test_a_text_that_is_no_source(model: Path, tmp_path: Path, source: str) -> N
     assert refused_rules(replace(job, calibration=data)) == ["calibration-text"]
 
 
+def test_every_text_that_is_no_source_is_named(model: Path, tmp_path: Path) -> None:
+    data = CalibrationConfig.of(["/nosuch.txt", "pydoc", "/nosuch.jsonl*2"], samples=3, seq_len=16)
+    job = replace(job_of(model, tmp_path / "out"), calibration=data)
+    report = early_findings(job, glance_at_model(job.model), None)
+    assert [finding.subject for finding in report.findings] == ["/nosuch.txt", "/nosuch.jsonl"]
+
+
 @pytest.mark.parametrize("group", [48, 128, 96])
 def test_the_complete_preflight_finds_the_same(model: Path, tmp_path: Path, group: int) -> None:
     from gptq_cli.jobs.checking import check
