@@ -34,7 +34,7 @@ from gptq_cli.cli.push import push
 from gptq_cli.cli.quantize import quantize
 from gptq_cli.cli.report import report
 from gptq_cli.devices.out_of_memory import out_of_memory_told
-from gptq_cli.display.escapes import environment_that_fits
+from gptq_cli.display.escapes import environment_that_fits, fit_encoding
 from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.errors import GptqError
 
@@ -137,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = tuple(sys.argv[1:] if argv is None else argv)
     session = Session(argv=words, as_json="--json" in words or _asks_for_json(os.environ))
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show is not an error
-            stream.reconfigure(errors="replace")
+        fit_encoding(stream)  # a character that the terminal cannot show is not an error
     with ExitStack() as stack:
         output = Output(sys.stdout) if sys.stdout is not None else None
         if output is not None:

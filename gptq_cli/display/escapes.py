@@ -12,6 +12,7 @@ JSON escapes for itself: `json_line`.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
@@ -33,6 +34,27 @@ _SEPARATORS = "\u2028\u2029"
 _OTHERS = f"\x7f-\x9f{_SEPARATORS}{_BIDI}\ud800-\udfff"
 _CONTROLS = re.compile(f"[\x00-\x1f{_OTHERS}]")
 _CONTROLS_IN_LINES = re.compile(f"[\x00-\x08\x0b-\x1f{_OTHERS}]")
+
+
+_IN_ASCII = str.maketrans(
+    {"█": "#", "≡": "=", "▓": "@", "▒": "*", "░": "-", "·": ".", "━": "-", "─": "-", "╸": "-"}
+    | {"├": "|", "│": "|", "└": "`", "…": "~", "±": "+/-"}
+)
+"""What stands for the characters that bars, trees and tables are drawn with; bars keep their parts apart."""
+
+
+def fit_encoding(stream: TextIO) -> None:
+    """Let `stream` show every text: a character that its encoding lacks becomes one of ASCII, or ?."""
+    if hasattr(stream, "reconfigure"):
+        codecs.register_error("gptq-ascii", _in_ascii)
+        stream.reconfigure(errors="gptq-ascii")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_IN_ASCII)
+    return text.encode("ascii", errors="replace").decode("ascii"), error.end
 
 
 def one_line(text: str) -> str:

@@ -7,13 +7,15 @@ import json
 import re
 from collections import Counter
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gptq_cli.display.escapes import console_for, escaped, json_line, many_lines, one_line
+from gptq_cli import display
+from gptq_cli.display.escapes import console_for, escaped, fit_encoding, json_line, many_lines, one_line
 from gptq_cli.display.load import load_summary, verify_summary
-from gptq_cli.display.maps import map_summary
+from gptq_cli.display.maps import FREE, GLYPHS, OVER, map_summary
 from gptq_cli.display.plain import lines
 from gptq_cli.display.rich import RichDisplay
 from gptq_cli.display.tables import findings_table, run_summary
@@ -166,3 +168,30 @@ def test_a_page_shows_text_as_text() -> None:
     assert not TERMINAL_ACTS_ON.search(page)
     assert "\\u202e" in page
     page.encode("utf-8")
+
+
+def _shown(text: str, encoding: str) -> str:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding=encoding)
+    fit_encoding(stream)
+    stream.write(text)
+    stream.flush()
+    return raw.getvalue().decode(encoding)
+
+
+def test_a_terminal_without_our_characters_keeps_the_parts_of_a_bar_apart() -> None:
+    bar = "".join(glyph for glyph, _ in GLYPHS) + FREE + OVER
+    shown = _shown(bar, "ascii")
+    assert "?" not in shown
+    assert len(set(shown)) == len(shown) == len(bar)
+    assert _shown(bar, "utf-8") == bar
+    assert _shown("·é█\u6a21", "latin-1") == "·é#?"
+
+
+def test_every_character_that_displays_draw_with_has_one_of_ascii() -> None:
+    folder = Path(display.__file__).parent
+    drawn = {
+        letter for path in folder.glob("*.py") for letter in path.read_text("utf-8") if not letter.isascii()
+    }
+    assert len(drawn) > 10
+    assert [letter for letter in sorted(drawn) if "?" in _shown(letter, "ascii")] == []
