@@ -82,10 +82,15 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
             raise CalibrationError(
                 f"{path} is plain text and has no column {column!r}; "
                 f"columns are read from {', '.join(TABLES)} files",
-                hint=f"use --calibration {path}",
+                hint=_AS_ROWS if path.suffix.lower() in _SPREADSHEETS else f"use --calibration {path}",
             )
         return Documents(name, _text_file(path))
     return Documents(name, rows_to_pieces(reader(path, column), str(path), column, render))
+
+
+_SPREADSHEETS = (".csv", ".tsv")
+_AS_ROWS = "write its rows as .jsonl: pandas.read_csv(…).to_json('rows.jsonl', orient='records', lines=True)"
+"""A table of commas is not read as one: as plain text it would calibrate on commas and numbers, too."""
 
 
 def check_source(source: str) -> None:

@@ -336,6 +336,15 @@ class TestBrokenTables:
         write(Path("a.jsonl"), *lines)
         assert says in refused(source).message
 
+    @pytest.mark.parametrize(("name", "hint"), [("a.csv", ".jsonl"), ("A.TSV", ".jsonl"), ("a.md", "a.md")])
+    def test_a_column_of_what_is_read_as_plain_text(self, name: str, hint: str, tmp_path: Path) -> None:
+        """The commas and numbers of a table are no text to calibrate on: it is not told to be used whole."""
+        (tmp_path / name).write_text("text,label\nwords,1\n")
+        error = refused(f"{tmp_path / name}:text")
+        assert "is plain text and has no column 'text'" in error.message
+        assert hint in str(error.hint)
+        assert (f"--calibration {tmp_path / name}" in str(error.hint)) == (name == "a.md")
+
     def test_a_json_file_of_another_shape(self, tmp_path: Path) -> None:
         (tmp_path / "a.json").write_text('{"text": "x"}')
         assert "holds a JSON object; allowed: a list" in refused(tmp_path / "a.json").message
