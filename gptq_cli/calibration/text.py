@@ -147,6 +147,14 @@ def _default_column(path: Path) -> str | None:
     return default_column(row)
 
 
+_MEASURING = (
+    ("--calibration pydoc", "--eval pydoc-heldout"),
+    ("--calibration", "--eval"),
+    ("quantize …", "load …"),
+)
+"""Words of hints, and what takes their place in errors about --eval: pydoc is what runs calibrate on."""
+
+
 @contextmanager
 def to_measure_on(source: str) -> Iterator[None]:
     """Let errors about `source` speak of --eval, which names one text, without a weight."""
@@ -159,8 +167,10 @@ def to_measure_on(source: str) -> Iterator[None]:
             )
         yield
     except CalibrationError as error:
-        hint = error.hint and error.hint.replace("--calibration", "--eval").replace("quantize …", "load …")
-        raise CalibrationError(error.message, hint=hint) from error
+        hint = error.hint or ""
+        for calibrating, measuring in _MEASURING:
+            hint = hint.replace(calibrating, measuring)
+        raise CalibrationError(error.message, hint=hint or None) from error
 
 
 def too_few_bytes(source: str, tokens: int) -> int | None:

@@ -16,7 +16,7 @@ import pytest
 
 from gptq_cli.calibration import documents, utf8
 from gptq_cli.calibration import text as module
-from gptq_cli.calibration.text import find_file, read_documents
+from gptq_cli.calibration.text import find_file, read_documents, to_measure_on
 from gptq_cli.errors import CalibrationError
 from gptq_cli.files import open_once
 
@@ -359,3 +359,10 @@ class TestBrokenTables:
         pyarrow.parquet.write_table(pyarrow.table({"id": [1], "body": ["x"]}), tmp_path / "a.parquet")
         assert "no column 'text' or 'messages'; columns: id, body" in refused(tmp_path / "a.parquet").message
         assert "no column 'txt'" in refused(f"{tmp_path / 'a.parquet'}:txt").message
+
+
+def test_a_text_to_measure_on_that_is_none_is_not_sent_to_the_text_of_calibration(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nope.txt")
+    with pytest.raises(CalibrationError) as refused_, to_measure_on(missing):
+        read_documents(missing)
+    assert str(refused_.value.hint).startswith("use --eval pydoc-heldout (needs no file)")
