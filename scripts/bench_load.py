@@ -121,6 +121,9 @@ def speed(model: Any, arguments: argparse.Namespace) -> tuple[float, float]:
     """Medians of prompt and decode tokens per second; the same loop for every kind of model."""
     import torch
 
+    from gptq_cli.model.running import cache_name
+
+    name = cache_name(model) or ""
     ids = torch.randint(
         0, model.config.vocab_size, (1, arguments.prompt), generator=torch.Generator().manual_seed(0)
     )
@@ -131,9 +134,9 @@ def speed(model: Any, arguments: argparse.Namespace) -> tuple[float, float]:
             started = time.perf_counter()
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
             middle = time.perf_counter()
-            token, cache = ids[:, -1:], out.past_key_values
+            token = ids[:, -1:]
             for _ in range(arguments.tokens):
-                out = model(input_ids=token, past_key_values=cache, use_cache=True)
+                out = model(input_ids=token, use_cache=True, **{name: getattr(out, name)})
                 token = out.logits[:, -1:].argmax(-1)
             done = time.perf_counter()
             if number:

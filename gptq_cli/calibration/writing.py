@@ -17,7 +17,6 @@ every machine, and a text that was interrupted goes on as it would have.
 
 from __future__ import annotations
 
-import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from torch import Tensor
 from gptq_cli.calibration.text_form import TextForm
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CalibrationError, NonFinite
-from gptq_cli.model.running import input_device, matmul_scope_of
+from gptq_cli.model.running import cache_name, input_device, matmul_scope_of
 from gptq_cli.wording import first_line
 
 TEMPERATURES = (0.6, 0.8, 1.0, 1.2)
@@ -39,7 +38,6 @@ STRETCH = 512
 """Tokens that are written in one go; also the longest answer."""
 MIN_ANSWER = 8
 """Tokens that an answer should have room for, or another request is looked for."""
-_CACHES = ("past_key_values", "cache_params")
 _PROBE_TOKENS = 6
 _MAX_DIFFERENCE = 0.15
 """Of the logits with the cache from those without, over their spread; bfloat16 makes about 0.01."""
@@ -48,10 +46,9 @@ OnStep = Callable[[int], None]
 """Called with the tokens that one step wrote, in all rows."""
 
 
-def cache_name(model: Any) -> str:
+def cache_to_write_with(model: Any) -> str:
     """What the model calls its cache. Raises `CalibrationError` where it has none, or does not write text."""
-    parameters = inspect.signature(model.forward).parameters
-    name = next((name for name in _CACHES if name in parameters), None)
+    name = cache_name(model)
     if name is None or not model.can_generate():
         raise CalibrationError(
             f"{type(model).__name__} cannot write text"
@@ -149,7 +146,7 @@ class _Decoder:
     """The model, one token of each row at a time."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._name = model, cache_name(model)
+        self._model, self._name = model, cache_to_write_with(model)
         self._device = input_device(model)
         self._cache: Any = None
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from gptq_cli.devices.accelerators import synchronize
+from gptq_cli.errors import CheckpointError
 from gptq_cli.fields import check_int
-from gptq_cli.model.running import input_device, matmul_scope_of
+from gptq_cli.model.running import cache_name, input_device, matmul_scope_of
 from gptq_cli.results.load import Rate, Speed
 
 OnRound = Callable[[int, int], None]
@@ -32,7 +33,10 @@ def measure_speed(
     rounds: int = 5,
     on_round: OnRound = lambda done, total: None,
 ) -> Speed:
-    """Time `rounds` rounds of a prompt of `prompt_tokens` and `new_tokens` single tokens."""
+    """Time `rounds` rounds of a prompt of `prompt_tokens` and `new_tokens` single tokens.
+
+    Raises `CheckpointError` where the model keeps no cache.
+    """
     check_int("prompt_tokens", prompt_tokens, 1)
     check_int("new_tokens", new_tokens, 1)
     check_int("rounds", rounds, 1)
@@ -61,14 +65,19 @@ def measure_speed(
 def _one_round(model: Any, ids: torch.Tensor, new_tokens: int, device: torch.device) -> tuple[float, float]:
     takes_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if takes_keep else {}
+    name = cache_name(model)
     started = _now(device)
     out = model(input_ids=ids, use_cache=True, **last_only)
     prompt_done = _now(device)
     token = ids[:, -1:]
-    cache = out.past_key_values
     for _ in range(new_tokens):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
+        kept = getattr(out, name or "", None)
+        if name is None or kept is None:
+            raise CheckpointError(
+                f"{type(model).__name__} keeps no cache of earlier tokens, so it has no speed of decoding",
+                hint="leave --bench out",
+            )
+        out = model(input_ids=token, use_cache=True, **{name: kept})
         token = out.logits[:, -1:].argmax(-1)
     return prompt_done - started, _now(device) - prompt_done
 

@@ -10,7 +10,7 @@ from gptq_cli.calibration import open_tokenizer
 from gptq_cli.calibration.own_text import OwnText, TextStore, Wanted
 from gptq_cli.calibration.prompts import read_prompts
 from gptq_cli.calibration.text_form import text_form
-from gptq_cli.calibration.writing import cache_name
+from gptq_cli.calibration.writing import cache_to_write_with
 from gptq_cli.checkpoint.fingerprint import model_digest
 from gptq_cli.config import CalibrationConfig
 from gptq_cli.devices.accelerators import flush
@@ -51,7 +51,7 @@ def check_can_write(skeleton: Skeleton, tokenizer: Any, *, held_out: bool) -> No
     """Raise `CalibrationError` where the class of the model or its template cannot be used; no weight is
     needed."""
     model = language_model(skeleton.model)
-    cache_name(model)
+    cache_to_write_with(model)
     text_form(tokenizer, model, read_prompts(held_out=held_out), seed=0)
 
 

@@ -1,7 +1,9 @@
-"""Running a whole model, wherever its parts lie: the device that takes tokens, and how it runs fastest."""
+"""Running a whole model, wherever its parts lie: the device that takes tokens, how it runs fastest, and its
+cache."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,16 @@ from transformers import PreTrainedModel
 
 from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.fp32_matmul import matmul_scope
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What forwards and their outputs call what they keep of earlier tokens: in Transformers from 5.24 on, before
+it, and in its state-space models before it."""
+
+
+def cache_name(model: Any) -> str | None:
+    """What the forward of `model` calls its cache; None where it takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
 
 
 def input_device(model: Any) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from gptq_cli.calibration import open_tokenizer, writing
 from gptq_cli.calibration.prompts import read_prompts
 from gptq_cli.calibration.text_form import TextForm, text_form
-from gptq_cli.calibration.writing import MIN_ANSWER, cache_name, check_decoding, write_rows
+from gptq_cli.calibration.writing import MIN_ANSWER, cache_to_write_with, check_decoding, write_rows
 from gptq_cli.errors import CalibrationError, NonFinite
+from gptq_cli.model.running import CACHE_NAMES
 from tests.tiny import tiny_model
 
 END, AFTER, BOS = 1, 2, 0
@@ -44,6 +46,29 @@ class Scripted(nn.Module):
     def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
         self.steps += 1
         return SimpleNamespace(logits=self.table[input_ids], past_key_values=past_key_values or "cache")
+
+
+def _forward_with(name: str, counted: list[int]) -> Any:
+    """A forward that names its cache `name`, and keeps in it how many tokens it has seen."""
+
+    def run(self: Scripted, input_ids: Tensor, kept: int | None) -> Any:
+        counted.append(kept or 0)
+        return SimpleNamespace(**{"logits": self.table[input_ids], name: (kept or 0) + 1})
+
+    def cache(self: Any, input_ids: Tensor, cache: int | None = None, use_cache: bool = False) -> Any:
+        return run(self, input_ids, cache)
+
+    def past_key_values(
+        self: Any, input_ids: Tensor, past_key_values: int | None = None, use_cache: bool = False
+    ) -> Any:
+        return run(self, input_ids, past_key_values)
+
+    def cache_params(
+        self: Any, input_ids: Tensor, cache_params: int | None = None, use_cache: bool = False
+    ) -> Any:
+        return run(self, input_ids, cache_params)
+
+    return {made.__name__: made for made in (cache, past_key_values, cache_params)}[name]
 
 
 def likes(*tokens: int) -> Tensor:
@@ -166,12 +191,25 @@ class TestRealModels:
         form = text_form(tokenizer, model, read_prompts(held_out=False), 0)
         real = model.forward
 
-        def forgetful(input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        @functools.wraps(real)
+        def forgetful(input_ids: Tensor, use_cache: bool = False, **_: Any) -> Any:
             return real(input_ids=input_ids, use_cache=use_cache)
 
         model.forward = forgetful
         with pytest.raises(CalibrationError, match="something else with its cache than without"):
             check_decoding(model, form)
+
+    @pytest.mark.parametrize("name", CACHE_NAMES)
+    def test_the_cache_goes_by_the_name_that_the_model_has_for_it(self, name: str) -> None:
+        """Transformers has had three."""
+        counted: list[int] = []
+
+        class Named(Scripted):
+            forward = _forward_with(name, counted)
+
+        ids, _ = write_rows(Named(likes(4)), FORM, range(1), 1, 12, 0)
+        assert ids.shape == (1, 12)
+        assert counted == list(range(11))  # what each step was given is what the one before it returned
 
     def test_a_model_without_a_cache_is_refused(self) -> None:
         class NoCache(Scripted):
@@ -179,12 +217,12 @@ class TestRealModels:
                 return SimpleNamespace(logits=self.table[input_ids])
 
         with pytest.raises(CalibrationError, match="NoCache cannot write text: its forward takes no cache"):
-            cache_name(NoCache(likes(4)))
+            cache_to_write_with(NoCache(likes(4)))
 
     def test_a_model_that_does_not_generate_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Scripted, "can_generate", lambda self: False)
         with pytest.raises(CalibrationError, match="Scripted cannot write text"):
-            cache_name(Scripted(likes(4)))
+            cache_to_write_with(Scripted(likes(4)))
 
     def test_a_model_that_gives_no_cache_back_is_refused(self) -> None:
         class Forgets(Scripted):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
-from gptq_cli.errors import ConfigError
+from gptq_cli.errors import CheckpointError, ConfigError
 from gptq_cli.evaluation import speed as benchmark
 from gptq_cli.evaluation.speed import measure_speed
 from tests.checkpoint.checkpoints import Recipe, quantize_directory
@@ -27,6 +30,23 @@ def test_rates_of_a_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert speed.prompt.tokens_per_second > 0
     assert speed.decode.tokens_per_second > 0
     assert (speed.prompt_tokens, speed.new_tokens, speed.rounds) == (8, 3, 2)
+
+
+def test_a_model_that_keeps_no_cache_is_named() -> None:
+    class Forgets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(8, 8)
+
+        def get_input_embeddings(self) -> nn.Embedding:
+            return self.embedding
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+            return SimpleNamespace(logits=self.embedding(input_ids))
+
+    with pytest.raises(CheckpointError, match="Forgets keeps no cache") as caught:
+        measure_speed(Forgets(), prompt_tokens=4, new_tokens=2, rounds=1)
+    assert caught.value.hint == "leave --bench out"
 
 
 def test_median_and_quartiles(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path) -> None:

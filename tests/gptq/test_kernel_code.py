@@ -66,7 +66,7 @@ def test_the_check_above_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from gptq_cli.gptq import walk_triton
 
     constants = {"n": 128, "SYM": True, "COLUMNS": 128, "ROWS": 32}
-    made = compiled(walk_triton._sweep, 80, constants, {"num_warps": 4})
+    made = compiled(walk_triton._sweep, 80, constants, {"num_warps": 4, "enable_fp_fusion": True})
     assert machine_code(made, tmp_path).count("FFMA") > TILE_REGISTERS
 
 
