@@ -25,6 +25,9 @@ settings.load_profile("house")  # a busy machine is no failure
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # matrices are small here: two threads mostly wait for each other
 
+MANY_OBJECTS = 20_000
+"""Alive and not frozen: as many are traversed in a millisecond or two."""
+
 TinyFactory = Callable[..., Path]
 
 
@@ -44,10 +47,22 @@ def heard_signals() -> Iterator[None]:
 def frozen() -> Iterator[None]:
     """A collection of garbage goes through a million objects of torch, Transformers and pytest otherwise, and
     each job asks for several: a fifth of the tests' time."""
-    gc.collect()
-    gc.freeze()
+    _freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Freeze what has come since: jobs import more of torch and Transformers when they run, and those objects
+    cost each later job a tenth of its time, and more the longer the session."""
+    if len(gc.get_objects(generation=2)) > MANY_OBJECTS:
+        _freeze()
+
+
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
