@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
+from gptq_cli.planning import rates
 from tests.tiny import save_tiny
 
 settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -63,6 +65,14 @@ def pytest_runtest_teardown() -> None:
 def _freeze() -> None:
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_probe() -> Iterator[None]:
+    """Each `--dry-run` times this machine for two seconds; here only the first of its kind does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "measure", cache(rates.measure))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
