@@ -26,6 +26,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(scope="module")
+def measured(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 11 bits per parameter in `a`, and in `cache` what was measured for it; only read."""
+    place = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPTQ_CACHE", str(place / "cache"))
+        made = gptq(*budget_words(tiny_llama, text), "--out", place / "a")
+    assert made.code == 0, made.stderr
+    return place
+
+
+def budget_words(model: Path, text: Path) -> tuple[object, ...]:
+    return ("quantize", model, "--calibration", text, *QUICK, "--bits-per-weight", "11", "--json")
+
+
 def shards_bytes(out: Path) -> int:
     return sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
@@ -138,19 +153,16 @@ def test_every_kind_of_model(
 
 
 def test_the_same_command_goes_on(
-    tiny_llama: Path, text: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, text: Path, tmp_path: Path, cache: Path, measured: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("quantize", tiny_llama, "--calibration", text, *QUICK, "--json", "--bits-per-weight", "11")
-    whole = gptq(*words, "--out", tmp_path / "whole")
-    assert whole.code == 0, whole.stderr
-    shutil.rmtree(cache)
+    words = budget_words(tiny_llama, text)
     with monkeypatch.context() as stopping:
         stop_after(stopping, 1)
         assert gptq(*words, "--out", tmp_path / "a").code == 1
     resumed = gptq(*words, "--out", tmp_path / "a")
     assert resumed.code == 0, resumed.stderr
     assert len(resumed.document["starts"]) == 2
-    assert files(tmp_path / "a") == files(tmp_path / "whole")
+    assert files(tmp_path / "a") == files(measured / "a")
     with monkeypatch.context() as stopping:
         stop_after(stopping, 1)
         assert gptq(*words, "--out", tmp_path / "b").code == 1
@@ -158,7 +170,7 @@ def test_the_same_command_goes_on(
     anew = gptq(*words, "--out", tmp_path / "b")
     assert anew.code == 0, anew.stderr
     assert len(anew.document["starts"]) == 2
-    assert files(tmp_path / "b") == files(tmp_path / "whole")
+    assert files(tmp_path / "b") == files(measured / "a")
 
 
 def test_another_budget_is_named_where_unfinished_work_does_not_fit(
@@ -188,18 +200,17 @@ def test_another_budget_is_named_where_unfinished_work_does_not_fit(
 
 @pytest.mark.parametrize("damage", ["{", '{"key": 1}', "[]", '"digest"'])
 def test_damaged_numbers_are_measured_again(
-    damage: str, tiny_llama: Path, text: Path, tmp_path: Path, cache: Path
+    damage: str, tiny_llama: Path, text: Path, tmp_path: Path, cache: Path, measured: Path
 ) -> None:
-    words = ("quantize", tiny_llama, "--calibration", text, *QUICK, "--bits-per-weight", "11", "--json")
-    assert gptq(*words, "--out", tmp_path / "a").code == 0
+    shutil.copytree(measured / "cache", cache)
     (kept,) = (cache / "bits").iterdir()
     sound = kept.read_text(encoding="utf-8")
     kept.write_text(sound.replace('"digest": "', '"digest": "0') if "digest" in damage else damage)
-    again = gptq(*words, "--out", tmp_path / "b")
+    again = gptq(*budget_words(tiny_llama, text), "--out", tmp_path / "b")
     assert again.code == 0, again.stderr
     assert "it is measured again" in again.stderr
     assert kept.read_text(encoding="utf-8") == sound
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+    assert (measured / "a" / "model.safetensors").read_bytes() == (
         tmp_path / "b" / "model.safetensors"
     ).read_bytes()
 
@@ -208,8 +219,7 @@ def test_a_cache_that_cannot_be_written_costs_time_alone(
     tiny_llama: Path, text: Path, tmp_path: Path, cache: Path
 ) -> None:
     cache.write_text("in the way")
-    words = ("quantize", tiny_llama, "--calibration", text, *QUICK, "--bits-per-weight", "11", "--json")
-    made = gptq(*words, "--out", tmp_path / "a")
+    made = gptq(*budget_words(tiny_llama, text), "--out", tmp_path / "a")
     assert made.code == 0, made.stderr
     assert "what fewer bits cost is not kept" in " ".join(made.document["warnings"])
 
@@ -238,21 +248,13 @@ def test_what_is_refused(
     assert not (tmp_path / "q").exists()
 
 
-def test_a_budget_in_a_preset_and_bits_on_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_budget_in_a_preset_and_bits_on_the_command_line(
+    tiny_llama: Path, text: Path, tmp_path: Path
+) -> None:
     preset = tmp_path / "budget.toml"
     preset.write_text("bits_per_weight = 11.0\ngroup_size = 32\n")
-    words = (
-        "quantize",
-        tiny_llama,
-        "--config",
-        preset,
-        "--dry-run",
-        "--json",
-        "--samples",
-        "4",
-        "--seq-len",
-        "48",
-    )
+    sizes = ("--calibration", text, *FAST[:4])
+    words = ("quantize", tiny_llama, "--config", preset, "--dry-run", "--json", *sizes)
     assert gptq(*words).document["plan"]["bit_choice"]["asked"] == 11
     assert gptq(*words, "--bits", "8").document["plan"]["bits"] == 8
     preset.write_text("bits_per_weight = 11.0\nbits = 4\n")
