@@ -21,8 +21,9 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -96,20 +97,22 @@ class Manifest:
     tuning: FinishedTuning | None = None
 
 
-class _Codec(Generic[T]):
-    """A dataclass as JSON and back; pydantic checks what comes back."""
+def _encoded(value: Manifest | FinishedBlock) -> bytes:
+    return json.dumps(asdict(value), separators=(",", ":")).encode()
 
-    def __init__(self, kind: type[T]) -> None:
-        self._adapter: TypeAdapter[T] = TypeAdapter(kind)
 
-    def write(self, value: Any) -> bytes:
-        return json.dumps(asdict(value), separators=(",", ":")).encode()
+def _decoded(adapter: TypeAdapter[T], text: bytes) -> T:
+    """What `_encoded` made into JSON, checked by pydantic."""
+    try:
+        return adapter.validate_python(json.loads(text))
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise JournalError("it is not what this version writes") from error
 
-    def read(self, text: bytes) -> T:
-        try:
-            return self._adapter.validate_python(json.loads(text))
-        except (ValidationError, ValueError, RecursionError) as error:
-            raise JournalError("it is not what this version writes") from error
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    """Made once: it takes pydantic some 10 ms, and there is a file for each block."""
+    return TypeAdapter(kind)
 
 
 def digest(data: bytes | memoryview) -> str:
@@ -133,7 +136,7 @@ class Journal:
         body, _, said = text.rpartition(b"\n")
         if digest(body).encode() != said:
             raise JournalError(f"{MANIFEST} is damaged: its digest does not fit")
-        manifest = _Codec(Manifest).read(body)
+        manifest = _decoded(_adapter(Manifest), body)
         if manifest.version != VERSION:
             raise JournalError(f"{MANIFEST} has version {manifest.version}; this program writes {VERSION}")
         return cls(folder, manifest)
@@ -141,7 +144,7 @@ class Journal:
     def commit(self, manifest: Manifest) -> None:
         """Make `manifest` that of the journal, in one step."""
         self.folder.mkdir(exist_ok=True)
-        body = _Codec(Manifest).write(manifest)
+        body = _encoded(manifest)
         new = self.folder / f"{MANIFEST}.new"
         _write(new, body + b"\n" + digest(body).encode())
         os.replace(new, self.folder / MANIFEST)
@@ -152,7 +155,7 @@ class Journal:
     def write_block(self, number: int, block: FinishedBlock) -> Part:
         """Write the file of a block; `commit` of a manifest that names it makes it count."""
         self.folder.mkdir(exist_ok=True)
-        body = _Codec(FinishedBlock).write(block)
+        body = _encoded(block)
         name = f"block-{number:05d}.json"
         _write(self.folder / name, body)
         fsync(self.folder)
@@ -164,7 +167,8 @@ class Journal:
         text = _read(self.folder / part.file)
         if digest(text) != part.digest:
             raise JournalError(f"{part.file} is damaged: its digest does not fit")
-        return _Codec(FinishedBlock).read(text)
+        block: FinishedBlock = _decoded(_adapter(FinishedBlock), text)
+        return block
 
     def without(self, first: int) -> Manifest:
         """The manifest with block number `first` and all after it taken back."""

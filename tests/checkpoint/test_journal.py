@@ -8,9 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from gptq_cli.checkpoint.fingerprint import Difference, Fingerprint
-from gptq_cli.checkpoint.journal import FinishedBlock, Journal, JournalError, Manifest, Snapshot, digest
+from gptq_cli.checkpoint.journal import (
+    FinishedBlock,
+    Journal,
+    JournalError,
+    Manifest,
+    Snapshot,
+    _adapter,
+    digest,
+)
 from gptq_cli.checkpoint.snapshot import read_snapshot, write_snapshot
 from tests.display.events import block_report
 
@@ -35,6 +44,22 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert read.manifest == journal.manifest
     assert read.read_block(1) == FINISHED
     assert sorted(os.listdir(journal.folder)) == ["block-00000.json", "block-00001.json", "manifest.json"]
+
+
+def test_a_schema_is_made_once_and_only_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[type] = []
+
+    def counted(kind: type) -> TypeAdapter[object]:
+        made.append(kind)
+        return TypeAdapter(kind)
+
+    monkeypatch.setattr("gptq_cli.checkpoint.journal.TypeAdapter", counted)
+    _adapter.cache_clear()
+    journal = with_blocks(journal_of(tmp_path), 3)
+    assert made == []
+    for number in range(3):
+        assert Journal.read(journal.folder).read_block(number) == FINISHED
+    assert made == [Manifest, FinishedBlock]
 
 
 def test_numbers_that_are_not_finite_survive(tmp_path: Path) -> None:
