@@ -114,6 +114,8 @@ def reset_peak(devices: Iterable[Device]) -> None:
             torch.accelerator.reset_peak_memory_stats(device.index)
 
 
+MANY_OBJECTS = 50_000
+"""A collection goes through fewer in some milliseconds, and nothing is gained by freezing them."""
 PYTHONS_OWN = 10_000
 """Python may freeze some hundred objects of its own when it starts; more have been frozen on purpose."""
 
@@ -126,7 +128,8 @@ def frozen_gc() -> Iterator[None]:
     the solve of a small block, at every flush. Objects created inside the scope are collected as usual. Where
     the process has frozen its objects itself, that is left as it is.
     """
-    if gc.get_freeze_count() > PYTHONS_OWN:
+    few = len(gc.get_objects(generation=2)) < MANY_OBJECTS  # counting the frozen ones takes longer
+    if few or gc.get_freeze_count() > PYTHONS_OWN:
         yield
         return
     gc.collect()

@@ -169,6 +169,12 @@ class TestFrozen:
             assert gc.get_freeze_count() > PYTHONS_OWN
         assert gc.get_freeze_count() == own
 
+    def test_a_process_of_few_objects_is_left_as_it_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("gptq_cli.devices.accelerators.MANY_OBJECTS", 1 << 30)
+        own = gc.get_freeze_count()
+        with frozen_gc():
+            assert gc.get_freeze_count() == own
+
     def test_garbage_from_inside_is_collected(self) -> None:
         with frozen_gc():
             circle: list[Any] = [Marked()]
