@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Recipe:
     g_idx: bool = True
     skip: tuple[str, ...] = ("lm_head",)
     """Parts of names that stay dense."""
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
     """More fields of the quantization dictionary."""
 
     def quantization(self) -> dict[str, Any]:
@@ -116,6 +117,13 @@ def quantize_slowly(weight: Tensor, recipe: Recipe, seed: int = 0) -> Packed:
     )
 
 
+@lru_cache(maxsize=128)
+def _quantized_once(
+    data: bytes, shape: torch.Size, dtype: torch.dtype, recipe: Recipe, seed: int
+) -> Packed:  # of a weight with these bytes: most tests quantize the same few models
+    return quantize_slowly(torch.frombuffer(bytearray(data), dtype=dtype).view(shape), recipe, seed)
+
+
 def quantize_directory(
     source: Path, target: Path, recipe: Recipe, *, transposed: bool = False
 ) -> dict[str, Tensor]:
@@ -133,10 +141,12 @@ def quantize_directory(
         if not _is_linear(name, tensor, recipe):
             result[name] = tensor
             continue
-        packed = quantize_slowly(tensor.t() if transposed else tensor, recipe, seed=index)
+        weight = (tensor.t() if transposed else tensor).contiguous()
+        data = weight.view(torch.uint8).numpy().tobytes()
+        packed = _quantized_once(data, weight.shape, weight.dtype, recipe, index)
         linear = name.removesuffix(".weight")
         result |= packed.tensors(linear, g_idx=recipe.g_idx)
-        weights[linear] = packed.weight
+        weights[linear] = packed.weight.clone()
     save_file({name: tensor.contiguous() for name, tensor in result.items()}, target / "model.safetensors")
     write_config(target, recipe)
     return weights
