@@ -15,6 +15,7 @@ from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, Quantiz
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.placement.device_map import DeviceMap, MaxMemory
+from tests.e2e.commands import write_text
 
 JOB = QuantizeJob(
     model=ModelRef(model="m"),
@@ -53,14 +54,19 @@ def test_the_other_fields_count() -> None:
 
 
 @pytest.fixture(scope="module")
-def opened(tiny_llama: Path) -> tuple[Skeleton, TokenBatches]:
-    return open_job(tiny_llama)
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def open_job(model: Path, **text: Any) -> tuple[Skeleton, TokenBatches]:
+@pytest.fixture(scope="module")
+def opened(tiny_llama: Path, text: Path) -> tuple[Skeleton, TokenBatches]:
+    return open_job(tiny_llama, text)
+
+
+def open_job(model: Path, text: Path, seed: int = 0) -> tuple[Skeleton, TokenBatches]:
     ref = ModelRef(model=str(model))
-    tokens = make_batches(open_tokenizer(model), replace(JOB.calibration, **text))
-    return open_skeleton(find_model(ref), ref), tokens
+    config = CalibrationConfig.of(str(text), samples=2, seq_len=16, seed=seed)
+    return open_skeleton(find_model(ref), ref), make_batches(open_tokenizer(model), config)
 
 
 def names(before: Fingerprint, now: Fingerprint) -> set[str]:
@@ -85,17 +91,19 @@ def test_settings(change: dict[str, Any], differs: set[str], opened: tuple[Skele
     assert names(Fingerprint.of(JOB, *opened), Fingerprint.of(replace(JOB, **change), *opened)) == differs
 
 
-def test_tokens_and_files(tiny_llama: Path, opened: tuple[Skeleton, TokenBatches], tmp_path: Path) -> None:
+def test_tokens_and_files(
+    tiny_llama: Path, text: Path, opened: tuple[Skeleton, TokenBatches], tmp_path: Path
+) -> None:
     before = Fingerprint.of(JOB, *opened)
     copied = shutil.copytree(tiny_llama, tmp_path / "m")
-    assert names(before, Fingerprint.of(JOB, *open_job(copied))) == set()
-    assert names(before, Fingerprint.of(JOB, *open_job(copied, seed=5))) == {"tokens"}
+    assert names(before, Fingerprint.of(JOB, *open_job(copied, text))) == set()
+    assert names(before, Fingerprint.of(JOB, *open_job(copied, text, seed=5))) == {"tokens"}
     (copied / "LICENSE").write_text("free")
     path = copied / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert names(before, Fingerprint.of(JOB, *open_job(copied))) == {
+    assert names(before, Fingerprint.of(JOB, *open_job(copied, text))) == {
         "file LICENSE",
         "file model.safetensors",
     }
