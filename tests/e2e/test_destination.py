@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,14 @@ from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.jobs import checking, quantizing
 from tests.e2e.commands import FAST, Ran, gptq
+
+
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the model, to be copied."""
+    out = tmp_path_factory.mktemp("made") / "q"
+    assert quantized(tiny_llama, out, text).code == 0
+    return out
 
 
 def quantized(model: Path, out: Path, text: Path, *more: str, interrupted: bool = False) -> Ran:
@@ -75,10 +84,14 @@ def test_a_second_run_is_refused_at_once_and_names_the_first(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_last_rename_comes_too_late(
-    number: signal.Signals, tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    tiny_llama: Path,
+    text: Path,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out, real = tmp_path / "q", destination.exchange
-    assert quantized(tiny_llama, out, text).code == 0
+    out, real = Path(shutil.copytree(made, tmp_path / "q")), destination.exchange
     before = os.stat(out).st_ino
 
     def exchange(a: Path, b: Path) -> bool:
@@ -94,10 +107,9 @@ def test_a_signal_during_the_last_rename_comes_too_late(
 
 
 def test_a_signal_before_the_last_rename_interrupts(
-    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, text: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "q"
-    assert quantized(tiny_llama, out, text).code == 0
+    out = Path(shutil.copytree(made, tmp_path / "q"))
     before = os.stat(out).st_ino
     while_it_works(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert quantized(tiny_llama, out, text, "--overwrite", interrupted=True).code == 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gptq_cli.engine import keep
 from gptq_cli.inference.packed_linear import PackedLinear
 from gptq_cli.jobs import keeping, snapshot_time
 from gptq_cli.placement.placement import Placement
+from gptq_cli.results.run import RunReport
 from tests import architectures
 from tests.second_opinion import save_source
 
@@ -28,10 +30,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_source(architectures.build("zamba2"), tmp_path_factory.mktemp("zamba2"))
 
 
-def quantized(source: Path, out: Path, *, report: bool = False) -> Any:
-    """The tensors of the checkpoint, or the report."""
+@dataclass(frozen=True)
+class Made:
+    """A checkpoint, its tensors, and what was reported."""
+
+    out: Path
+    tensors: dict[str, torch.Tensor]
+    report: RunReport
+
+
+def quantized(source: Path, out: Path) -> Made:
     text = str(source.parent / "text.txt")
-    made = gptq_cli.quantize(
+    report = gptq_cli.quantize(
         source,
         out,
         device_map="cpu",
@@ -41,11 +51,12 @@ def quantized(source: Path, out: Path, *, report: bool = False) -> Any:
         group_size=16,
         recipe="balanced",
     )
-    return made if report else load_file(out / "model.safetensors")
+    return Made(out, load_file(out / "model.safetensors"), report)
 
 
 @pytest.fixture(scope="module")
-def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Of a plain run; only read."""
     return quantized(source, tmp_path_factory.mktemp("expected") / "q")
 
 
@@ -53,19 +64,16 @@ def places(names: Any) -> set[str]:
     return {name.partition(".shared")[0] for name in names if SHARED in name}
 
 
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+def same(made: Made, expected: Made) -> bool:
+    found, wanted = made.tensors, expected.tensors
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in found)
 
 
-def test_stored_once_and_read_at_every_place(
-    source: Path, expected: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    stored = places(name for name in expected if name.endswith("qweight"))
+def test_stored_once_and_read_at_every_place(expected: Made) -> None:
+    stored = places(name for name in expected.tensors if name.endswith("qweight"))
     assert stored == {"model.layers.1"}
-    out = tmp_path / "q"
-    quantized(source, out)
-    model = gptq_cli.load(out, device_map="cpu")
-    shared = target_facts(open_checkpoint(out)).shared
+    model = gptq_cli.load(expected.out, device_map="cpu")
+    shared = target_facts(open_checkpoint(expected.out)).shared
     assert f"model.layers.4.{SHARED}" in shared
     assert {name[:14] for name in shared} == {"model.layers.4"}
     first, second = (model.get_submodule(f"model.layers.{use}.{SHARED}") for use in (1, 4))
@@ -73,17 +81,16 @@ def test_stored_once_and_read_at_every_place(
     assert isinstance(first, PackedLinear)
 
 
-def test_what_the_first_place_does_not_run_is_quantized_where_it_runs(source: Path, tmp_path: Path) -> None:
+def test_what_the_first_place_does_not_run_is_quantized_where_it_runs(expected: Made) -> None:
     """All adapters are at every place; each place runs its own."""
-    report = quantized(source, tmp_path / "q", report=True)
-    adapters = {linear.name: linear for linear in report.linears if "adapter_list" in linear.name}
+    adapters = {linear.name: linear for linear in expected.report.linears if "adapter_list" in linear.name}
     assert {name[:14] for name in adapters if ".gate_up_proj_adapter_list.0." in name} == {"model.layers.1"}
     assert {name[:14] for name in adapters if ".gate_up_proj_adapter_list.1." in name} == {"model.layers.4"}
     assert all(linear.method == "gptq" and not linear.routed for linear in adapters.values())
 
 
 def test_weights_that_stay_in_memory_give_the_same(
-    source: Path, expected: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, expected: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Placement, "streams", lambda placement, block: False)
     assert same(quantized(source, tmp_path / "q"), expected)
@@ -94,7 +101,7 @@ def test_a_run_that_goes_on_gives_the_same(
     resident: bool,
     snapshots: bool,
     source: Path,
-    expected: dict[str, torch.Tensor],
+    expected: Made,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

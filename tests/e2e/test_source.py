@@ -44,6 +44,22 @@ def model(tiny_llama: Path, place: Path) -> Path:
     return Path(shutil.copytree(tiny_llama, place / "model"))
 
 
+@pytest.fixture(scope="module")
+def made(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the model; tests change copies of it."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "out").mkdir()
+    write_text(folder / "text.txt")
+    ran = run(folder, tiny_llama)
+    assert ran.code == 0, ran.stderr
+    return folder / "out" / "q"
+
+
+@pytest.fixture
+def checkpoint(made: Path, place: Path) -> Path:
+    return Path(shutil.copytree(made, place / "out" / "q"))
+
+
 def run(place: Path, model: Path, *words: object) -> Ran:
     return gptq(
         "quantize", model, "--out", place / "out" / "q", "--calibration", place / "text.txt", *FAST, *words
@@ -151,11 +167,11 @@ def test_a_resident_model_is_of_one_piece(model: Path) -> None:
         load_resident(skeleton, ON_CPU)
 
 
-def test_the_dense_model_of_load_and_the_checkpoint(place: Path, model: Path, tiny_llama: Path) -> None:
-    assert run(place, model).code == 0
-    out = place / "out" / "q"
+def test_the_dense_model_of_load_and_the_checkpoint(
+    place: Path, model: Path, checkpoint: Path, tiny_llama: Path
+) -> None:
     asked = LoadJob(
-        path=str(out), against=str(model), evaluate=str(place / "text.txt"), seq_len=32, windows=2,
+        path=str(checkpoint), against=str(model), evaluate=str(place / "text.txt"), seq_len=32, windows=2,
         device_map=DeviceMap.parse("cpu"),
     )  # fmt: skip
 
@@ -170,7 +186,7 @@ def test_the_dense_model_of_load_and_the_checkpoint(place: Path, model: Path, ti
         load(asked, when_loaded(model / "model.safetensors"))
     shutil.copy(tiny_llama / "model.safetensors", model / "model.safetensors")
     with pytest.raises(SourceChanged, match=r"model\.safetensors"):
-        load(asked, when_loaded(out / "model.safetensors"))
+        load(asked, when_loaded(checkpoint / "model.safetensors"))
 
 
 # -- links
@@ -218,12 +234,11 @@ def test_a_hub_cache_and_a_linked_directory_are_fine(place: Path, model: Path) -
     assert not (place / "out" / "q" / "tokenizer.json").is_symlink()
 
 
-def test_load_opens_a_checkpoint_of_links(place: Path, model: Path) -> None:
+def test_load_opens_a_checkpoint_of_links(place: Path, checkpoint: Path) -> None:
     """Nothing is copied there: a directory of links to one's own files is one's own affair."""
-    assert run(place, model).code == 0
     linked = place / "linked"
     linked.mkdir()
-    for path in (place / "out" / "q").iterdir():
+    for path in checkpoint.iterdir():
         (linked / path.name).symlink_to(path)
     assert gptq("load", linked, "--prompt", "x", "--max-new-tokens", "1", "--progress", "none").code == 0
 
@@ -257,13 +272,11 @@ def test_a_pipe_is_never_opened(name: str, code: int, place: Path, model: Path) 
 @pytest.mark.parametrize(
     "name", ["config.json", "quantize_config.json", "model.safetensors", "tokenizer.json"]
 )
-def test_load_never_opens_a_pipe(name: str, place: Path, model: Path) -> None:
-    assert run(place, model).code == 0
-    out = place / "out" / "q"
-    (out / name).unlink()
-    os.mkfifo(out / name)
+def test_load_never_opens_a_pipe(name: str, checkpoint: Path) -> None:
+    (checkpoint / name).unlink()
+    os.mkfifo(checkpoint / name)
     for words in (("--prompt", "x"), ("--verify",)):
-        ran = gptq("load", out, *words, "--progress", "none")
+        ran = gptq("load", checkpoint, *words, "--progress", "none")
         assert ran.code in (2, 5)
         assert name in ran.stdout + ran.stderr
 
@@ -392,15 +405,13 @@ def test_a_map_of_many_rules(rules: dict[str, str], place: Path, model: Path) ->
     assert len(ran.stderr) < 100_000
 
 
-def test_a_template_that_loops(place: Path, model: Path) -> None:
+def test_a_template_that_loops(place: Path, model: Path, checkpoint: Path) -> None:
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    assert run(place, model).code == 0
-    out = place / "out" / "q"
-    (out / "chat_template.jinja").write_text(loop)
-    ran = gptq("load", out, "--prompt", "x", "--progress", "none")
+    (checkpoint / "chat_template.jinja").write_text(loop)
+    ran = gptq("load", checkpoint, "--prompt", "x", "--progress", "none")
     assert ran.code == 2
     assert "the chat template was stopped" in ran.stderr
-    shutil.rmtree(out)
+    shutil.rmtree(checkpoint)
     (model / "chat_template.jinja").write_text(loop)
     rows = [{"messages": [{"role": "user", "content": "hello"}]}] * 50
     (place / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
