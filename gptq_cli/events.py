@@ -19,6 +19,7 @@ from gptq_cli.results.run import BlockReport, LinearReport, RunReport
 FlushPoint = Literal["capture", "block", "end"]
 Phase = Literal[
     "startup",
+    "download",
     "open",
     "calibration",
     "write",
@@ -38,6 +39,10 @@ Phase = Literal[
     "tasks",
     "upload",
 ]
+
+
+COUNTED_IN_BYTES: frozenset[Phase] = frozenset({"download"})
+"""Phases whose steps are bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +90,7 @@ class PhaseStarted:
 
 @dataclass(frozen=True, slots=True)
 class PhaseAdvanced:
-    """`done` steps of the phase are finished."""
+    """`done` steps of the phase are finished: bytes of a download, else tensors, samples, blocks, …"""
 
     phase: Phase
     done: int

@@ -1,4 +1,4 @@
-"""A Hub on loopback that takes uploads, as far as `huggingface_hub` asks for: run the client with `environ`.
+"""A Hub on loopback for uploads and downloads, as far as `huggingface_hub` asks. Clients need its `environ`:
 
 with hub_server() as hub:
     subprocess.run(..., env=os.environ | hub.environ)
@@ -8,6 +8,7 @@ with hub_server() as hub:
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -62,7 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -74,8 +76,29 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _send_file(self, repo: str, name: str) -> None:
+        """The content of a file, or its headers alone."""
+        content = self.hub.files.get(repo, {}).get(name)
+        if content is None:
+            self._answer({"error": "no"}, 404, X_Error_Code="EntryNotFound")
+            return
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        if "/resolve/" in path:
+            repo, _, rest = path[1:].partition("/resolve/")
+            self._send_file(repo, rest.partition("/")[2])
+            return None
         if path == "/api/whoami-v2":
             role = TOKENS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
             if role is None:

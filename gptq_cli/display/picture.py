@@ -23,7 +23,7 @@ from rich.text import Text
 from gptq_cli.display import format as fmt
 from gptq_cli.display.plain import flush_text, flush_title, freed_text
 from gptq_cli.display.state import BlockState, PhaseState, Recent, State
-from gptq_cli.events import DeviceMemory, Phase, RankState
+from gptq_cli.events import COUNTED_IN_BYTES, DeviceMemory, Phase, RankState
 from gptq_cli.wording import names_text, number_of
 
 LABEL_WIDTH = 9
@@ -189,12 +189,13 @@ def _block_rows(block: BlockState) -> Iterator[_Row]:
 
 def _phase_row(phase: PhaseState, now: float) -> _Row:
     spent = now - phase.since
+    count = fmt.size if phase.phase in COUNTED_IN_BYTES else str
     if phase.total is None:
         bar = ProgressBar(total=None, pulse=True, animation_time=spent)
-        counted = str(phase.done) if phase.done else ""
+        counted = count(phase.done) if phase.done else ""
     else:
         bar = ProgressBar(total=phase.total, completed=phase.done)
-        counted = f"{phase.done}/{phase.total}"
+        counted = f"{count(phase.done)}/{count(phase.total)}"
     left = f"{fmt.clock(max(0.0, phase.until - now))} left" if phase.until is not None else ""
     times = (f"{fmt.clock(spent)}, {left}", left) if left else (fmt.clock(spent),)
     counts = _COUNTS.get(phase.phase)

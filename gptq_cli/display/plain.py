@@ -13,6 +13,7 @@ from typing import TextIO, assert_never
 
 from gptq_cli.display import format as fmt
 from gptq_cli.events import (
+    COUNTED_IN_BYTES,
     BlockFinished,
     BlockStarted,
     CacheFlushed,
@@ -114,11 +115,12 @@ def lines(event: Event, *, heartbeat: bool = False) -> tuple[str, ...]:
         case PhaseStarted(phase):
             return (f"{phase}: started",)
         case PhaseAdvanced(phase, done, total):
-            of = f"/{total}" if total is not None else ""
+            count = fmt.size if phase in COUNTED_IN_BYTES else str
+            of = f"{count(done)}/{count(total)}" if total is not None else count(done)
             remaining = event.remaining_seconds
             early = remaining is not None and done <= 1 and remaining >= HEARTBEAT_SECONDS
             times = f", {fmt.clock(remaining)} left" if remaining is not None else ""
-            return (f"{phase}: {done}{of}{times}",) if heartbeat or early else ()
+            return (f"{phase}: {of}{times}",) if heartbeat or early else ()
         case PhaseFinished(phase, seconds, detail):
             return (f"{phase}: done in {fmt.duration(seconds)}{', ' if detail else ''}{detail}",)
         case TextGenerated(_, tokens):

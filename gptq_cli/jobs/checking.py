@@ -22,6 +22,7 @@ from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.bit_store import BitStore
 from gptq_cli.jobs.choosing import BitSearch, with_targets
 from gptq_cli.jobs.early import check_push
+from gptq_cli.jobs.fetching import fetched
 from gptq_cli.jobs.proof import check_text
 from gptq_cli.jobs.resuming import Found, command_of, find_work
 from gptq_cli.jobs.steps import announce, placed, work_of
@@ -29,7 +30,6 @@ from gptq_cli.jobs.writing import calibration_wanted, check_can_write, text_stor
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
 from gptq_cli.model.facts import ModelFacts
-from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.text_part import language_model
@@ -97,8 +97,9 @@ def check(
     has to be run for the check and nothing stands against the job, it is; the findings are announced before.
     `joined`: the ranks that will work together; `processes`: as many are planned.
     """
+    files = fetched(job.model, observer)
     with phase(observer, "open"):
-        opened = open_skeleton(find_model(job.model), job.model)
+        opened = open_skeleton(files, job.model)
         search = BitSearch.of(job, opened)
         skeleton = opened if search is not None else select_linears(opened, job.quantize)
         facts = search.facts if search is not None else model_facts(skeleton)

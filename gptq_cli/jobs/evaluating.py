@@ -25,11 +25,11 @@ from gptq_cli.evaluation.tasks import Tasks, score
 from gptq_cli.events import Observer, TextGenerated, counted, phase
 from gptq_cli.findings import PreflightReport
 from gptq_cli.inference.load import resident_bytes
+from gptq_cli.jobs.fetching import fetched
 from gptq_cli.jobs.steps import announce, watched
 from gptq_cli.jobs.writing import text_store, write
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
-from gptq_cli.model.find import find_model
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.source import READABLE
@@ -73,7 +73,7 @@ def plan_dense(
     if job.against is None:
         return None
     ref = ModelRef(model=job.against, trust_remote_code=job.trust_remote_code, dtype=job.dtype)
-    skeleton = open_skeleton(find_model(ref), ref)
+    skeleton = open_skeleton(fetched(ref, observer), ref)
     check_comparable(checkpoint.model, skeleton.model)
     facts = model_facts(skeleton)
     case = JobCase(

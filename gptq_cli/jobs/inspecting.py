@@ -7,11 +7,11 @@ from dataclasses import replace
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
 from gptq_cli.jobs.choosing import BitSearch, with_targets
+from gptq_cli.jobs.fetching import fetched
 from gptq_cli.jobs.steps import announce, placed, rates_for, work_of
 from gptq_cli.jobs.together import check_share
 from gptq_cli.jobs.watching import watching
 from gptq_cli.model.describe import model_facts
-from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.planning.time import estimate
@@ -26,8 +26,9 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     """
     check_share(job, job.processes or 1)
     with watching("inspect-map", observer) as watcher:
+        files = fetched(job.model, watcher, weights=False)
         with phase(watcher, "open"):
-            opened = open_skeleton(find_model(job.model, weights=False), job.model)
+            opened = open_skeleton(files, job.model)
             search = BitSearch.of(job, opened)
             if search is not None:
                 job = replace(job, quantize=search.config_of(search.choose(None)))

@@ -44,6 +44,7 @@ _OF_FILES: tuple[Phase, ...] = ("startup", "open", "save", "verify", "upload")
 """No option makes these smaller."""
 _PHASES: dict[Phase, str] = {
     "startup": "starting",
+    "download": "downloading the model",
     "open": "opening the model",
     "calibration": "reading the calibration text",
     "write": "letting the model write its calibration text",

@@ -57,6 +57,11 @@ def glance_at_model(ref: ModelRef) -> ModelFiles:
     return _with_config_checked(replace(files, problems=()))
 
 
+def is_on_hub(ref: ModelRef) -> bool:
+    """Whether `ref` is the id of a model of the Hub, and not a directory here. Raises `ModelError`."""
+    return _directory(ref) is None
+
+
 def _directory(ref: ModelRef) -> Path | None:
     """The directory that holds the model; None: it has the form of a Hub model id. Raises `ModelError`."""
     path = local_directory(ref.model, ModelError)

@@ -8,6 +8,7 @@ is used.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,8 @@ def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFi
             files = _remote_tensors(ref, files)
     else:
         with _explained(ref):  # a branch may have moved on: the weights are those of the same commit
-            _snapshot(replace(ref, revision=_commit(directory) or ref.revision), _shards(directory), progress)
+            same, shards = replace(ref, revision=_commit(directory) or ref.revision), _shards(directory)
+            _snapshot(same, shards, progress and _announced(progress, _bytes_to_come(directory, shards)))
         files = scan_directory(directory, source=ref.model)
         if any(problem.kind == "no-weights" for problem in files.problems):
             files = _name_pickles(ref, files)
@@ -133,6 +135,22 @@ def _shards(directory: Path) -> tuple[str, ...]:
     return tuple(name for name in names if not unsafe_path(name) and name.endswith(".safetensors")) or (
         SINGLE,
     )
+
+
+def _bytes_to_come(directory: Path, shards: Sequence[str]) -> int:
+    """Of the shards that are not there yet, by the size of all that the index names; 0 without one."""
+    with contextlib.suppress(OSError, ValueError, TypeError, LookupError):
+        size = int(read_json(directory / INDEX)["metadata"]["total_size"])
+        return size - sum((directory / name).stat().st_size for name in shards if (directory / name).exists())
+    return 0
+
+
+def _announced(progress: Progress, expected: int) -> Progress:
+    """`progress` with all that is expected: `snapshot_download` learns the size of a file when it begins with
+    it, and says nothing before the first 10 MB."""
+    if expected > 0:
+        progress(0, expected)
+    return lambda done, total: progress(done, max(total or 0, expected, done) or None)
 
 
 def _commit(directory: Path) -> str | None:
@@ -235,18 +253,27 @@ def _explained(ref: ModelRef) -> Iterator[None]:
 
 
 def _bar(progress: Progress) -> type:
-    """A silent progress bar for `snapshot_download` that reports bytes to `progress`."""
+    """A silent progress bar for `snapshot_download` that reports bytes to `progress`, one thread at a time.
+
+    It makes one bar of bytes from the network and one of bytes on the disk: the one that is ahead counts.
+    """
     from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    one_at_a_time, of_bytes = threading.Lock(), []
 
     class Reporting(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
             super().__init__(*args, **(kwargs | {"disable": True}))
             self.counts_bytes = kwargs.get("unit") == "B"
+            if self.counts_bytes:
+                of_bytes.append(self)
 
         def update(self, n: float | None = 1) -> None:
-            self.n += n or 0
-            if self.counts_bytes:
-                progress(int(self.n), None if self.total is None else int(self.total))
+            with one_at_a_time:
+                self.n += n or 0
+                if self.counts_bytes:
+                    totals = [int(bar.total) for bar in of_bytes if bar.total]
+                    progress(int(max(bar.n for bar in of_bytes)), max(totals, default=None))
 
     return Reporting

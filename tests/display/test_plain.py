@@ -60,6 +60,9 @@ def test_a_long_text_is_not_silent() -> None:
 def test_a_phase_without_a_total() -> None:
     assert lines(e.PhaseAdvanced("generate", 3), heartbeat=True) == ("generate: 3",)
     assert lines(e.PhaseAdvanced("generate", 3)) == ()
+    assert lines(e.PhaseAdvanced("download", 3 << 30, 15 << 30, 75.0), heartbeat=True) == (
+        "download: 3.00 GiB/15.0 GiB, 0:01:15 left",
+    )
 
 
 def test_the_time_left_is_said_at_the_first_step_of_what_takes_long() -> None:

@@ -95,7 +95,8 @@ def test_exactly_the_shards_of_the_index(fake: FakeHub) -> None:
     names = {path.name for path in fake.snapshot.iterdir()}
     assert not names & {"pytorch_model.bin", "consolidated.safetensors", "modeling_x.py", "model.gguf"}
     assert [sorted(allow) for allow, _ in fake.asked][1] == sorted(p.name for p in files.shards)
-    assert steps == [(4, 10), (10, 10)]
+    tensors = sum(tensor.size_bytes for tensor in files.tensors)  # what the index says, before a byte comes
+    assert steps == [(0, tensors), (4, tensors), (10, tensors)]
 
 
 def test_python_files_only_on_request(fake: FakeHub) -> None:
