@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any
 
 from gptq_cli.errors import ModelError
+from gptq_cli.wording import first_line
 
 CPU_SECONDS = 1.0
 GROWTH_BYTES = 400 << 20
@@ -120,6 +121,21 @@ def chat_text(
     variables |= {"documents": None, "add_generation_prompt": add_generation_prompt}
     with _bounded(SIZE + 4 * _characters(plain)):
         return str(_compiled(source).render(**variables))
+
+
+def template_fault(source: str) -> str:
+    """Why Jinja cannot read a chat template; "" where it can. The template is compiled, and does not run."""
+    from jinja2 import TemplateError
+
+    try:
+        with _bounded(SIZE):  # constants are folded while it is compiled
+            _compiled(source)
+    except (TemplateError, RecursionError) as error:
+        line = getattr(error, "lineno", None)
+        return first_line(error) + (f" (line {line})" if line is not None else "")
+    except ModelError as error:
+        return error.message
+    return ""
 
 
 def _prepared(messages: list[dict[str, Any]]) -> Any:

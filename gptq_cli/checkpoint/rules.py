@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gptq_cli.checkpoint.format import WORDS, PackedFormat
+from gptq_cli.checkpoint.tokenizer_facts import TokenizerFacts
 from gptq_cli.model.source import SourceProblem
 from gptq_cli.rules import Remark, rule
 
@@ -115,6 +116,8 @@ class VerifyCase:
     """There is a quantize_config.json beside config.json."""
     problems: tuple[SourceProblem, ...] = ()
     """What is wrong with the files beside the weights."""
+    tokenizer: TokenizerFacts | None = None
+    """None where it was not tried."""
     unexpected: tuple[str, ...] = ()
     """Tensors that have no place in the model and are not declared dense."""
     kept: tuple[str, ...] = ()
@@ -148,6 +151,28 @@ def config_copy(case: VerifyCase) -> Iterator[Remark]:
     """There is no quantize_config.json, where older readers look for the settings."""
     if not case.has_config_copy:
         yield Remark(subject=case.path, message="there is no quantize_config.json")
+
+
+@rule("error", "note", topics=("files",))
+def tokenizer_broken(case: VerifyCase) -> Iterator[Remark]:
+    """The tokenizer cannot be opened, or has no vocabulary: no reader can make tokens of a text.
+
+    A note where it takes a package, or code of the model repository, that verification does without.
+    """
+    if case.tokenizer is None:
+        return
+    if case.tokenizer.fault:
+        yield Remark(subject=case.path, message=case.tokenizer.fault, hint=case.tokenizer.hint)
+    if case.tokenizer.unopened:
+        message = f"the tokenizer was not tried: {case.tokenizer.unopened}"
+        yield Remark(level="note", subject=case.path, message=message)
+
+
+@rule("warning", topics=("files",))
+def template_broken(case: VerifyCase) -> Iterator[Remark]:
+    """Jinja cannot read a chat template: servers start, and refuse every conversation."""
+    for name, why in case.tokenizer.templates if case.tokenizer is not None else ():
+        yield Remark(subject=name, message=f"Jinja cannot read the template: {why}")
 
 
 @rule("warning", topics=("files",))

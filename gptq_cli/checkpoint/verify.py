@@ -19,6 +19,7 @@ from gptq_cli.checkpoint.format import PARTS
 from gptq_cli.checkpoint.open import open_checkpoint
 from gptq_cli.checkpoint.rules import HeadFacts, LinearFacts, OrderFacts, VerifyCase, ZerosFacts
 from gptq_cli.checkpoint.target_facts import head_name, head_of, target_facts
+from gptq_cli.checkpoint.tokenizer_facts import tokenizer_facts
 from gptq_cli.checkpoint.zeros import read_zeros
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import CheckpointError, ModelError
@@ -27,6 +28,9 @@ from gptq_cli.model.blocks import find_linears, shape
 from gptq_cli.model.conversion import tied_groups
 from gptq_cli.model.expert_linears import ExpertLinear
 from gptq_cli.model.facts import dtype_name
+from gptq_cli.model.readable import broken_settings
+from gptq_cli.model.source import READABLE, SourceProblem
+from gptq_cli.model.source_files import is_needed
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.readers import Target
 from gptq_cli.results.load import RuleResult, TargetReport, VerifyReport
@@ -62,6 +66,7 @@ def verify_checkpoint(
             not_finite=values.not_finite,
             untied=tuple(_untied(checkpoint, reader)),
         )
+    case = _with_files_beside(case, checkpoint, trust_remote_code)
     reordered = any(
         linear.order is not None and linear.order.reorders and not linear.format.desc_act
         for linear in case.linears
@@ -137,13 +142,32 @@ def _checks(case: VerifyCase) -> tuple[RuleResult, ...]:
         found = [finding for rule in rules if part in rule.topics for finding in rule(case)]
         if (
             part == "files"
-        ):  # kinds that preflight has rules for; here they only make the checkpoint less useful
-            found += [
-                Finding(rule=problem.kind, level="warning", subject=problem.subject, message=problem.message)
-                for problem in case.problems
-            ]
+        ):  # kinds that preflight has rules for; here most only make the checkpoint less useful
+            found += [_finding(problem) for problem in case.problems]
         results.append(RuleResult(part, about, _together(found)))
     return tuple(results)
+
+
+def _finding(problem: SourceProblem) -> Finding:
+    """A problem that the checkpoint can be opened with here; not every reader can."""
+    if problem.kind in READABLE:
+        return Finding(rule=problem.kind, level="warning", subject=problem.subject, message=problem.message)
+    return Finding(
+        rule=problem.kind,
+        level="error",
+        subject=problem.subject,
+        message=problem.message,
+        hint=problem.hint,
+    )
+
+
+def _with_files_beside(case: VerifyCase, checkpoint: QuantizedCheckpoint, code: bool) -> VerifyCase:
+    """The case with what is found out about settings and tokenizer by reading them."""
+    problems = (*case.problems, *broken_settings(checkpoint.directory))
+    case = replace(case, problems=problems)
+    if any(one.kind == "no-tokenizer" or is_needed(one.subject) for one in problems):
+        return case  # which says enough about the tokenizer
+    return replace(case, tokenizer=tokenizer_facts(checkpoint.directory, trust_remote_code=code))
 
 
 def _together(findings: list[Finding]) -> tuple[Finding, ...]:

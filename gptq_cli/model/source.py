@@ -67,8 +67,8 @@ class SourceProblem:
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
     bad-index, unsafe-path, special-file, file-not-fetched, file-too-large, outside-link, link-left-out,
     pointer-left-out, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch,
-    unreadable-shard, unreadable-file, unsupported-dtype, missing-scale, scale-mismatch, unknown-scaling,
-    left-over-config."""
+    unreadable-shard, unreadable-file, broken-settings, unsupported-dtype, missing-scale, scale-mismatch,
+    unknown-scaling, left-over-config."""
     subject: str
     """The file or tensor."""
     message: str

@@ -375,3 +375,78 @@ def test_a_quantized_head_is_declared_and_of_its_own(tiny: TinyFactory, tmp_path
 )
 def test_one_infinite_value_alone_is_a_bound(values: list[float], sound: bool) -> None:
     assert _sound(torch.tensor(values)) == sound
+
+
+SETTINGS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.json",
+    "preprocessor_config.json",
+)
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "", "[1]"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_beside_the_weights_that_are_no_json_object(
+    name: str, content: str, checkpoint: Path
+) -> None:
+    """Readers stop at such a file, or go without it."""
+    (checkpoint / name).write_text(content)
+    report = verify_checkpoint(checkpoint)
+    finding = found(report, "broken-settings")
+    assert (finding.level, finding.subject, finding.hint[:14]) == ("error", name, "fetch the file")
+    assert name in finding.message
+    assert not report.ok
+    assert "files are not sound" in report.failures[0]
+
+
+@pytest.mark.parametrize("content", ['{"a": ', "", "{}", '{"version": "1.0", "model": {"type": "BPE"}}'])
+def test_a_tokenizer_that_no_reader_can_open(content: str, checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").write_text(content)
+    report = verify_checkpoint(checkpoint)
+    finding = found(report, "tokenizer-broken")
+    assert finding.level == "error"
+    assert "cannot be opened" in finding.message
+    assert not report.ok
+
+
+@pytest.mark.parametrize(
+    "settings", ["{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "GemmaTokenizer"}']
+)
+def test_settings_of_a_tokenizer_without_its_vocabulary(settings: str, checkpoint: Path) -> None:
+    """Some classes make an empty tokenizer of them, whose only word may be the unknown one."""
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer_config.json").write_text(settings)
+    report = verify_checkpoint(checkpoint)
+    assert found(report, "tokenizer-broken").level == "error"
+    assert not report.ok
+
+
+def test_a_tokenizer_that_needs_no_vocabulary(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    assert rules(verify_checkpoint(checkpoint)) == set()
+
+
+def test_a_tokenizer_whose_code_may_not_run_is_not_said_to_be_broken(checkpoint: Path) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    auto = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto}))
+    (checkpoint / "tokenization_own.py").write_text("raise RuntimeError\n")
+    report = verify_checkpoint(checkpoint)
+    assert report.ok
+    finding = found(report, "tokenizer-broken")
+    assert finding.level == "note"
+    assert "is code of the model repository" in finding.message
+
+
+def test_a_chat_template_that_jinja_cannot_read(checkpoint: Path) -> None:
+    """Servers start with it, so it is a warning."""
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[0].content }}\n{% if %}")
+    report = verify_checkpoint(checkpoint)
+    assert report.ok
+    finding = found(report, "template-broken")
+    assert finding.level == "warning"
+    assert "(line 2)" in finding.message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -55,6 +56,12 @@ def test_every_cheap_error_is_reported_at_once(model: Path, tmp_path: Path) -> N
     (tmp_path / "something").touch()
     assert refused_rules(job_of(model, tmp_path, bits=2, group_size=48)) == ["output-exists", "group-divides"]
     assert refused_rules(job_of(model, model, group_size=128)) == ["output-is-model", "group-too-large"]
+
+
+def test_settings_that_would_be_copied_broken_into_the_checkpoint(model: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(model, tmp_path / "model")
+    (source / "generation_config.json").write_text('{"top_p": ')
+    assert refused_rules(job_of(source, tmp_path / "out")) == ["broken-settings"]
 
 
 def test_an_upload_that_cannot_be_is_one_of_them(

@@ -505,6 +505,8 @@ def asked_by(module: object, rule: Rule[Any]) -> str:
         return "all targets" if set(rule.topics) == set(TARGETS) else ", ".join(rule.topics)
     if module is verify_rules:
         return "verify"
+    if rule.id == "broken-settings":
+        return "preflight, verify"
     return "preflight, verify (a warning)" if rule.id in READABLE else "preflight"
 
 

@@ -233,6 +233,13 @@ def unreadable_file() -> None:
     """A small file beside the model, such as its licence, would be copied, but cannot be opened."""
 
 
+@_problem("error")
+def broken_settings() -> None:
+    """A file of settings beside the weights, such as generation_config.json, is not a JSON object: readers
+    stop at it, or go without what it says.
+    """
+
+
 @rule("error")
 def weights_unsound(case: JobCase) -> list[Remark]:
     """Something else is wrong with the model's files; the message says what."""
