@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,17 @@ from gptq_cli.model.source_files import (
     stamps_of,
     unsafe_path,
 )
+from gptq_cli.wording import names_text, number_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _INDEX_ENDING = ".safetensors.index.json"
 _JSON_LIMIT_BYTES = 100_000_000
-READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out", "pointer-left-out"})
-"""Problems that matter when files are copied or text is tokenized, but not when a model is only opened."""
+_AGAIN = "fetch the model again"
+READABLE = frozenset({"no-tokenizer", "outside-link", "link-left-out", "pointer-left-out", "unlisted-tensor"})
+"""Problems that matter when files are copied or text is tokenized, or to others, but not when a model is only
+opened."""
 
 Progress = Callable[[int, int | None], None]
 """Called with (bytes done, bytes in all) while files are fetched."""
@@ -65,10 +68,10 @@ class SourceProblem:
 
     kind: str
     """Stable, kebab-case: truncated-shard, corrupt-shard, missing-shard, unlisted-shard, missing-tensor,
-    bad-index, unsafe-path, special-file, file-not-fetched, file-too-large, outside-link, link-left-out,
-    pointer-left-out, pickled-weights, no-weights, no-tokenizer, missing-weight, shape-mismatch,
-    unreadable-shard, unreadable-file, broken-settings, unsupported-dtype, missing-scale, scale-mismatch,
-    unknown-scaling, left-over-config."""
+    unlisted-tensor, bad-index, unsafe-path, special-file, file-not-fetched, file-too-large, outside-link,
+    link-left-out, pointer-left-out, pickled-weights, no-weights, no-tokenizer, missing-weight,
+    shape-mismatch, unreadable-shard, unreadable-file, broken-settings, unsupported-dtype, missing-scale,
+    scale-mismatch, unknown-scaling, left-over-config."""
     subject: str
     """The file or tensor."""
     message: str
@@ -139,16 +142,7 @@ def scan_directory(
             holder[tensor.name] = name
             tensors.append(tensor)
     readable = {shard.name for shard in shards} | {str(shard.relative_to(directory)) for shard in shards}
-    for tensor_name, shard_name in listed.items():
-        if shard_name in readable and holder.get(tensor_name) != shard_name:
-            problems.append(
-                SourceProblem(
-                    "missing-tensor",
-                    tensor_name,
-                    f"the index puts tensor {tensor_name} into {shard_name}, which does not hold it",
-                    "fetch the model again",
-                )
-            )
+    problems += _against_index(listed, holder, readable)
     if not has_tokenizer(directory):
         problems.append(
             SourceProblem(
@@ -166,6 +160,24 @@ def scan_directory(
         problems=tuple(problems),
         stamps=stamps,
     )
+
+
+def _against_index(
+    listed: Mapping[str, str], holder: Mapping[str, str], readable: Collection[str]
+) -> Iterator[SourceProblem]:
+    """Where the index and the shards that can be read disagree about which tensor is where."""
+    for name, shard in listed.items():
+        if shard in readable and holder.get(name) != shard:
+            message = f"the index puts tensor {name} into {shard}, which does not hold it"
+            yield SourceProblem("missing-tensor", name, message, _AGAIN)
+    left_out: dict[str, list[str]] = {}
+    for name, shard in holder.items() if listed else ():
+        if name not in listed:
+            left_out.setdefault(shard, []).append(name)
+    for shard, names in left_out.items():
+        held = f"{shard} holds {number_of(len(names), 'tensor')} that the index leaves out"
+        message = f"{held} ({names_text(names, 3)}): readers that go by the index lose what it does not name"
+        yield SourceProblem("unlisted-tensor", shard, message, _AGAIN)
 
 
 def _not_plain(directory: Path, names: Iterable[str]) -> Iterator[SourceProblem]:
@@ -247,7 +259,7 @@ def _shard_names(
         weight_map = index_map(read_json(directory / found), found)
     except (OSError, ValueError) as error:
         if content_elsewhere(directory / found) is None:  # that is reported with the other files
-            problems.append(SourceProblem("bad-index", found, str(error), "fetch the model again"))
+            problems.append(SourceProblem("bad-index", found, str(error), _AGAIN))
         return (), {}
     names = tuple(sorted(set(weight_map.values())))
     safe: list[str] = []
@@ -272,15 +284,8 @@ def _shard_names(
     base = found.removesuffix(_INDEX_ENDING)
     present = {p.name for p in directory.iterdir() if _is_shard(p.name, base)}
     unlisted = sorted(present - set(names))
-    problems.extend(
-        SourceProblem(
-            "unlisted-shard",
-            name,
-            f"{name} is in the directory, but the index does not name it",
-            "fetch the model again",
-        )
-        for name in unlisted
-    )
+    message = "is in the directory, but the index does not name it"
+    problems.extend(SourceProblem("unlisted-shard", name, f"{name} {message}", _AGAIN) for name in unlisted)
     return tuple(safe), weight_map
 
 

@@ -178,6 +178,21 @@ def test_leftover_tensors(checkpoint: Path) -> None:
     assert found(verify_checkpoint(checkpoint), "leftover").modules == ("model.layers.0.wf_unsqueeze_zero",)
 
 
+def test_an_index_that_leaves_a_tensor_out(tiny_llama: Path, tmp_path: Path) -> None:
+    quantize_directory(tiny_llama, tmp_path / "q", Recipe(group_size=32))
+    (tmp_path / "q/model.safetensors").rename(tmp_path / "q/model-00001-of-00001.safetensors")
+    names = load_file(tmp_path / "q/model-00001-of-00001.safetensors")
+    index = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+    path = tmp_path / "q/model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
+    assert rules(verify_checkpoint(tmp_path / "q")) == set()
+    del index[f"{Q}.scales"]
+    path.write_text(json.dumps({"weight_map": index}))
+    finding = found(verify_checkpoint(tmp_path / "q"), "unlisted-tensor")
+    assert finding.level == "warning"
+    assert f"holds 1 tensor that the index leaves out ({Q}.scales)" in finding.message
+
+
 def test_configs_that_disagree(checkpoint: Path) -> None:
     config = json.loads((checkpoint / "quantize_config.json").read_text())
     (checkpoint / "quantize_config.json").write_text(json.dumps(config | {"sym": False}))

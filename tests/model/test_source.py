@@ -167,6 +167,21 @@ def test_a_tensor_that_its_shard_does_not_hold(model: Path) -> None:
     assert problems(model) == [("missing-tensor", "model.ghost.weight")]
 
 
+def test_tensors_that_the_index_leaves_out(model: Path) -> None:
+    """All are read here all the same: it is told once for each shard."""
+    index = json.loads((model / INDEX).read_text())
+    shard = index["weight_map"]["model.norm.weight"]
+    left_out = [name for name, holder in index["weight_map"].items() if holder == shard][1:]
+    assert left_out
+    index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k not in left_out}
+    (model / INDEX).write_text(json.dumps(index))
+    files = find_model(ModelRef(model=str(model)))
+    (problem,) = files.problems
+    assert (problem.kind, problem.subject) == ("unlisted-tensor", shard)
+    assert left_out[0] in problem.message
+    assert set(left_out) <= {tensor.name for tensor in files.tensors}
+
+
 @pytest.mark.parametrize(
     "path",
     ["/etc/passwd.safetensors", "../outside.safetensors", "a/../../b.safetensors", "C:\\x.safetensors"],

@@ -184,6 +184,14 @@ def missing_tensor() -> None:
     """The index puts a tensor into a file that does not hold it."""
 
 
+@_problem("warning")
+def unlisted_tensor() -> None:
+    """A file of weights holds a tensor that the index leaves out: readers that go by the index lose it.
+
+    All tensors of the files are read here, and a checkpoint that is written has an index of all of them.
+    """
+
+
 @_problem("error")
 def missing_weight() -> None:
     """The model that config.json describes has weights that no file holds; they would be random numbers."""
