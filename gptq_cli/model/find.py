@@ -65,6 +65,12 @@ def is_on_hub(ref: ModelRef) -> bool:
 def _directory(ref: ModelRef) -> Path | None:
     """The directory that holds the model; None: it has the form of a Hub model id. Raises `ModelError`."""
     path = local_directory(ref.model, ModelError)
+    if path is not None and ref.revision:
+        raise ModelError(
+            f"{shown(ref.model)} is a directory, which has no revision {shown(ref.revision)}; a model on the "
+            "Hub has revisions",
+            hint="leave --revision out, of a preset too; or give the model's id on the Hub (org/name)",
+        )
     if path is not None:
         return path
     if os.path.lexists(os.path.expanduser(ref.model.replace("\0", ""))):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from gptq_cli.checkpoint.configs import read_formats
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.model.architecture import raw_config
-from gptq_cli.model.find import find_model
-from gptq_cli.model.source import INDEX
+from gptq_cli.model.find import find_model, glance_at_model
+from gptq_cli.model.source import INDEX, ModelFiles
 from gptq_cli.model.source_files import unsafe_path
 from tests.conftest import TinyFactory
 
@@ -98,6 +99,15 @@ def test_an_adapter(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="adapter") as caught:
         find_model(ModelRef(model=str(tmp_path)))
     assert "merge" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("find", [find_model, glance_at_model])
+def test_a_directory_has_no_revisions(find: Callable[[ModelRef], ModelFiles], model: Path) -> None:
+    """What stands there would be taken for the revision that was asked for."""
+    with pytest.raises(ModelError, match="is a directory, which has no revision v1;") as caught:
+        find(ModelRef(model=str(model), revision="v1"))
+    assert "leave --revision out" in str(caught.value.hint)
+    assert find(ModelRef(model=str(model), revision="")).tensors
 
 
 def test_truncated_shard(model: Path) -> None:
