@@ -71,6 +71,8 @@ class TokenBatches:
     """Conversations of more characters than are tokenized at once."""
     joined: int = 0
     """Conversations that were read as their messages in turn, for want of a chat template."""
+    table: str = ""
+    """What a source looks like that was read as plain text: `JSON lines`; "" where it looks like text."""
 
     @property
     def source(self) -> str:
@@ -187,6 +189,7 @@ def mixed(parts: Sequence[TokenBatches]) -> TokenBatches:
         windows_available=sum(part.windows_available for part in parts),
         read_to_end=all(part.read_to_end for part in parts),
         joined=sum(part.joined for part in parts),
+        table=next((part.table for part in parts if part.table), ""),
     )
 
 
@@ -238,6 +241,7 @@ class _TokenRow:
     ids: Tensor  # (tokens,) int64
     read_to_end: bool
     joined: int = 0
+    table: str = ""
 
 
 def _renderer(tokenizer: Any) -> Render | None:
@@ -268,6 +272,7 @@ def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
     between = tokenizer.eos_token_id
     parts: list[Tensor] = []
     count = joined = 0
+    table = ""
     for group in _groups(documents.pieces):
         encoded = tokenizer(
             [piece.text for piece in group],
@@ -282,10 +287,11 @@ def _tokenize(tokenizer: Any, documents: Documents, enough: int) -> _TokenRow:
             parts.append(torch.tensor(ids, dtype=torch.int64))
             count += len(ids)
             joined += piece.joined
+            table = table or piece.table
         if count >= enough:
-            return _TokenRow(torch.cat(parts), read_to_end=False, joined=joined)
+            return _TokenRow(torch.cat(parts), read_to_end=False, joined=joined, table=table)
     whole = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-    return _TokenRow(whole, read_to_end=True, joined=joined)
+    return _TokenRow(whole, read_to_end=True, joined=joined, table=table)
 
 
 def _cut_windows(tokenizer: Any, ids: Tensor, seq_len: int) -> Tensor:
@@ -339,6 +345,7 @@ def _batches(
         windows_available=available,
         read_to_end=row.read_to_end,
         joined=row.joined,
+        table=row.table,
     )
 
 

@@ -41,6 +41,8 @@ class Piece:
     """It begins a conversation with answers that is longer than a piece, whose answers are not looked for."""
     joined: bool = False
     """It begins a conversation that is its messages in turn, for want of a chat template."""
+    table: str = ""
+    """It begins a plain text that looks like a table: what kind of one (`text.COMMAS`, …)."""
 
 
 @dataclass(frozen=True, slots=True)

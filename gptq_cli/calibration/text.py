@@ -19,12 +19,14 @@ Every fault of a source is a `CalibrationError` that names the place in the file
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -82,15 +84,18 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
             raise CalibrationError(
                 f"{path} is plain text and has no column {column!r}; "
                 f"columns are read from {', '.join(TABLES)} files",
-                hint=_AS_ROWS if path.suffix.lower() in _SPREADSHEETS else f"use --calibration {path}",
+                hint=AS_ROWS if path.suffix.lower() in _SPREADSHEETS else f"use --calibration {path}",
             )
         return Documents(name, _text_file(path))
     return Documents(name, rows_to_pieces(reader(path, column), str(path), column, render))
 
 
-_SPREADSHEETS = (".csv", ".tsv")
-_AS_ROWS = "write its rows as .jsonl: pandas.read_csv(…).to_json('rows.jsonl', orient='records', lines=True)"
+JSON_LINES = TABLES[".jsonl"]
+_SPREADSHEETS = {".csv": "comma-separated values", ".tsv": "tab-separated values"}
+AS_ROWS = "write its rows as .jsonl: pandas.read_csv(…).to_json('rows.jsonl', orient='records', lines=True)"
 """A table of commas is not read as one: as plain text it would calibrate on commas and numbers, too."""
+_LOOKED_AT, _LOOKED_AT_LINES = 1 << 20, 5
+"""Characters and lines of a plain text that may be JSON lines under another name."""
 
 
 def check_source(source: str) -> None:
@@ -244,12 +249,12 @@ def _stdin(stand_in: BinaryIO | None) -> BinaryIO:
 
 def _text_file(path: Path) -> Iterator[Piece]:
     with opened(path) as stream:
-        yield from _text_to_pieces(stream, str(path))
+        yield from _text_to_pieces(stream, str(path), _SPREADSHEETS.get(path.suffix.lower(), ""))
 
 
-def _text_to_pieces(stream: BinaryIO, name: str) -> Iterator[Piece]:
+def _text_to_pieces(stream: BinaryIO, name: str, table: str = "") -> Iterator[Piece]:
     """One document, in pieces of about `PIECE_CHARACTERS`, each ending with a line unless that is very
-    long."""
+    long. `table`: what its name says that it is."""
     text = ""
     opens = True
     for chunk in chain(chunks(stream, name), ("",)):
@@ -257,10 +262,25 @@ def _text_to_pieces(stream: BinaryIO, name: str) -> Iterator[Piece]:
         while len(text) > (2 * PIECE_CHARACTERS if chunk else PIECE_CHARACTERS):
             line_break = text.find("\n", PIECE_CHARACTERS - 1, 2 * PIECE_CHARACTERS)
             end = line_break + 1 if line_break >= 0 else _end_of_piece(text, 0)
-            yield Piece(text[:end], opens)
+            yield Piece(text[:end], opens, table=(table or _look_of(text)) if opens else "")
             text, opens = text[end:], False
     if text:
-        yield Piece(text, opens)
+        yield Piece(text, opens, table=(table or _look_of(text)) if opens else "")
+
+
+def _look_of(text: str) -> str:
+    """What a plain text is that begins with lines of JSON objects; "" for others."""
+    lines = list(islice((line for line in io.StringIO(text[:_LOOKED_AT]) if line.strip()), _LOOKED_AT_LINES))
+    if len(lines) > 1 and not lines[-1].endswith("\n") and len(text) > _LOOKED_AT:
+        del lines[-1]  # it is cut
+    return JSON_LINES if lines and all(map(_is_object, lines)) else ""
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 _READERS: dict[str, Callable[[Path, str | None], Iterator[Row]]] = {

@@ -26,6 +26,7 @@ from gptq_cli.jobs.fetching import fetched
 from gptq_cli.jobs.proof import check_text
 from gptq_cli.jobs.resuming import Found, command_of, find_work
 from gptq_cli.jobs.steps import announce, placed, work_of
+from gptq_cli.jobs.texts import about_windows
 from gptq_cli.jobs.writing import calibration_wanted, check_can_write, text_store, write_first
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.describe import model_facts
@@ -236,8 +237,8 @@ def _texts(
             raise
         case = rules_text.TextCase(model=job.model.model, source=data.words, failure=error)
         return None, PreflightReport((*rules_text.tokenizer(case), *rules_text.calibration_text(case)))
-    cases = (rules_text.WindowsCase(source=x.source, joined=x.joined) for x in parts if x is not None)
-    return texts, PreflightReport(tuple(found for one in cases for found in rules_text.no_chat_template(one)))
+    found = tuple(finding for one in parts if one is not None for finding in about_windows(one))
+    return texts, PreflightReport(found)
 
 
 def _with_writing(job: QuantizeJob, checked: Checked, wanted: Wanted) -> Checked:

@@ -15,10 +15,11 @@ from gptq_cli.errors import ConfigError, ModelError
 from gptq_cli.evaluation.generation_config import FILE, read_generation_config, settings_of, stop_criterion
 from gptq_cli.evaluation.prompt import encode_prompt
 from gptq_cli.events import Warned
+from gptq_cli.findings import Finding
 from gptq_cli.load_job import LoadJob
 from gptq_cli.model.positions import Positions
 from gptq_cli.model.text_part import language_model
-from gptq_cli.preflight.rules.calibration import WindowsCase, no_chat_template
+from gptq_cli.preflight.rules.calibration import WindowsCase, no_chat_template, table_as_text
 from gptq_cli.wording import number_of
 
 
@@ -119,5 +120,10 @@ def check_answers(windows: TokenBatches) -> list[Warned]:
         for count, why, hint in reasons
         if count
     ]
-    case = WindowsCase(source=windows.source, joined=windows.joined)
-    return found + [Warned(f"{one.subject}: {one.message}", one.hint) for one in no_chat_template(case)]
+    return found + [Warned(f"{one.subject}: {one.message}", one.hint) for one in about_windows(windows)]
+
+
+def about_windows(windows: TokenBatches) -> list[Finding]:
+    """What a person should know about how the windows of one source were read."""
+    case = WindowsCase(source=windows.source, joined=windows.joined, table=windows.table)
+    return [*no_chat_template(case), *table_as_text(case)]

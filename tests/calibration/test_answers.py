@@ -230,3 +230,24 @@ def test_a_run_on_conversations_without_a_template_says_so(tiny_llama: Path, tmp
         device_map="cpu",
     )
     assert any("no chat template" in warning for warning in report.warnings)
+
+
+def test_a_run_on_a_table_as_text_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of the text to measure on, too: of each source by its name."""
+    source = Path(rows(tmp_path / "chat.jsonl", *[TALK] * 60)).rename(tmp_path / "chat.txt")
+    table = tmp_path / "rows.csv"
+    table.write_text("text,label\n" + "some words,1\n" * 99)
+    report = gptq_cli.quantize(
+        tiny_llama,
+        tmp_path / "out",
+        group_size=32,
+        calibration=str(source),
+        samples=2,
+        seq_len=32,
+        device_map="cpu",
+    )
+    (warned,) = [warning for warning in report.warnings if "plain text" in warning]
+    assert "JSON lines" in warned
+    (measured,) = check_answers(evaluation_windows(open_tokenizer(tiny_llama), str(table), 32, 2))
+    assert "comma-separated values" in measured.message
+    assert "--calibration" not in str(measured.hint)

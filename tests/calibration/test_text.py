@@ -54,6 +54,36 @@ class TestPlainText:
         assert texts(tmp_path / "a.txt") == ["One.\n\nTwo, café.\n"]
         assert read_documents(str(tmp_path / "a.txt")).label == str(tmp_path / "a.txt")
 
+    @pytest.mark.parametrize(
+        ("name", "content", "table"),
+        [
+            ("rows.csv", "text,label\nsome words,1\n", "comma-separated values"),
+            ("rows.TSV", "text\tlabel\n", "tab-separated values"),
+            ("rows.txt", '{"text": "a"}\n\n{"text": "b"}\n', "JSON lines"),
+            ("rows", '{"text": "a"}', "JSON lines"),
+            (
+                "rows.txt",
+                '{"text": "' + "a " * (1 << 18) + '"}\n' + '{"text": "' + "b " * (1 << 19),
+                "JSON lines",
+            ),
+            ("rows.txt", '{"text": "a"}\nand then words\n', ""),
+            ("rows.txt", "words, and words\n", ""),
+            ("rows.txt", "1\n2\n", ""),
+            ("rows.txt", "[" * 100_000, ""),
+        ],
+    )
+    def test_a_table_by_its_name_or_its_look(
+        self, name: str, content: str, table: str, tmp_path: Path
+    ) -> None:
+        """It is read as it stands; that it may not be meant so is for others to say."""
+        (tmp_path / name).write_text(content)
+        pieces = list(read_documents(str(tmp_path / name)).pieces)
+        assert [piece.table for piece in pieces] == [table] + [""] * (len(pieces) - 1)
+        assert "".join(piece.text for piece in pieces) == content
+        if not name.lower().endswith(("csv", "tsv")):
+            (first, *_) = read_documents("-", stdin=io.BytesIO(content.encode())).pieces
+            assert first.table == table
+
     def test_line_ends_and_a_byte_order_mark_make_no_difference(self, tmp_path: Path) -> None:
         (tmp_path / "unix.txt").write_bytes(b"a\nb\n")
         (tmp_path / "dos.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gptq_cli.calibration.text import AS_ROWS, JSON_LINES
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.planning.cases import DeviceNeed
@@ -42,8 +43,10 @@ class WindowsCase:
     """Calibration windows that were made."""
 
     source: str
-    joined: int
+    joined: int = 0
     """Conversations that no chat template wrote."""
+    table: str = ""
+    """What the source looks like, if that is not the plain text that it was read as: `JSON lines`."""
 
 
 @rule("error")
@@ -83,6 +86,25 @@ def no_chat_template(case: WindowsCase) -> list[Remark]:
             message=f"the model has no chat template: {number_of(case.joined, 'conversation', 'is', 'are')} "
             "read as messages joined by blank lines",
             hint="a chat model: put its chat_template.jinja beside it; a base model: give it plain text",
+        )
+    ]
+
+
+@rule("warning")
+def table_as_text(case: WindowsCase) -> list[Remark]:
+    """The text is plain by its name and a table by its look: its syntax is read as text, too.
+
+    JSON lines are read row by row where the name ends in .jsonl; a table of commas is not read as one.
+    """
+    if not case.table:
+        return []
+    named = "give it a name that ends in .jsonl; a column is named after a colon: FILE.jsonl:COLUMN"
+    return [
+        Remark(
+            subject=case.source,
+            message=f"it looks like {case.table}, and is read as plain text: what separates and names the "
+            "fields counts as text",
+            hint=named if case.table == JSON_LINES else AS_ROWS,
         )
     ]
 

@@ -13,6 +13,7 @@ from gptq_cli.preflight.rules.calibration import (
     no_chat_template,
     own_text_memory,
     own_text_time,
+    table_as_text,
 )
 
 GIB = 1 << 30
@@ -39,6 +40,17 @@ def test_a_long_time_is_a_warning(seconds: float | None, found: int) -> None:
         assert remark.level == "warning"
         assert "262144 tokens of text on cpu first, about 11 min" in remark.message
         assert "--calibration self*0.25" in remark.hint
+
+
+@pytest.mark.parametrize(
+    ("table", "hint"), [("JSON lines", "FILE.jsonl:COLUMN"), ("comma-separated values", "pandas.read_csv")]
+)
+def test_a_table_that_is_read_as_plain_text_is_a_warning(table: str, hint: str) -> None:
+    assert table_as_text(WindowsCase(source="a.txt")) == []
+    (found,) = table_as_text(WindowsCase(source="a.txt", table=table))
+    assert (found.level, found.subject) == ("warning", "a.txt")
+    assert f"looks like {table}, and is read as plain text" in found.message
+    assert hint in found.hint
 
 
 def test_conversations_without_a_template_are_a_warning() -> None:
