@@ -20,7 +20,7 @@ from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.events import Observer, Warned, phase
 from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.bit_store import BitStore
-from gptq_cli.jobs.choosing import BitSearch, with_targets
+from gptq_cli.jobs.choosing import BitSearch
 from gptq_cli.jobs.early import check_push
 from gptq_cli.jobs.fetching import fetched
 from gptq_cli.jobs.proof import check_text
@@ -174,7 +174,7 @@ def _completed(job: QuantizeJob, known: _Known, tokens: TokenBatches | None) -> 
     )
     about_bits = PreflightReport()
     if search is not None:
-        about_bits, findings = search.findings, with_targets(findings)
+        about_bits, findings = search.findings, search.others(findings)
     if measures is not None:
         about_bits += measures.needs(job, resolution)
     return Checked(

@@ -47,6 +47,7 @@ from gptq_cli.planning.rates import MachineRates
 from gptq_cli.preflight.resolve import Resolution
 from gptq_cli.preflight.rules import bits as rules_bits
 from gptq_cli.preflight.rules import targets as rules_targets
+from gptq_cli.preflight.rules.quantization import no_linears
 from gptq_cli.results.bits import BitChoice, FusedBits, UniformBits
 
 if TYPE_CHECKING:
@@ -121,6 +122,13 @@ class BitSearch:
             head_facts=head_facts,
             findings=PreflightReport(found),
         )
+
+    def others(self, findings: PreflightReport) -> PreflightReport:
+        """The findings beside those about the budget, without what only follows from one out of reach."""
+        found = with_targets(findings).findings
+        if any(finding.rule == rules_bits.bits_reachable.id for finding in self.findings.findings):
+            found = tuple(finding for finding in found if finding.rule != no_linears.id)
+        return PreflightReport(found)
 
     @property
     def budget_bytes(self) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from gptq_cli.config import InspectJob
 from gptq_cli.events import Observer, ignore, phase
-from gptq_cli.jobs.choosing import BitSearch, with_targets
+from gptq_cli.jobs.choosing import BitSearch
 from gptq_cli.jobs.fetching import fetched
 from gptq_cli.jobs.steps import announce, placed, rates_for, work_of
 from gptq_cli.jobs.together import check_share
@@ -36,7 +36,7 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
             facts = model_facts(skeleton)
         budgets, resolution, findings = placed(job, skeleton, facts, processes=job.processes)
         if search is not None:
-            findings = search.findings + with_targets(findings)
+            findings = search.findings + search.others(findings)
         announce(findings, watcher)
         speed, schedule = rates_for(job, skeleton, facts, resolution, thorough=False), resolution.schedule
         work = replace(work_of(job, facts, job.processes or 0), ranks=0)  # the time of one process

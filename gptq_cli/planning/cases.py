@@ -212,7 +212,7 @@ class OutputFacts:
     """It is the directory that the model is read from, or holds it."""
     writable: bool
     parent: str
-    """The closest directory that exists."""
+    """The closest directory that exists, or a file in its place."""
     free_bytes: int
     name_bytes: int = 0
     """Length of the last component, encoded."""
@@ -243,6 +243,10 @@ class OutputFacts:
     """What to do about unfinished work."""
     work: UnfinishedWork | None = None
     """Unfinished work of a run that ended."""
+    parent_is_file: bool = False
+    """`parent` is no directory, so nothing can be made below it."""
+    link_to_nothing: str = ""
+    """What is said of `out` where it is a link without anything at its end."""
 
     @property
     def elsewhere(self) -> str:

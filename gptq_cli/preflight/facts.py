@@ -18,6 +18,7 @@ from gptq_cli.checkpoint.place import Place, is_empty, looks_like_checkpoint, ma
 from gptq_cli.checkpoint.working_folder import is_taken, tree_bytes, why_taken
 from gptq_cli.errors import DestinationBusy
 from gptq_cli.fields import Resume
+from gptq_cli.model.source_files import link_to_nothing
 from gptq_cli.placement.device import VISIBLE_VARIABLES, Device
 from gptq_cli.planning.cases import Capability, Environment, OutputFacts, UnfinishedWork
 
@@ -100,6 +101,8 @@ def output_facts(
         unlocked=unlocked,
         resume=resume,
         work=work,
+        parent_is_file=not os.path.isdir(parent),
+        link_to_nothing=link_to_nothing(Path(os.path.expanduser(given))),
         free=_free_place(Path(os.path.expanduser(given)), place.out),
     )
 

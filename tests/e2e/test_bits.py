@@ -265,6 +265,15 @@ def test_a_budget_in_a_preset_and_bits_on_the_command_line(
     assert [one["rule"] for one in inspected.document["findings"]][:1] == ["bits-reachable"]
 
 
+def test_a_budget_that_is_too_large_is_one_error(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
+    words = (tiny_llama, "--bits-per-weight", "40", *FAST[:4], "--json")
+    inspected = gptq("inspect-map", *words)
+    planned = gptq("quantize", *words, "--dry-run", "--calibration", text, "--out", tmp_path / "q")
+    for ran in (inspected, planned):
+        found = ran.document["findings"]
+        assert [one["rule"] for one in found if one["level"] == "error"] == ["bits-reachable"]
+
+
 def test_from_python(tiny_llama: Path, text: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"calibration": str(text), "samples": 8, "seq_len": 48, "group_size": 32}
     report = gptq_cli.quantize(tiny_llama, tmp_path / "a", bits_per_weight=11, recipe="fast", **options)

@@ -313,6 +313,20 @@ def test_output_facts(tmp_path: Path) -> None:
     assert output_facts(str(dangling), None).exists
 
 
+def test_an_output_below_a_file_or_at_a_link_to_nothing(tmp_path: Path) -> None:
+    """Each is called what it is."""
+    (tmp_path / "file").touch()
+    for name in ("file/out", "file/a/out"):
+        (below,) = found(rule="output-unwritable", output=output_facts(str(tmp_path / name), None))
+        assert below.message == f"{tmp_path / 'file'} is not a directory"
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    (astray,) = found(rule="output-exists", output=output_facts(str(link), None))
+    assert astray.message == f"{link} is a link to {tmp_path / 'nowhere'}, which is not there"
+    (there,) = found(rule="output-exists", output=output_facts(str(tmp_path / "file"), None))
+    assert there.message.endswith("exists and is not a directory")
+
+
 def test_leftovers_and_missing_locks_are_told_and_stop_nothing() -> None:
     facts = output(leftovers=("removed /x",), unlocked="this file system has no locks (No locks available)")
     findings = {f.rule: f for f in found(output=facts) if f.rule.startswith("output")}

@@ -46,7 +46,9 @@ def output_exists(case: JobCase) -> list[Remark]:
     if out.is_checkpoint and case.overwrite and not out.is_fixed:
         return []
     hint = out.elsewhere
-    if not out.is_directory:
+    if out.link_to_nothing:
+        what = out.link_to_nothing
+    elif not out.is_directory:
         what = "exists and is not a directory"
     elif not out.is_checkpoint:
         what = "holds something other than a quantized model, which --overwrite does not touch"
@@ -101,6 +103,8 @@ def output_unwritable(case: JobCase) -> list[Remark]:
         return []
     if out.failure:
         message, hint = out.failure, "give an --out that can be written to"
+    elif out.parent_is_file:
+        message, hint = f"{out.parent} is not a directory", "give an --out in a directory of yours"
     elif not out.writable:
         message, hint = f"{out.parent} cannot be written to", "give an --out in a directory of yours"
     elif out.is_checkpoint and case.overwrite and not out.is_removable:
