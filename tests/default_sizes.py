@@ -15,8 +15,9 @@ from transformers import CONFIG_MAPPING
 
 from gptq_cli.config import ModelRef, QuantizeConfig
 from gptq_cli.model.describe import model_facts
+from gptq_cli.model.facts import can_be_packed
 from gptq_cli.model.find import find_model
-from gptq_cli.model.selection import fits, select_linears
+from gptq_cli.model.selection import select_linears
 from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.placement.names import fold
 from tests.architectures import model_class
@@ -93,7 +94,8 @@ def default_size(model_type: str, folder: Path) -> DefaultSize:
     settings = settings.for_model([(x.name, x.in_features) for x in skeleton.linears])
     odd: dict[str, int] = {}
     for linear in skeleton.linears:
-        if not fits(linear, settings.of_linear(linear.name)):
+        own = settings.of_linear(linear.name)
+        if not can_be_packed(linear.in_features, linear.out_features, own.bits, own.group_columns):
             odd[fold(linear.name)] = odd.get(fold(linear.name), 0) + linear.in_features * linear.out_features
     done = sum(linear.in_features * linear.out_features for linear in skeleton.linears) - sum(odd.values())
     dense = [(name, "no group size fits: refused", weights / total) for name, weights in odd.items()] + [
