@@ -81,7 +81,10 @@ def test_a_load_job_is_judged(wrong: dict[str, Any], message: str, hint: str | N
 
 def test_a_proof_on_no_text_is_not_left_out_in_silence() -> None:
     with pytest.raises(ConfigError, match="eval is empty"):
-        proof_job("DIR", "MODEL", evaluate="")
+        proof_job(
+            "DIR", "MODEL", evaluate="", against_source=False, max_kl=None, max_perplexity=None, tasks=None,
+            bench=False, device_map=None, dtype="auto", trust_remote_code=False,
+        )  # fmt: skip
 
 
 def test_what_is_measured_on() -> None:
