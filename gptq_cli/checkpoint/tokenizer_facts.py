@@ -42,7 +42,12 @@ def tokenizer_facts(directory: Path, *, trust_remote_code: bool) -> TokenizerFac
 
 def _needs_more(error: ModelError) -> bool:
     """Whether it was not opened for want of a package, or of leave to run its code."""
-    return isinstance(error.__cause__, ImportError) or "trust_remote_code" in str(error.__cause__)
+    cause = error.__cause__
+    if "trust_remote_code" in str(cause):
+        return True
+    while cause is not None and not isinstance(cause, ImportError):
+        cause = cause.__cause__ or cause.__context__  # Transformers makes a ValueError of a lack of tiktoken
+    return cause is not None
 
 
 def _templates(tokenizer: Any) -> tuple[tuple[str, str], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -455,6 +456,21 @@ def test_a_tokenizer_whose_code_may_not_run_is_not_said_to_be_broken(checkpoint:
     finding = found(report, "tokenizer-broken")
     assert finding.level == "note"
     assert "is code of the model repository" in finding.message
+
+
+def test_a_tokenizer_that_takes_a_package_is_not_said_to_be_broken(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of SentencePiece alone, which other machines open."""
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    (checkpoint / "tokenizer.json").unlink()
+    (checkpoint / "tokenizer.model").write_bytes(b"pieces")
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    report = verify_checkpoint(checkpoint)
+    assert report.ok
+    finding = found(report, "tokenizer-broken")
+    assert finding.level == "note"
+    assert "was not tried" in finding.message
 
 
 def test_a_chat_template_that_jinja_cannot_read(checkpoint: Path) -> None:
