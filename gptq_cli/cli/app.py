@@ -136,7 +136,7 @@ for name, function in (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv`: the words after the program's name."""
     words = tuple(sys.argv[1:] if argv is None else argv)
-    session = Session(argv=words, as_json="--json" in words or _asks_for_json(os.environ))
+    session = Session(argv=words, as_json="--json" in words or _is_on("GPTQ_JSON", os.environ))
     for stream in (sys.stdout, sys.stderr):
         fit_encoding(stream)  # a character that the terminal cannot show is not an error
     with ExitStack() as stack:
@@ -201,14 +201,14 @@ def _reported(error: BaseException, session: Session) -> int:
     return failure.report_unknown(error, as_json=session.as_json)
 
 
-def _asks_for_json(environ: Mapping[str, str]) -> bool:
-    """GPTQ_JSON as Typer reads a flag, for errors before it is parsed."""
-    return environ.get("GPTQ_JSON", "").strip().lower() in ("1", "true", "t", "yes", "y", "on")
+def _is_on(variable: str, environ: Mapping[str, str]) -> bool:
+    """A variable as Typer reads that of a flag, for errors before it is parsed."""
+    return environ.get(variable, "").strip().lower() in ("1", "true", "t", "yes", "y", "on")
 
 
 def _asks_for_json_lines(words: Sequence[str], environ: Mapping[str, str]) -> bool:
     """`--progress jsonl`, however it is given, for errors before it is parsed."""
-    if "--quiet" in words:
+    if "--quiet" in words or _is_on("GPTQ_QUIET", environ):
         return False
     asked = environ.get("GPTQ_PROGRESS", "") if words and words[0] in _WATCHED else ""
     for word, after in zip_longest(words, words[1:], fillvalue=""):

@@ -306,6 +306,8 @@ def test_an_error_before_the_work_is_json_lines_too(
     quiet = run(*QUANTIZE, *words, "--quiet")
     assert quiet.code == 2
     assert quiet.err.startswith("error: ")
+    monkeypatch.setenv("GPTQ_QUIET", "1")
+    assert run(*QUANTIZE, *words).err == quiet.err
 
 
 def test_a_command_without_progress_does_not_follow_its_variable(
