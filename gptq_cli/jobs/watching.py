@@ -40,7 +40,7 @@ from gptq_cli.placement.placement import Placement
 from gptq_cli.placement.schedule import Schedule
 
 _PROOF: tuple[Phase, ...] = ("open", "load", "generate", "bench", "dense", "evaluate", "tasks")
-_OF_FILES: tuple[Phase, ...] = ("startup", "open", "save", "verify", "upload")
+_OF_FILES: tuple[Phase, ...] = ("startup", "download", "open", "save", "verify", "upload")
 """No option makes these smaller."""
 _PHASES: dict[Phase, str] = {
     "startup": "starting",
