@@ -81,7 +81,8 @@ def fetch_small(ref: ModelRef) -> Path:
     patterns = [*SMALL_FILES, "*.py"] if ref.trust_remote_code else list(SMALL_FILES)
     with _explained(ref):
         directory = _snapshot(ref, patterns, None, ignore=list(LEFT_OUT))
-        if hub_constants.HF_HUB_OFFLINE and not (directory / "config.json").exists():
+        known = any((directory / name).exists() for name in ("config.json", "adapter_config.json"))
+        if hub_constants.HF_HUB_OFFLINE and not known:
             raise OfflineModeIsEnabled
         return directory
 

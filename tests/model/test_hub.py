@@ -24,7 +24,7 @@ from safetensors import safe_open
 from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model import hub
-from gptq_cli.model.find import find_model
+from gptq_cli.model.find import find_model, glance_at_model
 from gptq_cli.model.source import INDEX
 
 
@@ -229,3 +229,9 @@ def test_offline_weights_that_are_not_in_the_cache_are_told(offline: Path) -> No
     (problem,) = find_model(ModelRef(model="org/name")).problems
     assert problem.kind == "no-weights"
     assert problem.hint.startswith("only a part of org/name is in the cache: connect to the network")
+
+
+def test_offline_an_adapter_in_the_cache_is_called_one(offline: Path) -> None:
+    (offline / "config.json").rename(offline / "adapter_config.json")
+    with pytest.raises(ModelError, match="org/name is an adapter, not a model"):
+        glance_at_model(ModelRef(model="org/name"))
