@@ -35,7 +35,7 @@ def check_page(
     directory that the work will put in place, which may hold the page.
     """
     path = expanded(text)
-    if out and not text.endswith(os.sep) and _is_in(path, out):
+    if out and path.name and not text.endswith(os.sep) and _is_in(path, out):
         if path.suffix.lower() not in _PAGES:
             raise ConfigError(
                 f"{option} is {shown(text)!r}, a page in out, where other files may have such a name; "

@@ -91,7 +91,7 @@ def _meant(text: str) -> str | None:
     """How to write a model of the Hub that is given by its address, or with its revision behind it."""
     page = _HUB_PAGE.fullmatch(text)
     name, _, revision = text.rpartition("@") if page is None else (page[1], "", page[2] or "")
-    if not _HUB_ID.match(name):
+    if not _HUB_ID.match(name) or ":" in revision:  # git@HOST:org/name names no revision
         return None
     return f"write {name}" + (f" --revision {revision}" if revision else "")
 

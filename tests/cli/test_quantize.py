@@ -153,6 +153,13 @@ def test_a_page_in_the_destination_needs_a_name_of_its_own(jobs: FakeJobs, run: 
     assert f"hint: --report {tmp_path}/o/README.html\n" in outcome.err
 
 
+def test_a_directory_is_no_page(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = run("quantize", "M", "--out", ".", "--report", ".")
+    assert outcome.code == 2
+    assert "report is '.', which is a directory" in outcome.err
+
+
 def test_a_page_is_not_where_the_destination_needs_a_directory(
     jobs: FakeJobs, run: Run, tmp_path: Path
 ) -> None:

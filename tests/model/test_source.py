@@ -63,6 +63,7 @@ def test_no_such_directory(missing: str) -> None:
     ("given", "hint"),
     [
         ("org/name@v1.0", "write org/name --revision v1.0"),
+        ("git@example.org:org/name", None),
         ("https://huggingface.co/org/name", "write org/name"),
         ("https://huggingface.co/org/name/", "write org/name"),
         ("https://hf.co/org/name/tree/main", "write org/name --revision main"),
