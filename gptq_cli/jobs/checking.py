@@ -22,7 +22,7 @@ from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.jobs.bit_store import BitStore
 from gptq_cli.jobs.choosing import BitSearch
 from gptq_cli.jobs.early import check_push
-from gptq_cli.jobs.fetching import fetched
+from gptq_cli.jobs.fetching import opening
 from gptq_cli.jobs.proof import check_text
 from gptq_cli.jobs.resuming import Found, command_of, find_work
 from gptq_cli.jobs.steps import announce, placed, work_of
@@ -98,8 +98,7 @@ def check(
     has to be run for the check and nothing stands against the job, it is; the findings are announced before.
     `joined`: the ranks that will work together; `processes`: as many are planned.
     """
-    files = fetched(job.model, observer)
-    with phase(observer, "open"):
+    with opening(job.model, observer) as files:
         opened = open_skeleton(files, job.model)
         search = BitSearch.of(job, opened)
         skeleton = opened if search is not None else select_linears(opened, job.quantize)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from gptq_cli.config import ModelRef
 from gptq_cli.events import Observer, PhaseAdvanced, phase
@@ -12,6 +14,17 @@ from gptq_cli.placement.device import format_size
 
 EVERY_SECONDS = 0.25
 """Between two events of a download."""
+
+
+@contextmanager
+def opening(ref: ModelRef, observer: Observer, *, weights: bool = True) -> Iterator[ModelFiles]:
+    """The phase `open`, with what `find_model` gives; a model of the Hub is downloaded before it.
+
+    Raises `ModelError`.
+    """
+    came = fetched(ref, observer, weights=weights) if is_on_hub(ref) else None
+    with phase(observer, "open"):
+        yield came if came is not None else find_model(ref, weights=weights)
 
 
 def fetched(ref: ModelRef, observer: Observer, *, weights: bool = True) -> ModelFiles:

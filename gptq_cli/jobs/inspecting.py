@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gptq_cli.config import InspectJob
-from gptq_cli.events import Observer, ignore, phase
+from gptq_cli.events import Observer, ignore
 from gptq_cli.jobs.choosing import BitSearch
-from gptq_cli.jobs.fetching import fetched
+from gptq_cli.jobs.fetching import opening
 from gptq_cli.jobs.steps import announce, placed, rates_for, work_of
 from gptq_cli.jobs.together import check_share
 from gptq_cli.jobs.watching import watching
@@ -26,8 +26,7 @@ def inspect_map(job: InspectJob, observer: Observer = ignore) -> MapReport:
     """
     check_share(job, job.processes or 1)
     with watching("inspect-map", observer) as watcher:
-        files = fetched(job.model, watcher, weights=False)
-        with phase(watcher, "open"):
+        with opening(job.model, watcher, weights=False) as files:
             opened = open_skeleton(files, job.model)
             search = BitSearch.of(job, opened)
             if search is not None:

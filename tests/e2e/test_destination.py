@@ -16,7 +16,7 @@ import pytest
 
 from gptq_cli.checkpoint import destination
 from gptq_cli.checkpoint.destination import Destination
-from gptq_cli.jobs import checking, quantizing
+from gptq_cli.jobs import fetching, quantizing
 from tests.e2e.commands import FAST, Ran, gptq
 
 
@@ -73,7 +73,7 @@ def test_a_second_run_is_refused_at_once_and_names_the_first(
     (tmp_path / "link").symlink_to(tmp_path)
     read: list[str] = []
     with Destination(tmp_path / "q"):
-        monkeypatch.setattr(checking, "find_model", lambda _: read.append("the model"))
+        monkeypatch.setattr(fetching, "find_model", lambda _, **__: read.append("the model"))
         ran = quantized(tiny_llama, tmp_path / "link" / "q", text, "--json")
     assert (ran.code, read) == (3, [])
     (finding,) = ran.document["error"]["findings"]

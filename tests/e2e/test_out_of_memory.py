@@ -23,7 +23,7 @@ from gptq_cli.engine import block, capture, forwards, mixed
 from gptq_cli.engine import run as engine_run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.inference import load as opening
-from gptq_cli.jobs import checking, evaluating, inspecting, loading, quantizing, steps
+from gptq_cli.jobs import checking, evaluating, fetching, inspecting, loading, quantizing, steps
 from gptq_cli.model import model_class, shards, skeleton, source
 from tests.e2e.commands import FAST, gptq
 
@@ -38,7 +38,7 @@ OPENING = "while opening the model"
 TEXT = "while reading the calibration text"
 BLOCK = "while quantizing block model.layers.0 (1/3) on cpu"
 QUANTIZE: dict[str, tuple[Any, str, str]] = {
-    "find": (checking, "find_model", OPENING),
+    "find": (fetching, "find_model", OPENING),
     "headers": (source, "read_header", OPENING),
     "skeleton": (model_class.AutoModelForCausalLM, "from_config", OPENING),
     "trace": (skeleton, "trace", OPENING),
@@ -62,7 +62,7 @@ QUANTIZE: dict[str, tuple[Any, str, str]] = {
     "complete": (writer.CheckpointWriter, "complete", "after writing the tensors that stay dense"),
 }
 INSPECT: dict[str, tuple[Any, str, str]] = {
-    "find": (inspecting, "find_model", OPENING),
+    "find": (fetching, "find_model", OPENING),
     "skeleton": (model_class.AutoModelForCausalLM, "from_config", OPENING),
     "plan": (steps, "resolve", "after opening the model"),
     "report": (inspecting, "map_report", "after opening the model"),
