@@ -17,7 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from functools import cache
 from itertools import zip_longest
 from types import FrameType
 from typing import Annotated, Any, TextIO, cast
@@ -219,16 +218,10 @@ def _asks_for_json_lines(words: Sequence[str], environ: Mapping[str, str]) -> bo
 
 
 def _run(session: Session) -> int:
-    command = _command()
+    command = typer.main.get_command(app)
     session.warned = tuple(unread_variables(command, os.environ))
     result = command.main(args=list(session.argv), prog_name="gptq", standalone_mode=False, obj=session)
     return result if isinstance(result, int) else 0
-
-
-@cache
-def _command() -> Any:
-    """`app` for Typer, made once: a process may run `main` many times."""
-    return typer.main.get_command(app)
 
 
 def _end_at_once() -> None:
