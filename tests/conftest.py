@@ -57,12 +57,8 @@ def frozen() -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
     """Freeze what has come since: jobs import more of torch and Transformers when they run, and those objects
-    cost each later job a tenth of its time, and more the longer the session.
-
-    Not where there is an accelerator: what a test has not let go of yet is never freed, and tests there ask
-    for a device that is empty.
-    """
-    if not torch.accelerator.is_available() and len(gc.get_objects(generation=2)) > MANY_OBJECTS:
+    cost each later job a tenth of its time, and more the longer the session."""
+    if len(gc.get_objects(generation=2)) > MANY_OBJECTS:
         _freeze()
 
 
