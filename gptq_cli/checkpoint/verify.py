@@ -140,9 +140,7 @@ def _checks(case: VerifyCase) -> tuple[RuleResult, ...]:
     results = []
     for part, about in verify_rules.PARTS:
         found = [finding for rule in rules if part in rule.topics for finding in rule(case)]
-        if (
-            part == "files"
-        ):  # kinds that preflight has rules for; here most only make the checkpoint less useful
+        if part == "files":  # kinds that preflight has rules for; most only make the checkpoint less useful
             found += [_finding(problem) for problem in case.problems]
         results.append(RuleResult(part, about, _together(found)))
     return tuple(results)
