@@ -2,7 +2,8 @@
 
 `save_tiny("llama", path)` writes what a model hub would serve: config.json, safetensors (in the names that
 the hub's own checkpoints use, because Transformers reverses its key conversion on saving), a generation
-config and a real byte-level BPE tokenizer trained in this process on the standard library's help topics.
+config and a real byte-level BPE tokenizer. It was trained once, on the help topics of Python 3.11.7, and is
+kept beside this file: those of another Python would give other tokens, and every figure in the tests another.
 
 The weights are random but not white: the embedding has low rank plus noise, so the columns of every
 Hessian are correlated and GPTQ has something to gain over round-to-nearest.
@@ -12,14 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 from transformers import PretrainedConfig
 
 from tests.towers import TOWERS, with_towers
@@ -28,6 +27,7 @@ VOCAB = 512
 HIDDEN = 64
 INNER = 128
 BOS, EOS = 0, 1
+_TOKENIZER = Path(__file__).with_name("tiny_tokenizer.json")
 
 
 def _make(class_name: str, **fields: Any) -> Callable[[], PretrainedConfig]:
@@ -98,27 +98,10 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
 """Architecture name -> builder of its tiny config. `llama` has three blocks, the others two."""
 
 
-@cache
-def _tokenizer_json() -> str:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    text = [topics[key] for key in sorted(topics)]
-    tokenizer.train_from_iterator(text, trainer)
-    return str(tokenizer.to_str())
-
-
 def save_tokenizer(path: Path) -> None:
     """Write the tiny tokenizer (tokenizer.json, tokenizer_config.json) into `path`."""
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_tokenizer_json()),
+        tokenizer_object=Tokenizer.from_file(str(_TOKENIZER)),
         bos_token="<s>",
         eos_token="</s>",
         pad_token="</s>",
