@@ -24,8 +24,8 @@ from gptq_cli.model.facts import (
     DecodedSource,
     TensorInfo,
 )
-from gptq_cli.model.few_bits_config import ALL, Layout, NotDecodableError, layouts_of, quantization_of
-from gptq_cli.model.packed_codes import is_left_over, left_over, packed_codes
+from gptq_cli.model.few_bits_config import ALL, Layout, layouts_of, quantization_of
+from gptq_cli.model.packed_codes import is_left_over, left_over, not_decoded
 from gptq_cli.model.source import ModelFiles, SourceProblem
 from gptq_cli.wording import number_of
 
@@ -121,18 +121,14 @@ def decoded_files(files: ModelFiles, raw: Mapping[str, Any]) -> tuple[ModelFiles
     Raises `ModelError` where a config is not one.
     """
     quantization = quantization_of(files.directory, raw)
+    why = not_decoded(quantization, files.tensors)
+    if why is not None:
+        return files, why
     if quantization is None:
-        packed = packed_codes(files.tensors)
-        if packed is not None:
-            return files, f"tensor {packed.name} is {packed.dtype}"
         return _with_problems(files, _unexplained(files.tensors)), None
     if is_left_over(quantization, files.tensors):
         return _with_problems(files, [left_over(files.source, quantization)]), None
-    try:
-        layouts = layouts_of(quantization)
-    except NotDecodableError as error:
-        return files, str(error)
-    return _Matching(files.tensors, layouts).applied_to(files), None
+    return _Matching(files.tensors, layouts_of(quantization)).applied_to(files), None
 
 
 def _with_problems(files: ModelFiles, problems: Iterable[SourceProblem]) -> ModelFiles:

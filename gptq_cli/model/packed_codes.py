@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gptq_cli.model.facts import TensorInfo
-from gptq_cli.model.few_bits_config import MODELOPT_FILE, rotation_of
+from gptq_cli.model.few_bits_config import MODELOPT_FILE, NotDecodableError, layouts_of, rotation_of
 from gptq_cli.model.source import ModelFiles, SourceProblem
 from gptq_cli.wording import as_json
 
@@ -29,6 +29,20 @@ _SEEN_IN_FILES = frozenset(
 """Methods whose quantized weights are no floats of 16 bits in the files. With others they may be, and not be
 the weights that the model runs with: BitNet rounds its own in every forward."""
 _LEFT_OVER = "left-over-config"
+
+
+def not_decoded(quantization: Mapping[str, Any] | None, tensors: Sequence[TensorInfo]) -> str | None:
+    """Why the weights are codes that are not decoded here, in words; None where they are dense or decoded."""
+    if quantization is None:
+        packed = packed_codes(tensors)
+        return f"tensor {packed.name} is {packed.dtype}" if packed is not None else None
+    if is_left_over(quantization, tensors):
+        return None
+    try:
+        layouts_of(quantization)
+    except NotDecodableError as error:
+        return str(error)
+    return None
 
 
 def packed_codes(tensors: Sequence[TensorInfo]) -> TensorInfo | None:

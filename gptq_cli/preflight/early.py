@@ -1,4 +1,4 @@
-"""What preflight can say before torch is imported: about the output, the files, and sizes in config.json.
+"""What preflight can say before torch is imported: about the output, the files, and what config.json says.
 
 Each finding carries the id of the rule that would say the same later, with all facts. What is not certain
 from the headers of the files alone is left to that rule.
@@ -17,9 +17,11 @@ from typing import Any
 from gptq_cli.calibration.text import check_distinct, check_source, too_few_bytes
 from gptq_cli.config import QuantizeJob
 from gptq_cli.devices.out_of_memory import out_of_memory_told
-from gptq_cli.errors import CalibrationError
+from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.findings import Finding, PreflightReport
 from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.few_bits_config import quantization_of
+from gptq_cli.model.packed_codes import not_decoded
 from gptq_cli.model.readable import unreadable_files
 from gptq_cli.model.source import ModelFiles, read_json
 from gptq_cli.placement.names import fold
@@ -38,7 +40,15 @@ _LESS_TEXT = "give a smaller text, or free memory on this machine"
 
 def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | None) -> PreflightReport:
     """Errors that are certain before the model is built; `place` None leaves out those about the output."""
-    facts = ModelFacts(model=files.source, architecture="", dtype="", hidden_size=0)
+    raw = _config(files)
+    facts = ModelFacts(
+        model=files.source,
+        architecture="",
+        dtype="",
+        hidden_size=0,
+        max_positions=_positions(raw),
+        already_quantized=_already_quantized(files, raw),
+    )
     problems = (*files.problems, *unreadable_files(files.directory, code=job.model.trust_remote_code))
     case = JobCase(
         facts=facts,
@@ -49,7 +59,10 @@ def early_findings(job: QuantizeJob, files: ModelFiles, place: OutputFacts | Non
     )
     known = {problem.kind for problem in problems}
     about_files = [rule for rule in rules_in(model_files) if rule.id in known]
-    found = [finding for rule in (*about_files, *output.KNOWN_EARLY) for finding in rule(case)]
+    about_config = [model_files.already_quantized]
+    if not any(device.kind == "disk" for device in job.device_map.devices):
+        about_config.append(quantization.seq_len_positions)  # else told later, beside a map without disk
+    found = [finding for rule in (*about_files, *output.KNOWN_EARLY, *about_config) for finding in rule(case)]
     found += _size_findings(job, files)
     found += _device_findings(job)
     with out_of_memory_told(lambda: "while reading the calibration text", _LESS_TEXT):
@@ -134,6 +147,22 @@ def _besides(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
             yield from _about_text(name, files, CalibrationError(words, hint=hint))
 
 
+def _already_quantized(files: ModelFiles, raw: Mapping[str, Any]) -> str | None:
+    """Why the weights are codes that cannot be decoded; None where the headers have yet to be fetched."""
+    if not raw or not files.tensors:
+        return None
+    with suppress(ModelError):  # opening the model raises it
+        return not_decoded(quantization_of(files.directory, raw), files.tensors)
+    return None
+
+
+def _positions(raw: Mapping[str, Any]) -> int | None:
+    """The positions that the text part of config.json names; None where that is left to its class."""
+    text = raw.get("text_config")
+    named = (text if isinstance(text, Mapping) else raw).get("max_position_embeddings")
+    return named if type(named) is int and named > 0 else None
+
+
 def _size_findings(job: QuantizeJob, files: ModelFiles) -> Iterator[Finding]:
     """Whether groups fit the sizes in config.json. Bits and settings by module are left to the rules."""
     config = job.quantize
@@ -169,11 +198,7 @@ def input_columns(files: ModelFiles) -> dict[str, int]:
     matrices = _block_matrices(files)
     if not matrices:
         return {}
-    try:
-        raw = read_json(files.directory / "config.json")
-    except (OSError, ValueError):
-        return {}  # opening the model says what is wrong with it
-    for config in _configs(raw):
+    for config in _configs(_config(files)):
         for key in _HIDDEN:
             width = config.get(key)
             if type(width) is not int or 2 * sum(width in shape for shape in matrices) <= len(matrices):
@@ -183,6 +208,14 @@ def input_columns(files: ModelFiles) -> dict[str, int]:
             if type(inner) is int and inner != width and (width, inner) in matrices:
                 found[_INNER] = inner
             return found
+    return {}
+
+
+def _config(files: ModelFiles) -> Mapping[str, Any]:
+    """config.json; empty where it cannot be read."""
+    with suppress(OSError, ValueError):  # opening the model says what is wrong with it
+        raw = read_json(files.directory / "config.json")
+        return raw if isinstance(raw, Mapping) else {}
     return {}
 
 

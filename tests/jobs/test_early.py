@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
 from gptq_cli.errors import CheckpointError, ModelError, PreflightRefused
@@ -154,6 +156,93 @@ def test_widths_are_those_of_the_part_whose_blocks_hold_most(tmp_path: Path) -> 
     assert input_columns(replace(files, tensors=files.tensors[-1:])) == {}
 
 
+def configured(model: Path, place: Path, **fields: object) -> Path:
+    """A copy of the model with these fields in its config.json; None takes a field out."""
+    copy = shutil.copytree(model, place)
+    config = json.loads((copy / "config.json").read_text()) | fields
+    named = {key: value for key, value in config.items() if value is not None}
+    (copy / "config.json").write_text(json.dumps(named))
+    return copy
+
+
+BITNET = {"quant_method": "bitnet", "quantization_mode": "online"}
+
+
+@pytest.mark.parametrize("name", ["", "model.layers.0.self_attn.q_proj.qweight"])
+def test_what_is_quantized_already_is_refused_early_and_in_the_same_words(
+    name: str, model: Path, tmp_path: Path
+) -> None:
+    """By its config, or by its tensors under a config that says nothing (AutoGPTQ)."""
+    from gptq_cli.jobs.checking import check
+
+    source = configured(model, tmp_path / "model", quantization_config=None if name else BITNET)
+    if name:
+        tensors = load_file(source / "model.safetensors")
+        tensors[name] = torch.zeros(8, 64, dtype=torch.int32)
+        save_file(tensors, source / "model.safetensors")
+    job = job_of(source, tmp_path / "out")
+    (early,) = early_findings(job, glance_at_model(job.model), None).findings
+    late = [f for f in check(job, lambda _: None).findings.findings if f.level == "error"]
+    assert (early.rule, [early]) == ("already-quantized", late)
+
+
+def test_a_config_that_was_left_behind_is_not_refused(model: Path, tmp_path: Path) -> None:
+    """Dense tensors; and what has yet to be fetched may be dense."""
+    source = configured(model, tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
+    job = job_of(source, tmp_path / "out")
+    files = glance_at_model(job.model)
+    assert early_findings(job, files, None).ok
+    assert early_findings(job, replace(files, tensors=(), problems=()), None).ok
+    (source / "config.json").write_text("[]")
+    assert early_findings(job, files, None).ok  # opening the model says what is wrong
+
+
+@pytest.mark.parametrize(
+    ("fields", "early"),
+    [
+        ({}, True),
+        ({"max_position_embeddings": None}, False),  # that of the class
+        ({"max_position_embeddings": "many"}, False),
+        ({"text_config": {"max_position_embeddings": 48}}, True),
+        ({"text_config": {}}, False),
+    ],
+)
+def test_windows_longer_than_the_positions_in_the_config(
+    fields: dict[str, object], early: bool, model: Path, tmp_path: Path
+) -> None:
+    source = configured(model, tmp_path / "model", **fields)
+    job = replace(job_of(source, tmp_path / "out"), calibration=CalibrationConfig(samples=2, seq_len=100_000))
+    found = early_findings(job, glance_at_model(job.model), None).findings
+    assert [finding.rule for finding in found] == (["seq-len-positions"] if early else [])
+    named = 48 if "text_config" in fields else 512
+    assert not found or found[0].hint == f"--seq-len {named}"
+
+
+def test_windows_are_refused_in_the_same_words_early(model: Path, tmp_path: Path) -> None:
+    from gptq_cli.jobs.checking import check
+
+    job = replace(job_of(model, tmp_path / "out"), calibration=CalibrationConfig(samples=1, seq_len=600))
+    assert refused_rules(job) == ["seq-len-positions"]
+    report = early_findings(job, glance_at_model(job.model), None)
+    late = [f for f in check(job, lambda _: None).findings.findings if f.level == "error"]
+    assert list(report.findings) == late
+
+
+def test_windows_and_disk_are_told_together_with_the_map_that_avoids_it(model: Path, tmp_path: Path) -> None:
+    from gptq_cli.jobs.checking import check
+
+    job = replace(
+        job_of(model, tmp_path / "out"),
+        calibration=CalibrationConfig(samples=1, seq_len=600),
+        device_map=DeviceMap.parse("model.layers.1=disk,rest=cpu"),
+    )
+    assert early_findings(job, glance_at_model(job.model), None).ok
+    findings = check(job, lambda _: None).findings.findings
+    assert {"disk-offload": "--device-map", "seq-len-positions": "--seq-len"}.items() <= {
+        f.rule: str(f.hint).split()[0] for f in findings if f.level == "error"
+    }.items()
+
+
 def test_what_an_ended_run_left_is_the_jobs_to_put_in_order(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "d").mkdir(parents=True)
@@ -190,10 +279,13 @@ def test_models_and_checkpoints_that_are_not_there(model: Path, tmp_path: Path) 
         (["quantize", "/nosuch", "--out", "OUT"], 2),
         (["quantize", "MODEL", "--out", "OUT", "--group-size", "48"], 3),
         (["quantize", "MODEL", "--out", "MODEL"], 3),
+        (["quantize", "MODEL", "--out", "OUT", "--seq-len", "513"], 3),
+        (["quantize", "QUANTIZED", "--out", "OUT"], 3),
     ],
 )
 def test_torch_is_not_imported_for_it(model: Path, tmp_path: Path, words: list[str], code: int) -> None:
-    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    quantized = configured(model, tmp_path / "quantized", quantization_config=BITNET)
+    places = {"MODEL": str(model), "QUANTIZED": str(quantized), "OUT": str(tmp_path / "out")}
     argv = [places.get(word, word) for word in words]
     program = (
         "import sys\nfrom gptq_cli.cli.app import main\n"
