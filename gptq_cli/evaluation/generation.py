@@ -46,6 +46,20 @@ class Generation:
         return (self.new_tokens - 1) / after if self.new_tokens > 1 and after > 0 else None
 
 
+@contextmanager
+def _own_predictions_finite(model: Any) -> Iterator[None]:
+    """Look at predictions as the model makes them: the setting `remove_invalid_values` hides a NaN."""
+
+    def look(module: Any, args: Any, output: Any) -> None:
+        _finite(output.logits, output.logits[:, -1])
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _finite(input_ids: Tensor, scores: Tensor) -> Tensor:
     """`scores`, as a processor of Transformers; raises `NonFinite` where they hold a NaN or infinity.
 
@@ -180,7 +194,7 @@ def generate(
         }
     with torch.inference_mode(), matmul_scope_of(model), _seeded(sampling), _guided(model, options):
         started = time.perf_counter()
-        with _nothing_to_draw_explained(), quiet_log():
+        with _nothing_to_draw_explained(), _own_predictions_finite(model), quiet_log():
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),

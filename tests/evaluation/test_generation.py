@@ -337,18 +337,20 @@ def test_settings_that_must_run(guided: Any, settings: dict[str, Any], sampling:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("settings", [{}, {"remove_invalid_values": True}, {"num_beams": 2}])
 def test_a_prediction_that_is_not_finite_is_no_text(
-    opened: tuple[Any, Any, Any], value: float, temperature: float
+    opened: tuple[Any, Any, Any], guided: Any, value: float, temperature: float, settings: dict[str, Any]
 ) -> None:
     """Greedy decoding took token 0 as often as it was asked to, and the load was reported as sound."""
-    model, _, tokenizer = opened
+    model, _, _ = opened
     norm = model.get_decoder().norm.weight
     before = norm.detach().clone()
     with torch.no_grad():
         norm.fill_(value)
     try:
         with pytest.raises(NonFinite, match="prediction of the next token is not finite"):
-            generate(model, tokenizer, "one", 4, sampling=Sampling(temperature=temperature))
+            guided(new=4, sampling=Sampling(temperature=temperature), **settings)
+        assert not model._forward_hooks
     finally:
         with torch.no_grad():
             norm.copy_(before)
