@@ -81,21 +81,22 @@ def read_documents(source: str, *, render: Render | None = None, stdin: BinaryIO
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         if column is not None:
+            as_text = f"use --calibration {source.rpartition(':')[0]}"
             raise CalibrationError(
                 f"{path} is plain text and has no column {column!r}; "
                 f"columns are read from {', '.join(TABLES)} files",
-                hint=AS_ROWS if path.suffix.lower() in _SPREADSHEETS else f"use --calibration {path}",
+                hint=AS_ROWS if path.suffix.lower() in _SPREADSHEETS else as_text,
             )
         return Documents(name, _text_file(path))
     return Documents(name, rows_to_pieces(reader(path, column), str(path), column, render))
 
 
-JSON_LINES = TABLES[".jsonl"]
+JSON_LINES, JSON_ROWS = TABLES[".jsonl"], TABLES[".json"]
 _SPREADSHEETS = {".csv": "comma-separated values", ".tsv": "tab-separated values"}
 AS_ROWS = "write its rows as .jsonl: pandas.read_csv(…).to_json('rows.jsonl', orient='records', lines=True)"
 """A table of commas is not read as one: as plain text it would calibrate on commas and numbers, too."""
 _LOOKED_AT, _LOOKED_AT_LINES = 1 << 20, 5
-"""Characters and lines of a plain text that may be JSON lines under another name."""
+"""Characters and lines of a plain text that may be JSON under another name."""
 
 
 def check_source(source: str) -> None:
@@ -153,7 +154,7 @@ def _default_column(path: Path) -> str | None:
 
 
 _MEASURING = (
-    ("--calibration pydoc", "--eval pydoc-heldout"),
+    (r"--calibration pydoc(?![\w.*/-])", "--eval pydoc-heldout"),
     ("--calibration", "--eval"),
     ("quantize …", "load …"),
 )
@@ -174,7 +175,7 @@ def to_measure_on(source: str) -> Iterator[None]:
     except CalibrationError as error:
         hint = error.hint or ""
         for calibrating, measuring in _MEASURING:
-            hint = hint.replace(calibrating, measuring)
+            hint = re.sub(calibrating, measuring, hint)
         raise CalibrationError(error.message, hint=hint or None) from error
 
 
@@ -269,11 +270,21 @@ def _text_to_pieces(stream: BinaryIO, name: str, table: str = "") -> Iterator[Pi
 
 
 def _look_of(text: str) -> str:
-    """What a plain text is that begins with lines of JSON objects; "" for others."""
+    """What a plain text is that begins as JSON does, with objects one a line or in a list; "" for others."""
+    if _begins_a_list(text):
+        return JSON_ROWS
     lines = list(islice((line for line in io.StringIO(text[:_LOOKED_AT]) if line.strip()), _LOOKED_AT_LINES))
     if len(lines) > 1 and not lines[-1].endswith("\n") and len(text) > _LOOKED_AT:
         del lines[-1]  # it is cut
     return JSON_LINES if lines and all(map(_is_object, lines)) else ""
+
+
+def _begins_a_list(text: str) -> bool:
+    opening = re.match(r"\s*\[\s*(?=\{)", text)
+    try:
+        return opening is not None and bool(json.JSONDecoder().raw_decode(text, opening.end())[0])
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_object(line: str) -> bool:

@@ -258,6 +258,16 @@ class TestTooLittle:
             words = f"{caught.value.message} {caught.value.hint}"
             assert [one for one in ("--calibration", "--eval") if one in words] == [option]
 
+    @pytest.mark.parametrize("name", ["pydoc2.txt", "pydoc.txt", "pydoc-heldout.txt", "pydoc"])
+    def test_a_file_of_a_name_that_begins_as_pydoc_keeps_it(
+        self, name: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path(name).write_text(TEXT)
+        with pytest.raises(CalibrationError) as caught:
+            evaluation_windows(tokenizer, f"./{name}:text", 16, 1)
+        assert caught.value.hint == f"use --eval ./{name}"
+
 
 class TestTokenizers:
     def test_a_tokenizer_of_another_model_is_caught(self, tokenizer: Any, corpus: str) -> None:

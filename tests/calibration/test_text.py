@@ -70,6 +70,12 @@ class TestPlainText:
             ("rows.txt", "words, and words\n", ""),
             ("rows.txt", "1\n2\n", ""),
             ("rows.txt", "[" * 100_000, ""),
+            ("rows.txt", '[\n  {\n    "text": "a"\n  },\n  {"text": "b"}\n]\n', "JSON"),
+            ("rows", '[{"text": "a"}]', "JSON"),
+            ("rows.txt", '[{"text": "' + "a " * (1 << 18) + '"},\n{"text": "' + "b " * (1 << 19), "JSON"),
+            ("rows.txt", "[{name}] is a template\n", ""),
+            ("rows.txt", "[{" * 100_000, ""),
+            ("rows.txt", "[1, 2]\n", ""),
         ],
     )
     def test_a_table_by_its_name_or_its_look(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gptq_cli.calibration.text import AS_ROWS, JSON_LINES
+from gptq_cli.calibration.text import AS_ROWS, TABLES
 from gptq_cli.errors import CalibrationError, ModelError
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.planning.cases import DeviceNeed
@@ -94,17 +94,18 @@ def no_chat_template(case: WindowsCase) -> list[Remark]:
 def table_as_text(case: WindowsCase) -> list[Remark]:
     """The text is plain by its name and a table by its look: its syntax is read as text, too.
 
-    JSON lines are read row by row where the name ends in .jsonl; a table of commas is not read as one.
+    JSON is read row by row where the name says so, by its end; a table of commas is not read as one.
     """
     if not case.table:
         return []
-    named = "give it a name that ends in .jsonl; a column is named after a colon: FILE.jsonl:COLUMN"
+    end = next((suffix for suffix, kind in TABLES.items() if kind == case.table), None)
+    named = f"give it a name that ends in {end}; a column is named after a colon: FILE{end}:COLUMN"
     return [
         Remark(
             subject=case.source,
             message=f"it looks like {case.table}, and is read as plain text: what separates and names the "
             "fields counts as text",
-            hint=named if case.table == JSON_LINES else AS_ROWS,
+            hint=named if end is not None else AS_ROWS,
         )
     ]
 

@@ -43,7 +43,12 @@ def test_a_long_time_is_a_warning(seconds: float | None, found: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("table", "hint"), [("JSON lines", "FILE.jsonl:COLUMN"), ("comma-separated values", "pandas.read_csv")]
+    ("table", "hint"),
+    [
+        ("JSON lines", "ends in .jsonl; a column is named after a colon: FILE.jsonl:COLUMN"),
+        ("JSON", "ends in .json; a column is named after a colon: FILE.json:COLUMN"),
+        ("comma-separated values", "pandas.read_csv"),
+    ],
 )
 def test_a_table_that_is_read_as_plain_text_is_a_warning(table: str, hint: str) -> None:
     assert table_as_text(WindowsCase(source="a.txt")) == []
