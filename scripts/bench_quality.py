@@ -199,9 +199,10 @@ class Evaluator:
 def bench(
     name: str, setting: Setting, model: Path, texts: tuple[str, str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """All rows of one setting."""
+    """All rows of one setting but those that the model does not allow."""
     import gptq_cli
     from gptq_cli import jobs
+    from gptq_cli.errors import PreflightRefused
 
     evaluator = Evaluator(model, texts[1], options)
     rows = [{"row": "round to nearest", "cpu_seconds": 0.0, **evaluator.nearest(setting)}]
@@ -215,7 +216,11 @@ def bench(
                 calibration=calibration,
             )
             started = time.process_time()
-            report = jobs.quantize(job)
+            try:
+                report = jobs.quantize(job)
+            except PreflightRefused as refused:
+                print(f"  {name}: {row}: {refused}", file=sys.stderr, flush=True)
+                continue
             seconds = time.process_time() - started
             if report.fallbacks:
                 raise SystemExit(f"bench_quality: {name}, {row}: {report.fallbacks} fallbacks")
@@ -237,7 +242,9 @@ def bench_architectures(options: argparse.Namespace, folder: Path) -> dict[str, 
         rows = bench(name, Setting(name, 4, 32, SHORT), model, ("pydoc", "pydoc-heldout"), options)
         made[name] = {row["row"]: row["kl"] for row in rows}
         plain = made[name]["plain GPTQ"]
-        ratios = " | ".join(f"{made[name][row] / plain:.2f}" for row in RECIPE_ROWS)
+        ratios = " | ".join(
+            f"{made[name][row] / plain:.2f}" if row in made[name] else "refused" for row in RECIPE_ROWS
+        )
         print(f"| {name} | {plain:.3g} | {ratios} |", flush=True)
     return made
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +86,17 @@ class _MemoryRanOut(Exception):  # noqa: N818 - it says what happened
     """A device ran out of memory while it worked on the samples; its cause is the error."""
 
 
+@contextmanager
+def _out_of_memory_apart() -> Iterator[None]:
+    """Raise a device's out-of-memory error as `_MemoryRanOut`."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _MemoryRanOut from error
+        raise
+
+
 def _tried_again(said: str, words: str, before: Schedule, now: Schedule) -> Warned:
     """A smaller micro-batch than was in use is proposed for the next run; where it is one sample, none."""
     samples, sums = now.micro_batch_samples, ""
@@ -113,7 +124,7 @@ def _attempt(
             words.append(f"{run.skeleton.parameters:,} parameters in {dtype_name(run.skeleton.dtype)}")
             if any(run.placement.streams(block) for block in run.skeleton.blocks):
                 words.append("each block when its turn comes")
-        try:
+        with _out_of_memory_apart():
             run.options.team.at("the capture of hidden states")
             with phase(observer, "capture", len(input_ids)):
                 blocks = opened_blocks(model, run, stream)
@@ -127,10 +138,6 @@ def _attempt(
                 )
                 head = _head(model, blocks, run, states, input_ids, store, observer)
             text = _text(run, states, input_ids)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise _MemoryRanOut from error
-            raise
     del model, stream, blocks, states, opened
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))
@@ -143,13 +150,8 @@ def _gone_back_through(run: EngineRun, ids: Tensor, keeper: Keeper, observer: Ob
     if done or not run.config.fisher_tokens:
         return []
     run.options.team.at("the gradients")
-    try:
-        with frozen_gc():
-            taken = take_gradients(run, ids, observer)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise _MemoryRanOut from error
-        raise
+    with _out_of_memory_apart(), frozen_gc():
+        taken = take_gradients(run, ids, observer)
     if not taken:
         return []
     keeper.keep_gradients()
@@ -167,14 +169,9 @@ def _text(run: EngineRun, states: HiddenStates, input_ids: Tensor) -> Calibratio
 def _tuned(run: EngineRun, text: CalibrationText, keeper: Keeper, observer: Observer) -> Tuned:
     """Tune what is packed, with nothing else of the run in memory, and keep it."""
     reset_peak(run.options.devices)
-    try:
-        with frozen_gc():
-            model = TunedModel(run.skeleton, run.placement, run.schedule, run.config, keeper)
-            tuned = tune_model(model, text, run.config.tune_epochs, observer)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise _MemoryRanOut from error
-        raise
+    with _out_of_memory_apart(), frozen_gc():
+        model = TunedModel(run.skeleton, run.placement, run.schedule, run.config, keeper)
+        tuned = tune_model(model, text, run.config.tune_epochs, observer)
     del model
     before, after = flush(run.options.devices)
     observer(CacheFlushed(where="end", subject="", before=before, after=after))

@@ -9,14 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from gptq_cli.checkpoint.destination import Destination
 from gptq_cli.checkpoint.fingerprint import Fingerprint, bits_asked
 from gptq_cli.checkpoint.held_signals import held_signals
-from gptq_cli.checkpoint.journal import Journal
 from gptq_cli.checkpoint.kept_states import StatesOnDisk
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config import QuantizeJob
@@ -24,19 +23,16 @@ from gptq_cli.devices.accelerators import read_memory
 from gptq_cli.devices.host_memory import reset_peak_resident
 from gptq_cli.engine.loop import LoopOptions
 from gptq_cli.engine.opening import EngineRun
-from gptq_cli.engine.run import quantize_model
-from gptq_cli.errors import (
-    GptqError,
-    NonFinite,
-    SourceChanged,
-)
+from gptq_cli.engine.run import Quantized, quantize_model
+from gptq_cli.errors import NonFinite, SourceChanged
 from gptq_cli.events import Observer, RunFinished, ShardWritten, ignore, phase
+from gptq_cli.jobs.accepting import Accepted, Asked, accepted
 from gptq_cli.jobs.card import Card
 from gptq_cli.jobs.checking import check
 from gptq_cli.jobs.claiming import claimed
 from gptq_cli.jobs.forecast import Forecast, against_plan
 from gptq_cli.jobs.header import header
-from gptq_cli.jobs.keeping import keeping
+from gptq_cli.jobs.keeping import Keeping, keeping
 from gptq_cli.jobs.proof import prove
 from gptq_cli.jobs.pushing import uploaded
 from gptq_cli.jobs.resuming import continuing
@@ -51,18 +47,16 @@ from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.planning.cases import Work
 from gptq_cli.planning.memory import packed_bytes
 from gptq_cli.planning.ranks import ranks_plan
-from gptq_cli.planning.time import NOTHING_DONE, Done, estimate, quick_estimate
+from gptq_cli.planning.time import estimate
 from gptq_cli.planning.words import streaming_words
 from gptq_cli.preflight.facts import Claim
 from gptq_cli.preflight.report import map_report, own_settings, quantize_plan, time_shown
-from gptq_cli.preflight.resolve import refusal
 from gptq_cli.ranks.joining import Joined
-from gptq_cli.ranks.team import ALONE, Team
-from gptq_cli.results.card import HERE, CardMaker
+from gptq_cli.results.card import CardMaker
 from gptq_cli.results.document import document
 from gptq_cli.results.map import MapReport
 from gptq_cli.results.push import PushConfig
-from gptq_cli.results.run import RunReport
+from gptq_cli.results.run import RankReport, RunReport
 
 
 def quantize(
@@ -85,7 +79,7 @@ def quantize(
     Whatever is raised, finished blocks are kept in the working folder, and the same job goes on after them
     (`continuing`); where nothing was finished, or the model itself is at fault, no working folder is left.
     """
-    asked = _Asked(job, card, proof, push, time.perf_counter(), joined)
+    asked = Asked(job, card, proof, push, time.perf_counter(), joined)
     with watching("quantize", observer, job) as watcher:
         tally = Tally(watcher, reset_peak_resident())
         with continuing(job), out_of_memory_while(watcher, "quantize"), claimed(job, tally) as claim:
@@ -99,93 +93,36 @@ def quantize(
     return report
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """What a call of `quantize` asks for."""
-
-    job: QuantizeJob
-    card: CardMaker | None
-    proof: LoadJob | None
-    push: PushConfig | None
-    started: float
-    joined: Joined | None
-
-    @property
-    def name(self) -> str:
-        """What the card calls the checkpoint."""
-        return self.push.repo_id if self.push is not None else HERE
-
-    @property
-    def team(self) -> Team:
-        """The ranks that work together."""
-        return self.joined.team if self.joined is not None else ALONE
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is more to do once the checkpoint is in place."""
-        return self.proof is not None or self.push is not None
-
-
 def _quantize(
-    asked: _Asked, claim: Claim, watcher: Watcher, tally: Tally
+    asked: Asked, claim: Claim, watcher: Watcher, tally: Tally
 ) -> tuple[RunReport, Skeleton, Card | None]:
     """The work up to the checkpoint in place: its report, its model, its card."""
-    job = asked.job
-    check_share(job, asked.team.size)
-    checked = check(job, tally, claim, writes=True, proof=asked.proof, push=asked.push, joined=asked.joined)
-    announce(checked.findings, tally, known=checked.announced)
-    job = checked.job
-    if checked.ran:
-        tally.host_peak_bytes = reset_peak_resident()
-    placement, schedule, tokens = checked.resolution.placement, checked.resolution.schedule, checked.tokens
-    if not checked.findings.ok or placement is None or schedule is None or tokens is None:
-        raise refusal(checked.findings)
-    watcher.planned(placement, schedule, asked.team.size)
-    if job.quantize.bits_per_weight is not None:
-        raise GptqError(
-            f"a budget of {job.quantize.bits_per_weight:g} bits was not spent", hint="give --bits"
-        )
-    destination = claim.destination
-    if destination is None:
-        raise GptqError(f"{job.out} could not be claimed", hint="give another --out")
-    found = checked.unfinished
-    if found is not None and not found.facts.continued:
-        destination.start_over()
-        found = None
-    done = _done(found.journal) if found is not None and found.journal is not None else NOTHING_DONE
-    expected = quick_estimate(
-        checked.facts,
-        checked.work,
-        schedule,
-        placement.main_device,
-        done=done,
-        shards=checked.skeleton.files.shards,
-    )
+    plan = accepted(asked, claim, watcher, tally)
     tally(
-        header(job, checked, placement, schedule, tokens, expected, finished=done.blocks, joined=asked.joined)
+        header(
+            plan.given,
+            plan.checked,
+            plan.placement,
+            plan.schedule,
+            plan.tokens,
+            plan.expected,
+            finished=plan.done.blocks,
+            joined=asked.joined,
+        )
     )
-    job, given = replace(job, quantize=checked.work.quantize), job
-    fingerprint = Fingerprint.of(job, checked.skeleton, tokens)
-    devices = watched(placement)
-    run = EngineRun(
-        skeleton=checked.skeleton,
-        placement=placement,
-        schedule=schedule,
-        config=job.quantize,
-        options=LoopOptions(strict=job.strict, devices=devices, team=asked.team),
-        states=StatesOnDisk(destination.gradients),
-    )
+    fingerprint = Fingerprint.of(plan.job, plan.skeleton, plan.tokens)
+    devices = watched(plan.placement)
     with (
-        _nothing_kept_of_a_faulty_model(destination),
-        _writer(job, checked.skeleton, claim, tally) as writer,
+        _nothing_kept_of_a_faulty_model(plan.destination),
+        _writer(plan.job, plan.skeleton, claim, tally) as writer,
         keeping(
-            found.journal if found is not None else None,
+            plan.journal,
             fingerprint,
             asked=bits_asked(asked.job),
             writer=writer,
-            destination=destination,
-            skeleton=checked.skeleton,
-            devices=tuple(str(device) for device in placement.devices),
+            destination=plan.destination,
+            skeleton=plan.skeleton,
+            devices=tuple(str(device) for device in plan.placement.devices),
             started=asked.started,
             observer=tally,
             warnings=lambda: tuple(watcher.warnings),
@@ -193,79 +130,100 @@ def _quantize(
         ) as keeper,
     ):
         watcher.kept = bool(keeper.finished)
-        forecast = Forecast(
-            facts=checked.facts,
-            work=checked.work,
-            schedule=schedule,
-            device=placement.main_device,
-            plans=checked.resolution.devices,
-        )
-        observer = against_plan(forecast, tally)
         asked.team.decided(
             lambda: Assignment(
-                job=given,
-                config=job.quantize,
-                placement=placement,
-                schedule=schedule,
-                tokens=tokens,
+                job=plan.given,
+                config=plan.job.quantize,
+                placement=plan.placement,
+                schedule=plan.schedule,
+                tokens=plan.tokens,
                 fingerprint=fingerprint,
-                revision=checked.skeleton.files.revision,
+                revision=plan.skeleton.files.revision,
                 finished=keeper.finished,
             )
         )
+        run = EngineRun(
+            skeleton=plan.skeleton,
+            placement=plan.placement,
+            schedule=plan.schedule,
+            config=plan.job.quantize,
+            options=LoopOptions(strict=plan.job.strict, devices=devices, team=asked.team),
+            states=StatesOnDisk(plan.destination.gradients),
+        )
         if asked.joined is not None:
-            run = replace(run, shards=send_files(asked.joined, checked.skeleton, tally))
-        quantized = quantize_model(run, tokens.input_ids, writer.add_packed, observer, keeper)
+            run = replace(run, shards=send_files(asked.joined, plan.skeleton, tally))
+        observer = against_plan(_forecast(plan), tally)
+        quantized = quantize_model(run, plan.tokens.input_ids, writer.add_packed, observer, keeper)
         ranks = account(asked.joined) if asked.joined is not None else ()
         with phase(tally, "save"):
             writer.copy_dense()
             if quantized.tuned is not None:
                 writer.replace(quantized.tuned.tensors)
         tally.record(read_memory(devices))
-        report = summarize(
-            job=job,
-            skeleton=checked.skeleton,
-            tokens=tokens,
-            schedule=schedule,
-            devices=[str(device) for device in placement.devices],
-            streaming=streaming_words(checked.facts, placement, schedule),
-            predicted_peak_bytes=[
-                (plan.device, plan.predicted_peak_bytes) for plan in checked.resolution.devices
-            ],
-            blocks=quantized.blocks,
-            head=quantized.head,
-            tuning=quantized.tuned.report if quantized.tuned is not None else None,
-            own_settings=own_settings(checked.facts, job.quantize),
-            kept_dense=checked.facts.kept,
-            packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
-            size_after_bytes=writer.plan.size_bytes,
-            findings=checked.findings.ordered(),
-            bits=checked.bits,
-            estimate=expected,
-            tally=tally,
-            kept=keeper,
-            ranks=ranks,
-            settings=settings_of(
-                replace(job, quantize=replace(job.quantize, modules=given.quantize.modules)),
-                revision=checked.skeleton.files.revision or job.model.revision,
-                card=asked.card is not None,
-                proof=asked.proof,
-            ),
-        )
-        card = Card(asked.card, job, checked.skeleton, tally, asked.name) if asked.card is not None else None
+        report = _summary(asked, plan, quantized, writer, tally, keeper, ranks)
+        card = None
+        if asked.card is not None:
+            card = Card(asked.card, plan.job, plan.skeleton, tally, asked.name)
         writer.complete(document(report), partial(card.files, report) if card else None)
         with held_signals() as stop_if_heard:  # one that comes now waits until the run is known to be done
             stop_if_heard()
             writer.put_in_place()
             if not asked.goes_on:
                 tally(RunFinished(report))
-    return report, checked.skeleton, card
+    return report, plan.skeleton, card
 
 
-def _done(journal: Journal) -> Done:
-    """What the work that the job goes on with has finished."""
-    held = journal.manifest
-    return Done(blocks=len(held.blocks), gradients=held.gradients, tuned=held.tuning is not None)
+def _forecast(plan: Accepted) -> Forecast:
+    return Forecast(
+        facts=plan.checked.facts,
+        work=plan.checked.work,
+        schedule=plan.schedule,
+        device=plan.placement.main_device,
+        plans=plan.checked.resolution.devices,
+    )
+
+
+def _summary(
+    asked: Asked,
+    plan: Accepted,
+    quantized: Quantized,
+    writer: CheckpointWriter,
+    tally: Tally,
+    keeper: Keeping,
+    ranks: tuple[RankReport, ...],
+) -> RunReport:
+    """The report of a run whose tensors are all written."""
+    checked, job = plan.checked, plan.job
+    return summarize(
+        job=job,
+        skeleton=plan.skeleton,
+        tokens=plan.tokens,
+        schedule=plan.schedule,
+        devices=[str(device) for device in plan.placement.devices],
+        streaming=streaming_words(checked.facts, plan.placement, plan.schedule),
+        predicted_peak_bytes=[
+            (device.device, device.predicted_peak_bytes) for device in checked.resolution.devices
+        ],
+        blocks=quantized.blocks,
+        head=quantized.head,
+        tuning=quantized.tuned.report if quantized.tuned is not None else None,
+        own_settings=own_settings(checked.facts, job.quantize),
+        kept_dense=checked.facts.kept,
+        packed_bytes=sum(packed_bytes(linear, job.quantize) for linear in checked.facts.packed),
+        size_after_bytes=writer.plan.size_bytes,
+        findings=checked.findings.ordered(),
+        bits=checked.bits,
+        estimate=plan.expected,
+        tally=tally,
+        kept=keeper,
+        ranks=ranks,
+        settings=settings_of(
+            replace(job, quantize=replace(job.quantize, modules=plan.given.quantize.modules)),
+            revision=plan.skeleton.files.revision or job.model.revision,
+            card=asked.card is not None,
+            proof=asked.proof,
+        ),
+    )
 
 
 @contextmanager
