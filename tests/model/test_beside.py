@@ -27,17 +27,12 @@ from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.find import find_model
 from gptq_cli.model.model_class import own_class
 from gptq_cli.model.positions import positions_of
-from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.text_part import beside_the_text, language_model, text_modules
 from gptq_cli.planning.cases import JobCase, Work
 from gptq_cli.preflight.rules.modules import surplus_blocks
+from tests.checkpoint.unquantized import opened
 from tests.conftest import TinyFactory
 from tests.towers import TOWERS, VOCAB, with_towers
-
-
-def opened(path: Path) -> Skeleton:
-    ref = ModelRef(model=str(path))
-    return open_skeleton(find_model(ref), ref)
 
 
 def on_meta(class_name: str, config: Any) -> Any:

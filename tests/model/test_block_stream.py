@@ -17,29 +17,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gptq_cli.config import ModelRef, QuantizeConfig
+from gptq_cli.config import QuantizeConfig
 from gptq_cli.errors import ModelError, NonFinite, SourceChanged
 from gptq_cli.model import streamed
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.conversion import Conversion, tied_groups
-from gptq_cli.model.find import find_model
 from gptq_cli.model.selection import select_linears
 from gptq_cli.model.shards import ShardFiles
-from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import load_resident
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement, PlacementEntry
+from tests.checkpoint.unquantized import opened
 from tests.conftest import TinyFactory
 from tests.encoders import STYLES, store_in_few_bits
 from tests.tiny import randomize
 
 ON_CPU = Placement((PlacementEntry("", CPU, 0, True),), CPU, "a test")
-
-
-def opened(path: Path, **fields: Any) -> Skeleton:
-    ref = ModelRef(model=str(path), **fields)
-    return open_skeleton(find_model(ref), ref)
 
 
 def readers() -> list[str]:

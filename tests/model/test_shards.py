@@ -18,11 +18,12 @@ from gptq_cli.model import block_stream
 from gptq_cli.model.block_stream import BlockStream
 from gptq_cli.model.find import find_model
 from gptq_cli.model.shards import ReceivedShards, SentShards, ShardFiles
-from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.source_files import defining_files
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from gptq_cli.ranks.channel import Channel
+from tests.checkpoint.unquantized import opened
 from tests.conftest import TinyFactory
 
 ON_CPU = Placement((PlacementEntry("", CPU, 0, True),), CPU, "a test")
@@ -45,11 +46,6 @@ class Tape:
 
     def agreed(self, ready: bool) -> bool:
         return ready and self.ready
-
-
-def opened(path: Path) -> Skeleton:
-    ref = ModelRef(model=str(path))
-    return open_skeleton(find_model(ref), ref)
 
 
 def through(stream: BlockStream) -> dict[str, Tensor]:

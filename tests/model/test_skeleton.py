@@ -18,9 +18,10 @@ from gptq_cli.config import ModelRef
 from gptq_cli.errors import ModelError
 from gptq_cli.model.find import find_model
 from gptq_cli.model.meta import build_meta
-from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.skeleton import open_skeleton
 from gptq_cli.model.source import ModelFiles
 from gptq_cli.placement.names import fold
+from tests.checkpoint.unquantized import opened
 from tests.conftest import TinyFactory
 from tests.tiny import TINY
 
@@ -47,11 +48,6 @@ EXPECTED = {
 }
 TIED = {"llama_tied", "qwen3", "gemma2", "gemma3_text", "gpt2", "opt", "falcon", "bloom", "starcoder2"}
 BIASED = {"qwen2", "gpt2", "opt", "gpt_neox", "bloom", "starcoder2", "stablelm"}
-
-
-def opened(path: Path, **fields: Any) -> Skeleton:
-    ref = ModelRef(model=str(path), **fields)
-    return open_skeleton(find_model(ref), ref)
 
 
 def config_of(path: Path, **changes: Any) -> None:

@@ -22,20 +22,16 @@ from gptq_cli.model.conversion import Conversion, natural_key
 from gptq_cli.model.fill import fill_dense
 from gptq_cli.model.find import find_model
 from gptq_cli.model.meta import build_meta
-from gptq_cli.model.skeleton import Skeleton, open_skeleton
+from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.weights import check_tensor, load_resident
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.placement import Placement, PlacementEntry
+from tests.checkpoint.unquantized import opened
 from tests.conftest import TinyFactory
 from tests.tiny import TINY
 
 CPU = torch.device("cpu")
-
-
-def opened(path: Path, **fields: Any) -> Skeleton:
-    ref = ModelRef(model=str(path), **fields)
-    return open_skeleton(find_model(ref), ref)
 
 
 def placed(entries: dict[str, str]) -> Placement:
