@@ -84,6 +84,8 @@ def test_unsound_files_have_no_figures(tiny_llama: Path, quantized: Path) -> Non
 
 def test_an_error_is_an_event_too(tiny_llama: Path, quantized: Path) -> None:
     done = gptq("quantize", tiny_llama, "--out", quantized, "--progress", "jsonl")
-    *_, said, last = checked_events(done.stderr)
-    assert said == said | {"event": "Log", "text": "error: refused by preflight: 1 error"}
+    *before, said, last = checked_events(done.stderr)
+    found = [event["finding"]["rule"] for event in before if event["event"] == "FindingRaised"]
+    assert found == ["output-exists", "seq-len-positions"]
+    assert said == said | {"event": "Log", "text": "error: refused by preflight: 2 errors"}
     assert (last["event"], last["type"]) == ("Failed", "PreflightRefused")
