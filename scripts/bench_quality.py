@@ -199,7 +199,7 @@ class Evaluator:
 def bench(
     name: str, setting: Setting, model: Path, texts: tuple[str, str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """All rows of one setting but those that the model does not allow."""
+    """All rows of one setting, but those that tune a model which cannot be tuned."""
     import gptq_cli
     from gptq_cli import jobs
     from gptq_cli.errors import PreflightRefused
@@ -219,6 +219,9 @@ def bench(
             try:
                 report = jobs.quantize(job)
             except PreflightRefused as refused:
+                errors = {found.rule for found in refused.report.findings if found.level == "error"}
+                if errors != {"tuning-possible"}:
+                    raise
                 print(f"  {name}: {row}: {refused}", file=sys.stderr, flush=True)
                 continue
             seconds = time.process_time() - started
