@@ -35,6 +35,8 @@ class Hub:
     """SHA-256 of every large file that was sent."""
     writes: list[str] = field(default_factory=list)
     fail_commit: bool = False
+    cut: int = 0
+    """So many downloads of shards break off after 1000 bytes."""
 
     @property
     def environ(self) -> dict[str, str]:
@@ -90,7 +92,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", "c" * 40)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command == "GET":
+        if self.command == "GET" and name.endswith(".safetensors") and self.hub.cut:
+            self.hub.cut -= 1
+            self.wfile.write(content[:1000])
+            self.close_connection = True
+        elif self.command == "GET":
             self.wfile.write(content)
 
     def do_GET(self) -> None:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 QUIET_LIBRARIES = {
     "TQDM_DISABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
 }
 """Bars and advice of libraries would tear the display apart; set in the environment, these win."""

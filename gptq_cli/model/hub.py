@@ -8,6 +8,9 @@ is used.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,6 +35,7 @@ from huggingface_hub.file_download import repo_folder_name
 from gptq_cli.config import ModelRef
 from gptq_cli.devices.out_of_memory import is_out_of_memory
 from gptq_cli.errors import ModelError
+from gptq_cli.files import reason, shown
 from gptq_cli.model.facts import TensorInfo
 from gptq_cli.model.headers import DTYPES
 from gptq_cli.model.source import (
@@ -54,6 +58,7 @@ _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 """HTTP clients of the various versions of `huggingface_hub`; their errors are network errors."""
 _ONLINE = "connect to the network, and unset HF_HUB_OFFLINE"
 _NOT_ALLOWED = (401, 403)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
 
 
@@ -73,6 +78,7 @@ def fetch(ref: ModelRef, *, weights: bool, progress: Progress | None) -> ModelFi
             files = _name_pickles(ref, files)
         if hub_constants.HF_HUB_OFFLINE:
             files = _only_cached(ref, files)
+        files = _fetched_again(same, files)
     return replace(files, revision=_commit(directory))
 
 
@@ -109,6 +115,22 @@ def _only_cached(ref: ModelRef, files: ModelFiles) -> ModelFiles:
         files,
         problems=tuple(
             replace(one, hint=hint) if one.kind in ("no-weights", "missing-shard", "no-tokenizer") else one
+            for one in files.problems
+        ),
+    )
+
+
+def _fetched_again(ref: ModelRef, files: ModelFiles) -> ModelFiles:
+    """The same with a hint that helps for a broken shard: one that is in the cache is not fetched again."""
+
+    def hint(shard: str) -> str:
+        words = ["hf", "download", ref.model, shard, "--force-download"]
+        return shlex.join([*words, *(("--revision", ref.revision) if ref.revision is not None else ())])
+
+    return replace(
+        files,
+        problems=tuple(
+            replace(one, hint=hint(one.subject)) if one.kind in ("truncated-shard", "corrupt-shard") else one
             for one in files.problems
         ),
     )
@@ -218,7 +240,7 @@ def _explained(ref: ModelRef) -> Iterator[None]:
         ) from error
     except RevisionNotFoundError as error:
         raise ModelError(
-            f"{ref.model} on the Hub has no revision {ref.revision}",
+            f"{ref.model} on the Hub has no revision {ref.revision or 'main'}",
             hint="give --revision a branch, a tag or a commit of it, or leave it out",
         ) from error
     except HFValidationError as error:
@@ -226,6 +248,8 @@ def _explained(ref: ModelRef) -> Iterator[None]:
     except NotASafetensorsRepoError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # it was reached, and refused
+            raise _refused(what, error.__cause__) from error
         if lacking := _lacking(ref):
             raise ModelError(
                 f"only a part of {what} is in the cache, and the Hub cannot be reached; there is no "
@@ -238,19 +262,49 @@ def _explained(ref: ModelRef) -> Iterator[None]:
             hint="connect to the network, unset HF_HUB_OFFLINE, or give the path of a local model directory",
         ) from error
     except HfHubHTTPError as error:
+        raise _refused(what, error) from error
+    except json.JSONDecodeError as error:
         raise ModelError(
-            f"the Hub answered for {what}: {first_line(error)}",
-            hint="the token is not accepted, or may not read this: set HF_TOKEN to one that may"
-            if error.response.status_code in _NOT_ALLOWED
-            else "try again later",
+            f"what came for {what} is not an answer of the Hub: {first_line(error)}",
+            hint="check HF_ENDPOINT; a proxy or the login page of a network may have answered in its place",
+        ) from error
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        if error.errno is None:
+            raise _broken_off(what, error) from error
+        raise ModelError(
+            f"{what} cannot be kept in the Hub's cache: {reason(error)}: "
+            f"{shown(error.filename or hub_constants.HF_HUB_CACHE)}",
+            hint="make room there, or set HF_HOME to a directory with room"
+            if error.errno in _FULL
+            else "set HF_HOME to a directory that you may write to",
         ) from error
     except Exception as error:
         if not type(error).__module__.startswith(_HTTP_CLIENTS):
             raise
+        if _lacking(ref):
+            raise _broken_off(what, error) from error
         raise ModelError(
-            f"no such directory: {ref.model}; as a Hub model id it cannot be fetched: {error}",
+            f"no such directory: {ref.model}; as a Hub model id it cannot be fetched: {first_line(error)}",
             hint="check the network, or give the path of a local model directory",
         ) from error
+
+
+def _refused(what: str, error: HfHubHTTPError) -> ModelError:
+    return ModelError(
+        f"the Hub answered for {what}: {first_line(error)}",
+        hint="the token is not accepted, or may not read this: set HF_TOKEN to one that may"
+        if error.response.status_code in _NOT_ALLOWED
+        else "try again later: files that are complete are kept",
+    )
+
+
+def _broken_off(what: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the download of {what} broke off: {first_line(error)}",
+        hint="check the network, and run the same command again: files that are complete are kept",
+    )
 
 
 def _bar(progress: Progress) -> type:

@@ -43,3 +43,15 @@ def test_bytes_as_they_come_and_nothing_from_the_cache(
     assert "download: done in" in again.stderr
     assert again.stderr.split("download: done in")[1].splitlines()[0].endswith(", from the cache")
     assert "Fetching" not in came.stderr + again.stderr
+
+
+def test_a_download_that_breaks_off_goes_on_without_a_word_of_the_library(
+    tiny_llama_sharded: Path, text: Path, tmp_path: Path
+) -> None:
+    with hub_server() as hub:
+        hub.files["me/model"] = {path.name: path.read_bytes() for path in tiny_llama_sharded.iterdir()}
+        hub.private["me/model"], hub.cut = False, 1
+        came = checked(hub.environ, "jsonl", text, tmp_path)
+        assert hub.cut == 0
+    assert all("event" in json.loads(line) for line in came.stderr.splitlines())
+    assert "resume download" not in came.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -135,6 +136,13 @@ def response(status: int) -> Any:
     return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
+def not_in_cache_because(error: Exception) -> LocalEntryNotFoundError:
+    """As `huggingface_hub` says of every answer that is an error, where the cache has nothing either."""
+    missing = LocalEntryNotFoundError("x")
+    missing.__cause__ = error
+    return missing
+
+
 class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names it
     """What the hub's HTTP client raises."""
 
@@ -160,6 +168,29 @@ class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names 
         ),
         (HfHubHTTPError("bad token", response=response(401)), "the Hub answered .*: bad token$", "HF_TOKEN"),
         (ConnectTimeout("slow"), "cannot be fetched: slow", "network"),
+        (
+            not_in_cache_because(HfHubHTTPError("forbidden", response=response(403))),
+            "the Hub answered for .*: forbidden$",
+            "set HF_TOKEN",
+        ),
+        (
+            not_in_cache_because(HfHubHTTPError("busy", response=response(503))),
+            "the Hub answered for .*: busy$",
+            "later",
+        ),
+        (not_in_cache_because(ConnectTimeout("slow")), "Hub cannot be reached", "network"),
+        (
+            OSError("Consistency check failed: 1.\nRetry."),
+            "broke off: Consistency check failed: 1.$",
+            "again",
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "/c/x"), "no space left on device: /c/x$", "room"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/c"),
+            "cache: permission denied: /c$",
+            "HF_HOME",
+        ),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), "not an answer of the Hub", "HF_ENDPOINT"),
     ],
 )
 def test_errors(
@@ -172,6 +203,42 @@ def test_errors(
     with pytest.raises(ModelError, match=says) as caught:
         find_model(ModelRef(model="org/name", revision="v1"))
     assert hint in (caught.value.hint or "")
+
+
+def test_without_a_revision_main_is_named(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RevisionNotFoundError("x", response=response(404))
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"has no revision main$"):
+        find_model(ModelRef(model="org/name"))
+
+
+def test_a_download_that_broke_off_is_not_a_model_that_is_not_there(
+    fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refs = tmp_path / "models--org--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("c0ffee")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectTimeout("slow")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(ModelError, match=r"the download of org/name broke off: slow$") as caught:
+        find_model(ModelRef(model="org/name"))
+    assert "run the same command again" in (caught.value.hint or "")
+
+
+def test_a_broken_shard_in_the_cache_is_fetched_again_by_what_the_hint_says(fake: FakeHub) -> None:
+    """Run again, the command would find it in the cache."""
+    shard = min(fake.source.glob("model-*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (problem,) = find_model(ModelRef(model="org/name")).problems
+    assert problem.kind == "truncated-shard"
+    command = f"hf download org/name {shard.name} --force-download --revision {fake.snapshot.name}"
+    assert problem.hint == command
 
 
 def test_a_defect_is_not_dressed_up(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
