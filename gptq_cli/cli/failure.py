@@ -16,7 +16,9 @@ from contextlib import suppress
 from gptq_cli.cli.output import Output, OutputLostError, write_document
 from gptq_cli.cli.usage import usage_words
 from gptq_cli.display.escapes import console_for, escaped, many_lines, one_line
+from gptq_cli.display.jsonl import JsonlDisplay
 from gptq_cli.errors import DeviceMapError, GptqError, Interrupted, PreflightRefused
+from gptq_cli.events import FindingRaised
 from gptq_cli.files import reason
 from gptq_cli.findings import Finding
 from gptq_cli.results.document import Json, document
@@ -70,11 +72,17 @@ def report_known(error: GptqError, seen: Collection[Finding], *, as_json: bool, 
     return error.exit_code
 
 
-def report_refused(findings: Sequence[Finding]) -> None:
-    """Why a plan is refused, which its result says as well: on stderr for whoever does not see that."""
+def report_refused(findings: Sequence[Finding], json_lines: JsonlDisplay | None) -> None:
+    """Why a plan is refused, which its result says as well: on stderr for whoever does not see that.
+    `json_lines`: what writes stderr where it holds JSON lines alone."""
+    errors = [finding for finding in findings if finding.level == "error"]
+    if json_lines is not None:
+        for finding in errors:
+            json_lines(FindingRaised(finding))
+        return
     streams = (sys.stdout, sys.stderr)
     if not all(stream is not None and stream.isatty() for stream in streams):
-        _write_findings([finding for finding in findings if finding.level == "error"])
+        _write_findings(errors)
 
 
 def report_unknown(error: Exception, *, as_json: bool) -> int:

@@ -85,7 +85,7 @@ def inspect_map(
 
     show(session, report, map_summary)
     if not report.ok:
-        report_refused(report.findings)
+        report_refused(report.findings, session.json_lines)
         raise typer.Exit(3)
 
 

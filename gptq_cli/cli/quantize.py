@@ -224,7 +224,7 @@ def _plan(
 
     show(session, plan, map_summary)
     if not plan.ok:
-        report_refused(plan.findings)
+        report_refused(plan.findings, session.json_lines)
         raise typer.Exit(3)
 
 

@@ -122,3 +122,13 @@ def test_explain_needs_no_model(run: Run) -> None:
     outcome = run("inspect-map", "--explain", "disk-offlaod")
     assert outcome.code == 2
     assert "did you mean disk-offload" in outcome.err
+
+
+@pytest.mark.parametrize("words", ["inspect-map M", "quantize M --out D --dry-run"])
+def test_why_it_is_refused_is_an_event_among_json_lines(words: str, jobs: FakeJobs, run: Run) -> None:
+    jobs.results["inspect_map"] = jobs.results["dry_run"] = refused()
+    outcome = run(*words.split(), "--progress", "jsonl")
+    assert outcome.code == 3
+    events = [json.loads(line) for line in outcome.err.splitlines()]
+    errors = [finding.rule for finding in refused().findings if finding.level == "error"]
+    assert [event["finding"]["rule"] for event in events if event["event"] == "FindingRaised"] == errors != []
