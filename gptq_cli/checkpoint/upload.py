@@ -40,9 +40,9 @@ def look(push: PushConfig) -> HubState:
         return replace(state, invalid="it has no user or organisation in front of a slash")
     if hub_constants.HF_HUB_OFFLINE:
         return replace(state, offline=True)
-    if get_token() is None:
-        return replace(state, has_token=False)
     try:
+        if get_token() is None:
+            return replace(state, has_token=False)
         api = HfApi()
         user = api.whoami()
         state = replace(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from gptq_cli.files import reason
 from gptq_cli.results.about import Check, DoctorReport
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "huggingface_hub", "datasets")
@@ -160,7 +161,15 @@ def _hub(environ: Mapping[str, str]) -> Iterator[Check]:
     if constants.HF_HUB_OFFLINE:
         advice = "HF_HUB_OFFLINE is set: models must be in the cache, or given as directories"
         yield Check(name="hub", found="offline", verdict="note", advice=advice)
-    elif get_token() is None:
+        return
+    try:
+        token = get_token()
+    except OSError as error:
+        found = f"the token cannot be read: {reason(error)}: {constants.HF_TOKEN_PATH}"
+        advice = "set HF_HOME to a directory that you may write to"
+        yield Check(name="hub", found=found, verdict="warning", advice=advice)
+        return
+    if token is None:
         advice = "gated and private models need one: hf auth login"
         yield Check(name="hub", found="online, without a token", verdict="note", advice=advice)
     else:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
+from gptq_cli.checkpoint import upload
 from gptq_cli.checkpoint.upload import reads_only
+from gptq_cli.results.push import PushConfig
 
 
 def token(role: str, **more: Any) -> dict[str, Any]:
@@ -34,3 +38,12 @@ def test_it_may_write_or_nothing_is_said(user: dict[str, Any]) -> None:
 @pytest.mark.parametrize("user", [token("read"), token("fineGrained", **scoped("repo.content.read"))])
 def test_it_only_reads(user: dict[str, Any]) -> None:
     assert reads_only(user)
+
+
+def test_a_token_that_cannot_be_read_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/closed/token")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(upload, "get_token", closed)
+    assert "Permission denied: '/closed/token'" in upload.look(PushConfig(repo_id="me/model")).unreachable
