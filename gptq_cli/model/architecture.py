@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from gptq_cli.config import ModelRef
@@ -48,6 +49,16 @@ _COUNTS = re.compile(
 """Config fields whose value becomes a number of objects."""
 _ENDLESS = 1 << 63
 _KEY_SHOWN = 80
+PLAIN_ANSWERS: Mapping[str, bool] = MappingProxyType(
+    {
+        "return_dict": True,
+        "output_attentions": False,
+        "output_hidden_states": False,
+        "output_router_logits": False,
+    }
+)
+"""Fields that say what a forward gives back beside the logits, and in which form. They are left from
+training, and a reader asks for what it needs: logits alone, by their name."""
 _CONFIG_LIMIT_BYTES = 10_000_000
 
 
@@ -101,7 +112,19 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
             else COMPARE,
         ) from error
     _check_architecture(files.source, raw, config)
+    _answer_plainly(config)
     return config
+
+
+def _answer_plainly(config: Any) -> None:
+    """Switch off what `PLAIN_ANSWERS` names, in the config and in those inside it. The files are not
+    changed."""
+    for name, plain in PLAIN_ANSWERS.items():
+        if getattr(config, name, plain) != plain:
+            setattr(config, name, plain)
+    for inner in vars(config).values():
+        if isinstance(inner, PretrainedConfig):
+            _answer_plainly(inner)
 
 
 def _no_dtype(config: Mapping[str, Any], inside: str = "") -> tuple[str, object] | None:

@@ -103,7 +103,8 @@ def load_model(config: Any, directory: Path, *, trust_remote_code: bool, **optio
     """What the model's own class reads from `directory`: the result of its `from_pretrained`."""
     kind = own_class(config, trust_remote_code=trust_remote_code)
     if kind.__name__ in _REMOTE:
-        return kind.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+        config = copy.deepcopy(config)
+        return kind.from_pretrained(directory, config=config, trust_remote_code=trust_remote_code, **options)
     # not the class's own version: that of Qwen2.5-Omni also opens a pickle with the speakers' voices
     load = PreTrainedModel.from_pretrained.__func__
     return load(kind, directory, config=copy.deepcopy(config), **options)

@@ -51,10 +51,10 @@ def packed_codes(tensors: Sequence[TensorInfo]) -> TensorInfo | None:
 
 
 def is_left_over(quantization: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> bool:
-    """Whether the quantization config describes weights that are not there: all are dense."""
+    """Whether the quantization config describes weights that are not there, or nothing: all are dense."""
     method = str(quantization.get("quant_method"))
     return (
-        method in _SEEN_IN_FILES
+        (not quantization or method in _SEEN_IN_FILES)
         and rotation_of(quantization) is None
         and bool(tensors)
         and all(tensor.dtype in _FLOATS or _is_row(tensor) for tensor in tensors)
@@ -69,11 +69,11 @@ def _is_row(tensor: TensorInfo) -> bool:
 def left_over(source: str, quantization: Mapping[str, Any]) -> SourceProblem:
     """What is said of it."""
     method = as_json(quantization.get("quant_method"))
+    says = f"describes a quantization (quant_method {method})" if quantization else "names no quantization"
     return SourceProblem(
         _LEFT_OVER,
         source,
-        f"its config describes a quantization (quant_method {method}), and all its tensors are dense: "
-        "they are read as they are",
+        f"its quantization config {says}, and all its tensors are dense: they are read as they are",
         "where these are the model's own weights, take quantization_config out of config.json (or remove "
         f"{MODELOPT_FILE})",
     )

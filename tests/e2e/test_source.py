@@ -26,6 +26,7 @@ from gptq_cli.model.weights import load_resident
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.device_map import DeviceMap
 from gptq_cli.placement.placement import Placement, PlacementEntry
+from tests.conftest import TinyFactory
 from tests.e2e.commands import FAST, Ran, gptq, write_text
 
 ON_CPU = Placement((PlacementEntry("", Device("cpu"), 1, True),), Device("cpu"), "test")
@@ -439,3 +440,36 @@ def test_a_package_that_cannot_be_imported_is_no_fault_of_the_config(
             ran = run(place, model)
         refused(place, ran, 1, "cannot import name 'x' from 'torch'")
         assert "config.json" not in ran.stderr
+
+
+LEFT_FROM_TRAINING = {
+    "return_dict": False,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_router_logits": True,
+}
+
+
+def test_what_a_config_asks_of_a_forward_does_not_matter(tiny: TinyFactory, place: Path) -> None:
+    """A forward that gives a tuple, or the routers' losses, is as good as another one."""
+    source = tiny("qwen3_moe")
+    model = place / "model"
+    shutil.copytree(source, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | LEFT_FROM_TRAINING))
+    runs = []
+    for directory in (source, model):
+        out = place / "out" / directory.name
+        text = ("--calibration", place / "text.txt", *FAST, "--fisher-tokens", "96")
+        ran = gptq("quantize", directory, "--out", out, *text)
+        assert ran.code == 0, ran.stderr
+        proof = ("--prompt", "one", "--max-new-tokens", "2", "--eval", place / "text.txt", "--verify")
+        ran = gptq("load", out, *proof, "--against", directory, "--json")
+        assert ran.code == 0, ran.stderr
+        runs.append((load_file(out / "model.safetensors"), ran.document["agreement"]))
+    (plain, agreement), (asked, same) = runs
+    assert plain.keys() == asked.keys()
+    assert all(torch.equal(plain[name], asked[name]) for name in plain)
+    assert agreement == same
+    written = json.loads((place / "out" / "model" / "config.json").read_text())
+    assert {name: written[name] for name in LEFT_FROM_TRAINING} == LEFT_FROM_TRAINING

@@ -250,15 +250,26 @@ def test_packed_codes_are_seen_without_a_config(tmp_path: Path, name: str) -> No
     assert (refused, files.problems) == (f"tensor {name} is int32", ())
 
 
-@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8"])
-def test_a_config_that_was_left_over_is_said_and_not_followed(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"quant_method": "bitsandbytes"}, "describes a quantization (quant_method 'bitsandbytes')"),
+        ({"quant_method": "gptq"}, "describes a quantization (quant_method 'gptq')"),
+        ({"quant_method": "fp8"}, "describes a quantization (quant_method 'fp8')"),
+        ({}, "names no quantization"),
+    ],
+    ids=["bitsandbytes", "gptq", "fp8", "empty"],
+)
+def test_a_config_that_was_left_over_is_said_and_not_followed(
+    tmp_path: Path, config: dict[str, Any], says: str
+) -> None:
     """After QLoRA is merged, say."""
     dense = (tensor("a.weight", "bfloat16", 8, 8), tensor("position_ids", "int64", 1, 8))
-    files, refused = decoded(tmp_path, {"quant_method": method}, *dense)
+    files, refused = decoded(tmp_path, config, *dense)
     assert (files.tensors, refused) == (dense, None)
     (problem,) = files.problems
     assert problem.kind == "left-over-config"
-    assert f"quant_method {method!r}" in problem.message
+    assert says in problem.message
 
 
 @pytest.mark.parametrize(
