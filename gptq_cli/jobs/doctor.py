@@ -157,7 +157,7 @@ def _hub(environ: Mapping[str, str]) -> Iterator[Check]:
             advice="pip install -U huggingface_hub",
         )
         return
-    yield Check(name="hub cache", found=constants.HF_HUB_CACHE, verdict="good")
+    yield _hub_cache(constants.HF_HUB_CACHE)
     if constants.HF_HUB_OFFLINE:
         advice = "HF_HUB_OFFLINE is set: models must be in the cache, or given as directories"
         yield Check(name="hub", found="offline", verdict="note", advice=advice)
@@ -174,3 +174,18 @@ def _hub(environ: Mapping[str, str]) -> Iterator[Check]:
         yield Check(name="hub", found="online, without a token", verdict="note", advice=advice)
     else:
         yield Check(name="hub", found="online, with a token", verdict="good")
+
+
+def _hub_cache(path: str) -> Check:
+    """The directory that keeps what is fetched, or the one that it would be made in."""
+    place = Path(path).absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return Check(name="hub cache", found=path, verdict="good")
+    made = "" if place == Path(path).absolute() else f": {place}"
+    found = f"{path} cannot be written to{made}"
+    advice = (
+        "models that are in it can be read; to fetch others set HF_HOME to a directory that you may write to"
+    )
+    return Check(name="hub cache", found=found, verdict="warning", advice=advice)

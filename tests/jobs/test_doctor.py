@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -24,3 +25,21 @@ def test_a_token_in_a_closed_directory_is_told(monkeypatch: pytest.MonkeyPatch) 
         "warning",
     )
     assert "HF_HOME" in hub.advice
+
+
+@pytest.mark.parametrize(
+    ("cache", "says"),
+    [
+        ("new/hub", ("{}/new/hub", "good")),
+        ("file/hub", ("{0}/file/hub cannot be written to: {0}/file", "warning")),
+        ("file", ("{}/file cannot be written to", "warning")),
+    ],
+)
+def test_a_cache_that_takes_no_files_is_told(
+    cache: str, says: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / cache))
+    (found,) = (check for check in doctor().checks if check.name == "hub cache")
+    assert (found.found, found.verdict) == (says[0].format(tmp_path), says[1])
+    assert not (tmp_path / "new").exists()
