@@ -45,7 +45,7 @@ def push_unreachable(case: HubState) -> list[Remark]:
     if not case.unreachable:
         return []
     hint = (
-        "check the network, HF_ENDPOINT and HF_TOKEN; a checkpoint can also be uploaded later: gptq push DIR"
+        "check the network, HF_ENDPOINT and HF_TOKEN; a checkpoint can be uploaded later: gptq push DIR"
     )
     return [_remark(case, f"the Hub cannot be asked: {case.unreachable}", hint)]
 
