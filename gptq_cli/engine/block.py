@@ -45,6 +45,7 @@ from gptq_cli.model.blocks import assign, weight_matrix
 from gptq_cli.model.skeleton import LinearInfo
 from gptq_cli.model.weights import check_tensor
 from gptq_cli.placement.names import fold
+from gptq_cli.ranks.leaves import Share
 from gptq_cli.results.run import LinearReport
 
 
@@ -238,7 +239,7 @@ def _collect(
     """The moments of each stage over every micro-batch; the inputs are checked to be finite."""
     paired = inputs.share.pairs > 0 and all(stage.once for stage in step.stages)
     moments = {
-        stage: memory.enter_context(_moments(context, stage, inputs.share.pairs, dense=paired))
+        stage: memory.enter_context(_moments(context, stage, inputs.share, dense=paired))
         for stage in step.stages
     }
     starts = [0, *accumulate(len(batch) for batch in inputs.samples)]
@@ -286,7 +287,7 @@ def _look_again(
     return non_finite_error(seen, batch, context.block.name, stage.leader)
 
 
-def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense: bool) -> StageMoments:
+def _moments(context: BlockContext, stage: Stage, share: Share, *, dense: bool) -> StageMoments:
     """Empty moments for a stage. `dense`: the paired samples come with their dense copy.
 
     What the output lacks, (N, K), is collected where there is a residual to it, and where that is at most
@@ -299,11 +300,12 @@ def _moments(context: BlockContext, stage: Stage, paired_samples: int, *, dense:
     return StageMoments(
         columns,
         context.block.device,
-        samples=paired_samples,
+        samples=share.pairs,
         dense=dense,
         weight=weight if narrow or residual is not None else None,
         bias=None if residual is None else getattr(module, "bias", None),
         gain=None if residual is None else residual.gain,
+        one_start=share.one_start and stage.once,
     )
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from gptq_cli.devices.accelerators import working_on
 from gptq_cli.devices.host_buffers import to_device
 from gptq_cli.engine.calls import UNSUPPORTED, BlockCall, taken
 from gptq_cli.errors import GptqError
+from gptq_cli.gptq.first_token import shared_start
 from gptq_cli.model.flow import Flow
 from gptq_cli.ranks.leaves import Share
 from gptq_cli.ranks.team import ALONE, Team, share_samples
@@ -222,7 +223,7 @@ def capture(
     """
     probe, recorder = _Recorder(flow, len(blocks)), _Recorder(flow, len(blocks))
     _record(model, blocks, input_ids[:1, :PROBE_TOKENS].to(input_device), probe)
-    share = samples_of(team, len(input_ids), paired_samples, batch_size)
+    share = samples_of(team, input_ids, paired_samples, batch_size)
     done = 0
     for batch in share.batches:
         _record(model, blocks, input_ids[list(batch)].to(input_device), recorder)
@@ -239,11 +240,12 @@ def capture(
     )
 
 
-def samples_of(team: Team, samples: int, paired_samples: int, batch_size: int) -> Share:
+def samples_of(team: Team, input_ids: Tensor, paired_samples: int, batch_size: int) -> Share:
     """The samples that this rank works on, in micro-batches, of which the first ones are paired."""
-    pairs = spread(samples, paired_samples)
-    others = [number for number in range(samples) if number not in set(pairs)]
-    return share_samples(team, pairs, others, batch_size)
+    pairs = spread(len(input_ids), paired_samples)
+    others = [number for number in range(len(input_ids)) if number not in set(pairs)]
+    share = share_samples(team, pairs, others, batch_size)
+    return replace(share, one_start=shared_start(input_ids))
 
 
 def _record(model: nn.Module, blocks: Sequence[nn.Module], ids: Tensor, recorder: _Recorder) -> None:

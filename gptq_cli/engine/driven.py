@@ -95,7 +95,7 @@ class Driven:
         between: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._blocks, self._flow, self._between = list(blocks), flow, between
-        self.share = samples_of(team, len(input_ids), paired_samples, batch_size)
+        self.share = samples_of(team, input_ids, paired_samples, batch_size)
 
         def opened(batch: tuple[int, ...]) -> ModelForward:
             return ModelForward(model, input_ids[list(batch)].to(input_device))

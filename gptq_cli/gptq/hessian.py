@@ -53,6 +53,8 @@ class Hessian(Moment):
     def add(
         self,
         x: Tensor,  # (..., K) inputs of the linear, any floating dtype; every row is a token
+        *,
+        counted: bool = True,  # False: tokens that were added before, and weigh more
     ) -> None:
         """Add tokens. Cost: tokens·K² multiply-adds, the lower half of K by K in block rows."""
         H, K = self._growing(), self.in_features
@@ -63,7 +65,7 @@ class Hessian(Moment):
             with _matmul_scope(x.dtype, H.device):
                 for a, b in block_rows(K):
                     add_product_(H[a:b, :b], X[:, a:b].T, X[:, :b])
-        self.tokens += rows.shape[0]
+        self.tokens += rows.shape[0] if counted else 0
 
     def _stored(self, total: Tensor) -> list[Tensor]:
         return [total[a:b, :b] for a, b in block_rows(self.in_features)]
@@ -100,6 +102,8 @@ class CrossMoment(Moment):
         self,
         error: Tensor,  # (..., N)
         x: Tensor,  # (..., K) of the same tokens
+        *,
+        counted: bool = True,  # as in `Hessian.add`
     ) -> None:
         """Add tokens; both must hold the same ones in the same order. Cost: tokens·N·K multiply-adds."""
         C = self._growing()
@@ -115,7 +119,7 @@ class CrossMoment(Moment):
                 continue
             with _matmul_scope(wider, C.device):
                 add_product_(C, e.to(C.device, dtype).T, q.to(C.device, dtype))
-        self.tokens += X.shape[0]
+        self.tokens += X.shape[0] if counted else 0
 
     def finite(self) -> Tensor:
         """A bool on the device, False when NaN or infinity came in with an error. Looks at one column: each

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from gptq_cli.gptq.choice import OWN_FACTORS, Factors, StepChoice, choose_step
+from gptq_cli.gptq.first_token import add_tokens
 from gptq_cli.gptq.gain import Gain, outputs_of
 from gptq_cli.gptq.goal import Part, bounded_step, full_step
 from gptq_cli.gptq.hessian import CrossMoment, Hessian
 from gptq_cli.gptq.matmul import exact_matmul
 
 HELD_OUT_SHARE = 4
-"""One pair in so many is held out: the last ones, which come from another part of the text."""
+"""One pair in so many is held out: the last ones, from another part of the text."""
 ROWS_ASKED = 256
 """About this many rows decide on α and λ, every n-th of the stage: rows agree, and each costs 3·K² per λ."""
 
@@ -36,7 +37,7 @@ class StageMoments:
     `samples`: how many will have a dense copy. `weight` (N, K), dense: given where errors of the output are
     collected, the B of goal.py, and not those of the input, its D: where the output is added to a residual,
     whose error the goal then corrects as well (`add` takes it as `gap`), or where there are few rows. `gain`:
-    what happens to the output before; tokens then count for what it leaves of them.
+    what happens to the output before; tokens count for what it leaves of them. `one_start`: first_token.py.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class StageMoments:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         gain: Gain | None = None,
+        one_start: bool = False,
     ) -> None:
-        self._weight, self._bias, self._gain = weight, bias, gain
-        self._fit_samples = samples - samples // HELD_OUT_SHARE
-        self._device = device
+        self._weight, self._bias, self._gain, self._one_start = weight, bias, gain, one_start
+        self._fit_samples, self._device = samples - samples // HELD_OUT_SHARE, device
         self._stack = ExitStack()
         self._fit = self._stack.enter_context(Hessian(in_features, device))
         self._held: Hessian | None = None
@@ -105,7 +106,7 @@ class StageMoments:
                 self.add(x[one], _part(dense, one), first_sample + i, _part(gap, one))
             return
         if dense is None or self._held is None or self._fit_error is None or self._held_error is None:
-            self._fit.add(self._scaled(x)[0])
+            add_tokens(self._scaled(x)[0], self._fit, one_start=self._one_start)
             return
         cut = min(max(self._fit_samples - first_sample, 0), x.shape[0])
         for part, hessian, cross in (
@@ -114,8 +115,7 @@ class StageMoments:
         ):
             if len(x[part]):
                 inputs, error = self._error(x[part], dense[part], _part(gap, part))
-                hessian.add(inputs)
-                cross.add(error, inputs)
+                add_tokens(inputs, hessian, error, cross, one_start=self._one_start)
 
     def _error(
         self, x: Tensor, dense: Tensor, gap: Tensor | None

@@ -69,6 +69,8 @@ class Share:
     """Paired samples before these."""
     pairs: int = 0
     """Paired samples of all ranks."""
+    one_start: bool = False
+    """All samples, those of other ranks too, begin with the same token."""
 
 
 def micro_batches(samples: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:

@@ -44,9 +44,7 @@ def push_unreachable(case: HubState) -> list[Remark]:
     """An upload is asked for, and the Hub cannot be reached or does not accept the token."""
     if not case.unreachable:
         return []
-    hint = (
-        "check the network, HF_ENDPOINT and HF_TOKEN; a checkpoint can be uploaded later: gptq push DIR"
-    )
+    hint = "check the network, HF_ENDPOINT and HF_TOKEN; a checkpoint can be uploaded later: gptq push DIR"
     return [_remark(case, f"the Hub cannot be asked: {case.unreachable}", hint)]
 
 
