@@ -61,7 +61,8 @@ def emphasis(x: Tensor) -> Tensor:  # (samples, seq_len, K) -> (samples, 1), flo
     """s of each sample; no larger than x's dtype can hold s·x₀."""
     first = x[:, 0].float()
     own = first.square().sum(-1)
-    others = torch.linalg.vector_norm(x[:, 1:], dim=(1, 2), dtype=torch.float32).square()
+    # one sample at a time: a CPU widens what it sums
+    others = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in x[:, 1:]]).square()
     weight = SHARE * (others / own).clamp(max=x.shape[1] - 1)
     room = torch.finfo(x.dtype).max / 2 / first.abs().amax(-1)
     s = torch.minimum((weight - 1).clamp(min=0).sqrt(), room)
