@@ -9,8 +9,9 @@ s² x₀ x₀ᵀ to the sums, and what its output lacks in proportion, with
 
     s² + 1 = min(Σ ‖x_t‖² / ‖x₀‖², seq_len - 1) / 4      t > 0, at least 1
 
-which makes it count as a quarter of the sample's other tokens do, in number or in energy: where ‖x₀‖ is large
-already (massive activations), H is as it was, and with it the damping.
+which makes it count as a quarter of the sample's other tokens do, in number or in energy, whichever is less:
+where ‖x₀‖ is large already (massive activations), H is as it was, and with it the damping. Experts, to which
+tokens are routed, are left out.
 
 Where samples begin with different tokens this does not hold (tried: their first tokens are too few to learn
 from), and nothing is added.
@@ -50,20 +51,28 @@ def add_tokens(
         cross.add(error, x)
     if not one_start:
         return
-    s = emphasis(x)
+    s = emphasis(x, error)
     first = (x[:, 0] * s).to(x.dtype)
     hessian.add(first, counted=False)
     if error is not None and cross is not None:
         cross.add((error[:, 0] * s).to(error.dtype), first, counted=False)
 
 
-def emphasis(x: Tensor) -> Tensor:  # (samples, seq_len, K) -> (samples, 1), float32
-    """s of each sample; no larger than x's dtype can hold s·x₀."""
-    first = x[:, 0].float()
-    own = first.square().sum(-1)
+def emphasis(
+    x: Tensor,  # (samples, seq_len, K)
+    error: Tensor | None = None,  # (samples, seq_len, N)
+) -> Tensor:  # (samples, 1), float32
+    """s of each sample; no larger than the dtypes of s·x₀ and of s·e₀ can hold."""
+    own = x[:, 0].float().square().sum(-1)
     # one sample at a time: a CPU widens what it sums
     others = torch.stack([torch.linalg.vector_norm(one, dtype=torch.float32) for one in x[:, 1:]]).square()
     weight = SHARE * (others / own).clamp(max=x.shape[1] - 1)
-    room = torch.finfo(x.dtype).max / 2 / first.abs().amax(-1)
-    s = torch.minimum((weight - 1).clamp(min=0).sqrt(), room)
+    s = torch.minimum((weight - 1).clamp(min=0).sqrt(), _room(x))
+    if error is not None:
+        s = torch.minimum(s, _room(error))
     return torch.where(own > 0, s, 0.0)[:, None]
+
+
+def _room(x: Tensor) -> Tensor:  # (samples, seq_len, K) -> (samples,)
+    """What the first tokens can be multiplied with."""
+    return torch.finfo(x.dtype).max / 2 / x[:, 0].float().abs().amax(-1)

@@ -166,7 +166,7 @@ def _hub(environ: Mapping[str, str]) -> Iterator[Check]:
         token = get_token()
     except OSError as error:
         found = f"the token cannot be read: {reason(error)}: {constants.HF_TOKEN_PATH}"
-        advice = "set HF_HOME to a directory that you may write to"
+        advice = "make it readable, or set HF_TOKEN"
         yield Check(name="hub", found=found, verdict="warning", advice=advice)
         return
     if token is None:
@@ -181,11 +181,9 @@ def _hub_cache(path: str) -> Check:
     place = Path(path).absolute()
     while not os.path.lexists(place):
         place = place.parent
-    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+    if os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK):
         return Check(name="hub cache", found=path, verdict="good")
     made = "" if place == Path(path).absolute() else f": {place}"
     found = f"{path} cannot be written to{made}"
-    advice = (
-        "models that are in it can be read; to fetch others set HF_HOME to a directory that you may write to"
-    )
+    advice = "to fetch models, set HF_HUB_CACHE to a directory that you may write to"
     return Check(name="hub cache", found=found, verdict="warning", advice=advice)

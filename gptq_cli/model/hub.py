@@ -59,6 +59,7 @@ _HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 _ONLINE = "connect to the network, and unset HF_HUB_OFFLINE"
 _NOT_ALLOWED = (401, 403)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 LEFT_OUT = ("*/*", "*.safetensors", *(f"*{suffix}" for suffix in PICKLES), "*.gguf", "*.onnx")
 
 
@@ -273,13 +274,7 @@ def _explained(ref: ModelRef) -> Iterator[None]:
             raise
         if error.errno is None:
             raise _broken_off(what, error) from error
-        raise ModelError(
-            f"{what} cannot be kept in the Hub's cache: {reason(error)}: "
-            f"{shown(error.filename or hub_constants.HF_HUB_CACHE)}",
-            hint="make room there, or set HF_HOME to a directory with room"
-            if error.errno in _FULL
-            else "set HF_HOME to a directory that you may write to",
-        ) from error
+        raise _not_kept(what, error) from error
     except Exception as error:
         if not type(error).__module__.startswith(_HTTP_CLIENTS):
             raise
@@ -298,6 +293,21 @@ def _refused(what: str, error: HfHubHTTPError) -> ModelError:
         if error.response.status_code in _NOT_ALLOWED
         else "try again later: files that are complete are kept",
     )
+
+
+def _not_kept(what: str, error: OSError) -> ModelError:
+    where = str(error.filename or hub_constants.HF_HUB_CACHE)
+    if where == hub_constants.HF_TOKEN_PATH:
+        return ModelError(
+            f"the Hub's token cannot be read: {reason(error)}: {shown(where)}",
+            hint="make it readable, or set HF_TOKEN",
+        )
+    hint = None
+    if error.errno in _FULL:
+        hint = "make room there, or set HF_HUB_CACHE to a directory with room"
+    elif error.errno in _CLOSED:
+        hint = "set HF_HUB_CACHE to a directory that you may read and write"
+    return ModelError(f"{what} cannot be kept in the Hub's cache: {reason(error)}: {shown(where)}", hint=hint)
 
 
 def _broken_off(what: str, error: Exception) -> ModelError:

@@ -53,6 +53,12 @@ def test_a_dtype_holds_what_it_becomes() -> None:
     first = (x[:, 0] * emphasis(x)).to(x.dtype)
     assert torch.isfinite(first).all()
     assert float(first.max()) > 30000
+    small, error = torch.cat([x[:, :1] / 1000, x[:, 1:]], dim=1), x
+    assert float(emphasis(small).min()) > 2
+    with Hessian(2) as hessian, CrossMoment(2, CPU) as cross:
+        add_tokens(small, hessian, error, cross, one_start=True)
+        assert hessian.finite()
+        assert cross.finite()
 
 
 def test_the_sums_have_it_and_the_count_has_not(x: Tensor) -> None:

@@ -24,7 +24,7 @@ def test_a_token_in_a_closed_directory_is_told(monkeypatch: pytest.MonkeyPatch) 
         "the token cannot be read: permission denied: /closed/token",
         "warning",
     )
-    assert "HF_HOME" in hub.advice
+    assert "HF_TOKEN" in hub.advice
 
 
 @pytest.mark.parametrize(

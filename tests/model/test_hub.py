@@ -188,7 +188,12 @@ class ConnectTimeout(Exception):  # noqa: N818 - named as the HTTP client names 
         (
             PermissionError(errno.EACCES, "Permission denied", "/c"),
             "cache: permission denied: /c$",
-            "HF_HOME",
+            "HF_HUB_CACHE",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", constants.HF_TOKEN_PATH),
+            "the Hub's token cannot be read: permission denied: ",
+            "HF_TOKEN",
         ),
         (json.JSONDecodeError("Expecting value", "<html>", 0), "not an answer of the Hub", "HF_ENDPOINT"),
     ],
