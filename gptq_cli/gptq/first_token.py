@@ -13,8 +13,8 @@ which makes it count as a quarter of the sample's other tokens do, in number or 
 where ‖x₀‖ is large already (massive activations), H is as it was, and with it the damping. Experts, to which
 tokens are routed, are left out.
 
-Where samples begin with different tokens this does not hold (tried: their first tokens are too few to learn
-from), and nothing is added.
+Where samples begin with different tokens this does not hold, and nothing is added. (Weights that follow the
+gradient, largest for the first tokens, made such text worse: docs/quality.md, "Tried and left out".)
 
 Source for the sink: StreamingLLM (arXiv 2309.17453), section 3.1; massive activations: arXiv 2402.17762. The
 weight is our own.

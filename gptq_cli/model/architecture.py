@@ -49,7 +49,7 @@ _COUNTS = re.compile(
 """Config fields whose value becomes a number of objects."""
 _ENDLESS = 1 << 63
 _KEY_SHOWN = 80
-PLAIN_ANSWERS: Mapping[str, bool] = MappingProxyType(
+_PLAIN_ANSWERS: Mapping[str, bool] = MappingProxyType(
     {
         "return_dict": True,
         "output_attentions": False,
@@ -117,9 +117,9 @@ def load_config(files: ModelFiles, ref: ModelRef) -> Any:
 
 
 def _answer_plainly(config: Any) -> None:
-    """Switch off what `PLAIN_ANSWERS` names, in the config and in those inside it. The files are not
+    """Switch off what `_PLAIN_ANSWERS` names, in the config and in those inside it. The files are not
     changed."""
-    for name, plain in PLAIN_ANSWERS.items():
+    for name, plain in _PLAIN_ANSWERS.items():
         if getattr(config, name, plain) != plain:
             setattr(config, name, plain)
     for inner in vars(config).values():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -43,3 +45,20 @@ def test_a_cache_that_takes_no_files_is_told(
     (found,) = (check for check in doctor().checks if check.name == "hub cache")
     assert (found.found, found.verdict) == (says[0].format(tmp_path), says[1])
     assert not (tmp_path / "new").exists()
+
+
+def test_a_cache_behind_a_closed_directory_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As a link into a directory of somebody else."""
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "closed" / "hub")
+    stat = os.stat
+
+    def refused(path: Any, *words: Any, **options: Any) -> os.stat_result:
+        if str(path) == str(link) and options.get("follow_symlinks", True):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *words, **options)
+
+    monkeypatch.setattr(os, "stat", refused)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(link))
+    (found,) = (check for check in doctor().checks if check.name == "hub cache")
+    assert (found.found, found.verdict) == (f"{link} cannot be written to", "warning")
