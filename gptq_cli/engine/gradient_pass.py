@@ -145,7 +145,7 @@ class _Pass:
         """The gradients at what the last block hands on, in the place of it."""
         run = self._run
         main = torch_device(run.placement.main_device)
-        model = open_dense_part(run.skeleton, lambda name: main, with_head=True)
+        model = open_dense_part(run.skeleton, lambda name: main, behind=True)
         _refuse_empty(model, run.skeleton.blocks)
         tail = ModelTail(
             model=language_model(model),

@@ -14,27 +14,35 @@ import torch
 
 from gptq_cli.errors import CheckpointError, ModelError
 from gptq_cli.model.conversion import Conversion
-from gptq_cli.model.fill import Filler, check_filled, compute_buffers
+from gptq_cli.model.expert_linears import hollow
+from gptq_cli.model.fill import Filler, all_tensors, check_filled, compute_buffers
 from gptq_cli.model.skeleton import Skeleton
 from gptq_cli.model.streamed import StreamedReader
 from gptq_cli.model.text_part import uncalled_tensors
+from gptq_cli.placement.names import parents
 
 
 def open_dense_part(
-    skeleton: Skeleton, device_of: Callable[[str], torch.device], *, with_head: bool = False
+    skeleton: Skeleton, device_of: Callable[[str], torch.device], *, behind: bool = False
 ) -> Any:
     """A copy of the skeleton's model: eval, no gradients, no cache. Weights that are packed stay on the meta
-    device, but for those of the head `with_head`, as does what a forward on text does not call; all else is
-    where `device_of` says.
+    device, as does what a forward on text does not call; all else is where `device_of` says.
+
+    `behind`: for what lies behind the blocks alone. All that is in them stays on the meta device, and the
+    head is there even where it is packed.
 
     Raises `ModelError` naming a tensor that cannot be read, and `SourceChanged`.
     """
     model: Any = copy.deepcopy(skeleton.model)
     model.requires_grad_(False)
     model.config.use_cache = False
-    packed_linears = skeleton.linears if with_head else skeleton.packed
+    hollow(model, [linear.name for linear in skeleton.linears])
+    packed_linears = skeleton.linears if behind else skeleton.packed
     packed = {f"{name}.weight" for linear in packed_linears for name in (linear.name, *linear.also_at)}
     unread = packed | uncalled_tensors(model, skeleton.blocks, head=True)
+    if behind:
+        blocks = frozenset(skeleton.blocks)
+        unread |= {name for name, _ in all_tensors(model) if not blocks.isdisjoint(parents(name))}
     filler = Filler(model, Conversion(model), skeleton.keys, skeleton.dtype)
     names = [name for name in filler.names if name not in unread]
     files = skeleton.files

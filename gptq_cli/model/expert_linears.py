@@ -124,6 +124,25 @@ def drop_parameters(module: nn.Module) -> None:
         module.__dict__[tensor.leaf] = torch.empty_like(parameter, device="meta")
 
 
+def hollow(model: nn.Module, names: Iterable[str]) -> None:
+    """Put linears with their weights on the meta device in the places of those of `names` that are linears of
+    fused experts, and free the parameters of these, in place.
+
+    A forward can then be given the weights, like those of all other linears (`torch.func.functional_call`).
+    Raises `ModelError` where only some of a parameter's linears are named.
+    """
+    owners: dict[nn.Module, None] = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        if isinstance(linear, ExpertLinear):
+            owners[linear.owner] = None
+            size, dtype = (linear.in_features, linear.out_features), linear.weight.dtype
+            empty = nn.Linear(*size, bias=False, device="meta", dtype=dtype)
+            model.set_submodule(name, empty.requires_grad_(False).eval())
+    for owner in owners:
+        drop_parameters(owner)
+
+
 _TENSORS = "fused_tensors"
 """The attribute of an unfused module that has its `FusedTensor`s."""
 

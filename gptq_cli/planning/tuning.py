@@ -8,6 +8,7 @@ of a step, t = those of a micro-batch in it:
                           MOVING_BYTES for each of their scales
                           the largest of them decoded: DECODED_BYTES + DECODED_COPIES · b for each weight
                           t · (GRADIENT_HIDDEN · h + GRADIENT_ROWS · ΣR) · 4: what its backward holds,
+                          R of experts by the share of tokens that comes to them,
                           and GRADIENT_SCORES · seq_len more for each head whose scores are a tensor
     where states rest     T · h · b of the dense stream; what enters every block for a step, and gradients:
                           (blocks + 2) · S · h · b; or twice the held-out samples
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gptq_cli.model.facts import ModelFacts
+from gptq_cli.model.facts import LinearFact, ModelFacts
 from gptq_cli.placement.device import Device
 from gptq_cli.placement.names import parents
 from gptq_cli.placement.placement import Placement
@@ -69,7 +70,7 @@ def _parts(
     b, h = facts.dtype_bytes, facts.hidden_size
     blocks = frozenset(facts.blocks)
     runs_there = {block.name for block in schedule.blocks if block.execution_device == device}
-    packed = {f"{linear.name}.weight" for linear in facts.packed}
+    packed = {name for linear in facts.packed for name in (f"{linear.name}.weight", linear.part_of)}
     dense = [tensor for tensor in facts.tensors if tensor.name not in packed]
     if device == placement.main_device:
         yield sum(t.size_bytes for t in dense if blocks.isdisjoint(parents(t.name)))
@@ -82,7 +83,7 @@ def _parts(
     for block, linears in block_linears(facts).items():
         if block in runs_there:
             weights = sum(x.in_features * x.out_features for x in linears)
-            rows = sum(x.out_features for x in linears)
+            rows = round(sum(x.out_features * _share(facts, x) for x in linears))
             backward = backward_bytes(facts, rows, micro_batch, schedule.seq_len)
             largest = max(largest, (DECODED_BYTES + DECODED_COPIES * b) * weights + backward)
             scales += sum(
@@ -99,8 +100,13 @@ def tuning_multiply_adds(facts: ModelFacts, work: Work) -> float:
     """Of the whole tuning, as a forward counts them."""
     samples = work.paired_samples
     held = max(1, samples // TUNE_HELD_OUT)
-    blocks = sum(x.in_features * x.out_features for x in facts.linears)
+    blocks = sum(x.in_features * x.out_features * _share(facts, x) for x in facts.linears)
     step = FORWARDS * blocks + HEAD_FORWARDS * head_weights(facts)
     look = blocks + 2 * head_weights(facts)
     passes = work.quantize.tune_epochs * (samples - held) * step + LOOKS * held * look
     return float(work.calibration.seq_len * passes)
+
+
+def _share(facts: ModelFacts, linear: LinearFact) -> float:
+    """Of the tokens, that come to a linear."""
+    return facts.routed_share if linear.routed else 1.0

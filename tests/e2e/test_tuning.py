@@ -47,6 +47,21 @@ def reference(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+def test_experts_are_tuned_like_other_linears(tiny_moe: Path, text: Path, tmp_path: Path) -> None:
+    tuned, plain = tmp_path / "tuned", tmp_path / "plain"
+    assert quantized(tiny_moe, plain, text, "--tune-epochs", "0").code == 0
+    ran = quantized(tiny_moe, tuned, text, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.document["tuning"]["part"] > 0
+    assert ran.document["tuning"]["kl_after"] < 0.99 * ran.document["tuning"]["kl_before"]
+    before, after = (load_file(out / "model.safetensors") for out in (plain, tuned))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} == {"scales", "weight"}
+    assert any("experts" in name for name in changed)
+    loaded = gptq("load", tuned, "--json")
+    assert loaded.code == 0, loaded.stderr
+
+
 def test_codes_stay_and_the_kl_falls(tiny_llama: Path, text: Path, reference: Path, tmp_path: Path) -> None:
     report = gptq("report", reference, "--json").document
     found = report["tuning"]
@@ -151,10 +166,9 @@ def test_codes_that_are_damaged_after_the_scales_were_tuned(
 
 
 def test_what_cannot_be_tuned_is_refused_before_a_weight_is_read(
-    tiny_moe: Path, tiny_llama: Path, text: Path, tmp_path: Path
+    tiny_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     for model, more, why in (
-        (tiny_moe, (), "its experts are parts of one tensor"),
         (tiny_llama, ("--quantize-head",), "its head is to be quantized"),
         (tiny_llama, ("--samples", "1"), "none is left to tune on"),
     ):

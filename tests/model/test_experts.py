@@ -9,10 +9,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from gptq_cli.errors import ModelError
 from gptq_cli.model.blocks import assign, find_blocks, find_linears
-from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters, unfuse
+from gptq_cli.model.expert_linears import ExpertLinear, drop_parameters, hollow, unfuse
 from gptq_cli.model.experts import find_experts
 from gptq_cli.model.fused import FusedTensor, as_matrices
 from tests.model.test_trace import EXPERTS, SMALL
@@ -153,6 +154,23 @@ def test_parameters_can_be_dropped_once_the_linears_are_replaced() -> None:
     drop_parameters(module)
     assert not list(module.named_parameters(recurse=False))
     assert torch.allclose(logits(model), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_hollow_model_computes_with_the_weights_that_it_is_given(name: str) -> None:
+    model = model_of(name)
+    expected = logits(model)
+    unfuse(model, find_experts(model, find_blocks(model)[1]).experts)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, ExpertLinear)}
+    stacks = {(m.owner, m.tensor.leaf) for m in linears.values()}
+    weights = {f"{n}.weight": m.weight.clone().requires_grad_() for n, m in linears.items()}
+    hollow(model, linears)
+    assert all(model.get_submodule(n).weight.is_meta for n in linears)
+    assert not any(leaf in owner._parameters for owner, leaf in stacks)
+    found = functional_call(model, weights, (), {"input_ids": IDS, "use_cache": False}).logits
+    assert torch.allclose(found, expected, atol=2e-4, rtol=1e-4)
+    found.square().sum().backward()
+    assert any(bool(weight.grad.any()) for weight in weights.values() if weight.grad is not None)
 
 
 class Experts(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gptq_cli.config import CalibrationConfig, QuantizeConfig
+from gptq_cli.model.facts import TensorFact
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.placement import Placement, PlacementEntry
 from gptq_cli.placement.schedule import TUNE_LOGITS
@@ -16,7 +17,7 @@ from gptq_cli.planning.rates import MachineRates
 from gptq_cli.planning.time import Done, job_seconds
 from gptq_cli.planning.tuning import head_weights, tuning_bytes
 from tests.planning.schedules import schedule
-from tests.preflight.shapes import llama, resolved
+from tests.preflight.shapes import llama, mixture, resolved
 
 H, INNER, BLOCKS = 1024, 4096, 4
 FACTS = llama(blocks=BLOCKS, hidden=H, inner=INNER)
@@ -74,3 +75,45 @@ def test_a_plan_needs_room_for_it() -> None:
         resolved("cpu", large, work=Work(replace(DENSE, tune_epochs=epochs), DATA)) for epochs in (0, 1)
     )
     assert tuned.devices[-1].predicted_peak_bytes > plain.devices[-1].predicted_peak_bytes + (1 << 28)
+
+
+EXPERTS = 8
+MIXED = mixture(EXPERTS, H, 512)
+ROUTED = 3 * H * 512
+"""Weights of one expert."""
+
+
+def test_experts_count_by_the_tokens_that_come_to_them() -> None:
+    work = Work(replace(DENSE, tune_epochs=1), DATA)
+    placement = Placement((PlacementEntry("", CPU, MIXED.size_bytes, parameters=True),), CPU, "a test")
+    plan = schedule(MIXED, work, parked=True)
+    all_tokens = replace(MIXED, routed_share=1.0)
+    rows = EXPERTS * (2 * 512 + H)
+    more = tuning_bytes(all_tokens, work, placement, plan, CPU) - tuning_bytes(
+        MIXED, work, placement, plan, CPU
+    )
+    assert more == 4 * plan.micro_batch_tokens * tuning.GRADIENT_ROWS * rows * (1 - MIXED.routed_share)
+    steps = tuning.tuning_multiply_adds(all_tokens, work) - tuning.tuning_multiply_adds(MIXED, work)
+    forwards = 64 * (tuning.FORWARDS * 14 + tuning.LOOKS * 2)
+    assert steps == pytest.approx(forwards * 2 * EXPERTS * ROUTED * (1 - MIXED.routed_share))
+
+
+def test_a_tensor_that_holds_all_experts_is_packed() -> None:
+    work = Work(replace(DENSE, tune_epochs=1), DATA)
+    placement = Placement((PlacementEntry("", CPU, MIXED.size_bytes, parameters=True),), CPU, "a test")
+    plan = schedule(MIXED, work, parked=True)
+
+    def stack(name: str) -> str:
+        return f"{name.partition('.experts.')[0]}.experts.{name.rpartition('.')[2]}"
+
+    linears = [replace(x, part_of=stack(x.name)) if x.routed else x for x in MIXED.linears]
+    stacked: dict[str, TensorFact] = {}
+    for tensor in MIXED.tensors:
+        name = stack(tensor.name.removesuffix(".weight")) if ".experts." in tensor.name else tensor.name
+        held = stacked.get(name, TensorFact(name, 0, 0))
+        elements, size = held.elements + tensor.elements, held.size_bytes + tensor.size_bytes
+        stacked[name] = TensorFact(name, elements, size)
+    fused = replace(MIXED, linears=tuple(linears), tensors=tuple(stacked.values()))
+    assert len(fused.tensors) < len(MIXED.tensors)
+    found, apart = (tuning_bytes(facts, work, placement, plan, CPU) for facts in (fused, MIXED))
+    assert found == apart

@@ -269,14 +269,12 @@ def tuning_possible(case: JobCase) -> list[Remark]:
     """The model is to be tuned, and cannot be gone back through block by block, or there is too little text.
 
     Tuning takes gradients through one block at a time, each by itself, and decodes a block's linears from
-    their codes. That leaves out models whose own code runs between the blocks, linears that are parts of one
-    tensor of all experts, weights that several blocks share, and a quantized head. One sample at least is
-    held out and decides, so two are the fewest.
+    their codes. That leaves out models whose own code runs between the blocks, weights that several blocks
+    share, and a quantized head. One sample at least is held out and decides, so two are the fewest.
     """
     facts, samples = case.facts, case.work.paired_samples
     reasons = {  # and what else could be done than not to tune
         "the model's own code runs between its blocks": (bool(facts.between), ""),
-        "its experts are parts of one tensor": (any(x.part_of or x.routed for x in facts.linears), ""),
         "blocks share weights": (bool(facts.shared), ""),
         "its head is to be quantized": (facts.head is not None, ", or leave --quantize-head out"),
         "one sample is held out, and none is left to tune on": (samples < 2, "; or --samples 2"),
