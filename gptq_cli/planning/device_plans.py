@@ -32,11 +32,11 @@ from gptq_cli.planning.cases import MapCase, Work
 from gptq_cli.planning.fisher import gradient_tokens, pass_bytes, state_bytes
 from gptq_cli.planning.memory import (
     ACCELERATOR_BASELINE_BYTES,
-    CPU_BASELINE_BYTES,
     IN_FLIGHT_HIDDEN,
     MIB,
     OPEN_HIDDEN,
     WorkSet,
+    cpu_baseline_bytes,
     head_work_set,
     packed_bytes,
     sample_bytes,
@@ -106,6 +106,7 @@ def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None)
     """
     resting = dict(placement.size_bytes)
     moments = None if schedule is None or case.work is None else _Moments(placement, case, schedule)
+    on_cpu = cpu_baseline_bytes(case.facts)
     plans = []
     for device in sorted({*resting, CPU}):
         budget = next((item for item in case.budgets if item.device == device), None)
@@ -124,7 +125,7 @@ def device_plans(placement: Placement, case: MapCase, schedule: Schedule | None)
                 hessian_bytes=need.hessian_bytes,
                 activation_bytes=need.activation_bytes,
                 packing_bytes=need.packing_bytes,
-                baseline_bytes=CPU_BASELINE_BYTES if device == CPU else ACCELERATOR_BASELINE_BYTES,
+                baseline_bytes=on_cpu if device == CPU else ACCELERATOR_BASELINE_BYTES,
             )
         )
     return tuple(plans)

@@ -79,8 +79,15 @@ block, and the embeddings."""
 CHUNK_BYTES = 128 * MIB
 CPU_BASELINE_BYTES = 450 * MIB
 """Resident set of the interpreter with torch, transformers and accelerate imported and a tokenizer loaded."""
+TOKENIZER_TOKENS, TOKENIZER_BYTES = 50_000, 1280
+"""A tokenizer of so many tokens is in that; a larger one takes so much for each more (Gemma 3's 262,144)."""
 ACCELERATOR_BASELINE_BYTES = 768 * MIB
 """Device context, library workspaces, and what the caching allocator cannot hand out again."""
+
+
+def cpu_baseline_bytes(facts: ModelFacts) -> int:
+    """What a process that works on the model takes of main memory before any weight."""
+    return CPU_BASELINE_BYTES + TOKENIZER_BYTES * max(0, facts.vocab_size - TOKENIZER_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import CPU, Device
 from gptq_cli.planning.cases import DeviceNeed
-from gptq_cli.planning.memory import CPU_BASELINE_BYTES
+from gptq_cli.planning.memory import cpu_baseline_bytes
 from gptq_cli.planning.rates import MachineRates
 from gptq_cli.results.map import DevicePlan
 
@@ -30,7 +30,7 @@ def writing_needs(
     for plan in plans:
         weights, baseline = plan.weights_bytes, plan.baseline_bytes
         if main == CPU and plan.device == str(CPU):  # its blocks are read one at a time otherwise
-            weights, baseline = facts.size_bytes, max(baseline, CPU_BASELINE_BYTES)
+            weights, baseline = facts.size_bytes, max(baseline, cpu_baseline_bytes(facts))
         working = cache_bytes + rows * facts.vocab_size * LOGIT_BYTES if plan.device == str(main) else 0
         needs.append(DeviceNeed(plan.device, weights + baseline + working, plan.limit_bytes))
     return tuple(needs)

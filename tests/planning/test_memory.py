@@ -235,3 +235,11 @@ def test_there_are_no_snapshots_of_forwards_that_are_kept_open() -> None:
     facts, work = llama(), Work(QuantizeConfig(solve_for="own"), CalibrationConfig(samples=8, seq_len=64))
     assert budget.snapshot_bytes(facts, work) == 8 * 64 * facts.hidden_size * facts.dtype_bytes
     assert budget.snapshot_bytes(replace(facts, between="it adds what was there before"), work) == 0
+
+
+def test_a_large_tokenizer_counts() -> None:
+    plans = [resolved("cpu", replace(FACTS, vocab_size=size)).devices[-1] for size in (512, 50_000, 262_144)]
+    small, usual, large = (plan.baseline_bytes for plan in plans)
+    assert small == usual == budget.CPU_BASELINE_BYTES
+    assert large - usual == 212_144 * budget.TOKENIZER_BYTES
+    assert plans[2].needed_bytes - plans[1].needed_bytes == large - usual
