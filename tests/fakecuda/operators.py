@@ -6,8 +6,11 @@ of a tile lie in an order that was drawn by lot, once for each `inner`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 _registered: list[torch.library.Library] = []
 
@@ -23,7 +26,38 @@ def register() -> None:
     library.impl("_weight_int4pack_mm", lambda *args: here["weight_int4pack_mm"](*args), "CUDA")
     library.impl("addmm.dtype_out", lambda *args, **options: here["addmm_into"](*args, **options), "CUDA")
     library.impl("mm.dtype", lambda *args: here["mm_into"](*args), "CUDA")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradCUDA")
     _registered.append(library)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
+    """torch's, whose parts are not those of the CPU: it asks where the tensors lie, and takes others."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        found: Tensor = _Attention.apply(args, options, q, k, v)  # type: ignore[no-untyped-call]
+        return found
+    with torch._C._AutoDispatchBelowAutograd():
+        return scaled_dot_product_attention(q, k, v, *args, **options)
+
+
+class _Attention(torch.autograd.Function):
+    """With the gradients that the CPU gives."""
+
+    @staticmethod
+    def forward(ctx: Any, args: tuple[Any, ...], options: dict[str, Any], *qkv: Tensor) -> Tensor:
+        ctx.args, ctx.options = args, options
+        ctx.save_for_backward(*qkv)
+        with torch._C._AutoDispatchBelowAutograd():
+            return scaled_dot_product_attention(*qkv, *args, **options)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        given: list[Tensor] = [x.detach().cpu().requires_grad_() for x in ctx.saved_tensors]
+        args = [x.cpu() if isinstance(x, Tensor) else x for x in ctx.args]
+        options = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in ctx.options.items()}
+        with torch.enable_grad():
+            out = scaled_dot_product_attention(*given, *args, **options)
+        found = torch.autograd.grad(out, given, gradient.cpu())
+        return None, None, *(x.to(gradient.device) for x in found)
 
 
 def histc(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:  # noqa: A002 - torch's names

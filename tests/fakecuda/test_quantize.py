@@ -61,6 +61,27 @@ def test_one_block_a_device(
     assert different(run, reference(name, *options)) == []
 
 
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_map_changes_nothing_of_gradients_and_tuning(
+    name: str, tiny: Tiny, text: Path, tmp_path: Path, reference: Reference
+) -> None:
+    """Sums of gradients are rounded otherwise on a device than on the CPU, so the run on one device is the
+    measure, and that on the CPU is near."""
+    recipe = ("--recipe", "max", "--samples", "12", "--bits", "2")
+    options = (*recipe, "--group-size", group_size_for(name))
+    alone, spread = (
+        quantize(tiny(name), tmp_path / str(number), text, "--device-map", spec, *options)
+        for number, spec in enumerate(("rest=0", MAPS["two devices and cpu"][0].format(blocks=BLOCKS[name])))
+    )
+    assert alone.devices == ["cuda:0"]
+    assert spread.devices == ["cuda:0", "cuda:1", "cpu"]
+    assert different(spread, alone) == []
+    found, on_cpu = (run.report["tuning"] for run in (alone, reference(name, *options)))
+    assert found["steps"] == on_cpu["steps"] > 0
+    assert found["kl_before"] == pytest.approx(on_cpu["kl_before"], rel=0.1)
+    assert found["kl_after"] == pytest.approx(on_cpu["kl_after"], rel=0.1)
+
+
 def test_so_with_weights_in_few_bits(tiny: Tiny, text: Path, tmp_path: Path) -> None:
     """Where devices have a part each, the weights are decoded here, not by Transformers."""
     sources = store_in_few_bits(tiny("llama", dtype=torch.bfloat16), tmp_path, STYLES["fp8-blocks"])
