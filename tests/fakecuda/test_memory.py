@@ -13,14 +13,14 @@ import torch
 
 from gptq_cli import jobs
 from gptq_cli.config import CalibrationConfig, ModelRef, QuantizeConfig, QuantizeJob
-from gptq_cli.engine import block, mixed, run
+from gptq_cli.engine import block, mixed, model_tail, run
 from gptq_cli.errors import OutOfDeviceMemory
 from gptq_cli.gptq.hessian import Hessian
 from gptq_cli.placement.device_map import DeviceMap
-from gptq_cli.planning import planner
+from gptq_cli.planning import planner, tuning
 from tests.e2e.commands import gptq
 from tests.fakecuda.devices import Devices
-from tests.fakecuda.runs import Reference, different, quantize, words_for
+from tests.fakecuda.runs import Reference, different, group_size_for, quantize, words_for
 from tests.gpu.models import SMALL, save_random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("devices")]
@@ -91,6 +91,8 @@ def test_a_peak_is_that_of_the_run_and_of_the_block(small: Path, text: Path, tmp
         ("model.layers.1-2=cpu,rest=0", ()),
         ("model.layers.1-2=1,rest=0", ()),
         ("model.embed_tokens=cpu,lm_head=cpu,model.layers.1=1,rest=0", ()),
+        ("cuda:0", ("--recipe", "best")),
+        ("model.layers.1-2=1,rest=0", ("--recipe", "best")),
     ],
 )
 def test_what_is_measured_is_at_most_what_was_predicted(
@@ -102,6 +104,19 @@ def test_what_is_measured_is_at_most_what_was_predicted(
     for device in report["devices"]:
         if device != "cpu":
             assert 0 < measured[device] <= predicted[device]
+
+
+@pytest.mark.parametrize("recipe", ["best", "max"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "mixtral"])
+def test_so_with_gradients_and_tuning(
+    name: str, recipe: str, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (model_tail, tuning):  # of half a GiB nothing else would be seen
+        monkeypatch.setattr(module, "TUNE_LOGITS", 64 * 512)
+    size = ("--samples", "32", "--seq-len", "128", "--sweeps", "0", "--group-size", group_size_for(name))
+    run = quantize(tiny(name), tmp_path / "out", text, "--device-map", "cuda:0", "--recipe", recipe, *size)
+    predicted, measured = (dict(run.report[f"{word}_peak_bytes"]) for word in ("predicted", "measured"))
+    assert 0.5 * predicted["cuda:0"] < measured["cuda:0"] <= predicted["cuda:0"]
 
 
 @pytest.mark.parametrize("name", ["gemma2", "bloom", "gpt2"])
