@@ -155,7 +155,7 @@ class TunedModel:
 
     def _stored_vectors(self, model: nn.Module) -> Iterator[tuple[str, str]]:
         """Gains and biases, by their names in the model and in the files: those that are one tensor in
-        both."""
+        both. Biases of experts, which are parts of a tensor (E, N), stay as they are."""
         files = {tensor.name: tensor for tensor in self._skeleton.files.tensors}
         tied = {name for group in self._skeleton.tied for name in group}
         for name, parameter in model.named_parameters():

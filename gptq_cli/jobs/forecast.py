@@ -17,7 +17,7 @@ from gptq_cli.model.facts import ModelFacts
 from gptq_cli.placement.device import Device, format_size
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
-from gptq_cli.planning.memory import CPU_BASELINE_BYTES
+from gptq_cli.planning.memory import cpu_baseline_bytes
 from gptq_cli.planning.rates import MachineRates, measure
 from gptq_cli.planning.time import block_seconds, gradient_seconds, tuning_seconds
 from gptq_cli.results.map import DevicePlan
@@ -64,12 +64,12 @@ class Forecast:
     def memory_warnings(self, memory: Sequence[DeviceMemory]) -> list[Warned]:
         """What took more memory than planned."""
         planned = {plan.device: plan.predicted_peak_bytes for plan in self.plans}
+        others_on_cpu = max(0, self.before_bytes - cpu_baseline_bytes(self.facts))
         found = []
         for entry in memory:
             if (plan := planned.get(entry.device)) is None:
                 continue
-            others = max(0, self.before_bytes - CPU_BASELINE_BYTES) if entry.device == "cpu" else 0
-            peak = entry.peak_bytes - others
+            peak = entry.peak_bytes - (others_on_cpu if entry.device == "cpu" else 0)
             if peak > (1 + TOLERANCE) * plan and peak - plan > NOISE_BYTES:
                 found.append(
                     Warned(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gptq_cli.model.beside import LEFT_OUT, is_surplus
 from gptq_cli.model.blocks import is_linear
-from gptq_cli.model.expert_linears import ExpertLinear, is_interleaved
+from gptq_cli.model.expert_linears import ExpertLinear, is_interleaved, is_together
 from gptq_cli.model.facts import (
     BesideFact,
     LinearFact,
@@ -46,6 +46,7 @@ def model_facts(skeleton: Skeleton) -> ModelFacts:
             part_of=_part_of(model, info.name),
             source_name=info.source_name,
             interleaved=is_interleaved(model.get_submodule(info.name)),
+            together=is_together(model.get_submodule(info.name)),
         )
 
     score_heads = _score_heads(config)

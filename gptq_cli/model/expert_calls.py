@@ -54,6 +54,8 @@ class ExpertCalls(TorchFunctionMode):
         super().__init__()
         self._module, self._product, self._noted = module, product, noted
         self._known: dict[int, _Matrices] = {}
+        self.together: set[str] = set()
+        """The parameters of which all matrices were multiplied with at once."""
         for tensor in tensors:
             self._keep(_Matrices(getattr(module, tensor.leaf), tensor, None, swapped=False))
 
@@ -145,6 +147,7 @@ class ExpertCalls(TorchFunctionMode):
             return self._routed(tensor, matrices.expert, x)
         if x.dim() != 3 or matrices.value.dim() != 3 or x.shape[0] != tensor.experts:
             raise self._misused(torch.bmm)
+        self.together.add(tensor.leaf)
         result = x.new_zeros(*x.shape[:-1], tensor.out_features)
         for expert in range(tensor.experts):
             # tokens that are not routed to an expert are zeros

@@ -62,6 +62,11 @@ def is_interleaved(linear: nn.Module) -> bool:
     return isinstance(linear, ExpertLinear) and linear.tensor.interleaved
 
 
+def is_together(linear: nn.Module) -> bool:
+    """Whether it is multiplied at once with the linears of all experts."""
+    return isinstance(linear, ExpertLinear) and linear.tensor.together
+
+
 class Unfused:
     """The mixin before the class of a module that `unfuse` has changed."""
 

@@ -187,7 +187,14 @@ class _Examination:
             tensors = self._with_roles(arguments, tensors)
             real = {t.leaf: self._described(self.module, t.leaf, self.experts, t.transposed) for t in tensors}
             return tuple(
-                replace(real[t.leaf], roles=t.roles, interleaved=t.interleaved, bias=t.bias) for t in tensors
+                replace(
+                    real[t.leaf],
+                    roles=t.roles,
+                    interleaved=t.interleaved,
+                    bias=t.bias,
+                    together=t.leaf in self.together,
+                )
+                for t in tensors
             )
         known = [text for text in refusals if text.startswith(kind)]
         return (known or [f"{kind} cannot be run on its own: {refusals[-1]}" if refusals else "no forward"])[
@@ -231,8 +238,10 @@ class _Examination:
         product: Callable[[FusedTensor, int, Tensor], Tensor],
         noted: dict[str, bool] | None = None,
     ) -> Any:
-        with ExpertCalls(self.holder, tensors, product, noted):
-            return self.tiny(*arguments)
+        with ExpertCalls(self.holder, tensors, product, noted) as calls:
+            result = self.tiny(*arguments)
+        self.together = calls.together
+        return result
 
     def _described(self, module: nn.Module, leaf: str, experts: int, transposed: bool) -> FusedTensor:
         _, *matrix = _matrices_shape(getattr(module, leaf).shape, experts)

@@ -153,6 +153,8 @@ class LinearFact:
     """Its name in the files."""
     interleaved: bool = False
     """Its rows alternate with those of another linear in the tensor `part_of`."""
+    together: bool = False
+    """Its forward holds as many rows for each expert as there are tokens, whatever the routing."""
 
     @property
     def fused_with(self) -> tuple[str, str]:

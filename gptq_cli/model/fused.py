@@ -31,6 +31,8 @@ class FusedTensor:
     """Outputs of the linears alternate; else they follow one another."""
     bias: str | None = None
     """The (E, N) parameter whose row is added to the product, by the module's own forward."""
+    together: bool = False
+    """All experts are multiplied at once, each with as many rows as there are tokens."""
 
     def outputs(self, role: str) -> slice:
         """Which of the N outputs belong to the linear `role`."""

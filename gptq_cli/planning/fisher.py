@@ -98,7 +98,9 @@ def block_backward_bytes(
     facts: ModelFacts, stages: Iterable[StageShape], micro_batch_tokens: int, seq_len: int
 ) -> int:
     """What going back through a block of these stages holds; of experts what its share of the tokens does."""
-    rows = sum(stage.rows * (facts.routed_share if stage.routed else 1.0) for stage in stages)
+    rows = sum(
+        stage.rows * (facts.routed_share if stage.routed and not stage.together else 1.0) for stage in stages
+    )
     return backward_bytes(facts, round(rows), micro_batch_tokens, seq_len, facts.dtype_bytes)
 
 

@@ -76,6 +76,8 @@ class StageShape:
     """It is of a single linear."""
     outputs: tuple[int, ...] = ()
     """N of each linear that runs once per token and has a weight of its own, see `planning.fisher`."""
+    together: bool = False
+    """Of an expert that holds a row for every token, whatever the routing."""
 
     @property
     def routed(self) -> bool:
@@ -102,6 +104,7 @@ def stages_of(linears: Iterable[LinearFact]) -> tuple[StageShape, ...]:
             family,
             alone=before is None,
             outputs=(*(before.outputs if before else ()), *own),
+            together=linear.together,
         )
     return tuple(stages[number] for number in sorted(stages))
 

@@ -8,13 +8,15 @@ of a step, t = those of a micro-batch in it:
                           MOVING_BYTES for each of their scales
                           the largest of them decoded: DECODED_BYTES + DECODED_COPIES · b for each weight
                           t · (GRADIENT_HIDDEN · h + GRADIENT_ROWS · ΣR) · 4: what its backward holds,
-                          R of experts by the share of tokens that comes to them,
+                          R of experts by the share of tokens that comes to them, or whole where
+                          all are multiplied at once,
                           and GRADIENT_SCORES · seq_len more for each head whose scores are a tensor
     where states rest     T · h · b of the dense stream; what enters every block for a step, and gradients:
                           (blocks + 2) · S · h · b; or twice the held-out samples
 
 A step runs forward, runs again and goes back through every block: FORWARDS forwards, as many as four of the
-blocks. Behind the blocks logits are made twice, and go back once.
+blocks. Behind the blocks logits are made twice, and go back once. What it takes to decode the weights is not
+counted: little beside 2048 tokens, but not for experts of which each sees a few of them.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ def _parts(
     for block, linears in block_linears(facts).items():
         if block in runs_there:
             weights = sum(x.in_features * x.out_features for x in linears)
-            rows = round(sum(x.out_features * _share(facts, x) for x in linears))
+            rows = round(sum(x.out_features * (1.0 if x.together else _share(facts, x)) for x in linears))
             backward = backward_bytes(facts, rows, micro_batch, schedule.seq_len)
             largest = max(largest, (DECODED_BYTES + DECODED_COPIES * b) * weights + backward)
             scales += sum(
@@ -108,5 +110,5 @@ def tuning_multiply_adds(facts: ModelFacts, work: Work) -> float:
 
 
 def _share(facts: ModelFacts, linear: LinearFact) -> float:
-    """Of the tokens, that come to a linear."""
+    """The share of the tokens that comes to a linear."""
     return facts.routed_share if linear.routed else 1.0

@@ -31,7 +31,9 @@ def register() -> None:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> Tensor:
-    """torch's, whose parts are not those of the CPU: it asks where the tensors lie, and takes others."""
+    """torch's own chooses a fused kernel by device, and a CPU build has none for CUDA."""
+    if any(isinstance(x, Tensor) and x.requires_grad for x in (*args, *options.values())):
+        raise NotImplementedError("the make-believe card has no gradient for a mask of attention")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         found: Tensor = _Attention.apply(args, options, q, k, v)  # type: ignore[no-untyped-call]
         return found

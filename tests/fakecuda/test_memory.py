@@ -111,7 +111,7 @@ def test_what_is_measured_is_at_most_what_was_predicted(
 def test_so_with_gradients_and_tuning(
     name: str, recipe: str, tiny: Tiny, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (model_tail, tuning):  # of half a GiB nothing else would be seen
+    for module in (model_tail, tuning):  # beside half a GiB of logits nothing else would be seen
         monkeypatch.setattr(module, "TUNE_LOGITS", 64 * 512)
     size = ("--samples", "32", "--seq-len", "128", "--sweeps", "0", "--group-size", group_size_for(name))
     run = quantize(tiny(name), tmp_path / "out", text, "--device-map", "cuda:0", "--recipe", recipe, *size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from gptq_cli.jobs.forecast import Forecast
 from gptq_cli.placement.device import CPU
 from gptq_cli.placement.schedule import Schedule
 from gptq_cli.planning.cases import Work
+from gptq_cli.planning.memory import cpu_baseline_bytes
 from tests.preflight.shapes import llama
 
 GIB = 2**30
@@ -45,6 +47,17 @@ def test_more_memory_than_planned(samples: int, batch: int, says: str) -> None:
     )
     (warned,) = forecast(samples, batch).memory_warnings([used])
     assert warned.hint.endswith(says)
+
+
+def test_a_large_tokenizer_is_in_the_plan_and_nobody_elses() -> None:
+    plan: Any = SimpleNamespace(device="cpu", predicted_peak_bytes=GIB)
+    facts = llama(blocks=1, hidden=64, inner=128, vocab=262_144)
+    known = replace(forecast(16, 1), facts=facts, plans=(plan,), before_bytes=cpu_baseline_bytes(facts))
+    used = DeviceMemory(
+        device="cpu", allocated_bytes=0, reserved_bytes=0, peak_bytes=3 * GIB, total_bytes=8 * GIB
+    )
+    (warned,) = known.memory_warnings([used])
+    assert "took 3.00 GiB on cpu, 1.00 GiB were planned" in warned.message
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,11 @@ def test_parameters_can_be_dropped_once_the_linears_are_replaced() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_hollow_model_computes_with_the_weights_that_it_is_given(name: str) -> None:
     model = model_of(name)
-    expected = logits(model)
+    model.set_experts_implementation("eager")
+    embeds = model.get_input_embeddings()(IDS).requires_grad_()
+    expected = model(inputs_embeds=embeds, use_cache=False).logits
+    expected.square().sum().backward()
+    wanted, embeds.grad = embeds.grad, None
     unfuse(model, find_experts(model, find_blocks(model)[1]).experts)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, ExpertLinear)}
     stacks = {(m.owner, m.tensor.leaf) for m in linears.values()}
@@ -167,10 +171,32 @@ def test_a_hollow_model_computes_with_the_weights_that_it_is_given(name: str) ->
     hollow(model, linears)
     assert all(model.get_submodule(n).weight.is_meta for n in linears)
     assert not any(leaf in owner._parameters for owner, leaf in stacks)
-    found = functional_call(model, weights, (), {"input_ids": IDS, "use_cache": False}).logits
+    found = functional_call(model, weights, (), {"inputs_embeds": embeds, "use_cache": False}).logits
     assert torch.allclose(found, expected, atol=2e-4, rtol=1e-4)
     found.square().sum().backward()
-    assert any(bool(weight.grad.any()) for weight in weights.values() if weight.grad is not None)
+    assert wanted is not None
+    torch.testing.assert_close(embeds.grad, wanted, atol=1e-3 * float(wanted.abs().max()), rtol=1e-3)
+    reached = {n for n, w in weights.items() if w.grad is not None and bool(w.grad.any())}
+    assert {n.split(".")[-2] for n in reached} == {n.split(".")[-2] for n in weights}
+
+
+def test_a_parameter_is_hollow_as_a_whole_or_not_at_all() -> None:
+    model = model_of("mixtral")
+    unfuse(model, find_experts(model, find_blocks(model)[1]).experts)
+    linears = [n for n, m in model.named_modules() if isinstance(m, ExpertLinear)]
+    downs = [name for name in linears if name.endswith("down_proj")]
+    hollow(model, downs)
+    experts = model.model.layers[0].mlp.experts
+    assert list(experts._parameters) == ["gate_up_proj"]
+    with pytest.raises(ModelError, match="gate_proj is not quantized, though others"):
+        hollow(model, [name for name in linears if name.endswith("up_proj")])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_which_experts_are_multiplied_all_at_once(name: str) -> None:
+    model = model_of(name)
+    found = find_experts(model, find_blocks(model)[1]).experts
+    assert {t.together for one in found for t in one.tensors} == {name == "llama4_text"}
 
 
 class Experts(nn.Module):

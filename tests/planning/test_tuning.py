@@ -93,6 +93,9 @@ def test_experts_count_by_the_tokens_that_come_to_them() -> None:
         MIXED, work, placement, plan, CPU
     )
     assert more == 4 * plan.micro_batch_tokens * tuning.GRADIENT_ROWS * rows * (1 - MIXED.routed_share)
+    together = replace(MIXED, linears=tuple(replace(x, together=x.routed) for x in MIXED.linears))
+    found, most = (tuning_bytes(x, work, placement, plan, CPU) for x in (together, all_tokens))
+    assert found == most, "of experts that are all multiplied at once a row is held for every token"
     steps = tuning.tuning_multiply_adds(all_tokens, work) - tuning.tuning_multiply_adds(MIXED, work)
     forwards = 64 * (tuning.FORWARDS * 14 + tuning.LOOKS * 2)
     assert steps == pytest.approx(forwards * 2 * EXPERTS * ROUTED * (1 - MIXED.routed_share))
