@@ -154,6 +154,8 @@ class _Examination:
 
     def __init__(self, user: nn.Module, module: nn.Module, experts: int) -> None:
         self.user, self.module, self.experts = user, module, experts
+        self.together: set[str] = set()
+        """Leaves with whose matrices the last run multiplied all at once."""
         stacks = stacked_parameters(module) or _possible_stacks(module)
         self.leaves = tuple(stacks)
         sizes = _small_sizes([_matrices_shape(p.shape, experts) for p in stacks.values()])

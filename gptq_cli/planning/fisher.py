@@ -97,7 +97,8 @@ def factor_multiply_adds(stage: StageShape) -> float:
 def block_backward_bytes(
     facts: ModelFacts, stages: Iterable[StageShape], micro_batch_tokens: int, seq_len: int
 ) -> int:
-    """What going back through a block of these stages holds; of experts what its share of the tokens does."""
+    """What going back through a block of these stages holds; of experts what their share of the tokens does,
+    or all of them where the experts are multiplied at once."""
     rows = sum(
         stage.rows * (facts.routed_share if stage.routed and not stage.together else 1.0) for stage in stages
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from gptq_cli.model.fill import all_tensors
 from gptq_cli.model.find import find_model
 from gptq_cli.model.skeleton import Skeleton, open_skeleton
 from tests.conftest import TinyFactory
-from tests.model.test_experts import MODELS, model_of
+from tests.model.test_experts import model_of
 
 OTHERS = ("gpt_oss", "dbrx", "llama4_text")
 """Experts with biases; in stacks of two dimensions; transposed, all multiplied at once."""
@@ -23,7 +24,7 @@ NAMES = ("llama", "llama_tied", "gpt2", "qwen3_moe", "mixtral", *OTHERS)
 
 
 def opened(tiny: TinyFactory, name: str, folder: Path) -> Skeleton:
-    if name in MODELS and name in OTHERS:
+    if name in OTHERS:
         model_of(name).save_pretrained(folder)
     ref = ModelRef(model=str(folder if name in OTHERS else tiny(name)))
     return open_skeleton(find_model(ref), ref)
@@ -56,6 +57,15 @@ def test_behind_the_blocks_nothing_of_them_is_in_memory(tiny: TinyFactory, name:
     prefix = f"{skeleton.blocks_prefix}."
     assert on_meta(model) == {name for name, _ in all_tensors(model) if name.startswith(prefix)}
     assert not model.get_output_embeddings().weight.is_meta
+
+
+def test_but_what_is_one_with_a_tensor_outside(tiny: TinyFactory, tmp_path: Path) -> None:
+    """The files may hold it under the name in the block alone."""
+    skeleton = opened(tiny, "llama", tmp_path)
+    inside, outside = "model.layers.0.input_layernorm.weight", "model.norm.weight"
+    model = open_dense_part(replace(skeleton, tied=((inside, outside),)), on_cpu, behind=True)
+    assert inside not in on_meta(model)
+    assert "model.layers.1.input_layernorm.weight" in on_meta(model)
 
 
 def test_so_with_the_buffers_of_a_block(tmp_path: Path) -> None:
