@@ -7,6 +7,10 @@ multiplied, and the result is rounded once to the dtype it would have had. Proce
 compute the same (exact products, fp32 sums, one rounding), so a model's outputs agree on both, up to the
 order of summation.
 
+Attention (scaled_dot_product_attention) widens for itself, but not well everywhere: on such a processor its
+kernels take five to ten times as long as in fp32 to go back through it, and in float16 twice as long forward.
+There it is computed in fp32 too.
+
     with matmul_scope(hidden.dtype, hidden.device):
         block(hidden)
 """
@@ -27,7 +31,8 @@ from gptq_cli.gptq.matmul import fast_matmul_supported
 _HALVES = (torch.bfloat16, torch.float16)
 _MIN_ROWS = 32
 """With fewer rows the time goes into reading the other factor, which is faster in 16 bits."""
-_ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE, _WEIGHTS_AT_ONCE = 512, 1 << 20
+"""What is widened at a time: rows of x, and numbers of a weight (4 MiB in fp32)."""
 _LEFT: dict[Any, int] = {
     functional.linear: 0,
     torch.addmm: 1,
@@ -47,10 +52,8 @@ _LEFT: dict[Any, int] = {
 
 
 class Fp32Matmul(TorchFunctionMode):
-    """Inside `with`, in this thread, matmuls of 16-bit CPU tensors are computed in fp32 and rounded.
-
-    Attention kernels (scaled_dot_product_attention) do so themselves.
-    """
+    """Inside `with`, in this thread, matmuls of 16-bit CPU tensors are computed in fp32 and rounded, and so
+    is attention that is in float16 or that a gradient will go back through."""
 
     def __torch_function__(
         self,
@@ -59,16 +62,30 @@ class Fp32Matmul(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Called by torch for every function; only matmuls are changed."""
+        """Called by torch for every function; only matmuls and attention are changed."""
         kwargs = kwargs or {}
         if func in _LEFT and "out" not in kwargs:
             operands = list(_tensors((*args, *kwargs.values())))
             if _worth_widening(operands, _LEFT[func]):
                 if func is functional.linear and not kwargs:
                     return _linear(*args)
-                wide = {name: _widened(value) for name, value in kwargs.items()}
-                return func(*_widened(args), **wide).to(operands[0].dtype)
+                return _in_fp32(func, args, kwargs, operands[0].dtype)
+        elif func is functional.scaled_dot_product_attention:
+            operands = list(_tensors((*args, *kwargs.values())))[:3]  # queries, keys, values
+            if _worth_widening(operands, 0) and (operands[0].dtype == torch.float16 or _goes_back(operands)):
+                return _in_fp32(func, args, kwargs, operands[0].dtype)
         return func(*args, **kwargs)
+
+
+def _in_fp32(
+    func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], dtype: torch.dtype
+) -> Tensor:
+    return func(*_widened(args), **{name: _widened(value) for name, value in kwargs.items()}).to(dtype)
+
+
+def _goes_back(operands: Iterable[Tensor]) -> bool:
+    """Whether a gradient is wanted."""
+    return torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
 
 
 def _worth_widening(operands: list[Tensor], left: int) -> bool:
@@ -81,14 +98,56 @@ def _worth_widening(operands: list[Tensor], left: int) -> bool:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Some rows at a time, so that the widened rows stay in the cache and reuse the same memory."""
-    rows = x.reshape(-1, x.shape[-1])
-    wide, wide_bias = weight.float(), None if bias is None else bias.float()
-    out = x.new_empty(rows.shape[0], weight.shape[0])
-    for start in range(0, rows.shape[0], _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        out[part] = functional.linear(rows[part].float(), wide, wide_bias)
+    rows, given = x.reshape(-1, x.shape[-1]), [x, weight] if bias is None else [x, weight, bias]
+    linear = _Linear.apply if _goes_back(given) else _linear_rows
+    out: Tensor = linear(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (tokens, K), (N, K), (N,)
+    """A part of each at a time, so that what is widened stays in the cache and reuses the same memory: a head
+    of 262,144 words is not widened as a whole for a few tokens."""
+    out = x.new_empty(len(x), len(weight))
+    for own in _pieces(len(weight), _WEIGHTS_AT_ONCE // weight.shape[1]):
+        wide, wide_bias = weight[own].float(), None if bias is None else bias[own].float()
+        for part in _pieces(len(x), _ROWS_AT_ONCE):
+            out[part, own] = functional.linear(x[part].float(), wide, wide_bias)
+    return out
+
+
+class _Linear(torch.autograd.Function):
+    """The same with gradients. What it keeps for them is as it came, in 16 bits."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _linear_rows(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *towards: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those of x, of the weight and of the bias, summed in fp32 and rounded once."""
+        (out,), (x, weight) = towards, ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        to_x = out.new_zeros(len(out), weight.shape[1], dtype=torch.float32) if of_x else None
+        to_weight = torch.empty_like(weight) if of_weight else None
+        for own in _pieces(len(weight), _WEIGHTS_AT_ONCE // weight.shape[1]):
+            wide = weight[own].float()
+            total = torch.zeros_like(wide) if of_weight else None
+            for part in _pieces(len(out), _ROWS_AT_ONCE):
+                rows = out[part, own].float()
+                if to_x is not None:
+                    to_x[part].addmm_(rows, wide)
+                if total is not None:
+                    total.addmm_(rows.T, x[part].float())
+            if to_weight is not None and total is not None:
+                to_weight[own] = total
+        to_bias = out.sum(0, dtype=torch.float32).to(out.dtype) if of_bias else None
+        return None if to_x is None else to_x.to(out.dtype), to_weight, to_bias
+
+
+def _pieces(length: int, size: int) -> Iterator[slice]:
+    size = max(size, 1)
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def matmul_scope(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:

@@ -7,4 +7,4 @@ fails when they change without it.
 
 from __future__ import annotations
 
-MATHS_VERSION = 6
+MATHS_VERSION = 7

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +57,48 @@ def test_a_tall_linear_is_taken_in_pieces() -> None:
     assert ours.shape == (3, 700, 24)
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "all"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_linear_are_fp32_sums_rounded_once(
+    dtype: torch.dtype, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_WEIGHTS_AT_ONCE", 5 * 64)  # five pieces of a weight, the last one short
+    operands = {"x": normal(3, 700, 64), "weight": normal(24, 64), "bias": normal(24)}
+    towards = normal(3, 700, 24, dtype=dtype)
+
+    def found(scope: AbstractContextManager[object], number: torch.dtype) -> list[Tensor | None]:
+        leaves = {
+            name: x.to(dtype).to(number, copy=True).requires_grad_(wanted in (name, "all"))
+            for name, x in operands.items()
+        }
+        with scope:
+            out = nn.functional.linear(leaves["x"], leaves["weight"], leaves["bias"])
+        out.backward(towards.to(number))
+        return [out.detach(), *(x.grad for x in leaves.values())]
+
+    ours, exact = found(Fp32Matmul(), dtype), found(nullcontext(), torch.float64)
+    step = torch.finfo(dtype).eps / 2  # of one rounding; beside it, fp32 sums of up to 2100 products
+    for one, other in zip(ours, exact, strict=True):
+        assert (one is None) is (other is None)
+        if one is not None and other is not None:
+            assert one.dtype == dtype
+            assert float((one - other).abs().max()) <= 1.01 * step * float(other.abs().max()) + 1e-5
+
+
+@pytest.mark.parametrize("weight_too", [False, True])
+def test_a_linear_keeps_16_bits_for_its_gradients(weight_too: bool) -> None:
+    x, w = normal(600, 64).bfloat16().requires_grad_(), normal(24, 64).bfloat16().requires_grad_(weight_too)
+    kept: list[torch.dtype] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(value.dtype)
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), Fp32Matmul():
+        nn.functional.linear(x, w)
+    assert kept == [torch.bfloat16] * (1 + weight_too)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_what_the_units_do_to_within_the_order_of_summation(dtype: torch.dtype) -> None:
     x, w = normal(64, 96, dtype=dtype), normal(48, 96, dtype=dtype)
@@ -63,6 +107,63 @@ def test_it_is_what_the_units_do_to_within_the_order_of_summation(dtype: torch.d
     exact = x.double() @ w.double().T
     ulp = 2.0 ** (-8 if dtype == torch.bfloat16 else -11)
     assert float(((ours.double() - exact).abs() / exact.abs().clamp(min=1.0)).max()) <= 1.01 * ulp
+
+
+@pytest.mark.parametrize("words", [{"is_causal": True}, {"attn_mask": "rows"}, {"attn_mask": "scores"}, {}])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_is_fp32_where_a_gradient_goes_back(dtype: torch.dtype, words: dict[str, object]) -> None:
+    q, k, v = (normal(2, heads, 40, 16, dtype=dtype) for heads in (4, 2, 2))
+    towards = normal(2, 4, 40, 16, dtype=dtype)
+    allowed = torch.ones(40, 40, dtype=torch.bool).tril()
+    masks = {"rows": allowed, "scores": torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)}
+    words = {name: masks.get(str(value), value) for name, value in words.items()}
+
+    def found(scope: AbstractContextManager[object], number: torch.dtype) -> list[Tensor]:
+        operands = [x.to(number, copy=True).requires_grad_() for x in (q, k, v)]
+        wide = {n: w.to(number) if w is masks["scores"] else w for n, w in words.items()}
+        with scope:
+            out = nn.functional.scaled_dot_product_attention(*operands, enable_gqa=True, **wide)
+        out.backward(towards.to(number))
+        return [out, *(x.grad for x in operands if x.grad is not None)]
+
+    ours, exact = found(Fp32Matmul(), dtype), found(nullcontext(), torch.float32)
+    assert len(ours) == 4
+    assert {x.dtype for x in ours} == {dtype}
+    for one, wide in zip(ours, exact, strict=True):
+        assert torch.equal(one, wide.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "gradient", "widened"),
+    [
+        (torch.bfloat16, 40, True, True),
+        (torch.bfloat16, 40, False, False),
+        (torch.float16, 40, False, True),
+        (torch.float16, 8, False, False),
+        (torch.float32, 40, True, False),
+    ],
+)
+def test_attention_that_its_kernel_is_good_at_passes(
+    dtype: torch.dtype, rows: int, gradient: bool, widened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fp32 = products._in_fp32
+    wide: list[None] = []
+
+    def noted(*words: Any) -> Tensor:
+        wide.append(None)
+        return in_fp32(*words)
+
+    monkeypatch.setattr(products, "_in_fp32", noted)
+    q, k, v = (normal(1, 1, length, 16, dtype=dtype) for length in (rows, 40, 40))
+    q.requires_grad_(gradient)
+    with Fp32Matmul():
+        out = nn.functional.scaled_dot_product_attention(q, k, v)
+        assert bool(wide) is widened
+        wide.clear()
+        with torch.no_grad():
+            nn.functional.scaled_dot_product_attention(q, k, v)
+        assert bool(wide) is (widened and not gradient)
+    assert out.dtype == dtype
 
 
 def test_few_rows_other_dtypes_and_mixtures_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,11 @@ DIGESTS: dict[tuple[int, Recipe], str] = {
     (6, "balanced"): "9a2bad409bd6d69c",
     (6, "best"): "782d7c3dbe5a6348",
     (6, "max"): "782d7c3dbe5a6348",
+    # 7: gradients of 16-bit attention on the CPU, and its forward in float16, are computed in fp32
+    (7, "fast"): "124830e0d66b6ef9",
+    (7, "balanced"): "9a2bad409bd6d69c",
+    (7, "best"): "782d7c3dbe5a6348",
+    (7, "max"): "782d7c3dbe5a6348",
 }
 """(maths version, recipe) -> digest of codes and scales. Where one differs because the maths changed: raise
 `MATHS_VERSION`, so that no run goes on with blocks of the maths before, and put the new digests here."""
