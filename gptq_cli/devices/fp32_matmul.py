@@ -2,14 +2,14 @@
 
 Without AVX512_BF16 or AMX a CPU multiplies bf16 matrices at a tenth of its fp32 speed, and a model in that
 dtype is very slow. Running the model in fp32 would double the memory of weights and activations and change
-the operations between the matmuls. `Fp32Matmul` changes the matmuls only: operands are widened to fp32,
+the operations between the matmuls. `Fp32Matmul` changes the matmuls: operands are widened to fp32,
 multiplied, and the result is rounded once to the dtype it would have had. Processors with 16-bit instructions
 compute the same (exact products, fp32 sums, one rounding), so a model's outputs agree on both, up to the
 order of summation.
 
-Attention (scaled_dot_product_attention) widens for itself, but not well everywhere: on such a processor its
-kernels take five to ten times as long as in fp32 to go back through it, and in float16 twice as long forward.
-There it is computed in fp32 too.
+Attention (scaled_dot_product_attention) widens for itself, but on such a processor its kernels take five to
+ten times as long as in fp32 to go forward and back, and in float16 up to twice as long forward. There it is
+computed in fp32 too.
 
     with matmul_scope(hidden.dtype, hidden.device):
         block(hidden)
@@ -32,7 +32,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 _MIN_ROWS = 32
 """With fewer rows the time goes into reading the other factor, which is faster in 16 bits."""
 _ROWS_AT_ONCE, _WEIGHTS_AT_ONCE = 512, 1 << 20
-"""What is widened at a time: rows of x, and numbers of a weight (4 MiB in fp32)."""
+"""What is widened at a time: rows of x; numbers of a weight (4 MiB in fp32), but as many rows at least."""
 _LEFT: dict[Any, int] = {
     functional.linear: 0,
     torch.addmm: 1,
@@ -67,7 +67,7 @@ class Fp32Matmul(TorchFunctionMode):
         if func in _LEFT and "out" not in kwargs:
             operands = list(_tensors((*args, *kwargs.values())))
             if _worth_widening(operands, _LEFT[func]):
-                if func is functional.linear and not kwargs:
+                if func is functional.linear and not kwargs and _plain(*args):
                     return _linear(*args)
                 return _in_fp32(func, args, kwargs, operands[0].dtype)
         elif func is functional.scaled_dot_product_attention:
@@ -97,6 +97,11 @@ def _worth_widening(operands: list[Tensor], left: int) -> bool:
     return tall and factor.dtype in _HALVES and factor.device.type == "cpu"
 
 
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a linear has the usual shapes: its weight is no vector, no bias is spread over its outputs."""
+    return weight.ndim == 2 and x.shape[-1] > 0 and (bias is None or bias.shape == weight.shape[:1])
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, given = x.reshape(-1, x.shape[-1]), [x, weight] if bias is None else [x, weight, bias]
     linear = _Linear.apply if _goes_back(given) else _linear_rows
@@ -108,7 +113,7 @@ def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (
     """A part of each at a time, so that what is widened stays in the cache and reuses the same memory: a head
     of 262,144 words is not widened as a whole for a few tokens."""
     out = x.new_empty(len(x), len(weight))
-    for own in _pieces(len(weight), _WEIGHTS_AT_ONCE // weight.shape[1]):
+    for own in _rows_of(weight):
         wide, wide_bias = weight[own].float(), None if bias is None else bias[own].float()
         for part in _pieces(len(x), _ROWS_AT_ONCE):
             out[part, own] = functional.linear(x[part].float(), wide, wide_bias)
@@ -116,37 +121,46 @@ def _linear_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # (
 
 
 class _Linear(torch.autograd.Function):
-    """The same with gradients. What it keeps for them is as it came, in 16 bits."""
+    """The same with gradients. What it keeps for them is as it came, in 16 bits. `torch.func.grad` and `jvp`
+    cannot go through it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.pieces = list(_rows_of(weight))
         return _linear_rows(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *towards: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Those of x, of the weight and of the bias, summed in fp32 and rounded once."""
         (out,), (x, weight) = towards, ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        to_x = out.new_zeros(len(out), weight.shape[1], dtype=torch.float32) if of_x else None
-        to_weight = torch.empty_like(weight) if of_weight else None
-        for own in _pieces(len(weight), _WEIGHTS_AT_ONCE // weight.shape[1]):
-            wide = weight[own].float()
-            total = torch.zeros_like(wide) if of_weight else None
-            for part in _pieces(len(out), _ROWS_AT_ONCE):
-                rows = out[part, own].float()
-                if to_x is not None:
-                    to_x[part].addmm_(rows, wide)
-                if total is not None:
-                    total.addmm_(rows.T, x[part].float())
-            if to_weight is not None and total is not None:
+        to_x = to_weight = to_bias = None
+        if weight is not None:
+            to_x = out.new_zeros(len(out), weight.shape[1], dtype=torch.float32)
+            for own in ctx.pieces:
+                wide = weight[own].float()
+                for part in _pieces(len(out), _ROWS_AT_ONCE):
+                    to_x[part].addmm_(out[part, own].float(), wide)
+            to_x = to_x.to(out.dtype)
+        if x is not None:
+            to_weight = out.new_empty(out.shape[1], x.shape[1])
+            for own in ctx.pieces:
+                total = x.new_zeros(len(to_weight[own]), x.shape[1], dtype=torch.float32)
+                for part in _pieces(len(out), _ROWS_AT_ONCE):
+                    total.addmm_(out[part, own].float().T, x[part].float())
                 to_weight[own] = total
-        to_bias = out.sum(0, dtype=torch.float32).to(out.dtype) if of_bias else None
-        return None if to_x is None else to_x.to(out.dtype), to_weight, to_bias
+        if ctx.needs_input_grad[2]:
+            to_bias = out.sum(0, dtype=torch.float32).to(out.dtype)
+        return to_x, to_weight, to_bias
+
+
+def _rows_of(weight: Tensor) -> Iterator[slice]:
+    """The pieces in which a weight (N, K) is widened: long rows are not worth thin products."""
+    return _pieces(len(weight), max(_ROWS_AT_ONCE, _WEIGHTS_AT_ONCE // weight.shape[1]))
 
 
 def _pieces(length: int, size: int) -> Iterator[slice]:
-    size = max(size, 1)
     return (slice(start, start + size) for start in range(0, length, size))
 
 
