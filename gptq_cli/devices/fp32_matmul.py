@@ -8,8 +8,8 @@ compute the same (exact products, fp32 sums, one rounding), so a model's outputs
 order of summation.
 
 Attention (scaled_dot_product_attention) widens for itself, but on such a processor its kernels take five to
-ten times as long as in fp32 to go forward and back, and in float16 up to twice as long forward. There it is
-computed in fp32 too.
+twelve times as long as in fp32 to go forward and back, and in float16 about twice as long forward. There it
+is computed in fp32 too (`scripts/bench_matmul.py`).
 
     with matmul_scope(hidden.dtype, hidden.device):
         block(hidden)
